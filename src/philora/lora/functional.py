@@ -1,0 +1,438 @@
+"""A frozen linear map plus its low-rank update, as one autograd node.
+
+`philora.lora`'s layers and the classes that stand in for PEFT's layers both come here. One function does the
+arithmetic (`_LoRALinear`); three entry points describe the layout of B to it:
+
+| entry point          | A            | B                                | used by                      |
+| -------------------- | ------------ | -------------------------------- | ---------------------------- |
+| `lora_linear`        | (r, in)      | (out, r)                         | `Linear`, PEFT's Linear      |
+| `lora_merged_linear` | (n*r, in)    | (rows of the adapted slices, r)  | `MergedLinear` (loralib's)   |
+| `lora_sliced_linear` | (R, in)      | (out, R), block-diagonal         | slices in PEFT's format      |
+
+Every entry point has a `*_reference` beside it: the same function in plain PyTorch, which tests compare with and
+which runs when the fused path is off (`PHILORA_FUSED=0` in the environment, or `with fused(False)`).
+
+Letters in the shapes: T tokens (all leading dimensions together), in, out features, r rank of one update, R rank
+of all updates of one weight together, n number of adapted slices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from philora.errors import ConfigError, fault
+
+
+class Block(NamedTuple):
+    """One low-rank update: output rows `out_start:out_stop` get ranks `rank_start:rank_stop` of A.
+
+    Its part of B begins at row `b_row`, column `b_column` of the stored matrix.
+    """
+
+    out_start: int
+    out_stop: int
+    rank_start: int
+    rank_stop: int
+    b_row: int
+    b_column: int
+
+    def of_b(self, lora_B: Tensor) -> Tensor:
+        """View of this update's part of B. Shape: (out_stop - out_start, rank_stop - rank_start)."""
+        rows = self.out_stop - self.out_start
+        ranks = self.rank_stop - self.rank_start
+        return lora_B[self.b_row : self.b_row + rows, self.b_column : self.b_column + ranks]
+
+
+_fused: ContextVar[bool | None] = ContextVar("philora_fused", default=None)
+
+
+def fused_enabled() -> bool:
+    """Whether the fused autograd function is used: what `fused` says, else `PHILORA_FUSED` (anything but 0)."""
+    if torch.compiler.is_compiling():
+        # The compiler fuses, and chooses what to save, by itself; neither switch can be read inside a graph.
+        return False
+    chosen = _fused.get()
+    return os.environ.get("PHILORA_FUSED", "1") != "0" if chosen is None else chosen
+
+
+@contextmanager
+def fused(enabled: bool = True) -> Iterator[None]:
+    """Turn the fused autograd function on or off in this block, whatever the environment says."""
+    token = _fused.set(enabled)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
+
+
+def merged_blocks(slices: Sequence[int], enable_lora: Sequence[bool], r: int) -> list[Block]:
+    """Layout of loralib's MergedLinear: B holds the rows of the adapted slices one after another, r wide.
+
+    Args:
+        slices: Output rows of each slice, adapted or not, in order.
+        enable_lora: Which slices are adapted.
+        r: Rank of each adapted slice.
+    """
+    blocks, row, b_row, adapted = [], 0, 0, 0
+    for rows, enabled in zip(slices, enable_lora, strict=True):
+        if enabled:
+            blocks.append(Block(row, row + rows, adapted * r, (adapted + 1) * r, b_row, 0))
+            b_row += rows
+            adapted += 1
+        row += rows
+    return blocks
+
+
+def diagonal_blocks(blocks: Sequence[Sequence[int]], out_features: int, rank: int) -> list[Block]:
+    """Layout of slices in PEFT's format: a full-height B whose blocks stand where rows and ranks meet.
+
+    Args:
+        blocks: `(row_start, row_stop, rank_start, rank_stop)` of each update; neither rows nor ranks overlap.
+        out_features: Rows of B.
+        rank: Columns of B.
+
+    Raises:
+        ConfigError: A block is empty, reaches beyond B, or shares rows or ranks with another.
+    """
+    where = "philora.lora.lora_sliced_linear"
+    for first, name, bound in ((0, "rows", out_features), (2, "ranks", rank)):
+        stop = 0
+        for block in sorted(blocks, key=lambda each: each[first]):
+            if not stop <= block[first] < block[first + 1] <= bound:
+                expected = f"{name} that are not empty, end by {bound} and belong to one block only"
+                raise ConfigError(fault(where, "blocks", [tuple(each) for each in blocks], expected))
+            stop = block[first + 1]
+    return [Block(top, bottom, left, right, top, left) for top, bottom, left, right in blocks]
+
+
+class _LoRALinear(torch.autograd.Function):
+    """`y = x W^T + b`, then `y[:, rows] += s * d(x) A[ranks]^T B[block]^T` for each block; d is dropout.
+
+    With `G = s * dy B` (T, R; computed block by block) the gradients are
+
+        dx = dy W + d'(G A)        dA = G^T d(x)        dB[block] = s * dy[:, rows]^T (d(x) A^T)[:, ranks]
+
+    Neither `B A` nor any other (out, in) or extra (T, out) tensor is made: thin products are accumulated into the
+    wide ones in place (`addmm_`), which measures four times faster than a product and an addition. Saved for
+    backward: x, `d(x) A^T` and, with dropout, its mask; the weight is saved by reference.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        blocks: list[Block],
+        dropout_p: float,
+    ) -> Tensor:
+        """Everything is of one dtype; x is (T, in)."""
+        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        mask = None
+        dropped = x
+        if dropout_p > 0:
+            dropped, mask = torch.native_dropout(x, dropout_p, True)
+        down = dropped @ lora_A.t()
+        for block in blocks:
+            ranks = slice(block.rank_start, block.rank_stop)
+            y[:, block.out_start : block.out_stop].addmm_(down[:, ranks], block.of_b(lora_B).t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, down, mask)
+        ctx.scaling, ctx.blocks = scaling, blocks
+        ctx.keep_scale = 0.0 if dropout_p >= 1 else 1.0 / (1.0 - dropout_p)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias, lora_A and lora_B, each only when it is asked for."""
+        (dy,) = grads
+        with torch.autocast(dy.device.type, enabled=False):
+            return _LoRALinear._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, down, mask = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+        dx = dweight = dbias = dA = dB = None
+        dropped = x
+        if mask is not None and (needs_A or torch.is_grad_enabled()):
+            dropped = x * mask * ctx.keep_scale
+        if torch.is_grad_enabled():
+            # create_graph=True: `down` was saved without its history, so it is computed again with it.
+            down = dropped @ lora_A.t()
+
+        if needs_x:
+            dx = dy @ weight
+        if needs_x or needs_A:
+            # Ranks that no block covers get no gradient.
+            g = dy.new_zeros(down.shape)
+            for block in ctx.blocks:
+                rows = dy[:, block.out_start : block.out_stop]
+                g[:, block.rank_start : block.rank_stop].addmm_(rows, block.of_b(lora_B), alpha=ctx.scaling)
+            if dx is not None and mask is None:
+                dx.addmm_(g, lora_A)
+            elif dx is not None:
+                dx += (g @ lora_A) * mask * ctx.keep_scale
+            if needs_A:
+                dA = g.t() @ dropped
+        if needs_B:
+            # What lies outside the blocks has no gradient: exactly zero, so that it stays what it is.
+            dB = torch.zeros_like(lora_B)
+            for block in ctx.blocks:
+                rows = dy[:, block.out_start : block.out_stop]
+                block.of_b(dB).addmm_(rows.t(), down[:, block.rank_start : block.rank_stop], alpha=ctx.scaling)
+        if needs_weight:
+            dweight = dy.t() @ x
+        if needs_bias:
+            dbias = dy.sum(0)
+        return dx, dweight, dbias, dA, dB, None, None, None
+
+
+def _low_rank(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    blocks: list[Block],
+    dropout_p: float,
+) -> Tensor:
+    """The fused function on tensors of any leading shape and mixed dtypes."""
+    dtype = x.dtype
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    with torch.autocast(device, enabled=False):
+        y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
+            flat, weight, bias, lora_A.to(dtype), lora_B.to(dtype), scaling, blocks, dropout_p
+        )
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _low_rank_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    blocks: list[Block],
+    dropout_p: float,
+) -> Tensor:
+    """The same function in plain PyTorch."""
+    y = F.linear(x, weight, bias)
+    down = F.linear(F.dropout(x, dropout_p), lora_A.to(x.dtype))
+    parts, row = [], 0
+    for block in sorted(blocks):
+        parts.append(y[..., row : block.out_start])
+        up = F.linear(down[..., block.rank_start : block.rank_stop], block.of_b(lora_B).to(down.dtype))
+        parts.append(y[..., block.out_start : block.out_stop] + up * scaling)
+        row = block.out_stop
+    return torch.cat([*parts, y[..., row:]], dim=-1)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """`y = x W^T + b + scaling * dropout(x) A^T B^T`.
+
+    Args:
+        x: Activations.
+        weight: Base weight; any strides, so a (in, out) matrix comes in as its transpose.
+        bias: Base bias.
+        lora_A: Down matrix, of any floating dtype.
+        lora_B: Up matrix, of any floating dtype.
+        scaling: Multiplier of the update.
+        dropout_p: Probability with which an element of x is dropped on its way into A.
+        training: Whether dropout acts.
+
+    Shapes:
+        x (..., in), weight (out, in), bias (out), lora_A (r, in), lora_B (out, r); returns (..., out).
+
+    Numerics:
+        All products are of x's dtype (under autocast: autocast's) with fp32 accumulation; A and B are rounded to it.
+        y is rounded after the base product and again after the update; gradients of A and B are rounded to the
+        product's dtype, then returned in A's and B's own. Gradients of gradients are available.
+
+    Cost:
+        Forward 2·T·(in·out + r·(in + out)) FLOPs. Keeps x and T·r elements for backward, with dropout T·in bytes more.
+
+    Raises:
+        RuntimeError: Shapes or the dtypes of x and weight do not fit (PyTorch's own message).
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1; loralib 0.1.2, `Linear`.
+
+    Example:
+        >>> x, weight = torch.ones(2, 3), torch.zeros(4, 3)
+        >>> lora_linear(x, weight, None, torch.ones(1, 3), torch.ones(4, 1), scaling=0.5)[0]
+        tensor([1.5000, 1.5000, 1.5000, 1.5000])
+    """
+    blocks = [Block(0, weight.shape[0], 0, lora_A.shape[0], 0, 0)]
+    compute = _low_rank if fused_enabled() else _low_rank_reference
+    return compute(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0)
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """`lora_linear` in plain PyTorch; draws the same dropout mask from the same seed on the CPU.
+
+    Shapes:
+        As `lora_linear`.
+    """
+    down = F.linear(F.dropout(x, dropout_p, training), lora_A.to(x.dtype))
+    return F.linear(x, weight, bias) + F.linear(down, lora_B.to(down.dtype)) * scaling
+
+
+def lora_merged_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    slices: Sequence[int],
+    enable_lora: Sequence[bool],
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """A linear map whose output slices have updates of their own, B in loralib's compact layout.
+
+    Args:
+        x: Activations.
+        weight: Base weight of all slices.
+        bias: Base bias.
+        lora_A: Down matrices of the adapted slices, stacked.
+        lora_B: Up matrices of the adapted slices, stacked.
+        scaling: Multiplier of all updates.
+        slices: Output rows of each slice; they sum to `out`.
+        enable_lora: Which slices are adapted; at least one.
+        dropout_p: Probability of dropout on the way into A; one mask for all slices.
+        training: Whether dropout acts.
+
+    Shapes:
+        x (..., in), weight (out, in), bias (out), lora_A (n·r, in), lora_B (rows of the adapted slices, r);
+        returns (..., out).
+
+    Numerics:
+        As `lora_linear`.
+
+    Source:
+        loralib 0.1.2, `MergedLinear`, which builds the whole (out, in) update in each forward; this does not.
+    """
+    blocks = merged_blocks(slices, enable_lora, lora_A.shape[0] // sum(map(bool, enable_lora)))
+    compute = _low_rank if fused_enabled() else _low_rank_reference
+    return compute(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0)
+
+
+def lora_merged_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    slices: Sequence[int],
+    enable_lora: Sequence[bool],
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """`lora_merged_linear` in plain PyTorch.
+
+    Shapes:
+        As `lora_merged_linear`.
+    """
+    blocks = merged_blocks(slices, enable_lora, lora_A.shape[0] // sum(map(bool, enable_lora)))
+    return _low_rank_reference(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0)
+
+
+def lora_sliced_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    blocks: Sequence[Sequence[int]],
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """A linear map whose output slices have updates of their own, B block-diagonal in PEFT's format.
+
+    Equal to `lora_linear` with the same A and B as long as B is zero outside its blocks. What stands outside the
+    blocks is neither read nor given a gradient, so zeros stay zeros under any optimizer.
+
+    Args:
+        x: Activations.
+        weight: Base weight of all slices.
+        bias: Base bias.
+        lora_A: Down matrices, stacked.
+        lora_B: Block-diagonal up matrix.
+        blocks: `(row_start, row_stop, rank_start, rank_stop)` of each update.
+        scaling: Multiplier of all updates.
+        dropout_p: Probability of dropout on the way into A; one mask for all slices.
+        training: Whether dropout acts.
+
+    Shapes:
+        x (..., in), weight (out, in), bias (out), lora_A (R, in), lora_B (out, R); returns (..., out).
+
+    Numerics:
+        As `lora_linear`. The gradient of B is dense, with exact zeros outside the blocks.
+
+    Raises:
+        ConfigError: A block is empty, reaches beyond B, or shares rows or ranks with another.
+    """
+    layout = diagonal_blocks(blocks, weight.shape[0], lora_A.shape[0])
+    compute = _low_rank if fused_enabled() else _low_rank_reference
+    return compute(x, weight, bias, lora_A, lora_B, scaling, layout, dropout_p if training else 0.0)
+
+
+def lora_sliced_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    blocks: Sequence[Sequence[int]],
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """`lora_sliced_linear` in plain PyTorch: B multiplied by the mask of its blocks.
+
+    Shapes:
+        As `lora_sliced_linear`.
+    """
+    inside = torch.zeros_like(lora_B)
+    for row_start, row_stop, rank_start, rank_stop in blocks:
+        inside[row_start:row_stop, rank_start:rank_stop] = 1
+    return lora_linear_reference(x, weight, bias, lora_A, lora_B * inside, scaling, dropout_p, training)
