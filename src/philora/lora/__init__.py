@@ -1,1 +1,61 @@
-"""LoRA layers for models of one's own; loralib's names, arguments and checkpoints."""
+"""LoRA layers for models of one's own: write `from philora import lora` for `import loralib as lora`.
+
+loralib's names, arguments, shapes and checkpoints, without its faults; `docs/loralib.md` lists every difference.
+Needs torch only.
+
+Example:
+    >>> import torch
+    >>> from philora import lora
+    >>> model = torch.nn.Sequential(lora.Linear(8, 8, r=2, lora_alpha=4), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> lora.mark_only_lora_as_trainable(model)
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['0.lora_A', '0.lora_B']
+    >>> sorted(lora.lora_state_dict(model))
+    ['0.lora_A', '0.lora_B']
+"""
+
+from philora.lora.base import LoRALayer
+from philora.lora.functional import (
+    fused,
+    fused_enabled,
+    lora_linear,
+    lora_linear_reference,
+    lora_merged_linear,
+    lora_merged_linear_reference,
+    lora_sliced_linear,
+    lora_sliced_linear_reference,
+)
+from philora.lora.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
+from philora.lora.state import (
+    disable_adapter,
+    load_lora,
+    lora_state_dict,
+    loraplus_parameter_groups,
+    mark_only_lora_as_trainable,
+    merged_state_dict,
+)
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvLoRA",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergedLinear",
+    "disable_adapter",
+    "fused",
+    "fused_enabled",
+    "load_lora",
+    "lora_linear",
+    "lora_linear_reference",
+    "lora_merged_linear",
+    "lora_merged_linear_reference",
+    "lora_sliced_linear",
+    "lora_sliced_linear_reference",
+    "lora_state_dict",
+    "loraplus_parameter_groups",
+    "mark_only_lora_as_trainable",
+    "merged_state_dict",
+]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -61,6 +61,21 @@ def fused_enabled() -> bool:
         return False
     chosen = _fused.get()
     return os.environ.get("PHILORA_FUSED", "1") != "0" if chosen is None else chosen
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of the autocast block that is open for this kind of device, if there is one."""
+    # The meta device has no autocast, and asking about it raises.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A block in which products keep the dtypes that they are given."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 @contextmanager
@@ -156,7 +171,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias, lora_A and lora_B, each only when it is asked for."""
         (dy,) = grads
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device.type):
             return _LoRALinear._gradients(ctx, dy)
 
     @staticmethod
@@ -209,14 +224,13 @@ def _low_rank(
     dropout_p: float,
 ) -> Tensor:
     """The fused function on tensors of any leading shape and mixed dtypes."""
-    dtype = x.dtype
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype, device = x.dtype, x.device.type
+    if dtype != torch.float64 and (chosen := autocast_dtype(device)) is not None:
+        dtype = chosen
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
             flat, weight, bias, lora_A.to(dtype), lora_B.to(dtype), scaling, blocks, dropout_p
         )

@@ -1,0 +1,201 @@
+"""What all layers with a low-rank update share: loralib's bookkeeping, merging, scaling, switching off.
+
+How merging works: the base weight is a Parameter that no mode ever writes to. `eval()` computes `W + scaling * B A`
+once and puts it beside the Parameter; while it is there, the attribute `weight` reads as it. `train()` drops it.
+So the base comes back bit for bit in every dtype, `parameters()` and `state_dict()` hold the unmerged weight in any
+mode, and a weight shared with another module (a tied head) stays what it is. The price is a second copy of each
+adapted weight while the model is in eval mode; `merge_weights=False` avoids it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from philora.errors import ConfigError, fault
+from philora.lora.functional import without_autocast
+
+
+class LoRALayer:
+    """What loralib keeps on every layer: rank, alpha, dropout and whether the weight is merged.
+
+    Args:
+        r: Rank; 0 is a plain layer.
+        lora_alpha: The update is multiplied by `lora_alpha / r`.
+        lora_dropout: Probability of dropout on the update's input.
+        merge_weights: Whether `eval()` merges.
+
+    Raises:
+        ConfigError: A value is out of bounds.
+    """
+
+    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
+        where = f"philora.lora.{type(self).__name__}"
+        if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+            raise ConfigError(fault(where, "r", r, "a whole number of at least 0", "0 makes a plain layer"))
+        if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
+            raise ConfigError(fault(where, "lora_alpha", lora_alpha, "a finite number", "Common values are r and 2 r"))
+        if not 0 <= lora_dropout <= 1:
+            raise ConfigError(fault(where, "lora_dropout", lora_dropout, "a probability from 0 to 1"))
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.merged = False
+        self.merge_weights = merge_weights
+
+
+class ShowsMerged:
+    """A module whose `weight` reads as the merged value while there is one, else as its Parameter."""
+
+    _merged_weight: Tensor | None = None
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The Parameter, whatever the mode."""
+        held: Tensor | None = self.__dict__.get("weight", self.__dict__["_parameters"].get("weight"))
+        if held is None:
+            raise AttributeError(f"{type(self).__name__} has no weight yet")
+        return held
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight while merged, else the base weight; what is written to it while merged is lost."""
+        return self.base_weight if self._merged_weight is None else self._merged_weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # Parameters are caught by nn.Module; plain tensors come from FSDP, pruning and the like.
+        self.__dict__["weight"] = value
+
+
+class AdaptedLayer(LoRALayer, nn.Module):
+    """The common part of philora's layers: scaling, merging, switching off. Not for use by itself."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    disable_adapters = False
+    _scaling = 0.0
+    _merged_from: tuple[Tensor, ...] = ()
+
+    def adapt(
+        self,
+        shape_a: tuple[int, int],
+        shape_b: tuple[int, int],
+        use_rslora: bool,
+    ) -> None:
+        """Add A and B of the weight's dtype and device, and freeze the weight; without rank add nothing."""
+        if self.r > 0 and 0 not in shape_b:
+            self.lora_A = nn.Parameter(self.base_weight.new_zeros(shape_a))
+            self.lora_B = nn.Parameter(self.base_weight.new_zeros(shape_b))
+            self.base_weight.requires_grad_(False)
+            self._scaling = self.lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        self.register_load_state_dict_post_hook(_merge_what_was_loaded)  # type: ignore[no-untyped-call]
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The Parameter that the update is added to, whatever the mode."""
+        raise NotImplementedError
+
+    @property
+    def _holder(self) -> Any:
+        """The module that the base weight belongs to."""
+        return self
+
+    @property
+    def scaling(self) -> float:
+        """Multiplier of the update; may be set at any time, also while merged."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self._scaling = value
+        self._settle()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the update on or off; switched off, the layer is its base, and A and B get no gradient."""
+        self.disable_adapters = not enabled
+        self._settle()
+
+    def merge_AB(self) -> Tensor:
+        """The update without its scaling, in the layout of the weight and at least fp32."""
+        raise NotImplementedError
+
+    def merged_weight(self) -> Tensor:
+        """The base weight plus the update, whatever the mode.
+
+        Numerics:
+            Computed in fp32 (float64 if anything is) and rounded once to the base's dtype.
+        """
+        base = self._base_for_merging()
+        # What is made in inference mode could not be used outside it; leaving it turns gradients on.
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(base.device.type):
+            return self.merge_AB().mul_(self.scaling).add_(base).to(base.dtype).contiguous()
+
+    def _base_for_merging(self) -> Tensor:
+        return self.base_weight
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype that merging computes in."""
+        dtype = torch.promote_types(self.base_weight.dtype, torch.float32)
+        dtype = torch.promote_types(dtype, self.lora_A.dtype)
+        return self.lora_A.to(dtype), self.lora_B.to(dtype)
+
+    @property
+    def _has_update(self) -> bool:
+        return hasattr(self, "lora_A")
+
+    def _adds_update(self) -> bool:
+        """Whether forward adds the update itself.
+
+        Also while merged, when the base trains (the merged value is a copy without gradient) and when base, A or B
+        is another tensor than was merged (assigned, or put there by `torch.func.functional_call`).
+        """
+        if not self._has_update or self.disable_adapters:
+            return False
+        if not self.merged or (torch.is_grad_enabled() and self.base_weight.requires_grad):
+            return True
+        base, lora_A, lora_B = self._merged_from
+        return base is not self.base_weight or lora_A is not self.lora_A or lora_B is not self.lora_B
+
+    def _settle(self) -> None:
+        """Merge from what base, A and B hold now if the mode asks for it, else drop the merged value."""
+        self.merged = not self.training and self.merge_weights and not self.disable_adapters
+        if self.merged and self._has_update:
+            self._merged_from = (self.base_weight, self.lora_A, self.lora_B)
+            self._holder._merged_weight = self.merged_weight()
+        else:
+            self._merged_from = ()
+            self._holder._merged_weight = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode with the unmerged weight, or (`mode=False`) evaluation mode with the merged one."""
+        super().train(mode)
+        self._settle()
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # .to(), .half(), to_empty() and the like change base, A and B: the merged value is computed again from them.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._settle()
+        return self
+
+    def _reset_lora(self) -> None:
+        """A as nn.Linear's weight, B zero: the update starts at zero."""
+        if self._has_update:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+        if hasattr(self, "merged"):
+            self._settle()
+
+    def extra_repr(self) -> str:
+        """The base's text and the rank."""
+        text = super().extra_repr()
+        return f"{text}, r={self.r}, scaling={self.scaling:g}" if self._has_update else text
+
+
+def _merge_what_was_loaded(module: AdaptedLayer, _: Any) -> None:
+    module._settle()

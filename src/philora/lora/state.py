@@ -1,0 +1,246 @@
+"""Which parameters train, and the states that are written to and read from files.
+
+Names decide by whole words, where loralib looks for substrings: a parameter is LoRA's when its own name begins with
+`lora_` (`lora_A` of the layers here) or a module on its way is called `lora_A` or `lora_B` (PEFT's layers); it is a
+bias when `bias` is a word of its own name. So a head called `lora_head` stays frozen, and `debias.weight` is no bias.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from philora.errors import AdapterError, ConfigError, fault, nearest, one_per_line
+from philora.lora.base import AdaptedLayer
+from philora.lora.layers import ConvLoRA, Embedding
+
+_BIAS_CHOICES = ("none", "all", "lora_only")
+_PEFT_MODULES = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+
+
+def _is_lora(name: str) -> bool:
+    *modules, own = name.split(".")
+    return own.startswith("lora_") or not _PEFT_MODULES.isdisjoint(modules)
+
+
+def _is_bias(name: str) -> bool:
+    return re.search(r"(^|_)bias(_|$)", name.rpartition(".")[2]) is not None
+
+
+def _biases_of_lora_layers(model: nn.Module) -> set[str]:
+    """Names of the biases of layers that have an update."""
+    names = set()
+    for prefix, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        if any(name.startswith("lora_") for name in own):
+            bias = "conv.bias" if isinstance(module, ConvLoRA) else "bias"
+            names.add(f"{prefix}.{bias}" if prefix else bias)
+    return names
+
+
+def _chosen(model: nn.Module, names: list[str], bias: str, where: str) -> set[str]:
+    """The names that a choice of biases selects, LoRA's own included."""
+    if bias not in _BIAS_CHOICES:
+        raise ConfigError(
+            fault(where, "bias", bias, "one of " + ", ".join(_BIAS_CHOICES), nearest(str(bias), _BIAS_CHOICES))
+        )
+    lora = {name for name in names if _is_lora(name)}
+    if bias == "all":
+        return lora | {name for name in names if _is_bias(name)}
+    if bias == "lora_only":
+        return lora | _biases_of_lora_layers(model).intersection(names)
+    return lora
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze every parameter except LoRA's, which are made trainable, and the chosen biases.
+
+    Args:
+        model: Any module.
+        bias: `none`; `all` biases of the model; `lora_only`: those of layers that have an update.
+
+    Raises:
+        ConfigError: `bias` is none of these; nothing has been changed.
+
+    Source:
+        loralib 0.1.2, which matches substrings and never makes a parameter trainable again.
+    """
+    # A parameter that stands under several names (tied) trains when one of them is chosen.
+    named = list(model.named_parameters(remove_duplicate=False))
+    chosen = _chosen(model, [name for name, _ in named], bias, "philora.lora.mark_only_lora_as_trainable")
+    trainable = {id(parameter) for name, parameter in named if name in chosen}
+    for _, parameter in named:
+        parameter.requires_grad = id(parameter) in trainable
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """LoRA's part of the state dict, and the chosen biases: what a fine-tuning has to keep.
+
+    Args:
+        model: Any module, in any mode.
+        bias: What `mark_only_lora_as_trainable` was called with.
+
+    Raises:
+        ConfigError: `bias` is none of `none`, `all`, `lora_only`.
+
+    Source:
+        loralib 0.1.2.
+    """
+    state = model.state_dict()
+    chosen = _chosen(model, list(state), bias, "philora.lora.lora_state_dict")
+    return {name: value for name, value in state.items() if name in chosen}
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the same model without LoRA: weights merged, A and B gone, loadable where torch's layers stand.
+
+    In loralib this is the state dict of a model in eval mode.
+
+    Numerics:
+        Computed in fp32 and rounded once to each weight's dtype; the model is not changed.
+
+    Cost:
+        A copy of each adapted weight.
+    """
+    state = dict(model.state_dict())
+    for prefix, module in model.named_modules():
+        if not isinstance(module, AdaptedLayer):
+            continue
+        path = f"{prefix}." if prefix else ""
+        if isinstance(module, ConvLoRA):
+            state = {
+                name.replace(f"{path}conv.", path, 1) if name.startswith(f"{path}conv.") else name: value
+                for name, value in state.items()
+            }
+        if state.pop(f"{path}lora_A", None) is not None:
+            del state[f"{path}lora_B"]
+            state[f"{path}weight"] = module.merged_weight()
+    return state
+
+
+def load_lora(model: nn.Module, source: str | Path | Mapping[str, Any]) -> None:
+    """Load LoRA's tensors, and whatever else of the model the source holds; all faults are reported at once.
+
+    Args:
+        model: A module with LoRA layers, in any mode; a merged model is merged again from what was loaded.
+        source: A state dict, a `.safetensors` file, or a file of `torch.save`, read with `weights_only=True`.
+
+    Raises:
+        AdapterError: The file is missing, torn or holds code; or tensors are missing, unexpected or mis-shaped.
+            Nothing has been loaded then.
+    """
+    where = "philora.lora.load_lora" if isinstance(source, Mapping) else str(source)
+    state = dict(source if isinstance(source, Mapping) else read_state(source))
+    expected = model.state_dict()
+    _name_convolutions(model, state)
+    faults = [
+        fault(where, name, "missing", f"a tensor of shape {tuple(expected[name].shape)}")
+        for name in expected
+        if _is_lora(name) and name not in state
+    ]
+    for name, value in state.items():
+        if name not in expected:
+            faults.append(fault(where, name, "unexpected", "a name of this model", nearest(str(name), expected)))
+        elif not isinstance(value, Tensor):
+            faults.append(fault(where, name, value, f"a tensor, found {type(value).__name__}"))
+        elif value.shape != expected[name].shape:
+            faults.append(fault(where, name, tuple(value.shape), f"shape {tuple(expected[name].shape)}"))
+    if faults:
+        raise AdapterError(one_per_line(faults))
+    model.load_state_dict(state, strict=False)
+
+
+def _name_convolutions(model: nn.Module, state: dict[str, Any]) -> None:
+    """Rename `weight` and `bias` of convolutions, as some releases of loralib wrote them, to ours."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, ConvLoRA):
+            path = f"{prefix}." if prefix else ""
+            for name in ("weight", "bias"):
+                if path + name in state:
+                    state.setdefault(f"{path}conv.{name}", state.pop(path + name))
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The tensors of a `.safetensors` file or of a file of `torch.save`, on the CPU.
+
+    Raises:
+        AdapterError: The file is missing, torn, holds code or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AdapterError(fault(str(path), "path", str(path), "an existing file"))
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load
+
+            # From memory: a file that is overwritten later cannot change what was loaded.
+            state: Any = load(path.read_bytes())
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # The readers raise whatever a torn or hostile file leads them to: EOFError, KeyError, UnicodeDecodeError, ...
+        code = re.search(r"Unsupported (?:global|class|operand).*|GLOBAL \S+", str(error))
+        value = code.group() if code else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        expected = "a whole file of tensors and nothing that would run code"
+        raise AdapterError(fault(str(path), "content", value, expected, "Save the state dict again")) from error
+    if not isinstance(state, dict):
+        raise AdapterError(fault(str(path), "content", type(state).__name__, "a state dict"))
+    return state
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """In this block the model's LoRA layers are their base; then each is again as it was.
+
+    Example:
+        >>> from philora import lora
+        >>> layer = lora.Linear(2, 2, r=1)
+        >>> with lora.disable_adapter(layer):
+        ...     assert layer.disable_adapters
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer) and not module.disable_adapters]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def loraplus_parameter_groups(
+    model: nn.Module, lr: float, loraplus_lr_ratio: float, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer in which B learns faster than everything else that trains.
+
+    Args:
+        model: A module with its trainable parameters chosen.
+        lr: Learning rate of A and of all that is not LoRA's.
+        loraplus_lr_ratio: B's learning rate is `lr` times this; the paper recommends 16 and more.
+        weight_decay: Of both groups.
+
+    Raises:
+        ConfigError: `loraplus_lr_ratio` is not positive, or nothing trains.
+
+    Source:
+        Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (2024), section 4.
+    """
+    where = "philora.lora.loraplus_parameter_groups"
+    if not loraplus_lr_ratio > 0:
+        raise ConfigError(fault(where, "loraplus_lr_ratio", loraplus_lr_ratio, "a number above 0"))
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        todo = "Call mark_only_lora_as_trainable first"
+        raise ConfigError(fault(where, "model", type(model).__name__, "at least one trainable parameter", todo))
+    # An embedding's B starts normal and its A at zero: there B is no up matrix in the paper's sense.
+    embeddings = {id(m.lora_B) for m in model.modules() if isinstance(m, Embedding) and m.r}
+    fast = [p for name, p in trained if "lora_B" in name.split(".") and id(p) not in embeddings]
+    slow = [p for name, p in trained if not ("lora_B" in name.split(".") and id(p) not in embeddings)]
+    groups = [(slow, lr), (fast, lr * loraplus_lr_ratio)]
+    return [{"params": params, "lr": rate, "weight_decay": weight_decay} for params, rate in groups if params]
