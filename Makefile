@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up everything they need in .venv; only Python 3.11 or later, git and make are required.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types unit format clean
+
+help:
+	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
+	@echo "make test       install, then lint, types and tests (under 10 minutes on 2 cores)"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make format     let ruff rewrite the code"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "philora needs Python 3.11 or later; name one with: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.runtime
+	$(BIN)/philora demo
+
+test: lint types unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(PYTEST) -m 'not slow and not gpu'
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,742 @@
+"""LoRA adapters on Hugging Face models: PEFT's, with strict names, slices of fused projections, and a fast forward.
+
+    names in a LoraConfig -> `resolve` -> a LoraConfig that PEFT understands, and the slices it stands for
+                          -> PEFT injects its layers -> `optimize` swaps their class for `FastLinear`
+
+A slice adapter (`q_proj`, `v_proj`, `gate_proj`, ...) *is* a PEFT adapter of the fused module: the slices' A stacked,
+their B on the diagonal of a matrix that is zero elsewhere, rank R = r x slices, and alpha raised so that the
+multiplier stays what it was. What makes it a slice adapter is that the zeros get no gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import peft
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from philora.checkpoint import read_peft_tensors, write_json
+from philora.errors import AdapterError, TargetError, fault, nearest, one_per_line
+from philora.families import fused_slices
+from philora.lora.functional import lora_linear, lora_sliced_linear
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "philora.json"
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D, BaseTunerLayer)
+
+
+class Slice(NamedTuple):
+    """One slice of a fused projection: its name, its rows of the output, its columns of B (rows of A)."""
+
+    name: str
+    row_start: int
+    row_stop: int
+    rank_start: int
+    rank_stop: int
+
+
+Slices = tuple[Slice, ...]
+
+
+class Resolution(NamedTuple):
+    """What a LoraConfig means on a model: PEFT's form of it, and the slices by full name of their fused module."""
+
+    config: LoraConfig
+    slices: dict[str, Slices]
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+@dataclass
+class _Names:
+    """Everything in a model that a LoraConfig can name: its modules, and the slices of its fused projections."""
+
+    modules: dict[str, nn.Module]
+    rows: dict[str, dict[str, tuple[int, int]]]  # full name of a fused module -> slice -> rows
+    fused_of: dict[str, tuple[str, str]] = field(init=False)  # full name of a slice -> (fused module, slice)
+
+    def __post_init__(self) -> None:
+        self.fused_of = {
+            f"{fused.rpartition('.')[0]}.{each}".lstrip("."): (fused, each)
+            for fused, slices in self.rows.items()
+            for each in slices
+        }
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Names:
+        modules = {name: module for name, module in model.named_modules() if name}
+        layout = fused_slices(getattr(model, "config", None))
+        rows = {}
+        for name, module in modules.items():
+            slices = layout.get(name.rpartition(".")[2])
+            if slices and getattr(module, "out_features", None) == max(stop for _, stop in slices.values()):
+                rows[name] = dict(slices)
+        return cls(modules, rows)
+
+    def matching(self, target: str, pool: Iterable[str]) -> list[str]:
+        """Names that PEFT takes `target` of a list for: the name itself or its last parts."""
+        return [name for name in pool if name == target or name.endswith(f".{target}")]
+
+    def adaptable(self) -> list[str]:
+        """The short names that a person can target, for messages."""
+        leaves = {name.rpartition(".")[2] for name, module in self.modules.items() if _is_adaptable(module)}
+        return sorted(leaves | {each for slices in self.rows.values() for each in slices})
+
+    def condensed(self, full_names: Iterable[str]) -> list[str]:
+        """The same modules by their last name part, wherever that part names no other module."""
+        chosen = set(full_names)
+        short: set[str] = set()
+        for name in chosen:
+            leaf = name.rpartition(".")[2]
+            short.add(leaf if set(self.matching(leaf, self.modules)) <= chosen else name)
+        return sorted(short)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, ADAPTABLE) or hasattr(module, "in_features")
+
+
+def _as_list(names: str | Iterable[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else sorted(names or [])
+
+
+def _matches_pattern(pattern: str, name: str) -> bool:
+    """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config") -> Resolution:
+    """Check every name of a LoraConfig against a model, and turn slices into PEFT's terms. Changes neither.
+
+    Args:
+        model: The model to be adapted, with weights or on the meta device.
+        peft_config: What is wanted. `target_modules` may name slices of fused projections.
+        where: What the messages call the configuration.
+
+    Returns:
+        A copy of the config in PEFT's terms, and the slices of each fused module.
+
+    Raises:
+        TargetError: A target, excluded module, pattern key, layer index or module to save matches nothing, a target
+            cannot be adapted, slices of one module differ in rank or alpha, or the initialisation does not allow
+            slices. All faults at once.
+    """
+    names = _Names.of(model)
+    faults: list[str] = []
+    config = copy.deepcopy(peft_config)
+
+    def missing(key: str, name: str, pool: Iterable[str], what: str) -> None:
+        known = sorted(set(pool))
+        todo = nearest(name, known) or f"Known: {', '.join(known[:30])}{', ...' if len(known) > 30 else ''}"
+        faults.append(fault(where, key, name, f"the name of {what}", todo))
+
+    real, wanted = _resolve_targets(model, config, names, missing, faults, where)
+    real, wanted = _apply_exclusions(config, names, real, wanted, missing, faults, where)
+
+    for name in real:
+        if not _is_adaptable(names.modules[name]):
+            kind = type(names.modules[name]).__name__
+            expected = "a linear, embedding or convolution layer"
+            faults.append(fault(where, "target_modules", name, expected, f"It is a {kind}"))
+    for name in _as_list(config.modules_to_save):
+        if not names.matching(name, names.modules):
+            missing("modules_to_save", name, (each.rpartition(".")[2] for each in names.modules), "a module")
+    if config.layers_to_transform is not None:
+        _check_layers(config, names, faults, where)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(_matches_pattern(pattern, name) for name in [*real, *wanted]):
+                missing(key, pattern, (each.rpartition(".")[2] for each in [*real, *wanted]), "a targeted module")
+
+    slices = _resolve_slices(config, names, real, wanted, faults, where)
+    if faults:
+        raise TargetError(one_per_line(list(dict.fromkeys(faults))))
+    return Resolution(config, slices)
+
+
+def _resolve_targets(
+    model: nn.Module, config: LoraConfig, names: _Names, missing: Any, faults: list[str], where: str
+) -> tuple[list[str], list[str]]:
+    """Full names of the modules and of the slices that `target_modules` names."""
+    targets = config.target_modules
+    if targets is None:
+        if config.target_parameters:
+            _check_target_parameters(model, config, missing)
+            return [], []
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if targets is None:
+            todo = f"Give 'all-linear' or names out of: {', '.join(names.adaptable())}"
+            faults.append(fault(where, "target_modules", None, "names of modules", todo))
+            return [], []
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear":
+            probe = copy.copy(config)
+            expanded = _maybe_include_all_linear_layers(probe, model).target_modules
+            return sorted(cast("set[str]", expanded)), []
+        real = [name for name in names.modules if re.fullmatch(targets, name)]
+        wanted = [name for name in names.fused_of if re.fullmatch(targets, name)]
+        if not real and not wanted:
+            missing("target_modules", targets, names.adaptable(), "at least one module (as a regular expression)")
+        return real, wanted
+    real, wanted = [], []
+    for target in _as_list(targets):
+        modules = names.matching(target, names.modules)
+        slices = names.matching(target, names.fused_of)
+        if not modules and not slices:
+            missing("target_modules", target, names.adaptable(), "a module or of a slice of a fused projection")
+        real += modules
+        wanted += slices
+    return real, wanted
+
+
+def _check_target_parameters(model: nn.Module, config: LoraConfig, missing: Any) -> None:
+    parameters = [name for name, _ in model.named_parameters()]
+    for target in _as_list(config.target_parameters):
+        if not any(name == target or name.endswith(f".{target}") for name in parameters):
+            missing("target_parameters", target, {name.rpartition(".")[2] for name in parameters}, "a parameter")
+
+
+def _apply_exclusions(
+    config: LoraConfig, names: _Names, real: list[str], wanted: list[str], missing: Any, faults: list[str], where: str
+) -> tuple[list[str], list[str]]:
+    """Take out what `exclude_modules` names; a name that stands for nothing is a fault."""
+    excluded = config.exclude_modules
+    if not excluded:
+        return real, wanted
+    if isinstance(excluded, str):
+        hit = {name for name in [*names.modules, *names.fused_of] if re.fullmatch(excluded, name)}
+        if not hit:
+            missing("exclude_modules", excluded, names.adaptable(), "at least one module (as a regular expression)")
+    else:
+        hit = set()
+        for name in _as_list(excluded):
+            found = names.matching(name, [*names.modules, *names.fused_of])
+            if not found:
+                missing("exclude_modules", name, names.adaptable(), "a module")
+            hit.update(found)
+    for name in sorted(hit & set(names.fused_of) - set(wanted)):
+        fused, slice_name = names.fused_of[name]
+        if fused in real and fused not in hit:
+            leaf = fused.rpartition(".")[2]
+            others = [each for each in names.rows[fused] if each != slice_name]
+            todo = f"{leaf} is targeted as one matrix; target {' and '.join(others)} in its place"
+            faults.append(fault(where, "exclude_modules", slice_name, "a module that is targeted by itself", todo))
+    return [name for name in real if name not in hit], [name for name in wanted if name not in hit]
+
+
+def _check_layers(config: LoraConfig, names: _Names, faults: list[str], where: str) -> None:
+    layers = config.layers_to_transform
+    indexes = [layers] if isinstance(layers, int) else list(layers)
+    patterns = _as_list(config.layers_pattern) or [r"[^.]*"]
+    found = {
+        int(match["index"])
+        for name in names.modules
+        for pattern in patterns
+        if (match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name))
+    }
+    for index in indexes:
+        if index not in found:
+            expected = f"a layer index from 0 to {max(found)}" if found else "a model with numbered layers"
+            faults.append(fault(where, "layers_to_transform", index, expected))
+
+
+def _resolve_slices(
+    config: LoraConfig, names: _Names, real: list[str], wanted: list[str], faults: list[str], where: str
+) -> dict[str, Slices]:
+    """Replace slices by their fused modules in `config`; ranks and alphas through its patterns."""
+    by_module: dict[str, list[str]] = {}
+    for name in wanted:
+        fused, slice_name = names.fused_of[name]
+        by_module.setdefault(fused, []).append(slice_name)
+    if not by_module:
+        return {}
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        todo = "Use init_lora_weights=True, or target the fused modules themselves"
+        faults.append(fault(where, "init_lora_weights", config.init_lora_weights, "True for slices", todo))
+    slices: dict[str, Slices] = {}
+    rank_pattern: dict[str, dict[str, int]] = {}
+    alpha_pattern: dict[str, dict[str, float]] = {}
+    for fused, chosen in by_module.items():
+        leaf = fused.rpartition(".")[2]
+        ordered = [each for each in names.rows[fused] if each in chosen]
+        if fused in real:
+            todo = f"Name {leaf} for one matrix of rank r, or its slices for a rank r of each"
+            faults.append(fault(where, "target_modules", [leaf, *ordered], f"{leaf} or its slices, not both", todo))
+            continue
+        parent = fused.rpartition(".")[0]
+        values: dict[str, dict[str, float]] = {}
+        for key, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+            pattern = getattr(config, key)
+            full = {each: f"{parent}.{each}".lstrip(".") for each in ordered}
+            values[key] = {each: pattern.get(get_pattern_key(pattern, full[each]), default) for each in ordered}
+            if len(set(values[key].values())) > 1:
+                expected = f"one value for all slices of {leaf}, which share one A and one B on disk"
+                faults.append(fault(where, key, values[key], expected, "Give them the same value"))
+        r, alpha = int(values["rank_pattern"][ordered[0]]), values["alpha_pattern"][ordered[0]]
+        slices[fused] = tuple(
+            Slice(each, *names.rows[fused][each], index * r, (index + 1) * r) for index, each in enumerate(ordered)
+        )
+        stacked = len(ordered)
+        rank_pattern.setdefault(leaf, {})[fused] = r * stacked
+        alpha_pattern.setdefault(leaf, {})[fused] = alpha * (math.sqrt(stacked) if config.use_rslora else stacked)
+    config.target_modules = set(names.condensed([*real, *by_module]))
+    if config.exclude_modules and not isinstance(config.exclude_modules, str):
+        kept = [each for each in _as_list(config.exclude_modules) if names.matching(each, names.modules)]
+        config.exclude_modules = kept or None
+    # The first key that matches counts for PEFT, so the fused modules' own stand before the person's.
+    config.rank_pattern = _pattern_keys(rank_pattern) | _without_slices(config.rank_pattern, real)
+    config.alpha_pattern = _pattern_keys(alpha_pattern) | _without_slices(config.alpha_pattern, real)
+    return slices
+
+
+def _pattern_keys(by_leaf: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for leaf, values in by_leaf.items():
+        keys.update({leaf: next(iter(values.values()))} if len(set(values.values())) == 1 else values)
+    return keys
+
+
+def _without_slices(pattern: Mapping[str, Any], real: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in pattern.items() if any(_matches_pattern(key, name) for name in real)}
+
+
+# --------------------------------------------------------------------------------------------------- layers
+
+
+class FastLinear(PeftLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer of a `torch.nn.Linear`, computed as one autograd node where the case is the plain one.
+
+    Plain: one active adapter without a variant (DoRA, ...), not merged, not disabled, no adapter names per sample,
+    no bias of B, no hooks on the inner modules. All else runs PEFT's own forward. `optimize` sets the class of
+    existing layers; nothing else about them changes, so state dicts, saving and PEFT's methods stay PEFT's.
+    """
+
+    slices: dict[str, Slices]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's. Shapes: x (..., in); returns (..., out)."""
+        adapter = None if args or kwargs else self._plain_adapter()
+        if adapter is None:
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        base, dropout = self.base_layer, self.lora_dropout[adapter]
+        tensors = (x, base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        p = float(getattr(dropout, "p", 0.0))
+        scaling = float(self.scaling[adapter])
+        slices = self.slices.get(adapter)
+        if slices:
+            return lora_sliced_linear(*tensors, [each[1:] for each in slices], scaling, p, dropout.training)
+        return lora_linear(*tensors, scaling, p, dropout.training)
+
+    def _plain_adapter(self) -> str | None:
+        """Name of the one adapter that the fused function can compute, or None."""
+        active = [each for each in self.active_adapters if each in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1:
+            return None
+        adapter: str = active[0]
+        if adapter in self.lora_variant or self.lora_bias.get(adapter):
+            return None
+        inner = (self.base_layer, self.lora_A[adapter], self.lora_B[adapter])
+        if type(self.base_layer) is not nn.Linear or not isinstance(
+            self.lora_dropout[adapter], nn.Dropout | nn.Identity
+        ):
+            return None
+        if any("forward" in each.__dict__ or each._forward_hooks or each._forward_pre_hooks for each in inner):
+            return None
+        return adapter
+
+
+def optimize(model: nn.Module) -> nn.Module:
+    """Switch on the fast paths of a model that somebody else made, in place.
+
+    Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear` for `FastLinear`. Idempotent; a model
+    without such layers stays as it is.
+
+    Args:
+        model: A PeftModel, or any model that holds PEFT's LoRA layers.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
+            module.__class__ = FastLinear
+            module.slices = {}
+    return model
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """PEFT's LoRA layers by the name that their module has in the base model."""
+    prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+    return {name.removeprefix(prefix): each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
+
+
+def apply_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_name: str = "default") -> None:
+    """Tell the layers of an adapter which slices they hold; what is outside them is zero and stays zero.
+
+    Args:
+        model: A PeftModel whose adapter has the ranks that `resolve` gave it.
+        slices: By full name of the fused module in the base model.
+        adapter_name: The adapter.
+    """
+    for name, layer in _lora_layers(model).items():
+        if name not in slices or adapter_name not in layer.lora_A:
+            continue
+        weight = layer.lora_B[adapter_name].weight
+        inside = _inside(weight, slices[name])
+        with torch.no_grad():
+            weight.mul_(inside)
+        if weight.requires_grad:  # the fast forward needs no hook; PEFT's own forward (DoRA, ...) does
+            weight.register_hook(lambda grad, inside=inside: grad * inside.to(grad))
+        if isinstance(layer, FastLinear):
+            layer.slices = {**layer.slices, adapter_name: slices[name]}
+    if slices:
+        _remember_slices(model, slices, adapter_name)
+
+
+def _inside(weight: Tensor, slices: Slices) -> Tensor:
+    """Mask of the blocks of B. Shape: that of `weight`, (out, R)."""
+    mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    for each in slices:
+        mask[each.row_start : each.row_stop, each.rank_start : each.rank_stop] = True
+    return mask
+
+
+# ---------------------------------------------------------------------------------- models, saving, loading
+
+
+class _RecordsSlices:
+    """Part of a PeftModel whose `save_pretrained` also writes which slices its adapters hold."""
+
+    philora_slices: dict[str, dict[str, Slices]]
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, and `philora.json` beside each adapter that has slices."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if not kwargs.get("is_main_process", True):
+            return
+        for adapter, slices in self.philora_slices.items():
+            if kwargs.get("selected_adapters") and adapter not in kwargs["selected_adapters"]:
+                continue
+            folder = Path(save_directory) if adapter == "default" else Path(save_directory, adapter)
+            if folder.is_dir():
+                write_json(folder / RECORD_NAME, slice_record(slices))
+
+
+class SlicedPeftModel(_RecordsSlices, PeftModel):  # type: ignore[misc]
+    """`peft.PeftModel` that records slices when it is saved."""
+
+
+class SlicedPeftModelForCausalLM(_RecordsSlices, PeftModelForCausalLM):  # type: ignore[misc]
+    """`peft.PeftModelForCausalLM` that records slices when it is saved."""
+
+
+def _remember_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_name: str) -> None:
+    recording = {PeftModel: SlicedPeftModel, PeftModelForCausalLM: SlicedPeftModelForCausalLM}.get(type(model))
+    if recording is not None:
+        model.__class__ = recording
+        model.philora_slices = {}
+    if isinstance(model, _RecordsSlices):
+        model.philora_slices[adapter_name] = dict(slices)
+
+
+def slice_record(slices: Mapping[str, Slices]) -> dict[str, Any]:
+    """What `philora.json` says of an adapter's slices: names in the order of their blocks, and the rank of each."""
+    return {
+        "format": 1,
+        "slices": {
+            module: {"names": [each.name for each in parts], "r": parts[0].rank_stop - parts[0].rank_start}
+            for module, parts in slices.items()
+        },
+    }
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel:
+    """PEFT's `get_peft_model`, made strict and slice-aware, with the fast layers switched on.
+
+    Args:
+        model: The base model; changed in place, as by PEFT.
+        peft_config: Any PEFT config. For LoRA, every name must match something, and `target_modules` may name
+            slices of fused projections (`q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`).
+        adapter_name: Name of the adapter.
+        **kwargs: PEFT's further arguments.
+
+    Returns:
+        The PeftModel; adapters are fp32 unless `autocast_adapter_dtype=False` is given.
+
+    Raises:
+        TargetError: A name matches nothing; see `resolve`. The model is unchanged then.
+
+    Example:
+        >>> model = get_peft_model(base, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))  # doctest: +SKIP
+    """
+    if not isinstance(peft_config, LoraConfig):
+        return cast(PeftModel, peft.get_peft_model(model, peft_config, adapter_name, **kwargs))
+    resolution = resolve(model, peft_config)
+    adapted = peft.get_peft_model(model, resolution.config, adapter_name, **kwargs)
+    optimize(adapted)
+    apply_slices(adapted, resolution.slices, adapter_name)
+    return cast(PeftModel, adapted)
+
+
+def load_adapter(
+    model: nn.Module, source: str | Path, adapter_name: str = "default", *, is_trainable: bool = False, **kwargs: Any
+) -> PeftModel:
+    """Put a saved PEFT adapter onto a base model, reporting every tensor that does not fit before anything changes.
+
+    Args:
+        model: The base model.
+        source: A folder in PEFT's format, or a hub id.
+        adapter_name: The name it gets.
+        is_trainable: Whether training goes on from it.
+        **kwargs: Further arguments of `PeftModel.from_pretrained`.
+
+    Returns:
+        The PeftModel with the fast layers on. Slices are taken from `philora.json`, else read from the zeros of B;
+        blocks that are no longer zero make it a fused adapter, with a notice.
+
+    Raises:
+        AdapterError: The folder is no adapter, a file is torn, or tensors are missing, unexpected or mis-shaped.
+        TargetError: The adapter names modules that the model does not have.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        tensors = read_peft_tensors(folder)
+        config = PeftConfig.from_pretrained(str(folder))
+        if isinstance(config, LoraConfig):
+            resolve(model, config, where=str(folder / "adapter_config.json"))
+        _check_tensors(model, config, tensors, folder)
+    elif folder.exists():
+        raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
+    adapted = PeftModel.from_pretrained(model, str(source), adapter_name, is_trainable=is_trainable, **kwargs)
+    optimize(adapted)
+    apply_slices(adapted, _saved_slices(adapted, folder, adapter_name), adapter_name)
+    return cast(PeftModel, adapted)
+
+
+def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Compare a file's tensors with what the adapter has on a copy of the model without weights."""
+    if not isinstance(model, PreTrainedModel):
+        return  # PEFT's own checks remain
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+        adapted = peft.get_peft_model(skeleton, copy.deepcopy(config), low_cpu_mem_usage=True)
+    expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    faults = []
+    for name in sorted(expected.keys() - tensors.keys()):
+        faults.append(fault(str(folder), "missing", name, "a tensor for every adapted module"))
+    embeddings = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+    for name in sorted(tensors.keys() - expected.keys()):
+        if not name.endswith(embeddings):  # PEFT also saves whole embeddings when they are targets
+            faults.append(fault(str(folder), "unexpected", name, "only tensors of modules that the model has"))
+    for name in sorted(expected.keys() & tensors.keys()):
+        if expected[name].shape != tensors[name].shape:
+            shape = tuple(tensors[name].shape)
+            faults.append(fault(str(folder), name, shape, f"the shape {tuple(expected[name].shape)}"))
+    if faults:
+        raise AdapterError(one_per_line(faults))
+
+
+def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str, Slices]:
+    """Slices of an adapter just loaded: as recorded, else as its zeros show; none where the zeros are gone."""
+    names = _Names.of(_base_with_fused(model))
+    recorded: dict[str, Any] | None = None
+    if (folder / RECORD_NAME).is_file():
+        recorded = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")).get("slices", {})
+    config = model.peft_config[adapter_name]
+    found: dict[str, Slices] = {}
+    changed: list[str] = []
+    for name, layer in _lora_layers(model).items():
+        if name not in names.rows or adapter_name not in layer.lora_A:
+            continue
+        weight = layer.lora_B[adapter_name].weight.detach()
+        rows = names.rows[name]
+        if recorded is not None:
+            if name not in recorded:
+                continue
+            r, chosen = int(recorded[name]["r"]), [str(each) for each in recorded[name]["names"]]
+        else:
+            r = config.r
+            seen = _slices_by_zeros(weight, rows, r)
+            if seen is None:
+                continue
+            chosen = seen
+        parts = tuple(Slice(each, *rows[each], i * r, (i + 1) * r) for i, each in enumerate(chosen))
+        if parts[-1].rank_stop != weight.shape[1] or bool(weight[~_inside(weight, parts)].any()):
+            changed.append(name)
+        else:
+            found[name] = parts
+    if changed:
+        logger.warning(
+            "%s: the blocks outside the slices are no longer zero in %d modules (%s, ...); "
+            "it is read as an adapter of the fused modules.",
+            folder,
+            len(changed),
+            changed[0],
+        )
+    return found
+
+
+def _base_with_fused(model: PeftModel) -> nn.Module:
+    return cast(nn.Module, model.get_base_model())
+
+
+def _slices_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]], r: int) -> list[str] | None:
+    """Names of the slices whose blocks of width r make up B, or None when B is not of that form."""
+    blocks = weight.shape[1] // r
+    if blocks < 2 or weight.shape[1] % r:
+        return None
+    chosen = []
+    for block in range(blocks):
+        part = weight[:, block * r : (block + 1) * r]
+        filled = [each for each, (start, stop) in rows.items() if bool(part[start:stop].any())]
+        if len(filled) != 1:
+            return None
+        chosen.append(filled[0])
+    return chosen if chosen == [each for each in rows if each in chosen] else None
+
+
+# ------------------------------------------------------------------------------------------ coverage, merge
+
+
+class CoverageRow(NamedTuple):
+    """Modules of one kind that are adapted alike; `*` stands for the layer number."""
+
+    module: str
+    slice: str
+    r: int
+    scaling: float
+    modules: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What an adapter covers. `print` it for a table."""
+
+    rows: tuple[CoverageRow, ...]
+    other_trainable: tuple[tuple[str, int], ...]
+    frozen_linears: tuple[tuple[str, int], ...]
+    trainable_parameters: int
+    total_parameters: int
+
+    def __str__(self) -> str:
+        head = ("module", "slice", "r", "scaling", "modules", "parameters")
+        body = [(r.module, r.slice or "whole", str(r.r), f"{r.scaling:g}", str(r.modules), f"{r.parameters:,}")
+                for r in self.rows]  # fmt: skip
+        body += [(name, "trained whole", "-", "-", "1", f"{count:,}") for name, count in self.other_trainable]
+        body += [(name, "not adapted", "-", "-", str(count), "-") for name, count in self.frozen_linears]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [head, *body]
+        ]
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        lines.append(f"trainable: {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2f}%)")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Which modules and slices have an adapter, of which rank, and how many parameters that trains."""
+    rows: dict[tuple[str, str, int, float], list[int]] = {}
+    layers = _lora_layers(model)
+    adapted_parameters: set[int] = set()
+    for name, layer in layers.items():
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        adapted_parameters.update(id(each) for key, each in layer.named_parameters() if "lora_" in key)
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            elif adapter in layer.lora_embedding_A:
+                down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+            else:
+                continue
+            slices = getattr(layer, "slices", {}).get(adapter, ())
+            scaling = float(layer.scaling[adapter])
+            if not slices:
+                rows.setdefault((pattern, "", layer.r[adapter], scaling), []).append(down.numel() + up.numel())
+            for each in slices:
+                r = each.rank_stop - each.rank_start
+                count = r * (down.shape[1] + each.row_stop - each.row_start)
+                rows.setdefault((pattern, each.name, r, scaling), []).append(count)
+    table = tuple(CoverageRow(*key, len(counts), sum(counts)) for key, counts in rows.items())
+    others = tuple(
+        (re.sub(r"^base_model\.model\.|\.modules_to_save\.[^.]+", "", name), each.numel())
+        for name, each in model.named_parameters()
+        if each.requires_grad and id(each) not in adapted_parameters
+    )
+    inside = {id(part) for layer in layers.values() for part in layer.modules()}
+    frozen: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module) not in inside:
+            pattern = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
+            if "modules_to_save" in name or "original_module" in name:
+                continue
+            frozen[pattern] = frozen.get(pattern, 0) + 1
+    trainable = sum(row.parameters for row in table) + sum(count for _, count in others)
+    total = sum(each.numel() for each in model.parameters())
+    return Coverage(table, others, tuple(frozen.items()), trainable, total)
+
+
+def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Add the active adapter to the base weights and check that the outputs stayed the same.
+
+    Args:
+        model: The adapted model; it is used up.
+        probe: Inputs for the check; default: 2 rows of 32 random tokens.
+
+    Returns:
+        The base model with the merged weights, in its own dtype.
+
+    Numerics:
+        The update is computed in the adapter's dtype (fp32 by default) and rounded once into the base's dtype.
+
+    Raises:
+        AdapterError: The merged model's logits differ from the adapted model's by more than rounding explains.
+    """
+    if probe is None:
+        vocabulary = model.get_base_model().config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        probe = {"input_ids": torch.randint(0, vocabulary, (2, 32), generator=generator).to(model.device)}
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        before = model(**probe).logits.float()
+        merged = model.merge_and_unload()
+        after = merged(**probe).logits.float()
+    merged.train(was_training)
+    difference = (after - before).norm() / before.norm().clamp(min=1e-12)
+    dtype = next(merged.parameters()).dtype
+    bound = MERGE_TOLERANCE.get(dtype, 5e-2)
+    logger.info("merged: logits differ by %.2e (relative); allowed for %s: %.0e", difference, dtype, bound)
+    if not difference <= bound:
+        expected = f"at most {bound:g} relative to the adapted model's logits"
+        raise AdapterError(fault("merge", "difference", float(difference), expected, "The merged model is not usable"))
+    return cast(nn.Module, merged)
+
+
+# Relative difference of logits that rounding a weight once may cause: 2^-24 and 2^-8 grown over the layers.
+MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

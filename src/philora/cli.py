@@ -1,0 +1,242 @@
+"""The command line: the only module that prints or exits.
+
+Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 stopped by a signal after saving.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from philora import __version__
+from philora.errors import PhiloraError
+
+if TYPE_CHECKING:
+    from philora.config import Config
+    from philora.training import RunResult
+
+app = typer.Typer(
+    name="philora",
+    help="Fine-tune Phi language models with LoRA on your own chat data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+ConfigArgument = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that go over the file's.", metavar="[KEY=VALUE]...")
+]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        out.print(f"philora {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["PHILORA_DEBUG"] = "1"
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("--out", help="Run folder; a number is added when it is taken.")] = "runs/demo",
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tune the bundled nano model on the bundled help desk, and show that it worked."""
+    folder, number = Path(output), 1
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = Path(f"{output}-{number}")
+    _train("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False)
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option("--resume", help="Go on from the newest whole checkpoint: yes, or force (changed settings).")
+    ] = "",
+) -> None:
+    """Fine-tune as CONFIG says, evaluate before and after, and write the run folder."""
+    if resume not in ("", "yes", "force"):
+        raise typer.BadParameter(f"{resume!r}: expected --resume or --resume=force")
+    _train(config, overrides or [], "force" if resume == "force" else bool(resume))
+
+
+@app.command()
+def check(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Look at everything a run needs before any weight is loaded: data, labels, targets, memory."""
+    from philora.preflight import preflight
+
+    _logging("warning")
+    found = preflight(config, overrides or [])
+    out.print(f"[bold]model[/]      {escape(found.model)}")
+    out.print(f"[bold]stops[/]      {escape(', '.join(found.stop_tokens))}   padding {escape(found.padding_token)}")
+    table = Table("data", "rows", "tokens", "labels", "longest", "truncated", "dropped", "duplicates", box=None)
+    for name, figures in found.data.items():
+        keys = ("rows", "tokens", "labels", "longest_tokens", "truncated", "dropped", "duplicates")
+        table.add_row(name, *(f"{figures.get(key, 0):,}" for key in keys))
+    out.print(table)
+    for notice in found.notices:
+        out.print(f"[yellow]notice[/]     {escape(notice)}")
+    out.print("\n[bold]one example; the loss is on the coloured tokens[/]")
+    text = Text()
+    for token, labelled in found.preview:
+        text.append(token, style="black on green" if labelled else "dim")
+    out.print(text)
+    out.print(f"\n[bold]what is trained[/]\n{escape(str(found.coverage))}", highlight=False)
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.estimate.items() if name != "total")
+    out.print(f"\n[bold]memory[/]     about {found.estimate['total'] / 1e9:.2f} GB ({parts})", highlight=False)
+
+
+@app.command("config")
+def show_config(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Show the effective configuration and where each value comes from."""
+    from philora.config import explain, load_config
+
+    table = Table("setting", "value", "from", box=None)
+    for key, value, origin in explain(load_config(_config_source(config), overrides or [])):
+        table.add_row(key, escape(json.dumps(value, ensure_ascii=False, default=str)), escape(origin))
+    out.print(table)
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(help="Run folder.", metavar="RUN")]) -> None:
+    """Write report.html of a run folder again."""
+    from philora.report import write_report
+
+    out.print(str(write_report(Path(run))), highlight=False)
+
+
+# ------------------------------------------------------------------------------------------------- inside
+
+
+def _config_source(config: str) -> str:
+    if config != "demo" or Path(config).exists():
+        return config
+    from importlib import resources
+
+    return str(resources.files("philora") / "nano" / "demo.yaml")
+
+
+def _logging(level: str) -> None:
+    """philora's log lines on standard error, the libraries' warnings too."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=err, show_path=False, show_time=False, markup=False, rich_tracebacks=False)
+    handler.setLevel({"passive": logging.WARNING}.get(level, getattr(logging, level.upper(), logging.INFO)))
+    root = logging.getLogger("philora")
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(logging.INFO)
+
+
+def _train(source: str, overrides: list[str], resume: bool | str) -> None:
+    from philora.config import load_config
+
+    config = load_config(_config_source(source), overrides)
+    _logging(str(config.training_config.get("log_level", "info")))
+    with err.status("loading"):
+        from philora.progress import ProgressBar
+        from philora.training import train as run_training
+    bar = ProgressBar(out)
+    command = shlex.join(["philora", *sys.argv[1:]])
+    if source == "demo":
+        folder = config.training_config["output_dir"]
+        command = shlex.join(["philora", "train", "demo", f"training_config.output_dir={folder}"])
+    try:
+        result = run_training(config, resume=resume, callbacks=[bar], command=command)
+    finally:
+        bar.close()
+    _show_result(result, config)
+
+
+def _show_result(result: RunResult, config: Config) -> None:
+    from philora.evaluation import Scores, compare_table
+
+    results = result.results
+    if results["before"] and results["after"]:
+        table = Table("", "base", "with adapter", "change", title="held-out data", title_justify="left", box=None)
+        for row in compare_table(Scores(**results["before"]), Scores(**results["after"])):
+            table.add_row(*(str(each) for each in row))
+        out.print()
+        out.print(table)
+    for sample in results["samples"]:
+        out.print()
+        for message in sample["prompt"]:
+            out.print(f"[bold]{escape(message['role'])}:[/] {escape(message['content'])}", highlight=False)
+        out.print(f"  [dim]base:   [/] {escape(_short(sample['base']))}", highlight=False)
+        mark = "[green]matches the reference[/]" if sample["adapter_matched"] else "[yellow]differs[/]"
+        out.print(f"  [dim]adapter:[/] {escape(_short(sample['adapter']))}  {mark}", highlight=False)
+    speed = results["throughput"]
+    out.print()
+    out.print(
+        f"{speed['tokens']:,} tokens in {speed['seconds']:.0f} s ({speed['tokens_per_second']:,.0f} tokens/s), "
+        f"peak memory {results['memory']['peak_bytes'] / 1e9:.1f} GB",
+        highlight=False,
+    )
+    out.print(f"adapter: {result.adapter}\nreport:  {result.folder / 'report.html'}", highlight=False)
+
+
+def _short(text: str, limit: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _arguments(arguments: list[str]) -> list[str]:
+    """Let `--resume` stand without a value."""
+    return ["--resume=yes" if each == "--resume" else each for each in arguments]
+
+
+def main() -> None:
+    """Run the command line; each philora error becomes one readable message and its exit code."""
+    try:
+        app(args=_arguments(sys.argv[1:]), standalone_mode=False)
+    except PhiloraError as error:
+        _fail(str(error), error.exit_code, error)
+    except KeyboardInterrupt:
+        _fail("stopped", 130, None)
+    except Exception as error:
+        if isinstance(error, typer.Exit):
+            sys.exit(error.exit_code)
+        show = getattr(error, "show", None)
+        if show is not None:  # a usage error of the parser
+            show()
+            sys.exit(2)
+        if os.environ.get("PHILORA_DEBUG"):
+            raise
+        _fail(f"{type(error).__name__}: {error}\n(philora --debug shows the traceback)", 1, error)
+
+
+def _fail(text: str, code: int, error: Any) -> None:
+    if error is not None and os.environ.get("PHILORA_DEBUG"):
+        err.print_exception()
+    err.print(f"[red]philora:[/] {escape(text)}", highlight=False)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

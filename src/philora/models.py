@@ -1,0 +1,207 @@
+"""Loading the model and its tokenizer: a hub id, a local folder, or `nano`, the bundled model."""
+
+from __future__ import annotations
+
+import logging
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from philora.config import ModelConfig, TokenizerConfig
+from philora.errors import ModelError, fault
+from philora.families import stop_tokens_in
+
+logger = logging.getLogger(__name__)
+
+# Tokens that can stand in for padding because nothing else uses them, in order of preference.
+PADDING_CANDIDATES = (
+    "<pad>",
+    "<|pad|>",
+    "<unk>",
+    "<|unk|>",
+    "<|placeholder1|>",
+    "<|dummy_0|>",
+    "<|finetune_right_pad_id|>",
+)
+
+
+def local_path(name: str) -> str:
+    """Where a model's files are: the package's own folder for `nano`, else the name itself."""
+    if name == "nano":
+        return str(resources.files("philora") / "nano" / "model")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware (CUDA from Ampere on, AVX512-BF16, AMX, ...)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return True
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a configuration's name; `auto` is bfloat16 where that is fast, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if bf16_is_fast() else torch.float32
+    return cast(torch.dtype, getattr(torch, dtype))
+
+
+def _explain(name: str, error: Exception, what: str) -> ModelError:
+    """One message for the many ways in which a hub or a folder can fail."""
+    text = " ".join(str(error).split())
+    if Path(name).expanduser().is_dir():
+        expected = f"a folder with {what}"
+        return ModelError(fault("model", "name_or_path", name, expected, f"transformers says: {text[:300]}"))
+    offline = any(
+        each in text for each in ("couldn't connect", "offline", "Connection", "resolve", "internet", "Max retries")
+    )
+    if offline:
+        expected = "a local folder, `nano`, or a hub id that is in the local cache (there is no connection to the hub)"
+        todo = "Connect and try again, or download the model where there is a network and give its folder"
+    else:
+        expected = "a local folder, `nano`, or a model on the Hugging Face Hub that you may read"
+        todo = f"Check the spelling and your login (`hf auth login`). The hub says: {text[:200]}"
+    return ModelError(fault("model", "name_or_path", name, expected, todo))
+
+
+def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token that does not stop generation.
+
+    Raises:
+        ModelError: It cannot be found or loaded, or no token can serve as padding.
+    """
+    path = local_path(model.name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(model.name_or_path, error, "a tokenizer") from error
+    if settings.model_max_length:
+        tokenizer.model_max_length = settings.model_max_length
+    if settings.padding_side:
+        tokenizer.padding_side = settings.padding_side
+    set_padding(tokenizer, settings.pad_token)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Any = None) -> list[int]:
+    """Ids that end an answer: the family's that the vocabulary holds, the tokenizer's own, and the model's."""
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in stop_tokens_in(vocabulary)]
+    ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids += [model_stops] if isinstance(model_stops, int) else list(model_stops or [])
+    return list(dict.fromkeys(ids))
+
+
+def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> None:
+    """Give a tokenizer a padding token that is no stop token: with one, the end of an answer would never be learned.
+
+    Raises:
+        ModelError: `wanted` is not in the vocabulary or stops generation, or nothing in the vocabulary can serve.
+    """
+    vocabulary = tokenizer.get_vocab()
+    stops = set(stop_token_ids(tokenizer))
+    if wanted is not None:
+        if wanted not in vocabulary or vocabulary[wanted] in stops:
+            expected = "a token of the vocabulary that does not stop generation"
+            known = ", ".join(each for each in PADDING_CANDIDATES if each in vocabulary)
+            raise ModelError(fault("tokenizer", "pad_token", wanted, expected, f"Such as: {known}" if known else ""))
+        tokenizer.pad_token = wanted
+        return
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in stops:
+        return
+    for token in PADDING_CANDIDATES:
+        if token in vocabulary and vocabulary[token] not in stops:
+            if tokenizer.pad_token is not None:
+                logger.info("padding token: %s in place of %s, which is a stop token", token, tokenizer.pad_token)
+            tokenizer.pad_token = token
+            return
+    expected = "a padding token that is no stop token; the vocabulary has none of the usual ones"
+    raise ModelError(fault("tokenizer", "pad_token", tokenizer.pad_token, expected, "Name one: tokenizer.pad_token"))
+
+
+def load_skeleton(model: ModelConfig) -> nn.Module:
+    """The model without weights (meta device): enough to check names, shapes and sizes before any weight is read.
+
+    Raises:
+        ModelError: The configuration cannot be found or loaded.
+    """
+    path = local_path(model.name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):
+            return cast(nn.Module, AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code))
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(model.name_or_path, error, "a causal language model") from error
+
+
+def quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
+    """The BitsAndBytesConfig of a configuration's `model.quantization`, or None."""
+    if quantization in (None, "none"):
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        expected = "bitsandbytes to be installed for a quantised model"
+        todo = "pip install 'philora[quantization]', or set model.quantization: none"
+        raise ModelError(fault("model", "quantization", quantization, expected, todo)) from None
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(**quantization)
+
+
+def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """The base model with its weights, and a generation config that knows every stop token and the padding token.
+
+    Raises:
+        ModelError: It cannot be found or loaded, or asks for what is not installed.
+    """
+    path = local_path(model.name_or_path)
+    dtype = resolve_dtype(model.dtype)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "quantization_config": quantization_config(model.quantization, dtype),
+    }
+    if model.attn_implementation != "auto":
+        options["attn_implementation"] = model.attn_implementation
+    if model.device_map is not None:
+        options["device_map"] = model.device_map
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
+    except ImportError as error:
+        expected = "an attention implementation whose package is installed"
+        todo = f"Set model.attn_implementation: sdpa. transformers says: {str(error)[:200]}"
+        raise ModelError(fault("model", "attn_implementation", model.attn_implementation, expected, todo)) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(model.name_or_path, error, "a causal language model") from error
+    loaded.config.use_cache = model.use_cache
+    if tokenizer is not None:
+        set_stops(loaded, tokenizer)
+    return cast(PreTrainedModel, loaded)
+
+
+def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the generation config stop at every stop token, and pad with the tokenizer's padding token."""
+    generation = model.generation_config
+    if generation is not None:
+        generation.eos_token_id = stop_token_ids(tokenizer, generation.eos_token_id)
+        generation.pad_token_id = tokenizer.pad_token_id
+        if not generation.do_sample:  # a greedy config with sampling values cannot be saved
+            generation.temperature = generation.top_p = generation.top_k = None
+    model.config.pad_token_id = tokenizer.pad_token_id

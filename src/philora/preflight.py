@@ -1,0 +1,83 @@
+"""`philora check`: everything a run needs, looked at before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig
+
+from philora import models, planning
+from philora.adapters import Coverage, apply_slices, coverage, optimize, resolve
+from philora.config import Config, load_config
+from philora.data import prepare, preview
+from philora.training import max_length_of
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What `philora check` shows."""
+
+    model: str
+    stop_tokens: list[str]
+    padding_token: str
+    data: dict[str, dict[str, Any]]
+    notices: list[str]
+    preview: list[tuple[str, bool]]
+    coverage: Coverage
+    estimate: dict[str, int]
+
+
+def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Preflight:
+    """Check configuration, data, template, stop tokens, labels, targets and memory, on a model without weights.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: As `train` would raise them.
+    """
+    config = load_config(source, overrides)
+    tokenizer = models.load_tokenizer(config.model, config.tokenizer)
+    skeleton = models.load_skeleton(config.model)
+    max_length = max_length_of(config, skeleton.config)
+    stops = models.stop_token_ids(tokenizer, skeleton.generation_config.eos_token_id)
+    lora = LoraConfig(**config.peft_config)
+    resolution = resolve(skeleton, lora, where=f"{config.source}: peft_config")
+    seed = int(config.training_config.get("seed", 42))
+    prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
+    model_config = skeleton.config
+    with torch.device("meta"):
+        adapted = peft.get_peft_model(skeleton, resolution.config, low_cpu_mem_usage=True)
+    optimize(adapted)
+    apply_slices(adapted, resolution.slices)
+    covered = coverage(adapted)
+    dtype = models.resolve_dtype(config.model.dtype)
+    given = config.training_config
+    recompute = given.get("gradient_checkpointing", "auto")
+    rows = given.get("per_device_train_batch_size", "auto")
+    plan = planning.choose(
+        model_config,
+        covered.total_parameters - covered.trainable_parameters,
+        covered.trainable_parameters,
+        row_tokens=max_length,
+        tokens_per_step=None,
+        rows=None if rows == "auto" else int(rows),
+        accumulation=None,
+        recompute=None if recompute == "auto" else bool(recompute),
+        element_bytes=torch.finfo(dtype).bits // 8,
+        memory=planning.available_bytes(),
+    )
+    report = prepared.report.to_dict()
+    count = covered.total_parameters - covered.trainable_parameters
+    return Preflight(
+        model=f"{config.model.name_or_path}, {count / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')}",
+        stop_tokens=[str(each) for each in tokenizer.convert_ids_to_tokens(stops)],
+        padding_token=str(tokenizer.pad_token),
+        data={name: report[name] for name in ("train", "eval") if report.get(name)},
+        notices=[*config.notices, *prepared.report.notices],
+        preview=preview(tokenizer, next(iter(prepared.train))),
+        coverage=covered,
+        estimate=plan.estimate.to_dict(),
+    )

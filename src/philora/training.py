@@ -1,0 +1,450 @@
+"""A run from configuration to report: data, model, adapter, training, evaluation before and after, the run folder.
+
+config -> data (errors end here, before any weight) -> targets on a weightless model -> weights -> adapter
+       -> evaluate the base -> SFTTrainer -> adapter/ -> evaluate again -> results.json, report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+import philora
+from philora import checkpoint, models, planning
+from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve
+from philora.callbacks import MetricsFile, StopOnSignal, peak_memory_bytes
+from philora.config import Config, dump_yaml, load_config
+from philora.data import PreparedData, prepare, prompts_and_references
+from philora.errors import ConfigError, DataError, PhiloraError, RunError, fault, one_per_line
+from philora.evaluation import Evaluation, evaluate, pick_samples
+from philora.generation import GenerationSettings
+from philora.report import write_report
+from philora.trainer import SFTConfig, SFTTrainer
+
+logger = logging.getLogger("philora.run")
+
+# Keys of `training_config` that are philora's, resolved before TRL sees the rest.
+OWN_KEYS = ("tokens_per_step", "output_dir", "early_stopping_patience")
+
+
+class Interrupted(RunError):
+    """The run was stopped by a signal after a checkpoint was saved."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run is and what came of it; `results` is the content of `results.json`."""
+
+    folder: Path
+    results: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter in PEFT's format."""
+        return self.folder / "adapter"
+
+
+def train(
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool | str = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    command: str | None = None,
+) -> RunResult:
+    """Fine-tune as a configuration says, and leave a run folder.
+
+    Args:
+        source: A YAML file, the same as a dict, or a Config.
+        overrides: `KEY=VALUE` strings that go over it.
+        resume: Go on from the newest whole checkpoint of the run folder; "force" also when the configuration changed.
+        callbacks: Further callbacks of transformers' Trainer.
+        command: What the report names as the command; default: the process's own.
+
+    Returns:
+        The run folder and its results.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError, AdapterError: Something is wrong with what was given;
+            nothing has been written.
+        Interrupted: A signal stopped the run after it had saved a checkpoint.
+        RunError: The run failed; what exists in its folder is whole.
+    """
+    config = load_config(source, overrides)
+    folder = Path(config.training_config["output_dir"]).expanduser()
+    found = _open_run(folder, config, resume)
+    for notice in config.notices:
+        logger.warning("%s", notice)
+
+    tokenizer = models.load_tokenizer(config.model, config.tokenizer)
+    skeleton = models.load_skeleton(config.model)
+    if config.model.adapter is None:
+        resolve(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
+    seed = int(config.training_config.get("seed", 42))
+    max_length = max_length_of(config, skeleton.config)
+    stops = models.stop_token_ids(tokenizer, skeleton.generation_config.eos_token_id)
+    prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
+    del skeleton
+
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    began = False
+    try:
+        with checkpoint.run_lock(folder), _log_file(folder / "train.log"):
+            checkpoint.remove_leftovers(folder)
+            run = _Run(config, folder, tokenizer, prepared, command or " ".join(sys.argv), list(callbacks))
+            run.load(max_length)
+            began = True
+            return run.go(found)
+    except PhiloraError:
+        if created and not began:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        todo = f"Free some space ({shutil.disk_usage(folder).free:,} bytes are free), then go on with --resume"
+        raise RunError(fault("run", "output_dir", str(folder), f"to be writable: {error}", todo)) from error
+
+
+def _open_run(folder: Path, config: Config, resume: bool | str) -> checkpoint.Found | None:
+    """Check that a run may write to `folder`; with `resume`, find where it goes on."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), "a folder, not a file"))
+    before = folder / "config.yaml"
+    if not resume:
+        if folder.is_dir() and any(each.name != ".lock" for each in folder.iterdir()):
+            what = "another run" if before.exists() else "other files"
+            expected = f"a new or empty folder; this one holds {what}"
+            todo = "Go on with --resume, or give another training_config.output_dir"
+            raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), expected, todo))
+        return None
+    if not before.exists():
+        expected = "a folder with a run to go on with"
+        todo = "Start it without --resume"
+        raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), expected, todo))
+    differences = _differences(load_config(before).to_dict(), config.to_dict())
+    if differences and resume != "force":
+        lines = [
+            fault(config.source, key, now, f"what the run was started with: {then!r}", "--resume=force goes on anyway")
+            for key, then, now in differences
+        ]
+        raise ConfigError(one_per_line(lines))
+    found = checkpoint.newest_whole(folder / "checkpoints")
+    for path, why in found.passed_over:
+        logger.warning("%s is passed over: %s", path, why)
+    if found.folder is None:
+        logger.warning("%s has no whole checkpoint; the run begins again.", folder)
+    return found
+
+
+def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        found = []
+        for key in {**then, **now}:
+            found += _differences(then.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if then == now else [(path, then, now)]
+
+
+def _lora_config(config: Config) -> LoraConfig:
+    return LoraConfig(**config.peft_config)
+
+
+def max_length_of(config: Config, model_config: Any) -> int:
+    """Tokens of a row: what is configured, within the model's context and the tokenizer's limit."""
+    wanted = int(config.training_config["max_length"])
+    context = int(getattr(model_config, "max_position_embeddings", wanted))
+    limit = min(context, config.tokenizer.model_max_length or context)
+    if wanted > limit and config.origins.get("training_config.max_length", "default") != "default":
+        expected = f"at most {limit}, the context of the model"
+        raise ConfigError(fault(config.source, "training_config.max_length", wanted, expected, f"Set {limit} or less"))
+    return min(wanted, limit)
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Send philora's and transformers' log lines to `path` as well."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not end in tracebacks
+    handler.setLevel(logging.INFO)
+    root = logging.getLogger("philora")
+    level = root.level
+    root.setLevel(min(logging.INFO, level or logging.INFO))
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+class _Run:
+    """One run: what was loaded for it, and the steps from the base's evaluation to the report."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        prepared: PreparedData,
+        command: str,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.config, self.folder, self.tokenizer, self.prepared = config, folder, tokenizer, prepared
+        self.command, self.callbacks = command, callbacks
+        self.started = datetime.datetime.now(datetime.UTC)
+        self.model: PeftModel
+        self.arguments: SFTConfig
+        self.plan: planning.Plan
+
+    # -- before training
+
+    def load(self, max_length: int) -> None:
+        """Weights, adapter and the resolved arguments; writes nothing."""
+        config = self.config
+        set_seed(int(config.training_config.get("seed", 42)))
+        base = models.load_model(config.model, self.tokenizer)
+        if config.model.adapter is not None:
+            self.model = load_adapter(base, config.model.adapter, is_trainable=True)
+        else:
+            self.model = get_peft_model(base, _lora_config(config))
+        self.arguments, self.plan = self._resolve_arguments(base, max_length)
+
+    def _resolve_arguments(self, base: Any, max_length: int) -> tuple[SFTConfig, planning.Plan]:
+        """TRL's arguments: every `auto` decided, everything written below the run folder."""
+        given = {key: value for key, value in self.config.training_config.items() if key not in OWN_KEYS}
+        element_bytes = torch.finfo(base.dtype).bits // 8
+        packing = bool(given.get("packing", True))
+        row_tokens = max_length if packing else max(1, self._mean_row_tokens())
+        tokens_per_step = self.config.training_config.get("tokens_per_step", "auto")
+        covered = coverage(self.model)
+
+        def unless_auto(key: str) -> Any:
+            return None if given.get(key, "auto") == "auto" else given[key]
+
+        plan = planning.choose(
+            base.config,
+            covered.total_parameters - covered.trainable_parameters,
+            covered.trainable_parameters,
+            row_tokens=row_tokens,
+            tokens_per_step=None if tokens_per_step in (None, "auto") else int(tokens_per_step),
+            rows=unless_auto("per_device_train_batch_size"),
+            accumulation=unless_auto("gradient_accumulation_steps"),
+            recompute=unless_auto("gradient_checkpointing"),
+            element_bytes=element_bytes,
+            memory=planning.available_bytes(),
+        )
+        eval_rows = unless_auto("per_device_eval_batch_size") or plan.micro_batch_rows
+        bf16 = given.get("bf16", "auto")
+        given |= {
+            "output_dir": str(self.folder / "checkpoints"),
+            "max_length": max_length,
+            "packing": packing,
+            "per_device_train_batch_size": plan.micro_batch_rows,
+            "per_device_eval_batch_size": eval_rows,
+            "gradient_accumulation_steps": plan.accumulation,
+            "gradient_checkpointing": plan.recompute,
+            "bf16": (base.dtype == torch.bfloat16 and not given.get("fp16", False)) if bf16 == "auto" else bf16,
+        }
+        given.setdefault("disable_tqdm", not sys.stderr.isatty())
+        if self.prepared.eval is None:
+            given["eval_strategy"] = "no"
+        try:
+            return SFTConfig(**given), plan
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self.config.source}: training_config - {' '.join(str(error).split())}") from error
+
+    def _mean_row_tokens(self) -> int:
+        rows = self.prepared.report.to_dict().get("train", {})
+        return int(rows.get("tokens", 0) / max(1, rows.get("rows", 1))) if rows else 256
+
+    # -- the run
+
+    def go(self, found: checkpoint.Found | None) -> RunResult:
+        """Evaluate the base, train, save, evaluate again, write everything down."""
+        checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))
+        logger.info("%s", coverage(self.model))
+        for notice in self.prepared.report.notices:
+            logger.warning("%s", notice)
+        plan, memory = self.plan, self.plan.estimate
+        logger.info(
+            "micro-batch %d x %d, recomputation %s, estimated peak %.1f GB",
+            plan.micro_batch_rows,
+            plan.accumulation,
+            "on" if plan.recompute else "off",
+            memory.total / 1e9,
+        )
+        with self.model.disable_adapter():
+            before = self._evaluate("before")
+        trainer, stop = self._trainer()
+        resume_from = None if found is None or found.folder is None else str(found.folder)
+        begun = time.monotonic()
+        with stop:
+            output = trainer.train(resume_from_checkpoint=resume_from)
+        seconds = time.monotonic() - begun
+        trainer.state.save_to_json(str(self.folder / "trainer_state.json"))
+        if stop.stopped_by is not None and trainer.state.global_step < trainer.state.max_steps:
+            self._stopped(trainer, stop.stopped_by)
+        self._save_adapter()
+        after = self._evaluate("after")
+        return self._finish(trainer, output, before, after, seconds)
+
+    def _trainer(self) -> tuple[SFTTrainer, StopOnSignal]:
+        stop = StopOnSignal()
+        callbacks: list[TrainerCallback] = [MetricsFile(self.folder / "metrics.jsonl"), stop, *self.callbacks]
+        patience = self.config.training_config.get("early_stopping_patience")
+        if patience:
+            callbacks.append(EarlyStoppingCallback(int(patience)))
+        transformers_logging.set_verbosity_warning()
+        trainer = SFTTrainer(
+            self.model,
+            args=self.arguments,
+            train_dataset=self.prepared.train,
+            eval_dataset=self.prepared.eval,
+            processing_class=self.tokenizer,
+            callbacks=callbacks,
+        )
+        # TRL rounds adapters of a quantised base to bf16; here they stay in fp32.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        # TRL and the callbacks of transformers see the metrics after our file has added to them.
+        handler = trainer.callback_handler
+        handler.callbacks.sort(key=lambda each: not isinstance(each, MetricsFile))
+        return trainer, stop
+
+    def _stopped(self, trainer: SFTTrainer, name: str) -> None:
+        step = trainer.state.global_step
+        saved = f"{name}: stopped after step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved"
+        raise Interrupted(f"{saved} in {self.folder}. Go on with: {_resume_command(self.command)}")
+
+    def _save_adapter(self) -> None:
+        """Write `adapter/` whole: weights, config, slices, tokenizer, generation config, card."""
+        with checkpoint.whole_folder(self.folder / "adapter") as folder:
+            self.model.save_pretrained(str(folder))
+            if not (folder / RECORD_NAME).exists():
+                checkpoint.write_json(folder / RECORD_NAME, {"format": 1, "slices": {}})
+            self.tokenizer.save_pretrained(str(folder))
+            generation = self.model.get_base_model().generation_config
+            if generation is not None:
+                generation.save_pretrained(str(folder))
+            checkpoint.write_text(folder / "README.md", _card(self.config))
+
+    # -- evaluation and what is written at the end
+
+    def _evaluate(self, when: str) -> Evaluation | None:
+        settings = self.config.evaluation
+        if self.prepared.eval is None:
+            return None
+        conversations = [prompts_and_references(each) for each in self.prepared.eval_conversations[: settings.generate]]
+        logger.info("evaluating %s training: %d rows, %d answers", when, len(self.prepared.eval), len(conversations))
+        result = evaluate(
+            self.model,
+            self.tokenizer,
+            self.prepared.eval,
+            conversations,
+            GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size),
+            pad_token_id=cast(int, self.tokenizer.pad_token_id),
+        )
+        scores = result.scores
+        logger.info("%s: loss %.4f, token accuracy %.3f", when, scores.loss, scores.token_accuracy)
+        return result
+
+    def _finish(
+        self, trainer: SFTTrainer, output: Any, before: Evaluation | None, after: Evaluation | None, seconds: float
+    ) -> RunResult:
+        metrics = dict(output.metrics)
+        tokens = int(trainer._total_train_tokens)
+        covered = coverage(self.model)
+        results: dict[str, Any] = {
+            "philora": philora.__version__,
+            "versions": versions(),
+            "command": self.command,
+            "started": self.started.isoformat(timespec="seconds"),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "model": {
+                "name": self.config.model.name_or_path,
+                "dtype": str(self.model.get_base_model().dtype).removeprefix("torch."),
+                "parameters": covered.total_parameters - covered.trainable_parameters,
+            },
+            "coverage": {
+                "rows": [row._asdict() for row in covered.rows],
+                "trainable_parameters": covered.trainable_parameters,
+                "total_parameters": covered.total_parameters,
+            },
+            "data": self.prepared.report.to_dict(),
+            "before": before.scores.to_dict() if before else None,
+            "after": after.scores.to_dict() if after else None,
+            "samples": pick_samples(before, after, self.config.evaluation.samples) if before and after else [],
+            "throughput": {
+                "tokens": tokens,
+                "seconds": round(seconds, 3),
+                "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+                "steps": trainer.state.global_step,
+            },
+            "memory": {"peak_bytes": peak_memory_bytes(), "estimated_bytes": self.plan.estimate.to_dict()},
+            "train_loss": metrics.get("train_loss"),
+        }
+        checkpoint.write_json(self.folder / "train_results.json", metrics)
+        evaluated = {f"eval_{key}": value for key, value in (after.scores.to_dict() if after else {}).items()}
+        checkpoint.write_json(self.folder / "eval_results.json", evaluated)
+        checkpoint.write_json(self.folder / "results.json", results)
+        write_report(self.folder)
+        logger.info("the run is complete: %s", self.folder)
+        return RunResult(self.folder, results)
+
+
+def _resume_command(command: str) -> str:
+    return command if "--resume" in command else f"{command} --resume"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _card(config: Config) -> str:
+    """The model card of an adapter: what it is, how it was made, and code that loads it."""
+    base = config.model.name_or_path
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, philora, sft]
+---
+
+# A LoRA adapter of {base}
+
+Trained with philora {philora.__version__}. `config.yaml` beside this folder holds every setting.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("adapter")
+base = AutoModelForCausalLM.from_pretrained("{models.local_path(base) if base != "nano" else "path/to/nano"}")
+model = PeftModel.from_pretrained(base, "adapter")
+```
+"""
+
+
+__all__ = ["DataError", "Interrupted", "RunResult", "train", "versions"]

@@ -1,0 +1,16 @@
+"""Every tolerance of the tests, with its reason."""
+
+# fp32 forward of one adapted model against another that does the same sums in another order: a few ulp (2^-24) grown
+# over the layers. Relative to the largest logit.
+LOGITS_FP32 = 1e-5
+
+# fp32 loss of a training step against PEFT + TRL: the sums of forward and backward run in another order, AdamW divides
+# by the square root of small second moments in the first steps, and 20 steps add up.
+LOSS_STEP_FP32 = 1e-4
+
+# bf16 loss of a training step: bf16 keeps 8 bits, so a logit of 10 moves by 0.04; over a batch of some hundred labels
+# the mean moves by about 0.04 / sqrt(100), and 20 steps of AdamW add up.
+LOSS_STEP_BF16 = 2e-2
+
+# fp32 loss of packed rows against the same rows alone: the same sums in attention kernels of another shape.
+PACKED_FP32 = 1e-5
