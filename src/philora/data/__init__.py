@@ -1,0 +1,47 @@
+"""Data: records of any accepted shape -> conversations -> tokens and labels, cached on disk.
+
+`prepare` does all of it for a run. The parts, in the order that data flows through them: `read` (files and hub),
+`shapes` (records to conversations), `template` (conversations to tokens and labels), `store` (cache), `prepare`.
+"""
+
+from philora.data.prepare import (
+    Conversations,
+    DataReport,
+    PreparedData,
+    SourceReport,
+    SplitReport,
+    prepare,
+)
+from philora.data.read import Source, resolve
+from philora.data.shapes import FORMATS, Conversation, Message, Shape
+from philora.data.template import (
+    IGNORED,
+    Encoded,
+    Encoder,
+    TemplateFault,
+    encode_conversation,
+    preview,
+    prompts_and_references,
+)
+
+__all__ = [
+    "FORMATS",
+    "IGNORED",
+    "Conversation",
+    "Conversations",
+    "DataReport",
+    "Encoded",
+    "Encoder",
+    "Message",
+    "PreparedData",
+    "Shape",
+    "Source",
+    "SourceReport",
+    "SplitReport",
+    "TemplateFault",
+    "encode_conversation",
+    "prepare",
+    "preview",
+    "prompts_and_references",
+    "resolve",
+]

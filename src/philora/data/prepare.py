@@ -1,0 +1,530 @@
+"""From the configuration's sources to training rows: mixing, holding out, counting."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from philora.data.read import Fault, Source, quiet_datasets, resolve
+from philora.data.shapes import Message, Shape, detect, shape_from_config
+from philora.data.store import (
+    CONTROL,
+    DETECT_RECORDS,
+    FOLDED,
+    MISMATCH,
+    TRUNCATED,
+    TWO_USER_TURNS,
+    Entry,
+    Rows,
+    Settings,
+    cache_root,
+    entry_for,
+    process_batch,
+    process_count,
+    serialise,
+    tokenizer_fingerprint,
+)
+from philora.data.template import Encoder, Tokenizer
+from philora.errors import DataError, fault
+
+if TYPE_CHECKING:
+    from philora.config import DataConfig, SourceConfig
+
+logger = logging.getLogger("philora.data")
+
+Indices = npt.NDArray[np.int64]
+
+_STREAM_PREVIEW_ROWS = 256
+_STREAM_SHUFFLE_ROWS = 1000
+
+
+@dataclass
+class SourceReport:
+    """What was read from one source."""
+
+    name: str
+    format: str
+    records: int
+    weight: float = 1.0
+
+
+@dataclass
+class SplitReport:
+    """Counts of one split, as it is trained or evaluated on (weights applied)."""
+
+    rows: int = 0
+    tokens: int = 0
+    labels: int = 0
+    longest_tokens: int = 0
+    """The longest conversation before truncation."""
+    truncated: int = 0
+    dropped: int = 0
+    """Records without a row: over the limit of tokens, or without a label after truncation."""
+    dropped_overlong: int = 0
+    dropped_unlabelled: int = 0
+    duplicates: int = 0
+    """Rows beyond the first of each group of equal conversations; they are kept."""
+    two_user_turns: int = 0
+    folded_system: int = 0
+    """System turns that the template drops, kept at the beginning of the user's turn."""
+    boundary_mismatches: int = 0
+    """Rows whose prompt, tokenised alone, is no prefix of the row."""
+    control_tokens: int = 0
+    """Rows whose messages spell out control tokens of the tokenizer."""
+
+
+@dataclass
+class DataReport:
+    """What was found in the data, and what was done with it."""
+
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    sources: dict[str, list[SourceReport]] = field(default_factory=dict)
+    in_both: int = 0
+    """Evaluation rows that also stand in the training set."""
+    notices: list[str] = field(default_factory=list)
+    streaming: bool = False
+    """The training set is read while training: its counts are not known."""
+
+    @property
+    def train(self) -> SplitReport:
+        """The training split."""
+        return self.splits["train"]
+
+    @property
+    def eval(self) -> SplitReport | None:
+        """The evaluation split, if there is one."""
+        return self.splits.get("eval")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class Conversations(Sequence[list[Message]]):
+    """Normalised conversations, read from disk one by one when asked for."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Message]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Conversations: ...
+
+    def __getitem__(self, index: int | slice) -> list[Message] | Conversations:
+        if isinstance(index, slice):
+            chosen = range(*index.indices(len(self)))
+            if isinstance(self._stored, list):
+                return Conversations([self._stored[each] for each in chosen])
+            with quiet_datasets():
+                return Conversations(self._stored.select(chosen))
+        return self._parsed(index)[0]
+
+    def tools(self, index: int) -> list[Any] | None:
+        """The tool descriptions of a conversation, for the chat template."""
+        return self._parsed(index)[1]
+
+    def _parsed(self, index: int) -> tuple[list[Message], list[Any] | None]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"conversation {index} of {len(self)}")
+        row = self._stored[index]
+        value = json.loads(row if isinstance(row, str | bytes) else row["conversation"])
+        return (value["messages"], value["tools"]) if isinstance(value, dict) else (value, None)
+
+
+@dataclass
+class PreparedData:
+    """Tokenised splits with columns `input_ids` and `labels` (-100 where there is no loss).
+
+    `train_conversations[i]` is the conversation of row i of `train`; of a streaming set they are its first ones.
+    """
+
+    train: Any
+    eval: Any | None
+    train_conversations: Conversations
+    eval_conversations: Conversations | None
+    fingerprint: str
+    report: DataReport
+
+
+def prepare(
+    data: DataConfig, tokenizer: Tokenizer, *, max_length: int, seed: int, stop_token_ids: Sequence[int]
+) -> PreparedData:
+    """Read, check, normalise, tokenise and label the data of a run; the result is cached on disk.
+
+    Mixing: a source of weight w gives each of its rows floor(w) times, and a sample of the rest, drawn with the
+    seed; several sources are shuffled together, a single one keeps its order. A fraction for `eval` is held out with
+    the seed before weights apply; equal conversations stay on one side, so that none stands on both. In streaming,
+    where sizes are unknown, weights are the odds of drawing from a source.
+
+    Args:
+        data: the `data` section of the configuration.
+        tokenizer: a fast tokenizer with its chat template.
+        max_length: longest row in tokens; what is longer is truncated or dropped as `data.overlong` says.
+        seed: decides the held-out rows, samples and the order of mixed sources.
+        stop_token_ids: any of these ends an assistant turn.
+
+    Returns:
+        Splits, conversations and the report. Rows of `train` and `eval` are memory-mapped.
+
+    Raises:
+        DataError: a source or record cannot be used (up to 20 faults are listed, their number is stated), or the
+            chat template cannot be trained with.
+        RunError: the disk of the cache is full.
+    """
+    _check_arguments(data, max_length)
+    encoder = Encoder(tokenizer, stop_token_ids)
+    settings = Settings(max_length, data.overlong == "drop")
+    loader = _Loader(encoder, settings, cache_root(data.cache_dir), data)
+    report = DataReport()
+    if any(source.streaming for source in data.train):
+        return _prepare_stream(data, loader, report, seed)
+
+    entries = [loader.load(source, "train", report) for source in data.train]
+    held_out: list[Indices] = [np.zeros(0, np.int64) for _ in entries]
+    eval_entries: list[Entry] = []
+    eval_indices: list[Indices] = []
+    if isinstance(data.eval, float | int):
+        held_out = hold_out([entry.rows["hash"] for entry in entries], float(data.eval), seed)
+        eval_entries, eval_indices = entries, held_out
+    elif data.eval:
+        eval_entries = [loader.load(source, "eval", report) for source in data.eval]
+        eval_indices = [np.arange(len(entry.rows)) for entry in eval_entries]
+
+    train_indices = [
+        _weighted(np.setdiff1d(np.arange(len(entry.rows)), out, assume_unique=True), source.weight, seed, position)
+        for position, (entry, out, source) in enumerate(zip(entries, held_out, data.train, strict=True))
+    ]
+    kept = [np.setdiff1d(np.arange(len(e.rows)), o, assume_unique=True) for e, o in zip(entries, held_out, strict=True)]
+    report.splits["train"] = _split_report(entries, train_indices, kept, count_dropped=True)
+    fingerprint = _fingerprint(entries, train_indices, eval_entries, eval_indices)
+    train, train_conversations = _assemble(entries, train_indices, seed if len(entries) > 1 else None)
+    eval_rows = eval_conversations = None
+    if eval_entries:
+        own = eval_entries is not entries
+        report.splits["eval"] = _split_report(eval_entries, eval_indices, eval_indices, count_dropped=own)
+        report.in_both = _in_both(entries, train_indices, eval_entries, eval_indices)
+        eval_rows, eval_conversations = _assemble(eval_entries, eval_indices, None)
+    _require_rows(report)
+    _notice(report, max_length)
+    return PreparedData(train, eval_rows, train_conversations, eval_conversations, fingerprint, report)
+
+
+def _check_arguments(data: DataConfig, max_length: int) -> None:
+    if max_length < 2:
+        raise DataError(fault("data", "max_length", max_length, "at least 2 tokens"))
+    if not data.train:
+        raise DataError(fault("data", "train", None, "a file, folder or hub id", "Give data.train"))
+    if data.overlong not in ("truncate", "drop"):
+        raise DataError(fault("data", "overlong", data.overlong, "truncate or drop"))
+    if isinstance(data.eval, float | int) and not 0 < data.eval < 1:
+        raise DataError(fault("data", "eval", data.eval, "a fraction between 0 and 1, or a source"))
+    for source in data.train:
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise DataError(fault("data.train", "weight", source.weight, "a number over 0", f"Source: {source.path}"))
+        if source.limit is not None and source.limit < 1:
+            raise DataError(fault("data.train", "limit", source.limit, "at least 1", f"Source: {source.path}"))
+
+
+class _Loader:
+    """Brings one configured source to a cache entry."""
+
+    def __init__(self, encoder: Encoder, settings: Settings, root: Path, data: DataConfig) -> None:
+        self.encoder = encoder
+        self.settings = settings
+        self.root = root
+        self.format = data.format
+        self.processes = data.num_proc
+        self.key = tokenizer_fingerprint(encoder)
+
+    def shape(self, config: SourceConfig) -> Shape | None:
+        return shape_from_config(config.format or self.format, config.columns, f"data ({config.path})")
+
+    def load(self, config: SourceConfig, role: Any, report: DataReport) -> Entry:
+        shape = self.shape(config)
+        source = resolve(config, role)
+        entry = entry_for(
+            source,
+            shape,
+            self.encoder,
+            self.key,
+            self.settings,
+            limit=config.limit,
+            root=self.root,
+            processes=process_count(self.processes, source.size_bytes),
+        )
+        weight = config.weight if role == "train" else 1.0
+        found = SourceReport(source.name, str(entry.meta["shape"]), int(entry.meta["records"]), weight)
+        report.sources.setdefault(role, []).append(found)
+        logger.info("%s: %d records read as %s", found.name, found.records, found.format)
+        return entry
+
+
+def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], fraction: float, seed: int) -> list[Indices]:
+    """Rows to hold out of each source: whole groups of equal conversations, at least one row, never all.
+
+    Raises:
+        DataError: all conversations are equal.
+    """
+    joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+    groups, group_of, sizes = np.unique(joined, return_inverse=True, return_counts=True)
+    if len(groups) < 2:
+        raise DataError(
+            fault(
+                "data",
+                "eval",
+                fraction,
+                f"at least two different conversations to hold out a part, but there is {len(groups)}",
+                "Add conversations, or give data.eval a file of its own",
+            )
+        )
+    wanted = max(1, round(fraction * len(joined)))
+    order = np.random.default_rng(seed).permutation(len(groups))
+    taken = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
+    chosen = np.zeros(len(groups), bool)
+    chosen[order[: min(taken, len(groups) - 1)]] = True
+    is_out = chosen[group_of.reshape(-1)]
+    starts = np.cumsum([0, *(len(each) for each in hashes)])
+    return [np.flatnonzero(is_out[start:end]) for start, end in itertools.pairwise(starts)]
+
+
+def _weighted(indices: Indices, weight: float, seed: int, position: int) -> Indices:
+    if weight == 1:
+        return indices
+    whole = int(weight)
+    part = round((weight - whole) * len(indices))
+    if whole == 0:
+        part = max(1, part)
+    sample = np.random.default_rng([seed, position]).permutation(indices)[:part]
+    return np.sort(np.concatenate([*[indices] * whole, sample]), kind="stable")
+
+
+def _split_report(
+    entries: Sequence[Entry], indices: Sequence[Indices], once: Sequence[Indices], *, count_dropped: bool
+) -> SplitReport:
+    """Counts over `indices`; duplicates over `once`, the same rows before weights repeat them."""
+    report = SplitReport()
+    for entry, chosen in zip(entries, indices, strict=True):
+        rows: Rows = entry.rows[chosen]
+        flags = rows["flags"]
+        report.rows += len(rows)
+        report.tokens += int(rows["tokens"].sum(dtype=np.int64))
+        report.labels += int(rows["labels"].sum(dtype=np.int64))
+        report.longest_tokens = max(report.longest_tokens, int(rows["full_tokens"].max(initial=0)))
+        report.truncated += int(np.count_nonzero(flags & TRUNCATED))
+        report.two_user_turns += int(np.count_nonzero(flags & TWO_USER_TURNS))
+        report.boundary_mismatches += int(np.count_nonzero(flags & MISMATCH))
+        report.folded_system += int(np.count_nonzero(flags & FOLDED))
+        report.control_tokens += int(np.count_nonzero(flags & CONTROL))
+        if count_dropped:
+            report.dropped_overlong += int(entry.meta["dropped_overlong"])
+            report.dropped_unlabelled += int(entry.meta["dropped_unlabelled"])
+    report.dropped = report.dropped_overlong + report.dropped_unlabelled
+    hashes = _hashes(entries, once)
+    report.duplicates = len(hashes) - len(np.unique(hashes))
+    return report
+
+
+def _hashes(entries: Sequence[Entry], indices: Sequence[Indices]) -> npt.NDArray[np.uint64]:
+    return np.concatenate([entry.rows["hash"][chosen] for entry, chosen in zip(entries, indices, strict=True)])
+
+
+def _in_both(
+    entries: Sequence[Entry], indices: Sequence[Indices], eval_entries: Sequence[Entry], eval_indices: Sequence[Indices]
+) -> int:
+    return int(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, indices)).sum())
+
+
+def _fingerprint(
+    entries: Sequence[Entry], indices: Sequence[Indices], eval_entries: Sequence[Entry], eval_indices: Sequence[Indices]
+) -> str:
+    digest = hashlib.sha256()
+    for entry, chosen in (*zip(entries, indices, strict=True), *zip(eval_entries, eval_indices, strict=True)):
+        digest.update(entry.folder.name.encode())
+        digest.update(chosen.tobytes())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _assemble(
+    entries: Sequence[Entry], indices: Sequence[Indices], shuffle_seed: int | None
+) -> tuple[Any, Conversations]:
+    """Memory-mapped rows and conversations of the chosen indices, in one order."""
+    from datasets import Dataset, concatenate_datasets
+
+    with quiet_datasets():
+        tokens = concatenate_datasets([Dataset.from_file(str(entry.tokens_file)) for entry in entries])
+        conversations = concatenate_datasets([Dataset.from_file(str(entry.conversations_file)) for entry in entries])
+        starts = np.cumsum([0, *(len(entry.rows) for entry in entries)])
+        chosen = np.concatenate([each + start for each, start in zip(indices, starts, strict=False)])
+        if shuffle_seed is not None:
+            chosen = np.random.default_rng(shuffle_seed).permutation(chosen)
+        if not np.array_equal(chosen, np.arange(starts[-1])):
+            tokens, conversations = tokens.select(chosen), conversations.select(chosen)
+    return tokens, Conversations(conversations)
+
+
+def _require_rows(report: DataReport) -> None:
+    for name, split in report.splits.items():
+        if split.rows == 0:
+            raise DataError(
+                fault(
+                    f"data.{name}",
+                    "rows",
+                    0,
+                    f"at least one row, but all records were dropped ({split.dropped_overlong} too long, "
+                    f"{split.dropped_unlabelled} without an answer in the first tokens)",
+                    "Raise max_length",
+                )
+            )
+
+
+def _notice(report: DataReport, max_length: int) -> None:
+    """Say once what the data has that people would want to know."""
+    for name, split in report.splits.items():
+        found = [
+            (
+                split.truncated,
+                f"{split.truncated} conversations are longer than {max_length} tokens and were cut there "
+                f"(the longest has {split.longest_tokens})",
+            ),
+            (
+                split.dropped_overlong,
+                f"{split.dropped_overlong} conversations are longer than {max_length} tokens and were left out",
+            ),
+            (
+                split.dropped_unlabelled,
+                f"{split.dropped_unlabelled} conversations have no answer within {max_length} tokens and were left out",
+            ),
+            (split.duplicates, f"{split.duplicates} rows are exact duplicates of others; they are kept"),
+            (split.two_user_turns, f"{split.two_user_turns} rows have two user turns in a row"),
+            (
+                split.folded_system,
+                f"the chat template drops system turns: in {split.folded_system} rows the system text now begins the "
+                "user's turn",
+            ),
+            (
+                split.boundary_mismatches,
+                f"{split.boundary_mismatches} rows are tokenised differently where the answer begins than their "
+                "prompt alone: generation will start from other tokens than training saw",
+            ),
+            (
+                split.control_tokens,
+                f"{split.control_tokens} rows spell out control tokens (such as <|end|>) inside a message; they become "
+                "control tokens",
+            ),
+        ]
+        for count, text in found:
+            if count:
+                add_notice(report, f"{name}: {text}.")
+    if report.in_both:
+        add_notice(report, f"{report.in_both} rows of eval also stand in train: its scores will be too good.")
+
+
+def add_notice(report: DataReport, text: str) -> None:
+    """Keep a notice in the report, and log it."""
+    report.notices.append(text)
+    logger.warning("%s", text)
+
+
+# --------------------------------------------------------------------------------------------------- streaming
+
+
+def _prepare_stream(data: DataConfig, loader: _Loader, report: DataReport, seed: int) -> PreparedData:
+    from datasets import interleave_datasets
+
+    if isinstance(data.eval, float | int):
+        todo = "Give data.eval a source of its own, or set streaming to false"
+        raise DataError(fault("data", "eval", data.eval, "a source, since a stream cannot be split", todo))
+    streams = []
+    first: list[bytes] = []
+    for config in data.train:
+        source = resolve(config, "train")
+        shape = loader.shape(config) or _stream_shape(source)
+        first += _first_conversations(source, shape)
+        streams.append(_stream(source, shape, loader))
+        report.sources.setdefault("train", []).append(SourceReport(source.name, shape.name, 0, config.weight))
+    with quiet_datasets():
+        train = streams[0]
+        if len(streams) > 1:
+            weights = np.array([source.weight for source in data.train])
+            train = interleave_datasets(streams, probabilities=list(weights / weights.sum()), seed=seed)
+        train = train.shuffle(seed=seed, buffer_size=_STREAM_SHUFFLE_ROWS)
+    report.streaming = True
+    report.splits["train"] = SplitReport()
+    eval_rows = eval_conversations = None
+    entries: list[Entry] = []
+    indices: list[Indices] = []
+    if data.eval:
+        entries = [loader.load(source, "eval", report) for source in data.eval]
+        indices = [np.arange(len(entry.rows)) for entry in entries]
+        report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
+        eval_rows, eval_conversations = _assemble(entries, indices, None)
+    add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
+    _notice(report, loader.settings.max_length)
+    names = [f"{source.path}:{source.limit}:{source.weight}" for source in data.train]
+    fingerprint = hashlib.sha256(f"{loader.key}{names}{_fingerprint([], [], entries, indices)}".encode()).hexdigest()
+    return PreparedData(
+        train, eval_rows, Conversations(first[:_STREAM_PREVIEW_ROWS]), eval_conversations, fingerprint, report
+    )
+
+
+def _stream_shape(source: Source) -> Shape:
+    batch = next(source.open(), None)
+    if batch is None:
+        raise DataError(fault(source.name, "records", 0, "at least one record"))
+    return detect(batch.records[:DETECT_RECORDS], batch.file)
+
+
+def _first_conversations(source: Source, shape: Shape) -> list[bytes]:
+    batch = next(source.open(), None)
+    if batch is None:
+        return []
+    conversations: list[bytes] = []
+    for index, record in enumerate(batch.records[:_STREAM_PREVIEW_ROWS]):
+        try:
+            conversations.append(serialise(shape.read(record)))
+        except Fault as error:
+            raise DataError(error.at(batch.where(index))) from None
+    return conversations
+
+
+def _stream(source: Source, shape: Shape, loader: _Loader) -> Any:
+    from datasets import Features, IterableDataset, List, Value
+
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    return IterableDataset.from_generator(
+        _stream_rows, features=features, gen_kwargs={"stream": _Stream(source, shape, loader)}
+    )
+
+
+@dataclass
+class _Stream:
+    source: Source
+    shape: Shape
+    loader: _Loader
+
+
+def _stream_rows(stream: _Stream) -> Iterator[dict[str, Any]]:
+    for batch in stream.source.open():
+        chunk = process_batch(batch, stream.shape, stream.loader.encoder, stream.loader.settings)
+        if chunk.fault_count:
+            raise DataError("\n".join(chunk.faults))
+        end = 0
+        for length in chunk.rows["tokens"]:
+            start, end = end, end + int(length)
+            yield {"input_ids": chunk.ids[start:end], "labels": chunk.labels[start:end]}

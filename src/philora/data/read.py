@@ -1,0 +1,682 @@
+"""Where records come from: files, folders and hub datasets, read in batches with the place of every record.
+
+The readers never hold a whole file. A JSONL line stays bytes until a worker parses it, so that parsing runs in
+parallel with everything else; each record carries its place (`file:line`, or a row number) for messages.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from urllib.parse import urlsplit
+
+from philora.errors import DataError, fault, nearest
+
+if TYPE_CHECKING:
+    from philora.config import SourceConfig
+
+Role: TypeAlias = Literal["train", "eval"]
+Record: TypeAlias = "dict[str, Any] | bytes"
+"""A parsed record, or the bytes of one JSONL line that `parse_line` turns into one."""
+Kind: TypeAlias = Literal["json", "csv", "parquet"]
+
+BUNDLED = "helpdesk"
+"""The `path` of the chat set that comes with philora."""
+
+BATCH_ROWS = 512
+BATCH_BYTES = 4 << 20
+"""A batch closes at whichever comes first: large enough for the tokenizer, small enough to keep memory flat."""
+
+_KINDS: dict[str, Kind] = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+_NOT_DATA = {"dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json"}
+_RECORD_KEYS = ("messages", "conversations", "conversation", "instruction", "prompt", "text")
+_JSON_BLOCK = 1 << 20
+
+
+@dataclass(eq=False)
+class Fault(Exception):
+    """A record that cannot be used: what `philora.errors.fault` needs besides the place."""
+
+    name: str
+    value: object
+    expected: str
+    todo: str = ""
+
+    def at(self, where: str) -> str:
+        """The message, with its place."""
+        return fault(where, self.name, self.value, self.expected, self.todo)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive records of one file; `places` are line or row numbers."""
+
+    file: str
+    unit: Literal["line", "row"]
+    places: list[int]
+    records: list[Record]
+
+    def where(self, index: int) -> str:
+        """The place of one record as messages write it."""
+        if self.unit == "line":
+            return f"{self.file}:{self.places[index]}"
+        return f"{self.file} row {self.places[index]}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source after its path has been resolved; `open` may be called again and again."""
+
+    name: str
+    fingerprint: str
+    open: Callable[[], Iterator[Batch]]
+    size_bytes: int | None = None
+
+
+def resolve(config: SourceConfig, role: Role) -> Source:
+    """Find what a source names: bundled set, file, folder, saved dataset or hub dataset.
+
+    Args:
+        config: the source; `path` is looked up on disk before the hub.
+        role: decides the file of the bundled set and the default split of a hub dataset.
+
+    Returns:
+        The source with the fingerprint of its content: for files the sha256 of their bytes.
+
+    Raises:
+        DataError: nothing is there, it is of a kind philora does not read, or the hub cannot be reached.
+    """
+    if config.path == BUNDLED:
+        file = Path(str(resources.files("philora"))) / "nano" / "helpdesk" / f"{role}.jsonl"
+        return _files_source(config, [file], f"{BUNDLED}/{role}.jsonl")
+    path = Path(config.path).expanduser()
+    if path.is_file():
+        return _files_source(config, [path], config.path)
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _saved_source(config, path, role)
+        return _files_source(config, _folder_files(path), config.path)
+    if _looks_local(config.path):
+        raise DataError(_missing_file(path))
+    return _hub_source(config, role)
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """One JSONL line as a record.
+
+    Raises:
+        Fault: the bytes are no UTF-8, no JSON, or no object.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise encoding_fault(raw, error) from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _json_fault(text, error) from None
+    except RecursionError:
+        raise Fault("record", text, "JSON that is not nested a thousand levels deep") from None
+    return _as_record(value)
+
+
+def encoding_fault(raw: bytes, error: UnicodeDecodeError, offset: int = 0) -> Fault:
+    """The fault of bytes that are no UTF-8, with the encoding they are probably in."""
+    return Fault(
+        "byte",
+        f"0x{raw[error.start]:02x}",
+        f"UTF-8 text, but byte {offset + error.start} (from 0) of this {'line' if offset == 0 else 'file'} is not",
+        f"It is probably {_likely_encoding(raw)}: convert the file to UTF-8, for instance with "
+        f"`iconv -f {_likely_encoding(raw)} -t UTF-8`",
+    )
+
+
+def _likely_encoding(raw: bytes) -> str:
+    """A guess for people: by the zeros of UTF-16, runs of bytes over 0x80 (Cyrillic, Hebrew), and telling letters."""
+    start = raw[:200]
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start.count(0) > len(start) // 4:
+        return "UTF-16"
+    if re.search(rb"[\xc0-\xff]{3}", raw):
+        return "windows-1251" if re.search(rb"[\xc0-\xdf\xfb-\xff]", raw) else "windows-1255"
+    # The letters of Romanian and Hungarian that Latin-1 lacks, unless Norwegian's are there.
+    central = re.search(rb"[\xe3\xfe\xba\xaa\xf5\xfb\xd5\xdb]", raw) and not re.search(rb"[\xe5\xf8\xe6]", raw)
+    return "windows-1250" if central else "windows-1252"
+
+
+def _json_fault(text: str, error: json.JSONDecodeError) -> Fault:
+    around = text[max(0, error.pos - 30) : error.pos + 30]
+    return Fault("record", around, f"JSON, but at column {error.colno}: {error.msg}", "Correct or remove this record")
+
+
+def _as_record(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Fault("record", value, "a JSON object with named fields")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def _looks_local(path: str) -> bool:
+    suffixes = Path(path).suffixes
+    return (
+        path.startswith((".", "/", "~"))
+        or path.count("/") > 1
+        or "\\" in path
+        or any(suffix.lower() in _KINDS or suffix.lower() == ".gz" for suffix in suffixes)
+    )
+
+
+def _missing_file(path: Path) -> str:
+    parent = path.parent if str(path.parent) else Path()
+    if not parent.is_dir():
+        return fault("data", "path", str(path), "a file or folder that exists", f"There is no folder {str(parent)!r}")
+    names = sorted(each.name for each in parent.iterdir() if not each.name.startswith("."))
+    hint = nearest(path.name, names)
+    return fault("data", "path", str(path), "a file or folder that exists", hint or f"Its folder is {str(parent)!r}")
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    files = [
+        each
+        for each in sorted(folder.rglob("*"))
+        if each.is_file() and _kind(each) is not None and each.name not in _NOT_DATA and not _hidden(each, folder)
+    ]
+    if not files:
+        raise DataError(fault("data", "path", str(folder), f"a folder with files of the kinds {', '.join(_KINDS)}"))
+    return files
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _kind(path: Path) -> Kind | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+        if suffixes and suffixes[-1] == ".parquet":
+            return None
+    return _KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _files_source(config: SourceConfig, files: list[Path], name: str) -> Source:
+    for file in files:
+        if _kind(file) is None:
+            raise DataError(fault("data", "path", str(file), f"a file of the kinds {', '.join(_KINDS)}"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(_kind_bytes(file))
+        digest.update(_sha256(file))
+
+    def batches() -> Iterator[Batch]:
+        return _limited(_read_files(files), config.limit)
+
+    size = sum(file.stat().st_size for file in files)
+    return Source(name=name, fingerprint=digest.hexdigest(), open=batches, size_bytes=size)
+
+
+def _kind_bytes(file: Path) -> bytes:
+    return "".join(file.suffixes[-2:]).lower().encode()
+
+
+def _sha256(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise DataError(fault("data", "path", str(file), f"a file that can be read ({error.strerror})")) from error
+
+
+def _read_files(files: list[Path]) -> Iterator[Batch]:
+    for file in files:
+        kind = _kind(file)
+        with _located(file):
+            if kind == "json":
+                yield from _read_json(file)
+            elif kind == "csv":
+                yield from _read_csv(file)
+            else:
+                yield from _read_parquet(file)
+
+
+@contextlib.contextmanager
+def _located(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(fault(str(file), "file", file.name, f"a whole gzip file ({error})")) from error
+
+
+def _limited(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
+    left = sys.maxsize if limit is None else limit
+    for batch in batches:
+        if left <= 0:
+            return
+        if len(batch.records) > left:
+            batch = Batch(batch.file, batch.unit, batch.places[:left], batch.records[:left])
+        left -= len(batch.records)
+        yield batch
+
+
+def _open(file: Path) -> IO[bytes]:
+    opened = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # noqa: SIM115 (callers close it)
+    stream = cast("IO[bytes]", opened)
+    if stream.read(3) != codecs.BOM_UTF8:
+        stream.seek(0)
+    return stream
+
+
+def _group(
+    file: str, unit: Literal["line", "row"], records: Iterable[tuple[int, Record]], rows: int = BATCH_ROWS
+) -> Iterator[Batch]:
+    places: list[int] = []
+    held: list[Record] = []
+    size = 0
+    for place, record in records:
+        places.append(place)
+        held.append(record)
+        # The size of a parsed record is not worth measuring exactly: its longest text decides.
+        size += len(record) if isinstance(record, bytes) else _rough_size(record)
+        if len(held) >= rows or size >= BATCH_BYTES:
+            yield Batch(file, unit, places, held)
+            places, held, size = [], [], 0
+    if held:
+        yield Batch(file, unit, places, held)
+
+
+def _rough_size(record: dict[str, Any]) -> int:
+    size = 0
+    for value in record.values():
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, list):
+            size += sum(len(v) for each in value if isinstance(each, dict) for v in each.values() if isinstance(v, str))
+    return size
+
+
+def _read_json(file: Path) -> Iterator[Batch]:
+    with _open(file) as stream:
+        style, skipped = _json_style(stream)
+    if style is None:
+        raise DataError(fault(str(file), "file", file.name, "at least one record, but the file is empty"))
+    records = _json_values(file) if style == "document" else _json_lines(file, skipped)
+    yield from _group(str(file), "line", records)
+
+
+def _json_style(stream: IO[bytes]) -> tuple[Literal["lines", "document"] | None, int]:
+    """How a JSON file is laid out, decided by its content since people name both kinds .json.
+
+    A first line that is a whole object makes it JSON Lines, unless that line is all there is and wraps a list.
+    """
+    skipped = 0
+    for line in stream:
+        if not line.strip():
+            skipped += 1
+            continue
+        if line.lstrip()[:1] == b"[":
+            return "document", skipped
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            # `{` alone opens a document that is spread over lines; anything else is a broken line.
+            return ("document" if line.strip() in (b"{", b"[") or _opens_wrapper(line) else "lines"), skipped
+        wraps = isinstance(value, dict) and not any(key in value for key in _RECORD_KEYS)
+        wraps = wraps and any(isinstance(each, list) and each and isinstance(each[0], dict) for each in value.values())
+        if wraps and not any(rest.strip() for rest in stream):
+            return "document", skipped
+        return "lines", skipped
+    return None, skipped
+
+
+def _opens_wrapper(line: bytes) -> bool:
+    return line.rstrip().endswith((b"[", b"{")) and len(line) < 200
+
+
+def _json_lines(file: Path, skip: int) -> Iterator[tuple[int, Record]]:
+    with _open(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if number > skip and not line.isspace():
+                yield number, line
+
+
+class _JsonText:
+    """A window over a JSON document: values are decoded one by one, and what is behind them is forgotten."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.stream = io.TextIOWrapper(_open(file), encoding="utf-8", newline="")
+        self.decoder = json.JSONDecoder()
+        self.text = ""
+        self.position = 0
+        self.ended = False
+        # Lines are counted up to `counted`, which follows `position`.
+        self.line = 1
+        self.counted = 0
+
+    def more(self, block: int = _JSON_BLOCK) -> bool:
+        """Forget what is behind and read on; False at the end of the file."""
+        self.line = self.line_at(self.position)
+        try:
+            added = self.stream.read(block)
+        except UnicodeDecodeError:
+            raise DataError(self._encoding_message()) from None
+        self.text = self.text[self.position :] + added
+        self.position = self.counted = 0
+        self.ended = not added
+        return bool(added)
+
+    def _encoding_message(self) -> str:
+        with _open(self.file) as stream:
+            for number, raw in enumerate(stream, start=1):
+                try:
+                    raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    return encoding_fault(raw, error).at(f"{self.file}:{number}")
+        return fault(str(self.file), "file", self.file.name, "UTF-8 text to the end")
+
+    def line_at(self, position: int) -> int:
+        """The line of a position in the window."""
+        return self.line + self.text.count("\n", self.counted, position)
+
+    def where(self, position: int | None = None) -> str:
+        """`file:line` of a position in the window."""
+        return f"{self.file}:{self.line_at(self.position if position is None else position)}"
+
+    def peek(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            while self.position < len(self.text):
+                if not self.text[self.position].isspace():
+                    return self.text[self.position]
+                self.position += 1
+            if not self.more():
+                return ""
+
+    def take(self, character: str) -> None:
+        """Step over one expected character."""
+        if self.peek() != character:
+            around = self.text[self.position : self.position + 40]
+            raise DataError(fault(self.where(), "text", around, f"JSON with {character!r} here", "Is the file whole?"))
+        self.position += 1
+
+    def value(self) -> tuple[int, Any]:
+        """The next value with the line it begins on."""
+        self.peek()
+        block = _JSON_BLOCK
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                # A value cut off by the edge of the window fails at that edge, or inside an open string.
+                cut = error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                if cut and not self.ended:
+                    self.more(block)
+                    block *= 2
+                    continue
+                raise DataError(_json_fault(self.text, error).at(self.where(error.pos))) from None
+            except RecursionError:
+                deep = "JSON that is not nested a thousand levels deep"
+                raise DataError(fault(self.where(), "record", "[[[...", deep)) from None
+            if end == len(self.text) and not self.ended and not isinstance(value, dict | list | str):
+                self.more(block)  # a number may go on beyond the window
+                continue
+            line = self.line_at(self.position)
+            self.line, self.counted, self.position = self.line_at(end), end, end
+            return line, value
+
+
+def _json_values(file: Path) -> Iterator[tuple[int, Record]]:
+    """Records of a JSON array, or of the first list of objects in a JSON object."""
+    text = _JsonText(file)
+    with text.stream:
+        if text.peek() == "{":
+            yield from _wrapped_values(text)
+            return
+        yield from _array_values(text)
+        if text.peek():
+            around = text.text[text.position : text.position + 40]
+            raise DataError(fault(text.where(), "text", around, "nothing after the list of records"))
+
+
+def _array_values(text: _JsonText) -> Iterator[tuple[int, Record]]:
+    text.take("[")
+    if text.peek() == "]":
+        text.take("]")
+        raise DataError(fault(str(text.file), "file", text.file.name, "at least one record, but the list is empty"))
+    while True:
+        line, value = text.value()
+        # What is no object is handed on as bytes, so that it is reported with the other faults of the file.
+        yield line, value if isinstance(value, dict) else json.dumps(value).encode()
+        if text.peek() == "]":
+            text.take("]")
+            return
+        text.take(",")
+
+
+def _wrapped_values(text: _JsonText) -> Iterator[tuple[int, Record]]:
+    text.take("{")
+    record: dict[str, Any] = {}
+    first = text.line
+    while text.peek() == '"':
+        _, key = text.value()
+        text.take(":")
+        if text.peek() == "[" and key not in _RECORD_KEYS:
+            yield from _array_values(text)
+            return
+        record[key] = text.value()[1]
+        if text.peek() != ",":
+            break
+        text.take(",")
+    text.take("}")
+    many = record.get("conversations")
+    if isinstance(many, list) and many and isinstance(many[0], dict) and not {"from", "role"} & set(many[0]):
+        yield from ((first, each) for each in many)
+    else:
+        yield first, record
+
+
+def _read_csv(file: Path) -> Iterator[Batch]:
+    # Cells hold whole conversations: the module's default of 128 KiB is too low.
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
+    with _open(file) as stream:
+        yield from _group(str(file), "line", _csv_rows(file, stream))
+
+
+def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record]]:
+    line_number = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal line_number
+        for line_number, raw in enumerate(stream, start=1):
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(encoding_fault(raw, error).at(f"{file}:{line_number}")) from None
+
+    delimiter = "\t" if ".tsv" in [suffix.lower() for suffix in file.suffixes] else ","
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise DataError(fault(str(file), "file", file.name, "a line of column names, but the file is empty"))
+        first = line_number + 1
+        for row in reader:
+            if len(row) == len(header):
+                yield first, dict(zip(header, row, strict=True))
+            elif row:
+                raise DataError(
+                    fault(f"{file}:{first}", "cells", len(row), f"{len(header)} as in the first line", "Quote commas")
+                )
+            first = line_number + 1
+    except csv.Error as error:
+        raise DataError(fault(f"{file}:{line_number}", "line", str(error), "a line of CSV")) from error
+
+
+def _read_parquet(file: Path) -> Iterator[Batch]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def rows() -> Iterator[tuple[int, Record]]:
+        number = 0
+        try:
+            with parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=BATCH_ROWS):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, row
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(fault(str(file), "file", file.name, f"a whole Parquet file ({error})")) from error
+
+    yield from _group(str(file), "row", rows())
+
+
+# ------------------------------------------------------------------------------------------------------ hub
+
+
+def _saved_source(config: SourceConfig, path: Path, role: Role) -> Source:
+    from datasets import DatasetDict, load_from_disk
+
+    with quiet_datasets():
+        loaded = load_from_disk(str(path))
+    if isinstance(loaded, DatasetDict):
+        loaded = loaded[_choose_split(str(path), config.split, role, list(loaded))]
+    return _dataset_source(config, loaded, config.path)
+
+
+def _hub_source(config: SourceConfig, role: Role) -> Source:
+    import datasets
+
+    arguments = (config.path, config.subset) if config.subset else (config.path,)
+    with quiet_datasets(), _reachable_or_cached():
+        try:
+            split = config.split
+            if split is None:
+                split = _choose_split(config.path, None, role, datasets.get_dataset_split_names(*arguments))
+            loaded = datasets.load_dataset(*arguments, split=split, streaming=config.streaming)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(_hub_message(config, error)) from error
+    return _dataset_source(config, loaded, f"{config.path}[{split}]")
+
+
+def _choose_split(where: str, given: str | None, role: Role, names: list[str]) -> str:
+    wanted = (
+        [given]
+        if given
+        else ["train", "train_sft"]
+        if role == "train"
+        else ["validation", "test", "test_sft", "eval", "dev"]
+    )
+    for name in wanted:
+        if name in names:
+            return name
+    if given is None and len(names) == 1:
+        return names[0]
+    raise DataError(
+        fault(
+            where, "split", given, f"one of {', '.join(names)}", (given and nearest(given, names)) or "Name one of them"
+        )
+    )
+
+
+def _hub_message(config: SourceConfig, error: Exception) -> str:
+    close = difflib.get_close_matches(config.path, [BUNDLED, *(each.name for each in Path().iterdir())], n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    if isinstance(error, ConnectionError):
+        return fault(
+            "data",
+            "path",
+            config.path,
+            "a file or folder that exists, or a dataset of the Hugging Face hub; no such file is here and the hub "
+            "cannot be reached",
+            f"{hint}Check the spelling of the path, connect to the network, or download the dataset on another machine "
+            "and give its folder",
+        )
+    return fault(
+        "data",
+        "path",
+        config.path,
+        f"a file or folder that exists, or a dataset of the Hugging Face hub ({str(error).splitlines()[0]})",
+        f"{hint}Check path, subset and split",
+    )
+
+
+@contextlib.contextmanager
+def _reachable_or_cached() -> Iterator[None]:
+    """Without a network, go to the hub's cache at once: its own retries take half a minute before they give up."""
+    import datasets
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE or _has_no_network(constants.ENDPOINT)
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _has_no_network(endpoint: str) -> bool:
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
+    except OSError:
+        return True
+    return False
+
+
+def _dataset_source(config: SourceConfig, dataset: Any, name: str) -> Source:
+    def rows() -> Iterator[tuple[int, Record]]:
+        number = 0
+        for columns in dataset.iter(batch_size=BATCH_ROWS):
+            names = list(columns)
+            for cells in zip(*columns.values(), strict=True):
+                number += 1
+                yield number, dict(zip(names, cells, strict=True))
+
+    def batches() -> Iterator[Batch]:
+        return _limited(_group(name, "row", rows()), config.limit)
+
+    fingerprint = hashlib.sha256(f"{name}:{getattr(dataset, '_fingerprint', '')}".encode()).hexdigest()
+    size = None if config.streaming else getattr(dataset, "size_in_bytes", None)
+    return Source(name=name, fingerprint=fingerprint, open=batches, size_bytes=size)
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No progress bars and no chatter of `datasets` inside; what was set before is set again afterwards."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    level = datasets.utils.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()

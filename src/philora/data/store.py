@@ -1,0 +1,458 @@
+"""The disk cache: one source tokenised once, written whole or not at all, and memory-mapped afterwards.
+
+An entry is a folder named by everything that decides its content. It is written under a temporary name and renamed;
+`meta.json` states the size of each file, so an entry that was torn later (a full disk, a copy that stopped) is seen
+and made again.
+
+    tokens.arrow          input_ids, labels: one row a conversation
+    conversations.arrow   the normalised conversation as JSON, the same rows
+    rows.npy              hash, lengths and flags of each row
+    meta.json             counts, and the sizes of the others
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from philora.data.read import Batch, Fault, Source
+from philora.data.shapes import Conversation, Shape, detect
+from philora.data.template import IGNORED, Encoder
+from philora.errors import DataError, RunError, fault
+
+FORMAT_VERSION = 1
+"""Part of every key: raise it when the meaning or the layout of an entry changes."""
+
+FAULTS_SHOWN = 20
+DETECT_RECORDS = 100
+
+TRUNCATED, TWO_USER_TURNS, MISMATCH, FOLDED, CONTROL = 1, 2, 4, 8, 16
+"""Flags of a row."""
+
+ROW = np.dtype([("hash", "u8"), ("tokens", "i4"), ("labels", "i4"), ("full_tokens", "i4"), ("flags", "u1")])
+"""What is known of a row without reading it; `full_tokens` is its length before truncation."""
+
+Rows = npt.NDArray[Any]
+
+_STALE_SECONDS = 24 * 3600
+_PARALLEL_FROM_BYTES = 32 << 20
+_MOST_PROCESSES = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What besides source and tokenizer decides the tokens."""
+
+    max_length: int
+    drop_overlong: bool
+
+
+@dataclass
+class Chunk:
+    """The work of one batch: arrays of its kept rows, and what was wrong."""
+
+    ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    conversations: list[bytes]
+    rows: Rows
+    records: int
+    dropped_overlong: int = 0
+    dropped_unlabelled: int = 0
+    faults: list[str] = field(default_factory=list)
+    fault_count: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tokenised source on disk."""
+
+    folder: Path
+    meta: dict[str, Any]
+    rows: Rows
+
+    @property
+    def tokens_file(self) -> Path:
+        """Arrow stream with `input_ids` and `labels`."""
+        return self.folder / "tokens.arrow"
+
+    @property
+    def conversations_file(self) -> Path:
+        """Arrow stream with `conversation`."""
+        return self.folder / "conversations.arrow"
+
+
+def cache_root(configured: str | None) -> Path:
+    """The folder of the cache: as configured, else `$PHILORA_CACHE`, else `~/.cache/philora`."""
+    chosen = configured or os.environ.get("PHILORA_CACHE") or "~/.cache/philora"
+    return Path(chosen).expanduser() / "data"
+
+
+def tokenizer_fingerprint(encoder: Encoder) -> str:
+    """A hash of all that a tokenizer does to a conversation: vocabulary, rules, special tokens, template."""
+    digest = hashlib.sha256(encoder.backend.to_str().encode())
+    tokenizer = encoder.tokenizer
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    digest.update(f"\0{special}\0{template}\0{sorted(encoder.stops.items())}".encode())
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- one batch
+
+
+def serialise(conversation: Conversation) -> bytes:
+    """A conversation as the JSON that is stored, hashed and read back."""
+    stored: Any = conversation.messages
+    if conversation.tools is not None:
+        stored = {"messages": conversation.messages, "tools": conversation.tools}
+    text = json.dumps(stored, ensure_ascii=False, separators=(",", ":"), default=str)
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise Fault("content", around, "whole characters, not half of a surrogate pair", "Correct the text") from None
+
+
+def process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Settings, tokenise: bool = True) -> Chunk:
+    """Normalise and tokenise one batch; with `tokenise` off, only look for faults."""
+    faults: list[str] = []
+    fault_count = 0
+    conversations: list[Conversation] = []
+    blobs: list[bytes] = []
+    places: list[int] = []
+    for index, record in enumerate(batch.records):
+        try:
+            conversation = shape.read(record)
+            blob = serialise(conversation)
+        except Fault as error:
+            fault_count += 1
+            if len(faults) < FAULTS_SHOWN:
+                faults.append(error.at(batch.where(index)))
+            continue
+        conversations.append(conversation)
+        blobs.append(blob)
+        places.append(index)
+    if fault_count or not tokenise:
+        return _empty_chunk(len(batch.records), faults, fault_count)
+
+    chunk = _empty_chunk(len(batch.records), faults, 0)
+    rows = np.zeros(len(conversations), ROW)
+    id_parts: list[npt.NDArray[np.int32]] = []
+    label_parts: list[npt.NDArray[np.int32]] = []
+    count = 0
+    encoded = encoder.encode(conversations)
+    for place, conversation, blob, result in zip(places, conversations, blobs, encoded, strict=True):
+        if isinstance(result, Fault):
+            chunk.fault_count += 1
+            if len(chunk.faults) < FAULTS_SHOWN:
+                chunk.faults.append(result.at(batch.where(place)))
+            continue
+        full_length = len(result.input_ids)
+        overlong = full_length > settings.max_length
+        if overlong and settings.drop_overlong:
+            chunk.dropped_overlong += 1
+            continue
+        length = min(full_length, settings.max_length)
+        ids = np.array(result.input_ids, np.int32)[:length]
+        labels = np.full(length, IGNORED, np.int32)
+        for start, end in result.spans:
+            labels[start:end] = ids[start:end]
+        # The first token is never predicted, so a label there does not count.
+        labelled = sum(min(end, length) - max(start, 1) for start, end in result.spans if start < length)
+        if labelled <= 0:
+            chunk.dropped_unlabelled += 1
+            continue
+        if result.conversation is not conversation:
+            blob = serialise(result.conversation)
+        flags = (
+            TRUNCATED * overlong
+            | TWO_USER_TURNS * result.conversation.two_user_turns
+            | MISMATCH * result.boundary_mismatch
+            | FOLDED * result.folded_system
+            | CONTROL * result.control_tokens
+        )
+        row_hash = int.from_bytes(hashlib.blake2b(blob, digest_size=8).digest(), "little")
+        rows[count] = (row_hash, length, labelled, full_length, flags)
+        count += 1
+        id_parts.append(ids)
+        label_parts.append(labels)
+        chunk.conversations.append(blob)
+    chunk.rows = rows[:count]
+    if id_parts:
+        chunk.ids, chunk.labels = np.concatenate(id_parts), np.concatenate(label_parts)
+    return chunk
+
+
+def _empty_chunk(records: int, faults: list[str], fault_count: int) -> Chunk:
+    nothing = np.zeros(0, np.int32)
+    return Chunk(nothing, nothing, [], np.zeros(0, ROW), records, faults=faults, fault_count=fault_count)
+
+
+_worker: tuple[Shape, Encoder, Settings] | None = None
+
+
+def _start_worker(shape: Shape, encoder: Encoder, settings: Settings) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = (shape, encoder, settings)
+
+
+def _work(batch: Batch, tokenise: bool) -> Chunk:
+    if _worker is None:
+        raise RunError("a data worker was used before it was set up")
+    return process_batch(batch, *_worker, tokenise)
+
+
+def chunks(
+    batches: Iterable[Batch], shape: Shape, encoder: Encoder, settings: Settings, processes: int
+) -> Iterator[Chunk]:
+    """Work on batches in order, in `processes` processes, with a bounded number of them under way."""
+    failed = False
+    if processes <= 1:
+        for batch in batches:
+            chunk = process_batch(batch, shape, encoder, settings, not failed)
+            failed = failed or chunk.fault_count > 0
+            yield chunk
+        return
+    under_way: deque[Future[Chunk]] = deque()
+    with (
+        _forked_quietly(),
+        ProcessPoolExecutor(
+            processes,
+            mp_context=multiprocessing.get_context("fork"),
+            initializer=_start_worker,
+            initargs=(shape, encoder, settings),
+        ) as pool,
+    ):
+        try:
+            for batch in batches:
+                under_way.append(pool.submit(_work, batch, not failed))
+                if len(under_way) >= 2 * processes:
+                    chunk = under_way.popleft().result()
+                    failed = failed or chunk.fault_count > 0
+                    yield chunk
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _forked_quietly() -> Iterator[None]:
+    """Stop the tokenizers library from warning about each fork: the workers run it on one thread."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def process_count(asked: int | None, size_bytes: int | None) -> int:
+    """How many processes to use: as asked; else one for small sources, and the usable cores for large ones.
+
+    One process still tokenises on all cores, by the threads of the tokenizers library. Where processes cannot be
+    forked safely (not Linux), it is always one.
+    """
+    if not sys.platform.startswith("linux"):
+        return 1
+    if asked is not None:
+        return max(1, asked)
+    if size_bytes is None or size_bytes < _PARALLEL_FROM_BYTES:
+        return 1
+    return min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+# ------------------------------------------------------------------------------------------------------- entry
+
+
+def entry_for(
+    source: Source,
+    shape: Shape | None,
+    encoder: Encoder,
+    tokenizer_key: str,
+    settings: Settings,
+    *,
+    limit: int | None,
+    root: Path,
+    processes: int,
+) -> Entry:
+    """The entry of a source, made now if it is not there or torn.
+
+    Raises:
+        DataError: records cannot be used; up to 20 faults are listed, and their number is stated.
+    """
+    described = {
+        "version": FORMAT_VERSION,
+        "source": source.fingerprint,
+        "limit": limit,
+        "shape": None if shape is None else [shape.name, shape.columns],
+        "tokenizer": tokenizer_key,
+        "max_length": settings.max_length,
+        "drop_overlong": settings.drop_overlong,
+    }
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+    folder = root / key
+    entry = read_entry(folder)
+    if entry is not None:
+        return entry
+    shape = shape or detect_shape(source)
+    temporary = root / f".tmp-{key}-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        temporary.mkdir()
+    except OSError as error:
+        todo = "Set data.cache_dir or the environment variable PHILORA_CACHE to another folder"
+        raise DataError(
+            fault("data", "cache_dir", str(root), f"a folder that can be written ({error})", todo)
+        ) from error
+    try:
+        _write_entry(temporary, chunks(source.open(), shape, encoder, settings, processes), source, shape, described)
+        _rename(temporary, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            todo = "Free some space, or set PHILORA_CACHE to a folder on a larger disk"
+            raise RunError(
+                fault("data", "cache_dir", str(root), "room for the tokenised data, but the disk is full", todo)
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    entry = read_entry(folder)
+    if entry is None:
+        raise RunError(fault("data", "cache_dir", str(folder), "a cache entry that can be read back after writing"))
+    return entry
+
+
+def detect_shape(source: Source) -> Shape:
+    """The shape of a source, from its first records."""
+    first = next(source.open(), None)
+    if first is None:
+        raise DataError(fault(source.name, "records", 0, "at least one record"))
+    return detect(first.records[:DETECT_RECORDS], first.file)
+
+
+def _write_entry(folder: Path, done: Iterator[Chunk], source: Source, shape: Shape, described: dict[str, Any]) -> None:
+    import pyarrow as pa
+    from datasets import Features, List, Value
+
+    tokens = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}).arrow_schema
+    conversations = Features({"conversation": Value("string")}).arrow_schema
+    all_rows: list[Rows] = []
+    faults: list[str] = []
+    counts = {"records": 0, "dropped_overlong": 0, "dropped_unlabelled": 0}
+    fault_count = 0
+    with (
+        _synced(folder / "tokens.arrow") as tokens_sink,
+        _synced(folder / "conversations.arrow") as conversations_sink,
+        pa.ipc.new_stream(tokens_sink, tokens) as tokens_writer,
+        pa.ipc.new_stream(conversations_sink, conversations) as conversations_writer,
+    ):
+        for chunk in done:
+            fault_count += chunk.fault_count
+            faults += chunk.faults[: FAULTS_SHOWN - len(faults)]
+            counts["records"] += chunk.records
+            counts["dropped_overlong"] += chunk.dropped_overlong
+            counts["dropped_unlabelled"] += chunk.dropped_unlabelled
+            if fault_count or not len(chunk.rows):
+                continue
+            all_rows.append(chunk.rows)
+            offsets = np.zeros(len(chunk.rows) + 1, np.int32)
+            np.cumsum(chunk.rows["tokens"], out=offsets[1:])
+            lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (chunk.ids, chunk.labels)]
+            tokens_writer.write_batch(pa.RecordBatch.from_arrays(lists, schema=tokens))
+            blobs = pa.array(chunk.conversations, pa.string())
+            conversations_writer.write_batch(pa.RecordBatch.from_arrays([blobs], schema=conversations))
+    if fault_count:
+        raise DataError(_records_message(source, faults, fault_count, counts["records"]))
+    if not counts["records"]:
+        raise DataError(fault(source.name, "records", 0, "at least one record"))
+    rows = np.concatenate(all_rows) if all_rows else np.zeros(0, ROW)
+    with (folder / "rows.npy").open("wb") as stream:
+        np.save(stream, rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    sizes = {each.name: each.stat().st_size for each in folder.iterdir()}
+    meta = {"key": described, "name": source.name, "shape": shape.name, "rows": len(rows), "sizes": sizes, **counts}
+    with (folder / "meta.json").open("w", encoding="utf-8") as text:
+        json.dump(meta, text, indent=1)
+        text.flush()
+        os.fsync(text.fileno())
+
+
+def _records_message(source: Source, faults: list[str], count: int, records: int) -> str:
+    if count == 1:
+        return faults[0]
+    more = f" (the first {len(faults)} of them)" if count > len(faults) else ""
+    listed = "\n".join(f"  {each}" for each in faults)
+    return f"{source.name}: {count} of {records} records cannot be used{more}:\n{listed}"
+
+
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator[Any]:
+    with path.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Put an entry under its name; whoever else finished the same one first is left alone unless theirs is torn."""
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if read_entry(folder) is None:
+            aside = folder.with_name(f".tmp-torn-{folder.name}-{time.monotonic_ns()}")
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            temporary.rename(folder)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what runs that were killed have left."""
+    for each in root.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - each.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(each, ignore_errors=True)
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """An entry that is whole; None where it is missing or torn."""
+    import pyarrow as pa
+
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
+            return None
+        rows = np.load(folder / "rows.npy", mmap_mode="r") if meta["rows"] else np.zeros(0, ROW)
+        if len(rows) != meta["rows"] or rows.dtype != ROW:
+            return None
+        for name in ("tokens.arrow", "conversations.arrow"):
+            with pa.memory_map(str(folder / name)) as mapped, pa.ipc.open_stream(mapped):
+                pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+        return None
+    return Entry(folder, meta, rows)

@@ -1,0 +1,620 @@
+"""Conversations become tokens and labels; the mask is proved by rendering.
+
+For every assistant turn i, the rendering of the turns before it with the generation prompt must be the beginning of
+the complete rendering: what follows is what the model has to write, up to and with the first stop token. No marker
+string is searched for, so any template that is consistent works and one that is not is refused.
+
+Rendering each prefix of each conversation would cost a quadratic number of Jinja runs. Most templates put literal text
+around the contents, so the proof is made once for a sequence of roles, on contents that cannot be mistaken, and
+gives a `_Plan`: the literal pieces between contents. A conversation then needs one rendering: if it equals the
+pieces and its contents joined, all places are known; if not (a template that trims or rewrites), the full proof is
+made for this conversation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeAlias
+
+from philora.data.read import Fault
+from philora.data.shapes import Conversation, Message
+from philora.errors import DataError, fault
+
+IGNORED = -100
+"""The label of a token that has no loss."""
+
+Tokenizer: TypeAlias = Any
+"""A `transformers.PreTrainedTokenizerBase` backed by the tokenizers library."""
+
+_PLANS_KEPT = 4096
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One conversation as tokens.
+
+    `spans` are the token ranges with loss, end excluded; `conversation` is what was rendered, with a system turn
+    folded into the user's where the template knows none.
+    """
+
+    input_ids: list[int]
+    spans: list[tuple[int, int]]
+    conversation: Conversation
+    boundary_mismatch: bool = False
+    folded_system: bool = False
+    control_tokens: bool = False
+
+    @property
+    def labels(self) -> list[int]:
+        """One label a token; -100 where there is no loss."""
+        labels = [IGNORED] * len(self.input_ids)
+        for start, end in self.spans:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One assistant turn in the complete rendering, in characters: content from `start` to `end`, then a stop token."""
+
+    message: int
+    start: int
+    end: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Literal text around the contents of one sequence of roles; `stops[n]` is where the stop token begins in the
+    piece behind the content of `answers[n]`."""
+
+    pieces: tuple[str, ...]
+    answers: tuple[int, ...]
+    stops: tuple[int, ...]
+
+
+class TemplateFault(DataError):
+    """The chat template itself cannot be trained with; no record is to blame."""
+
+
+class Encoder:
+    """Tokenises conversations for one tokenizer, its chat template, and the stop tokens of the model.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template (none is needed for plain text).
+        stop_token_ids: any of these ends a turn.
+
+    Raises:
+        DataError: the tokenizer is slow, or a stop id is not in its vocabulary.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.backend = backend_of(tokenizer)
+        self.added = {index: str(token.content) for index, token in self.backend.get_added_tokens_decoder().items()}
+        self.stops: dict[str, int] = {}
+        for index in stop_token_ids:
+            text = self.backend.id_to_token(index)
+            if text is None:
+                raise DataError(fault("tokenizer", "stop_token_ids", index, "ids of the tokenizer's vocabulary"))
+            self.stops[self.added.get(index, text)] = index
+        if not self.stops:
+            raise DataError(fault("tokenizer", "stop_token_ids", [], "at least one id", "Phi's are <|end|> and eos"))
+        self._stop_ids = frozenset(self.stops.values())
+        self._stop_pattern = re.compile("|".join(map(re.escape, sorted(self.stops, key=len, reverse=True))))
+        self._control_pattern = re.compile("|".join(map(re.escape, sorted(self.added.values(), key=len, reverse=True))))
+        self._control_starts = {text[0] for text in self.added.values() if text}
+        self._plans: dict[tuple[str, ...], _Plan | None] = {}
+        self._tails: dict[str, list[int]] = {}
+        self._opening: tuple[str, str] | None = None
+        self._keeps_system: bool | None = None
+        self._reads_tools: bool | None = None
+
+    # ------------------------------------------------------------------------------------------------ rendering
+
+    def render(self, messages: list[Message], *, tools: list[Any] | None = None, generation: bool = False) -> str:
+        """The text of the chat template.
+
+        Raises:
+            Fault: the template refuses these messages.
+            TemplateFault: there is no template.
+        """
+        import jinja2
+
+        if self.tokenizer.chat_template is None:
+            raise TemplateFault(
+                fault(
+                    "tokenizer",
+                    "chat_template",
+                    None,
+                    "a chat template for records with turns",
+                    "Use an instruct model, or records with the field text",
+                )
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=generation
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise Fault("roles", roles, f"turns that the chat template renders, but it says: {error}") from error
+        return text
+
+    def _prove(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, list[_Turn]]:
+        """Render a conversation and find each assistant turn by rendering what stands before it."""
+        text = self.render(messages, tools=tools)
+        turns: list[_Turn] = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if index == 0:
+                start = self._opening_length(text, message["content"])
+            else:
+                prefix = self.render(messages[:index], tools=tools, generation=True)
+                if not text.startswith(prefix):
+                    raise TemplateFault(_inconsistent(text, prefix, index))
+                start = len(prefix)
+            end = _content_end(text, start, message, index)
+            upto = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools=tools)
+            limit = _common_length(text, upto, end)
+            stop = self._stop_pattern.search(text, end, limit)
+            if stop is None:
+                raise TemplateFault(
+                    fault(
+                        "tokenizer",
+                        "chat_template",
+                        text[end : max(limit, end + 20)],
+                        f"a stop token ({', '.join(self.stops)}) behind the answer of turn {index}",
+                        "A model trained this way never learns to stop: use the template of the model, or add the "
+                        "token that its template writes there to the stop tokens",
+                    )
+                )
+            turns.append(_Turn(index, start, end, stop.start()))
+        return text, turns
+
+    def _opening_length(self, text: str, content: str) -> int:
+        """Where the content of an assistant turn begins that nothing precedes: templates render no empty list."""
+        if self._opening is None:
+            probe = [{"role": "user", "content": "zq0qz"}]
+            self._opening = (self.render(probe, generation=True), str(self.tokenizer.bos_token or ""))
+        prompt, bos = self._opening
+        start = text.find(content.strip())
+        before = text[: max(start, 0)]
+        before = before.removeprefix(bos) if bos else before
+        if start < 0 or not prompt.endswith(before):
+            raise TemplateFault(_inconsistent(text, prompt, 0))
+        return start
+
+    def _plan(self, roles: tuple[str, ...]) -> _Plan | None:
+        """The literal pieces for a sequence of roles; None when this template does more than joining."""
+        if roles in self._plans:
+            return self._plans[roles]
+        marks = [f"zq{index}qz" for index in range(len(roles))]
+        plan: _Plan | None = None
+        try:
+            text, turns = self._prove(
+                [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            )
+        except (Fault, TemplateFault):
+            turns, text = [], ""
+        pieces: list[str] = []
+        rest = text
+        for mark in marks:
+            before, found, rest = rest.partition(mark)
+            if not found or mark in rest:
+                break
+            pieces.append(before)
+        else:
+            pieces.append(rest)
+            plan = _Plan(
+                tuple(pieces), tuple(turn.message for turn in turns), tuple(turn.stop - turn.end for turn in turns)
+            )
+            starts = {
+                index: sum(map(len, pieces[: index + 1])) + sum(map(len, marks[:index])) for index in plan.answers
+            }
+            if any(starts[turn.message] != turn.start for turn in turns):
+                plan = None
+        if len(self._plans) < _PLANS_KEPT:
+            self._plans[roles] = plan
+        return plan
+
+    # ---------------------------------------------------------------------------------------------- system turns
+
+    def keeps_system(self) -> bool:
+        """Whether the template renders a system turn, tried once."""
+        if self._keeps_system is None:
+            probe = [{"role": "system", "content": "zq0qz"}, {"role": "user", "content": "zq1qz"}]
+            try:
+                self._keeps_system = "zq0qz" in self.render(probe)
+            except Fault:
+                self._keeps_system = False
+        return self._keeps_system
+
+    def adapt(self, conversation: Conversation) -> tuple[Conversation, bool]:
+        """What of a conversation the template can render, and whether a system turn had to be folded.
+
+        A system turn that the template drops becomes the beginning of the next user turn. Tool descriptions that
+        the template does not read as `tools` go where Phi-4-mini's looks: the `tools` of the system turn.
+        """
+        if conversation.tools is not None and not self._reads_tool_argument(conversation.tools):
+            conversation = _tools_into_system(conversation)
+        if all(message["role"] != "system" for message in conversation.messages):
+            return conversation, False
+        if self.keeps_system() and _kept(self, conversation):
+            return conversation, False
+        return _folded(conversation), True
+
+    def _reads_tool_argument(self, tools: list[Any]) -> bool:
+        if self._reads_tools is None:
+            probe = [{"role": "user", "content": "zq0qz"}]
+            described = [{"type": "function", "function": {"name": "zq1qz", "description": "", "parameters": {}}}]
+            try:
+                self._reads_tools = "zq1qz" in self.render(probe, tools=described)
+            except Fault:
+                self._reads_tools = False
+        return self._reads_tools
+
+    # ------------------------------------------------------------------------------------------------- encoding
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | Fault]:
+        """Tokenise conversations; one that cannot be used gives its fault in its place.
+
+        Raises:
+            TemplateFault: the template is inconsistent, or its turns end in no stop token.
+        """
+        results: list[Encoded | Fault | None] = [None] * len(conversations)
+        chats: list[int] = []
+        texts: list[int] = []
+        adapted: list[tuple[Conversation, bool]] = []
+        for index, conversation in enumerate(conversations):
+            if conversation.is_text:
+                adapted.append((conversation, False))
+                texts.append(index)
+                continue
+            try:
+                adapted.append(self.adapt(conversation))
+                chats.append(index)
+            except Fault as error:
+                adapted.append((conversation, False))
+                results[index] = error
+        if texts:
+            self._encode_texts([conversations[index] for index in texts], texts, results)
+        if chats:
+            self._encode_chats([(index, *adapted[index]) for index in chats], results)
+        return [result for result in results if result is not None]
+
+    def _encode_texts(
+        self, conversations: list[Conversation], places: list[int], results: list[Encoded | Fault | None]
+    ) -> None:
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
+        contents = [conversation.messages[0]["content"] for conversation in conversations]
+        encodings = self.backend.encode_batch(contents, add_special_tokens=True)
+        for place, conversation, content, encoding in zip(places, conversations, contents, encodings, strict=True):
+            ids = encoding.ids
+            if bos and content.startswith(bos):  # it stands there already
+                ids = self.backend.encode(content, add_special_tokens=False).ids
+            if eos is not None and (not ids or ids[-1] != eos):
+                ids.append(eos)
+            results[place] = Encoded(ids, [(0, len(ids))], conversation)
+
+    def _encode_chats(self, chats: list[tuple[int, Conversation, bool]], results: list[Encoded | Fault | None]) -> None:
+        located: list[tuple[int, Conversation, bool, str, list[_Turn]]] = []
+        for (place, conversation, folded), text in zip(chats, self._render_all(chats, results), strict=True):
+            if text is None:
+                continue
+            try:
+                text, turns = self._locate(conversation, text)
+            except Fault as error:
+                results[place] = error
+                continue
+            located.append((place, conversation, folded, text, turns))
+        encodings = self.backend.encode_batch([each[3] for each in located], add_special_tokens=False)
+        for (place, conversation, folded, text, turns), encoding in zip(located, encodings, strict=True):
+            ids: list[int] = encoding.ids
+            spans: list[tuple[int, int]] = []
+            mismatch = False
+            for turn in turns:
+                first, after = self._token_span(encoding, ids, turn)
+                mismatch = mismatch or self._moves_boundary(encoding, ids, text, turn.start, first)
+                if turn.message not in conversation.untrained:
+                    spans.append((first, after))
+            control = any(self._has_control(message["content"]) for message in conversation.messages)
+            results[place] = Encoded(ids, spans, conversation, mismatch, folded, control)
+
+    def _render_all(
+        self, chats: list[tuple[int, Conversation, bool]], results: list[Encoded | Fault | None]
+    ) -> list[str | None]:
+        import jinja2
+
+        if self.tokenizer.chat_template is not None and all(chat[1].tools is None for chat in chats):
+            try:
+                return list(self.tokenizer.apply_chat_template([chat[1].messages for chat in chats], tokenize=False))
+            except (jinja2.TemplateError, TypeError, KeyError, AttributeError):
+                pass  # one of them cannot be rendered: find it
+        rendered: list[str | None] = []
+        for place, conversation, _ in chats:
+            try:
+                rendered.append(self.render(conversation.messages, tools=conversation.tools))
+            except Fault as error:
+                results[place] = error
+                rendered.append(None)
+        return rendered
+
+    def _locate(self, conversation: Conversation, text: str) -> tuple[str, list[_Turn]]:
+        """The assistant turns of a rendering, by the plan of its roles when the rendering is what the plan says."""
+        messages = conversation.messages
+        if conversation.is_plain:
+            plan = self._plan(tuple([message["role"] for message in messages]))
+            if plan is not None:
+                contents = [message["content"] for message in messages]
+                if "".join(chain.from_iterable(zip(plan.pieces, [*contents, ""], strict=True))) == text:
+                    turns: list[_Turn] = []
+                    position = 0
+                    answer = 0
+                    for index, content in enumerate(contents):
+                        position += len(plan.pieces[index])
+                        end = position + len(content)
+                        if answer < len(plan.answers) and plan.answers[answer] == index:
+                            turns.append(_Turn(index, position, end, end + plan.stops[answer]))
+                            answer += 1
+                        position = end
+                    return text, turns
+        return self._prove(messages, conversation.tools)
+
+    def _token_span(self, encoding: Any, ids: list[int], turn: _Turn) -> tuple[int, int]:
+        """Token range of a turn: from the first token that begins in its content to its stop token, inclusive."""
+        first = _first_token_from(encoding, turn.start)
+        stop = encoding.char_to_token(turn.stop)
+        if stop is None or ids[stop] not in self._stop_ids or stop < first:
+            raise TemplateFault(
+                fault(
+                    "tokenizer",
+                    "stop token",
+                    encoding.tokens[stop] if stop is not None else None,
+                    f"one of {', '.join(self.stops)} as one token behind the answer",
+                    "The tokenizer does not know this stop token as a token of its own: use the tokenizer of the model",
+                )
+            )
+        return first, stop + 1
+
+    def _moves_boundary(self, encoding: Any, ids: list[int], text: str, start: int, first: int) -> bool:
+        """Whether the prompt tokenised alone is no prefix of these tokens.
+
+        Added tokens cut a text before anything else looks at it, so only what follows the last of them can differ:
+        nothing when the prompt ends in one (it may swallow the spaces behind), else a tail that repeats and is
+        tokenised once.
+        """
+        place = first - 1
+        while place >= 0 and ids[place] not in self.added:
+            place -= 1
+        if place >= 0 and place == first - 1:
+            return False
+        tail_start = (encoding.token_to_chars(place) or (0, 0))[0] if place >= 0 else 0
+        tail = text[tail_start:start]
+        alone = self._tails.get(tail)
+        if alone is None:
+            alone = self.backend.encode(tail, add_special_tokens=False).ids
+            if len(self._tails) < _PLANS_KEPT:
+                self._tails[tail] = alone
+        begin = max(place, 0)
+        return bool(ids[begin:first] != alone)
+
+    def _has_control(self, content: str) -> bool:
+        return any(each in content for each in self._control_starts) and bool(self._control_pattern.search(content))
+
+
+def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: list[Any] | None = None,
+    stop_token_ids: Sequence[int],
+) -> Encoded:
+    """Tokens and labels of one conversation.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        messages: role and content, and what else the template reads.
+        tools: tool descriptions for the template.
+        stop_token_ids: any of these ends an assistant turn.
+
+    Returns:
+        The tokens of the complete rendering; labels on each assistant turn with its stop token.
+
+    Raises:
+        DataError: the template cannot render this, or cannot be trained with.
+    """
+    encoder = Encoder(tokenizer, stop_token_ids)
+    result = encoder.encode([Conversation([dict(message) for message in messages], tools)])[0]
+    if isinstance(result, Fault):
+        raise DataError(result.at("conversation"))
+    return result
+
+
+def backend_of(tokenizer: Tokenizer) -> Any:
+    """A copy-safe `tokenizers.Tokenizer` without padding and truncation.
+
+    Raises:
+        DataError: the tokenizer is not backed by the tokenizers library, so it knows no offsets.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not getattr(tokenizer, "is_fast", True):
+        name = type(tokenizer).__name__
+        raise DataError(
+            fault("tokenizer", "class", name, "a fast tokenizer (one with a tokenizer.json)", "Load it with use_fast")
+        )
+    if backend.truncation is not None or backend.padding is not None:
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
+def preview(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """A row as the model sees it: the text of each token, and whether it has loss.
+
+    Args:
+        tokenizer: the tokenizer that made the row.
+        row: `input_ids` and `labels`.
+
+    Returns:
+        One pair a token. The texts joined are the decoded row; a character of several tokens stands with the last
+        of them, the others have empty text.
+    """
+    ids = [int(index) for index in row["input_ids"]]
+    is_label = [int(label) != IGNORED for label in row["labels"]]
+
+    def decode(part: list[int]) -> str:
+        text: str = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    texts = [""] * len(ids)
+    # Decoding a window that begins a little earlier keeps the spaces that depend on neighbours.
+    begin = settled = 0
+    for index in range(len(ids)):
+        before, text = decode(ids[begin:settled]), decode(ids[begin : index + 1])
+        if len(text) > len(before) and not text.endswith("�"):
+            texts[index] = text[len(before) :]
+            begin, settled = settled, index + 1
+    whole = decode(ids)
+    if "".join(texts) != whole:
+        texts = _texts_by_prefix(decode, ids, whole)
+    return list(zip(texts, is_label, strict=True))
+
+
+def _texts_by_prefix(decode: Any, ids: list[int], whole: str) -> list[str]:
+    """The slow, always right way: the part of the decoded row that each longer beginning of it settles."""
+    texts: list[str] = []
+    done = 0
+    for index in range(len(ids)):
+        part = decode(ids[: index + 1])
+        length = len(whole) if index + 1 == len(ids) else _common_length(whole, part, 0)
+        texts.append(whole[done : max(done, length)])
+        done = max(done, length)
+    return texts
+
+
+def prompts_and_references(conversation: Sequence[Message]) -> tuple[list[Message], str]:
+    """Split a conversation for generation: all before the last assistant turn, and that turn's content.
+
+    Raises:
+        DataError: there is no assistant turn, or nothing before it.
+    """
+    for index in range(len(conversation) - 1, 0, -1):
+        if conversation[index]["role"] == "assistant":
+            return [dict(message) for message in conversation[:index]], str(conversation[index]["content"])
+    roles = ", ".join(message["role"] for message in conversation)
+    raise DataError(fault("conversation", "roles", roles, "an assistant turn with something before it"))
+
+
+# ------------------------------------------------------------------------------------------------------ parts
+
+
+def _first_token_from(encoding: Any, start: int) -> int:
+    """The first token that begins at or behind a character.
+
+    `char_to_token` searches in native code; the neighbours settle what it leaves open: a token that covers the
+    character but begins before it, several tokens of one character, tokens without width.
+    """
+    count = len(encoding)
+    place = encoding.char_to_token(start)
+    if place is None:  # this character is in no token (trimmed by the tokenizer)
+        place = 0
+        while place < count and (encoding.token_to_chars(place) or (0, 0))[0] < start:
+            place += 1
+        return place
+    while place < count and (encoding.token_to_chars(place) or (0, 0))[0] < start:
+        place += 1
+    while place > 0 and (encoding.token_to_chars(place - 1) or (-1, -1))[0] >= start:
+        place -= 1
+    return int(place)
+
+
+def _content_end(text: str, start: int, message: Message, index: int) -> int:
+    content = message["content"]
+    for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+        if form and text.startswith(form, start):
+            return start + len(form)
+    if message.get("tool_calls") or message.get("reasoning_content") or message.get("thinking"):
+        # The template arranges these its own way; the answer ends at the first stop token.
+        found = text.find(content.strip(), start) if content.strip() else start
+        return found + len(content.strip()) if found >= 0 else start
+    raise Fault(
+        f"turn {index}",
+        text[start : start + 60],
+        "the content of this turn right behind the generation prompt",
+        "The chat template rewrites this answer: remove what it treats in a special way (such as <think> parts), or "
+        "use a template that keeps every answer",
+    )
+
+
+def _common_length(text: str, other: str, start: int) -> int:
+    """Length of the common beginning of two texts that agree up to `start`."""
+    if text.startswith(other):
+        return len(other)
+    length = start
+    for first, second in zip(text[start:], other[start:], strict=False):
+        if first != second:
+            break
+        length += 1
+    return length
+
+
+def _inconsistent(text: str, prefix: str, index: int) -> str:
+    at = _common_length(text, prefix, 0)
+    return fault(
+        "tokenizer",
+        "chat_template",
+        f"{text[max(0, at - 20) : at + 20]} / {prefix[max(0, at - 20) : at + 20]}",
+        f"the turns before turn {index}, rendered with the generation prompt, as the beginning of the conversation",
+        "This template renders a turn differently once others follow, so its answers cannot be told from the prompt: "
+        "use a template that renders each turn the same wherever it stands",
+    )
+
+
+def _kept(encoder: Encoder, conversation: Conversation) -> bool:
+    roles = tuple([message["role"] for message in conversation.messages])
+    if conversation.is_plain and encoder._plan(roles) is not None:
+        return True  # the plan has a place for each content, and the rendering is compared with it
+    text = encoder.render(conversation.messages, tools=conversation.tools)
+    return all(message["content"].strip() in text for message in conversation.messages if message["role"] == "system")
+
+
+def _folded(conversation: Conversation) -> Conversation:
+    """System turns as the beginning of the user turn that follows (or of the first, when none does)."""
+    messages: list[Message] = []
+    untrained: set[int] = set()
+    waiting = ""
+    for index, message in enumerate(conversation.messages):
+        if message["role"] == "system":
+            waiting = f"{waiting}\n\n{message['content']}" if waiting else message["content"]
+            continue
+        if waiting and message["role"] == "user":
+            message = {**message, "content": f"{waiting}\n\n{message['content']}"}
+            waiting = ""
+        if index in conversation.untrained:
+            untrained.add(len(messages))
+        messages.append(message)
+    if waiting:
+        first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
+        if first is None:
+            messages.insert(0, {"role": "user", "content": waiting})
+            untrained = {index + 1 for index in untrained}
+        else:
+            messages[first] = {**messages[first], "content": f"{waiting}\n\n{messages[first]['content']}"}
+    return Conversation(messages, conversation.tools, conversation.two_user_turns, frozenset(untrained))
+
+
+def _tools_into_system(conversation: Conversation) -> Conversation:
+    described = json.dumps(conversation.tools, ensure_ascii=False)
+    first = conversation.messages[0]
+    if first["role"] == "system":
+        messages = [{"tools": described, **first}, *conversation.messages[1:]]
+        return Conversation(messages, None, conversation.two_user_turns, conversation.untrained)
+    messages = [{"role": "system", "content": "", "tools": described}, *conversation.messages]
+    untrained = frozenset(index + 1 for index in conversation.untrained)
+    return Conversation(messages, None, conversation.two_user_turns, untrained)
