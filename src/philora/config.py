@@ -36,6 +36,8 @@ DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_complet
 COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text")
 _DATA_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _ATTENTION: Final = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+OWN_TRAINING_KEYS: Final = ("tokens_per_step", "early_stopping_patience")
+"""Keys of `training_config` that are philora's own, not TRL's."""
 _SECRETS: Final = ("training_config.hub_token",)
 
 
@@ -348,6 +350,12 @@ _LIBRARY_FIELDS: Final = (
     Field("training_config.eval_accumulation_steps", LIBRARY, _COUNT_OR_NULL, "evaluation steps kept on the device"),
     Field("training_config.save_strategy", "steps", Rule("", lambda value: value), "when to save a checkpoint"),
     Field("training_config.save_steps", 0.1, STEPS, "steps between checkpoints"),
+    Field(
+        "training_config.early_stopping_patience",
+        None,
+        _COUNT_OR_NULL,
+        "stop after this many evaluations without improvement (philora's own key); null: never",
+    ),
     Field("training_config.save_total_limit", 2, _COUNT_OR_NULL, "checkpoints kept; null: all"),
     Field("training_config.seed", 42, number(least=0, whole=True), "seed of data order, dropout and initialisation"),
     Field("training_config.data_seed", LIBRARY, union(number(least=0, whole=True), NULL), "seed of the data order"),
@@ -408,7 +416,7 @@ def _rule_of(section: str, key: str) -> Rule | None:
     own = FIELDS.get(f"{section}.{key}")
     library = (schema.training_fields() if section == "training_config" else schema.lora_fields()).get(key)
     if own is not None and own.rule.text:
-        return own.rule if library is not None or key == "tokens_per_step" else None
+        return own.rule if library is not None or key in OWN_TRAINING_KEYS else None
     return None if library is None else library.rule
 
 
@@ -671,6 +679,10 @@ class _Reader:
     def fault(self, path: _Path, value: Any, expected: str, todo: str = "") -> None:
         self.faults.append(_fault(self.place(path), ".".join(path), value, expected, todo))
 
+    def is_section(self, section: str) -> bool:
+        """Whether a section is absent or a mapping; another kind of value has a fault of its own."""
+        return self.given.get(section) is None or isinstance(self.given[section], Mapping)
+
     def read(self, path: _Path, value: Any, rule: Rule) -> Any:
         """The value as the rule reads it; a misfit is recorded, and None returned."""
         try:
@@ -806,8 +818,9 @@ def _read_yaml(file: Path, reader: _Reader) -> None:
         ) from error
     except OSError as error:
         raise ConfigError(fault(where, "file", str(file), "a readable file", str(error.strerror))) from error
-    loader = _Loader(content)
+    loader = None
     try:
+        loader = _Loader(content)
         node = loader.get_single_node()
         if node is not None:
             _note_lines(node, (), reader, set())
@@ -815,15 +828,15 @@ def _read_yaml(file: Path, reader: _Reader) -> None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise ConfigError(
-            f"{at}: {error.problem or error.context} - expected YAML. Check the line and the one above it."
-        ) from error
+        text = ", ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{at}: {text} - expected YAML. Check the line and the one above it.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         at = f":{content.count(chr(10), 0, error.position) + 1}" if isinstance(error, yaml.reader.ReaderError) else ""
         reason = getattr(error, "reason", None) or str(error)
         raise ConfigError(f"{where}{at}: {reason} - expected YAML. Remove what is not text.") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if node is None or reader.given is None:
         raise ConfigError(
             f"{where}: the file is empty - expected a configuration with at least data.train. See `philora demo`."
@@ -938,7 +951,7 @@ def _build(reader: _Reader, source: str, stem: str) -> Config:
     parts = {}
     for section in sections:
         value = reader.given.get(section)
-        if value is not None and not isinstance(value, Mapping):
+        if not reader.is_section(section):
             first = next(iter(dataclasses.fields(_SECTIONS[section]))).name if section in _SECTIONS else "key"
             reader.fault((section,), value, "a mapping", f"Write {section}: {{{first}: ...}}")
             value = None
@@ -996,7 +1009,7 @@ def _names() -> dict[str, set[str]]:
     """The keys of each section."""
     own = {section: {each.name for each in dataclasses.fields(kind)} for section, kind in _SECTIONS.items()}
     return own | {
-        "training_config": {*schema.training_fields(), "tokens_per_step"},
+        "training_config": {*schema.training_fields(), *OWN_TRAINING_KEYS},
         "peft_config": set(schema.lora_fields()),
     }
 
@@ -1031,7 +1044,7 @@ def _read_own(section: str, given: dict[str, Any], reader: _Reader, origins: dic
             values[key] = read
     for name, each in fields.items():
         origins[f"{section}.{name}"] = reader.origin_of((section, name)) if name in given else "default"
-        if each.default is _REQUIRED and name not in given:
+        if each.default is _REQUIRED and name not in given and reader.is_section(section):
             reader.faults.append(
                 f"{reader.place((section,))}: {section}.{name} is missing - expected {each.metadata['rule'].text}. "
                 f"For the bundled chat set write {section}: {{{name}: {HELPDESK}}}."
@@ -1054,7 +1067,9 @@ def _check_model(values: dict[str, Any], reader: _Reader) -> None:
         _read_nested(("model", "quantization"), quantization, known, "BitsAndBytesConfig", reader)
         if quantization.get("load_in_4bit") is True and quantization.get("load_in_8bit") is True:
             reader.fault(("model", "quantization", "load_in_8bit"), True, "only one of load_in_4bit and load_in_8bit")
-        elif not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        elif set(quantization) <= set(known) and not (
+            quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+        ):
             reader.fault(
                 ("model", "quantization"), dict(quantization), "load_in_4bit: true or load_in_8bit: true in it"
             )
@@ -1197,7 +1212,9 @@ def _training_defaults(given: Mapping[str, Any], data: Mapping[str, Any], stem: 
         preset["bf16"] = False
     if data.get("eval", 0.05) is None or (given.get("do_eval") is False and "eval_strategy" not in given):
         preset["eval_strategy"] = "no"
-    if given.get("load_best_model_at_end"):
+    if given.get("early_stopping_patience") is not None:
+        preset["load_best_model_at_end"] = True  # without it transformers follows no metric
+    if {**preset, **given}.get("load_best_model_at_end"):
         # The best checkpoint can only be one that was evaluated, so what is not given follows what is.
         for one, other in (("eval_strategy", "save_strategy"), ("save_strategy", "eval_strategy")):
             if one in given and other not in given and given[one] != "best":
@@ -1220,9 +1237,9 @@ def _check_training(
     evaluates = values["eval_strategy"] != "no"
     if evaluates and data.get("eval", 0.05) is None:
         refuse("eval_strategy", "no, because data.eval is null", "Give data.eval, for example 0.05")
-    if values.get("load_best_model_at_end") and not evaluates:
+    if given.get("load_best_model_at_end") and not evaluates:
         refuse("load_best_model_at_end", "false, because eval_strategy is no", "Set eval_strategy to steps or epoch")
-    elif values.get("load_best_model_at_end") and values["save_strategy"] != "best":
+    elif evaluates and values.get("load_best_model_at_end") and values["save_strategy"] != "best":
         if values["eval_strategy"] != values["save_strategy"]:
             refuse(
                 "load_best_model_at_end",
@@ -1231,6 +1248,12 @@ def _check_training(
             )
         elif values["eval_strategy"] == "steps" and not _multiple(values["save_steps"], values["eval_steps"]):
             refuse("save_steps", f"a multiple of eval_steps={values['eval_steps']!r}, for load_best_model_at_end")
+    if values.get("early_stopping_patience") is not None and not evaluates:
+        refuse("early_stopping_patience", "null, because eval_strategy is no", "Set eval_strategy to steps or epoch")
+    elif values.get("early_stopping_patience") is not None and not (
+        values.get("load_best_model_at_end") or values.get("metric_for_best_model")
+    ):
+        refuse("early_stopping_patience", "load_best_model_at_end: true beside it, or a metric_for_best_model")
     if values["save_strategy"] == "best" and not evaluates:
         refuse("save_strategy", "evaluation in training for 'best'", "Set eval_strategy to steps or epoch")
     scheduler = values["lr_scheduler_type"]
@@ -1246,7 +1269,7 @@ def _check_training(
     if isinstance(given.get("tokens_per_step"), int) and "gradient_accumulation_steps" in given:
         reader.notices.append(
             f"{reader.place(('training_config', 'tokens_per_step'))}: training_config.tokens_per_step and "
-            f"gradient_accumulation_steps are both given: tokens_per_step={given['tokens_per_step']} holds."
+            f"gradient_accumulation_steps are both given: gradient_accumulation_steps holds."
         )
 
 

@@ -159,7 +159,11 @@ def number(
 
     def read(value: Any) -> float | int:
         value = _number(value)
-        if not math.isfinite(value) or (whole and value != int(value)):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # a whole number beyond the range of a float
+            finite = False
+        if not finite or (whole and value != int(value)):
             raise Misfit
         if not (value > above and value >= least and value < below and value <= most):
             raise Misfit
@@ -188,7 +192,7 @@ def list_of(item: Rule) -> Rule:
 
     def read(value: Any) -> list[Any]:
         if isinstance(value, (set, frozenset)):
-            value = sorted(value)
+            value = sorted(value, key=str)
         if not isinstance(value, (list, tuple)):
             raise Misfit
         return [item.read(each) for each in value]
