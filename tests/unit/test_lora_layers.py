@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import math
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +277,33 @@ def test_tensors_put_there_while_merged_count(kind: str) -> None:
     assert close(layer.eval()(x), want, 1e-5)
 
 
+def test_transforms_of_torch_func() -> None:
+    layer, x = make("linear"), torch.randn(5, 6)
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (row,)).square().sum()
+
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    loss(dict(layer.named_parameters()), x).backward()
+    torch.testing.assert_close(each["lora_A"].sum(0), layer.lora_A.grad)
+    torch.testing.assert_close(each["lora_B"].sum(0), layer.lora_B.grad)
+
+
+def test_torch_is_all_that_it_imports() -> None:
+    imported = set()
+    for file in Path(lora.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module))
+    foreign = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert {n for n in foreign if n.partition(".")[0] != "torch" and not n.startswith("philora.lora")} == {
+        "philora.errors"
+    }
+
+
 def test_eval_under_inference_mode_leaves_a_usable_layer() -> None:
     layer = make("linear")
     with torch.inference_mode():
@@ -519,9 +549,7 @@ if __name__ == "__main__":
 """
 
 
-def test_spawned_ddp(tmp_path: object) -> None:
-    import socket
-
+def test_spawned_ddp(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

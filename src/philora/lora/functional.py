@@ -55,9 +55,12 @@ _fused: ContextVar[bool | None] = ContextVar("philora_fused", default=None)
 
 
 def fused_enabled() -> bool:
-    """Whether the fused autograd function is used: what `fused` says, else `PHILORA_FUSED` (anything but 0)."""
-    if torch.compiler.is_compiling():
-        # The compiler fuses, and chooses what to save, by itself; neither switch can be read inside a graph.
+    """Whether the fused autograd function is used: what `fused` says, else `PHILORA_FUSED` (anything but 0).
+
+    Never in a graph that torch.compile makes (it fuses, and chooses what to save, by itself, and could read neither
+    switch), nor inside a transform of torch.func, such as vmap, for which the function has no rule.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     chosen = _fused.get()
     return os.environ.get("PHILORA_FUSED", "1") != "0" if chosen is None else chosen
