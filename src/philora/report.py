@@ -464,8 +464,8 @@ def _coverage(coverage: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "rows": [
             {
-                "module": str(row.get("module") or ""),
-                "slice": str(row.get("slice") or ""),
+                "name": str(row.get("slice") or str(row.get("module") or "").rpartition(".")[2]),
+                "place": (str(row.get("module") or "") if row.get("slice") else _parent(row.get("module"))).split("."),
                 "r": _count(row.get("r")),
                 "scaling": _number(scaling) if (scaling := _real(row.get("scaling"))) is not None else "–",
                 "modules": _count(row.get("modules")),
@@ -475,6 +475,10 @@ def _coverage(coverage: Mapping[str, Any]) -> dict[str, Any] | None:
         ],
         "trainable": _count(coverage.get("trainable_parameters")),
     }
+
+
+def _parent(module: Any) -> str:
+    return str(module or "").rpartition(".")[0]
 
 
 DATA_COLUMNS = {
