@@ -18,6 +18,7 @@ import numpy.typing as npt
 from philora.data.read import Fault, Source, quiet_datasets, resolve
 from philora.data.shapes import Message, Shape, detect, shape_from_config
 from philora.data.store import (
+    ANSWERS,
     CONTROL,
     DETECT_RECORDS,
     FOLDED,
@@ -106,8 +107,9 @@ class DataReport:
         return self.splits.get("eval")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values for JSON; each split stands under its name."""
+        values = asdict(self)
+        return {**values.pop("splits"), **values}
 
 
 class Conversations(Sequence[list[Message]]):
@@ -151,6 +153,7 @@ class PreparedData:
     """Tokenised splits with columns `input_ids` and `labels` (-100 where there is no loss).
 
     `train_conversations[i]` is the conversation of row i of `train`; of a streaming set they are its first ones.
+    `eval_conversations` are those of `eval` that can be asked for: with an assistant turn that follows something.
     """
 
     train: Any
@@ -218,7 +221,7 @@ def prepare(
         own = eval_entries is not entries
         report.splits["eval"] = _split_report(eval_entries, eval_indices, eval_indices, count_dropped=own)
         report.in_both = _in_both(entries, train_indices, eval_entries, eval_indices)
-        eval_rows, eval_conversations = _assemble(eval_entries, eval_indices, None)
+        eval_rows, eval_conversations = _assemble_eval(eval_entries, eval_indices)
     _require_rows(report)
     _notice(report, max_length)
     return PreparedData(train, eval_rows, train_conversations, eval_conversations, fingerprint, report)
@@ -378,6 +381,13 @@ def _assemble(
     return tokens, Conversations(conversations)
 
 
+def _assemble_eval(entries: Sequence[Entry], indices: Sequence[Indices]) -> tuple[Any, Conversations]:
+    rows, _ = _assemble(entries, indices, None)
+    asked = [each[(entry.rows["flags"][each] & ANSWERS) > 0] for entry, each in zip(entries, indices, strict=True)]
+    _, conversations = _assemble(entries, asked, None)
+    return rows, conversations
+
+
 def _require_rows(report: DataReport) -> None:
     for name, split in report.splits.items():
         if split.rows == 0:
@@ -473,7 +483,7 @@ def _prepare_stream(data: DataConfig, loader: _Loader, report: DataReport, seed:
         entries = [loader.load(source, "eval", report) for source in data.eval]
         indices = [np.arange(len(entry.rows)) for entry in entries]
         report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
-        eval_rows, eval_conversations = _assemble(entries, indices, None)
+        eval_rows, eval_conversations = _assemble_eval(entries, indices)
     add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
     _notice(report, loader.settings.max_length)
     names = [f"{source.path}:{source.limit}:{source.weight}" for source in data.train]

@@ -9,6 +9,11 @@ around the contents, so the proof is made once for a sequence of roles, on conte
 gives a `_Plan`: the literal pieces between contents. A conversation then needs one rendering: if it equals the
 pieces and its contents joined, all places are known; if not (a template that trims or rewrites), the full proof is
 made for this conversation.
+
+Characters become tokens through the offsets of one tokenisation of the complete rendering. Offsets cost a third of
+the tokenizer's time, and with templates such as Phi's they say nothing new: where an added token stands right before
+each answer and the stop token right behind, the added tokens of the plan, found in their order and no other, are the
+places. A text with any other added token in it takes the way over offsets.
 """
 
 from __future__ import annotations
@@ -20,9 +25,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from philora.data.read import Fault
 from philora.data.shapes import Conversation, Message
 from philora.errors import DataError, fault
+
+Ids: TypeAlias = "npt.NDArray[np.int32]"
 
 IGNORED = -100
 """The label of a token that has no loss."""
@@ -33,7 +43,7 @@ Tokenizer: TypeAlias = Any
 _PLANS_KEPT = 4096
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Encoded:
     """One conversation as tokens.
 
@@ -41,7 +51,7 @@ class Encoded:
     folded into the user's where the template knows none.
     """
 
-    input_ids: list[int]
+    ids: Ids
     spans: list[tuple[int, int]]
     conversation: Conversation
     boundary_mismatch: bool = False
@@ -49,11 +59,20 @@ class Encoded:
     control_tokens: bool = False
 
     @property
+    def input_ids(self) -> list[int]:
+        """The tokens."""
+        return [int(index) for index in self.ids]
+
+    @property
     def labels(self) -> list[int]:
         """One label a token; -100 where there is no loss."""
-        labels = [IGNORED] * len(self.input_ids)
+        return [int(label) for label in self.label_array()]
+
+    def label_array(self) -> Ids:
+        """The labels as an array."""
+        labels = np.full(len(self.ids), IGNORED, np.int32)
         for start, end in self.spans:
-            labels[start:end] = self.input_ids[start:end]
+            labels[start:end] = self.ids[start:end]
         return labels
 
 
@@ -69,12 +88,38 @@ class _Turn:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Literal text around the contents of one sequence of roles; `stops[n]` is where the stop token begins in the
-    piece behind the content of `answers[n]`."""
+    """Literal text around the contents of one sequence of roles.
+
+    Attributes:
+        pieces: one more than there are roles.
+        answers: indices of the assistant turns.
+        stops: for each answer, where the stop token begins in the piece behind its content.
+        controls: the added tokens in the pieces, in order.
+        brackets: for each answer, which of `controls` stands right before its first token, and which is its stop
+            token; empty when an answer does not follow an added token directly.
+    """
 
     pieces: tuple[str, ...]
     answers: tuple[int, ...]
     stops: tuple[int, ...]
+    controls: Ids
+    brackets: tuple[tuple[int, int], ...]
+
+    def joined(self, contents: list[str]) -> str:
+        """The text that the plan says."""
+        parts = [""] * (2 * len(contents) + 1)
+        parts[::2] = self.pieces
+        parts[1::2] = contents
+        return "".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A conversation on its way through one call of `encode`: its place there, as it is rendered, system folded."""
+
+    place: int
+    conversation: Conversation
+    folded: bool
 
 
 class TemplateFault(DataError):
@@ -108,6 +153,8 @@ class Encoder:
         self._stop_pattern = re.compile("|".join(map(re.escape, sorted(self.stops, key=len, reverse=True))))
         self._control_pattern = re.compile("|".join(map(re.escape, sorted(self.added.values(), key=len, reverse=True))))
         self._control_starts = {text[0] for text in self.added.values() if text}
+        self._is_added = np.zeros(max([self.backend.get_vocab_size(with_added_tokens=True) - 1, *self.added]) + 1, bool)
+        self._is_added[list(self.added)] = True
         self._plans: dict[tuple[str, ...], _Plan | None] = {}
         self._tails: dict[str, list[int]] = {}
         self._opening: tuple[str, str] | None = None
@@ -210,17 +257,32 @@ class Encoder:
             pieces.append(before)
         else:
             pieces.append(rest)
-            plan = _Plan(
-                tuple(pieces), tuple(turn.message for turn in turns), tuple(turn.stop - turn.end for turn in turns)
-            )
-            starts = {
-                index: sum(map(len, pieces[: index + 1])) + sum(map(len, marks[:index])) for index in plan.answers
-            }
-            if any(starts[turn.message] != turn.start for turn in turns):
-                plan = None
+            plan = self._plan_of(text, turns, pieces, marks)
         if len(self._plans) < _PLANS_KEPT:
             self._plans[roles] = plan
         return plan
+
+    def _plan_of(self, text: str, turns: list[_Turn], pieces: list[str], marks: list[str]) -> _Plan | None:
+        for turn in turns:
+            before = sum(map(len, pieces[: turn.message + 1])) + sum(map(len, marks[: turn.message]))
+            if turn.start != before:
+                return None
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        places = np.flatnonzero(self._is_added[ids])
+        order = {int(place): number for number, place in enumerate(places)}
+        brackets: list[tuple[int, int]] = []
+        for turn in turns:
+            first, after = self._token_span(encoding, encoding.ids, turn)
+            if first - 1 in order and after - 1 in order:
+                brackets.append((order[first - 1], order[after - 1]))
+        return _Plan(
+            tuple(pieces),
+            tuple(turn.message for turn in turns),
+            tuple(turn.stop - turn.end for turn in turns),
+            ids[places],
+            tuple(brackets) if len(brackets) == len(turns) else (),
+        )
 
     # ---------------------------------------------------------------------------------------------- system turns
 
@@ -267,24 +329,20 @@ class Encoder:
             TemplateFault: the template is inconsistent, or its turns end in no stop token.
         """
         results: list[Encoded | Fault | None] = [None] * len(conversations)
-        chats: list[int] = []
+        chats: list[_Chat] = []
         texts: list[int] = []
-        adapted: list[tuple[Conversation, bool]] = []
         for index, conversation in enumerate(conversations):
             if conversation.is_text:
-                adapted.append((conversation, False))
                 texts.append(index)
                 continue
             try:
-                adapted.append(self.adapt(conversation))
-                chats.append(index)
+                chats.append(_Chat(index, *self.adapt(conversation)))
             except Fault as error:
-                adapted.append((conversation, False))
                 results[index] = error
         if texts:
             self._encode_texts([conversations[index] for index in texts], texts, results)
         if chats:
-            self._encode_chats([(index, *adapted[index]) for index in chats], results)
+            self._encode_chats(chats, results)
         return [result for result in results if result is not None]
 
     def _encode_texts(
@@ -294,76 +352,124 @@ class Encoder:
         contents = [conversation.messages[0]["content"] for conversation in conversations]
         encodings = self.backend.encode_batch(contents, add_special_tokens=True)
         for place, conversation, content, encoding in zip(places, conversations, contents, encodings, strict=True):
-            ids = encoding.ids
+            ids: list[int] = encoding.ids
             if bos and content.startswith(bos):  # it stands there already
                 ids = self.backend.encode(content, add_special_tokens=False).ids
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
-            results[place] = Encoded(ids, [(0, len(ids))], conversation)
+            results[place] = Encoded(np.array(ids, np.int32), [(0, len(ids))], conversation)
 
-    def _encode_chats(self, chats: list[tuple[int, Conversation, bool]], results: list[Encoded | Fault | None]) -> None:
-        located: list[tuple[int, Conversation, bool, str, list[_Turn]]] = []
-        for (place, conversation, folded), text in zip(chats, self._render_all(chats, results), strict=True):
+    def _encode_chats(self, chats: list[_Chat], results: list[Encoded | Fault | None]) -> None:
+        rendered = self._render_all(chats, results)
+        direct: list[tuple[_Chat, str, _Plan]] = []
+        others: list[tuple[_Chat, str]] = []
+        for chat, text in zip(chats, rendered, strict=True):
             if text is None:
                 continue
-            try:
-                text, turns = self._locate(conversation, text)
-            except Fault as error:
-                results[place] = error
+            plan = self._plan_for(chat.conversation, text)
+            if plan is not None and plan.brackets:
+                direct.append((chat, text, plan))
+            else:
+                others.append((chat, text))
+        others += self._encode_by_brackets(direct, results)
+        self._encode_by_offsets(others, results)
+
+    def _encode_by_brackets(
+        self, chats: list[tuple[_Chat, str, _Plan]], results: list[Encoded | Fault | None]
+    ) -> list[tuple[_Chat, str]]:
+        """Tokenise conversations whose added tokens say where the answers are; gives back those with others in them."""
+        lists = [
+            each.ids for each in self.backend.encode_batch_fast([chat[1] for chat in chats], add_special_tokens=False)
+        ]
+        ends = np.cumsum([0, *map(len, lists)])
+        flat = np.fromiter(chain.from_iterable(lists), np.int32, int(ends[-1]))
+        added = np.flatnonzero(self._is_added[flat])
+        added_ids = flat[added]
+        bounds = np.searchsorted(added, ends).tolist()
+        starts = ends.tolist()
+        left: list[tuple[_Chat, str]] = []
+        for number, (chat, text, plan) in enumerate(chats):
+            begin, end = bounds[number], bounds[number + 1]
+            if end - begin != len(plan.controls) or (added_ids[begin:end] != plan.controls).any():
+                left.append((chat, text))
                 continue
-            located.append((place, conversation, folded, text, turns))
-        encodings = self.backend.encode_batch([each[3] for each in located], add_special_tokens=False)
-        for (place, conversation, folded, text, turns), encoding in zip(located, encodings, strict=True):
+            start = starts[number]
+            places = (added[begin:end] - start).tolist()
+            spans = [(places[before] + 1, places[stop] + 1) for before, stop in plan.brackets]
+            if chat.conversation.untrained:
+                spans = [
+                    span
+                    for span, answer in zip(spans, plan.answers, strict=True)
+                    if answer not in chat.conversation.untrained
+                ]
+            ids = flat[start : starts[number + 1]]
+            results[chat.place] = Encoded(ids, spans, chat.conversation, folded_system=chat.folded)
+        return left
+
+    def _encode_by_offsets(self, chats: list[tuple[_Chat, str]], results: list[Encoded | Fault | None]) -> None:
+        located: list[tuple[_Chat, str, list[_Turn]]] = []
+        for chat, text in chats:
+            try:
+                located.append((chat, *self._locate(chat.conversation, text)))
+            except Fault as error:
+                results[chat.place] = error
+        encodings = self.backend.encode_batch([each[1] for each in located], add_special_tokens=False)
+        for (chat, text, turns), encoding in zip(located, encodings, strict=True):
             ids: list[int] = encoding.ids
             spans: list[tuple[int, int]] = []
             mismatch = False
             for turn in turns:
                 first, after = self._token_span(encoding, ids, turn)
                 mismatch = mismatch or self._moves_boundary(encoding, ids, text, turn.start, first)
-                if turn.message not in conversation.untrained:
+                if turn.message not in chat.conversation.untrained:
                     spans.append((first, after))
-            control = any(self._has_control(message["content"]) for message in conversation.messages)
-            results[place] = Encoded(ids, spans, conversation, mismatch, folded, control)
+            control = any(self._has_control(message["content"]) for message in chat.conversation.messages)
+            results[chat.place] = Encoded(
+                np.array(ids, np.int32), spans, chat.conversation, mismatch, chat.folded, control
+            )
 
-    def _render_all(
-        self, chats: list[tuple[int, Conversation, bool]], results: list[Encoded | Fault | None]
-    ) -> list[str | None]:
+    def _render_all(self, chats: list[_Chat], results: list[Encoded | Fault | None]) -> list[str | None]:
         import jinja2
 
-        if self.tokenizer.chat_template is not None and all(chat[1].tools is None for chat in chats):
+        if self.tokenizer.chat_template is not None and all(chat.conversation.tools is None for chat in chats):
             try:
-                return list(self.tokenizer.apply_chat_template([chat[1].messages for chat in chats], tokenize=False))
+                return list(
+                    self.tokenizer.apply_chat_template([chat.conversation.messages for chat in chats], tokenize=False)
+                )
             except (jinja2.TemplateError, TypeError, KeyError, AttributeError):
                 pass  # one of them cannot be rendered: find it
         rendered: list[str | None] = []
-        for place, conversation, _ in chats:
+        for chat in chats:
             try:
-                rendered.append(self.render(conversation.messages, tools=conversation.tools))
+                rendered.append(self.render(chat.conversation.messages, tools=chat.conversation.tools))
             except Fault as error:
-                results[place] = error
+                results[chat.place] = error
                 rendered.append(None)
         return rendered
 
+    def _plan_for(self, conversation: Conversation, text: str) -> _Plan | None:
+        """The plan of a conversation's roles, if it says this rendering."""
+        if not conversation.is_plain:
+            return None
+        plan = self._plan(tuple([message["role"] for message in conversation.messages]))
+        if plan is None or plan.joined([message["content"] for message in conversation.messages]) != text:
+            return None
+        return plan
+
     def _locate(self, conversation: Conversation, text: str) -> tuple[str, list[_Turn]]:
-        """The assistant turns of a rendering, by the plan of its roles when the rendering is what the plan says."""
-        messages = conversation.messages
-        if conversation.is_plain:
-            plan = self._plan(tuple([message["role"] for message in messages]))
-            if plan is not None:
-                contents = [message["content"] for message in messages]
-                if "".join(chain.from_iterable(zip(plan.pieces, [*contents, ""], strict=True))) == text:
-                    turns: list[_Turn] = []
-                    position = 0
-                    answer = 0
-                    for index, content in enumerate(contents):
-                        position += len(plan.pieces[index])
-                        end = position + len(content)
-                        if answer < len(plan.answers) and plan.answers[answer] == index:
-                            turns.append(_Turn(index, position, end, end + plan.stops[answer]))
-                            answer += 1
-                        position = end
-                    return text, turns
-        return self._prove(messages, conversation.tools)
+        """The assistant turns of a rendering: by the plan of its roles if it applies, else by the full proof."""
+        plan = self._plan_for(conversation, text)
+        if plan is None:
+            return self._prove(conversation.messages, conversation.tools)
+        turns: list[_Turn] = []
+        position = 0
+        for index, message in enumerate(conversation.messages):
+            position += len(plan.pieces[index])
+            end = position + len(message["content"])
+            if index in plan.answers:
+                turns.append(_Turn(index, position, end, end + plan.stops[len(turns)]))
+            position = end
+        return text, turns
 
     def _token_span(self, encoding: Any, ids: list[int], turn: _Turn) -> tuple[int, int]:
         """Token range of a turn: from the first token that begins in its content to its stop token, inclusive."""
