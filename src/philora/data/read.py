@@ -332,12 +332,14 @@ def _json_style(stream: IO[bytes]) -> tuple[Literal["lines", "document"] | None,
     A first line that is a whole object makes it JSON Lines, unless that line is all there is and wraps a list.
     """
     skipped = 0
-    for line in stream:
+    while line := stream.readline(_JSON_BLOCK):
         if not line.strip():
-            skipped += 1
+            skipped += line.endswith(b"\n")
             continue
-        if line.lstrip()[:1] == b"[":
+        if line.lstrip()[:1] == b"[":  # maybe all in one line: it is not read on here
             return "document", skipped
+        if not line.endswith(b"\n"):
+            line += stream.readline()
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):

@@ -1,0 +1,305 @@
+"""Records of every shape become conversations; every record that cannot is refused with its reason."""
+
+import json
+
+import pytest
+
+from philora.data.read import Fault
+from philora.data.shapes import Shape, detect, shape_from_config
+from philora.errors import DataError
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+S = {"role": "system", "content": "s"}
+
+SHAPES = {
+    "messages": ("messages", {"messages": [S, Q, A]}, [S, Q, A]),
+    "messages as JSON text": ("messages", {"messages": json.dumps([Q, A])}, [Q, A]),
+    "messages first": ("messages", {"prompt": "x", "prompt_id": "1", "messages": [Q, A]}, [Q, A]),
+    "sharegpt": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        [S, Q, A],
+    ),
+    "sharegpt with roles": ("sharegpt", {"conversations": [Q, A]}, [Q, A]),
+    "sharegpt, system beside": (
+        "sharegpt",
+        {"system": "s", "conversation": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]},
+        [S, Q, A],
+    ),
+    "alpaca": (
+        "alpaca",
+        {"instruction": "do", "input": "this", "output": "a"},
+        [{"role": "user", "content": "do\nthis"}, A],
+    ),
+    "alpaca without input": ("alpaca", {"instruction": "q", "input": "", "output": "a", "prompt": "x"}, [Q, A]),
+    "alpaca with system and history": (
+        "alpaca",
+        {"instruction": "q", "output": "a", "system": "s", "history": [["q", "a"]]},
+        [S, Q, A, Q, A],
+    ),
+    "prompt and completion": ("prompt_completion", {"prompt": "q", "completion": "a"}, [Q, A]),
+    "prompt and completion as lists": ("prompt_completion", {"prompt": [S, Q], "completion": [A]}, [S, Q, A]),
+    "prompt list, completion text": ("prompt_completion", {"prompt": [S, Q], "completion": "a"}, [S, Q, A]),
+    "question and answer": ("prompt_completion", {"id": 3, "question": "q", "answer": "a"}, [Q, A]),
+    "query and response": ("prompt_completion", {"query": "q", "response": "a"}, [Q, A]),
+    "text": ("text", {"text": "Once."}, [{"role": "text", "content": "Once."}]),
+}
+
+
+@pytest.mark.parametrize("case", list(SHAPES))
+def test_shapes_are_detected_and_normalised(case):
+    name, record, messages = SHAPES[case]
+    shape = detect([record], "f")
+    assert shape.name == name
+    assert shape.read(record).messages == messages
+    assert shape.read(json.dumps(record).encode()).messages == messages
+    assert shape_from_config(name, None, "f") == shape
+
+
+@pytest.mark.parametrize(
+    ("alias", "role"),
+    [
+        ("human", "user"),
+        ("Human", "user"),
+        ("gpt", "assistant"),
+        ("bot", "assistant"),
+        ("model", "assistant"),
+        ("function_call", "assistant"),
+        ("observation", "tool"),
+        ("function_response", "tool"),
+        ("ipython", "tool"),
+        ("developer", "system"),
+        (" USER ", "user"),
+    ],
+)
+def test_aliases_of_roles(alias, role):
+    record = {
+        "conversations": [{"from": alias, "value": "x"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    }
+    assert Shape("sharegpt").read(record).messages[0]["role"] == role
+
+
+def test_tools_and_tool_calls_pass_through():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    result = {"role": "tool", "content": "1", "tool_call_id": "c", "name": "f", "score": 0.5, "extra": None}
+    conversation = Shape("messages").read({"messages": [Q, call, result, A], "tools": '[{"name": "f"}]'})
+    assert conversation.tools == [{"name": "f"}]
+    assert conversation.messages[1] == {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    assert conversation.messages[2] == {"role": "tool", "content": "1", "tool_call_id": "c", "name": "f"}
+    assert not conversation.is_plain
+
+
+def test_parts_of_text_are_joined_and_empty_system_turns_left_out():
+    parts = {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]}
+    empty = {"role": "system", "content": "  "}
+    assert Shape("messages").read({"messages": [empty, parts, A]}).messages == [{"role": "user", "content": "q!"}, A]
+
+
+def test_two_user_turns_are_accepted_and_marked():
+    assert Shape("messages").read({"messages": [Q, Q, A]}).two_user_turns
+    assert not Shape("messages").read({"messages": [Q, A, Q, A]}).two_user_turns
+
+
+def test_weight_zero_takes_a_turn_out_of_the_loss():
+    quiet = {**A, "weight": 0}
+    assert Shape("messages").read({"messages": [S, Q, quiet, Q, {**A, "weight": 1}]}).untrained == {2}
+
+
+def test_fields_that_are_null_do_not_count():
+    assert detect([{"text": None, "prompt": "q", "completion": "a", "messages": None}], "f").name == "prompt_completion"
+
+
+def test_the_first_readable_record_decides():
+    assert detect([b"{broken", b'{"text": "x"}'], "f").name == "text"
+    assert detect([b"{broken"], "f").name == "messages"  # reading it reports the fault
+
+
+# ----------------------------------------------------------------------------------------------- columns
+
+
+def columns(record, **templates):
+    return shape_from_config("auto", templates, "data").read(record)
+
+
+def test_columns():
+    record = {"instruction": "sum", "input": "1 2", "output": "3", "n": 7, "empty": None}
+    made = columns(record, user="{instruction}\n Input: {input}", assistant="{output}", system="{{n}}={n}{empty}")
+    assert made.messages == [
+        {"role": "system", "content": "{n}=7"},
+        {"role": "user", "content": "sum\n Input: 1 2"},
+        {"role": "assistant", "content": "3"},
+    ]
+    assert columns(record, prompt="{input}", completion="{output}").messages[1]["content"] == "3"
+    assert columns(record, text="{instruction}: {output}").messages == [{"role": "text", "content": "sum: 3"}]
+    assert columns({"dialog": [Q, A]}, messages="{dialog}").messages == [Q, A]
+
+
+def test_columns_decide_the_shape_even_where_another_would_fit():
+    assert columns({"messages": [Q, A], "x": "b"}, user="{x}", assistant="{x}").messages[0]["content"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ({"asistant": "{a}"}, "data: columns.asistant='{a}' - expected one of system, user, assistant"),
+        ({"asistant": "{a}"}, "Did you mean 'assistant'?"),
+        ({"user": "{a}"}, "expected a template for assistant (or completion, text or messages). Add one."),
+        ({"assistant": "{a"}, "columns.assistant='{a' - expected a template such as '{instruction}'"),
+    ],
+)
+def test_columns_that_cannot_be_used(templates, message):
+    with pytest.raises(DataError) as caught:
+        shape_from_config("auto", templates, "data")
+    assert message in str(caught.value)
+
+
+def test_an_unknown_format():
+    with pytest.raises(DataError, match=r"data: format='sharegtp' - expected one of auto, .* Did you mean 'sharegpt'"):
+        shape_from_config("sharegtp", None, "data")
+
+
+def test_fields_of_no_known_shape():
+    with pytest.raises(DataError) as caught:
+        detect([{"utterance": "x", "reply": "y"}], "data.jsonl")
+    assert str(caught.value) == (
+        "data.jsonl: fields='reply, utterance' - expected messages, conversations, instruction and output, prompt and "
+        'completion, or text. Say which column is which with columns, such as {user: "{question}", '
+        'assistant: "{answer}"}, if the names are others.'
+    )
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+REFUSALS = {
+    "no assistant turn": (
+        "messages",
+        {"messages": [Q]},
+        "roles='user' - expected at least one turn of the assistant. Add an answer or remove the record.",
+    ),
+    "unknown role": (
+        "messages",
+        {"messages": [{"role": "asistant", "content": "x"}]},
+        "messages[0].role='asistant' - expected one of system, user, assistant, tool or an alias of theirs. "
+        "Did you mean 'assistant'?",
+    ),
+    "role of a wrong type": (
+        "messages",
+        {"messages": [{"role": 5, "content": "x"}]},
+        "messages[0].role=5 - expected one of",
+    ),
+    "empty answer": (
+        "messages",
+        {"messages": [Q, {"role": "assistant", "content": " \n"}]},
+        "messages[1].content=' \\n' - expected an answer that is not empty. Write the answer or remove the record.",
+    ),
+    "empty answer, sharegpt": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]},
+        "conversations[1].value='' - expected an answer that is not empty",
+    ),
+    "missing content": (
+        "messages",
+        {"messages": [{"role": "user"}, A]},
+        "messages[0].content=None - expected the text of the turn. Add it or remove the record.",
+    ),
+    "content of a wrong type": (
+        "messages",
+        {"messages": [{"role": "user", "content": 3}, A]},
+        "messages[0].content=3 - expected text, not a number.",
+    ),
+    "a picture": (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "u"}]}, A]},
+        "expected text, or a list of parts of type text. Pictures and sound are not trained on.",
+    ),
+    "no role": (
+        "messages",
+        {"messages": [{"content": "x"}]},
+        "messages[0]='content' - expected role and content, or from and value",
+    ),
+    "a turn that is no object": (
+        "messages",
+        {"messages": ["q", "a"]},
+        "messages[0]='q' - expected an object with role and content.",
+    ),
+    "no list": ("messages", {"messages": {"role": "user"}}, "expected a list of messages, not an object."),
+    "no turns": (
+        "messages",
+        {"messages": []},
+        "messages=[] - expected at least one turn of the user and one of the assistant.",
+    ),
+    "text that is no list": ("messages", {"messages": "hello"}, "messages='hello' - expected a list of messages ("),
+    "another shape": (
+        "messages",
+        {"message": [Q, A]},
+        "record='message' - expected a field 'messages'. Did you mean 'message'?",
+    ),
+    "bad weight": (
+        "messages",
+        {"messages": [Q, {**A, "weight": 2}]},
+        "messages[1].weight=2 - expected 0 (no loss on this turn) or 1.",
+    ),
+    "only weight zero": (
+        "messages",
+        {"messages": [Q, {**A, "weight": 0}]},
+        "weight=0 - expected at least one turn of the assistant with weight 1.",
+    ),
+    "tools": ("messages", {"messages": [Q, A], "tools": "x"}, "tools='x' - expected a list of tool descriptions ("),
+    "tools of a wrong type": (
+        "messages",
+        {"messages": [Q, A], "tools": [1]},
+        "tools=[1] - expected a list of tool descriptions, not a list.",
+    ),
+    "alpaca without output": ("alpaca", {"instruction": "q"}, "record='instruction' - expected a field 'output'."),
+    "alpaca, empty output": (
+        "alpaca",
+        {"instruction": "q", "output": ""},
+        "output='' - expected an answer that is not empty.",
+    ),
+    "alpaca, number": ("alpaca", {"instruction": "q", "output": 4}, "output=4 - expected text, not a number."),
+    "history": (
+        "alpaca",
+        {"instruction": "q", "output": "a", "history": ["x"]},
+        "history='x' - expected pairs of question and answer.",
+    ),
+    "prompt without completion": (
+        "prompt_completion",
+        {"prompt": "q"},
+        "record='prompt' - expected a field 'completion'.",
+    ),
+    "empty completion": (
+        "prompt_completion",
+        {"prompt": "q", "completion": ""},
+        "completion='' - expected an answer that is not empty.",
+    ),
+    "empty text": ("text", {"text": " "}, "text=' ' - expected text that is not empty. Remove the record."),
+    "no text": ("text", {"text": None}, "expected a field 'text'."),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSALS))
+def test_records_that_are_refused(case):
+    name, record, message = REFUSALS[case]
+    with pytest.raises(Fault) as caught:
+        Shape(name).read(record)
+    text = caught.value.at("f:3")
+    assert text.startswith("f:3: ")
+    assert message.rstrip(".") in text
+
+
+def test_columns_that_a_record_lacks():
+    with pytest.raises(Fault) as caught:
+        columns({"question": "q", "answer": "a"}, user="{questoin}", assistant="{answer}")
+    assert caught.value.at("f:1") == (
+        "f:1: columns='{questoin}' - expected names of this record's columns (question, answer), not 'questoin'. "
+        "Did you mean 'question'?"
+    )
+    with pytest.raises(Fault) as caught:
+        columns({"question": ["q"], "answer": "a"}, user="{question}", assistant="{answer}")
+    assert "question=['q'] - expected text or a number for a template, not a list." in caught.value.at("f:1")
