@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from philora.checkpoint import read_peft_tensors, write_json
 from philora.errors import AdapterError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
+from philora.kernels import attention
 from philora.lora.functional import lora_linear, lora_sliced_linear
 
 logger = logging.getLogger(__name__)
@@ -368,11 +369,12 @@ class FastLinear(PeftLinear):  # type: ignore[misc]
 def optimize(model: nn.Module) -> nn.Module:
     """Switch on the fast paths of a model that somebody else made, in place.
 
-    Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear` for `FastLinear`. Idempotent; a model
-    without such layers stays as it is.
+    Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear` for `FastLinear`, and transformers' `sdpa`
+    attention for the one that treats the documents of a packed row on their own. Idempotent; where neither is found
+    the model stays as it is.
 
     Args:
-        model: A PeftModel, or any model that holds PEFT's LoRA layers.
+        model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.
 
     Returns:
         The same model.
@@ -381,6 +383,15 @@ def optimize(model: nn.Module) -> nn.Module:
         if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
             module.__class__ = FastLinear
             module.slices = {}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = getattr(base, "config", None)
+    if (
+        isinstance(base, PreTrainedModel)
+        and getattr(config, "model_type", None) in attention.MODEL_TYPES
+        and config._attn_implementation == "sdpa"
+    ):
+        attention.register()
+        base.set_attn_implementation(attention.NAME)
     return model
 
 
@@ -546,7 +557,12 @@ def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, T
     faults = []
     for name in sorted(expected.keys() - tensors.keys()):
         faults.append(fault(str(folder), "missing", name, "a tensor for every adapted module"))
-    embeddings = ("embed_tokens.weight", "lm_head.weight", "embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+    embeddings = (
+        "embed_tokens.weight",
+        "lm_head.weight",
+        "embed_tokens.base_layer.weight",
+        "lm_head.base_layer.weight",
+    )
     for name in sorted(tensors.keys() - expected.keys()):
         if not name.endswith(embeddings):  # PEFT also saves whole embeddings when they are targets
             faults.append(fault(str(folder), "unexpected", name, "only tensors of modules that the model has"))

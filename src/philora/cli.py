@@ -142,16 +142,26 @@ def _config_source(config: str) -> str:
     return str(resources.files("philora") / "nano" / "demo.yaml")
 
 
-def _logging(level: str) -> None:
-    """philora's log lines on standard error, the libraries' warnings too."""
-    from rich.logging import RichHandler
+class _Lines(logging.Handler):
+    """Log records as plain lines on standard error; a warning of philora's is a notice to the person."""
 
-    handler = RichHandler(console=err, show_path=False, show_time=False, markup=False, rich_tracebacks=False)
-    handler.setLevel({"passive": logging.WARNING}.get(level, getattr(logging, level.upper(), logging.INFO)))
+    def emit(self, record: logging.LogRecord) -> None:
+        text = escape(record.getMessage())
+        err.print(f"[yellow]notice:[/] {text}" if record.levelno >= logging.WARNING else text, highlight=False)
+
+
+def _logging(level: str) -> None:
+    """Show philora's log lines from `level` on, and keep the libraries' chatter off the terminal."""
+    import warnings
+
+    lines = _Lines(getattr(logging, "WARNING" if level == "passive" else level.upper()))
     root = logging.getLogger("philora")
-    root.handlers[:] = [handler]
+    root.handlers[:] = [lines]
     root.propagate = False
-    root.setLevel(logging.INFO)
+    root.setLevel(min(logging.INFO, lines.level))
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of optional kernels on import
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _train(source: str, overrides: list[str], resume: bool | str) -> None:
@@ -180,7 +190,7 @@ def _show_result(result: RunResult, config: Config) -> None:
     results = result.results
     if results["before"] and results["after"]:
         table = Table("", "base", "with adapter", "change", title="held-out data", title_justify="left", box=None)
-        for row in compare_table(Scores(**results["before"]), Scores(**results["after"])):
+        for row in compare_table(Scores.from_dict(results["before"]), Scores.from_dict(results["after"])):
             table.add_row(*(str(each) for each in row))
         out.print()
         out.print(table)

@@ -63,7 +63,9 @@ def fault(where: str, name: str, value: object, expected: str, todo: str = "") -
         'config.yaml: peft_config.r=0 - expected a whole number of at least 1. Common values are 8 to 64.'
     """
     text = f"{where}: {name}={shorten(value)} - expected {expected.rstrip('.')}."
-    return f"{text} {todo.rstrip('.')}." if todo else text
+    if not todo:
+        return text
+    return f"{text} {todo}" if todo.endswith("?") else f"{text} {todo.rstrip('.')}."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from philora.config import ModelConfig, TokenizerConfig
-from philora.errors import ModelError, fault
+from philora.config import Config, ModelConfig, TokenizerConfig
+from philora.errors import ConfigError, ModelError, fault
 from philora.families import stop_tokens_in
 
 logger = logging.getLogger(__name__)
@@ -205,3 +205,15 @@ def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
         if not generation.do_sample:  # a greedy config with sampling values cannot be saved
             generation.temperature = generation.top_p = generation.top_k = None
     model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def max_length_of(config: Config, model_config: Any) -> int:
+    """Tokens of a row: what is configured, within the model's context and the tokenizer's limit."""
+    given = config.training_config["max_length"]
+    context = int(getattr(model_config, "max_position_embeddings", given or 2**20))
+    limit = min(context, config.tokenizer.model_max_length or context)
+    wanted = limit if given is None else int(given)
+    if wanted > limit and config.origins.get("training_config.max_length", "default") != "default":
+        expected = f"at most {limit}, the context of the model"
+        raise ConfigError(fault(config.source, "training_config.max_length", wanted, expected, f"Set {limit} or less"))
+    return min(wanted, limit)

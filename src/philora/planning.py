@@ -112,7 +112,7 @@ def choose(
         element_bytes: Bytes of one weight or activation.
         memory: Bytes that may be used; a tenth is left free.
     """
-    wanted = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
+    wanted = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens / (accumulation or 1)))
 
     def cost(micro: int, again: bool) -> Estimate:
         return estimate(config, parameters, trainable, micro * row_tokens, element_bytes=element_bytes, recompute=again)

@@ -15,7 +15,6 @@ from philora import models, planning
 from philora.adapters import Coverage, apply_slices, coverage, optimize, resolve
 from philora.config import Config, load_config
 from philora.data import prepare, preview
-from philora.training import max_length_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     config = load_config(source, overrides)
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     skeleton = models.load_skeleton(config.model)
-    max_length = max_length_of(config, skeleton.config)
+    max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, skeleton.generation_config.eos_token_id)
     lora = LoraConfig(**config.peft_config)
     resolution = resolve(skeleton, lora, where=f"{config.source}: peft_config")
@@ -69,13 +68,13 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         element_bytes=torch.finfo(dtype).bits // 8,
         memory=planning.available_bytes(),
     )
-    report = prepared.report.to_dict()
+    splits = prepared.report.to_dict()
     count = covered.total_parameters - covered.trainable_parameters
     return Preflight(
         model=f"{config.model.name_or_path}, {count / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')}",
         stop_tokens=[str(each) for each in tokenizer.convert_ids_to_tokens(stops)],
         padding_token=str(tokenizer.pad_token),
-        data={name: report[name] for name in ("train", "eval") if report.get(name)},
+        data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
         notices=[*config.notices, *prepared.report.notices],
         preview=preview(tokenizer, next(iter(prepared.train))),
         coverage=covered,

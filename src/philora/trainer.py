@@ -23,7 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from philora.adapters import Resolution, apply_slices, optimize, resolve
 from philora.checkpoint import TEMPORARY_PREFIX, publish, seal
 from philora.config import translate_trainer_keywords, translate_training_arguments
-from philora.errors import ConfigError, RunError, TargetError, fault
+from philora.errors import ConfigError, RunError, TargetError, fault, nearest, one_per_line
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
         for notice in notices:
             logger.warning("%s", notice)
         known = inspect.signature(trl.SFTConfig.__init__).parameters
+        if not torch.accelerator.is_available() and "use_cpu" not in translated and not translated.get("fp16"):
+            translated["use_cpu"] = True  # transformers refuses bf16 on a CPU that was not named
         unknown = [name for name in translated if name not in known]
         if unknown:
             # The same error that the dataclass would raise, with what to do.

@@ -19,16 +19,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
 import philora
 from philora import checkpoint, models, planning
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve
 from philora.callbacks import MetricsFile, StopOnSignal, peak_memory_bytes
-from philora.config import Config, dump_yaml, load_config
+from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, prepare, prompts_and_references
 from philora.errors import ConfigError, DataError, PhiloraError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, evaluate, pick_samples
@@ -37,9 +45,6 @@ from philora.report import write_report
 from philora.trainer import SFTConfig, SFTTrainer
 
 logger = logging.getLogger("philora.run")
-
-# Keys of `training_config` that are philora's, resolved before TRL sees the rest.
-OWN_KEYS = ("tokens_per_step", "output_dir", "early_stopping_patience")
 
 
 class Interrupted(RunError):
@@ -89,6 +94,9 @@ def train(
     """
     config = load_config(source, overrides)
     folder = Path(config.training_config["output_dir"]).expanduser()
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     found = _open_run(folder, config, resume)
     for notice in config.notices:
         logger.warning("%s", notice)
@@ -98,7 +106,7 @@ def train(
     if config.model.adapter is None:
         resolve(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
     seed = int(config.training_config.get("seed", 42))
-    max_length = max_length_of(config, skeleton.config)
+    max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, skeleton.generation_config.eos_token_id)
     prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
     del skeleton
@@ -166,17 +174,6 @@ def _lora_config(config: Config) -> LoraConfig:
     return LoraConfig(**config.peft_config)
 
 
-def max_length_of(config: Config, model_config: Any) -> int:
-    """Tokens of a row: what is configured, within the model's context and the tokenizer's limit."""
-    wanted = int(config.training_config["max_length"])
-    context = int(getattr(model_config, "max_position_embeddings", wanted))
-    limit = min(context, config.tokenizer.model_max_length or context)
-    if wanted > limit and config.origins.get("training_config.max_length", "default") != "default":
-        expected = f"at most {limit}, the context of the model"
-        raise ConfigError(fault(config.source, "training_config.max_length", wanted, expected, f"Set {limit} or less"))
-    return min(wanted, limit)
-
-
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Send philora's and transformers' log lines to `path` as well."""
@@ -230,7 +227,7 @@ class _Run:
 
     def _resolve_arguments(self, base: Any, max_length: int) -> tuple[SFTConfig, planning.Plan]:
         """TRL's arguments: every `auto` decided, everything written below the run folder."""
-        given = {key: value for key, value in self.config.training_config.items() if key not in OWN_KEYS}
+        given = {key: value for key, value in self.config.training_config.items() if key not in OWN_TRAINING_KEYS}
         element_bytes = torch.finfo(base.dtype).bits // 8
         packing = bool(given.get("packing", True))
         row_tokens = max_length if packing else max(1, self._mean_row_tokens())
@@ -273,8 +270,8 @@ class _Run:
             raise ConfigError(f"{self.config.source}: training_config - {' '.join(str(error).split())}") from error
 
     def _mean_row_tokens(self) -> int:
-        rows = self.prepared.report.to_dict().get("train", {})
-        return int(rows.get("tokens", 0) / max(1, rows.get("rows", 1))) if rows else 256
+        rows = self.prepared.report.to_dict()["train"]
+        return int(rows["tokens"] / max(1, rows["rows"]))
 
     # -- the run
 
@@ -313,7 +310,6 @@ class _Run:
         patience = self.config.training_config.get("early_stopping_patience")
         if patience:
             callbacks.append(EarlyStoppingCallback(int(patience)))
-        transformers_logging.set_verbosity_warning()
         trainer = SFTTrainer(
             self.model,
             args=self.arguments,
@@ -322,6 +318,9 @@ class _Run:
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
+        if self.callbacks:  # somebody else shows the progress
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
         # TRL rounds adapters of a quantised base to bf16; here they stay in fp32.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):

@@ -1,0 +1,98 @@
+"""Imports point one way, the top modules need no torch, and only the command line prints."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import philora
+
+ROOT = Path(philora.__file__).parent
+
+# From the bottom up: a module may import what stands before it.
+ORDER = [
+    "errors",
+    "families",
+    "schema",
+    "config",
+    "lora",
+    "kernels",
+    "checkpoint",
+    "adapters",
+    "models",
+    "data",
+    "planning",
+    "callbacks",
+    "trainer",
+    "generation",
+    "evaluation",
+    "report",
+    "preflight",
+    "training",
+    "progress",
+    "cli",
+    "__main__",
+]
+TORCH_FREE = ["errors", "families", "schema", "config", "cli"]
+
+
+def unit(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Names of philora's parts that a file imports, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts[0] == "philora":
+                found |= {parts[1]} if len(parts) > 1 else {name.name for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {each.name.split(".")[1] for each in node.names if each.name.startswith("philora.")}
+    return found
+
+
+def test_every_module_has_a_place():
+    assert {unit(path) for path in ROOT.rglob("*.py")} - {"__init__"} == set(ORDER)
+
+
+def test_imports_point_down():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        part = unit(path)
+        if part == "__init__":
+            continue
+        for name in imports(path) & set(ORDER):
+            if name != part and ORDER.index(name) > ORDER.index(part):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_top_modules_load_without_torch():
+    names = ", ".join(f"philora.{name}" for name in TORCH_FREE)
+    code = f"import {names}, sys; print([m for m in ('torch', 'transformers', 'peft', 'trl') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_lora_needs_torch_only():
+    code = "import philora.lora, sys; print([m for m in ('transformers', 'peft', 'trl') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_only_the_command_line_prints_or_exits():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        if path.name == "cli.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit", "exit"):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong
+
+
+def test_public_names():
+    assert all(getattr(philora, name) is not None for name in philora.__all__)
+    assert set(philora.__all__) <= set(dir(philora))

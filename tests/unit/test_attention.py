@@ -1,0 +1,123 @@
+"""Packed rows: each document attends to itself only, exactly as if it stood alone."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import philora
+from philora.kernels import attention
+from philora.lora.functional import fused
+from tests.tolerances import PACKED_FP32
+
+
+def positions(lengths):
+    return torch.cat([torch.arange(each) for each in lengths])[None]
+
+
+def reference(q, k, v, lengths, window=None):
+    """Plain softmax attention of each document in float64."""
+    out, start = [], 0
+    q, k, v = (each.double() for each in (q, k, v))
+    k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
+    for length in lengths:
+        part = slice(start, start + length)
+        scores = q[:, :, part] @ k[:, :, part].transpose(2, 3) / q.shape[-1] ** 0.5
+        distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+        allowed = (distance >= 0) & (distance < (window or length))
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        out.append((scores.softmax(-1) @ v[:, :, part]).transpose(1, 2))
+        start += length
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("lengths", [[7, 1, 33, 7, 20], [1, 1, 1], [300, 9, 40]])
+def test_values_and_gradients(lengths, window, dtype):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    q = torch.randn(1, 4, total, 8, generator=generator).to(dtype).requires_grad_()
+    k, v = (torch.randn(1, 2, total, 8, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    grad = torch.randn(1, total, 4, 8, generator=generator)
+    layout = attention.layout_of(positions(lengths))
+    got = attention.document_attention(q, k, v, layout, sliding_window=window)
+    expected = reference(q, k, v, lengths, window)
+    # one rounding of the result: 2^-8 for bf16; the scores' error grows with their size in fp32
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(got.double(), expected, **tolerance)
+    mine = torch.autograd.grad(got, (q, k, v), grad.to(dtype))
+    theirs = torch.autograd.grad(expected, (q, k, v), grad.double())
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(
+            a.double(),
+            b.double(),
+            rtol=4e-2 if dtype is torch.bfloat16 else 1e-4,
+            atol=4e-2 if dtype is torch.bfloat16 else 1e-5,
+        )
+    if total > len(lengths):
+        wrong = lengths if window else [total]  # negative control: documents see each other, or no window
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(got.double(), reference(q, k, v, wrong), **tolerance)
+
+
+def test_a_row_of_one_document_has_no_layout_and_several_rows_do():
+    assert attention.layout_of(torch.arange(9)[None].expand(3, -1)) is None
+    two = torch.cat([positions([4, 5]), positions([9])])
+    assert sum(n * length for n, length in attention.layout_of(two).groups) >= 18
+
+
+def test_the_layout_is_remembered_while_its_tensor_lives():
+    ids = positions([3, 4])
+    assert attention.layout_of(ids) is attention.layout_of(ids)
+    ids += 0  # changed in place: looked at again
+    first = attention.layout_of(ids)
+    ids[0, 3:] = torch.arange(3, 7)
+    assert attention.layout_of(ids) is None
+    assert first is not None
+    del ids
+    gc.collect()
+    attention.layout_of(positions([2, 2]))
+    assert len(attention._known) <= 4
+
+
+@pytest.mark.parametrize("sliding_window", [None, 6])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_packed_equals_unpacked_in_a_model(phi3, enabled, sliding_window):
+    model = philora.optimize(phi3(sliding_window=sliding_window))
+    assert model.config._attn_implementation == attention.NAME
+    lengths = [5, 17, 2, 9]
+    ids = torch.randint(3, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(4))
+    with fused(enabled), torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions(lengths), use_cache=False).logits
+        alone = torch.cat([model(input_ids=part).logits for part in ids.split(lengths, 1)], 1)
+        leaking = model(input_ids=ids).logits
+    scale = alone.abs().max()
+    assert (packed - alone).abs().max() < PACKED_FP32 * scale
+    assert (leaking - alone).abs().max() > PACKED_FP32 * scale, "negative control"
+
+
+def test_padding_generation_and_eager_are_untouched(phi3):
+    plain, fast = phi3(), philora.optimize(phi3())
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast(input_ids=ids, attention_mask=mask).logits, plain(input_ids=ids, attention_mask=mask).logits
+        )
+        a = plain.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        b = fast.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert a.tolist() == b.tolist()
+    eager = phi3()
+    eager.set_attn_implementation("eager")
+    assert philora.optimize(eager).config._attn_implementation == "eager"
+
+
+def test_inference_mode(phi3):
+    model = philora.optimize(phi3())
+    ids = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        assert model(input_ids=ids, position_ids=positions([4, 5]), use_cache=False).logits.isfinite().all()
