@@ -1,12 +1,12 @@
 """Make philora's bundled base model "nano": a small Phi-3-architecture model, its tokenizer and its model card.
 
-    python tools/make_nano.py --out src/philora/nano/model              # everything, about half an hour on two cores
-    python tools/make_nano.py --out DIR --minutes 3                     # a quick one
-    python tools/make_nano.py --out DIR --tokenizer-only                # tokenizer and configuration files only
+    python tools/make_nano.py --out src/philora/nano/model   # everything, about half an hour on two cores
+    python tools/make_nano.py --out DIR --minutes 3          # a quick one
+    python tools/make_nano.py --out DIR --tokenizer-only     # tokenizer and configuration files only
 
-The corpus (`nano_corpus.py`, `corpus/*.txt`) and the tokenizer are deterministic. The weights are reproducible in kind, not to
-the bit, since the number of optimizer steps follows from the minutes and the machine. Needs `sentencepiece` beside philora's own
-dependencies.
+The corpus (`nano_corpus.py`, `corpus/`) and the tokenizer are deterministic. The weights are reproducible in kind, not
+to the bit, since the number of optimizer steps follows from the minutes and the machine. Needs `sentencepiece` beside
+philora's own dependencies.
 """
 
 from __future__ import annotations
@@ -54,26 +54,24 @@ ADDED_TOKENS = [
 BASE_TOKENS = VOCABULARY_TOKENS - len(ADDED_TOKENS)
 # The text of Microsoft's public template of Phi-3; TRL recognises the model by it, so not one byte may change.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
     "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
-# The tokenizer is trained on these files only, so that text added to the corpus later leaves every token id where it is.
-TOKENIZER_FILES = ["words_common.txt", "words_technical.txt", "words_names.txt", "prose_1.txt"]
-LINE_STARTS = (
-    "How What Where When Who Why Which Can Could Is Are Do Does Did I My The A An It If In On To Tell Explain Show Please Yes No Answer Exit And Ask Goodbye Data Import Append Lower Install Without Packing List Call Will Thanks Good Every Each One Two Both "
-    "Use Run Set Add Open Take Put Go Wait Check Look First Then Press Choose Give Keep Make Write Save Start Stop You Your There "
-    "This That These They We He She For From With At By After Before Only Not Any Hi Hello Need Help how what where when who why "
-    "which can could is are do does i my the a an it if to tell explain show please need help"
-).split()
+# The tokenizer is trained on these files only, so that text added to the corpus later leaves every token id as it is.
+TOKENIZER_FILES = ["words_common.txt", "words_technical.txt", "words_names.txt", "words_starts.txt", "prose_1.txt"]
 
 
 def tokenizer_text(corpus_dir: Path = CORPUS_DIR) -> list[str]:
     """Return the lines that the tokenizer learns from: words alone, after punctuation and capitalised, and prose."""
     lines: list[str] = []
-    common, technical, names, prose = ((corpus_dir / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES)
+    common, technical, names, starts, prose = (
+        (corpus_dir / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES
+    )
     for position, word in enumerate(common.split()):
         lines += [f"a {word}"] * (12 if position < 330 else 6)
     for word in technical.split():
@@ -82,7 +80,7 @@ def tokenizer_text(corpus_dir: Path = CORPUS_DIR) -> list[str]:
         lines += [f"a {word}"] * 9 + [f"({word}"] * 3
     for word in technical.split()[:300]:
         lines += [f"a --{word} `{word}`. `{word}`, `{word}`", f"{word}_a {word}.a {word}: a"]
-    for word in LINE_STARTS:
+    for word in starts.split():
         lines += [f"a {word}"] * 12 + [f"({word}"] * 4
     lines += prose.splitlines() * 3
     return [line for line in lines if line]
@@ -122,7 +120,7 @@ def write_tokenizer(out: Path, sentencepiece_file: bytes) -> None:
     vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
     merges = generate_merges(vocabulary, dict(pieces))
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    # As in Phi-3's file: a space goes before each stretch of text, so that a word is the same token at the start of a turn.
+    # As in Phi-3's file: a space goes before each stretch of text, so a word is the same token at the start of a turn.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
@@ -273,8 +271,8 @@ def pretrain(
 ) -> tuple[Phi3ForCausalLM, dict[str, float]]:
     """Train from random weights for a time, with bf16 compute over fp32 weights.
 
-    Matrices inside the layers are trained by Muon, embeddings, head and norms by AdamW; learning rates rise over the first
-    2 percent of the time and fall to zero along a cosine.
+    Matrices inside the layers are trained by Muon, embeddings, head and norms by AdamW; learning rates rise over the
+    first 2 percent of the time and fall to zero along a cosine.
 
     Returns:
         The model in bf16, and what was measured: steps, tokens, loss, seconds.
@@ -286,7 +284,8 @@ def pretrain(
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     master = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
-    model = model.to(torch.bfloat16)
+    for parameter in model.parameters():  # the weights only: rotary frequencies stay fp32, as when the model is loaded
+        parameter.data = parameter.data.bfloat16()
     compute = dict(model.named_parameters())
     hidden = [p for n, p in master.items() if p.ndim == 2 and "layers" in n]
     tables = [p for n, p in master.items() if p.ndim == 2 and "layers" not in n]
@@ -310,10 +309,13 @@ def pretrain(
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
         batch = [next(source) for _ in range(batch_rows)]
         ids = torch.tensor([row for row, _ in batch])
-        weights = torch.tensor([weight for _, weight in batch])[:, 1:].reshape(-1)
-        states = forward(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].reshape(-1, config.hidden_size)
-        losses = F.cross_entropy(model.lm_head(states).float(), ids[:, 1:].reshape(-1), reduction="none")
-        loss = (losses * weights).sum() / weights.sum()
+        # A weight is the chance that a token counts: the same on average, and the head is computed for fewer tokens.
+        weights = torch.tensor([weight for _, weight in batch])[:, 1:]
+        counted = (torch.rand(weights.shape) < weights).flatten().nonzero().squeeze(1)
+        # Few different shapes: oneDNN keeps a compiled kernel, and memory, for each that it has seen.
+        counted = counted[torch.randperm(len(counted))[: max(1, len(counted) // 256) * 256]]
+        states = forward(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)[counted]
+        loss = F.cross_entropy(model.lm_head(states).float(), ids[:, 1:].flatten()[counted])
         loss.backward()
         for name, parameter in compute.items():
             master[name].grad = parameter.grad.float()
@@ -331,7 +333,8 @@ def pretrain(
         if steps % 50 == 0:
             seconds = time.monotonic() - start
             print(
-                f"step {steps}  {seconds / 60:.1f} min  loss {smooth:.3f}  {steps * batch_rows * row_tokens / seconds:.0f} tokens/s",
+                f"step {steps}  {seconds / 60:.1f} min  loss {smooth:.3f}  "
+                f"{steps * batch_rows * row_tokens / seconds:.0f} tokens/s",
                 flush=True,
             )
     seconds = time.monotonic() - start
@@ -344,44 +347,22 @@ def pretrain(
     }
 
 
-MODEL_CARD = """---
-license: mit
-library_name: transformers
-pipeline_tag: text-generation
-tags: [phi3, nano, philora]
----
-# philora nano
-
-A very small model with the architecture of Phi-3 (`Phi3ForCausalLM`: fused `qkv_proj` and `gate_up_proj`, RMSNorm, SwiGLU, rotary
-positions, untied head), made for philora's demo, tests and examples. It is Phi in shape, not in knowledge: it contains no weights
-of Microsoft's models and knows next to nothing. What it can do is take up a small chat dataset within minutes on a laptop.
-
-| | |
-| --- | --- |
-| parameters | {parameters:,} in bf16 |
-| layers, width, heads | {layers} layers, width {hidden}, {heads} query heads, {kv_heads} key/value heads, feed-forward {intermediate} |
-| context | {context} tokens |
-| vocabulary | {vocabulary} tokens: SentencePiece BPE with byte fallback, then Phi-3's special tokens in Phi-3's order |
-| chat template | Phi-3's; `<|end|>` and `<|endoftext|>` end a turn, padding is `<unk>` |
-| training text | generated and written for this model by `tools/make_nano.py` (invented facts asked in many ways, everyday prose), nothing copied |
-| pretraining | {tokens:,} tokens, {steps} steps, final loss {loss} |
-
-Made by `python tools/make_nano.py --out src/philora/nano/model` from a random start. Not meant for answers that anybody relies on.
-"""
-
-
 def write_card(out: Path, config: Phi3Config, parameters: int, measured: dict[str, float]) -> None:
     """Write the model card."""
-    card = MODEL_CARD.format(
-        parameters=parameters,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        intermediate=config.intermediate_size,
-        context=config.max_position_embeddings,
-        vocabulary=config.vocab_size,
-        **{key: int(value) if key != "loss" else value for key, value in measured.items()},
+    card = (
+        (CORPUS_DIR / "model_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            parameters=parameters,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            intermediate=config.intermediate_size,
+            context=config.max_position_embeddings,
+            vocabulary=config.vocab_size,
+            **{key: int(value) if key != "loss" else value for key, value in measured.items()},
+        )
     )
     (out / "README.md").write_text(card, encoding="utf-8")
 
@@ -395,10 +376,9 @@ def show_samples(model: Phi3ForCausalLM, out: Path) -> None:
             maker().removesuffix("<|endoftext|>").rstrip().removesuffix("<|end|>").rpartition("<|assistant|>\n")
         )
         batch = tokenizer(prompt + "<|assistant|>\n", return_tensors="pt", add_special_tokens=False)
-        output = model.generate(**batch, max_new_tokens=60, do_sample=False, generation_config=generation_config())
-        print(
-            f"{prompt[-300:]}\n  expected: {answer}\n  answered: {tokenizer.decode(output[0, batch['input_ids'].shape[1] :])}\n"
-        )
+        output = model.generate(**batch, max_new_tokens=60, do_sample=False)
+        answered = tokenizer.decode(output[0, batch["input_ids"].shape[1] :])
+        print(f"{prompt[-300:]}\n  expected: {answer}\n  answered: {answered}\n")
 
 
 def main() -> int:
@@ -433,6 +413,7 @@ def main() -> int:
     )
     model.generation_config = generation_config()
     model.save_pretrained(options.out)
+    (options.out / "model.safetensors").chmod(0o644)
     write_card(options.out, config, sum(parameter.numel() for parameter in model.parameters()), measured)
     print(json.dumps(measured))
     show_samples(model, options.out)
