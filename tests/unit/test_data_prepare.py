@@ -486,6 +486,19 @@ def test_one_fault_stands_alone(run, tmp_path):
     )
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_template_that_cannot_be_trained_with_is_one_message(run, tokenizer, tmp_path, processes):
+    template = tokenizer.chat_template
+    file = write(tmp_path / "a.jsonl", many(600))
+    try:
+        tokenizer.chat_template = template + "{{ messages|length }}"
+        with pytest.raises(DataError, match=r"^tokenizer: chat_template=.* rendered with the generation prompt"):
+            run(file, num_proc=processes)
+    finally:
+        tokenizer.chat_template = template
+    assert entries(tmp_path) == []
+
+
 def test_half_a_surrogate_pair_is_refused(run, tmp_path):
     (tmp_path / "a.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "a"}]}'

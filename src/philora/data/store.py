@@ -8,6 +8,8 @@ and made again.
     conversations.arrow   the normalised conversation as JSON, the same rows
     rows.npy              hash, lengths and flags of each row
     meta.json             counts, and the sizes of the others
+
+`datasets` keeps what it derives from the rows (TRL's packs) beside them, under names of its own.
 """
 
 from __future__ import annotations
