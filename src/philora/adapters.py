@@ -25,7 +25,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -172,6 +177,26 @@ def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config
     if faults:
         raise TargetError(one_per_line(list(dict.fromkeys(faults))))
     return Resolution(config, slices)
+
+
+def resolve_for_training(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config") -> Resolution:
+    """`resolve`, for TRL's trainer: it computes the loss from the head's weight, so the head cannot have an adapter.
+
+    Raises:
+        TargetError: As `resolve`, and when the output head is a target.
+    """
+    resolution = resolve(model, peft_config, where)
+    targets = resolution.config.target_modules
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"  # PEFT leaves the head out of it
+    for name, module in model.named_modules():
+        if module is head and targets is not None and not everything:
+            matched = check_target_module_exists(resolution.config, name)
+            if matched and not isinstance(matched, _ExcludedModule):
+                expected = "no adapter on the output head: the loss is computed from its weight, so it would not train"
+                todo = f"Train the head itself with modules_to_save: [{name}], or leave it out"
+                raise TargetError(fault(where, "target_modules", name, expected, todo))
+    return resolution
 
 
 def _resolve_targets(

@@ -6,6 +6,7 @@ final name is whole. A checkpoint also carries a manifest of its files, written 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -53,6 +54,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not (float("-inf") < value < float("inf")):
         return None
     return value
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room; torch, safetensors and tokenizers each have a class of their own."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
 def _sync(folder: Path) -> None:

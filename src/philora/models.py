@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from philora.config import Config, ModelConfig, TokenizerConfig
 from philora.errors import ConfigError, ModelError, fault
 from philora.families import stop_tokens_in
+from philora.hub import reachable_or_cached
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,10 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
     """
     path = local_path(model.name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        with reachable_or_cached():
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
     except (OSError, ValueError, KeyError) as error:
         raise _explain(model.name_or_path, error, "a tokenizer") from error
     if settings.model_max_length:
@@ -136,7 +138,10 @@ def load_skeleton(model: ModelConfig) -> nn.Module:
     """
     path = local_path(model.name_or_path)
     try:
-        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        with reachable_or_cached():
+            config = AutoConfig.from_pretrained(
+                path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
         with torch.device("meta"):
             return cast(nn.Module, AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code))
     except (OSError, ValueError, KeyError) as error:
@@ -183,7 +188,8 @@ def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = N
     if model.device_map is not None:
         options["device_map"] = model.device_map
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
+        with reachable_or_cached():
+            loaded = AutoModelForCausalLM.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
     except ImportError as error:
         expected = "an attention implementation whose package is installed"
         todo = f"Set model.attn_implementation: sdpa. transformers says: {str(error)[:200]}"

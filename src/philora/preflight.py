@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 
 from philora import models, planning
-from philora.adapters import Coverage, apply_slices, coverage, optimize, resolve
+from philora.adapters import Coverage, apply_slices, coverage, optimize, resolve_for_training
 from philora.config import Config, load_config
 from philora.data import prepare, preview
 
@@ -43,7 +43,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, skeleton.generation_config.eos_token_id)
     lora = LoraConfig(**config.peft_config)
-    resolution = resolve(skeleton, lora, where=f"{config.source}: peft_config")
+    resolution = resolve_for_training(skeleton, lora, where=f"{config.source}: peft_config")
     seed = int(config.training_config.get("seed", 42))
     prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
     model_config = skeleton.config

@@ -15,15 +15,14 @@ from typing import Any, cast
 import torch
 import trl
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from philora.adapters import Resolution, apply_slices, optimize, resolve
-from philora.checkpoint import TEMPORARY_PREFIX, publish, seal
+from philora.adapters import apply_slices, optimize, resolve_for_training
+from philora.checkpoint import TEMPORARY_PREFIX, disk_full, publish, seal
 from philora.config import translate_trainer_keywords, translate_training_arguments
-from philora.errors import ConfigError, RunError, TargetError, fault, nearest, one_per_line
+from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +43,9 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             translated["use_cpu"] = True  # transformers refuses bf16 on a CPU that was not named
         unknown = [name for name in translated if name not in known]
         if unknown:
-            # The same error that the dataclass would raise, with what to do.
-            from philora.errors import nearest
-
-            faults = [fault("SFTConfig", name, translated[name], "a field of trl.SFTConfig", nearest(name, known))
-                      for name in unknown]  # fmt: skip
-            raise ConfigError("\n".join(faults))
+            rule = "a field of trl.SFTConfig"
+            faults = [fault("SFTConfig", name, translated[name], rule, nearest(name, known)) for name in unknown]
+            raise ConfigError(one_per_line(faults))
         super().__init__(*args, **translated)
 
 
@@ -78,8 +74,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         resolution = None
         if isinstance(given.get("peft_config"), LoraConfig):
             skeleton = model if isinstance(model, nn.Module) else _skeleton(model, given.get("args"))
-            resolution = resolve(skeleton, given["peft_config"])
-            _refuse_head(skeleton, resolution)
+            resolution = resolve_for_training(skeleton, given["peft_config"])
             given["peft_config"] = resolution.config
         super().__init__(model, **given)
         optimize(self.model)
@@ -113,11 +108,10 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
                 publish(written, final)
                 rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
-        except (OSError, SafetensorError, RuntimeError) as error:
-            free = shutil.disk_usage(run).free
-            if isinstance(error, RuntimeError) and not isinstance(error, SafetensorError) and free > 2**20:
+        except Exception as error:
+            if not disk_full(error):
                 raise
-            todo = f"Free some space, then go on with --resume ({free:,} bytes are free)"
+            todo = f"Free some space, then go on with --resume ({shutil.disk_usage(run).free:,} bytes are free)"
             raise RunError(fault("checkpoint", "folder", str(final), f"room to write it: {error}", todo)) from error
         finally:
             self._staging = None
@@ -147,21 +141,3 @@ def _skeleton(name: str, args: Any) -> nn.Module:
     config = AutoConfig.from_pretrained(name, **chosen)
     with torch.device("meta"):
         return cast(nn.Module, AutoModelForCausalLM.from_config(config))
-
-
-def _refuse_head(model: nn.Module, resolution: Resolution) -> None:
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    name = next((name for name, module in model.named_modules() if module is head and head is not None), None)
-    targets = resolution.config.target_modules
-    if name is None or targets is None:
-        return
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        return
-    if check_target_module_exists(resolution.config, name) is True or (
-        isinstance(targets, str) and check_target_module_exists(resolution.config, name)
-    ):
-        expected = "no adapter on the output head: the loss is computed from its weight, so it would get no gradient"
-        todo = f"Train the head itself with modules_to_save: [{name}], or leave it out"
-        raise TargetError(fault("peft_config", "target_modules", name, expected, todo))

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 import philora
 from philora import checkpoint, models, planning
-from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve
+from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training
 from philora.callbacks import MetricsFile, StopOnSignal, peak_memory_bytes
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, prepare, prompts_and_references
@@ -104,7 +104,7 @@ def train(
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     skeleton = models.load_skeleton(config.model)
     if config.model.adapter is None:
-        resolve(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
+        resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
     seed = int(config.training_config.get("seed", 42))
     max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, skeleton.generation_config.eos_token_id)
@@ -125,9 +125,11 @@ def train(
         if created and not began:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    except OSError as error:
+    except Exception as error:
+        if not checkpoint.disk_full(error):
+            raise
         todo = f"Free some space ({shutil.disk_usage(folder).free:,} bytes are free), then go on with --resume"
-        raise RunError(fault("run", "output_dir", str(folder), f"to be writable: {error}", todo)) from error
+        raise RunError(fault("run", "output_dir", str(folder), f"room to write to it: {error}", todo)) from error
 
 
 def _open_run(folder: Path, config: Config, resume: bool | str) -> checkpoint.Found | None:

@@ -21,6 +21,7 @@ ORDER = [
     "kernels",
     "checkpoint",
     "adapters",
+    "hub",
     "models",
     "data",
     "planning",

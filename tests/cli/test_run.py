@@ -1,0 +1,243 @@
+"""A whole run: the folder, resuming, signals, a full disk, accepted oddities."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import philora
+from philora.checkpoint import faults_of
+from philora.models import local_path
+from tests.cli.conftest import process
+from tests.tolerances import LOGITS_FP32
+
+
+def steps(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry for entry in map(json.loads, lines) if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One run that nothing interrupts, by the Python function."""
+    from tests.cli.conftest import QUICK
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    settings = json.loads(json.dumps(QUICK))
+    settings["data"] = {"train": {"path": "helpdesk", "limit": 60}, "eval": {"path": "helpdesk", "limit": 8}}
+    settings["training_config"] |= {"output_dir": str(folder), "report_to": ["tensorboard"], "eval_strategy": "steps",
+                                    "eval_steps": 2}  # fmt: skip
+    return philora.train(settings)
+
+
+def test_the_run_folder_is_complete(whole):
+    names = {each.name for each in whole.folder.iterdir()}
+    assert names >= {
+        "config.yaml", "adapter", "checkpoints", "metrics.jsonl", "train_results.json", "eval_results.json",
+        "trainer_state.json", "results.json", "train.log", "report.html",
+    }  # fmt: skip
+    adapter = {each.name for each in whole.adapter.iterdir()}
+    assert adapter >= {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "generation_config.json", "README.md",
+        "philora.json",
+    }  # fmt: skip
+    results = json.loads((whole.folder / "results.json").read_text())
+    assert results["before"]["loss"] > results["after"]["loss"]
+    assert results["samples"]
+    assert results["throughput"]["tokens"] > 0
+    assert steps(whole.folder).keys() == {1, 2, 3, 4}
+    assert all(entry["tokens_per_second"] > 0 and entry["memory_bytes"] > 0 for entry in steps(whole.folder).values())
+    assert (whole.folder / "report.html").read_text().count("<svg") >= 2
+    assert "evaluating before training" in (whole.folder / "train.log").read_text()
+    checkpoints = sorted(each.name for each in (whole.folder / "checkpoints").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
+    newest = whole.folder / "checkpoints" / "checkpoint-4"
+    assert not faults_of(newest)
+    sizes = sum(each.stat().st_size for each in newest.glob("*.safetensors"))
+    assert sizes < 1_000_000, "a checkpoint holds the adapter only"
+
+
+def test_tensorboard_gets_the_curves(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = list(whole.folder.rglob("events.out.tfevents.*"))
+    assert events
+    reader = EventAccumulator(str(events[0].parent))
+    reader.Reload()
+    tags = set(reader.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "eval/loss", "train/tokens_per_second"} <= tags
+    assert len(reader.Scalars("train/loss")) == 4
+
+
+def test_the_adapter_loads_in_peft(whole):
+    def base():
+        return AutoModelForCausalLM.from_pretrained(local_path("nano"), dtype=torch.float32).eval()
+
+    ids = torch.randint(3, 4000, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(base(), str(whole.adapter)).eval()(input_ids=ids).logits
+        mine = philora.load_adapter(base(), whole.adapter).eval()(input_ids=ids).logits
+        plain = base()(input_ids=ids).logits
+    assert (mine - theirs).abs().max() <= LOGITS_FP32 * theirs.abs().max()
+    assert (plain - theirs).abs().max() > LOGITS_FP32 * theirs.abs().max()
+
+
+def test_the_written_configuration_is_the_same_run(whole):
+    from philora.config import load_config
+
+    again = load_config(whole.folder / "config.yaml")
+    assert again.training_config["seed"] == 7
+    assert load_config(again.to_dict()) == again
+
+
+def test_resume_goes_on_and_equals_the_whole_run(cli, config, tmp_path):
+    path = config(training_config__save_steps=2)
+    assert cli("train", path).code == 0
+    run = tmp_path / "run"
+    before = steps(run)
+    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(run / "adapter")
+    answer = cli("train", path, "--resume")
+    assert answer.code == 0, answer.err
+    assert steps(run).keys() == {1, 2, 3, 4}
+    for step, entry in steps(run).items():
+        assert entry["loss"] == before[step]["loss"]
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_torn_checkpoint_is_passed_over_and_named(cli, config, tmp_path):
+    path = config()
+    assert cli("train", path).code == 0
+    torn = tmp_path / "run" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    answer = cli("train", path, "--resume")
+    assert answer.code == 0, answer.err
+    assert "checkpoint-4 is passed over: adapter_model.safetensors has 100 bytes" in " ".join(answer.err.split())
+
+
+def test_resume_with_other_settings_is_refused_unless_forced(cli, config, tmp_path):
+    path = config()
+    assert cli("train", path).code == 0
+    answer = cli("train", path, "training_config.learning_rate=2e-3", "--resume")
+    assert answer.code == 2
+    text = " ".join(answer.err.split())
+    assert "learning_rate=0.002 - expected what the run was started with: 0.001" in text
+    assert "--resume=force" in text
+    assert cli("train", path, "training_config.learning_rate=2e-3", "--resume=force").code == 0
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited too long")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_resume(config, tmp_path, number):
+    path = config(training_config__max_steps=2000, training_config__save_steps=5000)
+    run = process("train", path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: (metrics.exists() and metrics.stat().st_size > 0) or run.poll() is not None)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 3, err
+    assert f"{number.name}: stopped after step" in err
+    assert "--resume" in err
+    saved = list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert len(saved) == 1
+    assert not faults_of(saved[0])
+
+
+def test_two_runs_into_one_folder(config, tmp_path):
+    path = config(training_config__max_steps=2000, training_config__save_steps=5000)
+    first = process("train", path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() or first.poll() is not None)
+    second = process("train", path, "--resume")
+    _, err = second.communicate(timeout=120)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert "that no other run is writing to" in " ".join(err.split())
+
+
+def can_mount():
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/mnt"]
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs a user namespace that may mount a small file system")
+def test_a_full_disk_harms_nothing(config, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    path = config(
+        training_config__max_steps=400, training_config__save_steps=2, training_config__save_total_limit=None,
+        training_config__output_dir=str(small / "run"),
+    )  # fmt: skip
+    kept = tmp_path / "kept"
+    script = (
+        f"mount -t tmpfs -o size=12m tmpfs {small} && "
+        f"{{ {sys.executable} -m philora train {path}; code=$?; cp -r {small}/run {kept}; exit $code; }}"
+    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "No space left" in done.stderr
+    assert "--resume" in done.stderr
+    checkpoints = list((kept / "checkpoints").glob("checkpoint-*"))
+    assert checkpoints
+    assert all(not faults_of(each) for each in checkpoints)
+    for line in (kept / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_oddities_are_accepted_with_a_notice(cli, config, jsonl, tmp_path):
+    def conversation(*turns):
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+    twice = conversation(("user", "one"), ("user", "two"), ("assistant", "three"))
+    long = conversation(("user", "hi"), ("assistant", "word " * 100_000))
+    others = [conversation(("user", f"q{n}"), ("assistant", f"a{n}")) for n in range(20)]
+    path = jsonl([twice, long, *others])
+    answer = cli("train", config(data={"train": str(path), "eval": None}, training_config__max_steps=1))
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["data"]["train"]["truncated"] == 1
+    assert results["data"]["train"]["two_user_turns"] == 1
+    assert results["before"] is None
+    text = " ".join(answer.err.split())
+    assert "user turns" in text
+    assert "longer than 256 tokens and were cut there" in text
+
+
+@pytest.mark.parametrize("script", ["trl_script.py", "model_card_script.py"])
+def test_scripts_with_the_import_changed_run(script, tmp_path):
+    from importlib import resources
+    from pathlib import Path
+
+    data = resources.files("philora") / "nano" / "helpdesk" / "train.jsonl"
+    path = Path(__file__).parents[1] / "scripts" / script
+    command = [sys.executable, str(path), local_path("nano"), str(data), str(tmp_path / "out")]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    if script == "model_card_script.py":
+        assert done.stderr.count("warmup_ratio=0.2 is an older spelling") == 1
+        assert (tmp_path / "out" / "eval_results.json").is_file()
