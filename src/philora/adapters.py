@@ -406,14 +406,14 @@ def optimize(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
-            module.__class__ = FastLinear
-            module.slices = {}
+            fast = cast(FastLinear, module)
+            fast.__class__ = FastLinear
+            fast.slices = {}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = getattr(base, "config", None)
     if (
         isinstance(base, PreTrainedModel)
-        and getattr(config, "model_type", None) in attention.MODEL_TYPES
-        and config._attn_implementation == "sdpa"
+        and base.config.model_type in attention.MODEL_TYPES
+        and base.config._attn_implementation == "sdpa"
     ):
         attention.register()
         base.set_attn_implementation(attention.NAME)

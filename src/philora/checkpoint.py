@@ -156,7 +156,7 @@ class Found(NamedTuple):
 
 def newest_whole(checkpoints: Path) -> Found:
     """Look for the newest checkpoint that is whole; every file of those looked at is read once."""
-    passed_over = []
+    passed_over: list[tuple[Path, str]] = []
     numbered = [
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in checkpoints.glob("checkpoint-*")

@@ -33,8 +33,8 @@ HELPDESK: Final = "helpdesk"
 """As `data.train` or `data.eval`: the chat dataset that is bundled with philora."""
 
 DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
-COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text")
-_DATA_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text", "messages")
+_DATA_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _ATTENTION: Final = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 OWN_TRAINING_KEYS: Final = ("tokens_per_step", "early_stopping_patience")
 """Keys of `training_config` that are philora's own, not TRL's."""
@@ -91,9 +91,11 @@ class SourceConfig:
     columns: Mapping[str, str] | None = _setting(
         None,
         union(mapping_of(schema.ANYTHING), NULL),
-        "templates from the dataset's columns to system, user, assistant, prompt, completion or text",
+        "templates from the dataset's columns to system, user, assistant, prompt, completion, text or messages",
     )
-    weight: float = _setting(1.0, number(above=0), "share of this source in a mix, relative to the others")
+    weight: float = _setting(
+        1.0, number(above=0), "times that each row is taken in an epoch; a fraction takes a seeded sample"
+    )
     streaming: bool = _setting(False, FLAG, "stream a hub dataset instead of downloading it first")
     format: str | None = _setting(
         None, union(one_of(*DATA_FORMATS), NULL), "shape of this source's records; null: as `data.format`"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from philora.config import Config, ModelConfig, TokenizerConfig
@@ -40,7 +39,7 @@ def local_path(name: str) -> str:
 def bf16_is_fast() -> bool:
     """Whether this machine multiplies bfloat16 matrices in hardware (CUDA from Ampere on, AVX512-BF16, AMX, ...)."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if torch.backends.mps.is_available():
         return True
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -130,7 +129,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -
     raise ModelError(fault("tokenizer", "pad_token", tokenizer.pad_token, expected, "Name one: tokenizer.pad_token"))
 
 
-def load_skeleton(model: ModelConfig) -> nn.Module:
+def load_skeleton(model: ModelConfig) -> PreTrainedModel:
     """The model without weights (meta device): enough to check names, shapes and sizes before any weight is read.
 
     Raises:
@@ -143,7 +142,10 @@ def load_skeleton(model: ModelConfig) -> nn.Module:
                 path, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
         with torch.device("meta"):
-            return cast(nn.Module, AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code))
+            return cast(
+                PreTrainedModel,
+                AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code),
+            )
     except (OSError, ValueError, KeyError) as error:
         raise _explain(model.name_or_path, error, "a causal language model") from error
 

@@ -41,7 +41,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     skeleton = models.load_skeleton(config.model)
     max_length = models.max_length_of(config, skeleton.config)
-    stops = models.stop_token_ids(tokenizer, skeleton.generation_config.eos_token_id)
+    stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
     lora = LoraConfig(**config.peft_config)
     resolution = resolve_for_training(skeleton, lora, where=f"{config.source}: peft_config")
     seed = int(config.training_config.get("seed", 42))

@@ -62,6 +62,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         RunError: A checkpoint cannot be written; older ones are untouched.
     """
 
+    _staging: Path | None = None  # where a checkpoint is being written, while it is
+
     def __init__(self, model: str | PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
         settings, keywords, notices = translate_trainer_keywords(kwargs)
         for notice in notices:
@@ -82,8 +84,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             apply_slices(self.model, resolution.slices)
 
     def _get_output_dir(self, trial: Any) -> str:
-        staging = getattr(self, "_staging", None)
-        return str(staging) if staging is not None else cast(str, super()._get_output_dir(trial))
+        return str(self._staging) if self._staging is not None else cast(str, super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint into a staging folder, seal it, rename it, and only then remove older ones."""

@@ -107,7 +107,7 @@ def train(
         resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
     seed = int(config.training_config.get("seed", 42))
     max_length = models.max_length_of(config, skeleton.config)
-    stops = models.stop_token_ids(tokenizer, skeleton.generation_config.eos_token_id)
+    stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
     prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
     del skeleton
 
@@ -281,8 +281,6 @@ class _Run:
         """Evaluate the base, train, save, evaluate again, write everything down."""
         checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))
         logger.info("%s", coverage(self.model))
-        for notice in self.prepared.report.notices:
-            logger.warning("%s", notice)
         plan, memory = self.plan, self.plan.estimate
         logger.info(
             "micro-batch %d x %d, recomputation %s, estimated peak %.1f GB",
@@ -353,7 +351,7 @@ class _Run:
 
     def _evaluate(self, when: str) -> Evaluation | None:
         settings = self.config.evaluation
-        if self.prepared.eval is None:
+        if self.prepared.eval is None or self.prepared.eval_conversations is None:
             return None
         conversations = [prompts_and_references(each) for each in self.prepared.eval_conversations[: settings.generate]]
         logger.info("evaluating %s training: %d rows, %d answers", when, len(self.prepared.eval), len(conversations))

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from philora import hub
 from philora.config import SourceConfig
 from philora.data import read
 from philora.data.read import Fault, parse_line, resolve
@@ -300,7 +301,7 @@ def test_kinds_that_are_not_read(tmp_path):
 
 def test_a_hub_name_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr(read, "_has_no_network", lambda endpoint: True)
+    monkeypatch.setattr(hub, "_has_no_network", lambda endpoint: True)
     message = refusal("nobody/nothing")
     assert message == (
         "data: path='nobody/nothing' - expected a file or folder that exists, or a dataset of the Hugging Face hub; "
@@ -313,9 +314,9 @@ def test_a_hub_name_without_a_network(monkeypatch, tmp_path):
 def test_no_network_is_seen_at_once(monkeypatch):
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert read._has_no_network("https://no-such-host.invalid")
+    assert hub._has_no_network("https://no-such-host.invalid")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
-    assert not read._has_no_network("https://no-such-host.invalid")
+    assert not hub._has_no_network("https://no-such-host.invalid")
 
 
 def test_a_hub_dataset_is_read_with_subset_split_and_limit(monkeypatch):
@@ -327,7 +328,7 @@ def test_a_hub_dataset_is_read_with_subset_split_and_limit(monkeypatch):
         asked.append((arguments, split, streaming))
         return datasets.Dataset.from_list(RECORDS)
 
-    monkeypatch.setattr(read, "_has_no_network", lambda endpoint: False)
+    monkeypatch.setattr(hub, "_has_no_network", lambda endpoint: False)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *arguments: ["train_sft", "test_sft"])
     found = records("a/b", subset="s", limit=2)

@@ -14,16 +14,13 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
-from urllib.parse import urlsplit
 
 from philora.errors import DataError, fault, nearest
 
@@ -571,8 +568,10 @@ def _saved_source(config: SourceConfig, path: Path, role: Role) -> Source:
 def _hub_source(config: SourceConfig, role: Role) -> Source:
     import datasets
 
+    from philora.hub import reachable_or_cached
+
     arguments = (config.path, config.subset) if config.subset else (config.path,)
-    with quiet_datasets(), _reachable_or_cached():
+    with quiet_datasets(), reachable_or_cached():
         try:
             split = config.split
             if split is None:
@@ -623,31 +622,6 @@ def _hub_message(config: SourceConfig, error: Exception) -> str:
         f"a file or folder that exists, or a dataset of the Hugging Face hub ({str(error).splitlines()[0]})",
         f"{hint}Check path, subset and split",
     )
-
-
-@contextlib.contextmanager
-def _reachable_or_cached() -> Iterator[None]:
-    """Without a network, go to the hub's cache at once: its own retries take half a minute before they give up."""
-    import datasets
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE or _has_no_network(constants.ENDPOINT)
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _has_no_network(endpoint: str) -> bool:
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return False
-    try:
-        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
-    except OSError:
-        return True
-    return False
 
 
 def _dataset_source(config: SourceConfig, dataset: Any, name: str) -> Source:

@@ -134,7 +134,9 @@ def document_attention(
     sizes = [documents * length for documents, length in layout.groups]
     repeat = heads // key.shape[1]
     outputs = []
-    for (documents, length), q, k, v in zip(layout.groups, *(each.split(sizes) for each in gathered), strict=True):
+    for (documents, length), q, k, v in zip(
+        layout.groups, *(torch.split(each, sizes) for each in gathered), strict=True
+    ):
         parts = [each.view(documents, length, -1, width).transpose(1, 2) for each in (q, k, v)]
         if query.device.type == "cpu" and length <= SHORT_TOKENS and query.dtype is not torch.float64:
             parts = [each.float() for each in parts]
