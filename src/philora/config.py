@@ -334,7 +334,7 @@ _LIBRARY_FIELDS: Final = (
         "training_config.bf16",
         "auto",
         union(FLAG, _AUTO, NULL),
-        "bfloat16 mixed precision; auto: where the hardware has it",
+        "bfloat16 autocast; auto: only where bf16 weights meet whole modules that train (modules_to_save)",
     ),
     Field("training_config.max_length", 2048, union(number(least=8, whole=True), NULL), "row length in tokens"),
     Field("training_config.packing", True, FLAG, "pack several examples into a row, isolated from each other"),

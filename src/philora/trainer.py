@@ -23,6 +23,7 @@ from philora.adapters import apply_slices, optimize, resolve_for_training
 from philora.checkpoint import TEMPORARY_PREFIX, disk_full, publish, seal
 from philora.config import translate_trainer_keywords, translate_training_arguments
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
+from philora.kernels.loss import add_label_head
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             given["peft_config"] = resolution.config
         super().__init__(model, **given)
         optimize(self.model)
+        add_label_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         if resolution is not None:
             apply_slices(self.model, resolution.slices)
 

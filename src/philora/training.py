@@ -261,7 +261,7 @@ class _Run:
             "per_device_eval_batch_size": eval_rows,
             "gradient_accumulation_steps": plan.accumulation,
             "gradient_checkpointing": plan.recompute,
-            "bf16": (base.dtype == torch.bfloat16 and not given.get("fp16", False)) if bf16 == "auto" else bf16,
+            "bf16": self._needs_autocast(base.dtype) if bf16 == "auto" else bf16,
         }
         given.setdefault("disable_tqdm", not sys.stderr.isatty())
         if self.prepared.eval is None:
@@ -270,6 +270,17 @@ class _Run:
             return SFTConfig(**given), plan
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{self.config.source}: training_config - {' '.join(str(error).split())}") from error
+
+    def _needs_autocast(self, dtype: torch.dtype) -> bool:
+        """Whether bf16 weights meet whole modules that train: those are kept in fp32, which needs autocast.
+
+        Without them weights and activations are bf16 throughout and autocast would only cost time.
+        """
+        whole = [p for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name]
+        if dtype is torch.bfloat16:
+            for parameter in whole:
+                parameter.data = parameter.data.float()
+        return bool(whole) and dtype is torch.bfloat16
 
     def _mean_row_tokens(self) -> int:
         rows = self.prepared.report.to_dict()["train"]
@@ -322,8 +333,8 @@ class _Run:
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
         # TRL rounds adapters of a quantised base to bf16; here they stay in fp32.
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_" in name and parameter.requires_grad:
                 parameter.data = parameter.data.float()
         # TRL and the callbacks of transformers see the metrics after our file has added to them.
         handler = trainer.callback_handler

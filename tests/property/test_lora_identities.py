@@ -40,7 +40,8 @@ def layers(draw: st.DrawFn) -> tuple[nn.Module, nn.Module, Tensor]:
     elif kind == "Embedding":
         args = (draw(size), draw(size))
         options["padding_idx"] = draw(st.sampled_from([None, 0]))
-        options["max_norm"] = draw(st.sampled_from([None, 1.0]))
+        # Bounding a row a second time changes it again where 1e-7, which PyTorch leaves as a margin, is below rounding.
+        options["max_norm"] = draw(st.sampled_from([None, 1.0])) if dtype is torch.float64 else None
         x = torch.randint(0, args[0], (3, 4))
     else:
         args = (draw(size), draw(size))

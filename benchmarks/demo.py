@@ -1,0 +1,56 @@
+"""The demo's figures over several seeds, as rows of benchmarks/results/demo.csv.
+
+python benchmarks/demo.py [SEED ...]
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it
+
+import philora
+from philora.training import versions
+
+TABLE = Path(__file__).parent / "results" / "demo.csv"
+
+
+def main(seeds: list[int]) -> None:
+    """Run the demo once for each seed and append one row each."""
+    source = str(resources.files("philora") / "nano" / "demo.yaml")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
+            results = philora.train(source, overrides).results
+        row = {
+            "commit": commit.strip(),
+            "machine": f"{os.cpu_count()} cores {platform.machine()}",
+            "seed": seed,
+            "exact_match_before": results["before"]["exact_match"],
+            "exact_match_after": results["after"]["exact_match"],
+            "answers": results["after"]["answers"],
+            "train_seconds": results["throughput"]["seconds"],
+            "tokens": results["throughput"]["tokens"],
+            "tokens_per_second": results["throughput"]["tokens_per_second"],
+            "peak_bytes": results["memory"]["peak_bytes"],
+            **versions(),
+        }
+        new = not TABLE.exists()
+        with TABLE.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(row)
+
+
+if __name__ == "__main__":
+    main([int(each) for each in sys.argv[1:]] or [42, 1, 2])

@@ -1,0 +1,153 @@
+"""The loss where there is a label: log-probabilities of the labels from hidden states, without the whole logits.
+
+Prompt tokens never reach the output head, and since each label's log-probability depends on its own hidden state
+only, the gradient is computed with the logits of its chunk in the forward pass: logits are made once, not twice.
+
+`add_label_head` puts it before TRL's fused head, which computes every position on a CPU and recomputes the logits in
+backward; what it does not cover goes on to TRL's.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from philora.lora.functional import fused_enabled
+
+CHUNK_TOKENS = 1024
+
+# Config keys of architectures that change the logits after the head; they stay with TRL's function.
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
+
+
+class LabelScores(NamedTuple):
+    """Of each label: its log-probability, the entropy of the distribution, and whether it is the most likely token."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+
+
+class _LabelScores(torch.autograd.Function):
+    """`log softmax(h W^T + b)[label]` by chunks; with p the softmax, the gradient is `dh = (onehot - p) W`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, ...]:
+        """hidden is (N, C), weight (V, C), labels (N)."""
+        needs_grad = ctx.needs_input_grad[0]
+        log_probs = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(log_probs)
+        is_top1 = torch.empty_like(log_probs)
+        grad = torch.empty_like(hidden) if needs_grad else None
+        for start in range(0, len(labels), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            target = labels[part, None]
+            logits = (hidden[part] @ weight.t()).float()
+            if bias is not None:
+                logits += bias
+            normaliser = logits.logsumexp(-1)
+            chosen = logits.gather(-1, target)[:, 0]
+            log_probs[part] = chosen - normaliser
+            is_top1[part] = (chosen >= logits.amax(-1)).float()
+            probabilities = (logits - normaliser[:, None]).exp_()
+            entropy[part] = normaliser - torch.einsum("nv,nv->n", probabilities, logits)
+            if grad is not None:
+                probabilities.neg_().scatter_add_(-1, target, torch.ones_like(target, dtype=torch.float32))
+                torch.mm(probabilities.to(weight.dtype), weight, out=grad[part])
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale each row's gradient by that of its log-probability."""
+        (grad,) = ctx.saved_tensors
+        return None if grad is None else (grad * grads[0][:, None]).to(grad.dtype), None, None, None
+
+
+def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> LabelScores:
+    """Log-probability, entropy and top-1 of each label; the gradient flows to `hidden` through the log-probability.
+
+    Shapes:
+        hidden (N, C), weight (V, C), bias (V), labels (N) of token ids; returns three of (N), fp32.
+
+    Numerics:
+        Logits are a product in hidden's dtype (under autocast: autocast's), everything after it in fp32; the gradient
+        of hidden is a product in that dtype, rounded once.
+
+    Cost:
+        4·N·C·V FLOPs with the gradient, none in backward; 8·1024·V bytes at a time and N·C elements for backward.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        scores = _LabelScores.apply(  # type: ignore[no-untyped-call]
+            hidden.to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach().float(), labels
+        )
+    return LabelScores(*scores)
+
+
+def label_scores_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> LabelScores:
+    """`label_scores` in plain PyTorch. Shapes: as there."""
+    logits = nn.functional.linear(hidden, weight, bias).float()
+    log_probabilities = logits.log_softmax(-1)
+    log_probs = log_probabilities.gather(-1, labels[:, None])[:, 0]
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1).detach()
+    return LabelScores(log_probs, entropy, (logits.argmax(-1) == labels).float())
+
+
+def add_label_head(model: PreTrainedModel) -> None:
+    """Let `model(..., labels=..., fused_lm_head=True)`, as TRL's trainer calls it, score labelled positions only.
+
+    Args:
+        model: A causal language model to which TRL has added its fused head.
+    """
+    trl_forward = model.forward
+    config = model.config.get_text_config()
+    plain_logits = all(getattr(config, name, None) is None for name in LOGIT_CHANGES)
+
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        head = self.get_output_embeddings()
+        labels = kwargs.get("labels")
+        if (
+            not kwargs.get("fused_lm_head", False)
+            or not plain_logits
+            or type(head) is not nn.Linear
+            or type(head.weight) not in (nn.Parameter, Tensor)
+            or head.weight.requires_grad
+            or labels is None
+            or kwargs.get("shift_labels") is not None
+            or getattr(config, "output_router_logits", False)
+            or not fused_enabled()
+        ):
+            return trl_forward(*args, **kwargs)
+        for name in ("fused_lm_head", "labels", "shift_labels"):
+            kwargs.pop(name, None)
+        count = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        if hidden.shape[1] != labels.shape[1] - 1 or hidden.device != head.weight.device:
+            raise RuntimeError(f"labels of shape {tuple(labels.shape)} do not fit the model's output")
+        labels = labels[:, 1:]
+        mask = labels != -100
+        scores = label_scores(hidden[mask], head.weight, head.bias, labels[mask])
+        # masked_scatter keeps the graph when no label is there
+        filled = [each.new_zeros(mask.shape).masked_scatter(mask, each) for each in scores]
+        loss = -filled[0].sum() / (mask.sum().clamp(min=1) if count is None else count)
+        return FusedCausalLMOutput(
+            loss=loss, log_probs=filled[0], entropy=filled[1], is_top1=filled[2], label_mask=mask
+        )
+
+    forward.__wrapped__ = getattr(trl_forward, "__wrapped__", trl_forward)  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)

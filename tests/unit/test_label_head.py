@@ -1,0 +1,91 @@
+"""Log-probabilities at labelled positions: values and gradients equal the plain ones, and TRL's outputs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from philora.kernels.loss import CHUNK_TOKENS, add_label_head, label_scores, label_scores_reference
+from philora.lora.functional import fused
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [3, 7, CHUNK_TOKENS + 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients(rows, dtype, bias):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(61, 16, generator=generator).to(dtype)
+    offset = torch.randn(61, generator=generator).to(dtype) if bias else None
+    labels = torch.randint(0, 61, (rows,), generator=generator)
+    pull = torch.randn(rows, generator=generator)
+    # bf16: logits of size 16 are rounded by 2^-9, then softmax and gradient; fp32: the sums run in another order
+    close = {"rtol": 5e-2, "atol": 1e-1} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    results, grads = [], []
+    for function in (label_scores, label_scores_reference):
+        hidden = torch.randn(rows, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        exact = function is label_scores_reference and dtype is torch.bfloat16  # the same values, summed in fp32
+        inputs = [None if each is None else each.float() if exact else each for each in (hidden, weight, offset)]
+        scores = function(*inputs, labels)
+        (scores.log_probs * pull).sum().backward()
+        results.append(scores)
+        grads.append(hidden.grad)
+    mine, plain = results
+    torch.testing.assert_close(mine.log_probs, plain.log_probs, **close)
+    torch.testing.assert_close(mine.entropy, plain.entropy, **close)
+    assert (mine.is_top1 == plain.is_top1).float().mean() > 0.97, "only ties may differ"
+    torch.testing.assert_close(*grads, **close)
+    wrong = label_scores_reference(hidden, weight, offset, (labels + 1) % 61)
+    with pytest.raises(AssertionError):  # negative control: labels shifted by one
+        torch.testing.assert_close(results[0].log_probs, wrong.log_probs, **close)
+
+
+def test_gradcheck():
+    weight = torch.randn(9, 5, dtype=torch.float64)
+    hidden = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 3, 8, 3])
+    # the log-probability itself is fp32, so the derivative is compared with the float64 reference, not with differences
+    (mine,) = torch.autograd.grad(label_scores(hidden, weight, None, labels).log_probs.sum(), hidden)
+    (plain,) = torch.autograd.grad(hidden.matmul(weight.t()).log_softmax(-1)[range(4), labels].sum(), hidden)
+    torch.testing.assert_close(mine, plain, rtol=1e-6, atol=1e-6)
+
+
+def outputs(model, ids, labels, **extra):
+    out = model(input_ids=ids, labels=labels, fused_lm_head=True, **extra)
+    model.zero_grad()
+    out.loss.backward()
+    return out, [each.grad.clone() for each in model.parameters() if each.grad is not None]
+
+
+@pytest.mark.parametrize("case", ["some labels", "no label", "head trained", "switched off"])
+def test_a_model_gives_what_trl_gives(phi3, case):
+    trl, mine = phi3(), phi3()
+    for model in (trl, mine):
+        model.lm_head.weight.requires_grad_(case == "head trained")
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_label_head(mine)
+    ids = torch.randint(3, 97, (2, 15), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    labels[:, : 15 if case == "no label" else 6] = -100
+    with fused(case != "switched off"):
+        (a, grads_a), (b, grads_b) = outputs(trl, ids, labels), outputs(mine, ids, labels)
+    for name in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(getattr(b, name).float(), getattr(a, name).float(), rtol=1e-5, atol=1e-5)
+    for mine_grad, trl_grad in zip(grads_b, grads_a, strict=True):
+        torch.testing.assert_close(mine_grad, trl_grad, rtol=1e-4, atol=1e-6)
+    assert mine(input_ids=ids).logits.shape == (2, 15, 97)
+    assert mine.generate(ids[:, :4], max_new_tokens=3, do_sample=False).shape[0] == 2
+
+
+def test_a_model_that_changes_its_logits_stays_with_trl(phi3):
+    model = phi3()
+    model.config.logit_scale = 0.5
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        each.lm_head.weight.requires_grad_(False)
+        add_fused_lm_head(each)
+    add_label_head(model)
+    ids = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(3))
+    assert outputs(model, ids, ids)[0].loss == outputs(plain, ids, ids)[0].loss
