@@ -26,7 +26,7 @@ from philora.config import (
     translate_trainer_keywords,
     translate_training_arguments,
 )
-from philora.errors import ConfigError
+from philora.errors import ConfigError, shorten
 
 # The dicts of the model card's sample_finetune.py, key for key.
 S4_TRAINING = {
@@ -368,7 +368,7 @@ def test_a_missing_file_names_the_nearest(write: Callable[..., Path], tmp_path: 
     write("data: {train: helpdesk}", "clinic.yaml")
     missing = tmp_path / "clinik.yaml"
     assert fault_of(missing) == (
-        f"{missing}: config={str(missing)!r} - expected an existing file. Did you mean 'clinic.yaml'?"
+        f"{missing}: config={shorten(str(missing))} - expected an existing file. Did you mean 'clinic.yaml'?"
     )
     assert "expected an existing file. The folder" in fault_of(tmp_path / "nowhere" / "a.yaml")
     assert "expected a YAML file, or the folder of a run" in fault_of(tmp_path)
@@ -599,7 +599,7 @@ def test_all_faults_are_reported_at_once(write: Callable[..., Path]) -> None:
         ),
         (
             {"data": {"train": {"path": "a/b", "columns": {"usr": "{q}", "user": "{q}", "assistant": "{a}"}}}},
-            "data.train.columns.usr='{q}' - expected one of system, user, assistant, prompt, completion, text. Did you",
+            "data.train.columns.usr='{q}' - expected one of system, user, assistant, prompt, completion, text, messages. Did you",
         ),
         (
             {"data": {"train": {"path": "a/b", "columns": {"user": "{q}"}}}},
