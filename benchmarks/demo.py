@@ -14,7 +14,7 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
 
 import philora
 from philora.training import versions

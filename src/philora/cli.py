@@ -223,9 +223,9 @@ def _arguments(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; each philora error becomes one readable message and its exit code."""
-    # Read by the OpenMP library when torch loads it: threads that spin while they wait make a run ten times slower as
-    # soon as anything else uses a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by GNU's OpenMP when torch loads it: by default its threads spin for long while they wait for each other,
+    # which makes a run more than ten times slower as soon as anything else uses a core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app(args=_arguments(sys.argv[1:]), standalone_mode=False)
