@@ -599,7 +599,7 @@ def test_all_faults_are_reported_at_once(write: Callable[..., Path]) -> None:
         ),
         (
             {"data": {"train": {"path": "a/b", "columns": {"usr": "{q}", "user": "{q}", "assistant": "{a}"}}}},
-            "data.train.columns.usr='{q}' - expected one of system, user, assistant, prompt, completion, text, messages",
+            "data.train.columns.usr='{q}' - expected one of system, user, assistant, prompt, completion, text",
         ),
         (
             {"data": {"train": {"path": "a/b", "columns": {"user": "{q}"}}}},
