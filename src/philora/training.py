@@ -266,6 +266,8 @@ class _Run:
         given.setdefault("disable_tqdm", not sys.stderr.isatty())
         if self.prepared.eval is None:
             given["eval_strategy"] = "no"
+        if given.get("log_level") == "info":
+            given["log_level"] = "warning"  # of transformers, whose own lines would bury philora's
         try:
             return SFTConfig(**given), plan
         except (ValueError, TypeError) as error:
@@ -366,14 +368,15 @@ class _Run:
             return None
         conversations = [prompts_and_references(each) for each in self.prepared.eval_conversations[: settings.generate]]
         logger.info("evaluating %s training: %d rows, %d answers", when, len(self.prepared.eval), len(conversations))
-        result = evaluate(
-            self.model,
-            self.tokenizer,
-            self.prepared.eval,
-            conversations,
-            GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size),
-            pad_token_id=cast(int, self.tokenizer.pad_token_id),
-        )
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=bool(self.arguments.bf16)):
+            result = evaluate(
+                self.model,
+                self.tokenizer,
+                self.prepared.eval,
+                conversations,
+                GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size),
+                pad_token_id=cast(int, self.tokenizer.pad_token_id),
+            )
         scores = result.scores
         logger.info("%s: loss %.4f, token accuracy %.3f", when, scores.loss, scores.token_accuracy)
         return result

@@ -137,6 +137,54 @@ def test_resume_with_other_settings_is_refused_unless_forced(cli, config, tmp_pa
     assert cli("train", path, "training_config.learning_rate=2e-3", "--resume=force").code == 0
 
 
+def test_a_run_may_start_from_an_adapter(cli, config, whole, tmp_path):
+    path = config(model={"name_or_path": "nano", "dtype": "float32", "adapter": str(whole.adapter)})
+    assert cli("train", path).code == 0
+    first = json.loads((whole.folder / "results.json").read_text())
+    second = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert second["before"]["loss"] == first["before"]["loss"], "before is the base, without the adapter"
+    assert steps(tmp_path / "run")[1]["loss"] < steps(whole.folder)[1]["loss"]
+    assert second["coverage"] == first["coverage"]
+
+
+def test_whole_modules_and_dora_train_beside_a_bf16_base(cli, config, tmp_path):
+    path = config(
+        model={"name_or_path": "nano", "dtype": "bfloat16"},
+        peft_config={"r": 4, "use_dora": True, "target_modules": ["qkv_proj"], "modules_to_save": ["lm_head"]},
+    )
+    answer = cli("train", path)
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["after"]["loss"] < results["before"]["loss"]
+    base = AutoModelForCausalLM.from_pretrained(local_path("nano"), dtype=torch.bfloat16)
+    head = base.lm_head.weight.detach().clone()
+    trained = philora.load_adapter(base, tmp_path / "run" / "adapter")
+    saved = trained.get_base_model().lm_head.modules_to_save["default"].weight
+    assert not torch.equal(saved, head), "the head was left without a gradient"
+
+
+def test_the_best_checkpoint_is_kept_and_training_stops_early(cli, config, tmp_path):
+    path = config(
+        training_config__learning_rate=0.05,
+        training_config__max_steps=60,
+        training_config__eval_strategy="steps",
+        training_config__eval_steps=2,
+        training_config__load_best_model_at_end=True,
+        training_config__metric_for_best_model="eval_loss",
+        training_config__early_stopping_patience=2,
+        training_config__save_total_limit=1,
+    )
+    assert cli("train", path).code == 0
+    run = tmp_path / "run"
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert state["global_step"] < 60
+    best = run / "checkpoints" / f"checkpoint-{state['best_global_step']}"
+    assert state["best_model_checkpoint"] == str(best)
+    assert not faults_of(best)
+    weights = (best / "adapter_model.safetensors").read_bytes()
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
 def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
