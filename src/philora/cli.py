@@ -89,9 +89,9 @@ def train(
 @app.command()
 def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Look at everything a run needs before any weight is loaded: data, labels, targets, memory."""
+    _logging("warning")
     from philora.preflight import preflight
 
-    _logging("warning")
     found = preflight(config, overrides or [])
     out.print(f"[bold]model[/]      {escape(found.model)}")
     out.print(f"[bold]stops[/]      {escape(', '.join(found.stop_tokens))}   padding {escape(found.padding_token)}")

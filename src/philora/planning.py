@@ -9,7 +9,8 @@ import psutil
 import torch
 
 RUNTIME_BYTES = 600 * 2**20  # interpreter, libraries, allocator slack, measured on the CPU
-TOKENS_PER_STEP = 8192  # default number of tokens in one optimizer step: about a hundred steps an epoch of 1M tokens
+TOKENS_PER_STEP = 8192  # default number of tokens in one optimizer step, where the data allows STEPS_AT_LEAST
+STEPS_AT_LEAST = 100  # fewer optimizer steps than this teach an adapter little, however good the data
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def available_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)
+
+
+def step_tokens(total_tokens: float) -> int:
+    """Default tokens of an optimizer step for a run over `total_tokens`, all epochs together: fewer for small data."""
+    return max(1, min(TOKENS_PER_STEP, int(total_tokens / STEPS_AT_LEAST)))
 
 
 @dataclass(frozen=True)

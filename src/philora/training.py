@@ -232,8 +232,15 @@ class _Run:
         given = {key: value for key, value in self.config.training_config.items() if key not in OWN_TRAINING_KEYS}
         element_bytes = torch.finfo(base.dtype).bits // 8
         packing = bool(given.get("packing", True))
-        row_tokens = max_length if packing else max(1, self._mean_row_tokens())
         tokens_per_step = self.config.training_config.get("tokens_per_step", "auto")
+        if tokens_per_step == "auto":
+            tokens_per_step = self._default_step_tokens()
+            if self.config.origins.get("training_config.max_length", "default") == "default":
+                # Long rows would swallow a small dataset whole and leave a handful of steps.
+                figures = self.prepared.report.to_dict()
+                longest = max(int((figures.get(name) or {}).get("longest_tokens", 0)) for name in ("train", "eval"))
+                max_length = min(max_length, max(tokens_per_step, longest, 8))
+        row_tokens = max_length if packing else max(1, self._mean_row_tokens())
         covered = coverage(self.model)
 
         def unless_auto(key: str) -> Any:
@@ -244,7 +251,7 @@ class _Run:
             covered.total_parameters - covered.trainable_parameters,
             covered.trainable_parameters,
             row_tokens=row_tokens,
-            tokens_per_step=None if tokens_per_step in (None, "auto") else int(tokens_per_step),
+            tokens_per_step=tokens_per_step,
             rows=unless_auto("per_device_train_batch_size"),
             accumulation=unless_auto("gradient_accumulation_steps"),
             recompute=unless_auto("gradient_checkpointing"),
@@ -285,8 +292,17 @@ class _Run:
         return bool(whole) and dtype is torch.bfloat16
 
     def _mean_row_tokens(self) -> int:
-        rows = self.prepared.report.to_dict()["train"]
-        return int(rows["tokens"] / max(1, rows["rows"]))
+        figures = self._train_figures()
+        return int(figures["tokens"] / max(1, figures["rows"]))
+
+    def _train_figures(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.prepared.report.to_dict()["train"])
+
+    def _default_step_tokens(self) -> int:
+        if self.prepared.report.streaming:
+            return planning.TOKENS_PER_STEP
+        epochs = float(self.config.training_config.get("num_train_epochs", 3))
+        return planning.step_tokens(int(self._train_figures()["tokens"]) * epochs)
 
     # -- the run
 

@@ -185,6 +185,22 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(cli, config, tmp_p
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
+def test_small_data_gets_more_than_a_handful_of_steps(cli, config, jsonl, tmp_path):
+    turns = [("user", "What is {n} and one?"), ("assistant", "It is more than {n}.")]
+    rows = [{"messages": [{"role": role, "content": text.format(n=n)} for role, text in turns]} for n in range(20)]
+    long = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well " * 300}]}
+    evaluated = jsonl([long], "eval.jsonl")
+    path = config(
+        data={"train": str(jsonl(rows)), "eval": str(evaluated)},
+        training_config={"output_dir": str(tmp_path / "run"), "learning_rate": 1e-3, "num_train_epochs": 12},
+    )
+    assert cli("train", path).code == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["throughput"]["steps"] >= 12
+    assert results["data"]["eval"]["truncated"] == 0
+    assert results["after"]["label_tokens"] > 250, "held-out rows are not cut to the short rows of the training data"
+
+
 def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
