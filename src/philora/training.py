@@ -38,7 +38,7 @@ from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter
 from philora.callbacks import MetricsFile, StopOnSignal, peak_memory_bytes
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, prepare, prompts_and_references
-from philora.errors import ConfigError, DataError, PhiloraError, RunError, fault, one_per_line
+from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, evaluate, pick_samples
 from philora.generation import GenerationSettings
 from philora.report import write_report
@@ -476,4 +476,4 @@ model = PeftModel.from_pretrained(base, "adapter")
 """
 
 
-__all__ = ["DataError", "Interrupted", "RunResult", "train", "versions"]
+__all__ = ["Interrupted", "RunResult", "train", "versions"]
