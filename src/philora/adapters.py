@@ -73,7 +73,7 @@ class Resolution(NamedTuple):
 
 
 @dataclass
-class _Names:
+class Names:
     """Everything in a model that a LoraConfig can name: its modules, and the slices of its fused projections."""
 
     modules: dict[str, nn.Module]
@@ -88,7 +88,7 @@ class _Names:
         }
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Names:
+    def of(cls, model: nn.Module) -> Names:
         modules = {name: module for name, module in model.named_modules() if name}
         layout = fused_slices(getattr(model, "config", None))
         rows = {}
@@ -146,7 +146,7 @@ def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config
             cannot be adapted, slices of one module differ in rank or alpha, or the initialisation does not allow
             slices. All faults at once.
     """
-    names = _Names.of(model)
+    names = Names.of(model)
     faults: list[str] = []
     config = copy.deepcopy(peft_config)
 
@@ -200,7 +200,7 @@ def resolve_for_training(model: nn.Module, peft_config: LoraConfig, where: str =
 
 
 def _resolve_targets(
-    model: nn.Module, config: LoraConfig, names: _Names, missing: Any, faults: list[str], where: str
+    model: nn.Module, config: LoraConfig, names: Names, missing: Any, faults: list[str], where: str
 ) -> tuple[list[str], list[str]]:
     """Full names of the modules and of the slices that `target_modules` names."""
     targets = config.target_modules
@@ -243,7 +243,7 @@ def _check_target_parameters(model: nn.Module, config: LoraConfig, missing: Any)
 
 
 def _apply_exclusions(
-    config: LoraConfig, names: _Names, real: list[str], wanted: list[str], missing: Any, faults: list[str], where: str
+    config: LoraConfig, names: Names, real: list[str], wanted: list[str], missing: Any, faults: list[str], where: str
 ) -> tuple[list[str], list[str]]:
     """Take out what `exclude_modules` names; a name that stands for nothing is a fault."""
     excluded = config.exclude_modules
@@ -270,7 +270,7 @@ def _apply_exclusions(
     return [name for name in real if name not in hit], [name for name in wanted if name not in hit]
 
 
-def _check_layers(config: LoraConfig, names: _Names, faults: list[str], where: str) -> None:
+def _check_layers(config: LoraConfig, names: Names, faults: list[str], where: str) -> None:
     layers = config.layers_to_transform
     indexes = [layers] if isinstance(layers, int) else list(layers)
     patterns = _as_list(config.layers_pattern) or [r"[^.]*"]
@@ -287,7 +287,7 @@ def _check_layers(config: LoraConfig, names: _Names, faults: list[str], where: s
 
 
 def _resolve_slices(
-    config: LoraConfig, names: _Names, real: list[str], wanted: list[str], faults: list[str], where: str
+    config: LoraConfig, names: Names, real: list[str], wanted: list[str], faults: list[str], where: str
 ) -> dict[str, Slices]:
     """Replace slices by their fused modules in `config`; ranks and alphas through its patterns."""
     by_module: dict[str, list[str]] = {}
@@ -420,7 +420,7 @@ def optimize(model: nn.Module) -> nn.Module:
     return model
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """PEFT's LoRA layers by the name that their module has in the base model."""
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""
     return {name.removeprefix(prefix): each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
@@ -434,7 +434,7 @@ def apply_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_name: s
         slices: By full name of the fused module in the base model.
         adapter_name: The adapter.
     """
-    for name, layer in _lora_layers(model).items():
+    for name, layer in lora_layers(model).items():
         if name not in slices or adapter_name not in layer.lora_A:
             continue
         weight = layer.lora_B[adapter_name].weight
@@ -601,14 +601,14 @@ def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, T
 
 def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str, Slices]:
     """Slices of an adapter just loaded: as recorded, else as its zeros show; none where the zeros are gone."""
-    names = _Names.of(_base_with_fused(model))
+    names = Names.of(_base_with_fused(model))
     recorded: dict[str, Any] | None = None
     if (folder / RECORD_NAME).is_file():
         recorded = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")).get("slices", {})
     config = model.peft_config[adapter_name]
     found: dict[str, Slices] = {}
     changed: list[str] = []
-    for name, layer in _lora_layers(model).items():
+    for name, layer in lora_layers(model).items():
         if name not in names.rows or adapter_name not in layer.lora_A:
             continue
         weight = layer.lora_B[adapter_name].weight.detach()
@@ -619,7 +619,7 @@ def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str
             r, chosen = int(recorded[name]["r"]), [str(each) for each in recorded[name]["names"]]
         else:
             r = config.r
-            seen = _slices_by_zeros(weight, rows, r)
+            seen = slices_by_zeros(weight, rows, r)
             if seen is None:
                 continue
             chosen = seen
@@ -643,7 +643,7 @@ def _base_with_fused(model: PeftModel) -> nn.Module:
     return cast(nn.Module, model.get_base_model())
 
 
-def _slices_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]], r: int) -> list[str] | None:
+def slices_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]], r: int) -> list[str] | None:
     """Names of the slices whose blocks of width r make up B, or None when B is not of that form."""
     blocks = weight.shape[1] // r
     if blocks < 2 or weight.shape[1] % r:
@@ -703,7 +703,7 @@ class Coverage:
 def coverage(model: nn.Module) -> Coverage:
     """Which modules and slices have an adapter, of which rank, and how many parameters that trains."""
     rows: dict[tuple[str, str, int, float], list[int]] = {}
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     adapted_parameters: set[int] = set()
     for name, layer in layers.items():
         pattern = re.sub(r"\.\d+\.", ".*.", name)

@@ -26,6 +26,7 @@ from philora.lora.functional import (
     lora_sliced_linear_reference,
 )
 from philora.lora.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
+from philora.lora.replace import replace_layers
 from philora.lora.state import (
     disable_adapter,
     load_lora,
@@ -58,4 +59,5 @@ __all__ = [
     "loraplus_parameter_groups",
     "mark_only_lora_as_trainable",
     "merged_state_dict",
+    "replace_layers",
 ]
