@@ -36,8 +36,17 @@ DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_complet
 COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text", "messages")
 _DATA_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _ATTENTION: Final = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-OWN_TRAINING_KEYS: Final = ("tokens_per_step", "early_stopping_patience")
+OWN_TRAINING_KEYS: Final = ("tokens_per_step", "early_stopping_patience", "loraplus_lr_ratio")
 """Keys of `training_config` that are philora's own, not TRL's."""
+ONE_RATE_OPTIMIZERS: Final = (
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "apollo_adamw_layerwise",
+)
+"""Values of `optim` that step inside the backward pass with one learning rate, so that LoRA+ cannot have two."""
 _SECRETS: Final = ("training_config.hub_token",)
 
 
@@ -183,7 +192,7 @@ class Config:
     """A checked configuration.
 
     Attributes:
-        training_config: Keywords of `trl.SFTConfig` and `tokens_per_step`; values may be "auto" where philora chooses.
+        training_config: Keywords of `trl.SFTConfig` and philora's own; values may be "auto" where philora chooses.
         peft_config: Keywords of `peft.LoraConfig`.
         source: The file, or "python".
         origins: For each key its origin: "default", the file, "command line" or "python".
@@ -279,6 +288,12 @@ _LIBRARY_FIELDS: Final = (
         "cosine",
         Rule("", lambda value: value),  # the words come from the installed transformers
         "shape of the learning rate over the run",
+    ),
+    Field(
+        "training_config.loraplus_lr_ratio",
+        None,
+        union(number(above=0), NULL),
+        "LoRA+: B's learning rate as a multiple of learning_rate (philora's own key), 16 in the paper; null: the same",
     ),
     Field("training_config.warmup_steps", 0.03, _RATIO_OR_STEPS, "warm-up: fraction of the run, or optimizer steps"),
     Field("training_config.weight_decay", LIBRARY, number(least=0), "decoupled weight decay"),
@@ -1256,6 +1271,9 @@ def _check_training(
         values.get("load_best_model_at_end") or values.get("metric_for_best_model")
     ):
         refuse("early_stopping_patience", "load_best_model_at_end: true beside it, or a metric_for_best_model")
+    if values.get("loraplus_lr_ratio") is not None and values.get("optim") in ONE_RATE_OPTIMIZERS:
+        expected = f"null, because optim={values['optim']!r} has one learning rate for all"
+        refuse("loraplus_lr_ratio", expected, "Choose another optim, such as adamw_torch")
     if values["save_strategy"] == "best" and not evaluates:
         refuse("save_strategy", "evaluation in training for 'best'", "Set eval_strategy to steps or epoch")
     scheduler = values["lr_scheduler_type"]

@@ -6,6 +6,7 @@ A script for TRL changes its import and nothing else; TRL's defaults stay TRL's.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 import shutil
@@ -21,33 +22,55 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from philora.adapters import apply_slices, optimize, resolve_for_training
 from philora.checkpoint import TEMPORARY_PREFIX, disk_full, publish, seal
-from philora.config import translate_trainer_keywords, translate_training_arguments
+from philora.config import FIELDS, ONE_RATE_OPTIMIZERS, translate_trainer_keywords, translate_training_arguments
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.loss import add_label_head
+from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
+from philora.schema import Misfit
 
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(init=False)
 class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
-    """`trl.SFTConfig` that also takes the spellings of older releases, each with one notice.
+    """`trl.SFTConfig` that also takes the spellings of older releases, each with one notice, and a rate for LoRA+.
+
+    Raises:
+        ConfigError: An unknown name, a `loraplus_lr_ratio` that is no number above 0, or one for an optimizer that
+            has only one learning rate.
 
     Example:
-        >>> SFTConfig("out", evaluation_strategy="no", warmup_ratio=0.2)  # doctest: +SKIP
+        >>> SFTConfig("out", evaluation_strategy="no", warmup_ratio=0.2, loraplus_lr_ratio=16)  # doctest: +SKIP
     """
+
+    loraplus_lr_ratio: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "LoRA+: the learning rate of B as a multiple of learning_rate; 16 in the paper."},
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         translated, notices = translate_training_arguments(kwargs)
         for notice in notices:
             logger.warning("%s", notice)
-        known = inspect.signature(trl.SFTConfig.__init__).parameters
+        known = [each.name for each in dataclasses.fields(self) if each.init]
         if not torch.accelerator.is_available() and "use_cpu" not in translated and not translated.get("fp16"):
             translated["use_cpu"] = True  # transformers refuses bf16 on a CPU that was not named
         unknown = [name for name in translated if name not in known]
-        if unknown:
-            rule = "a field of trl.SFTConfig"
-            faults = [fault("SFTConfig", name, translated[name], rule, nearest(name, known)) for name in unknown]
+        rule = "a field of trl.SFTConfig"
+        faults = [fault("SFTConfig", name, translated[name], rule, nearest(name, known)) for name in unknown]
+        ratio = translated.pop("loraplus_lr_ratio", None)
+        bound = FIELDS["training_config.loraplus_lr_ratio"].rule
+        try:
+            self.loraplus_lr_ratio = bound.read(ratio)
+        except Misfit:
+            faults.append(fault("SFTConfig", "loraplus_lr_ratio", ratio, bound.text))
+        if faults:
             raise ConfigError(one_per_line(faults))
         super().__init__(*args, **translated)
+        if self.loraplus_lr_ratio is not None and self.optim in ONE_RATE_OPTIMIZERS:
+            expected = f"None, because optim={self.optim.value!r} has one learning rate for all"
+            todo = "Choose another optim, such as adamw_torch"
+            raise ConfigError(fault("SFTConfig", "loraplus_lr_ratio", self.loraplus_lr_ratio, expected, todo))
 
 
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
@@ -55,15 +78,18 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     Takes all that TRL's takes, older keywords (`tokenizer`, `max_seq_length`, `dataset_text_field`, `packing`, ...)
     with one notice each, and slices of fused projections in `peft_config.target_modules`. Checkpoints are written to
-    a temporary name, synced and renamed, and carry a manifest.
+    a temporary name, synced and renamed, and carry a manifest. With `SFTConfig(loraplus_lr_ratio=...)` the optimizer
+    that transformers makes gets groups of their own for B; what is logged as `learning_rate` is A's.
 
     Raises:
+        ConfigError: `loraplus_lr_ratio` is given and no B trains.
         TargetError: A name in `peft_config` matches nothing, or `lm_head` is a target (TRL computes the loss from
             the head's weight, so an adapter there would get no gradient).
         RunError: A checkpoint cannot be written; older ones are untouched.
     """
 
     _staging: Path | None = None  # where a checkpoint is being written, while it is
+    _loraplus_settled = False  # whether an optimizer was split, or it was said that a given one is not
 
     def __init__(self, model: str | PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
         settings, keywords, notices = translate_trainer_keywords(kwargs)
@@ -84,6 +110,34 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         add_label_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         if resolution is not None:
             apply_slices(self.model, resolution.slices)
+        ratio = getattr(self.args, "loraplus_lr_ratio", None)
+        if ratio is not None and not loraplus_fast_parameters(self.model):
+            expected = "an adapter of which some B trains"
+            raise ConfigError(fault("SFTTrainer", "loraplus_lr_ratio", ratio, expected, "Give a peft_config"))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As transformers', then B in groups of its own where `loraplus_lr_ratio` is given.
+
+        An optimizer that is there already, from the person or from DeepSpeed's configuration, stays as it is.
+
+        Raises:
+            ConfigError: The optimizer has not every B in its groups.
+        """
+        made_here = self.optimizer is None
+        optimizer = cast(torch.optim.Optimizer, super().create_optimizer(model))
+        ratio = getattr(self.args, "loraplus_lr_ratio", None)
+        if ratio is not None and made_here:
+            # Names and parameters of the wrapped model: FSDP may have made new ones.
+            split_loraplus_groups(optimizer, loraplus_fast_parameters(self.model if model is None else model), ratio)
+        elif ratio is not None and not self._loraplus_settled:
+            logger.warning(
+                "loraplus_lr_ratio=%s is not applied to the %s that was given; "
+                "philora.lora.loraplus_parameter_groups makes groups for an optimizer of one's own.",
+                ratio,
+                type(optimizer).__name__,
+            )
+        self._loraplus_settled = True
+        return optimizer
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else cast(str, super()._get_output_dir(trial))

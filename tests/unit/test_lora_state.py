@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from philora import lora
 from philora.errors import AdapterError, ConfigError
+from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 
 
 class Model(nn.Module):
@@ -226,3 +227,40 @@ def test_loraplus_is_checked() -> None:
         lora.loraplus_parameter_groups(model, 1e-4, 0)
     with pytest.raises(ConfigError, match="trainable"):
         lora.loraplus_parameter_groups(model.requires_grad_(False), 1e-4, 2)
+
+
+def test_loraplus_knows_b_under_any_wrapper() -> None:
+    model = Model()
+    lora.mark_only_lora_as_trainable(model)
+    compiled = torch.compile(model, backend="eager")
+    want = {"proj.lora_B", "conv.lora_B"}
+    assert set(loraplus_fast_parameters(model)) == want
+    assert set(loraplus_fast_parameters(compiled)) == {f"_orig_mod.{name}" for name in want}
+    model.proj.lora_B.requires_grad_(False)
+    assert set(loraplus_fast_parameters(model)) == {"conv.lora_B"}
+
+
+def test_splitting_keeps_each_group_and_its_settings() -> None:
+    model = Model()
+    lora.mark_only_lora_as_trainable(model, "lora_only")
+    decayed = [p for n, p in model.named_parameters() if p.requires_grad and "bias" not in n]
+    others = [p for n, p in model.named_parameters() if p.requires_grad and "bias" in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "weight_decay": 0.0, "lr": 1e-2}, {"params": decayed, "betas": (0.5, 0.6)}], lr=1e-3
+    )
+    split_loraplus_groups(optimizer, loraplus_fast_parameters(model), 4)
+    first, second, fast = optimizer.param_groups
+    assert {id(p) for p in fast["params"]} == {id(model.proj.lora_B), id(model.conv.lora_B)}
+    assert (fast["lr"], fast["betas"]) == (4e-3, (0.5, 0.6))
+    assert (first["lr"], second["lr"]) == (1e-2, 1e-3)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decayed) + len(others)
+
+
+def test_an_optimizer_that_lacks_some_b_is_refused_unchanged() -> None:
+    model = Model()
+    lora.mark_only_lora_as_trainable(model)
+    optimizer = torch.optim.SGD([model.proj.lora_A, model.proj.lora_B], lr=1e-3)
+    message = r"loraplus_lr_ratio=4 - expected every B in the groups of SGD, which lacks 1 of 2\. .*conv\.lora_B"
+    with pytest.raises(ConfigError, match=message):
+        split_loraplus_groups(optimizer, loraplus_fast_parameters(model), 4)
+    assert len(optimizer.param_groups) == 1

@@ -214,6 +214,28 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def loraplus_fast_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters that LoRA+ gives the higher learning rate: B of every layer but an embedding.
+
+    The paper's argument is about an A that starts normal and a B that starts at zero. An embedding has them the other
+    way round (A is its zero table, B starts normal), so there neither learns faster. PEFT's embedding layers name
+    theirs `lora_embedding_B`.
+
+    Args:
+        model: A module with its trainable parameters chosen: layers of this package, PEFT's, or either of them inside
+            the wrappers of DDP, FSDP and torch.compile, which put words of their own before and into the names.
+
+    Source:
+        Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (2024), section 4.
+    """
+    embeddings = {id(module.lora_B) for module in model.modules() if isinstance(module, Embedding) and module.r}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_B" in name.split(".") and id(parameter) not in embeddings
+    }
+
+
 def loraplus_parameter_groups(
     model: nn.Module, lr: float, loraplus_lr_ratio: float, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
@@ -225,6 +247,9 @@ def loraplus_parameter_groups(
         loraplus_lr_ratio: B's learning rate is `lr` times this; the paper recommends 16 and more.
         weight_decay: Of both groups.
 
+    Returns:
+        The slow group, then the fast one; a group that would be empty is left out.
+
     Raises:
         ConfigError: `loraplus_lr_ratio` is not positive, or nothing trains.
 
@@ -234,13 +259,48 @@ def loraplus_parameter_groups(
     where = "philora.lora.loraplus_parameter_groups"
     if not loraplus_lr_ratio > 0:
         raise ConfigError(fault(where, "loraplus_lr_ratio", loraplus_lr_ratio, "a number above 0"))
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         todo = "Call mark_only_lora_as_trainable first"
         raise ConfigError(fault(where, "model", type(model).__name__, "at least one trainable parameter", todo))
-    # An embedding's B starts normal and its A at zero: there B is no up matrix in the paper's sense.
-    embeddings = {id(m.lora_B) for m in model.modules() if isinstance(m, Embedding) and m.r}
-    fast = [p for name, p in trained if "lora_B" in name.split(".") and id(p) not in embeddings]
-    slow = [p for name, p in trained if not ("lora_B" in name.split(".") and id(p) not in embeddings)]
+    fast = list(loraplus_fast_parameters(model).values())
+    chosen = {id(parameter) for parameter in fast}
+    slow = [parameter for parameter in trained if id(parameter) not in chosen]
     groups = [(slow, lr), (fast, lr * loraplus_lr_ratio)]
     return [{"params": params, "lr": rate, "weight_decay": weight_decay} for params, rate in groups if params]
+
+
+def split_loraplus_groups(
+    optimizer: torch.optim.Optimizer, fast: Mapping[str, nn.Parameter], loraplus_lr_ratio: float
+) -> None:
+    """Move B into groups of its own in an optimizer that somebody else made, before its first step.
+
+    Each group with some B keeps its other parameters; its B goes into a new group behind all others with the same
+    settings and `loraplus_lr_ratio` times the learning rate. So weight decay stays what it was, the first group is
+    still the slow one, and a scheduler that is made afterwards scales both rates alike.
+
+    Args:
+        optimizer: Without state.
+        fast: By name; from `loraplus_fast_parameters`.
+        loraplus_lr_ratio: B's learning rate as a multiple of its group's.
+
+    Raises:
+        ConfigError: The optimizer has not all of them in its groups; it is unchanged then.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in fast.items() if id(parameter) not in held]
+    if missing:
+        expected = f"every B in the groups of {type(optimizer).__name__}, which lacks {len(missing)} of {len(fast)}"
+        todo = f"Choose another optimizer, or leave loraplus_lr_ratio out ({missing[0]} is one of them)"
+        raise ConfigError(
+            fault("philora.lora.split_loraplus_groups", "loraplus_lr_ratio", loraplus_lr_ratio, expected, todo)
+        )
+    chosen = {id(parameter) for parameter in fast.values()}
+    new = []
+    for group in optimizer.param_groups:
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            new.append({**group, "params": moved, "lr": group["lr"] * loraplus_lr_ratio})
+    for group in new:
+        optimizer.add_param_group(group)
