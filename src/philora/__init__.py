@@ -14,6 +14,7 @@ _HOME = {
     "SFTConfig": "philora.trainer",
     "SFTTrainer": "philora.trainer",
     "coverage": "philora.adapters",
+    "export": "philora.formats",
     "get_peft_model": "philora.adapters",
     "load_adapter": "philora.adapters",
     "lora": "philora.lora",
@@ -26,6 +27,7 @@ _HOME = {
 if TYPE_CHECKING:
     from philora import lora
     from philora.adapters import coverage, get_peft_model, load_adapter, merge, optimize
+    from philora.formats import export
     from philora.preflight import preflight
     from philora.trainer import SFTConfig, SFTTrainer
     from philora.training import train
@@ -34,6 +36,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "coverage",
+    "export",
     "get_peft_model",
     "load_adapter",
     "lora",

@@ -37,6 +37,12 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 ConfigArgument = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+AdapterArgument = Annotated[
+    str, typer.Argument(help="Run folder, adapter folder, loralib file or hub id.", metavar="RUN_OR_ADAPTER")
+]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="Base model; default: the one that the adapter names.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that go over the file's.", metavar="[KEY=VALUE]...")
 ]
@@ -110,6 +116,41 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     out.print(f"\n[bold]what is trained[/]\n{escape(str(found.coverage))}", highlight=False)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.estimate.items() if name != "total")
     out.print(f"\n[bold]memory[/]     about {found.estimate['total'] / 1e9:.2f} GB ({parts})", highlight=False)
+
+
+@app.command()
+def merge(
+    source: AdapterArgument,
+    output: Annotated[str, typer.Option("--out", help="Folder for the merged model.")],
+    base: BaseOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 500MB or 5GB.")] = "2GB",
+    verify: Annotated[bool, typer.Option(help="Compare logits of adapter and merged model.")] = True,
+) -> None:
+    """Write a model folder with the adapter added to the weights, a shard at a time."""
+    _logging("warning")
+    from philora.merging import merge_to_folder
+
+    result = merge_to_folder(source, output, base=base, max_shard_size=max_shard_size, verify=verify)
+    out.print(f"{result.folder}: {result.shards} file(s), {result.bytes / 1e9:.2f} GB", highlight=False)
+    out.print(str(result.agreement) if result.agreement else "not verified", highlight=False)
+
+
+@app.command()
+def export(
+    source: AdapterArgument,
+    output: Annotated[str, typer.Option("--out", help="Folder for the result.")],
+    format: Annotated[str, typer.Option(help="peft or loralib.")] = "peft",
+    layout: Annotated[str, typer.Option(help="Of peft: server (one rank, one alpha), fused or slices.")] = "server",
+    base: BaseOption = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Of a loralib file that has no lora.json beside it.")] = None,
+) -> None:
+    """Write the adapter in another layout; nothing is written unless it computes the same."""
+    _logging("warning")
+    from philora.formats import export as convert
+
+    result = convert(source, output, format=format, layout=layout, base=base, lora_alpha=lora_alpha)
+    out.print(f"{result.folder}: {format}, verified", highlight=False)
+    out.print(str(result.agreement), highlight=False)
 
 
 @app.command("config")

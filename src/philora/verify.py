@@ -35,7 +35,9 @@ class Agreement(NamedTuple):
     bound: float
 
     def __str__(self) -> str:
-        text = f"largest difference of a logit {self.largest:.2e}, relative {self.relative:.2e} (allowed {self.bound:.0e})"
+        text = (
+            f"largest difference of a logit {self.largest:.2e}, relative {self.relative:.2e} (allowed {self.bound:.0e})"
+        )
         return f"{text}; the adapter moves the base by {self.effect:.2e}" if self.effect else text
 
 

@@ -59,17 +59,17 @@ def _layer_like(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
     conv1d = type(module).__name__ == "Conv1D"  # transformers' class, which this package does not import
     if not isinstance(weight, nn.Parameter) or not (conv1d or isinstance(module, nn.Linear | nn.Embedding)):
         raise TypeError(f"a {type(module).__name__} is neither a linear layer nor an embedding")
-    meta = {"device": "meta", "dtype": weight.dtype}
+    meta: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
     layer: Embedding | Linear | MergedLinear
     if isinstance(module, nn.Embedding):
         names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-        settings = {name: getattr(module, name) for name in names}
+        settings: dict[str, Any] = {name: getattr(module, name) for name in names}
         layer = Embedding(module.num_embeddings, module.embedding_dim, **arguments, **settings, **meta)
     else:
         rows, columns = weight.shape[::-1] if conv1d else weight.shape
         kind = MergedLinear if "enable_lora" in arguments else Linear
         layer = kind(columns, rows, bias=bias is not None, fan_in_fan_out=conv1d, **arguments, **meta)
-        layer.bias = bias
+        layer.register_parameter("bias", bias)
     layer.weight = weight
     if hasattr(layer, "lora_A"):
         weight.requires_grad_(False)

@@ -1,0 +1,164 @@
+"""One adapter in another layout, and the proof that it is the same adapter."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from torch import nn
+from transformers import PreTrainedModel
+
+from philora.checkpoint import whole_folder
+from philora.config import ModelConfig
+from philora.errors import ConfigError, fault, nearest, one_per_line
+from philora.formats.adapter import Adapter, as_fused, as_slices, check_updates, for_server
+from philora.formats.loralib_file import WEIGHTS_NAME, read_loralib, write_loralib
+from philora.formats.peft_folder import read_peft, write_peft
+from philora.models import load_model, load_skeleton
+from philora.sources import AdapterSource, find_adapter
+from philora.verify import ROUNDED_ONCE, Agreement, agreement, logits_of, probe
+
+logger = logging.getLogger(__name__)
+
+
+class Exported(NamedTuple):
+    """What `export` wrote, and how it compares with the adapter that it was made from."""
+
+    folder: Path
+    agreement: Agreement
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str = "peft",
+    layout: str = "server",
+    base: str | None = None,
+    lora_alpha: float | None = None,
+) -> Exported:
+    """Write an adapter in another layout; nothing is written unless it computes the same.
+
+    Args:
+        source: Run folder, adapter folder, hub id, or a file in loralib's format (`.pt` or `.safetensors`).
+        out: Folder to write; must not exist or be empty.
+        format: `peft` or `loralib`.
+        layout: Of the `peft` format. `server`: one rank and one alpha for all modules, as llama.cpp and vLLM read it
+            (scale folded into B, ranks padded with zeros). `fused`: each fused module one matrix. `slices`: each slice
+            of a fused projection an update of its own, as `get_peft_model` trains them.
+        base: Base model; default: the one that the adapter names.
+        lora_alpha: For a loralib file without `lora.json`: what its layers were made with.
+
+    Returns:
+        The folder, and the difference of logits between source and result.
+
+    Cost:
+        Loads the base once, in fp32 where there is memory for it, else in its own dtype.
+
+    Raises:
+        AdapterError: A file is torn or does not fit the base, the adapter has parts that the layout cannot hold, or
+            the result does not compute the same. `out` is as it was.
+        ConfigError: An argument is wrong, or `out` is not empty.
+    """
+    out = Path(out).expanduser()
+    _check_arguments(format, layout, out)
+    found = find_adapter(source, base)
+    if found.base is None:
+        todo = "Name it: --base MODEL"
+        raise ConfigError(fault("export", "base", None, "the base model, which the adapter does not name", todo))
+    model = _load_base(found.base)
+    tokens = probe(model.config.get_text_config().vocab_size, model.device)
+    plain = logits_of(model, tokens)
+    with restored(model):
+        applied, adapter = read_adapter(model, found, lora_alpha)
+        reference = logits_of(applied, tokens)
+    if format == "loralib":
+        wanted = adapter
+    else:
+        wanted = {"server": for_server, "fused": as_fused, "slices": as_slices}[layout](adapter, model)
+    with whole_folder(out) as folder:
+        if format == "loralib":
+            write_loralib(wanted, model, folder, base or _base_name(found))
+        else:
+            write_peft(wanted, model, folder, base or _base_name(found))
+        with restored(model):
+            written = folder / WEIGHTS_NAME if format == "loralib" else folder
+            applied, again = read_adapter(model, AdapterSource(written, found.base), None)
+            check_updates(adapter, again)
+            dtype = next(model.parameters()).dtype
+            result = agreement(f"export to {format}", reference, logits_of(applied, tokens), ROUNDED_ONCE[dtype], plain)
+    logger.info("%s: %s", out, result)
+    return Exported(out, result)
+
+
+def _check_arguments(format: str, layout: str, out: Path) -> None:
+    faults = [
+        fault("export", name, value, "one of " + ", ".join(known), nearest(str(value), known))
+        for name, value, known in (
+            ("format", format, ("peft", "loralib")),
+            ("layout", layout, ("server", "fused", "slices")),
+        )
+        if value not in known
+    ]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        faults.append(fault("export", "out", str(out), "a folder that is empty or not there yet", "Give another"))
+    if faults:
+        raise ConfigError(one_per_line(faults))
+
+
+def _base_name(found: AdapterSource) -> str:
+    """What the result calls its base: the name that the source has for it, which may be a hub id."""
+    if found.path.is_dir():
+        config = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(config.get("base_model_name_or_path") or found.base)
+    return str(found.base)
+
+
+def _load_base(name: str) -> PreTrainedModel:
+    """The base in fp32 if twice that fits into free memory, so that the comparison is as sharp as it can be."""
+    parameters = sum(each.numel() for each in load_skeleton(ModelConfig(name_or_path=name)).parameters())
+    dtype = "float32" if psutil.virtual_memory().available > 2 * 4 * parameters else "auto"
+    return load_model(ModelConfig(name_or_path=name, dtype=dtype)).eval()
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """In this block modules and parameters of the model may be replaced; afterwards it is what it was."""
+    modules = dict(model.named_modules())
+    held = [(module, dict(module._modules), dict(module._parameters)) for module in modules.values()]
+    trains = [(each, each.requires_grad) for each in model.parameters()]
+    biases = [(each, each.detach().clone()) for name, each in model.named_parameters() if "bias" in name]
+    attributes = set(vars(model))
+    try:
+        yield
+    finally:
+        for module, children, parameters in held:
+            module._modules = children
+            module._parameters = parameters
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
+        for parameter, value in biases:  # PEFT loads trained biases into the base
+            parameter.data.copy_(value)
+
+
+def read_adapter(
+    model: PreTrainedModel, source: AdapterSource, lora_alpha: float | None = None
+) -> tuple[nn.Module, Adapter]:
+    """Put an adapter on its base, in place, and take its updates off the layers.
+
+    Returns:
+        The model that computes with the adapter, and the adapter.
+
+    Raises:
+        AdapterError: A file is torn or does not fit, or it is no plain LoRA.
+    """
+    if source.path.is_file():
+        return model, read_loralib(model, source.path, lora_alpha)
+    return read_peft(model, source.path)
