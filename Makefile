@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit format clean
+.PHONY: help demo test test-slow lint types unit format bench clean
 
 help:
 	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
 	@echo "make test       install, then lint, types and tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make format     let ruff rewrite the code"
+	@echo "make bench      training speed beside TRL+PEFT; BENCH='--help' lists the options"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -25,6 +26,10 @@ $(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.runtime
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
 demo: $(VENV)/.runtime
@@ -48,6 +53,9 @@ test-slow: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.training $(BENCH)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,137 @@
+"""What the process of a contestant does besides training: read its task, keep count of the steps, write its result.
+
+Needs numpy alone: contestants live in different environments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.work import Document, Work, read_rows
+
+# Set for all contestants alike, before torch is loaded. GNU's OpenMP threads spin for long by default while they wait
+# for each other, which makes a step many times slower as soon as anything else uses a core.
+SPIN_COUNT = "10000"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process of a contestant is asked to do.
+
+    Attributes:
+        rows: Packs of an optimizer step, one after the other (gradient accumulation).
+        warmup: Steps before the clock counts; they train too.
+    """
+
+    contestant: str
+    model: str
+    data: str
+    work: Work
+    warmup: int = 2
+    steps: int = 8
+    rows: int = 1
+    threads: int = 2
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def to_json(self) -> str:
+        """For the command line of a process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        return cls(**values | {"work": Work(**values["work"])})
+
+    def read(self) -> list[list[list[Document]]]:
+        """The packs of each step.
+
+        Raises:
+            ValueError: The data is too short for so many steps.
+        """
+        wanted = (self.warmup + self.steps) * self.rows
+        rows = read_rows(Path(self.data))
+        if len(rows) < wanted:
+            raise ValueError(f"steps={self.steps} - expected at most {len(rows) // self.rows - self.warmup}.")
+        return [rows[at : at + self.rows] for at in range(0, wanted, self.rows)]
+
+
+@dataclass
+class Record:
+    """The steps of a contestant: what went in, what came out, how long it took."""
+
+    warmup: int
+    losses: list[float] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    _open: tuple[int, int] = (0, 0)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def batch(self, labels: int, tokens: int) -> None:
+        """A forward and backward pass of the current step has begun, on so many labels and non-padding tokens."""
+        self._open = self._open[0] + labels, self._open[1] + tokens
+
+    def step(self, loss: float) -> None:
+        """An optimizer step is over; its time goes from the end of the one before, loading and logging included."""
+        now = time.perf_counter()
+        self.losses.append(loss)
+        self.labels.append(self._open[0])
+        self.tokens.append(self._open[1])
+        self.seconds.append(now - self._last)
+        self._open, self._last = (0, 0), now
+
+    def result(self, settings: dict[str, Any], packages: Sequence[str]) -> dict[str, Any]:
+        """Everything as plain values; speed is that of the steps after the warm-up."""
+        tokens, seconds = sum(self.tokens[self.warmup :]), sum(self.seconds[self.warmup :])
+        return {
+            "losses": self.losses,
+            "labels": self.labels,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_bytes": peak_bytes(),
+            "settings": settings,
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+        }
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has had.
+
+    Linux hands the figure of the process that started this one on to it, so that one has to stay small: the one that
+    starts the contestants never loads torch.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment of every contestant's process."""
+    return os.environ | {
+        "GOMP_SPINCOUNT": SPIN_COUNT,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def run(train: Callable[[Task], dict[str, Any]]) -> None:
+    """The body of a contestant's program: `MODULE TASK OUT`; OUT is a file, since libraries print what they like."""
+    task, out = Task.from_json(sys.argv[1]), Path(sys.argv[2])
+    out.write_text(json.dumps(train(task)), encoding="utf-8")

@@ -1,0 +1,226 @@
+"""The benchmarks' own parts: the work, the limit, the packs as trainers see them, the rows that are written."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks import training
+from benchmarks.process import Record, Task
+from benchmarks.results import append
+from benchmarks.work import (
+    ASSISTANT,
+    END,
+    USER,
+    WORKS,
+    Document,
+    make_documents,
+    make_rows,
+    pack,
+    read_rows,
+    write_data,
+)
+
+QUICK = WORKS["quick"]
+
+
+def test_limit_counts_the_linears_and_the_labelled_part_of_the_head():
+    work = WORKS["a"]
+    assert work.flops_per_token(0.5) == pytest.approx(682.2e6, rel=1e-3)
+    assert work.flops_per_token(1.0) - work.flops_per_token(0.0) == 4 * 32064 * 1024
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_limit_counts_the_matrices_of_the_real_model(name):
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    work = WORKS[name]
+    config = Phi3Config(
+        vocab_size=work.vocabulary,
+        hidden_size=work.hidden,
+        intermediate_size=work.intermediate,
+        num_hidden_layers=work.layers,
+        num_attention_heads=work.heads,
+    )
+    with torch.device("meta"):
+        model = Phi3ForCausalLM(config)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert sum(each.weight.numel() for each in linears) == work.linear_parameters + work.head_parameters
+
+
+def test_documents_are_the_same_each_time_and_half_answer():
+    work = replace(WORKS["a"], documents=200)
+    documents = make_documents(work)
+    for one, other in zip(documents, make_documents(work), strict=True):
+        assert np.array_equal(one.input_ids, other.input_ids)
+    lengths = np.array([len(each.input_ids) for each in documents])
+    assert 200 < np.median(lengths) < 290
+    assert lengths.max() <= 2048
+    for each in documents:
+        answer = int(each.completion_mask.argmax())
+        assert each.completion_mask.sum() == len(each.input_ids) // 2
+        assert each.completion_mask[answer:].all()
+        assert each.input_ids[[0, answer - 2, answer - 1, -1]].tolist() == [USER, END, ASSISTANT, END]
+        assert (each.labels[:answer] == -100).all()
+        assert np.array_equal(each.labels[answer:], each.input_ids[answer:])
+
+
+def test_documents_can_be_learned():
+    def entropy(counts):
+        shares = np.array(list(counts.values())) / sum(counts.values())
+        return -(shares * np.log(shares)).sum()
+
+    ids = [each.input_ids.tolist() for each in make_documents(WORKS["a"])]
+    words = Counter(token for each in ids for token in each)
+    pairs = Counter(pair for each in ids for pair in itertools.pairwise(each))
+    assert entropy(words) < 0.6 * np.log(WORKS["a"].vocabulary)
+    assert entropy(pairs) - entropy(words) < 0.3 * entropy(words)
+
+
+def test_pack_keeps_every_document_once_and_fits():
+    random = np.random.default_rng(0)
+    for capacity in (50, 128):
+        lengths = random.integers(1, 51, 300).tolist()
+        rows = pack(lengths, capacity)
+        assert sorted(each for row in rows for each in row) == list(range(300))
+        sums = [sum(lengths[each] for each in row) for row in rows]
+        assert max(sums) <= capacity
+        assert sum(sums) / (len(rows) * capacity) > 0.95
+    with pytest.raises(ValueError, match="lengths has 51 - expected at most the capacity, 50"):
+        pack([51], 50)
+
+
+def test_packs_are_read_as_they_were_written(tmp_path):
+    path = QUICK.data_file(tmp_path)
+    write_data(QUICK, path)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    for row, expected in zip(read_rows(path), make_rows(QUICK), strict=True):
+        for one, other in zip(row, expected, strict=True):
+            assert np.array_equal(one.input_ids, other.input_ids)
+            assert np.array_equal(one.completion_mask, other.completion_mask)
+
+
+def test_another_work_has_another_file(tmp_path):
+    assert QUICK.data_file(tmp_path) != replace(QUICK, row_tokens=512).data_file(tmp_path)
+    assert QUICK.model_folder(tmp_path) == replace(QUICK, row_tokens=512).model_folder(tmp_path)
+    assert QUICK.model_folder(tmp_path) != replace(QUICK, layers=3).model_folder(tmp_path)
+
+
+def test_task_goes_through_json_and_knows_when_the_data_ends(tmp_path):
+    path = QUICK.data_file(tmp_path)
+    write_data(QUICK, path)
+    task = Task("philora", "model", str(path), QUICK, warmup=1, steps=3, rows=2)
+    assert Task.from_json(task.to_json()) == task
+    assert [len(step) for step in task.read()] == [2, 2, 2, 2]
+    with pytest.raises(ValueError, match=r"steps=100 - expected at most \d+"):
+        replace(task, steps=100).read()
+
+
+def test_a_dataset_row_is_what_trl_trains_on(tmp_path):
+    """Labels and restarting positions, after TRL's own collator."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from benchmarks.contestants import dataset_of
+
+    rows = make_rows(QUICK)[:3]
+    dataset = dataset_of([[row] for row in rows])
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    for row, documents in zip(dataset, rows, strict=True):
+        batch = collate([row])
+        assert (batch["position_ids"] == 0).sum() == len(documents)
+        assert batch["input_ids"].shape[1] == sum(len(each.input_ids) for each in documents)
+        assert (batch["labels"] != -100).sum() == sum(int(each.completion_mask.sum()) for each in documents)
+
+
+def test_record_leaves_the_warmup_out_of_the_speed():
+    record = Record(warmup=1)
+    for _ in range(3):
+        record.batch(labels=5, tokens=10)
+        record.batch(labels=6, tokens=10)
+        record.step(2.0)
+    record.seconds = [100.0, 1.0, 3.0]
+    result = record.result({}, ["numpy"])
+    assert result["labels"] == [11, 11, 11]
+    assert result["tokens_per_second"] == 40 / 4
+    assert result["versions"]["numpy"] == np.__version__
+    assert result["peak_bytes"] > 1 << 20
+
+
+def result(speed=100.0, labels=(5, 5), losses=(2.0, 1.0), peak=10):
+    return {
+        "losses": list(losses),
+        "labels": list(labels),
+        "tokens": [10, 10],
+        "seconds": [0.1, 0.1],
+        "tokens_per_second": speed,
+        "peak_bytes": peak,
+        "settings": {"dropout": 0.0},
+        "versions": {"torch": "2"},
+    }
+
+
+def test_rows_hold_medians_and_the_share_of_the_limit(tmp_path):
+    runs = training.Runs([result(90.0), result(110.0, peak=12), result(100.0)])
+    task = Task("philora", "model", "data", QUICK)
+    stamp = {"commit": "abc", "date": "today", "machine": "m"}
+    rates = [QUICK.flops_per_token(0.5) * each for each in (100.0, 200.0, 400.0)]
+    table = tmp_path / "new" / "training.csv"
+    append(table, training.row_of("philora", runs, task, rates, stamp))
+    append(table, training.row_of("other", runs, task, rates, stamp))
+    with table.open(encoding="utf-8") as stream:
+        row, other = csv.DictReader(stream)
+    assert other["contestant"] == "other"
+    assert [float(row[f"tokens_per_second{each}"]) for each in ("", "_min", "_max")] == [100, 90, 110]
+    assert float(row["limit_tokens_per_second"]) == 200
+    assert float(row["share_of_limit"]) == 0.5
+    assert int(row["peak_bytes"]) == 12
+    assert json.loads(row["losses"]) == [2.0, 1.0]
+    with pytest.raises(ValueError, match=r"expected \['a'\]\. Move the table"):
+        append(table, {"a": 1})
+
+
+def test_other_labels_are_a_wrong_run():
+    runs = {"one": training.Runs([result()]), "two": training.Runs([result()]), "none": training.Runs()}
+    assert training.disagreements(runs) == []
+    runs["two"].results.append(result(labels=(5, 6)))
+    (found,) = training.disagreements(runs)
+    assert found == "two: labels [5, 6] - expected those of the others, [5, 5]."
+
+
+def test_largest_gap():
+    assert training.largest_gap([1.0, 2.0, 3.0], [1.1, 1.5, 3.0]) == 0.5
+
+
+def test_a_contestant_that_fails_is_named_with_its_last_line(tmp_path):
+    task = Task("philora", "model", "data", QUICK)
+    with pytest.raises(RuntimeError, match=r"philora: exit 1: .*No module named benchmarks\.nobody.*philora\.log"):
+        training.start(sys.executable, "benchmarks.nobody", task, tmp_path, 60)
+    with pytest.raises(RuntimeError, match="No such file"):
+        training.start(str(tmp_path / "python"), "benchmarks.nobody", task, tmp_path, 60)
+
+
+def test_an_unknown_contestant_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        training.arguments(["--contestants", "philora,lora"])
+    assert "--contestants: 'lora' - expected some of trl-card" in capsys.readouterr().err
+
+
+def test_chart(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.results import chart
+
+    chart([(QUICK, {"TRL": 100.0, "philora": 250.0}, 100.0), (QUICK, {}, None)], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_document_labels_are_not_shifted():
+    document = Document(np.array([3, 9, 5], np.int32), np.array([0, 1, 1], np.uint8))
+    assert document.labels.tolist() == [-100, 9, 5]
