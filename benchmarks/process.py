@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.work import Document, Work, read_rows
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Set for all contestants alike, before torch is loaded. GNU's OpenMP threads spin for long by default while they wait
 # for each other, which makes a step many times slower as soon as anything else uses a core.
@@ -135,3 +138,39 @@ def run(train: Callable[[Task], dict[str, Any]]) -> None:
     """The body of a contestant's program: `MODULE TASK OUT`; OUT is a file, since libraries print what they like."""
     task, out = Task.from_json(sys.argv[1]), Path(sys.argv[2])
     out.write_text(json.dumps(train(task)), encoding="utf-8")
+
+
+def start(command: Sequence[str], stem: Path, environment: Mapping[str, str], timeout: float) -> dict[str, Any]:
+    """Run one process to its end and read its result.
+
+    Args:
+        command: The process; the file for its result is added to its end.
+        stem: `.json` is added for the result, `.log` for what it prints.
+        environment: All of its environment.
+        timeout: Seconds.
+
+    Raises:
+        RuntimeError: It failed or took too long; the message holds its last line.
+    """
+    out, log = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.log")
+    out.unlink(missing_ok=True)
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            ended = subprocess.run(
+                [*command, str(out)],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{stem.name}: not done after {timeout:g} s (what it printed: {log})") from None
+        except OSError as error:
+            raise RuntimeError(f"{stem.name}: {error}") from error
+    if ended.returncode or not out.exists():
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "it printed nothing"
+        raise RuntimeError(f"{stem.name}: exit {ended.returncode}: {last} (what it printed: {log})")
+    return dict(json.loads(out.read_text(encoding="utf-8")))

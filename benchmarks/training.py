@@ -22,12 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.process import SPIN_COUNT, Task, environment
+from benchmarks.process import REPOSITORY, SPIN_COUNT, Task, environment, start
 from benchmarks.rate import machine
 from benchmarks.results import RESULTS, append, commit, now
 from benchmarks.work import WORKS, Work, default_root
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CARD = "trl-card"
 BEST = {0.0: "trl-best-0", 0.05: "trl-best"}
 DEFAULT = ("trl-card", "trl-best", "trl-best-0", "philora", "philora-0")
@@ -90,35 +89,6 @@ class Runs:
         """Labelled tokens among all of the timed steps."""
         first = self.results[0]
         return float(sum(first["labels"]) / sum(first["tokens"]))
-
-
-def start(python: str, module: str, task: Task, folder: Path, timeout: float) -> dict[str, Any]:
-    """Run one process to its end and read its result.
-
-    Raises:
-        RuntimeError: It failed, or took longer than `timeout` seconds; the message ends with its last line.
-    """
-    out, log = folder / f"{task.contestant}.json", folder / f"{task.contestant}.log"
-    out.unlink(missing_ok=True)
-    command = [python, "-m", module, task.to_json(), str(out)]
-    with log.open("w", encoding="utf-8") as stream:
-        try:
-            ended = subprocess.run(
-                command,
-                cwd=REPOSITORY,
-                env=environment(task.threads),
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise RuntimeError(f"{task.contestant}: {error}") from error
-    if ended.returncode or not out.exists():
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "it printed nothing"
-        raise RuntimeError(f"{task.contestant}: exit {ended.returncode}: {last} (all of it: {log})")
-    return dict(json.loads(out.read_text(encoding="utf-8")))
 
 
 def largest_gap(losses: Sequence[float], reference: Sequence[float]) -> float:
@@ -228,6 +198,10 @@ def measure(
     def task(name: str) -> Task:
         return Task(name, model, data, work, given.warmup, given.steps, given.rows, given.threads)
 
+    def run(name: str, python: str, module: str) -> dict[str, Any]:
+        command = [python, "-m", module, task(name).to_json()]
+        return start(command, folder / name, environment(given.threads), given.timeout)
+
     runs = {name: Runs() for name in names}
     rates: list[float] = []
     stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine()}
@@ -241,9 +215,7 @@ def measure(
     try:
         for number in range(1, given.rounds + 1):
             try:
-                rates.append(
-                    start(sys.executable, "benchmarks.rate", task("rate"), folder, given.timeout)["flops_per_second"]
-                )
+                rates.append(run("rate", sys.executable, "benchmarks.rate")["flops_per_second"])
                 console.print(f"round {number}: matrix products at {rates[-1] / 1e9:,.0f} GFLOP/s", highlight=False)
             except RuntimeError as error:
                 console.print(f"[red]{error}[/]", highlight=False)
@@ -253,7 +225,7 @@ def measure(
                 if each.failure is not None:
                     continue
                 try:
-                    result = start(known[name].python, known[name].module, task(name), folder, given.timeout)
+                    result = run(name, known[name].python, known[name].module)
                 except RuntimeError as error:
                     each.failure = str(error)
                     console.print(f"[red]{error}[/]", highlight=False)

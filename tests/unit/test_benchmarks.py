@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import training
-from benchmarks.process import Record, Task
+from benchmarks import preparation, training
+from benchmarks.process import Record, Task, environment, start
 from benchmarks.results import append
 from benchmarks.work import (
     ASSISTANT,
@@ -200,17 +200,43 @@ def test_largest_gap():
 
 
 def test_a_contestant_that_fails_is_named_with_its_last_line(tmp_path):
-    task = Task("philora", "model", "data", QUICK)
+    stem, env = tmp_path / "philora", environment(1)
     with pytest.raises(RuntimeError, match=r"philora: exit 1: .*No module named benchmarks\.nobody.*philora\.log"):
-        training.start(sys.executable, "benchmarks.nobody", task, tmp_path, 60)
-    with pytest.raises(RuntimeError, match="No such file"):
-        training.start(str(tmp_path / "python"), "benchmarks.nobody", task, tmp_path, 60)
+        start([sys.executable, "-m", "benchmarks.nobody"], stem, env, 60)
+    with pytest.raises(RuntimeError, match=r"philora: .*No such file"):
+        start([str(tmp_path / "python")], stem, env, 60)
+    with pytest.raises(RuntimeError, match=r"philora: not done after 0\.2 s"):
+        start([sys.executable, "-c", "import time; time.sleep(5)"], stem, env, 0.2)
+    script = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"a\": 1}')"
+    assert start([sys.executable, "-c", script], stem, env, 60) == {"a": 1}
 
 
 def test_an_unknown_contestant_is_refused(capsys):
     with pytest.raises(SystemExit):
         training.arguments(["--contestants", "philora,lora"])
     assert "--contestants: 'lora' - expected some of trl-card" in capsys.readouterr().err
+
+
+def test_preparation_is_of_the_same_data(tmp_path):
+    preparation.write_conversations(tmp_path / "one.jsonl", 40)
+    preparation.write_conversations(tmp_path / "two.jsonl", 40)
+    lines = (tmp_path / "one.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines == (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 40
+    for line in lines:
+        roles = [each["role"] for each in json.loads(line)["messages"]]
+        turns = roles[roles[0] == "system" :]
+        assert turns == ["user", "assistant"] * (len(turns) // 2)
+        assert turns
+
+
+def test_preparation_tells_other_data():
+    def figures(labels, tokens=100):
+        return {"documents": 5, "tokens": tokens, "labels": labels}
+
+    assert preparation.differences({"trl": [figures(65)], "philora": [figures(60)]}) == []
+    assert "expected one" in preparation.differences({"trl": [figures(65)], "philora": [figures(61)]})[0]
+    assert "expected one" in preparation.differences({"trl": [figures(65)], "philora": [figures(60, 99)]})[0]
 
 
 def test_chart(tmp_path):
