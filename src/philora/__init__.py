@@ -18,7 +18,8 @@ _HOME = {
     "get_peft_model": "philora.adapters",
     "load_adapter": "philora.adapters",
     "lora": "philora.lora",
-    "merge": "philora.adapters",
+    "merge": "philora.merging",
+    "merge_to_folder": "philora.merging",
     "optimize": "philora.adapters",
     "preflight": "philora.preflight",
     "train": "philora.training",
@@ -26,8 +27,9 @@ _HOME = {
 
 if TYPE_CHECKING:
     from philora import lora
-    from philora.adapters import coverage, get_peft_model, load_adapter, merge, optimize
+    from philora.adapters import coverage, get_peft_model, load_adapter, optimize
     from philora.formats import export
+    from philora.merging import merge, merge_to_folder
     from philora.preflight import preflight
     from philora.trainer import SFTConfig, SFTTrainer
     from philora.training import train
@@ -41,6 +43,7 @@ __all__ = [
     "load_adapter",
     "lora",
     "merge",
+    "merge_to_folder",
     "optimize",
     "preflight",
     "train",

@@ -658,7 +658,7 @@ def slices_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]], r: int)
     return chosen if chosen == [each for each in rows if each in chosen] else None
 
 
-# ------------------------------------------------------------------------------------------ coverage, merge
+# ------------------------------------------------------------------------------------------ coverage
 
 
 class CoverageRow(NamedTuple):
@@ -740,44 +740,3 @@ def coverage(model: nn.Module) -> Coverage:
     trainable = sum(row.parameters for row in table) + sum(count for _, count in others)
     total = sum(each.numel() for each in model.parameters())
     return Coverage(table, others, tuple(frozen.items()), trainable, total)
-
-
-def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Add the active adapter to the base weights and check that the outputs stayed the same.
-
-    Args:
-        model: The adapted model; it is used up.
-        probe: Inputs for the check; default: 2 rows of 32 random tokens.
-
-    Returns:
-        The base model with the merged weights, in its own dtype.
-
-    Numerics:
-        The update is computed in the adapter's dtype (fp32 by default) and rounded once into the base's dtype.
-
-    Raises:
-        AdapterError: The merged model's logits differ from the adapted model's by more than rounding explains.
-    """
-    if probe is None:
-        vocabulary = model.get_base_model().config.vocab_size
-        generator = torch.Generator().manual_seed(0)
-        probe = {"input_ids": torch.randint(0, vocabulary, (2, 32), generator=generator).to(model.device)}
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        before = model(**probe).logits.float()
-        merged = model.merge_and_unload()
-        after = merged(**probe).logits.float()
-    merged.train(was_training)
-    difference = (after - before).norm() / before.norm().clamp(min=1e-12)
-    dtype = next(merged.parameters()).dtype
-    bound = MERGE_TOLERANCE.get(dtype, 5e-2)
-    logger.info("merged: logits differ by %.2e (relative); allowed for %s: %.0e", difference, dtype, bound)
-    if not difference <= bound:
-        expected = f"at most {bound:g} relative to the adapted model's logits"
-        raise AdapterError(fault("merge", "difference", float(difference), expected, "The merged model is not usable"))
-    return cast(nn.Module, merged)
-
-
-# Relative difference of logits that rounding a weight once may cause: 2^-24 and 2^-8 grown over the layers.
-MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

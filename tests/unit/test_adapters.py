@@ -318,7 +318,7 @@ def test_other_peft_methods_pass_through(phi3):
     assert model.peft_config["default"].peft_type == "IA3"
 
 
-# --------------------------------------------------------------------------------------------- loading, merging
+# --------------------------------------------------------------------------------------------- loading, coverage
 
 
 def test_loading_reports_every_tensor_that_does_not_fit(phi3, tmp_path):
@@ -358,22 +358,6 @@ def test_an_adapter_of_another_model_is_refused(phi3, tmp_path):
     philora.get_peft_model(phi3(), lora(target_modules=["qkv_proj"])).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match=r"expected the shape"):
         philora.load_adapter(phi3(hidden_size=48, num_attention_heads=6), tmp_path)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_is_verified(phi3, dtype):
-    model = randomize(philora.get_peft_model(phi3().to(dtype), lora()))
-    merged = philora.merge(model)
-    assert not any("lora" in name for name, _ in merged.named_modules())
-    assert next(merged.parameters()).dtype == dtype
-
-
-def test_a_wrong_merge_is_caught(phi3, monkeypatch):
-    model = randomize(philora.get_peft_model(phi3(), lora()))
-    plain = FastLinear.get_delta_weight
-    monkeypatch.setattr(FastLinear, "get_delta_weight", lambda self, name: plain(self, name) * 1.05)
-    with pytest.raises(AdapterError, match=r"merge: difference=.* - expected at most 0.0001"):
-        philora.merge(model)
 
 
 def test_coverage_is_a_table(phi3):
