@@ -2,7 +2,7 @@
 
 `MICROSOFT_LORA` names a checkout of https://github.com/microsoft/LoRA; `docs/loralib.md` says how to get one. Its
 examples/NLG/src/model.py is imported twice, with `loralib` in `sys.modules` being loralib and then philora.lora, and
-the two models are compared.
+the two models are compared. Where dropout acts, `masks_of_torch` lets both drop the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from philora import lora
 
 CHECKOUT = os.environ.get("MICROSOFT_LORA")
-pytestmark = pytest.mark.skipif(CHECKOUT is None, reason="MICROSOFT_LORA names no checkout of microsoft/LoRA")
+pytestmark = [
+    pytest.mark.skipif(CHECKOUT is None, reason="MICROSOFT_LORA names no checkout of microsoft/LoRA"),
+    pytest.mark.usefixtures("masks_of_torch"),
+]
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {

@@ -111,22 +111,43 @@ def test_negative_control(kind: str, plant: Callable[[nn.Module], None]) -> None
             assert_same(run(ours, x), run(theirs, x), TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("dropout", [0.3, 1.0])
-def test_dropout_draws_the_same_mask(dropout: float) -> None:
-    layers = []
-    for library in (loralib, lora):
-        torch.manual_seed(0)
-        layer = library.Linear(24, 40, r=4, lora_dropout=dropout)
-        nn.init.ones_(layer.lora_B)
-        layers.append(layer)
-    x = torch.randn(5, 24)
+LINEAR = ["linear", "linear without bias", "linear fan_in_fan_out", "merged", "merged all", "merged fan_in_fan_out"]
+
+
+def with_dropout(kind: str, dropout: float, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Outputs and gradients of philora's layer and of loralib's in training mode, each after the same seed."""
+    name, args, kwargs, _ = KINDS[kind]
     results = []
-    for layer in layers:
+    for library in (lora, loralib):
+        torch.manual_seed(0)
+        layer = getattr(library, name)(*args, **kwargs, lora_dropout=dropout, dtype=dtype)
+        nn.init.normal_(layer.lora_B, std=0.3)
+        x = sample(kind, dtype)
         torch.manual_seed(1)
         results.append(run(layer, x))
-    if dropout == 1.0:
-        results = [{k: v for k, v in each.items() if k in "xy"} for each in results]
-    assert_same(results[1], results[0], 1e-6)
+    return results
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dropout", [0.05, 0.3])
+@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.usefixtures("masks_of_torch")
+def test_dropout(kind: str, dropout: float, dtype: torch.dtype) -> None:
+    assert_same(*with_dropout(kind, dropout, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_dropout_of_everything(kind: str) -> None:
+    ours, theirs = with_dropout(kind, 1.0, torch.float32)
+    assert_same({k: ours[k] for k in "xy"}, {k: theirs[k] for k in "xy"}, 1e-6)
+    assert not any(ours[k].any() for k in ours if k.startswith("lora_"))
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_dropout_draws_other_masks(kind: str) -> None:
+    """By default masks are philora's own; also the negative control of `test_dropout`."""
+    with pytest.raises(AssertionError):
+        assert_same(*with_dropout(kind, 0.3, torch.float32), 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

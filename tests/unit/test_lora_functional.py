@@ -107,8 +107,61 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, lead: tuple[int, .
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4, 1.0])
-def test_dropout_draws_the_mask_of_torch(case: Case, dropout_p: float, bias: bool) -> None:
+def test_dropout_draws_the_mask_of_the_reference(case: Case, dropout_p: float, bias: bool) -> None:
     compare(case, inputs(case, torch.float32, bias=bias), 1e-5, dropout_p=dropout_p, training=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_dropout_in_pieces(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU treats rows of x piece by piece; 11 rows are three pieces of at most four."""
+    tensors = inputs(case, dtype, lead=(11,))
+    torch.manual_seed(3)
+    whole = case.fast(*tensors, dropout_p=0.4, training=True)
+    monkeypatch.setattr(functional, "_PIECE_ELEMENTS", 1)
+    torch.manual_seed(3)
+    assert gap(case.fast(*tensors, dropout_p=0.4, training=True), whole) <= TOLERANCE[dtype]
+    compare(case, tensors, TOLERANCE[dtype], dropout_p=0.4, training=True)
+
+
+def dropped(p: float, rows: int, columns: int) -> Tensor:
+    """Dropout of ones, seen through an update that is the identity."""
+    one, zero = torch.eye(columns), torch.zeros(columns, columns)
+    return functional.lora_linear(torch.ones(rows, columns), zero, None, one, one, 1.0, p, training=True)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 1 / 3, 0.999])
+def test_dropout_drops_as_often_as_it_says(p: float) -> None:
+    torch.manual_seed(0)
+    rows, columns = 4096, 61
+    got = dropped(p, rows, columns)
+    kept = got != 0
+    # A wrong p, a lane of the drawn words that differs, or a dependence on the neighbour, by five standard deviations.
+    bound = 5 * (p * (1 - p) / got.numel()) ** 0.5
+    assert abs(float(kept.double().mean()) - (1 - p)) < bound
+    for lane in range(4):
+        assert abs(float(kept.flatten()[lane::4].double().mean()) - (1 - p)) < 2 * bound
+    for distance in (1, 2, 3, 4, columns):
+        both = (kept.flatten()[distance:] & kept.flatten()[:-distance]).double().mean()
+        assert abs(float(both) - (1 - p) ** 2) < 3 * bound
+    values = got[kept]
+    assert (values == values[0]).all()
+    assert abs(float(values[0]) * (1 - p) - 1) < 2**-16 / (1 - p)
+    assert not torch.equal(dropped(p, rows, columns), got)
+    torch.manual_seed(0)
+    assert torch.equal(dropped(p, rows, columns), got)
+
+
+@pytest.mark.parametrize(("p", "kept"), [(1.0, 0.0), (1 - 1e-9, 0.0), (1e-9, 1.0)])
+def test_dropout_at_its_ends(p: float, kept: float) -> None:
+    assert torch.equal(dropped(p, 64, 5), torch.full((64, 5), kept))
+
+
+def test_dropout_keeps_no_tensor_of_the_size_of_x_but_the_mask(case: Case) -> None:
+    tensors = inputs(case, torch.float32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        case.fast(*tensors, dropout_p=0.5, training=True)
+    assert [t.dtype for t in saved if t.shape == (7, 5)] == [torch.float32, torch.uint8]
 
 
 def test_dropout_rests_outside_training(case: Case) -> None:
@@ -149,12 +202,14 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradgradcheck(case.fast, tensors)
 
 
-def test_gradcheck_with_dropout(case: Case) -> None:
+def test_gradcheck_with_dropout(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_PIECE_ELEMENTS", 1)
+
     def seeded(*tensors: Tensor) -> Tensor:
         torch.manual_seed(1)
         return case.fast(*tensors, dropout_p=0.5, training=True)
 
-    tensors = inputs(case, torch.float64, lead=(2, 2))
+    tensors = inputs(case, torch.float64, lead=(2, 3))
     assert torch.autograd.gradcheck(seeded, tensors)
     assert torch.autograd.gradgradcheck(seeded, tensors)
 
@@ -217,6 +272,9 @@ def test_compiles_without_graph_break(case: Case) -> None:
     compiled = torch.compile(case.fast, backend="aot_eager", fullgraph=True)
     tensors = inputs(case, torch.float32)
     compare(Case(compiled, case.plain, case.shape_a, case.shape_b), tensors, 1e-5)
+    torch.manual_seed(0)
+    y = compiled(*tensors, dropout_p=0.5, training=True)
+    assert not torch.equal(y, compiled(*tensors, dropout_p=0.5, training=True))
 
 
 def test_saves_x_once_and_the_thin_product(case: Case) -> None:
