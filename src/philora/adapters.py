@@ -357,18 +357,22 @@ class FastLinear(PeftLinear):  # type: ignore[misc]
     existing layers; nothing else about them changes, so state dicts, saving and PEFT's methods stay PEFT's.
     """
 
-    slices: dict[str, Slices]
+    @property
+    def slices(self) -> dict[str, Slices]:
+        """The slices of each adapter that has some. They are kept at its B, with which they come and go."""
+        return {name: up.slice_layout for name, up in self.lora_B.items() if hasattr(up, "slice_layout")}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's. Shapes: x (..., in); returns (..., out)."""
         adapter = None if args or kwargs else self._plain_adapter()
         if adapter is None:
+            _keep_zeros(self)
             return cast(Tensor, super().forward(x, *args, **kwargs))
         base, dropout = self.base_layer, self.lora_dropout[adapter]
         tensors = (x, base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
         p = float(getattr(dropout, "p", 0.0))
         scaling = float(self.scaling[adapter])
-        slices = self.slices.get(adapter)
+        slices = getattr(self.lora_B[adapter], "slice_layout", None)
         if slices:
             return lora_sliced_linear(*tensors, [each[1:] for each in slices], scaling, p, dropout.training)
         return lora_linear(*tensors, scaling, p, dropout.training)
@@ -406,9 +410,7 @@ def optimize(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
-            fast = cast(FastLinear, module)
-            fast.__class__ = FastLinear
-            fast.slices = {}
+            cast(FastLinear, module).__class__ = FastLinear
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if (
         isinstance(base, PreTrainedModel)
@@ -437,16 +439,39 @@ def apply_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_name: s
     for name, layer in lora_layers(model).items():
         if name not in slices or adapter_name not in layer.lora_A:
             continue
-        weight = layer.lora_B[adapter_name].weight
-        inside = _inside(weight, slices[name])
+        up = layer.lora_B[adapter_name]
+        up.slice_layout = slices[name]
         with torch.no_grad():
-            weight.mul_(inside)
-        if weight.requires_grad:  # the fast forward needs no hook; PEFT's own forward (DoRA, ...) does
-            weight.register_hook(lambda grad, inside=inside: grad * inside.to(grad))
-        if isinstance(layer, FastLinear):
-            layer.slices = {**layer.slices, adapter_name: slices[name]}
+            up.weight.mul_(_inside(up.weight, slices[name]))
+        _keep_zeros(layer)
+        if not isinstance(layer, FastLinear):  # a quantised base, ...: PEFT's own forward runs there
+            layer.register_forward_pre_hook(_keep_zeros)
     if slices:
         _remember_slices(model, slices, adapter_name)
+
+
+class _ZeroOutside:
+    """Hook of a sliced B: its gradient outside the slices is zero."""
+
+    def __init__(self, inside: Tensor) -> None:
+        self.inside = inside
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad * self.inside.to(grad)
+
+
+def _keep_zeros(layer: LoraLayer, *_: Any) -> None:
+    """See to it that every sliced B that trains has its hook, before PEFT's own forward runs (DoRA, ...).
+
+    A B that did not train yet could not have one, and copying or pickling a layer drops it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for up in layer.lora_B.values():
+        if not hasattr(up, "slice_layout") or not up.weight.requires_grad:
+            continue
+        if not any(isinstance(each, _ZeroOutside) for each in (up.weight._backward_hooks or {}).values()):
+            up.weight.register_hook(_ZeroOutside(_inside(up.weight, up.slice_layout)))
 
 
 def _inside(weight: Tensor, slices: Slices) -> Tensor:
@@ -464,6 +489,11 @@ class _RecordsSlices:
     """Part of a PeftModel whose `save_pretrained` also writes which slices its adapters hold."""
 
     philora_slices: dict[str, dict[str, Slices]]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; its slices are forgotten with it."""
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self.philora_slices.pop(adapter_name, None)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, and `philora.json` beside each adapter that has slices."""
@@ -715,7 +745,7 @@ def coverage(model: nn.Module) -> Coverage:
                 down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
             else:
                 continue
-            slices = getattr(layer, "slices", {}).get(adapter, ())
+            slices = getattr(layer.lora_B[adapter], "slice_layout", ()) if adapter in layer.lora_B else ()
             scaling = float(layer.scaling[adapter])
             if not slices:
                 rows.setdefault((pattern, "", layer.r[adapter], scaling), []).append(down.numel() + up.numel())
