@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -843,12 +844,17 @@ def test_memory_is_bounded_by_a_shard_and_a_weight(large, tmp_path):
     grown = {}
     for how in ("folder", "memory"):
         command = [sys.executable, "-c", MEASURE, large / "base", large / "adapter", tmp_path / how, how]
-        done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
+        # Tensors above 32 MB, as real models have them, go back to the system when they are freed; glibc may keep
+        # those of a small model, and how many differs from run to run.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+        done = subprocess.run(
+            [str(each) for each in command], capture_output=True, text=True, check=False, env=environment
+        )
         assert done.returncode == 0, done.stderr
         grown[how] = int(done.stdout.splitlines()[-1])
     assert size > 250e6
     # A shard of 30 MB; the largest weight (25 MB) in fp32, and its update twice while PEFT scales it; the adapter and
-    # what the libraries import when they are used. 122 MB when this was written.
+    # what the libraries import when they are used.
     assert grown["folder"] < size / 2
     assert grown["memory"] > size, "the measurement does not see a model in memory"
     one, two = tensors_of(tmp_path / "folder"), tensors_of(tmp_path / "memory")
