@@ -41,6 +41,7 @@ from philora.checkpoint import read_peft_tensors, write_json
 from philora.errors import AdapterError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
 from philora.kernels import attention
+from philora.kernels.modules import use_fast_modules
 from philora.lora.functional import lora_linear, lora_sliced_linear
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Names:
 
     @classmethod
     def of(cls, model: nn.Module) -> Names:
+        """The names of a model."""
         modules = {name: module for name, module in model.named_modules() if name}
         layout = fused_slices(getattr(model, "config", None))
         rows = {}
@@ -398,9 +400,10 @@ class FastLinear(PeftLinear):  # type: ignore[misc]
 def optimize(model: nn.Module) -> nn.Module:
     """Switch on the fast paths of a model that somebody else made, in place.
 
-    Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear` for `FastLinear`, and transformers' `sdpa`
-    attention for the one that treats the documents of a packed row on their own. Idempotent; where neither is found
-    the model stays as it is.
+    Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear` for `FastLinear`, transformers' `sdpa`
+    attention for the one that treats the documents of a packed row on their own, and Phi-3's attention and
+    feed-forward modules and the family's RMSNorm for those of `kernels.modules`. Idempotent; where none is found the
+    model stays as it is.
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.
@@ -419,6 +422,7 @@ def optimize(model: nn.Module) -> nn.Module:
     ):
         attention.register()
         base.set_attn_implementation(attention.NAME)
+    use_fast_modules(model)
     return model
 
 

@@ -66,7 +66,7 @@ def test_values_and_gradients(lengths, window, dtype):
 def test_a_row_of_one_document_has_no_layout_and_several_rows_do():
     assert attention.layout_of(torch.arange(9)[None].expand(3, -1)) is None
     two = torch.cat([positions([4, 5]), positions([9])])
-    assert sum(n * length for n, length in attention.layout_of(two).groups) >= 18
+    assert sum(each.documents * each.length for each in attention.layout_of(two).groups) >= 18
 
 
 def test_the_layout_is_remembered_while_its_tensor_lives():

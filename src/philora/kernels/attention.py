@@ -2,8 +2,11 @@
 
 Several conversations share one row when they are packed; each attends to itself only, and its positions start again at
 zero. transformers expresses that by a dense T x T mask. Here the documents are gathered into groups of about equal
-length and each group is one causal call of PyTorch's scaled_dot_product_attention, so the work is the sum of the
-squared lengths of the documents.
+length, so the work is the sum of the squared lengths of the documents.
+
+On a GPU each group is one causal call of PyTorch's scaled_dot_product_attention. On a CPU, whose flash kernel takes
+more time for its tiles than for its products, a group is computed here in tiles that stay in the cache
+(`_TiledAttention`), with the rotary embedding and the splitting of a fused projection in the same pass.
 
 `register` makes it known to transformers under `NAME`; `philora.adapters.optimize` switches models over.
 """
@@ -11,6 +14,8 @@ squared lengths of the documents.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,30 +25,50 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from philora.lora.functional import fused_enabled
+from philora.lora.functional import fused_enabled, without_autocast
 
 NAME = "philora_sdpa"
 
 # Architectures of transformers whose decoder layers hand position_ids on to the attention function.
 MODEL_TYPES = ("phi3", "llama", "mistral", "qwen2", "qwen3")
 
-# On a CPU the flash kernel converts bf16 tile by tile, which costs more than the products of short documents: at 37
-# tokens fp32 is four times faster, at this length they are about equal.
-SHORT_TOKENS = 256
+# Queries of a tile, and bytes of its scores: the tile and its gradient stay in two cores' second-level caches.
+TILE_ROWS = 128
+TILE_BYTES = 2 << 20
+
+
+class Group(NamedTuple):
+    """Documents of about equal length, padded to one length.
+
+    Attributes:
+        documents: How many.
+        length: Tokens of each place row; those beyond a document's own are padding.
+        tokens: For each place (documents x length), the token of B·T; places of padding repeat token 0.
+        start: First token, when the places are one run of tokens; the tokens after `filled` are padding then.
+        filled: Places that are no padding, when `start` is given.
+        places: Places that are no padding, in order; None when `start` is given.
+        padding: The other places.
+    """
+
+    documents: int
+    length: int
+    tokens: Tensor
+    start: int | None
+    filled: int
+    places: Tensor | None = None
+    padding: Tensor | None = None
 
 
 class Layout(NamedTuple):
     """How the tokens of a packed batch are gathered into groups of documents of about equal length.
 
     Attributes:
-        gather: For each place of all groups, the token (of B·T) that goes there; places of padding repeat token 0.
+        groups: The groups; their places come one after another.
         scatter: For each token, its place.
-        groups: (documents, length) of each group, in the order of the places.
     """
 
-    gather: Tensor
+    groups: tuple[Group, ...]
     scatter: Tensor
-    groups: tuple[tuple[int, int], ...]
 
 
 _known: list[tuple[weakref.ref[Tensor], int, Layout | None]] = []
@@ -68,6 +93,12 @@ def layout_of(position_ids: Tensor) -> Layout | None:
     return layout
 
 
+def layout_of_rows(rows: int, tokens: int) -> Layout:
+    """The layout of a batch on the CPU in which each row is one document."""
+    every = torch.arange(rows * tokens)
+    return Layout((Group(rows, tokens, every, 0, rows * tokens),), every)
+
+
 def _compute_layout(position_ids: Tensor) -> Layout | None:
     rows, tokens = position_ids.shape
     begins = torch.ones_like(position_ids, dtype=torch.bool)
@@ -78,24 +109,303 @@ def _compute_layout(position_ids: Tensor) -> Layout | None:
     lengths = [stop - start for start, stop in zip(starts, [*starts[1:], rows * tokens], strict=True)]
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        step = max(8, 1 << max(0, length.bit_length() - 4))  # at most an eighth of a group is padding
+        # At most an eighth of a group is padding. Few different lengths: each costs the preparation of its products.
+        step = max(8, 1 << max(0, length.bit_length() - 4))
         by_length.setdefault(-(-length // step) * step, []).append(index)
-    gather: list[Tensor] = []
     scatter = torch.empty(rows * tokens, dtype=torch.long)
     groups = []
     place = 0
-    for documents in by_length.values():
-        longest = max(lengths[each] for each in documents)
-        at = torch.zeros(len(documents), longest, dtype=torch.long)
-        for row, document in enumerate(documents):
-            start, length = starts[document], lengths[document]
-            at[row, :length] = torch.arange(start, start + length)
-            scatter[start : start + length] = torch.arange(place, place + length)
-            place += longest
-        gather.append(at.flatten())
-        groups.append((len(documents), longest))
     device = position_ids.device
-    return Layout(torch.cat(gather).to(device), scatter.to(device), tuple(groups))
+    for length, documents in by_length.items():
+        at = torch.zeros(len(documents), length, dtype=torch.long)
+        filled = torch.zeros(len(documents), length, dtype=torch.bool)
+        for row, document in enumerate(documents):
+            start, own = starts[document], lengths[document]
+            at[row, :own] = torch.arange(start, start + own)
+            filled[row, :own] = True
+            scatter[start : start + own] = torch.arange(place, place + own)
+            place += length
+        group = Group(len(documents), length, at.flatten().to(device), None, int(filled.sum()))
+        if len(documents) == 1:
+            group = group._replace(start=starts[documents[0]])
+        else:
+            places, padding = (each.flatten().nonzero().flatten().to(device) for each in (filled, ~filled))
+            group = group._replace(places=places, padding=padding)
+        groups.append(group)
+    return Layout(tuple(groups), scatter.to(device))
+
+
+# ------------------------------------------------------------------------------------------- tiles on a CPU
+
+
+@contextmanager
+def _onednn_products() -> Iterator[None]:
+    """Let fp32 products go to oneDNN, which computes small ones in fp32 twice as fast as the default library here.
+
+    The setting also allows bf16 arithmetic inside; q, k and v come from bf16 then, and lose nothing by it.
+    """
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None:  # torch before 2.9
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+class _Tile(NamedTuple):
+    """Queries `rows` of the batches `batch` against the keys that they may see."""
+
+    batch: slice
+    rows: slice
+    keys: slice
+
+
+def _tiles(batches: int, length: int, window: int | None) -> Iterator[_Tile]:
+    for start in range(0, length, TILE_ROWS):
+        stop = min(start + TILE_ROWS, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        count = max(1, TILE_BYTES // (4 * (stop - start) * (stop - first)))
+        for batch in range(0, batches, count):
+            yield _Tile(slice(batch, min(batch + count, batches)), slice(start, stop), slice(first, stop))
+
+
+class _Scores:
+    """Attention weights of one tile after another, in memory that is used again."""
+
+    def __init__(self, query: Tensor, key: Tensor, scaling: float, window: int | None) -> None:
+        self.query, self.key, self.scaling, self.window = query, key, scaling, window
+        self._memory: dict[str, Tensor] = {}
+        self._masks: dict[tuple[int, int], Tensor] = {}
+
+    def room(self, name: str, tile: _Tile) -> Tensor:
+        """Memory for the scores of a tile. Shape: (batch, rows, keys)."""
+        shape = [each.stop - each.start for each in tile]
+        size = shape[0] * shape[1] * shape[2]
+        held = self._memory.get(name)
+        if held is None or held.numel() < size:
+            held = self._memory[name] = self.query.new_empty(size)
+        return held[:size].view(shape)
+
+    def of(self, tile: _Tile) -> Tensor:
+        """Softmax of the scaled, masked products of a tile."""
+        scores = self.room("weights", tile)
+        keys = self.key[tile.batch, tile.keys].transpose(1, 2)
+        torch.baddbmm(scores, self.query[tile.batch, tile.rows], keys, beta=0, alpha=self.scaling, out=scores)
+        mask = self._mask(tile)
+        scores[:, :, scores.shape[2] - mask.shape[1] :].add_(mask)
+        return torch.softmax(scores, -1, out=scores)
+
+    def _mask(self, tile: _Tile) -> Tensor:
+        """What is added to the last columns: minus infinity where a key comes later or is out of the window."""
+        rows, keys = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
+        seen = keys if self.window is not None and keys >= self.window else rows  # columns that need a mask
+        if (rows, seen) not in self._masks:
+            query = torch.arange(seen - rows, seen)[:, None]
+            distance = query - torch.arange(seen)[None]
+            hidden = distance < 0
+            if self.window is not None:
+                hidden |= distance >= self.window
+            mask = torch.zeros(rows, seen, dtype=self.query.dtype)
+            self._masks[rows, seen] = mask.masked_fill_(hidden, float("-inf"))
+        return self._masks[rows, seen]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Causal attention in tiles. Shapes: all (N, L, D)."""
+    output = torch.empty_like(query)
+    scores = _Scores(query, key, scaling, window)
+    for tile in _tiles(query.shape[0], query.shape[1], window):
+        torch.bmm(scores.of(tile), value[tile.batch, tile.keys], out=output[tile.batch, tile.rows])
+    return output
+
+
+def _attend_backward(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scaling: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; the attention weights P are computed again.
+
+    With dP = dO V^T: dV = P^T dO, dS = P * (dP - rowsum(P * dP)), dQ = scaling * dS K, dK = scaling * dS^T Q.
+    """
+    d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    scores = _Scores(query, key, scaling, window)
+    for tile in _tiles(query.shape[0], query.shape[1], window):
+        rows, keys = (tile.batch, tile.rows), (tile.batch, tile.keys)
+        weights, d_scores = scores.of(tile), scores.room("gradient", tile)
+        d_value[keys].baddbmm_(weights.transpose(1, 2), grad[rows])
+        torch.bmm(grad[rows], value[keys].transpose(1, 2), out=d_scores)
+        torch.ops.aten._softmax_backward_data.out(d_scores, weights, -1, weights.dtype, grad_input=d_scores)
+        torch.baddbmm(d_query[rows], d_scores, key[keys], beta=0, alpha=scaling, out=d_query[rows])
+        d_key[keys].baddbmm_(d_scores.transpose(1, 2), query[rows], alpha=scaling)
+    return d_query, d_key, d_value
+
+
+def _gather(flat: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """Rows of a group, heads first. Shapes: flat (B·T, heads, D); returns (heads, documents, length, D)."""
+    heads, width = flat.shape[1:]
+    shape = (heads, group.documents, group.length, width)
+    if group.start is None:
+        rows = flat.index_select(0, group.tokens).view(group.documents, group.length, heads, width)
+        return flat.new_empty(shape, dtype=dtype).copy_(rows.permute(2, 0, 1, 3))
+    result = flat.new_empty(shape, dtype=dtype)
+    places = result.view(heads, -1, width)
+    places[:, : group.filled] = flat[group.start : group.start + group.filled].transpose(0, 1)
+    places[:, group.filled :] = 0
+    return result
+
+
+def _put_back(rows: Tensor, flat: Tensor, group: Group) -> None:
+    """The other way: rows (heads · documents, length, D) into flat (B·T, heads, D); padding is dropped."""
+    heads, width = flat.shape[1:]
+    rows = rows.view(heads, group.documents, group.length, width)
+    if group.start is None:
+        assert group.places is not None
+        values = rows.permute(1, 2, 0, 3).to(flat.dtype).reshape(-1, heads, width).index_select(0, group.places)
+        flat.index_copy_(0, group.tokens.index_select(0, group.places), values)
+    else:
+        flat[group.start : group.start + group.filled] = rows.view(heads, -1, width)[:, : group.filled].transpose(0, 1)
+
+
+def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first columns of each head in place: (a, b) becomes (a cos - b sin, b cos + a sin).
+
+    Shapes:
+        rows (heads, documents, length, D), cos and sin (documents, length, half of the rotated columns).
+    """
+    half = cos.shape[-1]
+    first, second = rows[..., :half], rows[..., half : 2 * half]
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(crossed)
+
+
+def _angles(group: Group, cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """cos and sin at a group's places. Shapes: given (B·T, 2·half), halves alike; returns (documents, length, half)."""
+    if cos is None or sin is None:
+        return None
+    half = cos.shape[-1] // 2
+    rows = [each[:, :half].index_select(0, group.tokens).to(dtype) for each in (cos, sin)]
+    return rows[0].view(group.documents, group.length, half), rows[1].view(group.documents, group.length, half)
+
+
+def _heads(parts: Sequence[Tensor], heads: tuple[int, int]) -> list[Tensor]:
+    """Views of q, k and v by heads. Shapes: (B·T, heads, D)."""
+    query, key = heads
+    if len(parts) == 3:
+        return [part.view(len(part), count, -1) for part, count in zip(parts, (query, key, key), strict=True)]
+    return list(torch.split(parts[0].view(len(parts[0]), query + 2 * key, -1), [query, key, key], 1))
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Rotary embedding and causal attention of each document, from the projections' output to the heads' output.
+
+    Saved for backward: the projections' output. Rotation and attention weights are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: Layout,
+        heads: tuple[int, int],
+        scaling: float,
+        window: int | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        *parts: Tensor,
+    ) -> Tensor:
+        """parts: q, k, v fused (B·T, (H+2K)·D), or each by itself (B·T, H·D), (B·T, K·D), (B·T, K·D)."""
+        views = _heads(parts, heads)
+        output = torch.empty(len(parts[0]), heads[0], views[0].shape[2], dtype=parts[0].dtype)
+        with _onednn_products(), without_autocast("cpu"):
+            for group in layout.groups:
+                query, key, value = _prepared(views, group, cos, sin)
+                _put_back(_attend(query, key, value, scaling, window), output, group)
+        ctx.save_for_backward(cos, sin, *parts)
+        ctx.layout, ctx.heads, ctx.scaling, ctx.window = layout, heads, scaling, window
+        return output.view(len(output), -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the parts."""
+        cos, sin, *parts = ctx.saved_tensors
+        query_heads, key_heads = ctx.heads
+        views = _heads(parts, ctx.heads)
+        results = [each.new_empty(each.shape) for each in parts]
+        grad = grads[0].reshape(len(grads[0]), query_heads, -1)
+        with _onednn_products(), without_autocast("cpu"):
+            for group in ctx.layout.groups:
+                query, key, value = _prepared(views, group, cos, sin)
+                d_output = _gather(grad, group, query.dtype).view(query_heads, -1, query.shape[-1])
+                if group.padding is not None:
+                    d_output.index_fill_(1, group.padding, 0)
+                gradients = _attend_backward(query, key, value, d_output.view(query.shape), ctx.scaling, ctx.window)
+                angles = _angles(group, cos, sin, query.dtype)
+                for index, (each, place) in enumerate(zip(gradients, _heads(results, ctx.heads), strict=True)):
+                    if index > 0 and key_heads < query_heads:
+                        each = each.view(key_heads, query_heads // key_heads, -1).sum(1)
+                    each = each.view(-1, group.documents, group.length, query.shape[-1])
+                    if index < 2 and angles is not None:
+                        _rotate(each, angles[0], -angles[1])
+                    _put_back(each, place, group)
+        return None, None, None, None, None, None, *results
+
+
+def _prepared(
+    views: Sequence[Tensor], group: Group, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a group, rotated, k and v once for each query head. Shapes: (H·documents, length, D)."""
+    dtype = torch.promote_types(views[0].dtype, torch.float32)
+    query, key, value = (_gather(each, group, dtype) for each in views)
+    angles = _angles(group, cos, sin, dtype)
+    if angles is not None:
+        _rotate(query, *angles)
+        _rotate(key, *angles)
+    if len(key) < len(query):
+        key, value = (each.repeat_interleave(len(query) // len(key), 0) for each in (key, value))
+    query, key, value = (each.view(-1, group.length, each.shape[-1]) for each in (query, key, value))
+    return query, key, value
+
+
+def rotary_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: tuple[int, int],
+    layout: Layout,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """From the output of a fused q, k, v projection to the input of the output projection, on a CPU.
+
+    Args:
+        qkv: Queries, keys and values of all heads, unrotated.
+        cos: Cosines of the rotary embedding, both halves alike, as transformers has them.
+        sin: Sines.
+        heads: Numbers of query and of key heads.
+        layout: Of the same batch.
+        scaling: Multiplier of the scores.
+        sliding_window: A token attends to this many tokens at most, itself included.
+
+    Shapes:
+        qkv (B, T, (H+2K)·D), cos and sin (B or 1, T, rotated columns); returns (B, T, H·D).
+
+    Numerics:
+        fp32 (float64 for float64) from the rotation to the output, which is rounded once to qkv's dtype.
+
+    Cost:
+        12·H·D·(sum of squared document lengths) FLOPs with the gradient, half of that below the diagonal alone.
+        Keeps qkv for backward.
+    """
+    batch, tokens, _ = qkv.shape
+    rows = [each.expand(batch, -1, -1).reshape(batch * tokens, -1) for each in (cos, sin)]
+    output: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
+        layout, heads, scaling, sliding_window, *rows, qkv.reshape(batch * tokens, -1)
+    )
+    return output.view(batch, tokens, -1)
 
 
 def document_attention(
@@ -123,35 +433,36 @@ def document_attention(
         query (B, H, T, D), key and value (B, K, T, D); returns (B, T, H, D).
 
     Numerics:
-        In the inputs' dtype, as PyTorch's kernel; short documents in fp32 on a CPU, then rounded to the inputs' dtype.
+        On a CPU in fp32, rounded once to the inputs' dtype; on a GPU as PyTorch's kernel.
 
     Cost:
         4·H·D·(sum of squared document lengths) FLOPs and four passes over q, k, v and the output.
     """
     batch, heads, tokens, width = query.shape
     flat = [each.transpose(1, 2).reshape(batch * tokens, -1, width) for each in (query, key, value)]
-    gathered = [each.index_select(0, layout.gather) for each in flat]
-    sizes = [documents * length for documents, length in layout.groups]
-    repeat = heads // key.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    if query.device.type == "cpu" and dropout == 0.0:
+        counts = heads, key.shape[1]
+        parts = [each.reshape(batch * tokens, -1).contiguous() for each in flat]
+        output: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
+            layout, counts, scale, sliding_window, None, None, *parts
+        )
+        return output.view(batch, tokens, heads, width)
     outputs = []
-    for (documents, length), q, k, v in zip(
-        layout.groups, *(torch.split(each, sizes) for each in gathered), strict=True
-    ):
-        parts = [each.view(documents, length, -1, width).transpose(1, 2) for each in (q, k, v)]
-        if query.device.type == "cpu" and length <= SHORT_TOKENS and query.dtype is not torch.float64:
-            parts = [each.float() for each in parts]
-        q, k, v = parts
-        if repeat > 1:
-            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    for group in layout.groups:
+        gathered = (each.index_select(0, group.tokens) for each in flat)
+        q, k, v = (each.view(group.documents, group.length, -1, width).transpose(1, 2) for each in gathered)
+        if k.shape[1] < heads:
+            k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))
         mask = None
-        if sliding_window is not None and length > sliding_window:
-            distance = torch.arange(length, device=q.device)
+        if sliding_window is not None and group.length > sliding_window:
+            distance = torch.arange(group.length, device=q.device)
             distance = distance[:, None] - distance[None, :]
             mask = (distance >= 0) & (distance < sliding_window)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
         )
-        outputs.append(y.transpose(1, 2).reshape(documents * length, heads, width).to(query.dtype))
+        outputs.append(y.transpose(1, 2).reshape(-1, heads, width))
     return torch.cat(outputs).index_select(0, layout.scatter).view(batch, tokens, heads, width)
 
 

@@ -1,0 +1,138 @@
+"""The element-wise parts of a decoder layer with fewer passes over memory: RMSNorm and SwiGLU.
+
+Each is one autograd node that saves its input only. On a CPU the rows are taken in blocks that stay in the cache from
+the first operation to the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bytes of fp32 rows that are worked on at a time: half of a core's second-level cache for each of two cores.
+BLOCK_BYTES = 1 << 20
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Blocks of the rows of a matrix; on a GPU all at once."""
+    count, columns = rows.shape
+    step = max(16, BLOCK_BYTES // (4 * max(1, columns))) if rows.device.type == "cpu" else max(1, count)
+    for start in range(0, count, step):
+        yield slice(start, start + step)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`y = x / rms(x) * w`. With n = x / rms and g = w dy: `dx = (g - n mean(g n)) / rms`; `dw = sum(dy n)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x is (T, C)."""
+        y = torch.empty_like(x)
+        inverse = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+        for part in _blocks(x):
+            wide = x[part].to(torch.float32, copy=True)
+            scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()
+            inverse[part] = scale
+            torch.mul(wide.mul_(scale).to(x.dtype), weight, out=y[part])
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of weight."""
+        x, weight, inverse = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(x) if needs_x else None
+        dweight = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device) if needs_weight else None
+        wide_weight = weight.float()
+        for part in _blocks(x):
+            normal = x[part].to(torch.float32, copy=True).mul_(inverse[part])
+            grad = grads[0][part].to(torch.float32, copy=True)
+            if dweight is not None:
+                dweight += (grad * normal).sum(0)
+            if dx is not None:
+                grad.mul_(wide_weight)
+                along = torch.linalg.vecdot(grad, normal).div_(x.shape[1])
+                dx[part] = grad.addcmul_(normal, along[:, None], value=-1).mul_(inverse[part])
+        return dx, None if dweight is None else dweight.to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Each row divided by its root mean square, times the weight.
+
+    Shapes:
+        x (..., C), weight (C); returns (..., C).
+
+    Numerics:
+        fp32 inside; rounded to x's dtype before the product with the weight, as transformers does.
+
+    Cost:
+        Keeps x and one number a row for backward (in plain PyTorch: x in fp32, twice).
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+    """
+    y: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps)  # type: ignore[no-untyped-call]
+    return y.view(x.shape)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` in plain PyTorch. Shapes: as there."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """`y = silu(gate) * up`, with gate and up side by side in one tensor, and their gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        """gate_up is (T, 2 C)."""
+        gate, up = gate_up.chunk(2, -1)
+        y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+        for part in _blocks(gate_up):
+            torch.mul(F.silu(gate[part]), up[part], out=y[part])
+        ctx.save_for_backward(gate_up)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of gate_up."""
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        result = torch.empty_like(gate_up)
+        d_gate, d_up = result.chunk(2, -1)
+        for part in _blocks(gate_up):
+            dy = grads[0][part]
+            torch.mul(dy, F.silu(gate[part]), out=d_up[part])
+            d_gate[part] = torch.ops.aten.silu_backward(dy * up[part], gate[part])
+        return (result,)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of a fused projection.
+
+    Shapes:
+        gate_up (..., 2 C), gate first; returns (..., C).
+
+    Numerics:
+        silu and the products are each rounded to the input's dtype, as in plain PyTorch.
+
+    Cost:
+        Keeps gate_up for backward (in plain PyTorch also silu(gate)); no copy where its two halves' gradients meet.
+
+    Source:
+        Shazeer, "GLU Variants Improve Transformer" (2020).
+    """
+    y: Tensor = _SwiGLU.apply(gate_up.reshape(-1, gate_up.shape[-1]))  # type: ignore[no-untyped-call]
+    return y.view(*gate_up.shape[:-1], -1)
+
+
+def swiglu_reference(gate_up: Tensor) -> Tensor:
+    """`swiglu` in plain PyTorch. Shapes: as there."""
+    gate, up = gate_up.chunk(2, -1)
+    return up * F.silu(gate)

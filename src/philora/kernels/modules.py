@@ -1,0 +1,115 @@
+"""transformers' modules with the fast functions inside: classes that `optimize` gives to existing modules.
+
+Only the class changes; parameters, buffers, names and state dicts are transformers'. What a fast function does not
+cover (a cache, a mask, dropout, torch.compile, the switch) runs the forward that transformers wrote.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3Attention as PlainPhi3Attention
+from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from philora.kernels.attention import NAME, layout_of, layout_of_rows, rotary_attention
+from philora.kernels.elementwise import rms_norm, swiglu
+from philora.lora.functional import fused_enabled
+
+
+class FastPhi3Attention(PlainPhi3Attention):  # type: ignore[misc]
+    """Phi-3's attention, from the fused projection to the output projection in one node on a CPU."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Shapes: hidden_states (B, T, C); returns (B, T, C) and no weights."""
+        position_ids = kwargs.get("position_ids")
+        if (
+            not fused_enabled()
+            or hidden_states.device.type != "cpu"
+            or self.config._attn_implementation != NAME
+            or attention_mask is not None
+            or past_key_values is not None
+            or position_ids is None
+            or (self.training and self.attention_dropout > 0)
+        ):
+            result = super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return cast("tuple[Tensor, Tensor | None]", result)
+        rows, tokens, _ = hidden_states.shape
+        layout = layout_of(position_ids if len(position_ids) == rows else position_ids.expand(rows, -1))
+        heads = self.config.num_attention_heads, self.num_key_value_heads
+        output = rotary_attention(
+            self.qkv_proj(hidden_states),
+            *position_embeddings,
+            heads,
+            layout or layout_of_rows(rows, tokens),
+            scaling=self.scaling,
+            sliding_window=getattr(self.config, "sliding_window", None),
+        )
+        return self.o_proj(output), None
+
+
+class FastPhi3MLP(Phi3MLP):  # type: ignore[misc]
+    """Phi-3's feed-forward part with SwiGLU in one node."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Shapes: hidden_states (B, T, C); returns the same."""
+        if not fused_enabled() or not isinstance(self.activation_fn, SiLUActivation | nn.SiLU):
+            return cast(Tensor, super().forward(hidden_states))
+        return cast(Tensor, self.down_proj(swiglu(self.gate_up_proj(hidden_states))))
+
+
+class _FastNorm:
+    """RMSNorm in one node, over a class of transformers."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Shapes: hidden_states (..., C); returns the same."""
+        plain = hidden_states.dtype == self.weight.dtype and hidden_states.dtype != torch.float64
+        if not plain or not fused_enabled():
+            return cast(Tensor, super().forward(hidden_states))  # type: ignore[misc]
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _norm(plain: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Fast{plain.__name__}", (_FastNorm, plain), {"__doc__": _FastNorm.__doc__, "__module__": __name__})
+
+
+FastPhi3RMSNorm = _norm(Phi3RMSNorm)
+FastLlamaRMSNorm = _norm(LlamaRMSNorm)
+FastMistralRMSNorm = _norm(MistralRMSNorm)
+FastQwen2RMSNorm = _norm(Qwen2RMSNorm)
+FastQwen3RMSNorm = _norm(Qwen3RMSNorm)
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    PlainPhi3Attention: FastPhi3Attention,
+    Phi3MLP: FastPhi3MLP,
+    Phi3RMSNorm: FastPhi3RMSNorm,
+    LlamaRMSNorm: FastLlamaRMSNorm,
+    MistralRMSNorm: FastMistralRMSNorm,
+    Qwen2RMSNorm: FastQwen2RMSNorm,
+    Qwen3RMSNorm: FastQwen3RMSNorm,
+}
+"""transformers' classes and those that stand in for them."""
+
+
+def use_fast_modules(model: nn.Module) -> None:
+    """Give every module whose class has a fast one that class, in place."""
+    for module in model.modules():
+        fast = FAST.get(type(module))
+        if fast is not None:
+            module.__class__ = fast
