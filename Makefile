@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit format bench clean
+.PHONY: help demo test test-slow lint types unit format bench bench-peers clean
 
 help:
 	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests that take longer"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make bench      training speed beside TRL+PEFT; BENCH='--help' lists the options"
+	@echo "make bench-peers  the same with torchtune and litgpt, each in an environment of its own"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -56,6 +57,16 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.training $(BENCH)
+
+$(VENV)/peers/%/.ready: benchmarks/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
+# An environment that cannot be made costs its own row only: the benchmark names the contestant that failed.
+bench-peers: $(VENV)/.bench
+	-$(MAKE) -k $(VENV)/peers/torchtune/.ready $(VENV)/peers/litgpt/.ready
+	$(BIN)/python -m benchmarks.training --peers $(BENCH)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -285,7 +285,7 @@ def main() -> int:
     """Run the benchmark; 1 when a contestant failed or was given other work than the rest."""
     given = arguments()
     console = Console(soft_wrap=True)
-    console.width = max(console.width, 110)  # the table is not cut where there is no terminal
+    console.width = max(console.width, 124)  # the table is not cut where there is no terminal
     known = programs(given.peers_dir)
     faults: list[str] = []
     drawn = []
