@@ -8,14 +8,20 @@ import pytest
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-from philora.kernels.loss import CHUNK_TOKENS, add_label_head, label_scores, label_scores_reference
+from philora.kernels import loss
+from philora.kernels.loss import add_label_head, label_scores, label_scores_reference
 from philora.lora.functional import fused
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [3, 7, CHUNK_TOKENS + 3])
+@pytest.mark.parametrize("rows", [3, 7, 43])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients(rows, dtype, bias):
+@pytest.mark.parametrize("small", [False, True])
+def test_values_and_gradients(rows, dtype, bias, small, monkeypatch):
+    if small:  # several chunks, and several blocks in each
+        monkeypatch.setattr(loss, "FEWEST_TOKENS", 5)
+        monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(loss, "BLOCK_BYTES", 2 * 4 * 61)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(61, 16, generator=generator).to(dtype)
     offset = torch.randn(61, generator=generator).to(dtype) if bias else None

@@ -19,7 +19,11 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from philora.lora.functional import fused_enabled
 
-CHUNK_TOKENS = 1024
+# Logits that are there at a time, and the fewest rows of a product, below which reading the weight would dominate.
+CHUNK_BYTES = 32 << 20
+FEWEST_TOKENS = 256
+# fp32 logits that are worked on at a time on a CPU.
+BLOCK_BYTES = 1 << 20
 
 # Config keys of architectures that change the logits after the head; they stay with TRL's function.
 LOGIT_CHANGES = (
@@ -40,31 +44,33 @@ class LabelScores(NamedTuple):
 
 
 class _LabelScores(torch.autograd.Function):
-    """`log softmax(h W^T + b)[label]` by chunks; with p the softmax, the gradient is `dh = (onehot - p) W`."""
+    """`log softmax(h W^T + b)[label]` by chunks; with p the softmax, the gradient is `dh = (onehot - p) W`.
+
+    The products take a chunk of labels at a time; between them, on a CPU, a few rows that stay in the cache. The
+    gradient of the logits takes the place of the logits.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, ...]:
         """hidden is (N, C), weight (V, C), labels (N)."""
         needs_grad = ctx.needs_input_grad[0]
-        log_probs = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(log_probs)
-        is_top1 = torch.empty_like(log_probs)
+        count, vocabulary = len(labels), len(weight)
+        scores = [torch.empty(count, dtype=torch.float32, device=hidden.device) for _ in range(3)]
         grad = torch.empty_like(hidden) if needs_grad else None
-        for start in range(0, len(labels), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            target = labels[part, None]
-            logits = (hidden[part] @ weight.t()).float()
-            if bias is not None:
-                logits += bias
-            normaliser = logits.logsumexp(-1)
-            chosen = logits.gather(-1, target)[:, 0]
-            log_probs[part] = chosen - normaliser
-            is_top1[part] = (chosen >= logits.amax(-1)).float()
-            probabilities = (logits - normaliser[:, None]).exp_()
-            entropy[part] = normaliser - torch.einsum("nv,nv->n", probabilities, logits)
+        chunk = min(count, max(FEWEST_TOKENS, CHUNK_BYTES // (vocabulary * weight.element_size())))
+        memory = torch.empty(chunk, vocabulary, dtype=weight.dtype, device=weight.device)
+        step = max(1, BLOCK_BYTES // (4 * vocabulary)) if hidden.device.type == "cpu" else max(1, chunk)
+        for start in range(0, count, max(1, chunk)):
+            part = slice(start, min(start + chunk, count))
+            logits = memory[: part.stop - part.start]
+            torch.mm(hidden[part], weight.t(), out=logits)
+            for first in range(0, len(logits), step):
+                rows = slice(first, first + step)
+                outputs = [each[part][rows] for each in scores]
+                _score_rows(logits[rows], bias, labels[part][rows], outputs, needs_grad)
             if grad is not None:
-                probabilities.neg_().scatter_add_(-1, target, torch.ones_like(target, dtype=torch.float32))
-                torch.mm(probabilities.to(weight.dtype), weight, out=grad[part])
+                torch.mm(logits, weight, out=grad[part])
+        log_probs, entropy, is_top1 = scores
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
@@ -74,6 +80,25 @@ class _LabelScores(torch.autograd.Function):
         """Scale each row's gradient by that of its log-probability."""
         (grad,) = ctx.saved_tensors
         return None if grad is None else (grad * grads[0][:, None]).to(grad.dtype), None, None, None
+
+
+def _score_rows(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: list[Tensor], needs_grad: bool) -> None:
+    """Write log-probability, entropy and top-1 of some rows; over the logits, the gradient of the log-probability."""
+    log_probs, entropy, is_top1 = outputs
+    wide = logits.float()
+    if bias is not None:
+        wide = wide + bias
+    chosen = wide.gather(-1, labels[:, None])[:, 0]
+    largest = wide.amax(-1)
+    probabilities = wide.softmax(-1)
+    # The largest probability is one over the sum of exp(logit - largest): at least 1 / V, so its logarithm is safe.
+    normaliser = largest - probabilities.amax(-1).log_()
+    torch.sub(chosen, normaliser, out=log_probs)
+    torch.sub(normaliser, torch.linalg.vecdot(probabilities, wide), out=entropy)
+    is_top1.copy_(chosen >= largest)
+    if needs_grad:
+        torch.neg(probabilities, out=probabilities)
+        logits.copy_(probabilities.scatter_add_(-1, labels[:, None], torch.ones_like(wide[:, :1])))
 
 
 def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> LabelScores:
@@ -87,7 +112,8 @@ def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         of hidden is a product in that dtype, rounded once.
 
     Cost:
-        4·N·C·V FLOPs with the gradient, none in backward; 8·1024·V bytes at a time and N·C elements for backward.
+        4·N·C·V FLOPs with the gradient, none in backward; 32 MiB of logits (or 256 rows) at a time and N·C elements for
+        backward.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
