@@ -639,7 +639,6 @@ def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str
     recorded: dict[str, Any] | None = None
     if (folder / RECORD_NAME).is_file():
         recorded = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")).get("slices", {})
-    config = model.peft_config[adapter_name]
     found: dict[str, Slices] = {}
     changed: list[str] = []
     for name, layer in lora_layers(model).items():
@@ -652,11 +651,10 @@ def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str
                 continue
             r, chosen = int(recorded[name]["r"]), [str(each) for each in recorded[name]["names"]]
         else:
-            r = config.r
-            seen = slices_by_zeros(weight, rows, r)
+            seen = _ranked_by_zeros(weight, rows)
             if seen is None:
                 continue
-            chosen = seen
+            r, chosen = seen
         parts = tuple(Slice(each, *rows[each], i * r, (i + 1) * r) for i, each in enumerate(chosen))
         if parts[-1].rank_stop != weight.shape[1] or bool(weight[~_inside(weight, parts)].any()):
             changed.append(name)
@@ -677,10 +675,20 @@ def _base_with_fused(model: PeftModel) -> nn.Module:
     return cast(nn.Module, model.get_base_model())
 
 
+def _ranked_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]]) -> tuple[int, list[str]] | None:
+    """Rank and names of the slices that make up B, or None when B is not of that form; a pattern may set any rank."""
+    for count in range(1, len(rows) + 1):
+        r, rest = divmod(weight.shape[1], count)
+        chosen = None if rest else slices_by_zeros(weight, rows, r)
+        if chosen is not None:
+            return r, chosen
+    return None
+
+
 def slices_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]], r: int) -> list[str] | None:
     """Names of the slices whose blocks of width r make up B, or None when B is not of that form."""
     blocks = weight.shape[1] // r
-    if blocks < 2 or weight.shape[1] % r:
+    if weight.shape[1] % r:
         return None
     chosen = []
     for block in range(blocks):
