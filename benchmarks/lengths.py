@@ -9,8 +9,6 @@ longest of the packs, one after the other. Rows go to results/lengths.csv.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.process import REPOSITORY, Task, environment, start
+from benchmarks.process import REPOSITORY, Task, environment, start, write_work
 from benchmarks.rate import machine
 from benchmarks.results import RESULTS, append, commit, now
 from benchmarks.work import WORKS, default_root
@@ -70,9 +68,7 @@ def main() -> int:
     for tokens in given.tokens:
         change = {"longest_tokens": shortest, "row_tokens": tokens}
         work = replace(WORKS[given.work], **change)
-        command = [sys.executable, "-m", "benchmarks.work", work.name, "--root", str(given.work_dir)]
-        command += ["--change", json.dumps(change)]
-        subprocess.run(command, cwd=REPOSITORY, env=env, check=True, capture_output=True)
+        write_work(work.name, given.work_dir, env, change)
         model, data = str(work.model_folder(given.work_dir)), str(work.data_file(given.work_dir))
         for name in given.contestants:
             tasks[name, tokens] = Task(

@@ -140,6 +140,25 @@ def run(train: Callable[[Task], dict[str, Any]]) -> None:
     out.write_text(json.dumps(train(task)), encoding="utf-8")
 
 
+def write_work(name: str, root: Path, environment: Mapping[str, str], change: Mapping[str, int] | None = None) -> None:
+    """Have a work's model and data written where they are missing, by a process that may load torch.
+
+    Args:
+        name: Of the work.
+        root: Folder for it.
+        environment: Of the process.
+        change: Fields of the work that are to differ.
+
+    Raises:
+        RuntimeError: It failed; the message holds what it printed.
+    """
+    command = [sys.executable, "-m", "benchmarks.work", name, "--root", str(root)]
+    command += ["--change", json.dumps(change or {})]
+    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"work {name}: exit {ended.returncode}: {ended.stderr.strip()[-2000:]}")
+
+
 def start(command: Sequence[str], stem: Path, environment: Mapping[str, str], timeout: float) -> dict[str, Any]:
     """Run one process to its end and read its result.
 

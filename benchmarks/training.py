@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.process import REPOSITORY, SPIN_COUNT, Task, environment, start
+from benchmarks.process import REPOSITORY, SPIN_COUNT, Task, environment, start, write_work
 from benchmarks.rate import machine
 from benchmarks.results import RESULTS, append, commit, now
 from benchmarks.work import WORKS, Work, default_root
@@ -191,8 +190,7 @@ def measure(
     root = given.work_dir
     folder = root / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    write = [sys.executable, "-m", "benchmarks.work", work.name, "--root", str(root)]
-    subprocess.run(write, cwd=REPOSITORY, env=environment(given.threads), check=True, capture_output=True)
+    write_work(work.name, root, environment(given.threads))
     model, data = str(work.model_folder(root)), str(work.data_file(root))
 
     def task(name: str) -> Task:
@@ -312,4 +310,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; rows of the rounds that were done are written")
