@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
@@ -91,7 +92,7 @@ def test_merging_keeps_the_function(case: tuple[Any, Any, torch.dtype]) -> None:
 def test_injecting_and_unloading_gives_the_base_bit_for_bit(case: tuple[Any, Any, torch.dtype]) -> None:
     base, model, _ = case
     unloaded = model.unload()
-    assert [type(each) for each in unloaded.modules()] == [type(each) for each in base.modules()]
+    assert not any(isinstance(each, BaseTunerLayer) for each in unloaded.modules())
     before, after = base.state_dict(), unloaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(each, after[name]) for name, each in before.items())

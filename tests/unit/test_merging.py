@@ -319,7 +319,9 @@ def test_merged_logits_are_the_adapters(case, name, caplog, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values()), info
-    assert torch.equal(logits(again), logits(merged))
+    assert distance(logits(again), logits(merged)) < LOGITS_FP32
+    saved = again.state_dict()
+    assert all(torch.equal(each, saved[key]) for key, each in merged.state_dict().items())
 
 
 @pytest.mark.parametrize(("target", "other"), [("lm_head", "input"), ("embed_tokens", "output")])
@@ -856,7 +858,7 @@ def test_memory_is_bounded_by_a_shard_and_a_weight(large, tmp_path):
     # A shard of 30 MB; the largest weight (25 MB) in fp32, and its update twice while PEFT scales it; the adapter and
     # what the libraries import when they are used.
     assert grown["folder"] < size / 2
-    assert grown["memory"] > size, "the measurement does not see a model in memory"
+    assert grown["memory"] > 0.9 * size, "the measurement does not see a model in memory"
     one, two = tensors_of(tmp_path / "folder"), tensors_of(tmp_path / "memory")
     assert one.keys() == two.keys()
 
