@@ -132,9 +132,9 @@ def diagonal_blocks(blocks: Sequence[Sequence[int]], out_features: int, rank: in
 
 
 # Elements of x that are treated together where dropout acts on the CPU. A tensor of x's own size would be fresh memory
-# each time, and the system's handing it over page by page takes longer than the arithmetic; 2^19 elements of bf16 are
-# 1 MiB, which a core's cache holds and the allocator keeps.
-_PIECE_ELEMENTS = 2**19
+# each time, and the system's handing it over page by page takes longer than the arithmetic. 2^20 elements of bf16 are
+# 2 MiB, which the caches hold and the allocator keeps; smaller pieces have the threads wait for each other more often.
+_PIECE_ELEMENTS = 2**20
 
 
 def _pieces(x: Tensor) -> list[slice]:
