@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 import philora
-from philora.kernels.modules import FAST, FastPhi3Attention, FastPhi3MLP
+from philora.kernels.loss import add_label_head
+from philora.kernels.modules import FAST, ROWS_STEP, FastPhi3Attention, FastPhi3MLP
 from philora.lora.functional import fused
 from tests.tolerances import PACKED_FP32
 
@@ -118,3 +121,52 @@ def test_compiled(phi3):
         want = model(**packed(), use_cache=False).logits
         got = torch.compile(model, backend="eager")(**packed(), use_cache=False).logits
     assert (got - want).abs().max() < PACKED_FP32 * want.abs().max()
+
+
+@pytest.mark.parametrize("labelled", [0, 5, 60, 300])
+def test_the_last_layer_computes_what_has_a_label(phi3, labelled):
+    """Loss and gradients as without; the products of the last layer see the labelled rows only."""
+    model = philora.get_peft_model(phi3(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(each, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    base = model.get_base_model()
+    add_fused_lm_head(base)
+    add_label_head(base)
+    lengths = [30, 110, 7, 105, 60]
+    ids = torch.randint(3, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(4))
+    labels = torch.where(torch.arange(ids.shape[1])[None] % (ids.shape[1] // max(1, labelled)) == 0, ids, -100)
+    if not labelled:
+        labels[:] = -100
+    inputs = {"input_ids": ids, "labels": labels, "fused_lm_head": True}
+    inputs["position_ids"] = torch.cat([torch.arange(each) for each in lengths])[None]
+    seen = {}
+    for index, layer in enumerate(base.model.layers):
+        layer.mlp.gate_up_proj.register_forward_hook(
+            lambda _, args, __, index=index: seen.__setitem__(index, args[0].shape[1])
+        )
+
+    def run():
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+    mine, rows = run(), dict(seen)
+    with fused(False):
+        plain = run()
+    assert rows[0] == ids.shape[1]
+    wanted = max(1, int((labels[:, 1:] != -100).sum()))
+    assert rows[1] == (-(-wanted // ROWS_STEP) * ROWS_STEP if labelled < 200 else rows[0])
+    if labelled:
+        assert largest_gap(mine, plain) < 1e-4
+        labels[0, 1:] = labels[0, 1:].roll(1)
+        assert largest_gap(run(), plain) > 1e-2, "negative control"
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointed = run()
+        assert seen[1] == ids.shape[1]
+        model.gradient_checkpointing_disable()
+        assert largest_gap(run(), checkpointed) < 1e-4
+    else:
+        assert all(each.abs().max() == 0 for name, each in mine.items() if name != "loss")

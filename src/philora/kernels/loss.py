@@ -10,6 +10,7 @@ backward; what it does not cover goes on to TRL's.
 from __future__ import annotations
 
 import types
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from philora.kernels.modules import only_rows
 from philora.lora.functional import fused_enabled
 
 # Logits that are there at a time, and the fewest rows of a product, below which reading the weight would dominate.
@@ -162,11 +164,13 @@ def add_label_head(model: PreTrainedModel) -> None:
             kwargs.pop(name, None)
         count = kwargs.pop("num_items_in_batch", None)
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        if hidden.shape[1] != labels.shape[1] - 1 or hidden.device != head.weight.device:
+        wanted = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+        skips = nullcontext() if self.is_gradient_checkpointing and self.training else only_rows(wanted)
+        with skips:
+            hidden = self.base_model(*args, **kwargs).last_hidden_state
+        if hidden.shape[:2] != labels.shape or hidden.device != head.weight.device:
             raise RuntimeError(f"labels of shape {tuple(labels.shape)} do not fit the model's output")
-        labels = labels[:, 1:]
-        mask = labels != -100
+        hidden, labels, mask = hidden[:, :-1], labels[:, 1:], wanted[:, :-1]
         scores = label_scores(hidden[mask], head.weight, head.bias, labels[mask])
         # masked_scatter keeps the graph when no label is there
         filled = [each.new_zeros(mask.shape).masked_scatter(mask, each) for each in scores]

@@ -6,6 +6,9 @@ cover (a cache, a mask, dropout, torch.compile, the switch) runs the forward tha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -14,7 +17,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3Attention as PlainPhi3Attention
-from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3Model, Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -22,9 +25,48 @@ from philora.kernels.attention import NAME, layout_of, layout_of_rows, rotary_at
 from philora.kernels.elementwise import rms_norm, swiglu
 from philora.lora.functional import fused_enabled
 
+# A product's row count is rounded up to this, since each new count costs the preparation of a product.
+ROWS_STEP = 64
+
+_wanted: ContextVar[Tensor | None] = ContextVar("philora_wanted_rows", default=None)
+
+
+@contextmanager
+def only_rows(wanted: Tensor) -> Iterator[None]:
+    """In this block only some tokens of the last layer's output count; its products may leave out the others.
+
+    Not together with gradient checkpointing, which computes the layer again when this block has ended.
+
+    Args:
+        wanted: Tokens whose output will be used.
+
+    Shapes:
+        wanted (B, T) of bool.
+    """
+    rows = wanted.flatten().nonzero().flatten()
+    token = _wanted.set(rows if len(rows) + ROWS_STEP < wanted.numel() else None)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def _on_wanted(function: Callable[[Tensor], Tensor], x: Tensor, is_last: bool) -> Tensor:
+    """`function(x)`, in the last layer only where it is wanted; zero elsewhere. Shapes: x (B, T, C)."""
+    rows = _wanted.get() if is_last else None
+    if rows is None:
+        return function(x)
+    count = len(rows)
+    padded = nn.functional.pad(rows, (0, -max(1, count) % ROWS_STEP + (count == 0)))
+    y = function(x.reshape(-1, x.shape[-1]).index_select(0, padded)[None])[0]
+    full = y.new_zeros(x.shape[0] * x.shape[1], y.shape[-1])
+    return full.index_copy(0, rows, y[:count]).view(*x.shape[:-1], -1)
+
 
 class FastPhi3Attention(PlainPhi3Attention):  # type: ignore[misc]
     """Phi-3's attention, from the fused projection to the output projection in one node on a CPU."""
+
+    is_last = False
 
     def forward(
         self,
@@ -58,17 +100,19 @@ class FastPhi3Attention(PlainPhi3Attention):  # type: ignore[misc]
             scaling=self.scaling,
             sliding_window=getattr(self.config, "sliding_window", None),
         )
-        return self.o_proj(output), None
+        return _on_wanted(self.o_proj, output, self.is_last), None
 
 
 class FastPhi3MLP(Phi3MLP):  # type: ignore[misc]
     """Phi-3's feed-forward part with SwiGLU in one node."""
 
+    is_last = False
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shapes: hidden_states (B, T, C); returns the same."""
         if not fused_enabled() or not isinstance(self.activation_fn, SiLUActivation | nn.SiLU):
             return cast(Tensor, super().forward(hidden_states))
-        return cast(Tensor, self.down_proj(swiglu(self.gate_up_proj(hidden_states))))
+        return _on_wanted(lambda x: self.down_proj(swiglu(self.gate_up_proj(x))), hidden_states, self.is_last)
 
 
 class _FastNorm:
@@ -113,3 +157,7 @@ def use_fast_modules(model: nn.Module) -> None:
         fast = FAST.get(type(module))
         if fast is not None:
             module.__class__ = fast
+    for module in model.modules():
+        if isinstance(module, Phi3Model):
+            last = module.layers[-1]
+            last.self_attn.is_last = last.mlp.is_last = True
