@@ -25,6 +25,7 @@ from benchmarks.results import RESULTS, append, commit, now
 from benchmarks.work import WORKS, default_root
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
+CLIP_TOKENS = 512
 
 
 def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,10 +64,10 @@ def main() -> int:
     folder = given.work_dir / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     env = environment(given.threads)
-    shortest, longest = min(given.tokens), max(given.tokens)
+    clip, longest = min(CLIP_TOKENS, *given.tokens), max(given.tokens)
     tasks: dict[tuple[str, int], Task] = {}
     for tokens in given.tokens:
-        change = {"longest_tokens": shortest, "row_tokens": tokens}
+        change = {"longest_tokens": clip, "row_tokens": tokens}
         work = replace(WORKS[given.work], **change)
         write_work(work.name, given.work_dir, env, change)
         model, data = str(work.model_folder(given.work_dir)), str(work.data_file(given.work_dir))
@@ -94,7 +95,7 @@ def main() -> int:
             console.print(f"round {number}: {name}, packs of {tokens}: {figures}", highlight=False)
 
     table = Table("contestant", "pack", "tokens/s", "min..max", "cost of a token", "peak GB", box=None, pad_edge=False)
-    stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine()}
+    stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine(env)}
     for (name, tokens), found in speeds.items():
         base = speeds[name, given.base]
         if not found:
@@ -127,7 +128,7 @@ def main() -> int:
             }
             append(RESULTS / "lengths.csv", row)
     console.print(table)
-    console.print(f"cost of a token: relative to packs of {given.base}; conversations of at most {shortest} tokens")
+    console.print(f"cost of a token: relative to packs of {given.base}; conversations of at most {clip} tokens")
     return 1 if failures else 0
 
 

@@ -189,7 +189,7 @@ def main() -> int:
     given = arguments()
     console = Console(soft_wrap=True)
     console.width = max(console.width, 110)
-    stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine()}
+    stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine(environment(max(given.processes)))}
     failures: list[str] = []
     table = Table("contestant", "processes", "rows/s", "min..max", "seconds", "x TRL", box=None, pad_edge=False)
     for column in ("peak GB", "worker GB", "tokens", "labels"):

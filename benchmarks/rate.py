@@ -1,58 +1,55 @@
-"""The machine's rate for the matrix products of a work's layers, and what the machine is.
+"""The machine's rate for the matrix products of a work's layers, measured in a process of its own.
 
-`python -m benchmarks.rate TASK OUT` measures in a process of its own, as the contestants run.
+`python -m benchmarks.rate TASK OUT`; with `describe` in place of TASK it only says what the machine is.
 """
 
 from __future__ import annotations
 
-import platform
-import time
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process import Task, run
-
-COPIES = 4
-"""Weights of so many layers take turns, since in training each product finds another layer's weights in the caches."""
+from benchmarks.process import Task, run, start
 
 
 def matrix_rate(task: Task) -> dict[str, Any]:
-    """FLOPs a second of bf16 products `x W^T` and `dy W` of all four matrices of a layer, at the tokens of a row."""
+    """FLOPs a second of bf16 products at the tokens of a row: all four matrices of a layer, forward and backward."""
     import torch
 
-    tokens = task.work.row_tokens
-    pairs = []
+    from benchmarks.machine import matmul_rate
+
+    work_flops = seconds = 0.0
     for rows, columns in task.work.layer_shapes:
-        for _ in range(COPIES):
-            weight = torch.randn(rows, columns).mul_(0.02).bfloat16()
-            pairs.append((torch.randn(tokens, columns).bfloat16(), torch.randn(tokens, rows).bfloat16(), weight))
-    flops = sum(4 * tokens * weight.numel() for *_, weight in pairs)
-    passes: list[float] = []
-    begun = time.perf_counter()
-    with torch.no_grad():
-        while len(passes) < 4 or (time.perf_counter() - begun < 5 and len(passes) < 50):
-            start = time.perf_counter()
-            for x, gradient, weight in pairs:
-                x @ weight.t()
-                gradient @ weight
-            passes.append(time.perf_counter() - start)
-    passes = sorted(passes[1:])  # the first one makes oneDNN's kernels
-    return {"flops_per_second": flops / passes[len(passes) // 2], "passes": len(passes)}
+        for inner, outer in ((columns, rows), (rows, columns)):  # x W^T, and dy W
+            flops = 2.0 * task.work.row_tokens * rows * columns
+            work_flops += flops
+            seconds += flops / (1e9 * matmul_rate(torch.bfloat16, task.work.row_tokens, inner, outer))
+    return {"flops_per_second": work_flops / seconds}
 
 
-def machine() -> str:
-    """The processor's name, as the system gives it, and its cores."""
-    import os
+def machine(environment: Mapping[str, str]) -> str:
+    """What the machine is, as asked in a process of its own, since this one is not to load torch.
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = named.get("model name") or platform.processor() or platform.machine()
-    flags = [flag for flag in ("avx512_bf16", "amx_bf16", "avx2") if flag in named.get("flags", "").split()]
-    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores" + (
-        f", {flags[0]}" if flags else ""
-    )
+    Raises:
+        RuntimeError: That process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        facts = start([sys.executable, "-m", "benchmarks.rate", "describe"], Path(folder) / "machine", environment, 300)
+    return f"{facts['cores']} cores {facts['arch']} {facts['capabilities']}"
+
+
+def describe(out: Path) -> None:
+    """Write what the machine is."""
+    from benchmarks import machine as facts
+
+    out.write_text(json.dumps(facts.describe()), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    run(matrix_rate)
+    if sys.argv[1] == "describe":
+        describe(Path(sys.argv[2]))
+    else:
+        run(matrix_rate)

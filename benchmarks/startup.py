@@ -97,7 +97,7 @@ def main() -> int:
             figures = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in found.items())
             console.print(f"round {number}: {figures}", highlight=False)
     table = Table("", "seconds", "min..max", "x imports", box=None, pad_edge=False)
-    stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine()}
+    stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine(env)}
     for name, times in found.items():
         ratio = median(times) / median(found["imports"])
         table.add_row(TITLES[name], f"{median(times):.2f}", f"{min(times):.2f}..{max(times):.2f}", f"{ratio:.2f}")

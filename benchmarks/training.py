@@ -202,7 +202,7 @@ def measure(
 
     runs = {name: Runs() for name in names}
     rates: list[float] = []
-    stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine()}
+    stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine(environment(given.threads))}
     written: set[str] = set()
 
     def write_row(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import preparation, training
-from benchmarks.process import Record, Task, environment, start
+from benchmarks.process import REPOSITORY, Record, Task, environment, start
 from benchmarks.results import append
 from benchmarks.work import (
     ASSISTANT,
@@ -237,6 +238,13 @@ def test_preparation_tells_other_data():
     assert preparation.differences({"trl": [figures(65)], "philora": [figures(60)]}) == []
     assert "expected one" in preparation.differences({"trl": [figures(65)], "philora": [figures(61)]})[0]
     assert "expected one" in preparation.differences({"trl": [figures(65)], "philora": [figures(60, 99)]})[0]
+
+
+@pytest.mark.parametrize("module", ["training", "lengths", "preparation", "startup"])
+def test_what_starts_contestants_stays_small(module):
+    """Linux hands a process's peak memory on to those it starts, so torch there would be in every figure."""
+    script = f"import sys, benchmarks.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=False).returncode == 0
 
 
 def test_chart(tmp_path):
