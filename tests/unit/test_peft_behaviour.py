@@ -10,12 +10,24 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, create_arrow_model, initialize_lora_eva_weights
+from peft.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
+from peft.tuners.lora.config import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    KasaConfig,
+    LoraGAConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
@@ -660,3 +672,152 @@ def test_slices_over_a_quantised_base(phi3, tmp_path):
         assert not grad[64:, :4].any()
         rows = {(row.module.rpartition(".")[2], row.slice) for row in philora.coverage(each).rows}
         assert rows == {("qkv_proj", "q_proj"), ("qkv_proj", "v_proj"), ("gate_up_proj", "up_proj"), ("o_proj", "")}
+
+
+# ------------------------------------------------------------------------------------- the variants that PEFT offers
+
+# By the row of the table in docs/loralib.md: what to give LoraConfig, and which forward it runs on.
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "rsLoRA": ({"use_rslora": True}, "fused"),
+    "rank and alpha patterns": ({"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 3}}, "fused"),
+    "DoRA": ({"use_dora": True}, "PEFT's"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "fused"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "fused"),
+    "orthogonal": ({"init_lora_weights": "orthogonal"}, "fused"),
+    "MiCA": ({"init_lora_weights": "mica"}, "PEFT's"),
+    "EVA": ({"init_lora_weights": "eva"}, "fused"),
+    "CorDA": ({"init_lora_weights": "corda", "corda_config": CordaConfig()}, "fused"),
+    "LoRA-GA": ({"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}, "fused"),
+    "aLoRA": ({"alora_invocation_tokens": [5, 6]}, "PEFT's"),
+    "KaSA": ({"kasa_config": KasaConfig()}, "PEFT's"),
+    "VeLoRA": ({"velora_config": VeloraConfig()}, "PEFT's"),
+    "MonteCLoRA": ({"monteclora_config": MontecloraConfig()}, "PEFT's"),
+    "BD-LoRA": (
+        {
+            "use_bdlora": BdLoraConfig(
+                target_modules_bd_a=["o_proj", "down_proj"], target_modules_bd_b=["qkv_proj", "gate_up_proj"], nblocks=2
+            )
+        },
+        "PEFT's",
+    ),
+    "lora_bias": ({"lora_bias": True}, "PEFT's"),
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "fused"),
+    "trainable_token_indices": ({"trainable_token_indices": [5, 6]}, "fused"),
+}
+
+
+def batch(rows: int = 2) -> dict[str, Tensor]:
+    ids = tokens(rows)
+    ids[:, 4:6] = torch.tensor([5, 6])  # what invokes an aLoRA
+    return {"input_ids": ids, "labels": ids}
+
+
+def prepare(name: str, model: Any, config: LoraConfig) -> None:
+    """The pass over data that some initialisations want before the adapter is made."""
+    if name == "CorDA":
+        from peft.tuners.lora.corda import preprocess_corda
+
+        preprocess_corda(model, config, run_model=lambda: model(**batch(rows=1)))
+    if name == "LoRA-GA":
+        preprocess_loraga(model, config, lambda: model.train()(**batch()).loss.backward())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(phi3, name, tmp_path):
+    changes, forward = VARIANTS[name]
+    if name == "CorDA":
+        pytest.importorskip("attr")  # which PEFT imports for it and does not ask for
+    models = []
+    for get in (philora.get_peft_model, peft.get_peft_model):
+        config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=FUSED, **copy.deepcopy(changes))
+        base = phi3()
+        prepare(name, base, config)
+        torch.manual_seed(1)
+        models.append(get(base, config))
+        if name == "EVA":
+            initialize_lora_eva_weights(models[-1], [batch(), batch()], show_progress_bar=False)
+    both = Pair(*models)
+    # EVA's A are singular vectors of activations, which ours computes in another order.
+    start = {key: each for key, each in both.mine.state_dict().items() if "lora_" in key}
+    expected = both.theirs.state_dict()
+    assert all(distance(each, expected[key]) <= (1e-4 if name == "EVA" else 0) for key, each in start.items())
+    if name not in ("PiSSA", "OLoRA", "orthogonal", "CorDA", "LoRA-GA"):  # which start with a B
+        with torch.no_grad():
+            for key, each in both.mine.named_parameters():
+                if "lora_B" in key or "lora_A" in key:
+                    each.add_(0.05 * torch.sin(torch.arange(each.numel(), dtype=torch.float32)).view_as(each))
+    both.copy_weights()
+
+    def run(model: PeftModel) -> dict[str, Tensor]:
+        model.train()
+        torch.manual_seed(11)
+        output = model(**batch())
+        output.loss.backward()
+        grads = {f"lora_ {key}": each.grad for key, each in model.named_parameters() if each.grad is not None}
+        return {"output": output.logits.detach(), **grads}
+
+    # MonteCLoRA's priors have gradients of 1e-7, where the sums of loss and regulariser cancel.
+    assert len(agree(both, run, gradients=1e-3 if name == "MonteCLoRA" else GRADIENT_FP32)) > 4
+    layers = [each for each in both.mine.modules() if isinstance(each, FastLinear)]
+    assert layers
+    assert {each._plain_adapter() is not None for each in layers} == {forward == "fused"}
+    if name != "CorDA":  # which wants its pass over data again
+        both.mine.save_pretrained(tmp_path)
+        read = Pair(philora.load_adapter(phi3(), tmp_path), PeftModel.from_pretrained(phi3(), str(tmp_path)))
+        again = agree(read, lambda model: model.eval()(**batch()).logits.detach())
+        if name != "LoRA-GA":  # which has changed the base, and does not when it is read
+            assert distance(again, both.mine.eval()(**batch()).logits.detach()) <= FP32
+    layers[0].scaling["default"] *= 1.01  # negative control
+    with pytest.raises(AssertionError):
+        agree(both, run)
+
+
+@pytest.mark.parametrize("name", ["LoRA-FA", "Riemannian preconditioning"])
+def test_optimizers_of_peft(pair, name):
+    """They change which gradients are wanted (LoRA-FA freezes A) and read the layers by their names."""
+
+    def run(model: PeftModel) -> dict[str, Tensor]:
+        if name == "LoRA-FA":
+            optimizer = create_lorafa_optimizer(model=model, r=4, lora_alpha=8, lr=1e-2)
+        else:
+            optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-2)
+        for _ in range(2):
+            step(model)
+            optimizer.step()
+        return {key: each.detach() for key, each in model.named_parameters() if "lora_" in key}
+
+    both = pair("fused")
+    before = {key: each.detach().clone() for key, each in both.mine.named_parameters()}
+    after = agree(both, run)
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    assert moved == {key for key in after if "lora_B" in key or name != "LoRA-FA"}
+
+
+def test_arrow(pair, phi3, tmp_path):
+    """PEFT's router over several adapters runs its own forward on our layers."""
+    both = pair("fused", second=False)
+    for seed, folder in enumerate(("one", "two")):
+        fill(both.mine, seed)
+        both.mine.save_pretrained(tmp_path / folder)
+    models = []
+    for _ in range(2):
+        paths = [str(tmp_path / "one"), str(tmp_path / "two")]
+        models.append(create_arrow_model(phi3(), paths, arrow_config=ArrowConfig(top_k=1)))
+    philora.optimize(models[0])
+    assert any(isinstance(each, FastLinear) for each in models[0].modules())
+
+    def run(model: PeftModel) -> Tensor:
+        torch.manual_seed(11)  # the router's directions come from a randomised decomposition, made when first used
+        return logits(model)
+
+    routed = agree(Pair(*models), run)
+    assert distance(routed, logits(both.mine)) > 1e-3
+
+
+def test_the_table_of_variants_says_what_runs():
+    text = (Path(__file__).parents[2] / "docs" / "loralib.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    forwards = {cells[0].strip("`"): cells[-1] for cells in rows}
+    for name, (_, forward) in VARIANTS.items():
+        assert forwards[name] == forward, name

@@ -11,6 +11,7 @@ import logging
 import pytest
 import torch
 import trl
+from accelerate.utils.deepspeed import DummyOptim
 from datasets import Dataset
 from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer
@@ -356,6 +357,16 @@ def test_an_optimizer_that_is_given_is_left_alone_with_one_notice(build, phi3, c
     assert len(notices) == 1
     assert "loraplus_lr_ratio=16 is not applied to the SGD that was given" in notices[0]
     assert len(optimizer.param_groups) == 1
+
+
+def test_an_optimizer_of_deepspeeds_configuration_is_left_alone(build, caplog):
+    """transformers puts a placeholder where DeepSpeed will make the optimizer, before it asks for one."""
+    trainer = build(loraplus_lr_ratio=RATIO)
+    placeholder = DummyOptim([each for each in trainer.model.parameters() if each.requires_grad])
+    trainer.optimizer = placeholder
+    with caplog.at_level(logging.WARNING, "philora"):
+        assert trainer.create_optimizer() is placeholder
+    assert "is not applied to the DummyOptim that was given" in caplog.text
 
 
 def test_a_model_without_b_is_refused(build, phi3):
