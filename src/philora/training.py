@@ -230,6 +230,7 @@ class _Run:
     def _resolve_arguments(self, base: Any, max_length: int) -> tuple[SFTConfig, planning.Plan]:
         """TRL's arguments: every `auto` decided, everything written below the run folder."""
         given = {key: value for key, value in self.config.training_config.items() if key not in OWN_TRAINING_KEYS}
+        given["loraplus_lr_ratio"] = self.config.training_config["loraplus_lr_ratio"]
         element_bytes = torch.finfo(base.dtype).bits // 8
         packing = bool(given.get("packing", True))
         tokens_per_step = self.config.training_config.get("tokens_per_step", "auto")

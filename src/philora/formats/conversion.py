@@ -127,17 +127,19 @@ def _load_base(name: str) -> PreTrainedModel:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(model: PreTrainedModel) -> Iterator[None]:
     """In this block modules and parameters of the model may be replaced; afterwards it is what it was."""
-    modules = dict(model.named_modules())
-    held = [(module, dict(module._modules), dict(module._parameters)) for module in modules.values()]
+    held = [(each, type(each), dict(each._modules), dict(each._parameters)) for each in model.modules()]
+    attention = model.config._attn_implementation
     trains = [(each, each.requires_grad) for each in model.parameters()]
     biases = [(each, each.detach().clone()) for name, each in model.named_parameters() if "bias" in name]
     attributes = set(vars(model))
     try:
         yield
     finally:
-        for module, children, parameters in held:
+        model.set_attn_implementation(attention)
+        for module, kind, children, parameters in held:
+            module.__class__ = kind
             module._modules = children
             module._parameters = parameters
         for name in set(vars(model)) - attributes:
