@@ -1318,7 +1318,14 @@ def _check_lora(given: Mapping[str, Any], reader: _Reader) -> None:
     elif given.get("layers_pattern") and given.get("layers_to_transform") is None:
         refuse("layers_pattern", "layers_to_transform beside it")
     if given.get("init_lora_weights") == "loftq" and not given.get("loftq_config"):
-        refuse("init_lora_weights", "loftq_config beside 'loftq'", "For example loftq_config: {loftq_bits: 4}")
+        refuse(
+            "init_lora_weights",
+            "loftq_config beside 'loftq'",
+            "For example loftq_config: {loftq_bits: 4, loftq_iter: 1}",
+        )
+    if given.get("init_lora_weights") in ("eva", "corda", "lora_ga"):
+        expected = "an initialisation that needs no pass over data beforehand, which a run does not make"
+        refuse("init_lora_weights", expected, "Use true or pissa, or initialise in Python and train with SFTTrainer")
     if given.get("lora_bias") and given.get("use_dora"):
         refuse("lora_bias", "false, because use_dora is true")
 

@@ -491,6 +491,9 @@ VALUES = [
     ("peft_config.modules_to_save", "None", "expected a list (text) or null. YAML writes null, not None."),
     ("peft_config.init_lora_weights", "pisa", "loftq, lora_ga, orthogonal or mica. Did you mean 'pissa'?"),
     ("peft_config.init_lora_weights", "loftq", "expected loftq_config beside 'loftq'. For example loftq_config:"),
+    ("peft_config.init_lora_weights", "eva", "expected an initialisation that needs no pass over data beforehand"),
+    ("peft_config.init_lora_weights", "corda", "Use true or pissa, or initialise in Python and train with SFTTrainer"),
+    ("peft_config.init_lora_weights", "lora_ga", "expected an initialisation that needs no pass over data"),
     ("peft_config.use_dora", "maybe", "expected true or false"),
     (
         "peft_config.eva_config",
