@@ -134,7 +134,7 @@ def test_the_last_layer_computes_what_has_a_label(phi3, labelled):
     base = model.get_base_model()
     add_fused_lm_head(base)
     add_label_head(base)
-    lengths = [30, 110, 7, 105, 60]
+    lengths = [30, 110, 7, 105, 68]
     ids = torch.randint(3, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(4))
     labels = torch.where(torch.arange(ids.shape[1])[None] % (ids.shape[1] // max(1, labelled)) == 0, ids, -100)
     if not labelled:

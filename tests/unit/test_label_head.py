@@ -8,6 +8,7 @@ import pytest
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
+import philora
 from philora.kernels import loss
 from philora.kernels.loss import add_label_head, label_scores, label_scores_reference
 from philora.lora.functional import fused
@@ -95,3 +96,27 @@ def test_a_model_that_changes_its_logits_stays_with_trl(phi3):
     add_label_head(model)
     ids = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(3))
     assert outputs(model, ids, ids)[0].loss == outputs(plain, ids, ids)[0].loss
+
+
+@pytest.mark.parametrize("lengths", [[20, 21], [16, 16], [40], [3, 50, 1]])
+def test_packed_rows_of_any_length(phi3, lengths):
+    """Rows are made even for the products; outputs have the shape of what was given, values and gradients are TRL's."""
+    trl, mine = phi3(), philora.optimize(phi3())
+    for model in (trl, mine):
+        model.lm_head.weight.requires_grad_(False)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_label_head(mine)
+    ids = torch.randint(3, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(3))
+    positions = torch.cat([torch.arange(each) for each in lengths])[None]
+    labels = torch.where(torch.arange(sum(lengths))[None] % 3 == 0, -100, ids)
+    kept = [each.clone() for each in (ids, positions, labels)]
+    (a, grads_a), (b, grads_b) = (outputs(each, ids, labels, position_ids=positions) for each in (trl, mine))
+    for name in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(getattr(b, name).float(), getattr(a, name).float(), rtol=1e-5, atol=1e-5)
+    for mine_grad, trl_grad in zip(grads_b, grads_a, strict=True):
+        torch.testing.assert_close(mine_grad, trl_grad, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(x, y) for x, y in zip(kept, (ids, positions, labels), strict=True))
+    seen = []
+    mine.model.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    outputs(mine, ids, labels, position_ids=positions)
+    assert seen == [-(-sum(lengths) // loss.EVEN_TOKENS) * loss.EVEN_TOKENS]

@@ -109,8 +109,8 @@ def _compute_layout(position_ids: Tensor) -> Layout | None:
     lengths = [stop - start for start, stop in zip(starts, [*starts[1:], rows * tokens], strict=True)]
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        # At most an eighth of a group is padding. Few different lengths: each costs the preparation of its products.
-        step = max(8, 1 << max(0, length.bit_length() - 4))
+        # Few different lengths, since each new one costs the preparation of its products.
+        step = 8 if length <= 64 else 32 if length <= 512 else 64
         by_length.setdefault(-(-length // step) * step, []).append(index)
     scatter = torch.empty(rows * tokens, dtype=torch.long)
     groups = []
