@@ -639,7 +639,7 @@ def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, T
 
 def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str, Slices]:
     """Slices of an adapter just loaded: as recorded, else as its zeros show; none where the zeros are gone."""
-    names = Names.of(_base_with_fused(model))
+    names = Names.of(model.get_base_model())
     recorded: dict[str, Any] | None = None
     if (folder / RECORD_NAME).is_file():
         recorded = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")).get("slices", {})
@@ -655,7 +655,7 @@ def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str
                 continue
             r, chosen = int(recorded[name]["r"]), [str(each) for each in recorded[name]["names"]]
         else:
-            seen = _ranked_by_zeros(weight, rows)
+            seen = ranked_by_zeros(weight, rows)
             if seen is None:
                 continue
             r, chosen = seen
@@ -675,21 +675,17 @@ def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str
     return found
 
 
-def _base_with_fused(model: PeftModel) -> nn.Module:
-    return cast(nn.Module, model.get_base_model())
-
-
-def _ranked_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]]) -> tuple[int, list[str]] | None:
+def ranked_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]]) -> tuple[int, list[str]] | None:
     """Rank and names of the slices that make up B, or None when B is not of that form; a pattern may set any rank."""
     for count in range(1, len(rows) + 1):
         r, rest = divmod(weight.shape[1], count)
-        chosen = None if rest else slices_by_zeros(weight, rows, r)
+        chosen = None if rest else _slices_by_zeros(weight, rows, r)
         if chosen is not None:
             return r, chosen
     return None
 
 
-def slices_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]], r: int) -> list[str] | None:
+def _slices_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]], r: int) -> list[str] | None:
     """Names of the slices whose blocks of width r make up B, or None when B is not of that form."""
     blocks = weight.shape[1] // r
     if weight.shape[1] % r:

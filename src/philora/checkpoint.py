@@ -88,6 +88,11 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something stands where a new folder is to be written; an empty folder does not count."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Sync every file below `temporary` and rename the folder to `final`; a folder of that name is replaced."""
     for root, _, names in os.walk(temporary):

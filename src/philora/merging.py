@@ -36,7 +36,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from philora.adapters import load_adapter
-from philora.checkpoint import disk_full, read_peft_tensors, whole_folder, write_json, write_text
+from philora.checkpoint import disk_full, is_taken, read_peft_tensors, whole_folder, write_json, write_text
 from philora.config import ModelConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError, fault, one_per_line
 from philora.hub import reachable_or_cached
@@ -359,7 +359,7 @@ def merge_to_folder(
 
 def _free_folder(out: str | Path) -> Path:
     path = Path(out).expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if is_taken(path):
         todo = "Give another folder, or remove this one first"
         raise ConfigError(fault("merge", "out", str(out), "a new or empty folder", todo))
     return path

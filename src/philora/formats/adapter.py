@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from philora.adapters import Names, Slice, Slices, slices_by_zeros
+from philora.adapters import Names, Slice, Slices, ranked_by_zeros
 from philora.errors import AdapterError, fault, one_per_line
 
 # The update of a module may change by one rounding of B (scale folded in) and one of the product.
@@ -82,25 +82,16 @@ def as_slices(adapter: Adapter, model: PreTrainedModel) -> Adapter:
 
 
 def _sliced(update: Update, rows: Mapping[str, tuple[int, int]]) -> Update:
-    for count in range(len(rows), 0, -1):
-        r, rest = divmod(update.rank, count)
-        chosen = None if rest else _slices_of(update.lora_B, rows, r)
-        if chosen is not None:
-            return replace(update, slices=_parts(chosen, rows, r))
+    found = ranked_by_zeros(update.lora_B, rows)
+    if found is not None:
+        r, chosen = found
+        return replace(update, slices=_parts(chosen, rows, r))
     parts = _parts(list(rows), rows, update.rank)
     up = update.lora_B.new_zeros(update.lora_B.shape[0], parts[-1].rank_stop)
     for each in parts:
         span = slice(each.row_start, each.row_stop)
         up[span, each.rank_start : each.rank_stop] = update.lora_B[span]
     return replace(update, lora_A=update.lora_A.repeat(len(parts), 1), lora_B=up, slices=parts)
-
-
-def _slices_of(lora_B: Tensor, rows: Mapping[str, tuple[int, int]], r: int) -> list[str] | None:
-    """Names of the slices whose blocks of width r make up B, or None when B is not of that form."""
-    if lora_B.shape[1] > r:
-        return slices_by_zeros(lora_B, rows, r)
-    filled = [each for each, (start, stop) in rows.items() if bool(lora_B[start:stop].any())]
-    return filled if len(filled) == 1 else None
 
 
 def _parts(names: Sequence[str], rows: Mapping[str, tuple[int, int]], r: int) -> Slices:

@@ -13,7 +13,7 @@ import psutil
 from torch import nn
 from transformers import PreTrainedModel
 
-from philora.checkpoint import whole_folder
+from philora.checkpoint import is_taken, whole_folder
 from philora.config import ModelConfig
 from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.formats.adapter import Adapter, as_fused, as_slices, check_updates, for_server
@@ -105,7 +105,7 @@ def _check_arguments(format: str, layout: str, out: Path) -> None:
         )
         if value not in known
     ]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         faults.append(fault("export", "out", str(out), "a folder that is empty or not there yet", "Give another"))
     if faults:
         raise ConfigError(one_per_line(faults))

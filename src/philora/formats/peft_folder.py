@@ -19,6 +19,7 @@ from philora.adapters import RECORD_NAME, Names, load_adapter, lora_layers, slic
 from philora.checkpoint import read_peft_tensors, write_json
 from philora.errors import AdapterError, fault, one_per_line
 from philora.formats.adapter import Adapter, Update, plain_number
+from philora.merging import CHANGES_BASE
 
 _PREFIX = "base_model.model."
 
@@ -36,7 +37,6 @@ _NOT_PLAIN = (
     "monteclora_config",
     "layer_replication",
 )
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _check_plain(folder: Path) -> None:
@@ -50,7 +50,7 @@ def _check_plain(folder: Path) -> None:
         if getattr(config, name, None):
             faults.append(fault(where, name, getattr(config, name), "plain LoRA, which every layout can hold", todo))
     init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+    if isinstance(init, str) and init.lower().startswith((*CHANGES_BASE, "lora_ga")):
         expected = "an initialisation that leaves the base as it is"
         todo = "Convert it first: save_pretrained(path_initial_model_for_weight_conversion=...)"
         faults.append(fault(where, "init_lora_weights", init, expected, todo))
