@@ -43,6 +43,7 @@ from philora.families import fused_slices
 from philora.kernels import attention
 from philora.kernels.memory import keep_freed_memory
 from philora.kernels.modules import use_fast_modules
+from philora.kernels.rotary import use_document_rotary
 from philora.lora.functional import lora_linear, lora_sliced_linear
 
 logger = logging.getLogger(__name__)
@@ -403,8 +404,9 @@ def optimize(model: nn.Module) -> nn.Module:
 
     Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear` for `FastLinear`, transformers' `sdpa`
     attention for the one that treats the documents of a packed row on their own, and Phi-3's attention and
-    feed-forward modules and the family's RMSNorm for those of `kernels.modules`. Idempotent; where none is found the
-    model stays as it is. For a model on a CPU the process keeps freed memory (`kernels.memory`).
+    feed-forward modules and the family's RMSNorm for those of `kernels.modules`. LongRoPE's factors are chosen for each
+    document by itself (`kernels.rotary`). Idempotent; where none is found the model stays as it is. For a model on a
+    CPU the process keeps freed memory (`kernels.memory`).
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.
@@ -424,6 +426,7 @@ def optimize(model: nn.Module) -> nn.Module:
         attention.register()
         base.set_attn_implementation(attention.NAME)
     use_fast_modules(model)
+    use_document_rotary(model)
     if all(each.device.type == "cpu" for each in model.parameters()):
         keep_freed_memory()
     return model

@@ -35,6 +35,8 @@ class PhiModel:
         max_position_embeddings: Window in tokens.
         original_max_position_embeddings: Window before LongRoPE; its short factors hold up to here.
         rope_type: "longrope" where the factors switch at `original_max_position_embeddings`.
+        rope_factors: How many short and how many long factors `rope_scaling` lists, one for each two rotated columns
+            of a head; None without LongRoPE.
         partial_rotary_factor: Part of each head that is rotated.
         sliding_window: Attention window in tokens as `config.json` has it; None: full attention.
         stop_token_ids: Ids of `stop_tokens` in the same order.
@@ -62,6 +64,7 @@ class PhiModel:
     stop_token_ids: tuple[int, int]
     pad_token: str | None
     sources: tuple[str, ...]
+    rope_factors: int | None = None
     model_type: str = "phi3"
 
     @property
@@ -136,6 +139,7 @@ MODELS: Final = (
         hub_ids=("microsoft/Phi-3-mini-128k-instruct",),
         max_position_embeddings=131072,
         rope_type="longrope",  # written "su" in the file, which transformers reads as longrope
+        rope_factors=48,
         sliding_window=262144,
         sources=(f"{_HUB}Phi-3-mini-128k-instruct{_CONFIG}", _DOTNET, _TOKENS_3),
         **_MINI,
@@ -156,6 +160,7 @@ MODELS: Final = (
         hub_ids=("microsoft/Phi-3-medium-128k-instruct",),
         max_position_embeddings=131072,
         rope_type="longrope",
+        rope_factors=64,
         sliding_window=131072,
         sources=(f"{_HUB}Phi-3-medium-128k-instruct{_CONFIG}", _DOTNET, _TOKENS_3),
         **_MEDIUM,
@@ -166,6 +171,7 @@ MODELS: Final = (
         hub_ids=("microsoft/Phi-3.5-mini-instruct",),
         max_position_embeddings=131072,
         rope_type="longrope",
+        rope_factors=48,
         sliding_window=262144,
         sources=(f"{_HUB}Phi-3.5-mini-instruct{_CONFIG}", _TOKENS_3),
         **_MINI,
@@ -203,6 +209,7 @@ MODELS: Final = (
         max_position_embeddings=131072,
         original_max_position_embeddings=4096,
         rope_type="longrope",
+        rope_factors=48,
         rope_theta=10000.0,
         sliding_window=262144,
         tie_word_embeddings=True,
@@ -336,6 +343,19 @@ def _rows(config: Any) -> dict[str, int]:
         "gate_proj": int(config.intermediate_size),
         "up_proj": int(config.intermediate_size),
     }
+
+
+def longrope_switch_tokens(config: Any) -> int | None:
+    """Length above which a LongRoPE model turns to its long factors; None for a model with one set of frequencies.
+
+    Args:
+        config: A model's configuration, as transformers reads it.
+
+    Source: transformers 5.23, `modeling_rope_utils.longrope_frequency_update`.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    switch = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return int(switch) if switch else None
 
 
 def stop_tokens_in(vocab: Container[str]) -> list[str]:

@@ -1,0 +1,121 @@
+"""LongRoPE for each document by itself: its factors do not depend on what it is packed or padded with.
+
+The long-context Phi models have two sets of rotary frequencies: the short factors for sequences of up to
+`original_max_position_embeddings` tokens (4,096), the long ones for longer sequences. transformers looks at the
+longest row of a batch and gives its set to all of them, so that in training one long row changes what its batch-mates
+learn, and a row that is padded beyond the boundary gets the long factors whatever its own length. Alone, as at
+inference, each would have had the factors of its own length. Here every document of a row has those.
+
+With a cache the choice stays transformers': there the keys of earlier calls are rotated already. `philora.generation`
+puts prompts on different sides of the boundary into different batches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.phi3.modeling_phi3 import Phi3Model
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding as PlainPhi3RotaryEmbedding
+
+from philora.families import longrope_switch_tokens
+
+_PARAMETERS = tuple(inspect.signature(Phi3Model.forward).parameters)[1:]
+
+
+class DocumentRotaryEmbedding(PlainPhi3RotaryEmbedding):  # type: ignore[misc]
+    """Phi-3's rotary embedding with LongRoPE's factors chosen document by document.
+
+    `note_documents`, a hook of the model around it, leaves the lengths here before each forward pass.
+    """
+
+    document_tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, scaled as transformers does. The scaling is the same for both sets of factors.
+
+        Shapes:
+            x (B, T, C), position_ids (B or 1, T); returns two of (B or 1, T, rotated columns), in x's dtype.
+
+        Numerics:
+            For one document the values of transformers, bit for bit: positions times frequencies in fp32.
+        """
+        tokens, self.document_tokens = self.document_tokens, None
+        if tokens is None:
+            return cast("tuple[Tensor, Tensor]", super().forward(x, position_ids))
+        switch = int(self.config.rope_parameters["original_max_position_embeddings"])
+        short = self.original_inv_freq.to(x.device, torch.float)
+        frequencies = torch.where((tokens > switch)[..., None], self._long_frequencies(switch, x.device), short)
+        half = position_ids[..., None].float() * frequencies
+        angles = torch.cat((half, half), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+    def _long_frequencies(self, switch: int, device: torch.device) -> Tensor:
+        """Kept under the name that transformers gives them, so that either finds what the other has computed."""
+        known: Tensor | None = getattr(self, "long_inv_freq", None)
+        if known is None or known.device != device:
+            known, _ = ROPE_INIT_FUNCTIONS["longrope"](self.config, device, seq_len=switch + 1)
+            self.long_inv_freq = known
+        return known
+
+
+def document_tokens(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """For each token the length of the document that it belongs to.
+
+    Args:
+        position_ids: Positions, if any were given; a document begins wherever one is not the one before plus one.
+        attention_mask: 0 at padding; without `position_ids` each row is one document of as many tokens as are not 0.
+
+    Returns:
+        None where nothing is known but the width of the batch, which then is the length of all rows.
+
+    Shapes:
+        position_ids (B or 1, T), attention_mask (B, T); returns (B or 1, T) or (B, 1) of int64.
+    """
+    if position_ids is None:
+        return None if attention_mask is None else attention_mask.bool().sum(1, keepdim=True)
+    positions = position_ids
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    if attention_mask is not None and attention_mask.shape[1] == positions.shape[1]:
+        rows = len(attention_mask)
+        positions, begins = positions.expand(rows, -1), begins.expand(rows, -1)
+        positions = positions.masked_fill(~attention_mask.bool(), -1)
+    document = begins.flatten().cumsum(0) - 1
+    lengths = torch.zeros_like(document).scatter_reduce(0, document, positions.flatten().long() + 1, "amax")
+    return lengths.index_select(0, document).view(positions.shape)
+
+
+def note_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a `Phi3Model`: tells its rotary embedding how long each document is."""
+    given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+    model.rotary_emb.document_tokens = None
+    use_cache = given.get("use_cache")
+    use_cache = model.config.use_cache if use_cache is None else use_cache
+    if given.get("past_key_values") is not None or (use_cache and not model.training):
+        return
+    mask = given.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    positions = given.get("position_ids")
+    if positions is None and inputs is not None and inputs.shape[1] <= (longrope_switch_tokens(model.config) or 0):
+        return  # every row is short, and one row of cosines serves all
+    model.rotary_emb.document_tokens = document_tokens(positions, mask)
+
+
+def use_document_rotary(model: nn.Module) -> None:
+    """Let every Phi-3 model with LongRoPE inside `model` choose its factors by document, in place. Idempotent.
+
+    A hook and not a class carries the lengths: transformers looks up what a model can record by the name of its class.
+    """
+    for module in model.modules():
+        if not isinstance(module, Phi3Model) or longrope_switch_tokens(module.config) is None:
+            continue
+        if type(module.rotary_emb) is PlainPhi3RotaryEmbedding:
+            module.rotary_emb.__class__ = DocumentRotaryEmbedding
+            module.register_forward_pre_hook(note_documents, with_kwargs=True)
