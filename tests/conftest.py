@@ -28,38 +28,39 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PHILORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+def make_phi3(seed: int = 0, **changes: Any) -> Any:
+    """A Phi3ForCausalLM of random weights; keyword arguments go to its config."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "original_max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "resid_pdrop": 0.0,
+        "attention_dropout": 0.0,
+    }
+    torch.manual_seed(seed)
+    model = Phi3ForCausalLM(Phi3Config(**(settings | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)  # logits far from uniform, so that a fault shows
+    return model.eval()
+
+
 @pytest.fixture
 def phi3() -> Callable[..., Any]:
-    """Makes a Phi3ForCausalLM of random weights; keyword arguments go to its config."""
-
-    def make(seed: int = 0, **changes: Any) -> Any:
-        import torch
-        from transformers import Phi3Config, Phi3ForCausalLM
-
-        settings: dict[str, Any] = {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "original_max_position_embeddings": 128,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "resid_pdrop": 0.0,
-            "attention_dropout": 0.0,
-        }
-        torch.manual_seed(seed)
-        model = Phi3ForCausalLM(Phi3Config(**(settings | changes)))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(4.0)  # logits far from uniform, so that a fault shows
-        return model.eval()
-
-    return make
+    """`make_phi3`."""
+    return make_phi3
 
 
 @pytest.fixture

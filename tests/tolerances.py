@@ -12,5 +12,9 @@ LOSS_STEP_FP32 = 1e-4
 # the mean moves by about 0.04 / sqrt(100), and 20 steps of AdamW add up.
 LOSS_STEP_BF16 = 2e-2
 
+# fp32 gradient of an adapter's matrix with the fast paths against the one without: the same sums in another order,
+# forward and back through two layers. Relative to the gradient's norm.
+GRADIENTS_FP32 = 1e-5
+
 # fp32 loss of packed rows against the same rows alone: the same sums in attention kernels of another shape.
 PACKED_FP32 = 1e-5

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -34,6 +35,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -357,8 +359,9 @@ class FastLinear(PeftLinear):  # type: ignore[misc]
     """PEFT's LoRA layer of a `torch.nn.Linear`, computed as one autograd node where the case is the plain one.
 
     Plain: one active adapter without a variant (DoRA, ...), not merged, not disabled, no adapter names per sample,
-    no bias of B, no hooks on the inner modules. All else runs PEFT's own forward. `optimize` sets the class of
-    existing layers; nothing else about them changes, so state dicts, saving and PEFT's methods stay PEFT's.
+    no bias of B, no hooks on the inner modules, none of which FSDP shards by itself. All else runs PEFT's own forward.
+    `optimize` sets the class of existing layers; nothing else about them changes, so state dicts, saving and PEFT's
+    methods stay PEFT's.
     """
 
     @property
@@ -390,13 +393,24 @@ class FastLinear(PeftLinear):  # type: ignore[misc]
         if adapter in self.lora_variant or self.lora_bias.get(adapter):
             return None
         inner = (self.base_layer, self.lora_A[adapter], self.lora_B[adapter])
-        if type(self.base_layer) is not nn.Linear or not isinstance(
-            self.lora_dropout[adapter], nn.Dropout | nn.Identity
-        ):
+        if any(type(each) is not nn.Linear for each in inner):
+            if any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in inner):
+                _say_sharded_alone()
+            return None
+        if not isinstance(self.lora_dropout[adapter], nn.Dropout | nn.Identity):
             return None
         if any("forward" in each.__dict__ or each._forward_hooks or each._forward_pre_hooks for each in inner):
             return None
         return adapter
+
+
+@cache
+def _say_sharded_alone() -> None:
+    """Say once that layers run PEFT's forward, because a weight is whole only while its own module runs."""
+    logger.warning(
+        "FSDP shards linear layers inside LoRA layers by themselves, so those run PEFT's own forward. "
+        "Wrap whole decoder layers to have the fused one."
+    )
 
 
 def optimize(model: nn.Module) -> nn.Module:
