@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from philora import models
 from philora.errors import ConfigError, DataError, ModelError, fault, one_per_line
+from philora.families import longrope_switch_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -174,9 +175,7 @@ def rope_switch_tokens(model: nn.Module) -> int | None:
 
     Source: transformers 5.23, `modeling_rope_utils.longrope_frequency_update`.
     """
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    switch = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    return int(switch) if switch else None
+    return longrope_switch_tokens(model.config)
 
 
 @contextlib.contextmanager

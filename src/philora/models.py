@@ -25,7 +25,9 @@ PADDING_CANDIDATES = (
     "<|unk|>",
     "<|placeholder1|>",
     "<|dummy_0|>",
-    "<|finetune_right_pad_id|>",
+    "<|finetune_right_pad_id|>",  # Llama 3
+    "<|fim_pad|>",  # Qwen 2.5 and 3, whose own padding token ends a text
+    "<|endofprompt|>",  # Phi-4-mini: of its vocabulary, in none of its templates
 )
 
 

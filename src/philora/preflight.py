@@ -14,7 +14,7 @@ from peft import LoraConfig
 from philora import models, planning
 from philora.adapters import Coverage, apply_slices, coverage, optimize, resolve_for_training
 from philora.config import Config, load_config
-from philora.data import prepare, preview
+from philora.data import length_notices, prepare, preview
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,11 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         stop_tokens=[str(each) for each in tokenizer.convert_ids_to_tokens(stops)],
         padding_token=str(tokenizer.pad_token),
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
-        notices=[*config.notices, *prepared.report.notices],
+        notices=[
+            *config.notices,
+            *prepared.report.notices,
+            *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
+        ],
         preview=preview(tokenizer, next(iter(prepared.train))),
         coverage=covered,
         estimate=plan.estimate.to_dict(),

@@ -23,6 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from philora.adapters import apply_slices, optimize, resolve_for_training
 from philora.checkpoint import TEMPORARY_PREFIX, disk_full, publish, seal
 from philora.config import FIELDS, ONE_RATE_OPTIMIZERS, translate_trainer_keywords, translate_training_arguments
+from philora.data import length_notices
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
@@ -110,6 +111,9 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         add_label_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         if resolution is not None:
             apply_slices(self.model, resolution.slices)
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for notice in length_notices(self.model.config, {"train": self.train_dataset, **several}):
+            logger.warning("%s", notice)
         ratio = getattr(self.args, "loraplus_lr_ratio", None)
         if ratio is not None and not loraplus_fast_parameters(self.model):
             expected = "an adapter of which some B trains"

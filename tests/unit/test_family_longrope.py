@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import pack_dataset
 
 import philora
+from philora.data import length_notices
+from philora.data.lengths import sequence_lengths
+from philora.errors import ConfigError
 from philora.families import MODELS, longrope_switch_tokens
 from philora.kernels.rotary import DocumentRotaryEmbedding, document_tokens
 from philora.lora.functional import fused
+from philora.models import local_path
+from philora.preflight import preflight
 from tests.family import build, packed, padded, small_config, tokens
 from tests.tolerances import PACKED_FP32
 
@@ -166,3 +176,95 @@ def test_the_adapter_of_a_longrope_model_loads_in_plain_peft(models, tmp_path):
     philora.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert type(loaded.get_base_model().model.rotary_emb) is type(plain.model.rotary_emb)
+
+
+# ------------------------------------------------------------------------------------------- who is told
+
+
+def rows(lengths):
+    return Dataset.from_list([{"input_ids": [5] * each, "labels": [5] * each} for each in lengths])
+
+
+def test_the_lengths_of_packed_and_unpacked_rows():
+    plain = rows([90, 20, 64, 65, 7])
+    assert sequence_lengths(plain).tolist() == [90, 20, 64, 65, 7]
+    assert sorted(sequence_lengths(pack_dataset(plain, 128, "bfd"))) == [7, 20, 64, 65, 90]
+    assert sequence_lengths(plain.select([3, 1])).tolist() == [65, 20]
+    assert len(sequence_lengths(plain.to_iterable_dataset())) == len(sequence_lengths(None)) == 0
+
+
+def test_rows_beyond_the_boundary_and_beyond_the_window():
+    config = small_config(LONG[0], max_position_embeddings=80)
+    notices = length_notices(config, {"train": rows([90, 20, 64, 65]), "eval": rows([64]), "more": None})
+    assert len(notices) == 2
+    assert re.search(
+        r"train: 1 of 4 rows are longer than the model's window of 80 tokens \(the longest has 90\)", notices[0]
+    )
+    assert notices[0].endswith("Set max_length to 80 or less.")
+    assert "train: 2 of 4 rows are longer than 64 tokens, where LongRoPE turns from its short factors" in notices[1]
+    assert notices[1].endswith("For the short factors alone, set max_length to 64 or less.")
+    assert length_notices(small_config(MODELS[0]), {"train": rows([64])}) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a LongRoPE model (Phi-4-mini: tied, grouped queries, partly rotated) and the nano tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    member = next(each for each in LONG if each.tie_word_embeddings)
+    build(small_config(member, vocab_size=4096)).save_pretrained(path)
+    AutoTokenizer.from_pretrained(local_path("nano")).save_pretrained(path)
+    return path
+
+
+def settings(folder, tmp_path):
+    return {
+        "model": {"name_or_path": str(folder), "dtype": "float32"},
+        "data": {"train": {"path": "helpdesk", "limit": 20}, "eval": {"path": "helpdesk", "limit": 4}},
+        "evaluation": {"generate": 2, "max_new_tokens": 4, "samples": 1},
+        "training_config": {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 2,
+            "max_length": 512,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+        },
+    }
+
+
+def test_a_check_and_a_run_tell_how_many_rows_cross(folder, tmp_path, caplog):
+    found = preflight(settings(folder, tmp_path))
+    told = [each for each in found.notices if "LongRoPE" in each]
+    assert len(told) == 1
+    assert re.match(r"train: \d+ of 20 rows are longer than 64 tokens", told[0])
+    with caplog.at_level(logging.WARNING):
+        result = philora.train(settings(folder, tmp_path))
+    assert all(each in caplog.text for each in told)
+    assert told[0] in (result.folder / "train.log").read_text(encoding="utf-8")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), result.adapter)
+    assert loaded.get_base_model().lm_head.weight is loaded.get_base_model().model.embed_tokens.weight
+
+
+def test_a_context_longer_than_the_window_is_refused(folder, tmp_path):
+    given = settings(folder, tmp_path)
+    given["training_config"]["max_length"] = 4096
+    expected = r"max_length=4096 - expected at most 2048, the context of the model. Set 2048 or less"
+    for surface in (preflight, philora.train):
+        with pytest.raises(ConfigError, match=expected):
+            surface(given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_trainer_of_a_script_tells_too(phi3, tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(local_path("nano"))
+    args = philora.SFTConfig(str(tmp_path), max_length=256, report_to="none", bf16=False, packing=True)
+    with caplog.at_level(logging.WARNING, logger="philora"):
+        philora.SFTTrainer(
+            build(small_config(LONG[0])), args=args, train_dataset=rows([90, 20]), processing_class=tokenizer
+        )
+        philora.SFTTrainer(
+            phi3(max_position_embeddings=64), args=args, train_dataset=rows([90, 20]), processing_class=tokenizer
+        )
+    told = [each.message for each in caplog.records if each.name == "philora.trainer"]
+    assert len(told) == 2
+    assert told[0].startswith("train: 1 of 2 rows are longer than 64 tokens, where LongRoPE turns")
+    assert told[1].startswith("train: 1 of 2 rows are longer than the model's window of 64 tokens")

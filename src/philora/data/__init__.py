@@ -2,8 +2,10 @@
 
 `prepare` does all of it for a run. The parts, in the order that data flows through them: `read` (files and hub),
 `shapes` (records to conversations), `template` (conversations to tokens and labels), `store` (cache), `prepare`.
+`lengths` says what long rows mean for a model.
 """
 
+from philora.data.lengths import length_notices
 from philora.data.prepare import (
     Conversations,
     DataReport,
@@ -40,6 +42,7 @@ __all__ = [
     "SplitReport",
     "TemplateFault",
     "encode_conversation",
+    "length_notices",
     "prepare",
     "preview",
     "prompts_and_references",
