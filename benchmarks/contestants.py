@@ -15,6 +15,26 @@ from benchmarks.work import IGNORED, Document
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
 
+# What every contestant's trainer and adapter are given, here and on a GPU.
+TRAINER: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "lr_scheduler_type": "constant",
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "packing": True,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "train_sampling_strategy": "sequential",
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+LORA: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "bias": "none",
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -53,6 +73,17 @@ def dataset_of(steps: list[list[list[Document]]]) -> Any:
     )
 
 
+def facts_of(model: Any) -> dict[str, Any]:
+    """What an adapted model is, for a contestant's settings."""
+    trainable = [each for each in model.parameters() if each.requires_grad]
+    return {
+        "weights": str(model.get_base_model().dtype).removeprefix("torch."),
+        "adapters": "/".join(sorted({str(each.dtype).removeprefix("torch.") for each in trainable})),
+        "trainable_parameters": sum(each.numel() for each in trainable),
+        "attention": model.config._attn_implementation,
+    }
+
+
 def train(task: Task) -> dict[str, Any]:
     """Train as the task says, with the trainer of the contestant."""
     import torch
@@ -88,23 +119,15 @@ def train(task: Task) -> dict[str, Any]:
         arguments = SFTConfig(
             folder,
             max_steps=len(steps),
-            per_device_train_batch_size=1,
             gradient_accumulation_steps=task.rows,
             learning_rate=task.learning_rate,
-            lr_scheduler_type="constant",
             bf16=setting.autocast,
             use_cpu=True,
             seed=task.seed,
             gradient_checkpointing=setting.recompute,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if setting.recompute else None,
-            packing=True,
             max_length=task.work.row_tokens,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            train_sampling_strategy="sequential",
             logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
+            **TRAINER,
         )
         model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.bfloat16)
         transformers.set_seed(task.seed)  # the same first A for all
@@ -113,26 +136,15 @@ def train(task: Task) -> dict[str, Any]:
             args=arguments,
             train_dataset=dataset_of(steps),
             processing_class=AutoTokenizer.from_pretrained(task.model),
-            peft_config=LoraConfig(
-                r=16,
-                lora_alpha=32,
-                lora_dropout=setting.dropout,
-                bias="none",
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=LoraConfig(lora_dropout=setting.dropout, **LORA),
             callbacks=[Steps()],
         )
-        trainable = [each for each in trainer.model.parameters() if each.requires_grad]
         settings = {
             "trainer": f"{'philora' if setting.philora else trl.__name__}.SFTTrainer",
             "dropout": setting.dropout,
             "recomputation": setting.recompute,
             "autocast": arguments.bf16,
-            "weights": str(trainer.model.get_base_model().dtype).removeprefix("torch."),
-            "adapters": "/".join(sorted({str(each.dtype).removeprefix("torch.") for each in trainable})),
-            "trainable_parameters": sum(each.numel() for each in trainable),
-            "attention": trainer.model.config._attn_implementation,
+            **facts_of(trainer.model),
             "optimizer": f"{arguments.optim.value} lr {arguments.learning_rate} clip {arguments.max_grad_norm}",
             "rows": "packs",
             "threads": torch.get_num_threads(),

@@ -13,21 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.process import Task, run, start
+from benchmarks.work import Work
 
 
-def matrix_rate(task: Task) -> dict[str, Any]:
+def layers_rate(work: Work, device: str = "cpu") -> float:
     """FLOPs a second of bf16 products at the tokens of a row: all four matrices of a layer, forward and backward."""
     import torch
 
     from benchmarks.machine import matmul_rate
 
     work_flops = seconds = 0.0
-    for rows, columns in task.work.layer_shapes:
+    for rows, columns in work.layer_shapes:
         for inner, outer in ((columns, rows), (rows, columns)):  # x W^T, and dy W
-            flops = 2.0 * task.work.row_tokens * rows * columns
+            flops = 2.0 * work.row_tokens * rows * columns
             work_flops += flops
-            seconds += flops / (1e9 * matmul_rate(torch.bfloat16, task.work.row_tokens, inner, outer))
-    return {"flops_per_second": work_flops / seconds}
+            seconds += flops / (1e9 * matmul_rate(torch.bfloat16, work.row_tokens, inner, outer, device))
+    return work_flops / seconds
+
+
+def matrix_rate(task: Task) -> dict[str, Any]:
+    """The rate at a task's work, as a result."""
+    return {"flops_per_second": layers_rate(task.work)}
 
 
 def machine(environment: Mapping[str, str]) -> str:

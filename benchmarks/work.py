@@ -15,6 +15,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -215,14 +216,11 @@ def read_rows(path: Path) -> list[list[Document]]:
 # -------------------------------------------------------------------------------------------------------- model
 
 
-def write_model(work: Work, folder: Path) -> None:
-    """Write the model's folder, with the bundled tokenizer, which the trainers ask for its padding token only."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
+def config_of(work: Work) -> Any:
+    """The model's configuration."""
+    from transformers import Phi3Config
 
-    from philora.models import local_path
-
-    config = Phi3Config(
+    return Phi3Config(
         vocab_size=work.vocabulary,
         hidden_size=work.hidden,
         intermediate_size=work.intermediate,
@@ -239,7 +237,16 @@ def write_model(work: Work, folder: Path) -> None:
         bos_token_id=1,
         eos_token_id=END,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def write_model(work: Work, folder: Path) -> None:
+    """Write the model's folder, with the bundled tokenizer, which the trainers ask for its padding token only."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from philora.models import local_path
+
+    model = AutoModelForCausalLM.from_config(config_of(work), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(work.seed)
     with torch.no_grad():
         for parameter in model.parameters():

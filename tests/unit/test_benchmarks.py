@@ -7,13 +7,14 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks import preparation, training
+from benchmarks import gpu, preparation, training
 from benchmarks.process import REPOSITORY, Record, Task, environment, start
 from benchmarks.results import append
 from benchmarks.work import (
@@ -28,6 +29,7 @@ from benchmarks.work import (
     read_rows,
     write_data,
 )
+from tests.tolerances import LOSS_STEP_BF16
 
 QUICK = WORKS["quick"]
 
@@ -240,7 +242,7 @@ def test_preparation_tells_other_data():
     assert "expected one" in preparation.differences({"trl": [figures(65)], "philora": [figures(60, 99)]})[0]
 
 
-@pytest.mark.parametrize("module", ["training", "lengths", "preparation", "startup"])
+@pytest.mark.parametrize("module", ["training", "lengths", "preparation", "startup", "gpu"])
 def test_what_starts_contestants_stays_small(module):
     """Linux hands a process's peak memory on to those it starts, so torch there would be in every figure."""
     script = f"import sys, benchmarks.{module}; sys.exit('torch' in sys.modules)"
@@ -258,3 +260,88 @@ def test_chart(tmp_path):
 def test_document_labels_are_not_shifted():
     document = Document(np.array([3, 9, 5], np.int32), np.array([0, 1, 1], np.uint8))
     assert document.labels.tolist() == [-100, 9, 5]
+
+
+def test_the_gpu_limit_is_that_of_phi_3_mini():
+    """16.45 GFLOP a token at a document of 2048: 14.89 in linears and head, 1.41 in attention, 0.15 in adapters."""
+    work = gpu.MINI
+    assert work.linear_parameters + work.head_parameters == pytest.approx(3.7224e9, rel=1e-4)
+    kept, recomputed = (gpu.flops_per_token(work, [2048], 1.0, each) for each in (False, True))
+    assert kept == pytest.approx(16.45e9, rel=1e-3)
+    assert recomputed - kept == pytest.approx((14.89 / 2 + 1.41 / 3.5) * 1e9, rel=1e-3)
+    short = gpu.flops_per_token(work, [1024, 1024], 1.0, False)
+    assert kept - short == pytest.approx(1.41e9 / 2, rel=2e-3), "documents attend to themselves only"
+
+
+def test_gpu_cases_begin_with_the_most_telling():
+    order = list(gpu.groups(["*"], (2048, 4096)))
+    assert [each.name for each in order[0]] == [
+        "philora/bf16/2048/keep",
+        "philora/bf16/4096/keep",
+        "philora/bf16/2048/recompute",
+        "philora/bf16/4096/recompute",
+    ]
+    assert [cases[0].contestant for cases in order] == 2 * list(gpu.CONTESTANTS)
+    assert [cases[0].base for cases in order] == ["bf16"] * len(gpu.CONTESTANTS) + ["nf4"] * len(gpu.CONTESTANTS)
+    picked = gpu.groups(["trl/nf4/*/keep"], (2048, 4096))
+    assert [[each.name for each in cases] for cases in picked] == [["trl/nf4/2048/keep", "trl/nf4/4096/keep"]]
+
+
+def test_gpu_names_that_match_nothing_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.arguments(["--only", "philora/fp4/*"])
+    assert "--only: 'philora/fp4/*' - expected patterns of some of philora/bf16/2048/keep" in capsys.readouterr().err
+
+
+def test_gpu_cases_that_cannot_run_say_why(tmp_path):
+    given = gpu.arguments(["--quick", "--device", "cpu"])
+    cases = [gpu.Case(name, "bf16", 256, False) for name in ("unsloth", "philora")]
+    soon = time.monotonic()
+    found = gpu.run_group(cases[:1], given, soon + 600, tmp_path) | gpu.run_group(cases[1:], given, soon + 1, tmp_path)
+    assert found == {
+        "unsloth/bf16/256/keep": {"status": "not importable: unsloth"},
+        "philora/bf16/256/keep": {"status": gpu.SKIPPED},
+    }
+    # in a contestant's process: what it raises, and no case after the time
+    settings = gpu.Settings(QUICK, "cpu", 1, 2, seconds=60.0)
+    out = tmp_path / "out.json"
+    gpu.contestant([replace(cases[0], contestant="liger")], settings, out)
+    assert json.loads(out.read_text()) == {
+        "liger/bf16/256/keep": {"status": "ModuleNotFoundError: No module named 'liger_kernel'"}
+    }
+    gpu.contestant(cases[1:], replace(settings, seconds=-1.0), out)
+    assert json.loads(out.read_text()) == {"philora/bf16/256/keep": {"status": gpu.SKIPPED}}
+    with pytest.raises(ValueError, match=r"steps=900 - expected at most \d+"):
+        gpu.measure_case(cases[1], replace(settings, steps=900))
+
+
+@pytest.mark.slow
+def test_gpu_rows_on_a_cpu(tmp_path):
+    """The whole command with a tiny model: same labels for all, losses that agree, rows for what is not there."""
+    pytest.importorskip("bitsandbytes")
+    table = tmp_path / "gpu.csv"
+    only = "philora/*/256/*,trl/*/256/keep,plain/bf16/256/keep,liger/bf16/256/keep"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--only", only]
+    ended = subprocess.run(
+        [*command, "--results", str(table)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    with table.open(encoding="utf-8") as stream:
+        rows = {(row["contestant"], row["base"], row["recomputation"]): row for row in csv.DictReader(stream)}
+    done = {name: row for name, row in rows.items() if name[0] != "liger"}
+    assert len(done) == 7
+    assert rows["liger", "bf16", "False"]["status"] == "not importable: liger_kernel"
+    assert {row["status"] for row in done.values()} == {"ok"}
+    for what in ("labels", "tokens"):
+        assert len({row[what] for row in done.values()}) == 1
+    for name, row in done.items():
+        theirs = json.loads(done["trl", name[1], "False"]["losses"])
+        losses = json.loads(row["losses"])
+        assert len(losses) == 3
+        assert losses[-1] < losses[0]
+        assert training.largest_gap(losses, theirs) < LOSS_STEP_BF16
+        speed, limit = float(row["tokens_per_second"]), float(row["limit_tokens_per_second"])
+        assert float(row["share_of_limit"]) == pytest.approx(speed / limit, abs=1e-4)
+        assert json.loads(row["settings"])["trainable_parameters"] > 0
+    assert json.loads(done["philora", "bf16", "False"]["settings"])["adapters"] == "float32"
+    assert "bitsandbytes" in json.loads(done["philora", "nf4", "False"]["versions"])

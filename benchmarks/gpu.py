@@ -1,0 +1,678 @@
+"""Training of the full Phi-3-mini shape on one CUDA GPU: philora beside TRL, a plain loop and, where there, others.
+
+`python -m benchmarks.gpu [--only PATTERN,...] [--rounds N] [--steps N] [--minutes M]`
+
+A case is a contestant, a base (bf16 or NF4), a pack of 2048 or 4096 tokens, and activations kept or recomputed. The
+cases of a contestant and a base share one process, which makes the weights on the device anew for each. The most
+telling come first; none is begun when the time is nearly over. Rows go to results/gpu.csv, also of a case that failed:
+it says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+from zlib import crc32
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contestants import LORA, PACKAGES, TRAINER, dataset_of, facts_of
+from benchmarks.process import REPOSITORY, Record, environment, start
+from benchmarks.rate import layers_rate
+from benchmarks.results import RESULTS, append, commit, now
+from benchmarks.training import Runs, disagreements, largest_gap
+from benchmarks.work import IGNORED, WORKS, Document, Work, config_of, make_rows
+
+MINI = Work("mini", "Phi-3-mini, random weights", 3072, 8192, 32, 32, longest_tokens=2048)
+REFERENCE = "trl"
+"""Losses are compared with its."""
+
+OK = "ok"
+SKIPPED = "not started: the time was nearly over"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who trains.
+
+    Attributes:
+        needs: Modules without which there is no such contestant.
+        attention: What the model is asked for.
+        autocast: To bf16, over bf16 weights.
+    """
+
+    title: str
+    train: Callable[[Any, list[list[Document]], Settings], tuple[Measured, Any]]
+    needs: tuple[str, ...] = ()
+    attention: str = "sdpa"
+    autocast: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    contestant: str
+    base: str
+    tokens: int
+    recompute: bool
+
+    @property
+    def name(self) -> str:
+        """What `--only` picks by."""
+        return f"{self.contestant}/{self.base}/{self.tokens}/{'recompute' if self.recompute else 'keep'}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a process of a contestant is asked to do, besides its cases.
+
+    Attributes:
+        seconds: No case is begun when the longest so far would not fit into them any more.
+    """
+
+    work: Work
+    device: str
+    warmup: int
+    steps: int
+    seconds: float
+    seed: int = 0
+    learning_rate: float = 1e-3
+
+
+def flops_per_token(work: Work, lengths: Sequence[int], label_share: float, recompute: bool) -> float:
+    """All products of a step over its tokens: 4N, with recomputation 6N, causal attention and the adapters.
+
+    N counts the linear layers and, for tokens with a label, the head. Attention of a document of L tokens is 2 L^2 C
+    FLOPs a layer forward (half of the scores are needed) and 2.5 times that backward, where the scores are made again.
+    The adapters have no second forward pass in it.
+
+    Args:
+        work: The shape.
+        lengths: Of the documents.
+        label_share: Labelled tokens among all.
+        recompute: Whether the forward pass is computed again.
+    """
+    products = work.flops_per_token(label_share) * (1.5 if recompute else 1.0)
+    attention = 2.0 * work.hidden * work.layers * sum(each**2 for each in lengths) / sum(lengths)
+    adapters = LORA["r"] * work.layers * sum(rows + columns for rows, columns in work.layer_shapes)
+    return products + attention * (4.5 if recompute else 3.5) + 6.0 * adapters
+
+
+# ------------------------------------------------------------------------------------- the process of a contestant
+
+
+class Measured:
+    """The steps of a training: nothing here waits for the device before the training is over."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+        self.losses: list[Any] = []
+        self.labels: list[Any] = []
+        self.tokens: list[int] = []
+
+    def begin(self) -> None:
+        """The first step begins; what making the model took does not count for the peak of memory."""
+        release(self.device)
+        self.mark()
+
+    def mark(self) -> None:
+        """A step ends here, and the next begins."""
+        import torch
+
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def batch(self, labels: Any, tokens: int) -> None:
+        """A forward and backward pass begins, on these labels and so many tokens."""
+        self.labels.append((labels[:, 1:] != IGNORED).sum())
+        self.tokens.append(tokens)
+
+    def record(self, warmup: int) -> Record:
+        """The same as the training benchmark keeps it."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
+        seconds = [first.elapsed_time(last) / 1e3 if self.device == "cuda" else last - first for first, last in pairs]
+        losses, labels = [float(each) for each in self.losses], [int(each) for each in self.labels]
+        return Record(warmup, losses, labels, self.tokens, seconds)
+
+
+def make_model(work: Work, base: str, attention: str, settings: Settings) -> Any:
+    """The model on the device; weights depend on their names alone, so that all contestants have the same.
+
+    NF4 is as transformers makes it: every linear layer but the head, double quantisation, bf16 products.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(settings.device):
+        model = AutoModelForCausalLM.from_config(config_of(work), dtype=torch.bfloat16, attn_implementation=attention)
+    generator = torch.Generator(settings.device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                generator.manual_seed(work.seed + crc32(name.encode()))
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1.0)
+    if base == "nf4":
+        import bitsandbytes as bnb
+
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                sizes = module.in_features, module.out_features
+                four = bnb.nn.Linear4bit(
+                    *sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+                )
+                weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=four)
+                four.weight = weight.to(settings.device)  # quantises
+                model.set_submodule(name, four)
+        model.is_loaded_in_4bit = True  # PEFT and TRL ask
+    return model
+
+
+def seeded_adapter() -> Any:
+    """The adapter's configuration; what draws A next draws the same for all."""
+    import transformers
+    from peft import LoraConfig
+
+    transformers.set_seed(0)
+    return LoraConfig(lora_dropout=0.0, **LORA)
+
+
+def by_trainer(module: str) -> Callable[[Case, list[list[Document]], Settings], tuple[Measured, Any]]:
+    """A training by the SFTTrainer of a module.
+
+    Args:
+        module: `trl` or `philora`.
+    """
+
+    def train(case: Case, rows: list[list[Document]], settings: Settings) -> tuple[Measured, Any]:
+        library = __import__(module)
+        chosen = CONTESTANTS[case.contestant]
+        model = make_model(settings.work, case.base, chosen.attention, settings)
+        return run_trainer(library, model, seeded_adapter(), case, rows, settings)
+
+    return train
+
+
+def run_trainer(
+    library: Any, model: Any, adapter: Any, case: Case, rows: list[list[Document]], settings: Settings
+) -> tuple[Measured, Any]:
+    """Train with a library's SFTTrainer, given a model and the adapter it is to make, or an adapted model."""
+    from transformers import AutoTokenizer, TrainerCallback
+
+    from philora.models import local_path
+
+    measured = Measured(settings.device)
+
+    class Watched(library.SFTTrainer):  # type: ignore[misc,name-defined]
+        """The trainer, with a note of what each forward pass is given and gives."""
+
+        def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+            measured.batch(inputs["labels"], inputs["input_ids"].numel())
+            loss = super().training_step(model, inputs, *rest, **more)
+            measured.losses.append(loss.detach())
+            return loss
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        """Marks where steps begin and end."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            measured.begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            measured.mark()
+
+    autocast = CONTESTANTS[case.contestant].autocast
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = library.SFTConfig(
+            folder,
+            max_steps=len(rows),
+            gradient_accumulation_steps=1,
+            learning_rate=settings.learning_rate,
+            optim="adamw_torch_fused",
+            bf16=autocast,
+            use_cpu=settings.device == "cpu",
+            seed=settings.seed,
+            gradient_checkpointing=case.recompute,
+            max_length=case.tokens,
+            logging_strategy="no",
+            logging_nan_inf_filter=False,  # it waits for the device in every step
+            **TRAINER,
+        )
+        trainer = Watched(
+            model,
+            args=arguments,
+            train_dataset=dataset_of([rows]),
+            processing_class=AutoTokenizer.from_pretrained(local_path("nano")),
+            peft_config=adapter,
+            callbacks=[Steps()],
+        )
+        if library.__name__ == "philora":  # as `philora train` does over a quantised base; TRL rounds them to bf16
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        trainer.train()
+        return measured, trainer.model
+
+
+def by_loop(case: Case, rows: list[list[Document]], settings: Settings) -> tuple[Measured, Any]:
+    """A plain loop over transformers' model with PEFT's adapter."""
+    import numpy as np
+    import peft
+    import torch
+
+    chosen = CONTESTANTS[case.contestant]
+    model = peft.get_peft_model(make_model(settings.work, case.base, chosen.attention, settings), seeded_adapter())
+    if case.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=True)
+    measured = Measured(settings.device)
+    measured.begin()
+    for row in rows:
+        columns = {
+            "input_ids": [each.input_ids for each in row],
+            "position_ids": [np.arange(len(each.input_ids)) for each in row],
+            "labels": [each.labels for each in row],
+        }
+        batch = {
+            name: torch.from_numpy(np.concatenate(parts).astype(np.int64))[None].to(settings.device)
+            for name, parts in columns.items()
+        }
+        measured.batch(batch["labels"], batch["input_ids"].numel())
+        with torch.autocast(settings.device, torch.bfloat16, enabled=chosen.autocast):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        measured.losses.append(loss.detach())
+        measured.mark()
+    return measured, model
+
+
+def by_liger(case: Case, rows: list[list[Document]], settings: Settings) -> tuple[Measured, Any]:
+    """The plain loop with Liger's kernels in transformers' Phi-3."""
+    from liger_kernel.transformers import apply_liger_kernel_to_phi3
+
+    apply_liger_kernel_to_phi3()
+    return by_loop(case, rows, settings)
+
+
+@cache
+def written_model(settings: Settings) -> tempfile.TemporaryDirectory[str]:
+    """A folder with the bf16 model, for a library that reads models from folders only; kept while the process lives."""
+    from transformers import AutoTokenizer
+
+    from philora.models import local_path
+
+    folder = tempfile.TemporaryDirectory()
+    make_model(settings.work, "bf16", "sdpa", settings).save_pretrained(folder.name)
+    AutoTokenizer.from_pretrained(local_path("nano")).save_pretrained(folder.name)
+    release(settings.device)
+    return folder
+
+
+def by_unsloth(case: Case, rows: list[list[Document]], settings: Settings) -> tuple[Measured, Any]:
+    """Unsloth's model in TRL's trainer, which Unsloth patches."""
+    from unsloth import FastModel
+
+    # isort: split
+    import trl  # after what patches it
+
+    recompute = "unsloth" if case.recompute else False
+    model, _ = FastModel.from_pretrained(
+        written_model(settings).name,
+        max_seq_length=case.tokens,
+        load_in_4bit=case.base == "nf4",
+        load_in_16bit=case.base == "bf16",
+        use_gradient_checkpointing=recompute,
+        use_exact_model_name=True,
+    )
+    wanted = {name: value for name, value in LORA.items() if name != "task_type"}
+    adapted = FastModel.get_peft_model(
+        model, lora_dropout=0.0, use_gradient_checkpointing=recompute, random_state=settings.seed, **wanted
+    )
+    return run_trainer(trl, adapted, None, case, rows, settings)
+
+
+CONTESTANTS = {
+    "philora": Contestant("philora.SFTTrainer", by_trainer("philora"), autocast=False),
+    "trl": Contestant("TRL SFTTrainer + PEFT", by_trainer("trl")),
+    "plain": Contestant("plain loop, PEFT", by_loop),
+    "liger": Contestant("plain loop, PEFT, Liger", by_liger, ("liger_kernel",)),
+    "unsloth": Contestant("TRL SFTTrainer, Unsloth", by_unsloth, ("unsloth",)),
+    "trl-flash": Contestant("TRL + PEFT, FlashAttention 2", by_trainer("trl"), ("flash_attn",), "flash_attention_2"),
+}
+
+
+def release(device: str) -> None:
+    """Give back what nobody holds any more, and count the peak anew."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
+    """Train one case and return its figures."""
+    import torch
+
+    work = replace(settings.work, row_tokens=case.tokens)
+    rows = make_rows(work)[: settings.warmup + settings.steps]
+    if len(rows) < settings.warmup + settings.steps:
+        raise ValueError(f"steps={settings.steps} - expected at most {len(rows) - settings.warmup}.")
+    measured, model = CONTESTANTS[case.contestant].train(case, rows, settings)
+    packages = [*PACKAGES, *(["bitsandbytes"] if case.base == "nf4" else [])]
+    extra = {"liger": ["liger-kernel"], "unsloth": ["unsloth"], "trl-flash": ["flash-attn"]}
+    facts = {"autocast": CONTESTANTS[case.contestant].autocast, "dropout": 0.0, **facts_of(model)}
+    result = measured.record(settings.warmup).result(facts, [*packages, *extra.get(case.contestant, [])])
+    timed = [len(each.input_ids) for row in rows[settings.warmup :] for each in row]
+    share = sum(result["labels"][settings.warmup :]) / sum(timed)
+    result["flops_per_token"] = flops_per_token(settings.work, timed, share, case.recompute)
+    if settings.device == "cuda":
+        result["max_memory_allocated"] = torch.cuda.max_memory_allocated()
+        result["max_memory_reserved"] = torch.cuda.max_memory_reserved()
+    return result
+
+
+def contestant(cases: list[Case], settings: Settings, out: Path) -> None:
+    """The body of a contestant's process: `out` holds what is done, after each case."""
+    import torch
+
+    done: dict[str, dict[str, Any]] = {}
+    begun, longest = time.monotonic(), 0.0
+    for case in cases:
+        at = time.monotonic()
+        if at - begun + longest > settings.seconds:
+            result: dict[str, Any] = {"status": SKIPPED}
+        else:
+            release(settings.device)
+            try:
+                result = {"status": OK, **measure_case(case, settings)}
+            except torch.OutOfMemoryError as error:
+                result = {"status": f"out of memory: {str(error).splitlines()[0]}"}
+            except Exception as error:  # noqa: BLE001 - whatever another library raises is the row's reason
+                lines = [*str(error).strip().splitlines(), ""]
+                result = {"status": f"{type(error).__name__}: {lines[0]}"[:300]}
+            longest = max(longest, time.monotonic() - at)
+        done[case.name] = result
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(done), encoding="utf-8")
+        temporary.replace(out)
+
+
+def rates(device: str, works: list[Work]) -> dict[str, Any]:
+    """What the machine is, and its rate of products at each length of packs.
+
+    Raises:
+        RuntimeError: There is no such device.
+    """
+    import torch
+
+    from benchmarks.machine import describe
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device: cuda - expected a CUDA GPU that torch can use. Try --device cpu --quick.")
+    facts = describe(device)
+    name = str(facts.get("accelerator") or f"{facts['cores']} cores {facts['arch']} {facts['capabilities']}")
+    return {"device": name, "rates": {str(each.row_tokens): layers_rate(each, device) for each in works}}
+
+
+def child(line: Sequence[str]) -> None:
+    """`KIND TASK OUT`: what one of the processes does."""
+    kind, text, out = line[0], json.loads(line[1]), Path(line[2])
+    if kind == "rates":
+        works = [Work(**each) for each in text["works"]]
+        out.write_text(json.dumps(rates(text["device"], works)), encoding="utf-8")
+    else:
+        settings = Settings(**text["settings"] | {"work": Work(**text["settings"]["work"])})
+        contestant([Case(**each) for each in text["cases"]], settings, out)
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def groups(only: Sequence[str], tokens: Sequence[int]) -> Iterator[list[Case]]:
+    """The cases of each process, the most telling first."""
+    for base in ("bf16", "nf4"):
+        for name in CONTESTANTS:
+            cases = [Case(name, base, count, recompute) for recompute in (False, True) for count in tokens]
+            chosen = [each for each in cases if any(fnmatch(each.name, pattern) for pattern in only)]
+            if chosen:
+                yield chosen
+
+
+def missing(name: str) -> str | None:
+    """Why there is no such contestant here."""
+    absent = [each for each in CONTESTANTS[name].needs if find_spec(each) is None]
+    return f"not importable: {', '.join(absent)}" if absent else None
+
+
+def row_of(
+    case: Case, number: int, result: dict[str, Any], facts: dict[str, Any], given: argparse.Namespace
+) -> dict[str, str | int | float]:
+    """One row of results/gpu.csv."""
+    rate = facts["rates"][str(case.tokens)]
+    measured: dict[str, str | int | float] = dict.fromkeys(MEASURED, "")
+    if result["status"] == OK:
+        limit = rate / result["flops_per_token"]
+        measured |= {
+            "tokens_per_second": round(result["tokens_per_second"], 1),
+            "flops_per_token": round(result["flops_per_token"]),
+            "limit_tokens_per_second": round(limit, 1),
+            "share_of_limit": round(result["tokens_per_second"] / limit, 4),
+            "seconds": json.dumps([round(each, 5) for each in result["seconds"]]),
+            "losses": json.dumps([round(each, 5) for each in result["losses"]]),
+        }
+        measured |= {name: result[name] for name in MEASURED if name.startswith("max_memory") and name in result}
+        for name in ("tokens", "labels", "settings", "versions"):
+            measured[name] = json.dumps(result[name], sort_keys=True)
+    return {
+        **facts["stamp"],
+        "device": facts["device"],
+        "work": given.work.name,
+        "contestant": case.contestant,
+        "base": case.base,
+        "row_tokens": case.tokens,
+        "recomputation": case.recompute,
+        "round": number,
+        "status": result["status"],
+        "warmup_steps": given.warmup,
+        "timed_steps": given.steps,
+        "matmul_flops_per_second": round(rate),
+        **measured,
+    }
+
+
+MEASURED = (
+    "tokens_per_second",
+    "flops_per_token",
+    "limit_tokens_per_second",
+    "share_of_limit",
+    "max_memory_allocated",
+    "max_memory_reserved",
+    "seconds",
+    "tokens",
+    "labels",
+    "losses",
+    "settings",
+    "versions",
+)
+
+
+def run_group(cases: list[Case], given: argparse.Namespace, deadline: float, folder: Path) -> dict[str, dict[str, Any]]:
+    """What came of the cases of one process."""
+    why = missing(cases[0].contestant)
+    left = deadline - time.monotonic()
+    if why is None and left < given.least_seconds:
+        why = SKIPPED
+    if why is not None:
+        return {each.name: {"status": why} for each in cases}
+    settings = Settings(given.work, given.device, given.warmup, given.steps, left - given.least_seconds)
+    task = json.dumps({"settings": asdict(settings), "cases": [asdict(each) for each in cases]})
+    stem = folder / f"{cases[0].contestant}-{cases[0].base}"
+    done: dict[str, dict[str, Any]] = {}
+    why = "the process ended before it"
+    try:
+        done = start([*COMMAND, "contestant", task], stem, environment_of(given), left)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        partial = stem.with_suffix(".json")
+        if partial.exists():
+            done = json.loads(partial.read_text(encoding="utf-8"))
+    return {each.name: done.get(each.name, {"status": why}) for each in cases}
+
+
+COMMAND = (sys.executable, "-m", "benchmarks.gpu", "--process")
+
+
+def environment_of(given: argparse.Namespace) -> dict[str, str]:
+    """Of each process: one GPU, since transformers' trainer would take all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    return environment(given.threads) | {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+
+
+def table_of(results: dict[Case, list[dict[str, Any]]], facts: dict[str, Any]) -> Table:
+    """What the person sees: medians over the rounds."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("case", no_wrap=True)
+    for column in ("tokens/s", "of limit", "allocated GB", "reserved GB", "loss", f"gap to {REFERENCE}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for case, all_rounds in results.items():
+        done = [each for each in all_rounds if each["status"] == OK]
+        if not done:
+            table.add_row(case.name, f"[red]{all_rounds[-1]['status'][:80]}[/]")
+            continue
+        last, speed = done[-1], median(each["tokens_per_second"] for each in done)
+        theirs = [each for each in results.get(replace(case, contestant=REFERENCE), []) if each["status"] == OK]
+        memory = [last.get(f"max_memory_{each}") for each in ("allocated", "reserved")]
+        table.add_row(
+            case.name,
+            f"{speed:,.0f}",
+            f"{speed * last['flops_per_token'] / facts['rates'][str(case.tokens)]:.1%}",
+            *("-" if each is None else f"{each / 1e9:.2f}" for each in memory),
+            f"{last['losses'][0]:.3f} → {last['losses'][-1]:.3f}",
+            f"{largest_gap(last['losses'], theirs[-1]['losses']):.4f}" if theirs else "-",
+        )
+    return table
+
+
+def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", default="*", help="cases, as patterns of CONTESTANT/BASE/TOKENS/keep|recompute: philora/*"
+    )
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock counts")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--minutes", type=float, default=7.5, help="for everything")
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--results", type=Path, default=RESULTS / "gpu.csv", help="table that rows are added to")
+    parser.add_argument("--no-write", action="store_true", help="leave the table as it is")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few steps: does it run?")
+    given = parser.parse_args(line)
+    given.only = given.only.split(",")
+    given.work, given.tokens, given.least_seconds = MINI, (2048, 4096), 30.0
+    if given.quick:
+        given.work, given.tokens, given.least_seconds = WORKS["quick"], (256, 512), 5.0
+        given.warmup, given.steps, given.threads = 1, 2, 1
+        given.no_write = given.no_write or given.results == RESULTS / "gpu.csv"
+    if min(given.rounds, given.warmup, given.steps, given.threads) < 1:
+        parser.error("rounds, warmup, steps and threads: expected at least 1")
+    given.groups = list(groups(given.only, given.tokens))
+    if not given.groups:
+        known = [each.name for cases in groups(["*"], given.tokens) for each in cases]
+        parser.error(f"--only: {','.join(given.only)!r} - expected patterns of some of {', '.join(known)}")
+    return given
+
+
+def measure(given: argparse.Namespace, console: Console, folder: Path) -> int:
+    """All rounds; rows are written as processes end."""
+    deadline = time.monotonic() + 60 * given.minutes
+    works = [asdict(replace(given.work, row_tokens=each)) for each in given.tokens]
+    stamp = {"date": now(), "commit": commit(REPOSITORY)}
+    results: dict[Case, list[dict[str, Any]]] = {}
+    facts: dict[str, Any] = {}
+    for number in range(1, given.rounds + 1):
+        if number == 1 or deadline - time.monotonic() > 2 * given.least_seconds:
+            task = json.dumps({"device": given.device, "works": works})
+            try:
+                facts = start([*COMMAND, "rates", task], folder / "rates", environment_of(given), 120) | {
+                    "stamp": stamp
+                }
+            except RuntimeError as error:
+                console.print(f"[red]{error}[/]", highlight=False)
+                return 1
+            described = ", ".join(f"{tokens}: {rate / 1e12:.1f}" for tokens, rate in facts["rates"].items())
+            console.print(f"{facts['device']}: TFLOP/s of bf16 products at rows of {described}", highlight=False)
+        # Every other round goes backwards, so that a device that warms up favours nobody.
+        for cases in given.groups if number % 2 else reversed(given.groups):
+            done = run_group(cases, given, deadline, folder)
+            for case in cases:
+                result = done[case.name]
+                results.setdefault(case, []).append(result)
+                if not given.no_write:
+                    append(given.results, row_of(case, number, result, facts, given))
+                said = f"{result['tokens_per_second']:,.0f} tokens/s" if result["status"] == OK else result["status"]
+                console.print(f"{case.name}: {said}", highlight=False, markup=False)
+    console.print(table_of(results, facts))
+    faults = []
+    for tokens in given.tokens:
+        same = {case.name: [one for one in each if one["status"] == OK] for case, each in results.items()
+                if case.tokens == tokens}  # fmt: skip
+        faults += disagreements({name: Runs(each) for name, each in same.items()})
+    for each in faults:
+        console.print(each, style="red", highlight=False, markup=False)
+    return 1 if faults else 0
+
+
+def main() -> int:
+    """Run the benchmark; 1 when there is no device or a contestant was given other work than the rest."""
+    given = arguments()
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, 124)
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(given, console, Path(folder))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--process"]:
+        child(sys.argv[2:])
+    else:
+        try:
+            sys.exit(main())
+        except KeyboardInterrupt:
+            sys.exit("stopped; rows of the processes that had ended are written")
