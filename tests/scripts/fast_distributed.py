@@ -44,6 +44,17 @@ def fsdp2(model: Any) -> nn.Module:
     return fully_shard(model)
 
 
+def checkpointed(wrap: Any) -> Any:
+    """The same with gradient checkpointing as the trainer switches it on, before the model is wrapped."""
+
+    def wrapped(model: Any) -> nn.Module:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        return wrap(model)
+
+    return wrapped
+
+
 def fsdp2_accelerate(model: Any) -> nn.Module:
     """As accelerate lays it out: embedding, norm and head are units of their own."""
     base = model.get_base_model()
@@ -83,7 +94,9 @@ def fsdp1_peft(model: Any) -> nn.Module:
 
 WAYS = {
     "ddp": ddp,
+    "ddp-checkpointed": checkpointed(ddp),
     "fsdp2": fsdp2,
+    "fsdp2-checkpointed": checkpointed(fsdp2),
     "fsdp2-accelerate": fsdp2_accelerate,
     "fsdp2-recomputed": fsdp2_recomputed,
     "fsdp2-leaves": fsdp2_leaves,

@@ -239,7 +239,17 @@ SILENT = pytest.mark.xfail(strict=True, reason="a head that FSDP2 shards by itse
 BREAKS = pytest.mark.xfail(strict=True, reason="the last layer leaves out rows that FSDP's recomputation computes")
 FAULTS = {"fsdp2-accelerate": SILENT, "fsdp2-leaves": SILENT, "fsdp2-recomputed": BREAKS}
 
-WAYS = ("ddp", "fsdp2", "fsdp2-accelerate", "fsdp2-recomputed", "fsdp2-leaves", "fsdp1", "fsdp1-peft")
+WAYS = (
+    "ddp",
+    "ddp-checkpointed",
+    "fsdp2",
+    "fsdp2-checkpointed",
+    "fsdp2-accelerate",
+    "fsdp2-recomputed",
+    "fsdp2-leaves",
+    "fsdp1",
+    "fsdp1-peft",
+)
 
 
 @pytest.fixture(scope="module")
