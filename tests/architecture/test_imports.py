@@ -17,6 +17,7 @@ ORDER = [
     "families",
     "schema",
     "config",
+    "native",
     "lora",
     "kernels",
     "checkpoint",

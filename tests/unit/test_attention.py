@@ -8,9 +8,19 @@ import pytest
 import torch
 
 import philora
+from philora import native
 from philora.kernels import attention
 from philora.lora.functional import fused
 from tests.tolerances import PACKED_FP32
+
+
+@pytest.fixture(params=["compiled", "PyTorch"], autouse=True)
+def _native(request, monkeypatch):
+    """Every test with the functions of native.c, and without them."""
+    if request.param == "PyTorch":
+        monkeypatch.setenv("PHILORA_NATIVE", "0")
+    elif not native.available():
+        pytest.skip("no compiler")
 
 
 def positions(lengths):
@@ -33,15 +43,17 @@ def reference(q, k, v, lengths, window=None):
     return torch.cat(out, 1)
 
 
+# 8 columns a head go by tiles, 16, 48 and 128 in one piece where native.c is there.
+@pytest.mark.parametrize("width", [8, 16, 48, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("lengths", [[7, 1, 33, 7, 20], [1, 1, 1], [300, 9, 40]])
-def test_values_and_gradients(lengths, window, dtype):
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("lengths", [[7, 1, 33, 7, 20], [1, 1, 1], [64, 300, 9, 40]])
+def test_values_and_gradients(lengths, window, dtype, width):
     generator = torch.Generator().manual_seed(0)
     total = sum(lengths)
-    q = torch.randn(1, 4, total, 8, generator=generator).to(dtype).requires_grad_()
-    k, v = (torch.randn(1, 2, total, 8, generator=generator).to(dtype).requires_grad_() for _ in range(2))
-    grad = torch.randn(1, total, 4, 8, generator=generator)
+    q = torch.randn(1, 4, total, width, generator=generator).to(dtype).requires_grad_()
+    k, v = (torch.randn(1, 2, total, width, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    grad = torch.randn(1, total, 4, width, generator=generator)
     layout = attention.layout_of(positions(lengths))
     got = attention.document_attention(q, k, v, layout, sliding_window=window)
     expected = reference(q, k, v, lengths, window)
@@ -57,7 +69,7 @@ def test_values_and_gradients(lengths, window, dtype):
             rtol=4e-2 if dtype is torch.bfloat16 else 1e-4,
             atol=4e-2 if dtype is torch.bfloat16 else 1e-5,
         )
-    if total > len(lengths):
+    if total > len(lengths) and (window or 0) < max(lengths):
         wrong = lengths if window else [total]  # negative control: documents see each other, or no window
         with pytest.raises(AssertionError):
             torch.testing.assert_close(got.double(), reference(q, k, v, wrong), **tolerance)

@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from philora import native
 from philora.kernels import elementwise
 from philora.kernels.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
 
 # One rounding of the result (2^-8 for bf16, of values up to about 8), and of each factor on the way.
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 4e-2}}
+
+
+@pytest.fixture(params=["compiled", "PyTorch"], autouse=True)
+def _native(request, monkeypatch):
+    """Every test with the functions of native.c, and without them."""
+    if request.param == "PyTorch":
+        monkeypatch.setenv("PHILORA_NATIVE", "0")
+    elif not native.available():
+        pytest.skip("no compiler")
 
 
 @pytest.fixture(params=[1 << 20, 300], ids=["one block", "many blocks"], autouse=True)

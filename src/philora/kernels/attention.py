@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from philora import native
 from philora.lora.functional import fused_enabled, without_autocast
 
 NAME = "philora_sdpa"
@@ -46,6 +47,8 @@ class Group(NamedTuple):
         tokens: For each place (documents x length), the token of B·T; places of padding repeat token 0.
         start: First token, when the places are one run of tokens; the tokens after `filled` are padding then.
         filled: Places that are no padding, when `start` is given.
+        starts: First token of each document, on the CPU.
+        lengths: Tokens of each document, on the CPU.
         places: Places that are no padding, in order; None when `start` is given.
         padding: The other places.
     """
@@ -55,6 +58,8 @@ class Group(NamedTuple):
     tokens: Tensor
     start: int | None
     filled: int
+    starts: Tensor
+    lengths: Tensor
     places: Tensor | None = None
     padding: Tensor | None = None
 
@@ -65,10 +70,14 @@ class Layout(NamedTuple):
     Attributes:
         groups: The groups; their places come one after another.
         scatter: For each token, its place.
+        starts: First token of each document, the longest first, on the CPU.
+        lengths: Tokens of each document.
     """
 
     groups: tuple[Group, ...]
     scatter: Tensor
+    starts: Tensor
+    lengths: Tensor
 
 
 _known: list[tuple[weakref.ref[Tensor], int, Layout | None]] = []
@@ -96,7 +105,8 @@ def layout_of(position_ids: Tensor) -> Layout | None:
 def layout_of_rows(rows: int, tokens: int) -> Layout:
     """The layout of a batch on the CPU in which each row is one document."""
     every = torch.arange(rows * tokens)
-    return Layout((Group(rows, tokens, every, 0, rows * tokens),), every)
+    starts, lengths = torch.arange(rows) * tokens, torch.full((rows,), tokens)
+    return Layout((Group(rows, tokens, every, 0, rows * tokens, starts, lengths),), every, starts, lengths)
 
 
 def _compute_layout(position_ids: Tensor) -> Layout | None:
@@ -125,14 +135,17 @@ def _compute_layout(position_ids: Tensor) -> Layout | None:
             filled[row, :own] = True
             scatter[start : start + own] = torch.arange(place, place + own)
             place += length
-        group = Group(len(documents), length, at.flatten().to(device), None, int(filled.sum()))
+        own = [torch.tensor([each[document] for document in documents]) for each in (starts, lengths)]
+        group = Group(len(documents), length, at.flatten().to(device), None, int(filled.sum()), *own)
         if len(documents) == 1:
             group = group._replace(start=starts[documents[0]])
         else:
             places, padding = (each.flatten().nonzero().flatten().to(device) for each in (filled, ~filled))
             group = group._replace(places=places, padding=padding)
         groups.append(group)
-    return Layout(tuple(groups), scatter.to(device))
+    order = sorted(range(len(starts)), key=lambda document: -lengths[document])
+    by_size = [torch.tensor([each[document] for document in order]) for each in (starts, lengths)]
+    return Layout(tuple(groups), scatter.to(device), *by_size)
 
 
 # ------------------------------------------------------------------------------------------- tiles on a CPU
@@ -182,6 +195,7 @@ class _Scores:
         self.query, self.key, self.scaling, self.window = query, key, scaling, window
         self._memory: dict[str, Tensor] = {}
         self._masks: dict[tuple[int, int], Tensor] = {}
+        self.native = native.usable(query) and scaling > 0
 
     def room(self, name: str, tile: _Tile) -> Tensor:
         """Memory for the scores of a tile. Shape: (batch, rows, keys)."""
@@ -196,10 +210,23 @@ class _Scores:
         """Softmax of the scaled, masked products of a tile."""
         scores = self.room("weights", tile)
         keys = self.key[tile.batch, tile.keys].transpose(1, 2)
+        if self.native:
+            torch.bmm(self.query[tile.batch, tile.rows], keys, out=scores)
+            native.causal_softmax_(scores, tile.rows.start - tile.keys.start, self.window, self.scaling)
+            return scores
         torch.baddbmm(scores, self.query[tile.batch, tile.rows], keys, beta=0, alpha=self.scaling, out=scores)
         mask = self._mask(tile)
         scores[:, :, scores.shape[2] - mask.shape[1] :].add_(mask)
         return torch.softmax(scores, -1, out=scores)
+
+    def backward(self, tile: _Tile, weights: Tensor, grad: Tensor) -> None:
+        """Gradient of the unscaled products of a tile, over that of the weights."""
+        if self.native:
+            offset = tile.rows.start - tile.keys.start
+            native.causal_softmax_backward_(weights, grad, offset, self.window, self.scaling)
+        else:
+            torch.ops.aten._softmax_backward_data.out(grad, weights, -1, weights.dtype, grad_input=grad)
+            grad.mul_(self.scaling)
 
     def _mask(self, tile: _Tile) -> Tensor:
         """What is added to the last columns: minus infinity where a key comes later or is out of the window."""
@@ -230,7 +257,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; the attention weights P are computed again.
 
-    With dP = dO V^T: dV = P^T dO, dS = P * (dP - rowsum(P * dP)), dQ = scaling * dS K, dK = scaling * dS^T Q.
+    With dP = dO V^T: dV = P^T dO, dS = scaling * P * (dP - rowsum(P * dP)), dQ = dS K, dK = dS^T Q.
     """
     d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     scores = _Scores(query, key, scaling, window)
@@ -239,36 +266,72 @@ def _attend_backward(
         weights, d_scores = scores.of(tile), scores.room("gradient", tile)
         d_value[keys].baddbmm_(weights.transpose(1, 2), grad[rows])
         torch.bmm(grad[rows], value[keys].transpose(1, 2), out=d_scores)
-        torch.ops.aten._softmax_backward_data.out(d_scores, weights, -1, weights.dtype, grad_input=d_scores)
-        torch.baddbmm(d_query[rows], d_scores, key[keys], beta=0, alpha=scaling, out=d_query[rows])
-        d_key[keys].baddbmm_(d_scores.transpose(1, 2), query[rows], alpha=scaling)
+        scores.backward(tile, weights, d_scores)
+        torch.bmm(d_scores, key[keys], out=d_query[rows])
+        d_key[keys].baddbmm_(d_scores.transpose(1, 2), query[rows])
     return d_query, d_key, d_value
 
 
-def _gather(flat: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    """Rows of a group, heads first. Shapes: flat (B·T, heads, D); returns (heads, documents, length, D)."""
+def _gather(flat: Tensor, group: Group, cos: Tensor | None, sin: Tensor | None, repeat: int = 1) -> Tensor:
+    """Heads of a group's documents, rotated where cos and sin are given, each `repeat` times; padding is zero.
+
+    Shapes:
+        flat (B·T, heads, D), cos and sin (B·T, half of the rotated columns);
+        returns (repeat · heads · documents, L, D).
+    """
     heads, width = flat.shape[1:]
+    if _native(flat):
+        return native.gather_heads(flat, repeat, group.starts, group.lengths, group.length, _pair(cos, sin))
+    dtype = torch.promote_types(flat.dtype, torch.float32)
     shape = (heads, group.documents, group.length, width)
-    if group.start is None:
-        rows = flat.index_select(0, group.tokens).view(group.documents, group.length, heads, width)
-        return flat.new_empty(shape, dtype=dtype).copy_(rows.permute(2, 0, 1, 3))
     result = flat.new_empty(shape, dtype=dtype)
     places = result.view(heads, -1, width)
-    places[:, : group.filled] = flat[group.start : group.start + group.filled].transpose(0, 1)
-    places[:, group.filled :] = 0
-    return result
+    if group.start is None:
+        assert group.padding is not None
+        rows = flat.index_select(0, group.tokens).view(group.documents, group.length, heads, width)
+        result.copy_(rows.permute(2, 0, 1, 3))
+        places.index_fill_(1, group.padding, 0)
+    else:
+        places[:, : group.filled] = flat[group.start : group.start + group.filled].transpose(0, 1)
+        places[:, group.filled :] = 0
+    angles = _angles(group, cos, sin)
+    if angles is not None:
+        _rotate(result, *angles)
+    return result.repeat_interleave(repeat, 0).view(-1, group.length, width)
 
 
-def _put_back(rows: Tensor, flat: Tensor, group: Group) -> None:
-    """The other way: rows (heads · documents, length, D) into flat (B·T, heads, D); padding is dropped."""
+def _put_back(rows: Tensor, flat: Tensor, group: Group, cos: Tensor | None, sin: Tensor | None) -> None:
+    """The other way: copies of a head are added up and turned back where cos and sin are given; padding is dropped.
+
+    Shapes:
+        rows (repeat · heads · documents, L, D) into flat (B·T, heads, D).
+    """
     heads, width = flat.shape[1:]
+    repeat = len(rows) // (heads * group.documents)
+    if _native(flat):
+        native.scatter_heads(rows, flat, repeat, group.starts, group.lengths, _pair(cos, sin))
+        return
+    if repeat > 1:
+        rows = rows.view(heads, repeat, -1).sum(1)
     rows = rows.view(heads, group.documents, group.length, width)
+    angles = _angles(group, cos, sin)
+    if angles is not None:
+        _rotate(rows, angles[0], -angles[1])
     if group.start is None:
         assert group.places is not None
         values = rows.permute(1, 2, 0, 3).to(flat.dtype).reshape(-1, heads, width).index_select(0, group.places)
         flat.index_copy_(0, group.tokens.index_select(0, group.places), values)
     else:
         flat[group.start : group.start + group.filled] = rows.view(heads, -1, width)[:, : group.filled].transpose(0, 1)
+
+
+def _native(flat: Tensor) -> bool:
+    """Whether the compiled functions take these heads, which may be some columns of wider rows."""
+    return flat.stride()[1:] == (flat.shape[2], 1) and native.usable(flat[:0])
+
+
+def _pair(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if cos is None or sin is None else (cos, sin)
 
 
 def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -284,13 +347,12 @@ def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> None:
     second.mul_(cos).add_(crossed)
 
 
-def _angles(group: Group, cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """cos and sin at a group's places. Shapes: given (B·T, 2·half), halves alike; returns (documents, length, half)."""
+def _angles(group: Group, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """cos and sin at a group's places. Shapes: given (B·T, half); returns (documents, length, half)."""
     if cos is None or sin is None:
         return None
-    half = cos.shape[-1] // 2
-    rows = [each[:, :half].index_select(0, group.tokens).to(dtype) for each in (cos, sin)]
-    return rows[0].view(group.documents, group.length, half), rows[1].view(group.documents, group.length, half)
+    rows = [each.index_select(0, group.tokens).view(group.documents, group.length, -1) for each in (cos, sin)]
+    return rows[0], rows[1]
 
 
 def _heads(parts: Sequence[Tensor], heads: tuple[int, int]) -> list[Tensor]:
@@ -320,38 +382,39 @@ class _TiledAttention(torch.autograd.Function):
     ) -> Tensor:
         """parts: q, k, v fused (B·T, (H+2K)·D), or each by itself (B·T, H·D), (B·T, K·D), (B·T, K·D)."""
         views = _heads(parts, heads)
+        ctx.layout, ctx.heads, ctx.scaling, ctx.window = layout, heads, scaling, window
+        if native.attends(views, scaling):
+            output, normaliser = native.attend(views, layout.starts, layout.lengths, _pair(cos, sin), window, scaling)
+            output = output.view(len(output), -1)
+            ctx.save_for_backward(cos, sin, output, normaliser, *parts)
+            return output
         output = torch.empty(len(parts[0]), heads[0], views[0].shape[2], dtype=parts[0].dtype)
         with _onednn_products(output.dtype), without_autocast("cpu"):
             for group in layout.groups:
                 query, key, value = _prepared(views, group, cos, sin)
-                _put_back(_attend(query, key, value, scaling, window), output, group)
-        ctx.save_for_backward(cos, sin, *parts)
-        ctx.layout, ctx.heads, ctx.scaling, ctx.window = layout, heads, scaling, window
+                _put_back(_attend(query, key, value, scaling, window), output, group, None, None)
+        ctx.save_for_backward(cos, sin, None, None, *parts)
         return output.view(len(output), -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the parts."""
-        cos, sin, *parts = ctx.saved_tensors
-        query_heads, key_heads = ctx.heads
+        cos, sin, output, normaliser, *parts = ctx.saved_tensors
         views = _heads(parts, ctx.heads)
         results = [each.new_empty(each.shape) for each in parts]
-        grad = grads[0].reshape(len(grads[0]), query_heads, -1)
+        grad = grads[0].reshape(len(grads[0]), ctx.heads[0], -1)
+        if normaliser is not None:
+            layout, settings = ctx.layout, (_pair(cos, sin), ctx.window, ctx.scaling)
+            saved, places = (output, normaliser), _heads(results, ctx.heads)
+            native.attend_backward(views, layout.starts, layout.lengths, *settings, saved, grad.contiguous(), places)
+            return None, None, None, None, None, None, *results
         with _onednn_products(grad.dtype), without_autocast("cpu"):
             for group in ctx.layout.groups:
                 query, key, value = _prepared(views, group, cos, sin)
-                d_output = _gather(grad, group, query.dtype).view(query_heads, -1, query.shape[-1])
-                if group.padding is not None:
-                    d_output.index_fill_(1, group.padding, 0)
-                gradients = _attend_backward(query, key, value, d_output.view(query.shape), ctx.scaling, ctx.window)
-                angles = _angles(group, cos, sin, query.dtype)
-                for index, (each, place) in enumerate(zip(gradients, _heads(results, ctx.heads), strict=True)):
-                    if index > 0 and key_heads < query_heads:
-                        each = each.view(key_heads, query_heads // key_heads, -1).sum(1)
-                    each = each.view(-1, group.documents, group.length, query.shape[-1])
-                    if index < 2 and angles is not None:
-                        _rotate(each, angles[0], -angles[1])
-                    _put_back(each, place, group)
+                d_output = _gather(grad, group, None, None)
+                gradients = _attend_backward(query, key, value, d_output, ctx.scaling, ctx.window)
+                for each, place, turn in zip(gradients, _heads(results, ctx.heads), (True, True, False), strict=True):
+                    _put_back(each, place, group, cos if turn else None, sin if turn else None)
         return None, None, None, None, None, None, *results
 
 
@@ -359,16 +422,13 @@ def _prepared(
     views: Sequence[Tensor], group: Group, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of a group, rotated, k and v once for each query head. Shapes: (H·documents, length, D)."""
-    dtype = torch.promote_types(views[0].dtype, torch.float32)
-    query, key, value = (_gather(each, group, dtype) for each in views)
-    angles = _angles(group, cos, sin, dtype)
-    if angles is not None:
-        _rotate(query, *angles)
-        _rotate(key, *angles)
-    if len(key) < len(query):
-        key, value = (each.repeat_interleave(len(query) // len(key), 0) for each in (key, value))
-    query, key, value = (each.view(-1, group.length, each.shape[-1]) for each in (query, key, value))
-    return query, key, value
+    query, key, value = views
+    repeat = query.shape[1] // key.shape[1]
+    return (
+        _gather(query, group, cos, sin),
+        _gather(key, group, cos, sin, repeat),
+        _gather(value, group, None, None, repeat),
+    )
 
 
 def rotary_attention(
@@ -403,7 +463,8 @@ def rotary_attention(
         Keeps qkv for backward.
     """
     batch, tokens, _ = qkv.shape
-    rows = [each.expand(batch, -1, -1).reshape(batch * tokens, -1) for each in (cos, sin)]
+    dtype, half = torch.promote_types(qkv.dtype, torch.float32), cos.shape[-1] // 2
+    rows = [each[..., :half].to(dtype).expand(batch, -1, -1).reshape(-1, half).contiguous() for each in (cos, sin)]
     output: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
         layout, heads, scaling, sliding_window, *rows, qkv.reshape(batch * tokens, -1)
     )

@@ -1,7 +1,7 @@
 """The element-wise parts of a decoder layer with fewer passes over memory: RMSNorm and SwiGLU.
 
-Each is one autograd node that saves its input only. On a CPU the rows are taken in blocks that stay in the cache from
-the first operation to the last.
+Each is one autograd node that saves its input only. On a CPU it is one pass of `native`, or, where that is not
+there, the rows are taken in blocks that stay in the cache from the first operation to the last.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from philora import native
 
 # Bytes of fp32 rows that are worked on at a time: half of a core's second-level cache for each of two cores.
 BLOCK_BYTES = 1 << 20
@@ -31,6 +33,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x is (T, C)."""
+        if native.usable(x, weight):
+            y, inverse = native.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, inverse[:, None])
+            return y
         y = torch.empty_like(x)
         inverse = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
         for part in _blocks(x):
@@ -46,12 +52,15 @@ class _RMSNorm(torch.autograd.Function):
         """Gradients of x and of weight."""
         x, weight, inverse = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
+        dy = grads[0].contiguous()
+        if not needs_weight and native.usable(x, weight, dy):
+            return native.rms_norm_backward(x, weight, inverse, dy), None, None
         dx = torch.empty_like(x) if needs_x else None
         dweight = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device) if needs_weight else None
         wide_weight = weight.float()
         for part in _blocks(x):
             normal = x[part].to(torch.float32, copy=True).mul_(inverse[part])
-            grad = grads[0][part].to(torch.float32, copy=True)
+            grad = dy[part].to(torch.float32, copy=True)
             if dweight is not None:
                 dweight += (grad * normal).sum(0)
             if dx is not None:
@@ -92,24 +101,28 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         """gate_up is (T, 2 C)."""
+        ctx.save_for_backward(gate_up)
+        if native.usable(gate_up):
+            return native.swiglu(gate_up)
         gate, up = gate_up.chunk(2, -1)
         y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
         for part in _blocks(gate_up):
             torch.mul(F.silu(gate[part]), up[part], out=y[part])
-        ctx.save_for_backward(gate_up)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of gate_up."""
         (gate_up,) = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        if native.usable(gate_up, dy):
+            return (native.swiglu_backward(gate_up, dy),)
         gate, up = gate_up.chunk(2, -1)
         result = torch.empty_like(gate_up)
         d_gate, d_up = result.chunk(2, -1)
         for part in _blocks(gate_up):
-            dy = grads[0][part]
-            torch.mul(dy, F.silu(gate[part]), out=d_up[part])
-            d_gate[part] = torch.ops.aten.silu_backward(dy * up[part], gate[part])
+            torch.mul(dy[part], F.silu(gate[part]), out=d_up[part])
+            d_gate[part] = torch.ops.aten.silu_backward(dy[part] * up[part], gate[part])
         return (result,)
 
 
@@ -120,7 +133,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         gate_up (..., 2 C), gate first; returns (..., C).
 
     Numerics:
-        silu and the products are each rounded to the input's dtype, as in plain PyTorch.
+        silu and the products are each rounded to the input's dtype, as in plain PyTorch; compiled, once at the end.
 
     Cost:
         Keeps gate_up for backward (in plain PyTorch also silu(gate)); no copy where its two halves' gradients meet.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from philora import native
 from philora.kernels.modules import only_rows
 from philora.lora.functional import fused_enabled
 
@@ -50,8 +51,8 @@ class LabelScores(NamedTuple):
 class _LabelScores(torch.autograd.Function):
     """`log softmax(h W^T + b)[label]` by chunks; with p the softmax, the gradient is `dh = (onehot - p) W`.
 
-    The products take a chunk of labels at a time; between them, on a CPU, a few rows that stay in the cache. The
-    gradient of the logits takes the place of the logits.
+    The products take a chunk of labels at a time; between them, on a CPU, a row of `native`, or a few rows that stay in
+    the cache. The gradient of the logits takes the place of the logits.
     """
 
     @staticmethod
@@ -69,10 +70,13 @@ class _LabelScores(torch.autograd.Function):
             part = slice(start, min(start + chunk, count))
             logits = memory[: part.stop - part.start]
             torch.mm(hidden[part], weight.t(), out=logits)
-            for first in range(0, len(logits), step):
-                rows = slice(first, first + step)
-                outputs = [each[part][rows] for each in scores]
-                _score_rows(logits[rows], bias, labels[part][rows], outputs, needs_grad)
+            outputs = [each[part] for each in scores]
+            if native.usable(logits):
+                native.score_rows_(logits, bias, labels[part], outputs, needs_grad)
+            else:
+                for first in range(0, len(logits), step):
+                    rows = slice(first, first + step)
+                    _score_rows(logits[rows], bias, labels[part][rows], [each[rows] for each in outputs], needs_grad)
             if grad is not None:
                 torch.mm(logits, weight, out=grad[part])
         log_probs, entropy, is_top1 = scores

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from philora import native
 from philora.errors import ConfigError, fault
 
 
@@ -148,23 +149,47 @@ def _keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Which elements dropout keeps, and what the kept ones are multiplied by.
 
     Returns:
-        One byte for each element, 1 or 0 (PyTorch multiplies by it three times faster than by a bool), and the factor.
+        On the CPU, where the functions of `philora.native` are there, one bit for each element (16 in an int16);
+        else one byte, 1 or 0 (PyTorch multiplies by it three times faster than by a bool). And the factor.
 
     Numerics:
         On the CPU 16 bits are drawn for each element, so p is rounded to a multiple of 2^-16. `bernoulli_`, which draws
         64, takes four times as long there and would be a tenth of the layer's time on two cores.
     """
-    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     if x.device.type != "cpu":
-        mask.bernoulli_(1.0 - p)
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
         return mask.view(torch.uint8), 0.0 if p >= 1 else 1.0 / (1.0 - p)
     dropped = round(p * 2**16)
+    factor = 0.0 if dropped == 2**16 else 2**16 / (2**16 - dropped)
+    if x.dtype in (torch.bfloat16, torch.float32) and native.available():
+        return native.keep_bits(x.shape[0], x.shape[1], dropped), factor
+    mask = torch.empty(x.shape, dtype=torch.bool)
     for rows in _pieces(x):
         piece = mask[rows]
         words = torch.empty((piece.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         halves = words.view(torch.int16)[: piece.numel()].view(piece.shape)
         torch.ge(halves, dropped - 2**15, out=piece)
-    return mask.view(torch.uint8), 0.0 if dropped == 2**16 else 2**16 / (2**16 - dropped)
+    return mask.view(torch.uint8), factor
+
+
+def _kept(x: Tensor, mask: Tensor) -> Tensor:
+    """`x * mask`. Shapes: x (T, in), mask as `_keep_mask` makes it."""
+    if mask.dtype == torch.uint8:
+        return x * mask
+    if native.usable(x) and not (torch.is_grad_enabled() and x.requires_grad):
+        return native.keep(x, mask)
+    bits = (mask[..., None] >> torch.arange(16, dtype=torch.int16)) & 1
+    return x * bits.view(len(x), -1)[:, : x.shape[1]]
+
+
+def _add_kept(y: Tensor, x: Tensor, mask: Tensor) -> None:
+    """`y += x * mask`, in place. Shapes: both (T, in), mask as `_keep_mask` makes it."""
+    if mask.dtype == torch.uint8:
+        y.addcmul_(x, mask.to(x.dtype))
+    elif native.usable(y, x) and not torch.is_grad_enabled():
+        native.add_kept_(y, x, mask)
+    else:
+        y += _kept(x, mask)
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:
@@ -174,8 +199,9 @@ def _dropout(x: Tensor, p: float) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return F.dropout(x, p)
-    mask, factor = _keep_mask(x.reshape(-1, x.shape[-1]), p)
-    return x * mask.view(x.shape) * factor
+    flat = x.reshape(-1, x.shape[-1])
+    mask, factor = _keep_mask(flat, p)
+    return _kept(flat, mask).view(x.shape) * factor
 
 
 def _down(x: Tensor, mask: Tensor | None, lora_A: Tensor) -> Tensor:
@@ -184,7 +210,7 @@ def _down(x: Tensor, mask: Tensor | None, lora_A: Tensor) -> Tensor:
         return x @ lora_A.t()
     down = x.new_empty(x.shape[0], lora_A.shape[0])
     for rows in _pieces(x):
-        down[rows] = (x[rows] * mask[rows]) @ lora_A.t()
+        down[rows] = _kept(x[rows], mask[rows]) @ lora_A.t()
     return down
 
 
@@ -256,11 +282,10 @@ class _LoRALinear(torch.autograd.Function):
             else:
                 sums = []
                 for piece in _pieces(x):
-                    kept = mask[piece].to(x.dtype)
                     if needs_A:
-                        sums.append(g[piece].t() @ (x[piece] * kept))
+                        sums.append(g[piece].t() @ _kept(x[piece], mask[piece]))
                     if dx is not None:
-                        dx[piece].addcmul_(g[piece] @ lora_A, kept)
+                        _add_kept(dx[piece], g[piece] @ lora_A, mask[piece])
                 # PyTorch sums low precision in fp32, so the pieces are rounded once more and no worse.
                 dA = torch.stack(sums).sum(0) if needs_A else None
         if needs_B:
@@ -359,7 +384,8 @@ def lora_linear(
         is rounded to a multiple of 2^-16.
 
     Cost:
-        Forward 2·T·(in·out + r·(in + out)) FLOPs. Keeps x and T·r elements for backward, with dropout T·in bytes more.
+        Forward 2·T·(in·out + r·(in + out)) FLOPs. Keeps x and T·r elements for backward, with dropout T·in
+        bits more (bytes where `philora.native` is not there).
 
     Raises:
         RuntimeError: Shapes or the dtypes of x and weight do not fit (PyTorch's own message).
