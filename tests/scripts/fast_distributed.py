@@ -18,7 +18,7 @@ import torch.distributed as dist
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +42,14 @@ def fsdp2(model: Any) -> nn.Module:
     for layer in layers(model):
         fully_shard(layer)
     return fully_shard(model)
+
+
+def fsdp2_bf16(model: Any) -> nn.Module:
+    """With products and activations in bf16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in layers(model):
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
 
 
 def checkpointed(wrap: Any) -> Any:
@@ -96,6 +104,7 @@ WAYS = {
     "ddp": ddp,
     "ddp-checkpointed": checkpointed(ddp),
     "fsdp2": fsdp2,
+    "fsdp2-bf16": fsdp2_bf16,
     "fsdp2-checkpointed": checkpointed(fsdp2),
     "fsdp2-accelerate": fsdp2_accelerate,
     "fsdp2-recomputed": fsdp2_recomputed,

@@ -28,7 +28,7 @@ from tests.fast_paths import (
     train_by_trainer,
     used,
 )
-from tests.tolerances import GRADIENTS_FP32, LOSS_STEP_FP32
+from tests.tolerances import GRADIENTS_FP32, LOSS_STEP_BF16, LOSS_STEP_FP32
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -264,7 +264,7 @@ def shared(tmp_path_factory):
     with FileLock(f"{out}.lock"):
         if not out.exists():
             ended = subprocess.run(
-                [*command, str(out), *WAYS, "trainer"],
+                [*command, str(out), *WAYS, "fsdp2-bf16", "trainer"],
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -297,6 +297,14 @@ def test_two_processes_by_hand(shared, plain, way, label_head):
     if way in ("fsdp2-leaves", "fsdp1-peft"):
         parts = parts - {"lora"}  # with a notice
     assert enough(found["counts"], parts, PASSES // 2), found["counts"]
+
+
+@pytest.mark.parametrize("label_head", [False, True], ids=["model's loss", "trainer's loss"])
+def test_two_processes_in_bf16(shared, plain, label_head):
+    found = result_of(shared, "fsdp2-bf16", label_head)
+    losses = zip(found["losses"], plain[label_head][0], strict=True)
+    assert max(abs(mine - theirs) for mine, theirs in losses) <= LOSS_STEP_BF16
+    assert enough(found["counts"], parts_of(label_head), PASSES // 2), found["counts"]
 
 
 def test_a_layer_that_is_sharded_from_within_says_so_once(shared):
