@@ -124,7 +124,19 @@ class Names:
 
 
 def _is_adaptable(module: nn.Module) -> bool:
-    return isinstance(module, ADAPTABLE) or hasattr(module, "in_features")
+    return (isinstance(module, ADAPTABLE) or hasattr(module, "in_features")) and not _is_own_linear(module)
+
+
+def _is_own_linear(module: nn.Module) -> bool:
+    """Whether a linear layer belongs to one architecture and does more than a product, as a router of experts does."""
+    kind = type(module)
+    own = kind.__module__.startswith("transformers.models.")
+    return own and isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward
+
+
+@cache
+def _say_left_out(kinds: tuple[str, ...]) -> None:
+    logger.warning("all-linear leaves out %s: LoRA adapts layers that give a product and no more", ", ".join(kinds))
 
 
 def _as_list(names: str | Iterable[str] | None) -> list[str]:
@@ -223,8 +235,12 @@ def _resolve_targets(
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             probe = copy.copy(config)
-            expanded = _maybe_include_all_linear_layers(probe, model).target_modules
-            return sorted(cast("set[str]", expanded)), []
+            expanded = sorted(cast("set[str]", _maybe_include_all_linear_layers(probe, model).target_modules))
+            kept = [name for name in expanded if not _is_own_linear(names.modules[name])]
+            if kept != expanded:
+                config.target_modules = set(names.condensed(kept))
+                _say_left_out(tuple(sorted({type(names.modules[name]).__name__ for name in {*expanded} - {*kept}})))
+            return kept, []
         real = [name for name in names.modules if re.fullmatch(targets, name)]
         wanted = [name for name in names.fused_of if re.fullmatch(targets, name)]
         if not real and not wanted:

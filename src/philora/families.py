@@ -244,7 +244,7 @@ class OtherModel:
     note: str
 
 
-_GENERIC = "PEFT's adapters train its linear layers; philora's fast attention is made for Phi3ForCausalLM and stays off"
+_GENERIC = "its linear layers train through the fused LoRA layers, all else runs as transformers has it"
 
 OTHER: Final = (
     OtherModel(
@@ -263,7 +263,8 @@ OTHER: Final = (
         "Phi-3.5-MoE",
         ("microsoft/Phi-3.5-MoE-instruct",),
         ("phimoe",),
-        f"PhimoeForCausalLM, a mixture of experts. {_GENERIC}; the experts are reached by target_parameters only",
+        f"PhimoeForCausalLM, a mixture of experts. {_GENERIC}; the experts, most of its weights, train only where "
+        "peft_config.target_parameters names them",
     ),
     OtherModel(
         "Phi-3-vision",
@@ -275,7 +276,8 @@ OTHER: Final = (
         "Phi-4-multimodal",
         ("microsoft/Phi-4-multimodal-instruct",),
         ("phi4mm", "phi4_multimodal"),
-        f"a multimodal model with LoRA layers of its own inside. {_GENERIC}",
+        f"Phi4MultimodalForCausalLM. {_GENERIC}; all-linear also adapts the encoders of images and sound, which text "
+        "does not train",
     ),
 )
 """Phi models that are not `Phi3ForCausalLM`."""
@@ -299,6 +301,23 @@ def find_other(name_or_model_type: str) -> OtherModel | None:
         if last in each.model_types or last in (hub.partition("/")[2].lower() for hub in each.hub_ids):
             return each
     return None
+
+
+def generic_notice(config: object) -> str | None:
+    """What a person should know who trains a model of another architecture than Phi3ForCausalLM's, else None.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> generic_notice(SimpleNamespace(model_type="phi3")) is None
+        True
+    """
+    model_type = str(getattr(config, "model_type", ""))
+    if model_type in FUSED:
+        return None
+    other = find_other(model_type)
+    if other is not None:
+        return f"{other.name}: {other.note} (docs/family.md)."
+    return f"model_type={model_type!r} is not one of the Phi family: it takes the generic path (docs/family.md)."
 
 
 def fused_slices(config: object) -> dict[str, dict[str, tuple[int, int]]]:

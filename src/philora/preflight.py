@@ -15,6 +15,7 @@ from philora import models, planning
 from philora.adapters import Coverage, apply_slices, coverage, optimize, resolve_for_training
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
+from philora.families import generic_notice
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
         notices=[
             *config.notices,
+            *filter(None, [generic_notice(model_config)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
         ],

@@ -107,6 +107,9 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             resolution = resolve_for_training(skeleton, given["peft_config"])
             given["peft_config"] = resolution.config
         super().__init__(model, **given)
+        text = self.model.config.get_text_config()
+        if self.aux_loss_enabled and not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
+            text.num_experts = text.num_local_experts  # TRL 1.16 reads this name; Phi-3.5-MoE has only the other
         optimize(self.model)
         add_label_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         if resolution is not None:

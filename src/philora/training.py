@@ -40,6 +40,7 @@ from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, prepare, prompts_and_references
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, evaluate, pick_samples
+from philora.families import generic_notice
 from philora.generation import GenerationSettings
 from philora.report import write_report
 from philora.trainer import SFTConfig, SFTTrainer
@@ -103,6 +104,9 @@ def train(
 
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     skeleton = models.load_skeleton(config.model)
+    generic = generic_notice(skeleton.config)
+    if generic is not None:
+        logger.warning("%s", generic)
     if config.model.adapter is None:
         resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
     seed = int(config.training_config.get("seed", 42))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,61 @@ def test_the_slices_are_the_rows_of_transformers_fused_layers(model: families.Ph
     assert layout == fused_slices(model)
     assert {leaf: max(stop for _, stop in slices.values()) for leaf, slices in layout.items()} == rows
     assert {leaf: tuple(slices) for leaf, slices in layout.items()} == dict(FUSED["phi3"])
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_transformers_takes_as_many_factors_as_the_table_says(model: families.PhiModel) -> None:
+    from huggingface_hub.errors import StrictDataclassClassValidationError
+    from transformers import Phi3Config
+
+    def read(count: int) -> Phi3Config:
+        return Phi3Config(
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            max_position_embeddings=model.max_position_embeddings,
+            original_max_position_embeddings=4096,
+            partial_rotary_factor=model.partial_rotary_factor,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * count, "long_factor": [2.0] * count},
+        )
+
+    assert (model.rope_factors is not None) == (model.rope_type == "longrope")
+    if model.rope_factors is None:
+        assert families.longrope_switch_tokens(Phi3Config()) is None
+        return
+    assert families.longrope_switch_tokens(read(model.rope_factors)) == 4096
+    with pytest.raises(StrictDataclassClassValidationError, match="must have length"):
+        read(model.rope_factors + 1)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_the_page_has_the_numbers(model: families.PhiModel) -> None:
+    """The rows of the two tables in docs/family.md."""
+    page = (Path(__file__).parents[2] / "docs" / "family.md").read_text(encoding="utf-8")
+    rotated = int(model.head_dim * model.partial_rotary_factor)
+    boundary = f"{model.original_max_position_embeddings:,}" if model.rope_type == "longrope" else "-"
+    shape = (
+        model.name,
+        f"{model.num_hidden_layers} x {model.hidden_size:,}",
+        f"{model.num_attention_heads} / {model.num_key_value_heads}",
+        f"{rotated} of {model.head_dim}" if rotated < model.head_dim else f"{model.head_dim}",
+        f"{model.intermediate_size:,}",
+        f"{model.vocab_size:,}",
+        "tied" if model.tie_word_embeddings else "separate",
+    )
+    window = (
+        model.name,
+        f"{model.max_position_embeddings:,}",
+        boundary,
+        str(model.rope_factors or "-"),
+        f"{model.rope_theta:,.0f}",
+        f"{model.sliding_window:,}" if model.sliding_window else "-",
+        ", ".join(f"`{token}` {number}" for token, number in zip(model.stop_tokens, model.stop_token_ids, strict=True)),
+        f"`{model.pad_token}`" if model.pad_token else "not verified",
+    )
+    for cells in (shape, window):
+        row = " | ".join(each.replace("|", r"\|") for each in cells)
+        assert f"| {row} |" in page, row
 
 
 def test_slices_follow_each_other_without_gaps() -> None:
