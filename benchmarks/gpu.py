@@ -34,7 +34,7 @@ from benchmarks.process import REPOSITORY, Record, environment, start
 from benchmarks.rate import layers_rate
 from benchmarks.results import RESULTS, append, commit, now
 from benchmarks.training import Runs, disagreements, largest_gap
-from benchmarks.work import IGNORED, WORKS, Document, Work, config_of, make_rows
+from benchmarks.work import IGNORED, WORKS, Document, Work, config_of, default_root, make_rows
 
 MINI = Work("mini", "Phi-3-mini, random weights", 3072, 8192, 32, 32, longest_tokens=2048)
 REFERENCE = "trl"
@@ -601,6 +601,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu.csv", help="table that rows are added to")
+    parser.add_argument("--work-dir", type=Path, default=default_root(), help="what the processes print")
     parser.add_argument("--no-write", action="store_true", help="leave the table as it is")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps: does it run?")
     given = parser.parse_args(line)
@@ -664,8 +665,9 @@ def main() -> int:
     given = arguments()
     console = Console(soft_wrap=True)
     console.width = max(console.width, 124)
-    with tempfile.TemporaryDirectory() as folder:
-        return measure(given, console, Path(folder))
+    folder: Path = given.work_dir / "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    return measure(given, console, folder)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -315,22 +316,26 @@ def test_gpu_cases_that_cannot_run_say_why(tmp_path):
         gpu.measure_case(cases[1], replace(settings, steps=900))
 
 
-@pytest.mark.slow
-def test_gpu_rows_on_a_cpu(tmp_path):
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_gpu_rows(tmp_path, device):
     """The whole command with a tiny model: same labels for all, losses that agree, rows for what is not there."""
     pytest.importorskip("bitsandbytes")
+    if device == "cuda" and not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("no CUDA GPU")
     table = tmp_path / "gpu.csv"
     only = "philora/*/256/*,trl/*/256/keep,plain/bf16/256/keep,liger/bf16/256/keep"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--only", only]
-    ended = subprocess.run(
-        [*command, "--results", str(table)], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--quick", "--only", only]
+    command += ["--results", str(table), "--work-dir", str(tmp_path)]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     with table.open(encoding="utf-8") as stream:
         rows = {(row["contestant"], row["base"], row["recomputation"]): row for row in csv.DictReader(stream)}
     done = {name: row for name, row in rows.items() if name[0] != "liger"}
     assert len(done) == 7
-    assert rows["liger", "bf16", "False"]["status"] == "not importable: liger_kernel"
+    if importlib.util.find_spec("liger_kernel") is None:
+        assert rows["liger", "bf16", "False"]["status"] == "not importable: liger_kernel"
     assert {row["status"] for row in done.values()} == {"ok"}
     for what in ("labels", "tokens"):
         assert len({row[what] for row in done.values()}) == 1
@@ -343,5 +348,6 @@ def test_gpu_rows_on_a_cpu(tmp_path):
         speed, limit = float(row["tokens_per_second"]), float(row["limit_tokens_per_second"])
         assert float(row["share_of_limit"]) == pytest.approx(speed / limit, abs=1e-4)
         assert json.loads(row["settings"])["trainable_parameters"] > 0
+        assert bool(row["max_memory_allocated"]) == (device == "cuda")
     assert json.loads(done["philora", "bf16", "False"]["settings"])["adapters"] == "float32"
     assert "bitsandbytes" in json.loads(done["philora", "nf4", "False"]["versions"])
