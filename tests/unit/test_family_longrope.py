@@ -18,6 +18,7 @@ from philora.data import length_notices
 from philora.data.lengths import sequence_lengths
 from philora.errors import ConfigError
 from philora.families import MODELS, longrope_switch_tokens
+from philora.formats.conversion import restored
 from philora.kernels.rotary import DocumentRotaryEmbedding, document_tokens
 from philora.lora.functional import fused
 from philora.models import local_path
@@ -158,6 +159,28 @@ def test_only_longrope_models_are_touched_and_only_once(phi3):
     again = copy.deepcopy(model)
     inputs = packed(documents())
     assert torch.equal(again(**inputs, use_cache=False).logits, model(**inputs, use_cache=False).logits)
+
+
+def test_what_export_borrows_goes_back(models):
+    plain = copy.deepcopy(models[0])
+    inputs = padded(documents())
+    want = plain(**inputs, use_cache=False).logits
+    with restored(plain):
+        mine = philora.optimize(plain)(**inputs, use_cache=False).logits
+    assert gap(mine, want) > 1e-2
+    assert type(plain.model.rotary_emb) is type(models[0].model.rotary_emb)
+    assert not plain.model._forward_pre_hooks
+    assert torch.equal(plain(**inputs, use_cache=False).logits, want)
+    assert torch.equal(philora.optimize(plain)(**inputs, use_cache=False).logits, mine)
+
+
+@pytest.mark.slow
+def test_compiled():
+    model = philora.optimize(build(small_config(LONG[-1])))
+    compiled = torch.compile(model, backend="eager")
+    for inputs in (packed(documents()), padded(documents()), packed(documents()[1:])):
+        want = model(**inputs, use_cache=False).logits
+        assert gap(compiled(**inputs, use_cache=False).logits, want) < PACKED_FP32
 
 
 def test_positional_arguments_and_hidden_states(models):

@@ -130,6 +130,7 @@ def _load_base(name: str) -> PreTrainedModel:
 def restored(model: PreTrainedModel) -> Iterator[None]:
     """In this block modules and parameters of the model may be replaced; afterwards it is what it was."""
     held = [(each, type(each), dict(each._modules), dict(each._parameters)) for each in model.modules()]
+    hooks = [(each, each._forward_pre_hooks.copy()) for each in model.modules()]
     attention = model.config._attn_implementation
     trains = [(each, each.requires_grad) for each in model.parameters()]
     biases = [(each, each.detach().clone()) for name, each in model.named_parameters() if "bias" in name]
@@ -142,6 +143,8 @@ def restored(model: PreTrainedModel) -> Iterator[None]:
             module.__class__ = kind
             module._modules = children
             module._parameters = parameters
+        for module, before in hooks:
+            module._forward_pre_hooks = before
         for name in set(vars(model)) - attributes:
             delattr(model, name)
         for parameter, trained in trains:

@@ -93,6 +93,8 @@ def document_tokens(position_ids: Tensor | None, attention_mask: Tensor | None) 
 
 def note_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a `Phi3Model`: tells its rotary embedding how long each document is."""
+    if not isinstance(model.rotary_emb, DocumentRotaryEmbedding):
+        return  # somebody gave it back its class
     given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
     model.rotary_emb.document_tokens = None
     use_cache = given.get("use_cache")
@@ -118,4 +120,5 @@ def use_document_rotary(model: nn.Module) -> None:
             continue
         if type(module.rotary_emb) is PlainPhi3RotaryEmbedding:
             module.rotary_emb.__class__ = DocumentRotaryEmbedding
+        if note_documents not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(note_documents, with_kwargs=True)
