@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from philora.families import longrope_switch_tokens
 from philora.generation import (
     Answer,
     GenerationSettings,
@@ -25,7 +26,6 @@ from philora.generation import (
     generate,
     pad,
     prompt_tokens,
-    rope_switch_tokens,
     window_tokens,
 )
 
@@ -186,7 +186,7 @@ def score(
     loss, correct, count = 0.0, 0, 0
     with evaluating(model), torch.inference_mode():
         logits_of = _label_logits(model, rows, sequences, device)
-        for batch in _token_batches(sequences, batch_tokens, rope_switch_tokens(model)):
+        for batch in _token_batches(sequences, batch_tokens, longrope_switch_tokens(model.config)):
             pieces = [_read(rows, each) for each in batch]
             input_ids = pad([ids for ids, _ in pieces], pad_token_id, "right", device)
             labels = pad([labels for _, labels in pieces], IGNORED, "right", device)

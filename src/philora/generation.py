@@ -131,7 +131,7 @@ def generate(
     lengths = [len(ids) for ids in prompts]
     answers: dict[int, Answer] = {}
     with evaluating(model), torch.inference_mode(), _seeded(model, settings):
-        for batch in _batches(lengths, settings, rope_switch_tokens(model)):
+        for batch in _batches(lengths, settings, longrope_switch_tokens(model.config)):
             room = window - lengths[batch[0]] if window is not None else settings.max_new_tokens
             new_tokens = min(settings.max_new_tokens, room)
             rows = _generate_batch(model, tokenizer, [prompts[index] for index in batch], settings, new_tokens)
@@ -166,16 +166,6 @@ def window_tokens(model: nn.Module) -> int | None:
     """Positions the model was made for, prompt and answer together; None where its config does not say."""
     window = getattr(model.config, "max_position_embeddings", None)
     return int(window) if window else None
-
-
-def rope_switch_tokens(model: nn.Module) -> int | None:
-    """Length above which a LongRoPE model (Phi's 128k variants) turns to its long factors, else None.
-
-    The longest row of a batch decides for all of its rows, so rows on both sides of it must not share a batch.
-
-    Source: transformers 5.23, `modeling_rope_utils.longrope_frequency_update`.
-    """
-    return longrope_switch_tokens(model.config)
 
 
 @contextlib.contextmanager
@@ -225,7 +215,10 @@ def _seeded(model: nn.Module, settings: GenerationSettings) -> Iterator[None]:
 
 
 def _batches(lengths: Sequence[int], settings: GenerationSettings, switch: int | None) -> Iterator[list[int]]:
-    """Indices of prompts that are generated together, longest first: a batch too large for memory shows at once."""
+    """Indices of prompts that are generated together, longest first: a batch too large for memory shows at once.
+
+    With LongRoPE the longest row decides for all rows of a batch, so none holds rows on both sides of `switch`.
+    """
     groups: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda each: (-lengths[each], each)):
         length = lengths[index]

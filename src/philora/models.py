@@ -58,6 +58,10 @@ def resolve_dtype(dtype: str) -> torch.dtype:
 def _explain(name: str, error: Exception, what: str) -> ModelError:
     """One message for the many ways in which a hub or a folder can fail."""
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError) and "longrope" in text:  # transformers 5.23, where the type is "su"
+        expected = "`longrope` as rope_scaling.type in its config.json, and not the older name `su`"
+        todo = "Download the model again, or change the word in the folder's config.json"
+        return ModelError(fault("model", "name_or_path", name, expected, todo))
     if Path(name).expanduser().is_dir():
         expected = f"a folder with {what}"
         return ModelError(fault("model", "name_or_path", name, expected, f"transformers says: {text[:300]}"))

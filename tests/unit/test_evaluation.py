@@ -187,7 +187,7 @@ def test_longrope_scores_do_not_depend_on_their_neighbours(monkeypatch):
     model, rows = phi(rope_parameters=rope, original_max_position_embeddings=24), rows_of()
     loss, _, _ = plain(model, rows)
     assert score(model, rows, pad_token_id=0).loss == pytest.approx(loss, rel=RELATIVE)
-    monkeypatch.setattr(evaluation, "rope_switch_tokens", lambda model: None)
+    monkeypatch.setattr(evaluation, "longrope_switch_tokens", lambda config: None)
     assert score(model, rows, pad_token_id=0).loss != pytest.approx(loss, rel=RELATIVE)
 
 

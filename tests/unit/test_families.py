@@ -63,7 +63,7 @@ def test_transformers_takes_as_many_factors_as_the_table_says(model: families.Ph
     from huggingface_hub.errors import StrictDataclassClassValidationError
     from transformers import Phi3Config
 
-    def read(count: int) -> Phi3Config:
+    def read(count: int, kind: str = "longrope") -> Phi3Config:
         return Phi3Config(
             hidden_size=model.hidden_size,
             num_attention_heads=model.num_attention_heads,
@@ -71,7 +71,7 @@ def test_transformers_takes_as_many_factors_as_the_table_says(model: families.Ph
             max_position_embeddings=model.max_position_embeddings,
             original_max_position_embeddings=4096,
             partial_rotary_factor=model.partial_rotary_factor,
-            rope_scaling={"type": "longrope", "short_factor": [1.0] * count, "long_factor": [2.0] * count},
+            rope_scaling={"type": kind, "short_factor": [1.0] * count, "long_factor": [2.0] * count},
         )
 
     assert (model.rope_factors is not None) == (model.rope_type == "longrope")
@@ -79,6 +79,8 @@ def test_transformers_takes_as_many_factors_as_the_table_says(model: families.Ph
         assert families.longrope_switch_tokens(Phi3Config()) is None
         return
     assert families.longrope_switch_tokens(read(model.rope_factors)) == 4096
+    with pytest.raises(KeyError, match="original_max_position_embeddings"):
+        read(model.rope_factors, "su")  # were it read, `models` would need no message of its own for it
     with pytest.raises(StrictDataclassClassValidationError, match="must have length"):
         read(model.rope_factors + 1)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,14 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import pack_dataset
 
 import philora
+from philora.config import ModelConfig
 from philora.data import length_notices
 from philora.data.lengths import sequence_lengths
-from philora.errors import ConfigError
+from philora.errors import ConfigError, ModelError
 from philora.families import MODELS, longrope_switch_tokens
 from philora.formats.conversion import restored
 from philora.kernels.rotary import DocumentRotaryEmbedding, document_tokens
 from philora.lora.functional import fused
-from philora.models import local_path
+from philora.models import load_skeleton, local_path
 from philora.preflight import preflight
 from tests.family import build, packed, padded, small_config, tokens
 from tests.tolerances import PACKED_FP32
@@ -274,6 +277,26 @@ def test_a_context_longer_than_the_window_is_refused(folder, tmp_path):
     for surface in (preflight, philora.train):
         with pytest.raises(ConfigError, match=expected):
             surface(given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_older_name_of_longrope_is_explained(folder, tmp_path):
+    """Files of Phi-3's first months say "su", which transformers 5.23 does not take any more."""
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    config = json.loads((older / "config.json").read_text(encoding="utf-8"))
+    rope = config.pop("rope_parameters")
+    factors = {name: rope[name] for name in ("short_factor", "long_factor")}
+    config |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
+    for kind in ("longrope", "su"):
+        config["rope_scaling"] = {"type": kind, **factors}
+        (older / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        if kind == "longrope":
+            assert longrope_switch_tokens(load_skeleton(ModelConfig(str(older))).config) == SWITCH
+    expected = r"expected `longrope` as rope_scaling.type in its config.json, and not the older name `su`. Download"
+    for surface in (preflight, philora.train):
+        with pytest.raises(ModelError, match=expected):
+            surface(settings(older, tmp_path))
     assert not (tmp_path / "run").exists()
 
 

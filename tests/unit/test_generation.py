@@ -242,7 +242,7 @@ def test_longrope_answers_do_not_depend_on_their_neighbours(tokenizer, monkeypat
     expected = one_at_a_time(model, tokenizer, prompts, 12)
     settings = GenerationSettings(max_new_tokens=12)
     assert texts(generate(model, tokenizer, prompts, settings)) == expected
-    monkeypatch.setattr(generation, "rope_switch_tokens", lambda model: None)
+    monkeypatch.setattr(generation, "longrope_switch_tokens", lambda config: None)
     assert texts(generate(model, tokenizer, prompts, settings)) != expected
 
 
