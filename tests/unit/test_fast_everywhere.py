@@ -234,11 +234,6 @@ def test_run_from_a_configuration(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- two processes
 
-# The loss at labels asks for a head of class Linear, and knows transformers' own recomputation only.
-SILENT = pytest.mark.xfail(strict=True, reason="a head that FSDP2 shards by itself goes to TRL's loss without a notice")
-BREAKS = pytest.mark.xfail(strict=True, reason="the last layer leaves out rows that FSDP's recomputation computes")
-FAULTS = {"fsdp2-accelerate": SILENT, "fsdp2-leaves": SILENT, "fsdp2-recomputed": BREAKS}
-
 WAYS = (
     "ddp",
     "ddp-checkpointed",
@@ -284,8 +279,9 @@ def result_of(shared, way, label_head):
 @pytest.mark.parametrize(
     ("way", "label_head"),
     [
-        *(pytest.param(way, False, id=f"{way}, model's loss") for way in WAYS),
-        *(pytest.param(way, True, id=f"{way}, trainer's loss", marks=FAULTS.get(way, ())) for way in WAYS),
+        pytest.param(way, label_head, id=f"{way}, {'trainer' if label_head else 'model'}'s loss")
+        for label_head in (False, True)
+        for way in WAYS
     ],
 )
 def test_two_processes_by_hand(shared, plain, way, label_head):

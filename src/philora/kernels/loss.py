@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -163,6 +166,19 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
     return nn.functional.pad(labels, (0, missing), value=-100)
 
 
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; FSDP2 puts one of its own over that of each that it shards."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def _recomputes(model: PreTrainedModel) -> bool:
+    """Whether layers are computed again in backward: transformers' way, or FSDP's, which wraps them."""
+    return any(
+        isinstance(each, CheckpointWrapper) or getattr(each, "gradient_checkpointing", False)
+        for each in model.modules()
+    )
+
+
 def add_label_head(model: PreTrainedModel) -> None:
     """Let `model(..., labels=..., fused_lm_head=True)`, as TRL's trainer calls it, score labelled positions only.
 
@@ -179,8 +195,8 @@ def add_label_head(model: PreTrainedModel) -> None:
         if (
             not kwargs.get("fused_lm_head", False)
             or not plain_logits
-            or type(head) is not nn.Linear
-            or type(head.weight) not in (nn.Parameter, Tensor)
+            or _class_of(head) is not nn.Linear
+            or type(head.weight) not in (nn.Parameter, Tensor, DTensor)
             or head.weight.requires_grad
             or labels is None
             or kwargs.get("shift_labels") is not None
@@ -195,13 +211,15 @@ def add_label_head(model: PreTrainedModel) -> None:
         tokens = labels.shape[1]
         labels = _even_rows(kwargs, labels)
         wanted = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-        skips = nullcontext() if self.is_gradient_checkpointing and self.training else only_rows(wanted)
+        skips = nullcontext() if self.training and _recomputes(self) else only_rows(wanted)
         with skips:
             hidden = self.base_model(*args, **kwargs).last_hidden_state
         if hidden.shape[:2] != labels.shape or hidden.device != head.weight.device:
             raise RuntimeError(f"labels of shape {tuple(labels.shape)} do not fit the model's output")
         hidden, labels, mask = hidden[:, :-1], labels[:, 1:], wanted[:, :-1]
-        scores = label_scores(hidden[mask], head.weight, head.bias, labels[mask])
+        # FSDP2 shards the head, alone or with the last norm; read after the norm has run, which gathers both.
+        weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
+        scores = label_scores(hidden[mask], weight, bias, labels[mask])
         mask = mask[:, : tokens - 1]  # what was added has no label
         # masked_scatter keeps the graph when no label is there
         filled = [each.new_zeros(mask.shape).masked_scatter(mask, each) for each in scores]

@@ -21,7 +21,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +51,8 @@ class Block(NamedTuple):
         return lora_B[self.b_row : self.b_row + rows, self.b_column : self.b_column + ranks]
 
 
-_fused: ContextVar[bool | None] = ContextVar("philora_fused", default=None)
+# Not by thread: on a GPU backward, and with it recomputation, runs in threads of the autograd engine.
+_fused: bool | None = None
 
 
 def fused_enabled() -> bool:
@@ -63,8 +63,7 @@ def fused_enabled() -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    chosen = _fused.get()
-    return os.environ.get("PHILORA_FUSED", "1") != "0" if chosen is None else chosen
+    return os.environ.get("PHILORA_FUSED", "1") != "0" if _fused is None else _fused
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -85,11 +84,12 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 @contextmanager
 def fused(enabled: bool = True) -> Iterator[None]:
     """Turn the fused autograd function on or off in this block, whatever the environment says."""
-    token = _fused.set(enabled)
+    global _fused
+    before, _fused = _fused, enabled
     try:
         yield
     finally:
-        _fused.reset(token)
+        _fused = before
 
 
 def merged_blocks(slices: Sequence[int], enable_lora: Sequence[bool], r: int) -> list[Block]:
