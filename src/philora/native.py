@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -27,8 +26,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -57,7 +54,17 @@ class _Native(NamedTuple):
 
 def available() -> bool:
     """Whether the compiled functions are there; the first call compiles them where they are not in the cache yet."""
-    return os.environ.get("PHILORA_NATIVE", "1") != "0" and _native() is not None
+    return os.environ.get("PHILORA_NATIVE", "1") != "0" and isinstance(_native(), _Native)
+
+
+def describe() -> str:
+    """What computes between the products on a CPU, for people."""
+    if os.environ.get("PHILORA_NATIVE", "1") == "0":
+        return "PyTorch (PHILORA_NATIVE=0)"
+    found = _native()
+    if isinstance(found, str):
+        return f"PyTorch ({found})"
+    return "compiled for this processor" + ("" if found.product else ", attention in PyTorch (no bf16 instructions)")
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -77,16 +84,18 @@ def usable(*tensors: Tensor) -> bool:
 
 
 @functools.cache
-def _native() -> _Native | None:
+def _native() -> _Native | str:
+    """The functions, or why they are not there."""
     openmp = _openmp()
     if openmp is None:
-        return None
+        return "compiled functions need Linux and a PyTorch on GNU's OpenMP"
     try:
         path, multiplies = _compiled(openmp)
         library = ctypes.CDLL(str(path))
+    except FileNotFoundError as error:
+        return f"{error}: with gcc installed a step takes less time"
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("the CPU functions of philora run in PyTorch, compiling them failed: %s", error)
-        return None
+        return f"compiling failed: {error}"
     if not multiplies:
         return _Native(library, None, None)
     torch_cpu = ctypes.CDLL(str(_torch_cpu()))
@@ -130,9 +139,10 @@ def _compiled(openmp: Path) -> tuple[Path, bool]:
         if each.exists() and (each.stat().st_uid != os.getuid() or each.stat().st_mode & 0o022):
             raise PermissionError(f"{each} can be written by others")
     if not library.exists():
-        compiler = shutil.which(os.environ.get("CC", "gcc"))
+        wanted = os.environ.get("CC", "gcc")
+        compiler = shutil.which(wanted)
         if compiler is None:
-            raise FileNotFoundError("there is no gcc")
+            raise FileNotFoundError(f"there is no {wanted}")
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             unlinked, linked = f"{temporary}/native.o", f"{temporary}/native.so"
             for command in (
@@ -152,7 +162,7 @@ def _compiled(openmp: Path) -> tuple[Path, bool]:
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
     """Call a function of native.c: tensors by address, integers as size_t, numbers as float; last the threads."""
     native = _native()
-    assert native is not None
+    assert isinstance(native, _Native)
     values: list[object] = []
     for each in arguments:
         if isinstance(each, Tensor):
@@ -309,7 +319,7 @@ def attends(heads: Sequence[Tensor], scale: float) -> bool:
         and width <= _WIDTHS[1]
         and all(each.dtype == torch.bfloat16 and each.stride()[1:] == (width, 1) for each in heads)
         and usable(*(each[:0] for each in heads))
-        and (native := _native()) is not None
+        and isinstance(native := _native(), _Native)
         and native.product is not None
     )
 
@@ -323,7 +333,7 @@ def _description(
     scale: float,
 ) -> _Attention:
     native = _native()
-    assert native is not None
+    assert isinstance(native, _Native)
     query, key, _ = heads
     cos, sin, half = _turns(angles)
     at = [None if each is None else each.data_ptr() for each in (*heads, starts, lengths, cos, sin)]
@@ -402,7 +412,7 @@ def attend_backward(
 
 def _attend(name: str, description: _Attention, *tensors: Tensor) -> None:
     native = _native()
-    assert native is not None
+    assert isinstance(native, _Native)
     values = [ctypes.c_void_p(each.data_ptr()) for each in tensors]
     if getattr(native.library, name)(ctypes.byref(description), *values, ctypes.c_int(torch.get_num_threads())):
         raise MemoryError("no memory for the attention of one document")

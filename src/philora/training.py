@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, planning
+from philora import checkpoint, models, native, planning
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training
 from philora.callbacks import MetricsFile, StopOnSignal, peak_memory_bytes
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
@@ -323,6 +323,8 @@ class _Run:
             "on" if plan.recompute else "off",
             memory.total / 1e9,
         )
+        if self.model.device.type == "cpu":
+            logger.info("between the products: %s", native.describe())
         with self.model.disable_adapter():
             before = self._evaluate("before")
         trainer, stop = self._trainer()

@@ -138,17 +138,32 @@ def test_what_others_may_write_to_is_not_loaded(tmp_path):
     assert run(ASK, XDG_CACHE_HOME=str(tmp_path)) == "False"
 
 
+SWIGLU = """
+import torch
+from philora import native
+from philora.kernels.elementwise import swiglu
+print(native.available(), swiglu(torch.ones(1, 4)).tolist(), native.describe(), sep="\\n")
+"""
+
+
 @pytest.mark.parametrize(
-    "environment",
-    [{"CC": "no-such-compiler"}, {"CC": "false"}, {"PHILORA_NATIVE": "0"}, {"XDG_CACHE_HOME": "/dev/null"}],
+    ("environment", "reason"),
+    [
+        ({"CC": "no-such-compiler"}, "PyTorch (there is no no-such-compiler: with gcc installed"),
+        ({"CC": "false"}, "PyTorch (compiling failed: Command"),
+        ({"PHILORA_NATIVE": "0"}, "PyTorch (PHILORA_NATIVE=0)"),
+        ({"XDG_CACHE_HOME": "/dev/null"}, "PyTorch (compiling failed: [Errno 20] Not a directory"),
+    ],
 )
-def test_without_it_pytorch_computes(tmp_path, environment):
-    code = (
-        f"{ASK}; import torch; from philora.kernels.elementwise import swiglu; print(swiglu(torch.ones(1, 4)).tolist())"
-    )
-    lines = run(code, **{"XDG_CACHE_HOME": str(tmp_path), **environment}).splitlines()
+def test_without_it_pytorch_computes(tmp_path, environment, reason):
+    lines = run(SWIGLU, **{"XDG_CACHE_HOME": str(tmp_path), **environment}).splitlines()
     assert lines[0] == "False"
     assert lines[1].startswith("[[0.731")
+    assert lines[2].startswith(reason)
+
+
+def test_it_says_that_it_is_there():
+    assert native.describe().startswith("compiled for this processor")
 
 
 def test_the_source_is_in_the_package():
