@@ -18,3 +18,10 @@ GRADIENTS_FP32 = 1e-5
 
 # fp32 loss of packed rows against the same rows alone: the same sums in attention kernels of another shape.
 PACKED_FP32 = 1e-5
+
+# fp32 gradients over a quantised base against those over its dequantised weights: the same sums in another order, and
+# the norm of a small gradient is reached through larger terms.
+QUANTIZED_FP32 = 1e-4
+
+# bf16 logits of a merged model against those of base and adapter: one more rounding (2^-9) of each weight.
+MERGED_BF16 = 5e-2

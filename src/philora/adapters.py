@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
@@ -47,6 +48,8 @@ from philora.kernels.memory import keep_freed_memory
 from philora.kernels.modules import use_fast_modules
 from philora.kernels.rotary import use_document_rotary
 from philora.lora.functional import lora_linear, lora_sliced_linear
+from philora.quantization import QuantizedWeight, is_quantized, keep_layout, parameters_in
+from philora.quantization import record as quantization_record
 
 logger = logging.getLogger(__name__)
 
@@ -371,14 +374,19 @@ def _without_slices(pattern: Mapping[str, Any], real: Sequence[str]) -> dict[str
 # --------------------------------------------------------------------------------------------------- layers
 
 
-class FastLinear(PeftLinear):  # type: ignore[misc]
-    """PEFT's LoRA layer of a `torch.nn.Linear`, computed as one autograd node where the case is the plain one.
+class _FastForward:
+    """The forward of PEFT's LoRA layers of a linear layer, as one autograd node where the case is the plain one."""
 
-    Plain: one active adapter without a variant (DoRA, ...), not merged, not disabled, no adapter names per sample,
-    no bias of B, no hooks on the inner modules, none of which FSDP shards by itself. All else runs PEFT's own forward.
-    `optimize` sets the class of existing layers; nothing else about them changes, so state dicts, saving and PEFT's
-    methods stay PEFT's.
-    """
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_variant: dict[str, Any]
+    lora_bias: dict[str, bool]
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
 
     @property
     def slices(self) -> dict[str, Slices]:
@@ -389,16 +397,28 @@ class FastLinear(PeftLinear):  # type: ignore[misc]
         """As PEFT's. Shapes: x (..., in); returns (..., out)."""
         adapter = None if args or kwargs else self._plain_adapter()
         if adapter is None:
-            _keep_zeros(self)
-            return cast(Tensor, super().forward(x, *args, **kwargs))
+            if self.disable_adapters and not (self.merged or args or kwargs) and _evaluates_quantized(self.base_layer):
+                # bitsandbytes would round the activations to 8 bits here, and in training it would not.
+                return QuantizedWeight(self.base_layer).product(x, self.base_layer.bias)
+            _keep_zeros(cast(LoraLayer, self))
+            return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
         base, dropout = self.base_layer, self.lora_dropout[adapter]
-        tensors = (x, base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        up = self.lora_B[adapter]
+        adapters = (self.lora_A[adapter].weight, up.weight)
         p = float(getattr(dropout, "p", 0.0))
         scaling = float(self.scaling[adapter])
-        slices = getattr(self.lora_B[adapter], "slice_layout", None)
+        slices = getattr(up, "slice_layout", None)
+        weight, bias, dtype = base.weight, base.bias, x.dtype
+        if type(base) is not nn.Linear:
+            weight = QuantizedWeight(base)
+            x = x.to(weight.compute_dtype or dtype)
+            bias = None if bias is None else bias.to(x.dtype)
         if slices:
-            return lora_sliced_linear(*tensors, [each[1:] for each in slices], scaling, p, dropout.training)
-        return lora_linear(*tensors, scaling, p, dropout.training)
+            blocks = [each[1:] for each in slices]
+            y = lora_sliced_linear(x, weight, bias, *adapters, blocks, scaling, p, dropout.training)
+        else:
+            y = lora_linear(x, weight, bias, *adapters, scaling, p, dropout.training)
+        return y if type(base) is nn.Linear else y.to(dtype)
 
     def _plain_adapter(self) -> str | None:
         """Name of the one adapter that the fused function can compute, or None."""
@@ -409,7 +429,7 @@ class FastLinear(PeftLinear):  # type: ignore[misc]
         if adapter in self.lora_variant or self.lora_bias.get(adapter):
             return None
         inner = (self.base_layer, self.lora_A[adapter], self.lora_B[adapter])
-        if any(type(each) is not nn.Linear for each in inner):
+        if not _is_plain_base(self.base_layer) or any(type(each) is not nn.Linear for each in inner[1:]):
             if any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in inner):
                 _say_sharded_alone()
             return None
@@ -429,14 +449,50 @@ def _say_sharded_alone() -> None:
     )
 
 
+def _evaluates_quantized(layer: nn.Module) -> bool:
+    hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    return not torch.is_grad_enabled() and not hooked and is_quantized(layer)
+
+
+def _is_plain_base(layer: nn.Module) -> bool:
+    """Whether its weight is there whenever it is read; FSDP's modules are of classes of their own."""
+    return type(layer) is nn.Linear or (is_quantized(layer) and not isinstance(layer, FSDPModule))
+
+
+class FastLinear(_FastForward, PeftLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer of a `torch.nn.Linear`, computed as one autograd node where the case is the plain one.
+
+    Plain: one active adapter without a variant (DoRA, ...), not merged, not disabled, no adapter names per sample,
+    no bias of B, no hooks on the inner modules, none of which FSDP shards by itself. All else runs PEFT's own forward.
+    `optimize` sets the class of existing layers; nothing else about them changes, so state dicts, saving and PEFT's
+    methods stay PEFT's.
+    """
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: FastLinear}
+"""PEFT's LoRA layers and the classes that stand in for them."""
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora import Linear4bit, Linear8bitLt
+
+    class FastLinear4bit(_FastForward, Linear4bit):  # type: ignore[misc]
+        """As `FastLinear`, over bitsandbytes' 4-bit layer."""
+
+    class FastLinear8bitLt(_FastForward, Linear8bitLt):  # type: ignore[misc]
+        """As `FastLinear`, over bitsandbytes' 8-bit layer: activations are not rounded to 8 bits."""
+
+    FAST |= {Linear4bit: FastLinear4bit, Linear8bitLt: FastLinear8bitLt}
+
+
 def optimize(model: nn.Module) -> nn.Module:
     """Switch on the fast paths of a model that somebody else made, in place.
 
-    Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear` for `FastLinear`, transformers' `sdpa`
-    attention for the one that treats the documents of a packed row on their own, and Phi-3's attention and
-    feed-forward modules and the family's RMSNorm for those of `kernels.modules`. LongRoPE's factors are chosen for each
-    document by itself (`kernels.rotary`). Idempotent; where none is found the model stays as it is. For a model on a
-    CPU the process keeps freed memory (`kernels.memory`).
+    Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear`, or over a quantised layer of bitsandbytes,
+    for `FastLinear` or its like, transformers' `sdpa` attention for the one that treats the documents of a packed row
+    on their own, and Phi-3's attention and feed-forward modules and the family's RMSNorm for those of
+    `kernels.modules`. LongRoPE's factors are chosen for each document by itself (`kernels.rotary`). Quantised weights
+    keep their layout (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. For a
+    model on a CPU the process keeps freed memory (`kernels.memory`).
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.
@@ -445,8 +501,10 @@ def optimize(model: nn.Module) -> nn.Module:
         The same model.
     """
     for module in model.modules():
-        if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
-            cast(FastLinear, module).__class__ = FastLinear
+        fast = FAST.get(type(module))
+        if fast is not None and _is_plain_base(cast(LoraLayer, module).base_layer):
+            module.__class__ = fast
+    keep_layout(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if (
         isinstance(base, PreTrainedModel)
@@ -484,9 +542,9 @@ def apply_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_name: s
         with torch.no_grad():
             up.weight.mul_(_inside(up.weight, slices[name]))
         _keep_zeros(layer)
-        if not isinstance(layer, FastLinear):  # a quantised base, ...: PEFT's own forward runs there
+        if not isinstance(layer, _FastForward):  # PEFT's own forward runs there
             layer.register_forward_pre_hook(_keep_zeros)
-    if slices:
+    if slices or quantization_record(model.get_base_model()):
         _remember_slices(model, slices, adapter_name)
 
 
@@ -526,7 +584,7 @@ def _inside(weight: Tensor, slices: Slices) -> Tensor:
 
 
 class _RecordsSlices:
-    """Part of a PeftModel whose `save_pretrained` also writes which slices its adapters hold."""
+    """Part of a PeftModel whose `save_pretrained` also writes which slices its adapters hold, over what base."""
 
     philora_slices: dict[str, dict[str, Slices]]
 
@@ -536,7 +594,7 @@ class _RecordsSlices:
         self.philora_slices.pop(adapter_name, None)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, and `philora.json` beside each adapter that has slices."""
+        """As PEFT's, and beside each adapter `philora.json`: its slices, and how its base is quantised."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
             return
@@ -545,7 +603,8 @@ class _RecordsSlices:
                 continue
             folder = Path(save_directory) if adapter == "default" else Path(save_directory, adapter)
             if folder.is_dir():
-                write_json(folder / RECORD_NAME, slice_record(slices))
+                base = self.get_base_model()  # type: ignore[attr-defined]
+                write_json(folder / RECORD_NAME, slice_record(slices) | quantization_record(base))
 
 
 class SlicedPeftModel(_RecordsSlices, PeftModel):  # type: ignore[misc]
@@ -813,5 +872,5 @@ def coverage(model: nn.Module) -> Coverage:
                 continue
             frozen[pattern] = frozen.get(pattern, 0) + 1
     trainable = sum(row.parameters for row in table) + sum(count for _, count in others)
-    total = sum(each.numel() for each in model.parameters())
+    total = sum(parameters_in(each) for each in model.parameters())
     return Coverage(table, others, tuple(frozen.items()), trainable, total)

@@ -123,6 +123,9 @@ def merge(
     source: AdapterArgument,
     output: Annotated[str, typer.Option("--out", help="Folder for the merged model.")],
     base: BaseOption = None,
+    fresh_base: Annotated[
+        bool, typer.Option("--fresh-base", help="After training over a quantised base: merge into its 16-bit weights.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 500MB or 5GB.")] = "2GB",
     verify: Annotated[bool, typer.Option(help="Compare logits of adapter and merged model.")] = True,
 ) -> None:
@@ -130,7 +133,9 @@ def merge(
     _logging("warning")
     from philora.merging import merge_to_folder
 
-    result = merge_to_folder(source, output, base=base, max_shard_size=max_shard_size, verify=verify)
+    result = merge_to_folder(
+        source, output, base=base, fresh_base=fresh_base, max_shard_size=max_shard_size, verify=verify
+    )
     out.print(f"{result.folder}: {result.shards} file(s), {result.bytes / 1e9:.2f} GB", highlight=False)
     out.print(str(result.agreement) if result.agreement else "not verified", highlight=False)
 

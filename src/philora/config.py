@@ -10,6 +10,7 @@ Nothing here imports torch, transformers, TRL or PEFT: `philora.schema` reads th
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 import string
@@ -1274,6 +1275,10 @@ def _check_training(
     if values.get("loraplus_lr_ratio") is not None and values.get("optim") in ONE_RATE_OPTIMIZERS:
         expected = f"null, because optim={values['optim']!r} has one learning rate for all"
         refuse("loraplus_lr_ratio", expected, "Choose another optim, such as adamw_torch")
+    optim = str(values.get("optim") or "")
+    if (optim.startswith("paged_") or "8bit" in optim) and importlib.util.find_spec("bitsandbytes") is None:
+        expected = "an optimizer of torch's, because bitsandbytes is not installed"
+        refuse("optim", expected, "pip install 'philora[quantization]', or set adamw_torch")
     if values["save_strategy"] == "best" and not evaluates:
         refuse("save_strategy", "evaluation in training for 'best'", "Set eval_strategy to steps or epoch")
     scheduler = values["lr_scheduler_type"]

@@ -13,7 +13,7 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -31,16 +31,28 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
-from philora.adapters import load_adapter
+from philora.adapters import RECORD_NAME, FastLinear, load_adapter
 from philora.checkpoint import disk_full, is_taken, read_peft_tensors, whole_folder, write_json, write_text
 from philora.config import ModelConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError, fault, one_per_line
 from philora.hub import reachable_or_cached
 from philora.models import load_skeleton, local_path
+from philora.quantization import (
+    check_folder,
+    dequantize_,
+    is_quantized,
+    keep_layout,
+    quantized_names,
+    require_bitsandbytes,
+    rounded_weights,
+    scheme_of,
+    stored_weights,
+)
 from philora.sources import find_adapter
 from philora.verify import ROUNDED_ONCE, Agreement, agreement, logits_of
 from philora.verify import probe as probe_tokens
@@ -204,7 +216,8 @@ def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Mod
 
     Returns:
         The base model with the merged weights, in its own dtype. Embeddings that the base shares are separate when
-        the adapter changes only one of them.
+        the adapter changes only one of them. A quantised base becomes a 16-bit model: its weights are the dequantised
+        ones, over which the adapter was trained.
 
     Numerics:
         Each update is computed in fp32, whatever the adapter's dtype, and rounded once into the base's dtype.
@@ -218,8 +231,9 @@ def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Mod
     """
     layers = _mergeable(model)
     _round_whole_modules(model)
-    before = _logits(model, probe)
+    before, bound = _logits(model, probe), _bound(model)
     stays_tied = _stays_tied(model)
+    _dequantise(model, layers.values())
     for name, layer in layers.items():
         with onload_layer(layer):
             merge_layer(layer, name)
@@ -227,9 +241,22 @@ def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Mod
     if isinstance(merged, PreTrainedModel):
         _settle_tie(merged, stays_tied)
     todo = "The merged model is not usable"
-    result = agreement("merge", before, _logits(merged, probe), _bound(merged), todo=todo)
+    result = agreement("merge", before, _logits(merged, probe), max(bound, _bound(merged)), todo=todo)
     logger.info("merged: %s", result)
     return merged
+
+
+def _dequantise(model: PeftModel, layers: Iterable[BaseTunerLayer]) -> None:
+    """Put plain layers in the place of quantised ones, and PEFT's layer of plain ones around them."""
+    base = model.get_base_model()
+    over = [each for each in layers if is_quantized(each.get_base_layer())]
+    if not isinstance(base, PreTrainedModel) or not over:
+        return
+    dequantize_(base)
+    for layer in over:
+        if isinstance(layer, LoraLayer):
+            layer.__class__ = FastLinear
+            layer.fan_in_fan_out = layer.is_target_conv_1d_layer = isinstance(layer.get_base_layer(), Conv1D)
 
 
 def _logits(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor:
@@ -295,6 +322,7 @@ def merge_to_folder(
     out: str | Path,
     *,
     base: str | None = None,
+    fresh_base: bool = False,
     max_shard_size: int | str = "2GB",
     verify: bool = True,
 ) -> MergeResult:
@@ -304,6 +332,8 @@ def merge_to_folder(
         source: A run folder, an adapter folder, a checkpoint or a hub id, in PEFT's format.
         out: The folder to write; it must be new or empty.
         base: Folder or hub id of the base; default: the one that the adapter names.
+        fresh_base: Of an adapter that was trained over a quantised base: merge it into the weights of `base` as its
+            files hold them. By default it is merged into the dequantised weights, over which it was trained.
         max_shard_size: Size of a weight file at most, in bytes or such as "2GB"; a larger tensor has one of its own.
         verify: Compare the logits of the result with those of base and adapter before it gets its name. This loads
             both models, one after the other.
@@ -313,6 +343,7 @@ def merge_to_folder(
 
     Numerics:
         As `merge`; every other tensor of the base is copied as it is. Names and dtypes are those of the base's files.
+        Over a quantised base every quantised weight is written as it was in training: quantised and dequantised.
 
     Cost:
         Without `verify`: memory for the adapter, the merged tensors of one shard, one weight in fp32 and its update
@@ -321,7 +352,8 @@ def merge_to_folder(
 
     Raises:
         ConfigError: `out` is not empty, or `max_shard_size` is no size.
-        ModelError: There is no such base, it is quantised, or not in whole safetensors files.
+        ModelError: There is no such base, it is not in whole safetensors files, is quantised by another scheme than
+            bitsandbytes', or is quantised and `fresh_base` asks for 16-bit weights.
         AdapterError: There is no such adapter, it does not fit the base or cannot be merged, or the logits differ.
         TargetError: The adapter names modules that the base does not have.
         RunError: The disk is full.
@@ -338,7 +370,8 @@ def merge_to_folder(
         todo = "Name it: base='microsoft/Phi-4-mini-instruct', or a folder"
         raise AdapterError(fault("merge", "base", None, "the model that the adapter belongs to", todo))
     folder = _base_folder(adapter.base)
-    weights = _Weights(folder, adapter.path)
+    trained_over = _trained_over(folder, adapter.base, adapter.path, fresh_base)
+    weights = _Weights(folder, adapter.path, trained_over)
     shards = _shards(weights.like, max_shard_size)
     needed = sum(each.nbytes for each in weights.like.values())
     _check_room(out, needed)
@@ -347,7 +380,7 @@ def merge_to_folder(
             total = _write_weights(weights, shards, temporary, needed)
             _write_companions(folder, adapter.path, temporary, untied=weights.untied)
             write_text(temporary / "README.md", _card(out.name, source, adapter.base))
-            result = _compare(folder, adapter.path, temporary) if verify else None
+            result = _compare(folder, adapter.path, temporary, trained_over) if verify else None
     except Exception as error:
         if not disk_full(error):
             raise
@@ -380,15 +413,15 @@ def _base_folder(base: str) -> Path:
     """The folder of a base whose config says that it can be merged into; from the hub, weights come after that check.
 
     Raises:
-        ModelError: There is no such model, or its weights are quantised.
+        ModelError: There is no such model, or another scheme than bitsandbytes' quantised its weights.
     """
     folder = Path(base)
     if not folder.is_dir():
         small = ["config.json", INDEX_NAME, GENERATION_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
         folder = _download(base, small)
-        _refuse_quantised(folder, base)
+        check_folder(_read_json(folder / "config.json"), base)
         return _download(base, _weight_files(folder))
-    _refuse_quantised(folder, base)
+    check_folder(_read_json(folder / "config.json"), base)
     return folder
 
 
@@ -409,12 +442,39 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(fault(str(path), "content", str(error), "a JSON file", "Copy the base again")) from error
 
 
-def _refuse_quantised(folder: Path, base: str) -> None:
-    quantised = _read_json(folder / "config.json").get("quantization_config")
-    if quantised is not None:
-        expected = "a base whose weights are not quantised"
-        todo = "Give the model that it was quantised from: base='...'"
-        raise ModelError(fault("merge", "base", base, expected, todo))
+class _TrainedOver(NamedTuple):
+    """The base of an adapter as it was in training.
+
+    Attributes:
+        dtype: Of its weights before they were quantised.
+        quantization: How they were quantised when they were loaded; None: they are as the files hold them.
+    """
+
+    dtype: torch.dtype
+    quantization: BitsAndBytesConfig | None
+
+
+def _trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) -> _TrainedOver | None:
+    """What the base's config, else the adapter's record, says of the base; None: weights that nothing quantised.
+
+    Raises:
+        ModelError: The base's files are quantised and a fresh one was asked for, or bitsandbytes is not installed.
+    """
+    config = _read_json(folder / "config.json")
+    scheme = scheme_of(config)
+    if scheme is not None:
+        if fresh_base:
+            expected = f"a base of 16-bit weights; these are {scheme}"
+            todo = "Give the model that it was quantised from: --base PATH"
+            raise ModelError(fault("merge", "base", base, expected, todo))
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        return _TrainedOver(getattr(torch, dtype), None)
+    record = _read_json(adapter / RECORD_NAME).get("base") if (adapter / RECORD_NAME).is_file() else None
+    if record is None or fresh_base:
+        return None
+    require_bitsandbytes("quantization", record["quantization"])
+    keys = {key: value for key, value in record["quantization"].items() if not key.startswith(("_", "quant_method"))}
+    return _TrainedOver(getattr(torch, record["dtype"]), BitsAndBytesConfig(**keys))
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -459,17 +519,27 @@ class _Weights:
         untied: Whether embeddings that the base shares became two.
     """
 
-    def __init__(self, folder: Path, adapter: Path) -> None:
+    def __init__(self, folder: Path, adapter: Path, trained_over: _TrainedOver | None = None) -> None:
         """Check everything that can be known before a weight is changed.
 
         Raises:
             ModelError, AdapterError, TargetError: As `merge_to_folder`.
         """
         self._base = _open_weights(folder)
+        self._made: dict[str, Callable[[], Tensor]] = {}
         skeleton = load_skeleton(ModelConfig(name_or_path=str(folder)))
+        if trained_over is not None and trained_over.quantization is None:
+            self._base, self._made = stored_weights(self._base, trained_over.dtype)
         self._ties = dict(skeleton.all_tied_weights_keys)
         self._file_names, converted = _file_names(skeleton, self._base)
         self._check_base(folder, skeleton, converted)
+        if trained_over is not None and trained_over.quantization is not None:
+            transposed = quantized_names(skeleton, trained_over.quantization)
+            if converted & transposed.keys():
+                expected = "weights that the base's files hold by themselves, to quantise them as in training"
+                raise AdapterError(fault("merge", "base", sorted(converted & transposed.keys()), expected, IN_MEMORY))
+            by_file = {self._file_names[name]: each for name, each in transposed.items()}
+            self._made = rounded_weights(self._base, by_file, trained_over.quantization, trained_over.dtype)
         for name in dict(skeleton.named_parameters(remove_duplicate=False)):
             if name not in converted:
                 _set_parameter(skeleton, name, self._source(name))
@@ -539,7 +609,7 @@ class _Weights:
         """One tensor of the merged model, in the base's dtype. To be asked for once: it is not kept."""
         name = self._model_names.get(file_name)
         if name is None or name not in self._changed:
-            return self.like[file_name]
+            return self._made[file_name]() if file_name in self._made else self.like[file_name]
         if name not in self._ready:
             module, _, key = name.rpartition(".")
             if key in _all_merged(self._layers.get(module, [])):
@@ -552,9 +622,12 @@ class _Weights:
         """Merge the layers of one module; its own weights are the base's again afterwards, which take no memory."""
         module, layers = self._modules[name], self._layers[name]
         before = {key: getattr(module, key) for key in _all_merged(layers)}
+        file = self._file_names.get(f"{name}.weight")
+        if file in self._made:
+            module.weight = nn.Parameter(self._made[file](), requires_grad=False)
         for layer in layers:
             if self._initialisation is not None and isinstance(layer, LoraLayer):
-                module.weight = nn.Parameter(before["weight"].clone(), requires_grad=False)
+                module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
                 _initialise(layer, self._initialisation)
             merge_layer(layer, name)
         merged = {f"{name}.{key}": getattr(module, key).detach() for key in before}
@@ -661,6 +734,7 @@ def _write_weights(weights: _Weights, shards: Mapping[str, list[str]], folder: P
 def _write_companions(base: Path, adapter: Path, folder: Path, *, untied: bool) -> None:
     """Config, generation config and tokenizer."""
     config = _read_json(base / "config.json")
+    config.pop("quantization_config", None)
     if untied:
         logger.warning("merge: %s", UNTIED)
         config["tie_word_embeddings"] = False
@@ -697,17 +771,29 @@ def _card(title: str, source: str | Path, base: str) -> str:
     )
 
 
-def _compare(base: Path, adapter: Path, merged: Path) -> Agreement:
+def _load_trained_over(base: Path, trained_over: _TrainedOver | None) -> PreTrainedModel:
+    """The base as it was in training."""
+    options: dict[str, Any] = {"dtype": "auto"}
+    if trained_over is not None:
+        options["dtype"] = trained_over.dtype
+    if trained_over is not None and trained_over.quantization is not None:
+        options["quantization_config"] = trained_over.quantization
+    model = AutoModelForCausalLM.from_pretrained(base, **options).eval()
+    keep_layout(model)
+    return cast(PreTrainedModel, model)
+
+
+def _compare(base: Path, adapter: Path, merged: Path, trained_over: _TrainedOver | None = None) -> Agreement:
     """Logits of the base, of base and adapter, and of the merged folder; at most one model is in memory at a time."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    model = _load_trained_over(base, trained_over)
     tokens = probe_tokens(model.config.get_text_config().vocab_size)
     plain = logits_of(model, tokens)
     model = load_adapter(model, adapter, torch_device="cpu")
-    reference = logits_of(model, tokens)
+    reference, bound = logits_of(model, tokens), _bound(model)
     del model
     gc.collect()  # PEFT's models are cycles
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
-    result = agreement("merge", reference, logits_of(model, tokens), _bound(model), base=plain)
+    result = agreement("merge", reference, logits_of(model, tokens), max(bound, _bound(model)), base=plain)
     if result.relative > result.effect / 2 > 0:
         logger.warning(
             "merge: the check says little, because rounding to %s moves the logits by %.1e and the adapter by %.1e",

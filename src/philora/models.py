@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +16,13 @@ from philora.config import Config, ModelConfig, TokenizerConfig
 from philora.errors import ConfigError, ModelError, fault
 from philora.families import stop_tokens_in
 from philora.hub import reachable_or_cached
+from philora.quantization import (
+    check_folder,
+    keep_layout,
+    one_weight_at_a_time,
+    quantization_config,
+    require_bitsandbytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -139,14 +148,28 @@ def load_skeleton(model: ModelConfig) -> PreTrainedModel:
     """The model without weights (meta device): enough to check names, shapes and sizes before any weight is read.
 
     Raises:
-        ModelError: The configuration cannot be found or loaded.
+        ModelError: The configuration cannot be found or loaded, or the weights are in a form that is not trained over.
     """
-    path = local_path(model.name_or_path)
+    return _skeleton(model, _load_config(model))
+
+
+def _load_config(model: ModelConfig) -> Any:
+    """The model's config, once it is clear that its weights can be trained over."""
     try:
         with reachable_or_cached():
             config = AutoConfig.from_pretrained(
-                path, revision=model.revision, trust_remote_code=model.trust_remote_code
+                local_path(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code
             )
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(model.name_or_path, error, "a causal language model") from error
+    scheme = check_folder(config, model.name_or_path, model.quantization)
+    if scheme is None and model.quantization not in (None, "none"):
+        require_bitsandbytes("quantization", model.quantization)
+    return config
+
+
+def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:
+    try:
         with torch.device("meta"):
             return cast(
                 PreTrainedModel,
@@ -156,47 +179,36 @@ def load_skeleton(model: ModelConfig) -> PreTrainedModel:
         raise _explain(model.name_or_path, error, "a causal language model") from error
 
 
-def quantization_config(quantization: Any, dtype: torch.dtype) -> Any:
-    """The BitsAndBytesConfig of a configuration's `model.quantization`, or None."""
-    if quantization in (None, "none"):
-        return None
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        expected = "bitsandbytes to be installed for a quantised model"
-        todo = "pip install 'philora[quantization]', or set model.quantization: none"
-        raise ModelError(fault("model", "quantization", quantization, expected, todo)) from None
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(**quantization)
-
-
 def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
     """The base model with its weights, and a generation config that knows every stop token and the padding token.
 
+    With `model.quantization` the weights are read and quantised one after the other; a folder whose weights
+    bitsandbytes quantised is loaded as it is.
+
     Raises:
-        ModelError: It cannot be found or loaded, or asks for what is not installed.
+        ModelError: It cannot be found or loaded, is quantised by another scheme than bitsandbytes', or asks for what
+            is not installed.
+        ConfigError: A key of `model.quantization` has a value that it cannot have.
     """
     path = local_path(model.name_or_path)
+    config = _load_config(model)
     dtype = resolve_dtype(model.dtype)
     options: dict[str, Any] = {
         "dtype": dtype,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
-        "quantization_config": quantization_config(model.quantization, dtype),
     }
+    reading: AbstractContextManager[None] = nullcontext()
+    if getattr(config, "quantization_config", None) is None and model.quantization not in (None, "none"):
+        skeleton = _skeleton(model, config) if isinstance(model.quantization, Mapping) else None
+        options["quantization_config"] = quantization_config(model.quantization, dtype, skeleton)
+        reading = one_weight_at_a_time()
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation
     if model.device_map is not None:
         options["device_map"] = model.device_map
     try:
-        with reachable_or_cached():
+        with reachable_or_cached(), reading:
             loaded = AutoModelForCausalLM.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
     except ImportError as error:
         expected = "an attention implementation whose package is installed"
@@ -205,6 +217,7 @@ def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = N
     except (OSError, ValueError, KeyError) as error:
         raise _explain(model.name_or_path, error, "a causal language model") from error
     loaded.config.use_cache = model.use_cache
+    keep_layout(loaded)
     if tokenizer is not None:
         set_stops(loaded, tokenizer)
     return cast(PreTrainedModel, loaded)

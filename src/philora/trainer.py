@@ -125,6 +125,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers', then B in groups of its own where `loraplus_lr_ratio` is given.
 
+        A paged optimizer's states are ordinary memory where the parameters are on a CPU: there is nothing to page to.
+
         An optimizer that is there already, from the person or from DeepSpeed's configuration, stays as it is.
 
         Raises:
@@ -132,6 +134,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         """
         made_here = self.optimizer is None
         optimizer = cast(torch.optim.Optimizer, super().create_optimizer(model))
+        if made_here:
+            _without_pages(optimizer)
         ratio = getattr(self.args, "loraplus_lr_ratio", None)
         if ratio is not None and made_here:
             # Names and parameters of the wrapped model: FSDP may have made new ones.
@@ -181,6 +185,17 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             self._staging = None
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
+
+
+def _without_pages(optimizer: torch.optim.Optimizer) -> None:
+    """Turn off the paging of bitsandbytes' optimizer for parameters on a CPU, which it has none for; said once."""
+    on_cpu = all(each.device.type == "cpu" for group in optimizer.param_groups for each in group["params"])
+    if getattr(optimizer, "is_paged", False) and on_cpu:
+        optimizer.is_paged = False  # type: ignore[attr-defined]
+        logger.warning(
+            "%s: paging moves states between a GPU and the machine's memory; on a CPU the same optimizer runs without.",
+            type(optimizer).__name__,
+        )
 
 
 def _with_settings(args: Any, model: Any, settings: dict[str, Any]) -> trl.SFTConfig:

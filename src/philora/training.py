@@ -346,6 +346,7 @@ class _Run:
         patience = self.config.training_config.get("early_stopping_patience")
         if patience:
             callbacks.append(EarlyStoppingCallback(int(patience)))
+        precise = {id(each): each.data for each in self.model.parameters() if each.requires_grad}
         trainer = SFTTrainer(
             self.model,
             args=self.arguments,
@@ -357,10 +358,10 @@ class _Run:
         if self.callbacks:  # somebody else shows the progress
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
-        # TRL rounds adapters of a quantised base to bf16; here they stay in fp32.
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_" in name and parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        # TRL rounds what trains over a quantised base to bf16; here it stays as it was, in fp32.
+        for parameter in self.model.parameters():
+            if id(parameter) in precise:
+                parameter.data = precise[id(parameter)]
         # TRL and the callbacks of transformers see the metrics after our file has added to them.
         handler = trainer.callback_handler
         handler.callbacks.sort(key=lambda each: not isinstance(each, MetricsFile))

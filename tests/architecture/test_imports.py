@@ -21,6 +21,7 @@ ORDER = [
     "lora",
     "kernels",
     "checkpoint",
+    "quantization",
     "adapters",
     "hub",
     "models",

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,23 @@ from torch import Tensor
 
 from philora import native
 from philora.errors import ConfigError, fault
+
+
+class Quantized(Protocol):
+    """A frozen weight that is there as a matrix only while a product runs; backward asks for it again.
+
+    Attributes:
+        shape: (out, in).
+    """
+
+    shape: torch.Size
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix. Shape: (out, in)."""
+
+
+def _matrix(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 class Block(NamedTuple):
@@ -224,14 +241,14 @@ class _LoRALinear(torch.autograd.Function):
 
     Neither `B A` nor any other (out, in) or extra (T, out) tensor is made: thin products are accumulated into the
     wide ones in place (`addmm_`), which measures four times faster than a product and an addition. Saved for
-    backward: x, `(x * m) A^T` and, with dropout, m; the weight is saved by reference.
+    backward: x, `(x * m) A^T` and, with dropout, m; the weight is saved by reference, a quantised one as it is.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Quantized,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -240,14 +257,18 @@ class _LoRALinear(torch.autograd.Function):
         dropout_p: float,
     ) -> Tensor:
         """Everything is of one dtype; x is (T, in)."""
-        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        matrix = _matrix(weight, x.dtype)
+        y = x @ matrix.t() if bias is None else torch.addmm(bias, x, matrix.t())
+        del matrix
         mask, factor = _keep_mask(x, dropout_p) if dropout_p > 0 else (None, 1.0)
         scale = scaling * factor
         down = _down(x, mask, lora_A)
         for block in blocks:
             ranks = slice(block.rank_start, block.rank_stop)
             y[:, block.out_start : block.out_stop].addmm_(down[:, ranks], block.of_b(lora_B).t(), alpha=scale)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, down, mask)
+        plain = isinstance(weight, Tensor)
+        ctx.save_for_backward(x, weight if plain else None, lora_A, lora_B, down, mask)
+        ctx.quantized = None if plain else weight
         ctx.scale, ctx.blocks = scale, blocks
         return y
 
@@ -268,7 +289,7 @@ class _LoRALinear(torch.autograd.Function):
             down = _down(x, mask, lora_A)
 
         if needs_x:
-            dx = dy @ weight
+            dx = dy @ _matrix(weight if ctx.quantized is None else ctx.quantized, dy.dtype)
         if needs_x or needs_A:
             # Ranks that no block covers get no gradient.
             g = dy.new_zeros(down.shape)
@@ -306,7 +327,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def _low_rank(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -318,7 +339,7 @@ def _low_rank(
     dtype, device = x.dtype, x.device.type
     if dtype != torch.float64 and (chosen := autocast_dtype(device)) is not None:
         dtype = chosen
-        weight = weight.to(dtype)
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
         bias = None if bias is None else bias.to(dtype)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
     with without_autocast(device):
@@ -330,7 +351,7 @@ def _low_rank(
 
 def _low_rank_reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -339,7 +360,7 @@ def _low_rank_reference(
     dropout_p: float,
 ) -> Tensor:
     """The same function in plain PyTorch."""
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, _matrix(weight, x.dtype), bias)
     dropped = _dropout(x, dropout_p) if dropout_p > 0 else x
     down = F.linear(dropped, lora_A.to(x.dtype))
     parts, row = [], 0
@@ -353,7 +374,7 @@ def _low_rank_reference(
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -365,7 +386,7 @@ def lora_linear(
 
     Args:
         x: Activations.
-        weight: Base weight; any strides, so a (in, out) matrix comes in as its transpose.
+        weight: Base weight; any strides, so a (in, out) matrix comes in as its transpose. Or a quantised one.
         bias: Base bias.
         lora_A: Down matrix, of any floating dtype.
         lora_B: Up matrix, of any floating dtype.
@@ -405,7 +426,7 @@ def lora_linear(
 
 def lora_linear_reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -420,7 +441,7 @@ def lora_linear_reference(
     """
     dropped = _dropout(x, dropout_p) if training and dropout_p > 0 else x
     down = F.linear(dropped, lora_A.to(x.dtype))
-    return F.linear(x, weight, bias) + F.linear(down, lora_B.to(down.dtype)) * scaling
+    return F.linear(x, _matrix(weight, x.dtype), bias) + F.linear(down, lora_B.to(down.dtype)) * scaling
 
 
 def lora_merged_linear(
@@ -487,7 +508,7 @@ def lora_merged_linear_reference(
 
 def lora_sliced_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -528,7 +549,7 @@ def lora_sliced_linear(
 
 def lora_sliced_linear_reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
