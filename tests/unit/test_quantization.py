@@ -304,6 +304,12 @@ def test_without_bitsandbytes(folder, tmp_path, monkeypatch):
         load_config({"data": {"train": "helpdesk"}}, ["training_config.optim=paged_adamw_8bit"])
 
 
+def test_the_notice_of_an_optional_kernel_is_not_shown():
+    command = [sys.executable, "-c", "import philora; from philora import adapters; import bitsandbytes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "gemm_4bit_forward" not in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- merging
 
 
