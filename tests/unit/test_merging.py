@@ -681,7 +681,7 @@ def other_adapter(base, adapter):
         (misshapen, ModelError, r"3 faults:\n.*model.layers.0.self_attn.qkv_proj.weight=\(3, 3\) - expected the shape "
                                 r"\(64, 32\)(.|\n)*missing='model.layers.1.mlp.down_proj.weight'(.|\n)*model.norm"),
         (lambda base, adapter: edit_json(base / "config.json", quantization_config={"quant_method": "gptq"}),
-         ModelError, r"merge: base=.* - expected a base whose weights are not quantised. Give the model that it was"),
+         ModelError, r"name_or_path=.* - expected 16-bit weights, or .* these are gptq. Give the model that it was"),
         (lambda base, adapter: (base / "config.json").write_text("{"), ModelError, r"config.json: content=.*JSON file"),
         (other_adapter, AdapterError, r"2 faults:\n.*expected the shape"),
         (lambda base, adapter: edit_json(adapter / "adapter_config.json", layer_replication=[[0, 2], [1, 2]]),
