@@ -119,7 +119,7 @@ def train(task: Task) -> dict[str, Any]:
         arguments = SFTConfig(
             folder,
             max_steps=len(steps),
-            gradient_accumulation_steps=task.rows,
+            gradient_accumulation_steps=task.rows // task.together,
             learning_rate=task.learning_rate,
             bf16=setting.autocast,
             use_cpu=True,
@@ -127,7 +127,7 @@ def train(task: Task) -> dict[str, Any]:
             gradient_checkpointing=setting.recompute,
             max_length=task.work.row_tokens,
             logging_steps=1,
-            **TRAINER,
+            **(TRAINER | {"per_device_train_batch_size": task.together}),
         )
         model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.bfloat16)
         transformers.set_seed(task.seed)  # the same first A for all

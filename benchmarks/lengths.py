@@ -3,7 +3,8 @@
 `python -m benchmarks.lengths [--tokens 512,1024,...] [--contestants philora-0,...] [--rounds N]`
 
 Conversations are clipped to 512 tokens, so that every pack can hold them; a step is as many packs as make up the
-longest of the packs, one after the other. Rows go to results/lengths.csv.
+longest of the packs. Packs shorter than `--together` tokens share a micro-batch of about as many, as a run plans them
+by itself; the micro-batches come one after the other. Rows go to results/lengths.csv.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", default=",".join(map(str, LENGTHS)), help="of the packs")
     parser.add_argument("--base", type=int, default=2048, help="the pack that costs are relative to")
     parser.add_argument("--contestants", default="philora-0", help=f"of {', '.join(CONTESTANTS)}")
+    parser.add_argument("--together", type=int, default=2048, help="tokens of shorter packs that make a micro-batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock counts")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
@@ -72,8 +74,10 @@ def main() -> int:
         write_work(work.name, given.work_dir, env, change)
         model, data = str(work.model_folder(given.work_dir)), str(work.data_file(given.work_dir))
         for name in given.contestants:
+            rows = longest // tokens
+            together = min(rows, max(1, given.together // tokens))
             tasks[name, tokens] = Task(
-                name, model, data, work, given.warmup, given.steps, longest // tokens, given.threads
+                name, model, data, work, given.warmup, given.steps, rows, together, given.threads
             )
 
     speeds: dict[tuple[str, int], list[float]] = {key: [] for key in tasks}
@@ -118,6 +122,7 @@ def main() -> int:
                 "contestant": name,
                 "pack_tokens": tokens,
                 "packs_per_step": longest // tokens,
+                "packs_per_micro_batch": tasks[name, tokens].together,
                 "rounds": len(found),
                 "tokens_per_second": round(median(found), 2),
                 "tokens_per_second_min": round(min(found), 2),

@@ -31,7 +31,8 @@ class Task:
     """What one process of a contestant is asked to do.
 
     Attributes:
-        rows: Packs of an optimizer step, one after the other (gradient accumulation).
+        rows: Packs of an optimizer step.
+        together: Packs of a micro-batch; the micro-batches of a step come one after the other (accumulation).
         warmup: Steps before the clock counts; they train too.
     """
 
@@ -42,6 +43,7 @@ class Task:
     warmup: int = 2
     steps: int = 8
     rows: int = 1
+    together: int = 1
     threads: int = 2
     learning_rate: float = 1e-3
     seed: int = 0

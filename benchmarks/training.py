@@ -194,7 +194,7 @@ def measure(
     model, data = str(work.model_folder(root)), str(work.data_file(root))
 
     def task(name: str) -> Task:
-        return Task(name, model, data, work, given.warmup, given.steps, given.rows, given.threads)
+        return Task(name, model, data, work, given.warmup, given.steps, given.rows, threads=given.threads)
 
     def run(name: str, python: str, module: str) -> dict[str, Any]:
         command = [python, "-m", module, task(name).to_json()]
