@@ -5,7 +5,7 @@
 Forward and backward in bf16 on 2,048 tokens, at the shapes of the 187 M-parameter work of the training benchmark. In
 every round three forms run right after each other: the fast one, the fast one without the compiled functions
 (`PHILORA_NATIVE=0`), and the plain one; a row's ratio is the median over the rounds of their times'.
-The shares of a step are self times by `torch.profiler`: products with the base, attention, and the rest.
+The shares of a step are self times by `torch.profiler`. The copy says what main memory gives.
 """
 
 from __future__ import annotations
@@ -116,21 +116,35 @@ def step_of(work: Work) -> Run:
 
 
 def shares(step: Run) -> dict[str, float]:
-    """Parts of a step's time: products with the base, attention, all else."""
+    """Parts of a step's time."""
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     events = profiled.key_averages()
     total = sum(each.self_cpu_time_total for each in events)
-    products = sum(each.self_cpu_time_total for each in events if each.key == "aten::mm")
-    names = ("_TiledAttention", "_TiledAttentionBackward")
+
+    def share(*names: str) -> float:
+        return sum(each.self_cpu_time_total for each in events if each.key in names) / total
+
     # A node's total holds what it calls, its products of scores included (they are bmm and baddbmm, not mm).
-    inside = sum(each.cpu_time_total for each in events if each.key in names)
-    return {
-        "step, products with the base": products / total,
-        "step, attention": inside / total,
-        "step, all else": 1 - (products + inside) / total,
+    names = ("_TiledAttention", "_TiledAttentionBackward")
+    inside = sum(each.cpu_time_total for each in events if each.key in names) / total
+    found = {
+        "step, products": share("aten::mm"),
+        "step, attention": inside,
+        "step, products added in place": share("aten::addmm_", "aten::addmm"),
+        "step, SwiGLU": share("_SwiGLU", "_SwiGLUBackward"),
+        "step, RMSNorm": share("_RMSNorm", "_RMSNormBackward"),
+        "step, sums": share("aten::add", "aten::add_"),
     }
+    return found | {"step, all else": 1 - sum(found.values())}
+
+
+def copy_of_512_mib() -> Run:
+    """Main memory's rate: 1 GiB read and written."""
+    source = torch.ones(512 << 18)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def main() -> None:
@@ -168,6 +182,8 @@ def main() -> None:
 
     for name, (fast, plain) in parts(work).items():
         measured(name, fast, plain, given.rounds)
+    copy = copy_of_512_mib()
+    measured("copy of 512 MiB", copy, copy, given.rounds)
     step = step_of(work)
 
     def plain_step() -> None:

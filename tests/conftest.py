@@ -73,3 +73,14 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(params=["compiled", "PyTorch"])
+def compiled_or_not(request, monkeypatch):
+    """Once with the functions of native.c, and once without them."""
+    from philora import native
+
+    if request.param == "PyTorch":
+        monkeypatch.setenv("PHILORA_NATIVE", "0")
+    elif not native.available():
+        pytest.skip("no compiler")

@@ -185,7 +185,7 @@ def _wide(tensor: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`y = x / rms(x) * weight`, and one over each row's root mean square. Shapes: x (T, C); returns (T, C), (T)."""
     y, inverse = torch.empty_like(x), torch.empty(len(x))
-    _call("rms_norm", x, weight, y, inverse, *x.shape, eps, _wide(x))
+    _call("rms_norm", x, weight, y, inverse, *x.shape, float(eps), _wide(x))
     return y, inverse
 
 
@@ -430,12 +430,12 @@ def causal_softmax_(scores: Tensor, offset: int, window: int | None, scale: floa
     Shapes:
         scores (N, queries, keys).
     """
-    _call("causal_softmax", scores, *scores.shape, offset, window or 0, scale)
+    _call("causal_softmax", scores, *scores.shape, offset, window or 0, float(scale))
 
 
 def causal_softmax_backward_(weights: Tensor, grad: Tensor, offset: int, window: int | None, scale: float) -> None:
     """The gradient of the unscaled scores over that of the weights, in place. Shapes: both (N, queries, keys)."""
-    _call("causal_softmax_backward", weights, grad, *grad.shape, offset, window or 0, scale)
+    _call("causal_softmax_backward", weights, grad, *grad.shape, offset, window or 0, float(scale))
 
 
 def score_rows_(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: list[Tensor], needs_grad: bool) -> None:

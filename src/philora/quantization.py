@@ -204,7 +204,7 @@ def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         product of integer and scale, rounded once.
 
     Cost:
-        On a CPU about a fifteenth of the time of a product with 2048 tokens.
+        The matrix in memory, until the caller lets go of it.
     """
     weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):

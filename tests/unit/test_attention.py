@@ -8,19 +8,12 @@ import pytest
 import torch
 
 import philora
-from philora import native
 from philora.kernels import attention
 from philora.lora.functional import fused
 from tests.tolerances import PACKED_FP32
 
-
-@pytest.fixture(params=["compiled", "PyTorch"], autouse=True)
-def _native(request, monkeypatch):
-    """Every test with the functions of native.c, and without them."""
-    if request.param == "PyTorch":
-        monkeypatch.setenv("PHILORA_NATIVE", "0")
-    elif not native.available():
-        pytest.skip("no compiler")
+# Every test with the functions of native.c, and without them.
+pytestmark = pytest.mark.usefixtures("compiled_or_not")
 
 
 def positions(lengths):

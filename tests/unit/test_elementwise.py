@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from philora import native
 from philora.kernels import elementwise
 from philora.kernels.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
 
@@ -13,13 +12,8 @@ from philora.kernels.elementwise import rms_norm, rms_norm_reference, swiglu, sw
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 4e-2}}
 
 
-@pytest.fixture(params=["compiled", "PyTorch"], autouse=True)
-def _native(request, monkeypatch):
-    """Every test with the functions of native.c, and without them."""
-    if request.param == "PyTorch":
-        monkeypatch.setenv("PHILORA_NATIVE", "0")
-    elif not native.available():
-        pytest.skip("no compiler")
+# Every test with the functions of native.c, and without them.
+pytestmark = pytest.mark.usefixtures("compiled_or_not")
 
 
 @pytest.fixture(params=[1 << 20, 300], ids=["one block", "many blocks"], autouse=True)

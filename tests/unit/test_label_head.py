@@ -9,19 +9,12 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 import philora
-from philora import native
 from philora.kernels import loss
 from philora.kernels.loss import add_label_head, label_scores, label_scores_reference
 from philora.lora.functional import fused
 
-
-@pytest.fixture(params=["compiled", "PyTorch"], autouse=True)
-def _native(request, monkeypatch):
-    """Every test with the functions of native.c, and without them."""
-    if request.param == "PyTorch":
-        monkeypatch.setenv("PHILORA_NATIVE", "0")
-    elif not native.available():
-        pytest.skip("no compiler")
+# Every test with the functions of native.c, and without them.
+pytestmark = pytest.mark.usefixtures("compiled_or_not")
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -113,6 +113,21 @@ def test_the_largest_and_smallest_numbers():
         torch.testing.assert_close(weights[0, i], torch.nn.functional.pad(row, (0, 3 - i)), rtol=1e-6, atol=1e-30)
 
 
+def test_whole_numbers_are_numbers():
+    """ctypes would hand an int over in another register than a float."""
+    scores = torch.randn(1, 4, 4)
+    found = [scores.clone(), scores.clone()]
+    native.causal_softmax_(found[0], 0, None, 2)
+    native.causal_softmax_(found[1], 0, None, 2.0)
+    grads = [scores.clone(), scores.clone()]
+    native.causal_softmax_backward_(found[0], grads[0], 0, None, 2)
+    native.causal_softmax_backward_(found[1], grads[1], 0, None, 2.0)
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    norms = [native.rms_norm(x, weight, eps)[0] for eps in (1, 1.0)]
+    for one, other in (found, grads, norms):
+        assert torch.equal(one, other)
+
+
 def run(code: str, **environment: str) -> str:
     given = {**os.environ, **environment}
     done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True)
