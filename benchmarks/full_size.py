@@ -10,6 +10,8 @@ dequantised ones. Each is a process of its own; a thread samples the process's a
 
 Memory is RssAnon of /proc/self/status: what the process holds and cannot get back from a file. Weights of a bf16 base
 are pages of the folder's files and count as RssFile, which is shown beside it.
+
+With `--rounds` above 1 the measurements take turns. Every one is a row of results/full_size.csv, unless `--no-write`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from benchmarks.rate import machine
+from benchmarks.results import RESULTS, append, commit, now
 
 TOKENS = 2048
 GIB = 2**30
@@ -192,7 +198,7 @@ def compare(folder: Path) -> dict[str, Any]:
         base.set_attn_implementation("sdpa")
         with fused(False):
             losses["plain, over the dequantised weights"] = float(model(input_ids=tokens, labels=tokens).loss)
-    return {"losses": losses}
+    return {"losses": list(losses.values()), "of": list(losses)}
 
 
 # ------------------------------------------------------------------------------------------------ the processes
@@ -201,7 +207,7 @@ def compare(folder: Path) -> dict[str, Any]:
 def measure(name: str, folder: Path, steps: int, limit_gib: float) -> dict[str, Any]:
     """In a process of its own; what it prints last is its result."""
     command = [sys.executable, "-m", "benchmarks.full_size", "--folder", str(folder), "--child", name]
-    command += ["--steps", str(steps)] + (["--limit", str(limit_gib)] if name.endswith("limited") else [])
+    command += ["--steps", str(steps), "--limit", str(limit_gib)]
     environment = os.environ | {
         "GOMP_SPINCOUNT": "10000",  # else waiting threads take the cores from each other
         "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own reserves 1 GiB, which counts though it is not touched
@@ -229,6 +235,30 @@ def child(name: str, folder: Path, steps: int, limit_gib: float | None) -> dict[
         shutil.rmtree(work, ignore_errors=True)
 
 
+def row(name: str, given: argparse.Namespace, figures: dict[str, Any]) -> dict[str, str | int | float]:
+    """A line of the table; what a measurement does not have stays empty."""
+    peak = figures.get("peak_gib", {})
+    seconds = figures.get("step_seconds", [])[1:]  # the first step also allocates
+    return {
+        "commit": commit(Path(__file__).parents[1]),
+        "date": now(),
+        "machine": machine(os.environ),
+        "what": name,
+        "layers": given.layers,
+        "hidden": given.hidden,
+        "limit_gib": given.limit if name.endswith("limited") else "",
+        "anonymous_gib_loading": peak.get("loading", {}).get("RssAnon", ""),
+        "anonymous_gib_training": peak.get("training", {}).get("RssAnon", ""),
+        "file_pages_gib": max((each["RssFile"] for each in peak.values()), default=""),
+        "seconds_before_training": figures.get("before_training_seconds", ""),
+        "steps_timed": len(seconds),
+        "step_seconds": round(median(seconds), 2) if seconds else "",
+        "step_seconds_min": min(seconds, default=""),
+        "step_seconds_max": max(seconds, default=""),
+        "losses": " ".join(f"{each:.5f}" for each in figures.get("losses", [])),
+    }
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Phi-3-mini at full size: memory and time.")
@@ -236,23 +266,37 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=3072)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=None, help="GiB, of nf4-limited; default 6.5")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=6.5, help="GiB, of nf4-limited")
     parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--keep", action="store_true", help="keep the folder")
+    parser.add_argument("--no-write", action="store_true", help="add no rows to the table")
     parser.add_argument("--child", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        print(json.dumps(child(given.child, given.folder, given.steps, given.limit)))
+        limit = given.limit if given.child.endswith("limited") else None
+        print(json.dumps(child(given.child, given.folder, given.steps, limit)))
         return
     if not (given.folder / "config.json").exists():
         write_folder(given.folder, given.layers, given.hidden)
+    times: dict[str, list[float]] = {}
+    failed = False
     try:
-        for name in given.only:
-            print(name, json.dumps(measure(name, given.folder, given.steps, given.limit or 6.5), indent=1), flush=True)
+        for _ in range(given.rounds):
+            for name in given.only:
+                figures = measure(name, given.folder, given.steps, given.limit)
+                print(name, json.dumps(figures, indent=1), flush=True)
+                failed = failed or "failed" in figures
+                times.setdefault(name, []).extend(figures.get("step_seconds", [])[1:])
+                if not given.no_write and "failed" not in figures:
+                    append(RESULTS / "full_size.csv", row(name, given, figures))
     finally:
         if not given.keep:
             shutil.rmtree(given.folder)
+    if times.get("nf4") and times.get("bf16"):
+        print(f"a step over nf4 takes {median(times['nf4']) / median(times['bf16']):.2f} times that over bf16")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
