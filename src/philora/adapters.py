@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import peft
 import torch
@@ -41,13 +41,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from philora.checkpoint import read_peft_tensors, write_json
-from philora.errors import AdapterError, TargetError, fault, nearest, one_per_line
+from philora.errors import AdapterError, ConfigError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
 from philora.kernels import attention
 from philora.kernels.memory import keep_freed_memory
-from philora.kernels.modules import use_fast_modules
+from philora.kernels.modules import recompute_elementwise, use_fast_modules
 from philora.kernels.rotary import use_document_rotary
-from philora.lora.functional import lora_linear, lora_sliced_linear
+from philora.lora.functional import fused_enabled, lora_linear, lora_sliced_linear
 from philora.quantization import QuantizedWeight, is_quantized, keep_layout, parameters_in
 from philora.quantization import record as quantization_record
 
@@ -387,6 +387,7 @@ class _FastForward:
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
+    recomputes = False  # whether dropout's mask is drawn again in backward
 
     @property
     def slices(self) -> dict[str, Slices]:
@@ -415,9 +416,9 @@ class _FastForward:
             bias = None if bias is None else bias.to(x.dtype)
         if slices:
             blocks = [each[1:] for each in slices]
-            y = lora_sliced_linear(x, weight, bias, *adapters, blocks, scaling, p, dropout.training)
+            y = lora_sliced_linear(x, weight, bias, *adapters, blocks, scaling, p, dropout.training, self.recomputes)
         else:
-            y = lora_linear(x, weight, bias, *adapters, scaling, p, dropout.training)
+            y = lora_linear(x, weight, bias, *adapters, scaling, p, dropout.training, self.recomputes)
         return y if type(base) is nn.Linear else y.to(dtype)
 
     def _plain_adapter(self) -> str | None:
@@ -484,7 +485,7 @@ if is_bnb_4bit_available():
     FAST |= {Linear4bit: FastLinear4bit, Linear8bitLt: FastLinear8bitLt}
 
 
-def optimize(model: nn.Module) -> nn.Module:
+def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | None = None) -> nn.Module:
     """Switch on the fast paths of a model that somebody else made, in place.
 
     Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear`, or over a quantised layer of bitsandbytes,
@@ -496,10 +497,19 @@ def optimize(model: nn.Module) -> nn.Module:
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.
+        recomputation: "elementwise": what is cheap to compute again is not kept for backward: the outputs of RMSNorm
+            and SwiGLU, and dropout's masks; losses and gradients are the same bits. "none": it is kept. None: as it was
+            (at first "none"). Whole layers are recomputed by `model.gradient_checkpointing_enable()`.
 
     Returns:
         The same model.
+
+    Raises:
+        ConfigError: Another `recomputation`.
     """
+    if recomputation not in (None, "none", "elementwise"):
+        todo = "model.gradient_checkpointing_enable() recomputes whole layers"
+        raise ConfigError(fault("optimize", "recomputation", recomputation, "none or elementwise", todo))
     for module in model.modules():
         fast = FAST.get(type(module))
         if fast is not None and _is_plain_base(cast(LoraLayer, module).base_layer):
@@ -515,9 +525,32 @@ def optimize(model: nn.Module) -> nn.Module:
         base.set_attn_implementation(attention.NAME)
     use_fast_modules(model)
     use_document_rotary(model)
+    if recomputation is not None:
+        _set_recomputation(model, recomputation == "elementwise")
     if all(each.device.type == "cpu" for each in model.parameters()):
         keep_freed_memory()
     return model
+
+
+def _set_recomputation(model: nn.Module, on: bool) -> None:
+    """Have the fast modules and layers keep less for backward, or as usual; says what that does not cover."""
+    parts = recompute_elementwise(model, on)
+    kept = 0
+    for layer in model.modules():
+        if isinstance(layer, _FastForward):
+            layer.recomputes = on
+        kept += isinstance(layer, LoraLayer) and not (isinstance(layer, _FastForward) and layer._plain_adapter())
+    if not on:
+        return
+    todo = "gradient_checkpointing=True (full) recomputes whole layers of any model"
+    if not fused_enabled():
+        logger.warning("element-wise recomputation is a part of the fused path, which is off: all is kept. %s.", todo)
+    elif not parts:
+        logger.warning("element-wise recomputation: no RMSNorm or SwiGLU of this model has a fast form. %s.", todo)
+    elif "SwiGLU" not in parts:
+        logger.warning("element-wise recomputation covers %s of this model alone. %s.", " and ".join(parts), todo)
+    if kept and fused_enabled():
+        logger.warning("element-wise recomputation: %d LoRA layers run PEFT's forward and keep their inputs", kept)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

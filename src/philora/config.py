@@ -337,8 +337,9 @@ _LIBRARY_FIELDS: Final = (
     Field(
         "training_config.gradient_checkpointing",
         "auto",
-        union(FLAG, _AUTO),
-        "recompute activations to save memory; auto: only if the memory estimate asks for it",
+        union(FLAG, exactly("elementwise"), _AUTO),
+        "activations computed again in backward to save memory: none (false), the outputs of RMSNorm and SwiGLU "
+        "(elementwise), whole layers (true); auto: the least that the memory estimate asks for",
     ),
     Field(
         "training_config.gradient_checkpointing_kwargs",

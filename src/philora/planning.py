@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
+
+Recomputation = Literal["none", "elementwise", "full"]
+"""What backward computes again: nothing, the outputs of RMSNorm and SwiGLU and dropout's masks, or whole layers."""
 
 RUNTIME_BYTES = 600 * 2**20  # interpreter, libraries, allocator slack, measured on the CPU
 TOKENS_PER_STEP = 8192  # default number of tokens in one optimizer step, where the data allows STEPS_AT_LEAST
@@ -33,21 +36,24 @@ class Estimate:
         return {**asdict(self), "total": self.total}
 
 
-def activation_bytes_per_token(config: Any, element_bytes: int, recompute: bool) -> int:
+def activation_bytes_per_token(config: Any, element_bytes: int, recomputation: Recomputation) -> int:
     """Bytes of activations that one token keeps for backward in all layers.
 
     A decoder layer keeps, per token, about 12 vectors of the hidden size (norm inputs in and out, residuals, rotated
     q, k, v, attention output; two of them in fp32) and 5 of the intermediate size (gate, up, their activation and
-    product, its copy); recomputation keeps one hidden vector a layer and rebuilds one layer at a time.
+    product, its copy). Element-wise recomputation leaves out the outputs of the two norms and of SwiGLU; full
+    recomputation keeps one hidden vector a layer and rebuilds one layer at a time.
     """
     hidden, intermediate = int(config.hidden_size), int(getattr(config, "intermediate_size", 4 * config.hidden_size))
     layers = int(config.num_hidden_layers)
     layer = (12 * hidden + 5 * intermediate) * element_bytes + 2 * hidden * 4
-    return hidden * element_bytes * layers + layer if recompute else layer * layers
+    if recomputation == "elementwise":
+        layer -= (2 * hidden + intermediate) * element_bytes
+    return hidden * element_bytes * layers + layer if recomputation == "full" else layer * layers
 
 
 def estimate(
-    config: Any, parameters: int, trainable: int, tokens: int, *, element_bytes: int, recompute: bool
+    config: Any, parameters: int, trainable: int, tokens: int, *, element_bytes: int, recomputation: Recomputation
 ) -> Estimate:
     """Peak memory of a training step.
 
@@ -57,13 +63,13 @@ def estimate(
         trainable: Those that are trained, kept in fp32 with gradient and two AdamW moments: 16 bytes each.
         tokens: Tokens of one micro-batch.
         element_bytes: Bytes of one weight or activation.
-        recompute: Whether layers are recomputed in backward.
+        recomputation: What backward computes again.
     """
     chunk = min(tokens, 1024)  # TRL's head works through the labels in chunks
     return Estimate(
         weights=parameters * element_bytes,
         adapter=trainable * 16,
-        activations=tokens * activation_bytes_per_token(config, element_bytes, recompute),
+        activations=tokens * activation_bytes_per_token(config, element_bytes, recomputation),
         loss=chunk * int(config.vocab_size) * 4 * 3,
         runtime=RUNTIME_BYTES,
     )
@@ -83,11 +89,11 @@ def step_tokens(total_tokens: float) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Resolved batch: rows of a micro-batch, micro-batches of a step, and whether layers are recomputed."""
+    """Resolved batch: rows of a micro-batch, micro-batches of a step, and what backward computes again."""
 
     micro_batch_rows: int
     accumulation: int
-    recompute: bool
+    recomputation: Recomputation
     estimate: Estimate
 
 
@@ -100,11 +106,11 @@ def choose(
     tokens_per_step: int | None,
     rows: int | None,
     accumulation: int | None,
-    recompute: bool | None,
+    recomputation: Recomputation | None,
     element_bytes: int,
     memory: int,
 ) -> Plan:
-    """Fill in what the person left open: the largest micro-batch without recomputation, else with it, that fits.
+    """Fill in what the person left open: the largest micro-batch, with the least recomputation that lets one fit.
 
     Args:
         config: The model's configuration.
@@ -114,17 +120,29 @@ def choose(
         tokens_per_step: Tokens of one optimizer step; default `TOKENS_PER_STEP`.
         rows: Rows of a micro-batch when given.
         accumulation: Micro-batches of a step when given.
-        recompute: Whether to recompute when given.
+        recomputation: What backward computes again, when given.
         element_bytes: Bytes of one weight or activation.
         memory: Bytes that may be used; a tenth is left free.
     """
     wanted = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens / (accumulation or 1)))
 
-    def cost(micro: int, again: bool) -> Estimate:
-        return estimate(config, parameters, trainable, micro * row_tokens, element_bytes=element_bytes, recompute=again)
+    def cost(micro: int, grade: Recomputation) -> Estimate:
+        tokens = micro * row_tokens
+        return estimate(config, parameters, trainable, tokens, element_bytes=element_bytes, recomputation=grade)
 
-    grades = [recompute] if recompute is not None else [False, True]
+    grades: list[Recomputation] = ["none", "elementwise", "full"] if recomputation is None else [recomputation]
     sizes = [rows] if rows is not None else [n for n in range(wanted, 0, -1) if wanted % n == 0 or n == 1]
-    options = [(micro, again) for again in grades for micro in sizes]
-    micro, again = next((each for each in options if cost(*each).total < 0.9 * memory), options[-1])
-    return Plan(micro, accumulation or max(1, round(wanted / micro) if rows is None else 1), again, cost(micro, again))
+    options = [(micro, grade) for grade in grades for micro in sizes]
+    micro, grade = next((each for each in options if cost(*each).total < 0.9 * memory), options[-1])
+    return Plan(micro, accumulation or max(1, round(wanted / micro) if rows is None else 1), grade, cost(micro, grade))
+
+
+def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None:
+    """The grade that `training_config.gradient_checkpointing` stands for; None where the estimate decides (auto)."""
+    named: dict[bool | str, Recomputation] = {False: "none", "elementwise": "elementwise", True: "full"}
+    return named.get(gradient_checkpointing)
+
+
+def gradient_checkpointing_of(recomputation: Recomputation) -> bool | str:
+    """The other way: what `SFTConfig(gradient_checkpointing=...)` takes for a grade."""
+    return "elementwise" if recomputation == "elementwise" else recomputation == "full"

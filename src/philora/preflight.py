@@ -55,7 +55,6 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     covered = coverage(adapted)
     dtype = models.resolve_dtype(config.model.dtype)
     given = config.training_config
-    recompute = given.get("gradient_checkpointing", "auto")
     rows = given.get("per_device_train_batch_size", "auto")
     plan = planning.choose(
         model_config,
@@ -65,7 +64,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         tokens_per_step=None,
         rows=None if rows == "auto" else int(rows),
         accumulation=None,
-        recompute=None if recompute == "auto" else bool(recompute),
+        recomputation=planning.recomputation_of(given.get("gradient_checkpointing", "auto")),
         element_bytes=torch.finfo(dtype).bits // 8,
         memory=planning.available_bytes(),
     )

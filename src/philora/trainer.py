@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     """`trl.SFTConfig` that also takes the spellings of older releases, each with one notice, and a rate for LoRA+.
 
+    `gradient_checkpointing="elementwise"`, or `elementwise_recomputation=True`, is the grade between True and False:
+    `optimize(model, recomputation="elementwise")`.
+
     Raises:
         ConfigError: An unknown name, a `loraplus_lr_ratio` that is no number above 0, or one for an optimizer that
             has only one learning rate.
@@ -47,6 +50,11 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     loraplus_lr_ratio: float | None = dataclasses.field(
         default=None,
         metadata={"help": "LoRA+: the learning rate of B as a multiple of learning_rate; 16 in the paper."},
+    )
+
+    elementwise_recomputation: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Compute the outputs of RMSNorm and SwiGLU again in backward; not whole layers."},
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,8 +73,18 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             self.loraplus_lr_ratio = bound.read(ratio)
         except Misfit:
             faults.append(fault("SFTConfig", "loraplus_lr_ratio", ratio, bound.text))
+        checkpointing = translated.get("gradient_checkpointing")
+        elementwise = bool(translated.pop("elementwise_recomputation", False)) or checkpointing == "elementwise"
+        if isinstance(checkpointing, str) and checkpointing != "elementwise":
+            faults.append(fault("SFTConfig", "gradient_checkpointing", checkpointing, "True, False or 'elementwise'"))
+        elif elementwise and checkpointing is True:
+            expected = "False, because gradient_checkpointing=True recomputes whole layers"
+            faults.append(fault("SFTConfig", "elementwise_recomputation", elementwise, expected))
         if faults:
             raise ConfigError(one_per_line(faults))
+        self.elementwise_recomputation = elementwise
+        if elementwise:
+            translated["gradient_checkpointing"] = False
         super().__init__(*args, **translated)
         if self.loraplus_lr_ratio is not None and self.optim in ONE_RATE_OPTIMIZERS:
             expected = f"None, because optim={self.optim.value!r} has one learning rate for all"
@@ -110,7 +128,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         text = self.model.config.get_text_config()
         if self.aux_loss_enabled and not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
             text.num_experts = text.num_local_experts  # TRL 1.16 reads this name; Phi-3.5-MoE has only the other
-        optimize(self.model)
+        elementwise = getattr(self.args, "elementwise_recomputation", False)
+        optimize(self.model, recomputation="elementwise" if elementwise else None)
         add_label_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         if resolution is not None:
             apply_slices(self.model, resolution.slices)

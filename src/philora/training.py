@@ -259,7 +259,7 @@ class _Run:
             tokens_per_step=tokens_per_step,
             rows=unless_auto("per_device_train_batch_size"),
             accumulation=unless_auto("gradient_accumulation_steps"),
-            recompute=unless_auto("gradient_checkpointing"),
+            recomputation=planning.recomputation_of(given.get("gradient_checkpointing", "auto")),
             element_bytes=element_bytes,
             memory=planning.available_bytes(),
         )
@@ -272,7 +272,7 @@ class _Run:
             "per_device_train_batch_size": plan.micro_batch_rows,
             "per_device_eval_batch_size": eval_rows,
             "gradient_accumulation_steps": plan.accumulation,
-            "gradient_checkpointing": plan.recompute,
+            "gradient_checkpointing": planning.gradient_checkpointing_of(plan.recomputation),
             "bf16": self._needs_autocast(base.dtype) if bf16 == "auto" else bf16,
         }
         given.setdefault("disable_tqdm", not sys.stderr.isatty())
@@ -320,7 +320,7 @@ class _Run:
             "micro-batch %d x %d, recomputation %s, estimated peak %.1f GB",
             plan.micro_batch_rows,
             plan.accumulation,
-            "on" if plan.recompute else "off",
+            plan.recomputation,
             memory.total / 1e9,
         )
         if self.model.device.type == "cpu":

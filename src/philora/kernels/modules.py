@@ -24,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from philora.kernels.attention import NAME, layout_of, layout_of_rows, rotary_attention
 from philora.kernels.elementwise import rms_norm, swiglu
 from philora.lora.functional import fused_enabled
+from philora.lora.recomputation import mark
 
 # A product's row count is rounded up to this, since each new count costs the preparation of a product.
 ROWS_STEP = 64
@@ -107,12 +108,18 @@ class FastPhi3MLP(Phi3MLP):  # type: ignore[misc]
     """Phi-3's feed-forward part with SwiGLU in one node."""
 
     is_last = False
+    recomputes = False  # whether the output of SwiGLU is made again in backward
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shapes: hidden_states (B, T, C); returns the same."""
         if not fused_enabled() or not isinstance(self.activation_fn, SiLUActivation | nn.SiLU):
             return cast(Tensor, super().forward(hidden_states))
-        return _on_wanted(lambda x: self.down_proj(swiglu(self.gate_up_proj(x))), hidden_states, self.is_last)
+        return _on_wanted(self._feed_forward, hidden_states, self.is_last)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up_proj(x)
+        product = swiglu(gate_up)
+        return cast(Tensor, self.down_proj(mark(product, swiglu, gate_up) if self.recomputes else product))
 
 
 class _FastNorm:
@@ -120,13 +127,16 @@ class _FastNorm:
 
     weight: nn.Parameter
     variance_epsilon: float
+    recomputes = False  # whether the output is made again in backward
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shapes: hidden_states (..., C); returns the same."""
         plain = hidden_states.dtype == self.weight.dtype and hidden_states.dtype != torch.float64
         if not plain or not fused_enabled():
             return cast(Tensor, super().forward(hidden_states))  # type: ignore[misc]
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        eps = self.variance_epsilon
+        y = rms_norm(hidden_states, self.weight, eps)
+        return mark(y, lambda x, weight: rms_norm(x, weight, eps), hidden_states, self.weight) if self.recomputes else y
 
 
 def _norm(plain: type[nn.Module]) -> type[nn.Module]:
@@ -161,3 +171,13 @@ def use_fast_modules(model: nn.Module) -> None:
         if isinstance(module, Phi3Model):
             last = module.layers[-1]
             last.self_attn.is_last = last.mlp.is_last = True
+
+
+def recompute_elementwise(model: nn.Module, on: bool) -> list[str]:
+    """Have every fast RMSNorm and SwiGLU of a model note how its output is made again, or not; the kinds found."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, _FastNorm | FastPhi3MLP):
+            module.recomputes = on
+            found.add("SwiGLU" if isinstance(module, FastPhi3MLP) else "RMSNorm")
+    return sorted(found)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from philora import native
 from philora.errors import ConfigError, fault
+from philora.lora.recomputation import Recipe, recipe_of
 
 
 class Quantized(Protocol):
@@ -189,6 +190,31 @@ def _keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     return mask.view(torch.uint8), factor
 
 
+class _Redraw(NamedTuple):
+    """A mask that is drawn again in backward: the state of torch's generator before it was drawn."""
+
+    state: Tensor
+    p: float
+
+    def mask(self, x: Tensor) -> Tensor:
+        """The mask, from a generator that is put back afterwards. Shape: as `_keep_mask`."""
+        now = _generator_state(x.device)
+        try:
+            _set_generator_state(self.state, x.device)
+            return _keep_mask(x, self.p)[0]
+        finally:
+            _set_generator_state(now, x.device)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    state: Tensor = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def _set_generator_state(state: Tensor, device: torch.device) -> None:
+    (torch if device.type == "cpu" else torch.get_device_module(device)).set_rng_state(state)
+
+
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
     """`x * mask`. Shapes: x (T, in), mask as `_keep_mask` makes it."""
     if mask.dtype == torch.uint8:
@@ -241,7 +267,8 @@ class _LoRALinear(torch.autograd.Function):
 
     Neither `B A` nor any other (out, in) or extra (T, out) tensor is made: thin products are accumulated into the
     wide ones in place (`addmm_`), which measures four times faster than a product and an addition. Saved for
-    backward: x, `(x * m) A^T` and, with dropout, m; the weight is saved by reference, a quantised one as it is.
+    backward: x, `(x * m) A^T` and, with dropout, m; the weight is saved by reference, a quantised one as it is. Where x
+    has a recipe its inputs are saved in its place, and with `redraw` the generator's state in the place of m.
     """
 
     @staticmethod
@@ -255,11 +282,14 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float,
         blocks: list[Block],
         dropout_p: float,
+        recipe: Recipe | None,
+        redraw: bool,
     ) -> Tensor:
-        """Everything is of one dtype; x is (T, in)."""
+        """Everything is of one dtype; x is (T, in), or the recipe makes it in any leading shape and dtype."""
         matrix = _matrix(weight, x.dtype)
         y = x @ matrix.t() if bias is None else torch.addmm(bias, x, matrix.t())
         del matrix
+        drawn = _Redraw(_generator_state(x.device), dropout_p) if redraw and dropout_p > 0 else None
         mask, factor = _keep_mask(x, dropout_p) if dropout_p > 0 else (None, 1.0)
         scale = scaling * factor
         down = _down(x, mask, lora_A)
@@ -267,7 +297,13 @@ class _LoRALinear(torch.autograd.Function):
             ranks = slice(block.rank_start, block.rank_stop)
             y[:, block.out_start : block.out_stop].addmm_(down[:, ranks], block.of_b(lora_B).t(), alpha=scale)
         plain = isinstance(weight, Tensor)
-        ctx.save_for_backward(x, weight if plain else None, lora_A, lora_B, down, mask)
+        if drawn is not None and mask is not None and mask.nbytes > drawn.state.nbytes:
+            ctx.drawn, mask = drawn, None
+        else:
+            ctx.drawn = None
+        kept = (x,) if recipe is None else recipe.inputs
+        ctx.save_for_backward(*kept, weight if plain else None, lora_A, lora_B, down, mask)
+        ctx.make, ctx.dtype = None if recipe is None else recipe.make, x.dtype
         ctx.quantized = None if plain else weight
         ctx.scale, ctx.blocks = scale, blocks
         return y
@@ -281,7 +317,11 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, down, mask = ctx.saved_tensors
+        *kept, weight, lora_A, lora_B, down, mask = ctx.saved_tensors
+        x = kept[0] if ctx.make is None else ctx.make(*kept).to(ctx.dtype)
+        x = x.reshape(-1, x.shape[-1])
+        if ctx.drawn is not None:
+            mask = ctx.drawn.mask(x)
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dx = dweight = dbias = dA = dB = None
         if torch.is_grad_enabled():
@@ -322,7 +362,7 @@ class _LoRALinear(torch.autograd.Function):
             dweight = dy.t() @ x
         if needs_bias:
             dbias = dy.sum(0)
-        return dx, dweight, dbias, dA, dB, None, None, None
+        return dx, dweight, dbias, dA, dB, None, None, None, None, None
 
 
 def _low_rank(
@@ -334,6 +374,7 @@ def _low_rank(
     scaling: float,
     blocks: list[Block],
     dropout_p: float,
+    redraw: bool = False,
 ) -> Tensor:
     """The fused function on tensors of any leading shape and mixed dtypes."""
     dtype, device = x.dtype, x.device.type
@@ -344,7 +385,7 @@ def _low_rank(
     flat = x.to(dtype).reshape(-1, x.shape[-1])
     with without_autocast(device):
         y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, lora_A.to(dtype), lora_B.to(dtype), scaling, blocks, dropout_p
+            flat, weight, bias, lora_A.to(dtype), lora_B.to(dtype), scaling, blocks, dropout_p, recipe_of(x), redraw
         )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -358,6 +399,7 @@ def _low_rank_reference(
     scaling: float,
     blocks: list[Block],
     dropout_p: float,
+    redraw: bool = False,
 ) -> Tensor:
     """The same function in plain PyTorch."""
     y = F.linear(x, _matrix(weight, x.dtype), bias)
@@ -381,6 +423,7 @@ def lora_linear(
     scaling: float,
     dropout_p: float = 0.0,
     training: bool = False,
+    redraw: bool = False,
 ) -> Tensor:
     """`y = x W^T + b + scaling * dropout(x) A^T B^T`.
 
@@ -393,6 +436,7 @@ def lora_linear(
         scaling: Multiplier of the update.
         dropout_p: Probability with which an element of x is dropped on its way into A.
         training: Whether dropout acts.
+        redraw: Whether backward draws dropout's mask again where that takes less memory than keeping it.
 
     Shapes:
         x (..., in), weight (out, in), bias (out), lora_A (r, in), lora_B (out, r); returns (..., out).
@@ -421,7 +465,7 @@ def lora_linear(
     """
     blocks = [Block(0, weight.shape[0], 0, lora_A.shape[0], 0, 0)]
     compute = _low_rank if fused_enabled() else _low_rank_reference
-    return compute(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0)
+    return compute(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0, redraw)
 
 
 def lora_linear_reference(
@@ -516,6 +560,7 @@ def lora_sliced_linear(
     scaling: float,
     dropout_p: float = 0.0,
     training: bool = False,
+    redraw: bool = False,
 ) -> Tensor:
     """A linear map whose output slices have updates of their own, B block-diagonal in PEFT's format.
 
@@ -532,6 +577,7 @@ def lora_sliced_linear(
         scaling: Multiplier of all updates.
         dropout_p: Probability of dropout on the way into A; one mask for all slices.
         training: Whether dropout acts.
+        redraw: Whether backward draws dropout's mask again where that takes less memory than keeping it.
 
     Shapes:
         x (..., in), weight (out, in), bias (out), lora_A (R, in), lora_B (out, R); returns (..., out).
@@ -544,7 +590,7 @@ def lora_sliced_linear(
     """
     layout = diagonal_blocks(blocks, weight.shape[0], lora_A.shape[0])
     compute = _low_rank if fused_enabled() else _low_rank_reference
-    return compute(x, weight, bias, lora_A, lora_B, scaling, layout, dropout_p if training else 0.0)
+    return compute(x, weight, bias, lora_A, lora_B, scaling, layout, dropout_p if training else 0.0, redraw)
 
 
 def lora_sliced_linear_reference(

@@ -1,0 +1,39 @@
+"""Results that cost little to compute: in backward they are made again instead of being kept.
+
+A function that makes such a result marks it (`mark`) with itself and its inputs, which are kept for backward in any
+case. An autograd node that would save the result looks for the mark (`recipe_of`) and saves the inputs. Nothing of
+autograd's own is changed, so hooks on saved tensors (activation offloading) see the inputs like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Recipe(NamedTuple):
+    """How to make a tensor again.
+
+    Attributes:
+        make: Gives the same bits from the same inputs.
+        inputs: What `make` takes.
+        version: Of the tensor when it was marked; another one means that it was changed in place since.
+    """
+
+    make: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    version: int
+
+
+def mark(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`result`, with a note on it that `make(*inputs)` is the same."""
+    result.philora_recipe = Recipe(make, inputs, result._version)  # type: ignore[attr-defined]
+    return result
+
+
+def recipe_of(tensor: Tensor) -> Recipe | None:
+    """How to make a tensor again, where that is cheap; None: keep it. A view of a marked tensor is another tensor."""
+    recipe: Recipe | None = getattr(tensor, "philora_recipe", None)
+    return recipe if recipe is not None and recipe.version == tensor._version else None
