@@ -4,6 +4,10 @@
 # over the layers. Relative to the largest logit.
 LOGITS_FP32 = 1e-5
 
+# bf16 forward against the same sums in another order: one rounding (2^-9) of each of some ten results in a row.
+# Relative to the norm of a token's logits.
+LOGITS_BF16 = 2e-2
+
 # fp32 loss of a training step against PEFT + TRL: the sums of forward and backward run in another order, AdamW divides
 # by the square root of small second moments in the first steps, and 20 steps add up.
 LOSS_STEP_FP32 = 1e-4

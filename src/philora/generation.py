@@ -1,25 +1,26 @@
 """Answers from a model: batched generation that gives what one prompt at a time would give.
 
-    conversations -> chat template -> token ids -> batches of similar length, longest first
-                  -> left padding, attention mask -> `model.generate` with a cache -> text up to the stop
+    conversations -> chat template -> token ids, longest first -> rows of a batch -> text up to the stop
 
-Prompts are padded on the left, so that the next token of every row stands in the same column. The batch size changes
-the speed and, in low precision, the rounding; it changes nothing else.
+For Phi-3 models `philora.decoding` works on the batch: a row that has ended makes room for the next prompt. Any other
+model answers by transformers' `generate`, in batches of similar length, padded on the left so that the next token of
+every row stands in the same column. The batch size changes the speed and, in low precision, the rounding; for Phi-3
+models it changes nothing else, and for others nothing else of greedy answers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from philora import models
+from philora import decoding, models
 from philora.errors import ConfigError, DataError, ModelError, fault, one_per_line
 from philora.families import longrope_switch_tokens
 
@@ -37,7 +38,8 @@ class GenerationSettings:
         temperature: Above 0, for sampling; None is the model's own.
         top_p: In (0, 1], for sampling; None is the model's own.
         top_k: At least 1, for sampling; None is the model's own.
-        seed: Of sampling. The random state of the caller stays as it is.
+        seed: Of sampling; a Phi-3 model's answer follows from it and the prompt's place in the list, whatever the
+            batch. The random state of the caller stays as it is.
         stop_strings: Texts that end an answer as a stop token does; they are cut from it.
 
     Raises:
@@ -129,14 +131,27 @@ def generate(
     if faults:
         raise DataError(one_per_line(faults))
     lengths = [len(ids) for ids in prompts]
+    switch = longrope_switch_tokens(model.config)
     answers: dict[int, Answer] = {}
     with evaluating(model), torch.inference_mode(), _seeded(model, settings):
-        for batch in _batches(lengths, settings, longrope_switch_tokens(model.config)):
-            room = window - lengths[batch[0]] if window is not None else settings.max_new_tokens
-            new_tokens = min(settings.max_new_tokens, room)
-            rows = _generate_batch(model, tokenizer, [prompts[index] for index in batch], settings, new_tokens)
-            answers.update(zip(batch, rows, strict=True))
+        fast = decoding.covers(model) and _plainly_drawn(model, settings)
+        for group in _groups(lengths, settings.max_new_tokens, switch):
+            tasks = [_Task(index, prompts[index], _room(lengths[index], window, settings)) for index in group.indices]
+            if fast and not group.crosses:
+                answers |= _answer_in_rows(model, tokenizer, tasks, settings)
+                continue
+            for start in range(0, len(tasks), settings.batch_size):
+                batch = tasks[start : start + settings.batch_size]
+                rows = _generate_batch(
+                    model, tokenizer, [each.prompt for each in batch], settings, min(each.room for each in batch)
+                )
+                answers |= {task.place: row for task, row in zip(batch, rows, strict=True)}
     return [answers[index] for index in range(len(prompts))]
+
+
+def _room(length: int, window: int | None, settings: GenerationSettings) -> int:
+    """Most tokens of an answer."""
+    return settings.max_new_tokens if window is None else min(settings.max_new_tokens, window - length)
 
 
 def prompt_tokens(
@@ -214,24 +229,205 @@ def _seeded(model: nn.Module, settings: GenerationSettings) -> Iterator[None]:
         yield
 
 
-def _batches(lengths: Sequence[int], settings: GenerationSettings, switch: int | None) -> Iterator[list[int]]:
-    """Indices of prompts that are generated together, longest first: a batch too large for memory shows at once.
+class _Task(NamedTuple):
+    """A prompt, its place in the list, and the most tokens of its answer."""
 
-    With LongRoPE the longest row decides for all rows of a batch, so none holds rows on both sides of `switch`.
+    place: int
+    prompt: list[int]
+    room: int
+
+
+class _Group(NamedTuple):
+    """Prompts that may share a batch, longest first: a batch too large for memory shows at once.
+
+    Attributes:
+        indices: Their places.
+        crosses: They cross LongRoPE's boundary while they are answered, all at the same token.
     """
+
+    indices: list[int]
+    crosses: bool
+
+
+def _groups(lengths: Sequence[int], new_tokens: int, switch: int | None) -> list[_Group]:
+    """With LongRoPE the longest row decides for all rows of a batch, so none holds rows on both sides of `switch`."""
     groups: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda each: (-lengths[each], each)):
         length = lengths[index]
-        if switch is None or length + settings.max_new_tokens <= switch:
+        if switch is None or length + new_tokens <= switch:
             group = 0
         elif length > switch:
             group = -1
-        else:  # crosses the switch while it is answered: only with prompts that cross at the same token
+        else:
             group = length
         groups.setdefault(group, []).append(index)
-    for members in groups.values():
-        for start in range(0, len(members), settings.batch_size):
-            yield members[start : start + settings.batch_size]
+    return [_Group(indices, crosses=group > 0) for group, indices in groups.items()]
+
+
+# -- Phi-3 models
+
+
+def _plainly_drawn(model: Any, settings: GenerationSettings) -> bool:
+    """Whether tokens are chosen by what `GenerationSettings` says alone, and the model's own config adds nothing."""
+    own = getattr(model, "generation_config", None)
+    neutral: dict[str, tuple[float | None, ...]] = {
+        "no_repeat_ngram_size": (None, 0),
+        "bad_words_ids": (None,),
+        "suppress_tokens": (None,),
+    }
+    if settings.do_sample:
+        neutral |= {"repetition_penalty": (None, 1.0), "min_p": (None,), "typical_p": (None, 1.0)}
+        neutral |= {"epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0)}
+    return all(getattr(own, name, None) in values for name, values in neutral.items())
+
+
+class _Row:
+    """An answer in the making."""
+
+    def __init__(self, task: _Task) -> None:
+        self.task = task
+        self.ids: list[int] = []
+
+
+def _answer_in_rows(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[_Task], settings: GenerationSettings
+) -> dict[int, Answer]:
+    """Answers of a group by `decoding.Decoder`, with half as many rows where memory does not suffice for all."""
+    rows = min(settings.batch_size, len(tasks))
+    answers: dict[int, Answer] = {}
+    while len(answers) < len(tasks):
+        waiting = [each for each in tasks if each.place not in answers]
+        try:
+            for place, answer in _in_rows(model, tokenizer, waiting, settings, rows):
+                answers[place] = answer
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            logger.warning("out of memory with %d prompts at once; going on with %d", rows, rows // 2)
+            rows //= 2
+            if device_of(model).type == "cuda":
+                torch.cuda.empty_cache()
+    return answers
+
+
+def _in_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    waiting: list[_Task],
+    settings: GenerationSettings,
+    rows: int,
+) -> Iterator[tuple[int, Answer]]:
+    """Index and answer of each task as it ends. A quarter of the rows is filled at once: a prompt costs about a step.
+
+    A row that is not in use is computed along with the others, on its own past; with no prompt left, the cache is
+    halved as often as half of the rows have ended.
+    """
+    stops = frozenset(stop_token_ids(model, tokenizer))
+    ends = _stop_strings(tokenizer, settings)
+    choose = _Choice(model, settings)
+    decoder = decoding.Decoder(model, rows, max(len(each.prompt) + each.room for each in waiting))
+    working: list[_Row | None] = [None] * rows
+    waiting = list(reversed(waiting))  # the longest is taken first, from the end
+    while True:
+        chosen: list[tuple[int, int]] = []  # place, token
+        free = [place for place, row in enumerate(working) if row is None]
+        if waiting and len(free) >= min(len(waiting), -(-rows // 4)):
+            places = free[: len(waiting)]
+            for place in places:
+                working[place] = _Row(waiting.pop())
+            fresh = [row for place in places if (row := working[place]) is not None]
+            logits = decoder.prefill([row.task.prompt for row in fresh], places)
+            chosen = list(zip(places, choose(logits, fresh), strict=True))
+        else:
+            if not waiting and len(free) >= len(working) / 2:
+                kept = [place for place, row in enumerate(working) if row is not None]
+                if not kept:
+                    return
+                decoder.keep(kept)
+                working = [working[place] for place in kept]
+            tokens = [row.ids[-1] if row else 0 for row in working]
+            positions = [len(row.task.prompt) + len(row.ids) - 1 if row else 0 for row in working]
+            chosen = list(enumerate(choose(decoder.step(tokens, positions), working)))
+        for place, token in chosen:
+            row = working[place]
+            if row is None:
+                continue
+            row.ids.append(token)
+            if token in stops or len(row.ids) >= row.task.room or ends(row.ids):
+                yield row.task.place, _answer(row.ids, tokenizer, stops, settings)
+                working[place] = None
+
+
+def _stop_strings(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Callable[[list[int]], bool]:
+    """Whether the answer so far holds a stop string; looked for in its end, since it is asked after each token."""
+    longest = max((len(each.encode()) for each in settings.stop_strings), default=0)
+
+    def ends(ids: list[int]) -> bool:
+        # A token holds a byte at least; the margin is for tokenizers that trim the first one.
+        text = tokenizer.decode(ids[-longest - 4 :], skip_special_tokens=True) if longest else ""
+        return any(each in text for each in settings.stop_strings)
+
+    return ends
+
+
+class _Choice:
+    """The next token of each row: the likeliest, or drawn with a number that follows from seed, prompt and place."""
+
+    def __init__(self, model: Any, settings: GenerationSettings) -> None:
+        own = getattr(model, "generation_config", None)
+
+        def value(name: str, default: float) -> float:
+            given = getattr(settings, name)
+            given = getattr(own, name, None) if given is None else given
+            return default if given is None else given
+
+        self.settings = settings
+        self.temperature = value("temperature", 1.0)
+        self.top_p = value("top_p", 1.0)
+        self.top_k = int(value("top_k", 50))
+        self.numbers: dict[int, Tensor] = {}
+
+    def __call__(self, logits: Tensor, rows: Sequence[_Row | None]) -> list[int]:
+        """Shapes: logits (B, V), of as many rows."""
+        if not self.settings.do_sample:
+            return [int(each) for each in logits.argmax(-1).tolist()]
+        draws = torch.tensor([self._number(row) if row else 0.0 for row in rows], device=logits.device)
+        return [int(each) for each in self.draw(logits, draws).tolist()]
+
+    def _number(self, row: _Row) -> float:
+        """In [0, 1): the next of the row's own sequence, which no neighbour changes."""
+        place = row.task.place
+        if place not in self.numbers:
+            generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + place) % 2**63)
+            self.numbers[place] = torch.rand(self.settings.max_new_tokens, generator=generator)
+        return float(self.numbers[place][len(row.ids)])
+
+    def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """Tokens by inverse transform sampling after temperature, top-k and top-p, in transformers' order.
+
+        Shapes:
+            logits (B, V), numbers (B) in [0, 1); returns (B).
+
+        Numerics:
+            fp32, as transformers' warpers.
+        """
+        scores = logits.float() / self.temperature
+        kept = min(self.top_k or scores.shape[-1], scores.shape[-1])
+        if kept < scores.shape[-1] or self.top_p < 1:
+            scores, tokens = scores.topk(kept, sorted=True)
+        else:
+            tokens = torch.arange(kept, device=logits.device).expand_as(scores)
+        chances = scores.softmax(-1)
+        if self.top_p < 1:
+            before = chances.cumsum(-1) - chances
+            chances = chances.masked_fill(before >= self.top_p, 0.0)  # the likeliest has nothing before it
+        sums = chances.cumsum(-1)
+        place = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)
+        last = (chances > 0).sum(-1, keepdim=True) - 1 if self.top_p < 1 else place.new_full((1, 1), kept - 1)
+        return tokens.gather(-1, torch.minimum(place, last))[:, 0]
+
+
+# -- any other model
 
 
 def _generate_batch(
@@ -274,7 +470,9 @@ def _generate_batch(
             raise
     else:
         width = max(len(ids) for ids in prompts)
-        return [_answer(row, tokenizer, stops, filler, settings) for row in output[:, width:].tolist()]
+        return [
+            _answer(_unpadded(row, stops, filler), tokenizer, stops, settings) for row in output[:, width:].tolist()
+        ]
     half = len(prompts) // 2
     logger.warning("out of memory with %d prompts at once; going on with %d", len(prompts), half)
     if device.type == "cuda":
@@ -283,16 +481,23 @@ def _generate_batch(
     return [each for part in parts for each in _generate_batch(model, tokenizer, part, settings, max_new_tokens)]
 
 
-def _answer(
-    ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], filler: int, settings: GenerationSettings
-) -> Answer:
-    """The answer in a row of generated ids, which goes on with padding where a longer row shared its batch."""
+def _unpadded(ids: list[int], stops: Collection[int], filler: int) -> list[int]:
+    """A row up to its stop; one that a stop string ended has none before its padding."""
     end = next((position for position, token in enumerate(ids) if token in stops), None)
-    tokens = len(ids) if end is None else end + 1
-    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
+    if end is not None:
+        return ids[: end + 1]
+    while len(ids) > 1 and ids[-1] == filler:
+        ids = ids[:-1]
+    return ids
+
+
+def _answer(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: Collection[int], settings: GenerationSettings
+) -> Answer:
+    """The answer in generated ids, the stop token last where there is one."""
+    ended = ids[-1] in stops
+    text = str(tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
     cuts = [text.index(each) for each in settings.stop_strings if each in text]
     if not cuts:
-        return Answer(text, tokens, stopped=end is not None)
-    while ids[tokens - 1] == filler:  # a row that a stop string ended has no stop token before its padding
-        tokens -= 1
-    return Answer(text[: min(cuts)], tokens, stopped=True)
+        return Answer(text, len(ids), stopped=ended)
+    return Answer(text[: min(cuts)], len(ids), stopped=True)

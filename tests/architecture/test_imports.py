@@ -33,6 +33,7 @@ ORDER = [
     "planning",
     "callbacks",
     "trainer",
+    "decoding",
     "generation",
     "evaluation",
     "report",

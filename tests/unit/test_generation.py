@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,18 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
-from transformers.generation import GenerationConfig
+from transformers.generation import (
+    GenerationConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from philora import generation
+from philora import decoding, generation
+from philora.adapters import optimize
 from philora.errors import ConfigError, DataError, ModelError
 from philora.generation import Answer, GenerationSettings, generate, stop_token_ids
+from tests.tolerances import LOGITS_BF16
 
 SPECIAL = ["<unk>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TURNS = [
@@ -84,6 +92,11 @@ def taught(tokenizer: PreTrainedTokenizerFast, **config: Any) -> Phi3ForCausalLM
     return model.eval()
 
 
+def wild(tokenizer: PreTrainedTokenizerFast, **config: Any) -> Phi3ForCausalLM:
+    """A model of wide random weights: what it says next hangs on every token before, and on where it stands."""
+    return tiny(tokenizer, initializer_range=0.3, **config).eval()
+
+
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> Phi3ForCausalLM:
     return taught(tokenizer)
@@ -109,6 +122,12 @@ def texts(answers: Sequence[Answer]) -> list[str]:
     return [each.text for each in answers]
 
 
+@pytest.fixture
+def through_transformers(monkeypatch) -> None:
+    """Phi-3 answers as any other model does."""
+    monkeypatch.setattr(decoding, "covers", lambda model: False)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_batched_answers_equal_those_of_one_prompt_at_a_time(model, tokenizer, batch_size):
     expected = one_at_a_time(model, tokenizer, PROMPTS, 24)
@@ -116,6 +135,85 @@ def test_batched_answers_equal_those_of_one_prompt_at_a_time(model, tokenizer, b
     assert texts(got) == expected
     assert expected[:2] == ["Hello.", "Give the same command with --resume."]
     assert len(set(expected)) > 4
+
+
+@pytest.mark.usefixtures("through_transformers")
+def test_batched_answers_of_transformers_equal_those_of_one_prompt_at_a_time(model, tokenizer):
+    expected = one_at_a_time(model, tokenizer, PROMPTS, 24)
+    assert texts(generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=24, batch_size=3))) == expected
+
+
+def next_place(own: Any) -> Any:
+    """Each new token stands one place too far."""
+    return lambda self, tokens, positions: own(self, tokens, [each + 1 for each in positions])
+
+
+def neighbours_cache(own: Any) -> Any:
+    """Prompts are read into each other's rows."""
+    return lambda self, prompts, places: own(self, prompts, list(places)[::-1])
+
+
+def other_half(own: Any) -> Any:
+    """The rotation turns the wrong way."""
+    return lambda x, cos, sin: own(x, cos, -sin)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "plant"),
+    [
+        (decoding.Decoder, "step", next_place),
+        (decoding.Decoder, "prefill", neighbours_cache),
+        (decoding, "_rotate", other_half),
+    ],
+)
+def test_the_comparison_notices_a_fault_of_the_decoder(tokenizer, monkeypatch, owner, name, plant):
+    model = wild(tokenizer)
+    settings = GenerationSettings(max_new_tokens=24, batch_size=3)
+    expected = one_at_a_time(model, tokenizer, PROMPTS, 24)
+    assert texts(generate(model, tokenizer, PROMPTS, settings)) == expected
+    monkeypatch.setattr(owner, name, plant(getattr(owner, name)))
+    assert texts(generate(model, tokenizer, PROMPTS, settings)) != expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"sliding_window": 12},
+        {"partial_rotary_factor": 0.5, "num_key_value_heads": 1},
+        {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    ],
+    ids=["window", "partial rotary", "tied"],
+)
+def test_members_of_the_family_answer_as_they_do_alone(tokenizer, config):
+    model = wild(tokenizer, **config)
+    expected = one_at_a_time(model, tokenizer, PROMPTS, 24)
+    assert decoding.covers(model)
+    assert texts(generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=24, batch_size=3))) == expected
+
+
+def test_bf16_logits_are_those_of_transformers_up_to_rounding(model, tokenizer):
+    """Over reordered weights, with an adapter beside them, and without it."""
+    lora = LoraConfig(target_modules="all-linear", r=4, lora_alpha=8, init_lora_weights=False)
+    adapted = optimize(get_peft_model(copy.deepcopy(model), lora)).to(torch.bfloat16).eval()
+    prompts = generation.prompt_tokens(tokenizer, PROMPTS)
+    tokens = [7, 30, 50, 90, 12, 44, 8, 9]
+
+    def gaps(model: Any, oracle: Any) -> list[float]:
+        decoder = decoding.Decoder(model, len(prompts), 200)
+        logits = [decoder.prefill(prompts, range(len(prompts))), decoder.step(tokens, [len(each) for each in prompts])]
+        found = []
+        for row, prompt in enumerate(prompts):
+            expected = oracle(input_ids=torch.tensor([[*prompt, tokens[row]]])).logits[0, -2:].float()
+            got = torch.stack([each[row] for each in logits]).float()
+            found.append(float((got - expected).norm() / expected.norm()))
+        return found
+
+    with torch.inference_mode():
+        assert max(gaps(adapted, adapted)) < LOGITS_BF16
+        with adapted.disable_adapter():
+            base = gaps(adapted, adapted)
+            assert max(base) < LOGITS_BF16
+        assert min(gaps(adapted, model.to(torch.float32))) > 2 * LOGITS_BF16, "the adapter's part shows"
 
 
 def right_padding(pad: Any) -> Any:
@@ -126,6 +224,7 @@ def no_mask(pad: Any) -> Any:
     return lambda rows, value, side, device=None: pad(rows, 1 if rows[0][0] == 1 else value, side, device)
 
 
+@pytest.mark.usefixtures("through_transformers")
 @pytest.mark.parametrize("plant", [right_padding, no_mask])
 def test_the_comparison_notices_wrong_padding(model, tokenizer, monkeypatch, plant):
     expected = one_at_a_time(model, tokenizer, PROMPTS, 24)
@@ -200,10 +299,35 @@ def test_sampling_follows_its_seed_and_leaves_the_callers(model, tokenizer):
     assert torch.equal(torch.get_rng_state(), state)
     assert sample(1, temperature=2.0) == first
     assert sample(2, temperature=2.0) != first
+    assert sample(1, temperature=2.0, batch_size=3) == first, "a prompt's neighbours have no part in its answer"
     assert sample(3, top_k=1) == texts(generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=12)))
 
 
-def test_a_stop_string_ends_an_answer_and_is_cut(model, tokenizer):
+def test_sampling_draws_as_often_as_transformers_would(model):
+    """The shares of many draws against the probabilities that transformers' warpers leave."""
+    torch.manual_seed(3)
+    logits = torch.randn(1, 40) * 2
+    for options in (
+        {},
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.6},
+    ):
+        settings = GenerationSettings(do_sample=True, **{"top_k": 40, **options})
+        warped = TemperatureLogitsWarper(settings.temperature or 1.0)(None, logits)
+        warped = TopKLogitsWarper(settings.top_k)(None, warped)
+        warped = TopPLogitsWarper(settings.top_p or 1.0)(None, warped)
+        numbers = (torch.arange(20_000) + 0.5) / 20_000  # evenly spread: shares are exact up to one draw a token
+        drawn = generation._Choice(model, settings).draw(logits.expand(20_000, -1), numbers)
+        shares = torch.bincount(drawn, minlength=40) / 20_000
+        assert (shares - warped.softmax(-1)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("path", ["rows", "transformers"])
+def test_a_stop_string_ends_an_answer_and_is_cut(model, tokenizer, path, monkeypatch):
+    if path == "transformers":
+        monkeypatch.setattr(decoding, "covers", lambda model: False)
     settings = GenerationSettings(max_new_tokens=40, stop_strings=(" CSV", "folder"))
     hello, formats = generate(model, tokenizer, [PROMPTS[0], PROMPTS[2]], settings)
     assert (hello.text, hello.stopped) == ("Hello.", True)
@@ -217,6 +341,7 @@ def test_stop_token_ids_holds_both_of_phi(model, tokenizer):
     assert set(stop_token_ids(GenerationConfig(eos_token_id=[5, 7]), tokenizer)) == {1, 5, 7}
 
 
+@pytest.mark.usefixtures("through_transformers")
 def test_a_batch_that_memory_cannot_hold_is_halved(model, tokenizer, monkeypatch, caplog):
     own = Phi3ForCausalLM.generate
     sizes: list[int] = []
@@ -232,6 +357,41 @@ def test_a_batch_that_memory_cannot_hold_is_halved(model, tokenizer, monkeypatch
     assert generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=4)) == expected
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
     assert "out of memory with 8 prompts at once; going on with 4" in caplog.text
+
+
+def test_rows_that_memory_cannot_hold_are_halved_and_what_is_answered_stays(model, tokenizer, monkeypatch, caplog):
+    own = decoding.Decoder.step
+    sizes: list[int] = []
+
+    def small(self: Any, tokens: Any, positions: Any) -> Any:
+        sizes.append(self.rows)
+        if self.rows > 2 and len(sizes) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, tokens, positions)
+
+    expected = generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=24))
+    monkeypatch.setattr(decoding.Decoder, "step", small)
+    assert generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=24)) == expected
+    assert "out of memory with 8 prompts at once; going on with 4" in caplog.text
+    assert sizes[0] == 8
+    assert max(sizes[7:]) == 2
+
+
+def test_an_ended_row_makes_room_for_the_next_prompt(model, tokenizer, monkeypatch):
+    steps: list[int] = []
+    own = decoding.Decoder.step
+
+    def counted(self: Any, tokens: Any, positions: Any) -> Any:
+        steps.append(self.rows)
+        return own(self, tokens, positions)
+
+    monkeypatch.setattr(decoding.Decoder, "step", counted)
+    settings = GenerationSettings(max_new_tokens=24, batch_size=4)
+    answers = generate(model, tokenizer, PROMPTS * 2, settings)
+    lengths = sorted((each.tokens for each in answers), reverse=True)
+    batched = sum(lengths[start] - 1 for start in range(0, len(lengths), 4))
+    assert len(steps) <= batched, "no more steps than batches of four whose answers end together, the best there are"
+    assert min(steps) <= 2, "the cache is halved towards the end"
 
 
 def test_longrope_answers_do_not_depend_on_their_neighbours(tokenizer, monkeypatch):
