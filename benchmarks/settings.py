@@ -1,0 +1,74 @@
+"""Which settings matter: the demo's training with one setting changed at a time, scored on its held-out questions.
+
+    python -m benchmarks.settings [--only NAME ...] [--seeds 42 1]
+
+The bundled model and help desk, six epochs. Rows go to results/settings.csv; they hold scores, not times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
+
+import philora
+from benchmarks.results import RESULTS, append, commit, now
+
+BASE = ["training_config.num_train_epochs=6", "training_config.eval_strategy=no", "training_config.save_strategy=no"]
+VARIANTS: dict[str, list[str]] = {
+    "demo's settings": [],
+    "learning rate 2e-4": ["training_config.learning_rate=2e-4"],
+    "learning rate 1e-3": ["training_config.learning_rate=1e-3"],
+    "learning rate 1.6e-2": ["training_config.learning_rate=1.6e-2"],
+    "r 4, alpha 8": ["peft_config.r=4", "peft_config.lora_alpha=8"],
+    "r 16, alpha 32": ["peft_config.r=16", "peft_config.lora_alpha=32"],
+    "r 64, alpha 128": ["peft_config.r=64", "peft_config.lora_alpha=128"],
+    "attention only": ["peft_config.target_modules=[qkv_proj, o_proj]"],
+    "feed-forward only": ["peft_config.target_modules=[gate_up_proj, down_proj]"],
+    "q and v slices only": ["peft_config.target_modules=[q_proj, v_proj]"],
+    "dropout 0.05": ["peft_config.lora_dropout=0.05"],
+    "LoRA+ 16, learning rate 1e-3": ["training_config.loraplus_lr_ratio=16", "training_config.learning_rate=1e-3"],
+    "steps of 4096 tokens": ["training_config.tokens_per_step=4096"],
+    "a quarter of the data": ["data.train={path: helpdesk, limit: 325}"],
+    "a quarter, four times the epochs": [
+        "data.train={path: helpdesk, limit: 325}",
+        "training_config.num_train_epochs=24",
+    ],
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Scores of the demo's training with one setting changed at a time.")
+    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[42])
+    given = parser.parse_args()
+    source = str(resources.files("philora") / "nano" / "demo.yaml")
+    for seed in given.seeds:
+        for name in given.only:
+            with tempfile.TemporaryDirectory() as folder:
+                place = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
+                results = philora.train(source, [*BASE, *place, *VARIANTS[name]]).results
+            row = {
+                "commit": commit(Path(__file__).parents[1]),
+                "date": now(),
+                "what": name,
+                "seed": seed,
+                "train_rows": results["data"]["train"]["rows"],
+                "steps": results["throughput"]["steps"],
+                "trainable_parameters": results["coverage"]["trainable_parameters"],
+                "train_loss": round(results["train_loss"], 4),
+                "eval_loss": round(results["after"]["loss"], 4),
+                "exact_match": round(results["after"]["exact_match"], 4),
+                "answers": results["after"]["answers"],
+            }
+            append(RESULTS / "settings.csv", row)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
