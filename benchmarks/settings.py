@@ -33,9 +33,9 @@ VARIANTS: dict[str, list[str]] = {
     "dropout 0.05": ["peft_config.lora_dropout=0.05"],
     "LoRA+ 16, learning rate 1e-3": ["training_config.loraplus_lr_ratio=16", "training_config.learning_rate=1e-3"],
     "steps of 4096 tokens": ["training_config.tokens_per_step=4096"],
-    "a quarter of the data": ["data.train={path: helpdesk, limit: 325}"],
+    "a quarter of the data": ["data.train={path: helpdesk, limit: 434}"],
     "a quarter, four times the epochs": [
-        "data.train={path: helpdesk, limit: 325}",
+        "data.train={path: helpdesk, limit: 434}",
         "training_config.num_train_epochs=24",
     ],
 }
