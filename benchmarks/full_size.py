@@ -5,8 +5,8 @@
 
 Writes a bf16 folder of the model's shape with random weights (7.6 GB, a layer at a time), and trains over it with
 `philora.train` as a configuration would: in nf4, in nf4 under a limit on memory, and in bf16, with recomputation.
-`reference` compares the loss of 2048 tokens over nf4 weights with that of transformers' own modules over the
-dequantised ones. Each is a process of its own; a thread samples the process's anonymous memory.
+`reference` compares the loss of 2048 tokens over nf4 weights with those over the dequantised ones: with the same
+functions, and with transformers' own modules, whose bf16 roundings are others. Each is a process of its own; a thread samples the process's anonymous memory.
 
 Memory is RssAnon of /proc/self/status: what the process holds and cannot get back from a file. Weights of a bf16 base
 are pages of the folder's files and count as RssFile, which is shown beside it.
@@ -174,7 +174,7 @@ def train(folder: Path, quantization: str, steps: int, work: Path) -> dict[str, 
 
 
 def compare(folder: Path) -> dict[str, Any]:
-    """Loss of 2048 tokens over nf4 weights with the fast functions, and over dequantised ones without them."""
+    """Loss of 2048 tokens over nf4 weights, and over dequantised ones with and without the fast functions."""
     import torch
     from peft import LoraConfig
 
@@ -195,6 +195,7 @@ def compare(folder: Path) -> dict[str, Any]:
         losses["fast, over nf4"] = float(model(input_ids=tokens, labels=tokens).loss)
         dequantize_(base)
         gc.collect()
+        losses["fast, over the dequantised weights"] = float(model(input_ids=tokens, labels=tokens).loss)
         base.set_attn_implementation("sdpa")
         with fused(False):
             losses["plain, over the dequantised weights"] = float(model(input_ids=tokens, labels=tokens).loss)
