@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit format bench bench-peers clean
+.PHONY: help demo test test-slow lint types unit format docs bench bench-peers clean
 
 help:
 	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
@@ -54,6 +54,9 @@ test-slow: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.training $(BENCH)

@@ -6,7 +6,8 @@
 Writes a bf16 folder of the model's shape with random weights (7.6 GB, a layer at a time), and trains over it with
 `philora.train` as a configuration would: in nf4, in nf4 under a limit on memory, and in bf16, with recomputation.
 `reference` compares the loss of 2048 tokens over nf4 weights with those over the dequantised ones: with the same
-functions, and with transformers' own modules, whose bf16 roundings are others. Each is a process of its own; a thread samples the process's anonymous memory.
+functions, and with transformers' own modules, whose bf16 roundings are others. Each is a process of its own; a thread
+samples the process's anonymous memory.
 
 Memory is RssAnon of /proc/self/status: what the process holds and cannot get back from a file. Weights of a bf16 base
 are pages of the folder's files and count as RssFile, which is shown beside it.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -84,3 +85,29 @@ def compiled_or_not(request, monkeypatch):
         monkeypatch.setenv("PHILORA_NATIVE", "0")
     elif not native.available():
         pytest.skip("no compiler")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Callable[..., Answer]:
+    """Runs the command line with arguments and gives its exit code and what it printed."""
+
+    def run(*arguments: str) -> Answer:
+        from philora import cli as module
+
+        monkeypatch.setattr(sys, "argv", ["philora", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return run

@@ -7,37 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys) -> Callable[..., Answer]:
-    """Runs the command line with arguments and gives its exit code and what it printed."""
-
-    def run(*arguments: str) -> Answer:
-        from philora import cli as module
-
-        monkeypatch.setattr(sys, "argv", ["philora", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Answer(code, captured.out, captured.err)
-
-    return run
-
 
 QUICK = {
     "model": {"name_or_path": "nano", "dtype": "float32"},

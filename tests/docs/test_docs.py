@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,17 @@ def test_the_architecture_names_every_module():
     for path in Path(philora.__file__).parent.iterdir():
         if path.suffix == ".py" and not path.name.startswith("__"):
             assert f"`{path.name}`" in text, path.name
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    mkdocs = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path / "site")]
+    built = subprocess.run(
+        mkdocs, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stderr
+    assert "philora.train" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+
+
+def test_every_page_is_in_the_site():
+    named = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))

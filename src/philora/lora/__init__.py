@@ -3,7 +3,7 @@
 loralib's names, arguments, shapes and checkpoints, without its faults; `docs/loralib.md` lists every difference.
 Needs torch only.
 
-Example:
+Examples:
     >>> import torch
     >>> from philora import lora
     >>> model = torch.nn.Sequential(lora.Linear(8, 8, r=2, lora_alpha=4), torch.nn.ReLU(), torch.nn.Linear(8, 2))
