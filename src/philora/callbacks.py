@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from philora import processes
 from philora.errors import RunError, fault
 
 
@@ -88,11 +89,16 @@ def _step_of(line: str) -> float:
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     """SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
 
-    `stopped_by` names the signal afterwards.
+    `stopped_by` names the signal afterwards. Of several processes all stop after the same step, whichever of them the
+    signal reached. Ctrl-C in a terminal reaches each of them twice, from the terminal and from the launcher, so with
+    several a repeat within `REPEAT_SECONDS` is the same signal.
     """
+
+    REPEAT_SECONDS = 5.0
 
     def __init__(self) -> None:
         self.stopped_by: str | None = None
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -110,15 +116,21 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         if self.stopped_by is not None:
+            if processes.count() > 1 and time.monotonic() - self._received_at < self.REPEAT_SECONDS:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        self._received_at = time.monotonic()
         self.stopped_by = signal.Signals(number).name
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Ask the trainer to save and stop once a signal has come."""
+        """Ask the trainer to save and stop once a signal has come, to this process or to another."""
+        number = processes.agreed(0 if self.stopped_by is None else int(signal.Signals[self.stopped_by]))
+        if number and self.stopped_by is None:
+            self.stopped_by = signal.Signals(number).name
         if self.stopped_by is not None:
             control.should_save = control.should_training_stop = True
         return control

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 stopped by
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from philora import __version__
+from philora import __version__, processes
 from philora.errors import PhiloraError
 
 if TYPE_CHECKING:
@@ -201,6 +202,9 @@ def _logging(level: str) -> None:
     import warnings
 
     lines = _Lines(getattr(logging, "WARNING" if level == "passive" else level.upper()))
+    if not processes.is_main():  # what the first process says, it says for all
+        lines.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     root = logging.getLogger("philora")
     root.handlers[:] = [lines]
     root.propagate = False
@@ -215,7 +219,7 @@ def _train(source: str, overrides: list[str], resume: bool | str) -> None:
 
     config = load_config(_config_source(source), overrides)
     _logging(str(config.training_config.get("log_level", "info")))
-    with err.status("loading"):
+    with err.status("loading") if processes.is_main() else contextlib.nullcontext():
         from philora.progress import ProgressBar
         from philora.training import train as run_training
     bar = ProgressBar(out)
@@ -227,7 +231,8 @@ def _train(source: str, overrides: list[str], resume: bool | str) -> None:
         result = run_training(config, resume=resume, callbacks=[bar], command=command)
     finally:
         bar.close()
-    _show_result(result, config)
+    if processes.is_main():
+        _show_result(result, config)
 
 
 def _show_result(result: RunResult, config: Config) -> None:
@@ -292,9 +297,12 @@ def main() -> None:
 
 
 def _fail(text: str, code: int, error: Any) -> None:
-    if error is not None and os.environ.get("PHILORA_DEBUG"):
-        err.print_exception()
-    err.print(f"[red]philora:[/] {escape(text)}", highlight=False)
+    """One message, whatever the number of processes, and the exit code of what went wrong first."""
+    with processes.last_word(code, error) as (speaks, code):
+        if speaks and error is not None and os.environ.get("PHILORA_DEBUG"):
+            err.print_exception()
+        if speaks:
+            err.print(f"[red]philora:[/] {escape(text)}", highlight=False)
     sys.exit(code)
 
 

@@ -268,6 +268,36 @@ def evaluate(
     return Evaluation(scores, samples, time.perf_counter() - started, too_long=len(conversations) - len(fitting))
 
 
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation from those of several parts of a held-out set, in the order of the data.
+
+    Numerics:
+        Means are weighted by labelled tokens in double precision: what one evaluation of all gives, but for the order
+        of the sums. `seconds` is the longest part's.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    scored = [each.scores for each in parts if each.scores.label_tokens]
+    labels = sum(each.label_tokens for each in scored)
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name) * each.label_tokens for each in scored) / labels if labels else math.nan
+
+    loss = mean("loss")
+    samples = [sample for each in parts for sample in each.samples]
+    matches = sum(each.matched for each in samples)
+    scores = Scores(
+        loss,
+        _exp(loss) if labels else math.nan,
+        mean("token_accuracy"),
+        labels,
+        exact_match=matches / len(samples) if samples else None,
+        exact_match_count=matches,
+        answers=len(samples),
+    )
+    return Evaluation(scores, samples, max(each.seconds for each in parts), sum(each.too_long for each in parts))
+
+
 def compare_table(before: Scores, after: Scores) -> list[Comparison]:
     """The before/after table: metric, before, after and change, as text.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -109,6 +110,7 @@ def choose(
     recomputation: Recomputation | None,
     element_bytes: int,
     memory: int,
+    processes: int = 1,
 ) -> Plan:
     """Fill in what the person left open: the largest micro-batch, with the least recomputation that lets one fit.
 
@@ -123,8 +125,11 @@ def choose(
         recomputation: What backward computes again, when given.
         element_bytes: Bytes of one weight or activation.
         memory: Bytes that may be used; a tenth is left free.
+        processes: Processes that share a step. Where it cannot be divided among them evenly it grows to the next
+            number of rows that can.
     """
-    wanted = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens / (accumulation or 1)))
+    in_a_step = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
+    wanted = max(1, round(math.ceil(in_a_step / processes) / (accumulation or 1)))
 
     def cost(micro: int, grade: Recomputation) -> Estimate:
         tokens = micro * row_tokens

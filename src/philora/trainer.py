@@ -27,6 +27,7 @@ from philora.data import length_notices
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
+from philora.sampling import SharedSampler, can_share, with_empty_rows
 from philora.schema import Misfit
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """
 
     _staging: Path | None = None  # where a checkpoint is being written, while it is
+    train_dataset: Any
+    _shared_lengths: list[int] | None = None  # tokens of each row, where this trainer deals them to processes
     _loraplus_settled = False  # whether an optimizer was split, or it was said that a given one is not
 
     def __init__(self, model: str | PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
@@ -136,10 +139,53 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for notice in length_notices(self.model.config, {"train": self.train_dataset, **several}):
             logger.warning("%s", notice)
+        if self._shares_rows():
+            groups = self.args.gradient_accumulation_steps * self.args.world_size
+            self.train_dataset, self._shared_lengths = with_empty_rows(
+                self.train_dataset, self._train_batch_size, groups
+            )
         ratio = getattr(self.args, "loraplus_lr_ratio", None)
         if ratio is not None and not loraplus_fast_parameters(self.model):
             expected = "an adapter of which some B trains"
             raise ConfigError(fault("SFTTrainer", "loraplus_lr_ratio", ratio, expected, "Give a peft_config"))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """With several processes the rows that one would take, balanced between them by tokens."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self._shared_lengths is None or rows is None:
+            return super()._get_train_sampler(train_dataset)
+        return SharedSampler(
+            self._shared_lengths,
+            len(rows) - len(self._shared_lengths),
+            rows=self._train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            processes=self.args.world_size,
+            rank=self.args.process_index,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            shuffle=self.args.train_sampling_strategy == "random",
+        )
+
+    def get_train_dataloader(self) -> Any:
+        """As transformers'; the epoch reaches the order of a resumed run's first epoch too."""
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        sampler = getattr(shard, "batch_sampler", None)
+        if isinstance(sampler, SharedSampler):
+            shard.set_epoch = sampler.set_epoch  # transformers looks for it there when batches were skipped
+        return loader
+
+    def _shares_rows(self) -> bool:
+        """Whether this trainer deals the rows to processes itself; else accelerate does, in the order they come."""
+        return (
+            self.args.world_size > 1
+            and self.args.train_sampling_strategy in ("random", "sequential")
+            and not self.args.dataloader_drop_last
+            and not self.args.auto_find_batch_size
+            and getattr(self.accelerator, "parallelism_config", None) is None
+            and not self.accelerator.split_batches
+            and not self.accelerator.dispatch_batches
+            and can_share(self.train_dataset)
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers', then B in groups of its own where `loraplus_lr_ratio` is given.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import importlib.util
 import logging
 import platform
 import shutil
@@ -33,13 +35,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, native, planning
+from philora import checkpoint, models, native, planning, processes
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training
 from philora.callbacks import MetricsFile, StopOnSignal, peak_memory_bytes
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, prepare, prompts_and_references
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
-from philora.evaluation import Evaluation, evaluate, pick_samples
+from philora.evaluation import Evaluation, evaluate, joined, pick_samples
 from philora.families import generic_notice
 from philora.generation import GenerationSettings
 from philora.report import write_report
@@ -92,13 +94,17 @@ def train(
             nothing has been written.
         Interrupted: A signal stopped the run after it had saved a checkpoint.
         RunError: The run failed; what exists in its folder is whole.
+        Elsewhere: Another process of the run failed and says why.
+
+    Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
     """
     config = load_config(source, overrides)
+    _check_processes(config)
     folder = Path(config.training_config["output_dir"]).expanduser()
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    found = _open_run(folder, config, resume)
+    found = processes.on_main(lambda: _open_run(folder, config, resume))
     for notice in config.notices:
         logger.warning("%s", notice)
 
@@ -112,15 +118,15 @@ def train(
     seed = int(config.training_config.get("seed", 42))
     max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
-    prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
+    with processes.main_first():
+        prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
     del skeleton
 
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    created = processes.is_main() and not folder.exists()
     began = False
     try:
-        with checkpoint.run_lock(folder), _log_file(folder / "train.log"):
-            checkpoint.remove_leftovers(folder)
+        with contextlib.ExitStack() as held:
+            processes.on_main(lambda: _hold(folder, held))
             run = _Run(config, folder, tokenizer, prepared, command or " ".join(sys.argv), list(callbacks))
             run.load(max_length)
             began = True
@@ -130,10 +136,59 @@ def train(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     except Exception as error:
+        if processes.lost(error):
+            expected = "every process to go on, but another one has ended"
+            todo = "Look for its message, or for what ended it (memory, a signal); then go on with --resume"
+            raise RunError(fault("run", "processes", processes.count(), expected, todo)) from error
         if not checkpoint.disk_full(error):
             raise
         todo = f"Free some space ({shutil.disk_usage(folder).free:,} bytes are free), then go on with --resume"
         raise RunError(fault("run", "output_dir", str(folder), f"room to write to it: {error}", todo)) from error
+
+
+def _hold(folder: Path, held: contextlib.ExitStack) -> None:
+    """Make the run folder and keep it for this run: its lock, and its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(checkpoint.run_lock(folder))
+    held.enter_context(_log_file(folder / "train.log"))
+    checkpoint.remove_leftovers(folder)
+
+
+def _check_processes(config: Config) -> None:
+    """Join the other processes of the run, if there are any.
+
+    Raises:
+        ConfigError: The configuration asks for what several processes, or a CPU, cannot do.
+        RunError: The others did not come.
+    """
+    given = config.training_config
+    cpu = bool(given.get("use_cpu", False)) or not torch.accelerator.is_available()
+    faults = []
+    if processes.count() > 1 and config.model.device_map is not None:
+        expected = "null with several processes: each has the whole model, or shards it by training_config.fsdp"
+        faults.append(fault(config.source, "model.device_map", config.model.device_map, expected))
+    if given.get("fsdp") and cpu:
+        expected = "nothing on a CPU, where accelerate would train without it and not say so"
+        todo = "Leave it out: several processes on a CPU train by DDP"
+        faults.append(fault(config.source, "training_config.fsdp", given["fsdp"], expected, todo))
+    elif given.get("fsdp") and processes.count() == 1:
+        expected = "several processes"
+        todo = "Start it with torchrun --nproc-per-node N -m philora train CONFIG"
+        faults.append(fault(config.source, "training_config.fsdp", given["fsdp"], expected, todo))
+    if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        expected = "the package deepspeed, which is not installed"
+        faults.append(
+            fault(
+                config.source,
+                "training_config.deepspeed",
+                given["deepspeed"],
+                expected,
+                "Install it: pip install deepspeed",
+            )
+        )
+    if faults:
+        raise ConfigError(one_per_line(faults))
+    processes.join(float(given.get("ddp_timeout", 1800)), cpu)
 
 
 def _open_run(folder: Path, config: Config, resume: bool | str) -> checkpoint.Found | None:
@@ -251,7 +306,9 @@ class _Run:
         def unless_auto(key: str) -> Any:
             return None if given.get(key, "auto") == "auto" else given[key]
 
-        plan = planning.choose(
+        share = processes.local_count() if base.device.type == "cpu" else 1  # each GPU has memory of its own
+        choose = functools.partial(
+            planning.choose,
             base.config,
             covered.total_parameters - covered.trainable_parameters,
             covered.trainable_parameters,
@@ -261,8 +318,10 @@ class _Run:
             accumulation=unless_auto("gradient_accumulation_steps"),
             recomputation=planning.recomputation_of(given.get("gradient_checkpointing", "auto")),
             element_bytes=element_bytes,
-            memory=planning.available_bytes(),
+            memory=planning.available_bytes() // share,
+            processes=processes.count(),
         )
+        plan = processes.on_main(choose)  # the memory that is free differs from process to process
         eval_rows = unless_auto("per_device_eval_batch_size") or plan.micro_batch_rows
         bf16 = given.get("bf16", "auto")
         given |= {
@@ -275,6 +334,8 @@ class _Run:
             "gradient_checkpointing": planning.gradient_checkpointing_of(plan.recomputation),
             "bf16": self._needs_autocast(base.dtype) if bf16 == "auto" else bf16,
         }
+        if not any(hasattr(base.config, name) for name in ("num_experts", "num_local_experts")):
+            given.setdefault("ddp_find_unused_parameters", False)  # each step gives every parameter its gradient
         given.setdefault("disable_tqdm", not sys.stderr.isatty())
         if self.prepared.eval is None:
             given["eval_strategy"] = "no"
@@ -313,13 +374,15 @@ class _Run:
 
     def go(self, found: checkpoint.Found | None) -> RunResult:
         """Evaluate the base, train, save, evaluate again, write everything down."""
-        checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))
+        if processes.is_main():
+            checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))
         logger.info("%s", coverage(self.model))
         plan, memory = self.plan, self.plan.estimate
         logger.info(
-            "micro-batch %d x %d, recomputation %s, estimated peak %.1f GB",
+            "micro-batch %d x %d%s, recomputation %s, estimated peak %.1f GB",
             plan.micro_batch_rows,
             plan.accumulation,
+            f" in each of {processes.count()} processes" if processes.count() > 1 else "",
             plan.recomputation,
             memory.total / 1e9,
         )
@@ -333,12 +396,14 @@ class _Run:
         with stop:
             output = trainer.train(resume_from_checkpoint=resume_from)
         seconds = time.monotonic() - begun
-        trainer.state.save_to_json(str(self.folder / "trainer_state.json"))
+        if processes.is_main():
+            trainer.state.save_to_json(str(self.folder / "trainer_state.json"))
         if stop.stopped_by is not None and trainer.state.global_step < trainer.state.max_steps:
             self._stopped(trainer, stop.stopped_by)
-        self._save_adapter()
+        processes.on_main(self._save_adapter)
         after = self._evaluate("after")
-        return self._finish(trainer, output, before, after, seconds)
+        peak = max(processes.gathered(peak_memory_bytes()))
+        return processes.on_main(lambda: self._finish(trainer, output, before, after, seconds, peak))
 
     def _trainer(self) -> tuple[SFTTrainer, StopOnSignal]:
         stop = StopOnSignal()
@@ -390,23 +455,31 @@ class _Run:
         settings = self.config.evaluation
         if self.prepared.eval is None or self.prepared.eval_conversations is None:
             return None
+        rows = self.prepared.eval
         conversations = [prompts_and_references(each) for each in self.prepared.eval_conversations[: settings.generate]]
-        logger.info("evaluating %s training: %d rows, %d answers", when, len(self.prepared.eval), len(conversations))
+        logger.info("evaluating %s training: %d rows, %d answers", when, len(rows), len(conversations))
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=bool(self.arguments.bf16)):
-            result = evaluate(
+            part = evaluate(
                 self.model,
                 self.tokenizer,
-                self.prepared.eval,
-                conversations,
+                rows.select(processes.share(len(rows))),
+                [conversations[each] for each in processes.share(len(conversations))],
                 GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size),
                 pad_token_id=cast(int, self.tokenizer.pad_token_id),
             )
+        result = joined(processes.gathered(part))
         scores = result.scores
         logger.info("%s: loss %.4f, token accuracy %.3f", when, scores.loss, scores.token_accuracy)
         return result
 
     def _finish(
-        self, trainer: SFTTrainer, output: Any, before: Evaluation | None, after: Evaluation | None, seconds: float
+        self,
+        trainer: SFTTrainer,
+        output: Any,
+        before: Evaluation | None,
+        after: Evaluation | None,
+        seconds: float,
+        peak_bytes: int,
     ) -> RunResult:
         metrics = dict(output.metrics)
         tokens = int(trainer._total_train_tokens)
@@ -437,7 +510,8 @@ class _Run:
                 "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
                 "steps": trainer.state.global_step,
             },
-            "memory": {"peak_bytes": peak_memory_bytes(), "estimated_bytes": self.plan.estimate.to_dict()},
+            "processes": processes.count(),
+            "memory": {"peak_bytes": peak_bytes, "estimated_bytes": self.plan.estimate.to_dict()},
             "train_loss": metrics.get("train_loss"),
         }
         checkpoint.write_json(self.folder / "train_results.json", metrics)

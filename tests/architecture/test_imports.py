@@ -14,6 +14,7 @@ ROOT = Path(philora.__file__).parent
 # From the bottom up: a module may import what stands before it.
 ORDER = [
     "errors",
+    "processes",
     "families",
     "schema",
     "config",
@@ -32,6 +33,7 @@ ORDER = [
     "data",
     "planning",
     "callbacks",
+    "sampling",
     "trainer",
     "decoding",
     "generation",
@@ -43,7 +45,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-TORCH_FREE = ["errors", "families", "schema", "config", "cli"]
+TORCH_FREE = ["errors", "processes", "families", "schema", "config", "cli"]
 
 
 def unit(path: Path) -> str:

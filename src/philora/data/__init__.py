@@ -5,7 +5,7 @@
 `lengths` says what long rows mean for a model.
 """
 
-from philora.data.lengths import length_notices
+from philora.data.lengths import length_notices, row_lengths
 from philora.data.prepare import (
     Conversations,
     DataReport,
@@ -47,4 +47,5 @@ __all__ = [
     "preview",
     "prompts_and_references",
     "resolve",
+    "row_lengths",
 ]

@@ -58,3 +58,12 @@ def sequence_lengths(rows: Any) -> npt.NDArray[np.int64]:
         lengths = column.flatten() if name == "seq_lengths" else pyarrow.compute.list_value_length(column)
         found.append(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
     return np.concatenate(found)
+
+
+def row_lengths(rows: Dataset) -> npt.NDArray[np.int64]:
+    """Tokens of each row; a packed one counts whole."""
+    found = [np.zeros(0, np.int64)]
+    for batch in rows.with_format("arrow", columns=["input_ids"]).iter(_ROWS_AT_ONCE):
+        lengths = pyarrow.compute.list_value_length(batch.column("input_ids").combine_chunks())
+        found.append(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
+    return np.concatenate(found)
