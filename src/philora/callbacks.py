@@ -1,21 +1,24 @@
-"""What watches a run: the metrics file, and the signals that stop it in good order."""
+"""What watches a run: the metrics file, and losses and gradients that are not finite or jump."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
-import signal
+import statistics
 import sys
 import time
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from philora import processes
+from philora.checkpoint import write_text
 from philora.errors import RunError, fault
 
 
@@ -27,21 +30,41 @@ def peak_memory_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-class MetricsFile(TrainerCallback):  # type: ignore[misc]
-    """Appends each log entry to `metrics.jsonl`, with tokens per second and memory; whole lines only."""
+class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Appends each log entry to `metrics.jsonl`, with tokens per second and memory; whole lines only.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._last: tuple[float, float] | None = None
+    A checkpoint remembers how many lines there were, so that a run that goes on from it writes each entry once.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lines: int | None = None
+        self.tokens = 0
+        self.seconds = 0.0
+        self._since = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it; the file is synced up to here."""
+        lines, seconds = 0, time.monotonic() - self._since
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+                lines = sum(1 for _ in file)
+        return {
+            "args": {"path": str(self.path)},
+            "attributes": {"lines": lines, "tokens": self.tokens, "seconds": seconds},
+        }
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock; drop lines that a resumed run will write again."""
-        self._last = (time.monotonic(), 0.0)
+        self._since = time.monotonic() - self.seconds
         if self.path.exists() and state.is_world_process_zero:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= state.global_step]
+            # Without a count, in a checkpoint of an older release, the step decides.
+            old = [each for each in lines if _step_of(each) <= state.global_step]
+            kept = old if self.lines is None else lines[: self.lines]
             if len(kept) != len(lines):
-                self.path.write_text("".join(kept), encoding="utf-8")
+                write_text(self.path, "".join(kept))
 
     def on_log(
         self,
@@ -54,13 +77,10 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         """Add throughput and memory to the entry, for whoever shows it next, and write it."""
         if logs is None or not state.is_world_process_zero:
             return
-        now, tokens = time.monotonic(), float(logs.get("num_tokens", 0.0))
-        if "loss" in logs and self._last is not None and tokens:
-            seconds, count = now - self._last[0], tokens - self._last[1]
-            if self._last[1] or state.global_step <= args.logging_steps:
-                logs["tokens_per_second"] = round(count / max(seconds, 1e-9), 1)
-        if "loss" in logs:
-            self._last = (now, tokens)
+        if "loss" in logs and "num_tokens" in logs:
+            now, tokens = time.monotonic(), int(logs["num_tokens"])
+            logs["tokens_per_second"] = round((tokens - self.tokens) / max(now - self._since, 1e-9), 1)
+            self._since, self.tokens = now, tokens
         logs["memory_bytes"] = peak_memory_bytes()
         entry = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
         self._append(json.dumps(entry, allow_nan=True, default=float) + "\n")
@@ -86,51 +106,59 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
+SPIKE_WINDOW_STEPS, SPIKE_AFTER_STEPS = 50, 20
 
-    `stopped_by` names the signal afterwards. Of several processes all stop after the same step, whichever of them the
-    signal reached. Ctrl-C in a terminal reaches each of them twice, from the terminal and from the launcher, so with
-    several a repeat within `REPEAT_SECONDS` is the same signal.
+
+class StepWatch:
+    """Looks at the loss and the gradient norm of each optimizer step; what it counts is part of a checkpoint.
+
+    A spike is a loss above 1.5 times the median of the last 50 finite losses that also lies more than 6 of their
+    scaled median absolute deviations above it; it is looked for once 20 losses are known.
+
+    Attributes:
+        in_a_row: Non-finite steps since the last finite one.
+        total: Non-finite steps of the run.
+        spikes: Losses that jumped.
     """
 
-    REPEAT_SECONDS = 5.0
-
     def __init__(self) -> None:
-        self.stopped_by: str | None = None
-        self._received_at = 0.0
-        self._previous: dict[int, Any] = {}
+        self.in_a_row = self.total = self.spikes = 0
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW_STEPS)
+        self._jumped = False
 
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._received)
-            except ValueError:  # not the main thread: signals are somebody else's there
-                return self
-        return self
+    def finite(self, loss: float, gradient_norm: float) -> bool:
+        """Whether the step may be taken; counts those that may not."""
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.total += 1
+        return False
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+    def spike(self, loss: float) -> float | None:
+        """The running median that a loss jumps away from; None where it does not, or goes on from one that did."""
+        jumps, median = False, math.nan
+        if len(self._losses) >= SPIKE_AFTER_STEPS:
+            median = statistics.median(self._losses)
+            spread = 1.4826 * statistics.median(abs(each - median) for each in self._losses)
+            jumps = loss > 1.5 * median and loss > median + 6 * spread
+        self._losses.append(loss)
+        begins, self._jumped = jumps and not self._jumped, jumps
+        self.spikes += begins
+        return median if begins else None
 
-    def _received(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped_by is not None:
-            if processes.count() > 1 and time.monotonic() - self._received_at < self.REPEAT_SECONDS:
-                return
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        self._received_at = time.monotonic()
-        self.stopped_by = signal.Signals(number).name
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "in_a_row": self.in_a_row,
+            "total": self.total,
+            "spikes": self.spikes,
+            "losses": list(self._losses),
+            "jumped": self._jumped,
+        }
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Ask the trainer to save and stop once a signal has come, to this process or to another."""
-        number = processes.agreed(0 if self.stopped_by is None else int(signal.Signals[self.stopped_by]))
-        if number and self.stopped_by is None:
-            self.stopped_by = signal.Signals(number).name
-        if self.stopped_by is not None:
-            control.should_save = control.should_training_stop = True
-        return control
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from what `state` gave."""
+        self.in_a_row, self.total, self.spikes = (int(state.get(key, 0)) for key in ("in_a_row", "total", "spikes"))
+        self._losses = deque(map(float, state.get("losses", ())), maxlen=SPIKE_WINDOW_STEPS)
+        self._jumped = bool(state.get("jumped", False))

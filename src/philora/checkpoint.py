@@ -6,15 +6,17 @@ final name is whole. A checkpoint also carries a manifest of its files, written 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from safetensors import SafetensorError
@@ -23,8 +25,14 @@ from torch import Tensor
 
 from philora.errors import AdapterError, ConfigError, fault, one_per_line
 
+logger = logging.getLogger("philora.run")
+
 MANIFEST_NAME = "philora_manifest.json"
+STATE_NAME = "philora_state.json"
+"""In a checkpoint: what exact resuming needs and transformers does not keep."""
+LOCK_NAME = ".lock"
 TEMPORARY_PREFIX = ".saving-"
+_OLD = "-old-"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,6 +52,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a mapping as indented JSON, as `write_text` does. Not-a-number and infinities become null."""
     write_text(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; empty where there is none, or none that can be read, which is said."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s cannot be read and is passed over: %s", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _finite(value: Any) -> Any:
@@ -94,14 +114,18 @@ def is_taken(path: Path) -> bool:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Sync every file below `temporary` and rename the folder to `final`; a folder of that name is replaced."""
+    """Sync every file below `temporary` and rename the folder to `final`; a folder of that name is replaced.
+
+    A process that ends between the two renames of a replacement leaves the old folder under a temporary name, from
+    which `remove_leftovers` brings it back.
+    """
     for root, _, names in os.walk(temporary):
         for name in names:
             with Path(root, name).open("rb") as file:
                 os.fsync(file.fileno())
         _sync(Path(root))
     if final.exists():
-        old = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-old-{final.name}")
+        old = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}{_OLD}{final.name}")
         final.rename(old)
         temporary.rename(final)
         shutil.rmtree(old, ignore_errors=True)
@@ -119,29 +143,34 @@ def _digest(path: Path) -> str:
 
 
 def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write the manifest of a folder: size and SHA-256 of each file, and `facts` about the run."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_NAME
-    }
+    """Sync each file of a folder, then write and sync its manifest: size and SHA-256 of each, and `facts`."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST_NAME:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     write_json(folder / MANIFEST_NAME, {"format": 1, "files": files, **(facts or {})})
 
 
 def faults_of(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder; empty when every file is as it was written."""
+    """What is wrong with a sealed folder; empty when every file is as it was written and there is no other."""
     manifest = folder / MANIFEST_NAME
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(each["bytes"]), str(each["sha256"])) for name, each in files.items()}
     except FileNotFoundError:
         return [f"{MANIFEST_NAME} is missing: it was not written to the end"]
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return [f"{MANIFEST_NAME} cannot be read"]
-    faults = []
+    faults = [
+        f"{name} is not in its manifest"
+        for name in sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if not each.is_dir())
+        if name not in expected and name != MANIFEST_NAME
+    ]
     for name, (size, digest) in expected.items():
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not is_inside(name):
             faults.append(f"{name} lies outside the folder")
         elif not path.is_file():
             faults.append(f"{name} is missing")
@@ -150,6 +179,12 @@ def faults_of(folder: Path) -> list[str]:
         elif _digest(path) != digest:
             faults.append(f"{name} was changed after it was written")
     return faults
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path name from a file stays in the folder that the file describes."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return bool(parts.parts) and not parts.is_absolute() and ".." not in parts.parts and ":" not in parts.parts[0]
 
 
 class Found(NamedTuple):
@@ -162,12 +197,7 @@ class Found(NamedTuple):
 def newest_whole(checkpoints: Path) -> Found:
     """Look for the newest checkpoint that is whole; every file of those looked at is read once."""
     passed_over: list[tuple[Path, str]] = []
-    numbered = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in checkpoints.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    for _, path in sorted(numbered, reverse=True):
+    for _, path in reversed(_numbered(checkpoints)):
         faults = faults_of(path)
         if not faults:
             return Found(path, passed_over)
@@ -175,10 +205,76 @@ def newest_whole(checkpoints: Path) -> Found:
     return Found(None, passed_over)
 
 
+def _numbered(checkpoints: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run by their steps, in their order."""
+    return sorted(
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in checkpoints.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal() and path.is_dir()
+    )
+
+
+def rotate(checkpoints: Path, newest: Path, keep: int | None, best: Path | None = None) -> None:
+    """Remove checkpoints beyond `keep`, called when `newest` is whole; each is gone under its name at once.
+
+    What is ahead of `newest` goes first: a run that went back left it, or it is torn. Then the oldest goes.
+
+    Args:
+        checkpoints: The folder of checkpoints.
+        newest: The one that was just written; it stays.
+        keep: How many stay, `newest` and `best` included; None or 0: all.
+        best: Stays as well.
+    """
+    if not keep or keep < 0:
+        return
+    numbered = _numbered(checkpoints)
+    step = next(number for number, path in numbered if path == newest)
+    order = [each for each in numbered if each[0] > step] + [each for each in numbered if each[0] < step]
+    removable = [path for _, path in order if best is None or path.resolve() != best.resolve()]
+    for path in removable[: max(0, len(numbered) - keep)]:
+        aside = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-removed-{path.name}")
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what an interrupted process left half-written in `folder`."""
+    """Delete what an interrupted process left half-written in `folder`; bring back what it was about to replace."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        final = folder / path.name.partition(_OLD)[2]
+        if _OLD in path.name and not final.exists():
+            path.rename(final)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def bytes_in(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+
+
+def missing_bytes(folder: Path, needed: int) -> int:
+    """How many bytes more would have to be free where `folder` is, or will be, for `needed` to fit; 0: they fit."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return max(0, needed - shutil.disk_usage(place).free)
+
+
+_held: set[int] = set()
+"""Descriptors of held locks: a forked worker that outlives a killed run must not keep its folder locked."""
+
+
+def _drop_locks() -> None:
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def _lock(file: IO[str]) -> None:
@@ -199,14 +295,22 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another process holds it.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK_NAME).open("w") as file:
         try:
             _lock(file)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                logger.warning("%s cannot be locked (%s): see to it that no other run writes there.", folder, error)
+                yield
+                return
             expected = "a folder that no other run is writing to"
             todo = "Wait for it, or give another training_config.output_dir"
             raise ConfigError(fault("train", "output_dir", str(folder), expected, todo)) from None
-        yield
+        _held.add(file.fileno())
+        try:
+            yield
+        finally:
+            _held.discard(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------- adapters

@@ -37,7 +37,7 @@ DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_complet
 COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text", "messages")
 _DATA_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _ATTENTION: Final = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-OWN_TRAINING_KEYS: Final = ("tokens_per_step", "early_stopping_patience", "loraplus_lr_ratio")
+OWN_TRAINING_KEYS: Final = ("tokens_per_step", "early_stopping_patience", "loraplus_lr_ratio", "max_nonfinite_steps")
 """Keys of `training_config` that are philora's own, not TRL's."""
 ONE_RATE_OPTIMIZERS: Final = (
     "lomo",
@@ -374,6 +374,13 @@ _LIBRARY_FIELDS: Final = (
         None,
         _COUNT_OR_NULL,
         "stop after this many evaluations without improvement (philora's own key); null: never",
+    ),
+    Field(
+        "training_config.max_nonfinite_steps",
+        5,
+        _COUNT_OR_NULL,
+        "steps whose loss or gradient is not finite are skipped; this many in a row end the run (philora's own key); "
+        "null: they are taken",
     ),
     Field("training_config.save_total_limit", 2, _COUNT_OR_NULL, "checkpoints kept; null: all"),
     Field("training_config.seed", 42, number(least=0, whole=True), "seed of data order, dropout and initialisation"),
@@ -1341,11 +1348,15 @@ def _check_lora(given: Mapping[str, Any], reader: _Reader) -> None:
 
 def dump_yaml(config: Config) -> str:
     """The effective configuration as YAML, loadable again. Tokens of the hub are left out."""
-    sections = config.to_dict()
-    for key in _SECRETS:
-        section, name = key.split(".")
-        sections[section].pop(name, None)
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(without_secrets(config.to_dict()), sort_keys=False, allow_unicode=True, width=120)
+
+
+def without_secrets(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A configuration in the shape of the file, without tokens of the hub."""
+    return {
+        section: {name: value for name, value in values.items() if f"{section}.{name}" not in _SECRETS}
+        for section, values in sections.items()
+    }
 
 
 def explain(config: Config) -> list[tuple[str, Any, str]]:

@@ -10,6 +10,8 @@ import dataclasses
 import inspect
 import logging
 import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +20,23 @@ import trl
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import ExportableState, TrainerControl
 
 from philora.adapters import apply_slices, optimize, resolve_for_training
-from philora.checkpoint import TEMPORARY_PREFIX, disk_full, publish, seal
+from philora.callbacks import StepWatch
+from philora.checkpoint import (
+    STATE_NAME,
+    TEMPORARY_PREFIX,
+    bytes_in,
+    disk_full,
+    faults_of,
+    missing_bytes,
+    publish,
+    read_json,
+    rotate,
+    seal,
+    write_json,
+)
 from philora.config import FIELDS, ONE_RATE_OPTIMIZERS, translate_trainer_keywords, translate_training_arguments
 from philora.data import length_notices
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
@@ -29,20 +44,34 @@ from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 from philora.sampling import SharedSampler, can_share, with_empty_rows
 from philora.schema import Misfit
+from philora.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
+
+CHOSEN = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "max_length",
+    "bf16",
+)
+"""Arguments that a run chooses for its machine; a checkpoint keeps them, since the steps depend on them."""
+NONFINITE_NAME = "nonfinite_examples.json"
+_TOKENIZER_BYTES_PER_TOKEN = 100  # tokenizer.json of Phi-3-mini and Phi-4-mini, rounded up
+_SMALL_FILES_BYTES = 1 << 20  # states of generators and trainer beside the weights of a checkpoint
 
 
 @dataclasses.dataclass(init=False)
 class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
-    """`trl.SFTConfig` that also takes the spellings of older releases, each with one notice, and a rate for LoRA+.
+    """`trl.SFTConfig` that also takes the spellings of older releases, each with one notice, and keys of philora's own.
 
     `gradient_checkpointing="elementwise"`, or `elementwise_recomputation=True`, is the grade between True and False:
     `optimize(model, recomputation="elementwise")`.
 
     Raises:
         ConfigError: An unknown name, a `loraplus_lr_ratio` that is no number above 0, or one for an optimizer that
-            has only one learning rate.
+            has only one learning rate, or a `max_nonfinite_steps` that is no whole number of at least 1.
 
     Example:
         >>> SFTConfig("out", evaluation_strategy="no", warmup_ratio=0.2, loraplus_lr_ratio=16)  # doctest: +SKIP
@@ -51,6 +80,13 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     loraplus_lr_ratio: float | None = dataclasses.field(
         default=None,
         metadata={"help": "LoRA+: the learning rate of B as a multiple of learning_rate; 16 in the paper."},
+    )
+    max_nonfinite_steps: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Steps with a loss or gradient that is not finite are skipped; this many in a row end the "
+            "training. None: they are taken, as TRL does."
+        },
     )
 
     elementwise_recomputation: bool = dataclasses.field(
@@ -68,12 +104,13 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
         unknown = [name for name in translated if name not in known]
         rule = "a field of trl.SFTConfig"
         faults = [fault("SFTConfig", name, translated[name], rule, nearest(name, known)) for name in unknown]
-        ratio = translated.pop("loraplus_lr_ratio", None)
-        bound = FIELDS["training_config.loraplus_lr_ratio"].rule
-        try:
-            self.loraplus_lr_ratio = bound.read(ratio)
-        except Misfit:
-            faults.append(fault("SFTConfig", "loraplus_lr_ratio", ratio, bound.text))
+        for name in ("loraplus_lr_ratio", "max_nonfinite_steps"):
+            given = translated.pop(name, None)
+            bound = FIELDS[f"training_config.{name}"].rule
+            try:
+                setattr(self, name, bound.read(given))
+            except Misfit:
+                faults.append(fault("SFTConfig", name, given, bound.text))
         checkpointing = translated.get("gradient_checkpointing")
         elementwise = bool(translated.pop("elementwise_recomputation", False)) or checkpointing == "elementwise"
         if isinstance(checkpointing, str) and checkpointing != "elementwise":
@@ -93,12 +130,17 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             raise ConfigError(fault("SFTConfig", "loraplus_lr_ratio", self.loraplus_lr_ratio, expected, todo))
 
 
+class NonFiniteError(RunError):
+    """The loss or the gradient was not finite for too many steps in a row; no weight took any of them."""
+
+
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """`trl.SFTTrainer` whose LoRA names are checked, whose slices are slices, and whose layers are the fast ones.
 
     Takes all that TRL's takes, older keywords (`tokenizer`, `max_seq_length`, `dataset_text_field`, `packing`, ...)
     with one notice each, and slices of fused projections in `peft_config.target_modules`. Checkpoints are written to
-    a temporary name, synced and renamed, and carry a manifest. With `SFTConfig(loraplus_lr_ratio=...)` the optimizer
+    a temporary name, synced and renamed, and carry a manifest; training that goes on from one counts, logs and stops
+    as if it had never been interrupted. With `SFTConfig(loraplus_lr_ratio=...)` the optimizer
     that transformers makes gets groups of their own for B; what is logged as `learning_rate` is A's.
 
     Raises:
@@ -106,12 +148,27 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         TargetError: A name in `peft_config` matches nothing, or `lm_head` is a target (TRL computes the loss from
             the head's weight, so an adapter there would get no gradient).
         RunError: A checkpoint cannot be written; older ones are untouched.
+        NonFiniteError: `SFTConfig.max_nonfinite_steps` steps in a row were not finite.
+
+    Attributes:
+        stop: Where a signal is noted; training then saves and stops after the step.
+        places: Says of the token ids of an example where it comes from, for the file of non-finite examples.
     """
+
+    stop: StopOnSignal | None = None
+    control: TrainerControl
+    places: Callable[[Sequence[Sequence[int]]], Sequence[Mapping[str, Any]]] | None = None
 
     _staging: Path | None = None  # where a checkpoint is being written, while it is
     train_dataset: Any
     _shared_lengths: list[int] | None = None  # tokens of each row, where this trainer deals them to processes
     _loraplus_settled = False  # whether an optimizer was split, or it was said that a given one is not
+    _saved_step: int | None = None  # of the newest checkpoint
+    _restored: Mapping[str, Any] | None = None  # what a checkpoint kept, until it is taken up
+    _finished = False  # whether a checkpoint is the last of its training
+    _earlier_seconds = 0.0  # of training before this process
+    _begun = 0.0
+    _epoch_generator: torch.Tensor | None = None  # torch's generator where the epoch began
 
     def __init__(self, model: str | PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
         settings, keywords, notices = translate_trainer_keywords(kwargs)
@@ -128,6 +185,9 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             resolution = resolve_for_training(skeleton, given["peft_config"])
             given["peft_config"] = resolution.config
         super().__init__(model, **given)
+        self._watch = StepWatch()
+        self._step_batches: list[Any] = []
+        self._step_losses: list[torch.Tensor] = []
         text = self.model.config.get_text_config()
         if self.aux_loss_enabled and not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
             text.num_experts = text.num_local_experts  # TRL 1.16 reads this name; Phi-3.5-MoE has only the other
@@ -215,6 +275,234 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         self._loraplus_settled = True
         return optimizer
 
+    # -- what goes on exactly
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall time of training, of the processes before this one too."""
+        return self._earlier_seconds + time.time() - self._begun
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that went through training, of the processes before this one too."""
+        return int(self._total_train_tokens)
+
+    def _state_name(self) -> str:
+        several = self.args.world_size > 1
+        return f"{Path(STATE_NAME).stem}_{self.args.process_index}.json" if several else STATE_NAME
+
+    def _exact_state(self) -> dict[str, Any]:
+        """What transformers and TRL count in memory only. Every float is written so that it reads back the same."""
+        generator = self._epoch_generator
+        return {
+            "format": 1,
+            "chosen": chosen_of(self.args),
+            "tokens": int(self._total_train_tokens),
+            "loss_since_log": self._tr_loss.item(),
+            "loss_before": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
+            "training": self.model.training,
+            "seconds": self.training_seconds,
+            "watch": self._watch.state(),
+            "finished_at": self.state.max_steps if self.control.should_training_stop else None,
+            "epoch_generator": None if generator is None else bytes(generator.tolist()).hex(),
+        }
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As transformers', and callbacks with a state go on with the one that the checkpoint has."""
+        given = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
+        checkpoint = given.get("resume_from_checkpoint")
+        position = cast("tuple[int, int]", super()._init_training_state(*args, **kwargs))
+        self._watch, self._begun, self._earlier_seconds, self._restored = StepWatch(), time.time(), 0.0, None
+        self._saved_step = self._epoch_generator = None
+        self._total_train_tokens, self._finished = 0, False
+        if checkpoint is None:
+            return position
+        self._saved_step = self.state.global_step
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():  # the folder may have been moved since
+            self.state.best_model_checkpoint = str(best)
+        kept = self.state.stateful_callbacks
+        for each in (*self.callback_handler.callbacks, self.control):
+            if not isinstance(each, ExportableState):
+                continue
+            name = type(each).__name__
+            if isinstance(kept.get(name), dict) and each is not self.control:
+                for key, value in kept[name].get("attributes", {}).items():
+                    setattr(each, key, value)
+            kept[name] = each.state()
+        state = read_json(Path(checkpoint) / self._state_name())
+        if state:
+            self._total_train_tokens = int(state["tokens"])
+            self._earlier_seconds = float(state["seconds"])
+            self._watch.restore(state["watch"])
+            if state["epoch_generator"] is not None:
+                self._epoch_generator = torch.tensor(list(bytes.fromhex(state["epoch_generator"])), dtype=torch.uint8)
+            self._restored = state
+            self._finished = state["finished_at"] == self.state.max_steps  # it had been stopped early
+        return position
+
+    def _take_up(self) -> None:
+        """Put back what the training loop sets to zero when it begins."""
+        state, self._restored = self._restored, None
+        if state is not None:
+            self._tr_loss.fill_(state["loss_since_log"])
+            self._total_loss_scalar = float(state["loss_before"])
+            self._globalstep_last_logged = int(state["logged_step"])
+            self._initial_global_step = 0
+            self._metrics["train"].update({key: list(values) for key, values in state["metrics"].items()})
+            self.model.train(bool(state["training"]))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', from where the checkpoint was; nothing where its training had been complete."""
+        self._take_up()
+        if self.state.global_step >= self.state.max_steps or self._finished:
+            self.control.should_training_stop = True
+            return
+        if kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"]:
+            # A sampler may draw the epoch's order from here; the generators are set to the checkpoint's afterwards.
+            if self._epoch_generator is not None:
+                torch.random.set_rng_state(self._epoch_generator)
+        else:
+            if kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["resume_from_checkpoint"] is not None:
+                self._load_rng_state(kwargs["resume_from_checkpoint"])
+            self._epoch_generator = torch.random.get_rng_state()
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """As transformers', over the whole training and not only the part of this process."""
+        self._take_up()
+        return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
+
+    def _load_best_model(self) -> None:
+        """As transformers'; where the best checkpoint was damaged, the last step's weights stay, with a notice."""
+        best = Path(self.state.best_model_checkpoint)
+        faults = faults_of(best)
+        if faults:
+            logger.warning("%s is not loaded, the weights of the last step stay: %s", best, "; ".join(faults))
+            return
+        super()._load_best_model()
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **more: Any
+    ) -> None:
+        """As transformers'; after a signal, the step is saved unless it is, and training stops."""
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
+        if self.stop is not None and self.stop.agreed():
+            if self._saved_step != self.state.global_step:
+                self._save_checkpoint(model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self.control.should_training_stop = True
+
+    # -- losses and gradients that are not finite
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As transformers'; the batches of the step are held until it is taken."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self._step_batches, self._step_losses = samples, []
+        return samples, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As TRL's; the loss of each micro-batch is noted."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            loss = (result[0] if return_outputs else result).detach()
+            shared = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
+            self._step_losses.append(loss / shared)
+        return result
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As transformers', called before the optimizer; a step that is not finite is left out.
+
+        Its gradients are dropped, so that the optimizer has nothing to do, and it is reported as skipped, so that the
+        schedule of the learning rate stays where it is; the data goes on. With fp16 torch's gradient scaler does the
+        same, and lowers its scale.
+
+        Raises:
+            NonFiniteError: It was one too many in a row.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        limit = getattr(self.args, "max_nonfinite_steps", None)
+        if limit is None or self.is_deepspeed_enabled or not self._step_losses:
+            return norm
+        loss = torch.stack(self._step_losses).sum()
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, "sum")
+        value, length = float(loss), float(norm)
+        scaled = self.accelerator.scaler is not None
+        if self._watch.finite(value, 0.0 if scaled else length):
+            median = self._watch.spike(value)
+            if median is not None and self.args.should_save:
+                text = "step %d: the loss jumps to %.4g, where the median of the last steps is %.4g."
+                logger.warning(text, self.state.global_step + 1, value, median)
+            if not scaled:
+                self.optimizer._is_overflow = False
+            return norm
+        self.optimizer.zero_grad(set_to_none=True)
+        if not scaled:
+            self.optimizer._is_overflow = True
+        step = self.state.global_step + 1
+        logger.warning(
+            "step %d is left out: loss %g, gradient norm %g; %d in a row, %d in all.",
+            step, value, length, self._watch.in_a_row, self._watch.total,
+        )  # fmt: skip
+        if self._watch.in_a_row >= limit:
+            file = self._write_nonfinite(step, value, length)
+            last = "none was written" if self._saved_step is None else f"the last one is checkpoint-{self._saved_step}"
+            expected = f"a finite loss and gradient at least once in {limit} steps"
+            todo = f"The examples of step {step} are in {file}. Checkpoints are as they were, {last}"
+            found = f"loss {value:g}, gradient norm {length:g}"
+            raise NonFiniteError(fault(f"step {step}", "training_config.max_nonfinite_steps", found, expected, todo))
+        return norm
+
+    def _write_nonfinite(self, step: int, loss: float, length: float) -> Path:
+        """Write which examples the step was made of: their tokens, and where they stand as far as that is known."""
+        batches = []
+        for batch, each in zip(self._step_batches, self._step_losses, strict=False):
+            examples = documents_of(batch)
+            places = [{} for _ in examples] if self.places is None else self.places(examples)
+            batches.append(
+                {
+                    "loss": str(float(each)),
+                    "examples": [
+                        {"row": row, **place, "input_ids": ids}
+                        for ids, row, place in zip(examples, self._rows_of(examples), places, strict=True)
+                    ],
+                }
+            )
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        file = folder / f"{Path(NONFINITE_NAME).stem}{rank}.json"
+        write_json(file, {"step": step, "loss": str(loss), "gradient_norm": str(length), "micro_batches": batches})
+        return file
+
+    def _rows_of(self, examples: Sequence[Sequence[int]]) -> list[int | None]:
+        """The row of the training set that each example stands in; a packed row holds several."""
+        wanted: dict[tuple[int, ...], int | None] = {tuple(each): None for each in examples}
+        data = self.train_dataset
+        if not hasattr(data, "__len__") or "input_ids" not in (getattr(data, "column_names", None) or ()):
+            return [None for _ in examples]
+        for number, row in enumerate(data):
+            start, lengths = 0, row.get("seq_lengths") or [len(row["input_ids"])]
+            for length in lengths:
+                part = tuple(row["input_ids"][start : start + length])
+                start += length
+                if part in wanted and wanted[part] is None:
+                    wanted[part] = number
+        return [wanted[tuple(each)] for each in examples]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, with the number of steps that were left out, once there is one."""
+        if "loss" in logs and self._watch.total:
+            logs["nonfinite_steps"] = self._watch.total
+        super().log(logs, start_time)
+
+    # -- checkpoints
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else cast(str, super()._get_output_dir(trial))
 
@@ -224,6 +512,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         final = run / f"checkpoint-{self.state.global_step}"
         staging = run / f"{TEMPORARY_PREFIX}checkpoints"
         best = self.state.best_global_step
+        if self.args.should_save:
+            self._require_room(run, final)
         try:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -231,25 +521,75 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             self._staging = staging
             super()._save_checkpoint(model, trial)
             self._staging = None
+            written = staging / final.name
+            write_json(written / self._state_name(), self._exact_state())
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                written = staging / final.name
                 if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
                     self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
                     self.state.save_to_json(str(written / "trainer_state.json"))
                 seal(written, {"step": self.state.global_step})
                 publish(written, final)
-                rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
+                best_folder = self.state.best_model_checkpoint
+                rotate(run, final, self.args.save_total_limit, None if best_folder is None else Path(best_folder))
+            self._saved_step = self.state.global_step
             self.accelerator.wait_for_everyone()
         except Exception as error:
             if not disk_full(error):
                 raise
-            todo = f"Free some space, then go on with --resume ({shutil.disk_usage(run).free:,} bytes are free)"
-            raise RunError(fault("checkpoint", "folder", str(final), f"room to write it: {error}", todo)) from error
+            raise _no_room(run, final, self._checkpoint_size(run), str(error)) from error
         finally:
             self._staging = None
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
+
+    def _checkpoint_size(self, run: Path) -> int:
+        """What the next checkpoint takes: as much as the last one, else the estimate."""
+        last = run / f"checkpoint-{self._saved_step}"
+        return bytes_in(last) if last.is_dir() else checkpoint_bytes(self.model)
+
+    def _require_room(self, run: Path, final: Path) -> None:
+        """See to it, before anything is written, that a checkpoint fits beside those that are there."""
+        size = self._checkpoint_size(run)
+        if missing_bytes(run, size):
+            raise _no_room(run, final, size, "No space left on device")
+
+
+def chosen_of(arguments: SFTConfig) -> dict[str, Any]:
+    """What was chosen for this machine and decides how a step rounds: the arguments of `CHOSEN`, and the threads."""
+    chosen = {key: getattr(arguments, key) for key in CHOSEN}
+    if getattr(arguments, "elementwise_recomputation", False):
+        chosen["gradient_checkpointing"] = "elementwise"
+    return {**chosen, "threads": torch.get_num_threads()}
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Size of a checkpoint, estimated: what trains, in its dtype, two moments of it in fp32, and the tokenizer.
+
+    Optimizers with smaller states need less.
+    """
+    trained = sum(each.numel() * (each.element_size() + 8) for each in model.parameters() if each.requires_grad)
+    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0)
+    return int(trained) + vocabulary * _TOKENIZER_BYTES_PER_TOKEN + _SMALL_FILES_BYTES
+
+
+def _no_room(run: Path, final: Path, size: int, why: str) -> RunError:
+    free = shutil.disk_usage(run if run.exists() else run.parent).free
+    todo = f"Free some space ({free:,} bytes are free), then go on with --resume; older checkpoints are as they were"
+    return RunError(fault("checkpoint", "folder", str(final), f"room for about {size:,} bytes: {why}", todo))
+
+
+def documents_of(batch: Mapping[str, Any]) -> list[list[int]]:
+    """The token ids of each example of a batch: packed rows are taken apart, padding is left out."""
+    documents: list[list[int]] = []
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    for index, row in enumerate(batch["input_ids"]):
+        if positions is not None:
+            starts = (positions[index] == 0).nonzero().flatten().tolist()
+            documents += [row[a:b].tolist() for a, b in zip(starts, [*starts[1:], len(row)], strict=True)]
+        else:
+            documents.append((row if mask is None else row[mask[index].bool()]).tolist())
+    return documents
 
 
 def _without_pages(optimizer: torch.optim.Optimizer) -> None:

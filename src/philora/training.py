@@ -7,14 +7,15 @@ config -> data (errors end here, before any weight) -> targets on a weightless m
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib.util
+import json
 import logging
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -36,8 +37,9 @@ from transformers.utils import logging as transformers_logging
 
 import philora
 from philora import checkpoint, models, native, planning, processes
+from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training
-from philora.callbacks import MetricsFile, StopOnSignal, peak_memory_bytes
+from philora.callbacks import MetricsFile, peak_memory_bytes
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, prepare, prompts_and_references
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
@@ -45,15 +47,10 @@ from philora.evaluation import Evaluation, evaluate, joined, pick_samples
 from philora.families import generic_notice
 from philora.generation import GenerationSettings
 from philora.report import write_report
-from philora.trainer import SFTConfig, SFTTrainer
+from philora.signals import Interrupted, StopOnSignal
+from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
 logger = logging.getLogger("philora.run")
-
-
-class Interrupted(RunError):
-    """The run was stopped by a signal after a checkpoint was saved."""
-
-    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -92,66 +89,91 @@ def train(
     Raises:
         ConfigError, DataError, ModelError, TargetError, AdapterError: Something is wrong with what was given;
             nothing has been written.
-        Interrupted: A signal stopped the run after it had saved a checkpoint.
+        Interrupted: A signal stopped the run; what it had trained is in a checkpoint.
         RunError: The run failed; what exists in its folder is whole.
         Elsewhere: Another process of the run failed and says why.
 
     Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
     """
-    config = load_config(source, overrides)
-    _check_processes(config)
+    command = command or " ".join(sys.argv)
+    with StopOnSignal("before training", f"Nothing was written; start it again with: {command}") as stop:
+        config = load_config(source, overrides)
+        _check_processes(config)
+        return _train(config, resume, list(callbacks), command, stop)
+
+
+def _train(
+    config: Config, resume: bool | str, callbacks: list[TrainerCallback], command: str, stop: StopOnSignal
+) -> RunResult:
     folder = Path(config.training_config["output_dir"]).expanduser()
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    found = processes.on_main(lambda: _open_run(folder, config, resume))
-    for notice in config.notices:
-        logger.warning("%s", notice)
+    with contextlib.ExitStack() as held:
+        continued = processes.on_main(lambda: _open(folder, config, resume, held))
+        if continued is not None:
+            stop.todo = f"Go on with: {_resume_command(command)}"
+        for notice in config.notices:
+            logger.warning("%s", notice)
 
-    tokenizer = models.load_tokenizer(config.model, config.tokenizer)
-    skeleton = models.load_skeleton(config.model)
-    generic = generic_notice(skeleton.config)
-    if generic is not None:
-        logger.warning("%s", generic)
-    if config.model.adapter is None:
-        resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
-    seed = int(config.training_config.get("seed", 42))
-    max_length = models.max_length_of(config, skeleton.config)
-    stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
-    with processes.main_first():
-        prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
-    del skeleton
+        tokenizer = models.load_tokenizer(config.model, config.tokenizer)
+        skeleton = models.load_skeleton(config.model)
+        generic = generic_notice(skeleton.config)
+        if generic is not None:
+            logger.warning("%s", generic)
+        if config.model.adapter is None:
+            resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
+        seed = int(config.training_config.get("seed", 42))
+        max_length = models.max_length_of(config, skeleton.config)
+        stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
+        with processes.main_first():
+            prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
+        facts = processes.on_main(lambda: resuming.facts_of(config, skeleton.config, prepared))
+        chosen: Mapping[str, Any] = {}
+        if continued is not None:
+            processes.on_main(lambda: resuming.check_facts(continued, facts, folder))
+            chosen = processes.on_main(lambda: continued.chosen)
+        stop.check()
 
-    created = processes.is_main() and not folder.exists()
-    began = False
-    try:
-        with contextlib.ExitStack() as held:
-            processes.on_main(lambda: _hold(folder, held))
-            run = _Run(config, folder, tokenizer, prepared, command or " ".join(sys.argv), list(callbacks))
-            run.load(max_length)
-            began = True
-            return run.go(found)
-    except PhiloraError:
-        if created and not began:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except Exception as error:
-        if processes.lost(error):
-            expected = "every process to go on, but another one has ended"
-            todo = "Look for its message, or for what ended it (memory, a signal); then go on with --resume"
-            raise RunError(fault("run", "processes", processes.count(), expected, todo)) from error
-        if not checkpoint.disk_full(error):
+        created = processes.is_main() and not folder.exists()
+        run = _Run(config, folder, tokenizer, prepared, command, callbacks, stop)
+        try:
+            processes.on_main(lambda: _hold(folder, config, continued is None, held))
+            held.enter_context(resuming.threads(chosen.get("threads")))
+            run.load(max_length, chosen)
+            run.began = True
+            return run.go(None if continued is None else continued.checkpoint, facts)
+        except PhiloraError:
             raise
-        todo = f"Free some space ({shutil.disk_usage(folder).free:,} bytes are free), then go on with --resume"
-        raise RunError(fault("run", "output_dir", str(folder), f"room to write to it: {error}", todo)) from error
+        except Exception as error:
+            if processes.lost(error):
+                expected = "every process to go on, but another one has ended"
+                todo = "Look for its message, or for what ended it (memory, a signal); then go on with --resume"
+                raise RunError(fault("run", "processes", processes.count(), expected, todo)) from error
+            if not checkpoint.disk_full(error):
+                raise
+            todo = f"Free some space ({shutil.disk_usage(folder).free:,} bytes are free), then go on with --resume"
+            raise RunError(fault("run", "output_dir", str(folder), f"room to write to it: {error}", todo)) from error
+        finally:
+            if created and not run.began:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _hold(folder: Path, held: contextlib.ExitStack) -> None:
+def _open(folder: Path, config: Config, resume: bool | str, held: contextlib.ExitStack) -> resuming.Continued | None:
+    """Check that a run may begin in a folder; with `resume`, find where it goes on and keep others out."""
+    if resume:
+        return resuming.open_to_go_on(folder, config, force=resume == "force", held=held)
+    resuming.open_fresh(folder, config)
+    return None
+
+
+def _hold(folder: Path, config: Config, fresh: bool, held: contextlib.ExitStack) -> None:
     """Make the run folder and keep it for this run: its lock, and its log."""
     folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(checkpoint.run_lock(folder))
+    if fresh:
+        held.enter_context(checkpoint.run_lock(folder))
+        resuming.open_fresh(folder, config)  # another run may have come and gone meanwhile
     held.enter_context(_log_file(folder / "train.log"))
-    checkpoint.remove_leftovers(folder)
 
 
 def _check_processes(config: Config) -> None:
@@ -191,46 +213,6 @@ def _check_processes(config: Config) -> None:
     processes.join(float(given.get("ddp_timeout", 1800)), cpu)
 
 
-def _open_run(folder: Path, config: Config, resume: bool | str) -> checkpoint.Found | None:
-    """Check that a run may write to `folder`; with `resume`, find where it goes on."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), "a folder, not a file"))
-    before = folder / "config.yaml"
-    if not resume:
-        if folder.is_dir() and any(each.name != ".lock" for each in folder.iterdir()):
-            what = "another run" if before.exists() else "other files"
-            expected = f"a new or empty folder; this one holds {what}"
-            todo = "Go on with --resume, or give another training_config.output_dir"
-            raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), expected, todo))
-        return None
-    if not before.exists():
-        expected = "a folder with a run to go on with"
-        todo = "Start it without --resume"
-        raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), expected, todo))
-    differences = _differences(load_config(before).to_dict(), config.to_dict())
-    if differences and resume != "force":
-        lines = [
-            fault(config.source, key, now, f"what the run was started with: {then!r}", "--resume=force goes on anyway")
-            for key, then, now in differences
-        ]
-        raise ConfigError(one_per_line(lines))
-    found = checkpoint.newest_whole(folder / "checkpoints")
-    for path, why in found.passed_over:
-        logger.warning("%s is passed over: %s", path, why)
-    if found.folder is None:
-        logger.warning("%s has no whole checkpoint; the run begins again.", folder)
-    return found
-
-
-def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        found = []
-        for key in {**then, **now}:
-            found += _differences(then.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    return [] if then == now else [(path, then, now)]
-
-
 def _lora_config(config: Config) -> LoraConfig:
     return LoraConfig(**config.peft_config)
 
@@ -265,9 +247,11 @@ class _Run:
         prepared: PreparedData,
         command: str,
         callbacks: list[TrainerCallback],
+        stop: StopOnSignal,
     ) -> None:
         self.config, self.folder, self.tokenizer, self.prepared = config, folder, tokenizer, prepared
-        self.command, self.callbacks = command, callbacks
+        self.command, self.callbacks, self.stop = command, callbacks, stop
+        self.began = False  # whether its folder is to stay
         self.started = datetime.datetime.now(datetime.UTC)
         self.model: PeftModel
         self.arguments: SFTConfig
@@ -275,8 +259,16 @@ class _Run:
 
     # -- before training
 
-    def load(self, max_length: int) -> None:
-        """Weights, adapter and the resolved arguments; writes nothing."""
+    def load(self, max_length: int, chosen: Mapping[str, Any]) -> None:
+        """Weights, adapter and the resolved arguments; writes nothing.
+
+        Args:
+            max_length: Longest row in tokens.
+            chosen: What the run goes on with, by the names in `trainer.CHOSEN`; what is missing is chosen now.
+
+        Raises:
+            RunError: What the run will write does not fit on the disk.
+        """
         config = self.config
         set_seed(int(config.training_config.get("seed", 42)))
         base = models.load_model(config.model, self.tokenizer)
@@ -284,22 +276,32 @@ class _Run:
             self.model = load_adapter(base, config.model.adapter, is_trainable=True)
         else:
             self.model = get_peft_model(base, _lora_config(config))
-        self.arguments, self.plan = self._resolve_arguments(base, max_length)
+        self.arguments, self.plan = self._resolve_arguments(base, max_length, chosen)
+        self._require_room()
+        self.stop.check()
 
-    def _resolve_arguments(self, base: Any, max_length: int) -> tuple[SFTConfig, planning.Plan]:
+    def _resolve_arguments(
+        self, base: Any, max_length: int, chosen: Mapping[str, Any]
+    ) -> tuple[SFTConfig, planning.Plan]:
         """TRL's arguments: every `auto` decided, everything written below the run folder."""
         given = {key: value for key, value in self.config.training_config.items() if key not in OWN_TRAINING_KEYS}
-        given["loraplus_lr_ratio"] = self.config.training_config["loraplus_lr_ratio"]
+        for own in ("loraplus_lr_ratio", "max_nonfinite_steps"):
+            given[own] = self.config.training_config[own]
+        given |= {key: chosen[key] for key in CHOSEN if key in chosen}
         element_bytes = torch.finfo(base.dtype).bits // 8
         packing = bool(given.get("packing", True))
         tokens_per_step = self.config.training_config.get("tokens_per_step", "auto")
-        if tokens_per_step == "auto":
+        if chosen:
+            max_length = chosen.get("max_length", max_length)
+        elif tokens_per_step == "auto":
             tokens_per_step = self._default_step_tokens()
             if self.config.origins.get("training_config.max_length", "default") == "default":
                 # Long rows would swallow a small dataset whole and leave a handful of steps.
                 figures = self.prepared.report.to_dict()
                 longest = max(int((figures.get(name) or {}).get("longest_tokens", 0)) for name in ("train", "eval"))
                 max_length = min(max_length, max(tokens_per_step, longest, 8))
+        if tokens_per_step == "auto":
+            tokens_per_step = None
         row_tokens = max_length if packing else max(1, self._mean_row_tokens())
         covered = coverage(self.model)
 
@@ -372,10 +374,12 @@ class _Run:
 
     # -- the run
 
-    def go(self, found: checkpoint.Found | None) -> RunResult:
+    def go(self, resume_from: Path | None, facts: Mapping[str, Any]) -> RunResult:
         """Evaluate the base, train, save, evaluate again, write everything down."""
         if processes.is_main():
+            resuming.write_facts(self.folder, facts, chosen_of(self.arguments))
             checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))
+        self.stop.todo = f"Go on with: {_resume_command(self.command)}"
         logger.info("%s", coverage(self.model))
         plan, memory = self.plan, self.plan.estimate
         logger.info(
@@ -390,24 +394,42 @@ class _Run:
             logger.info("between the products: %s", native.describe())
         with self.model.disable_adapter():
             before = self._evaluate("before")
-        trainer, stop = self._trainer()
-        resume_from = None if found is None or found.folder is None else str(found.folder)
-        begun = time.monotonic()
-        with stop:
-            output = trainer.train(resume_from_checkpoint=resume_from)
-        seconds = time.monotonic() - begun
-        if processes.is_main():
-            trainer.state.save_to_json(str(self.folder / "trainer_state.json"))
-        if stop.stopped_by is not None and trainer.state.global_step < trainer.state.max_steps:
-            self._stopped(trainer, stop.stopped_by)
+        trainer = self._trainer()
+        with self.stop.finishing():
+            output = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+            if processes.is_main():
+                state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True) + "\n"
+                checkpoint.write_text(self.folder / "trainer_state.json", state)
+        if self.stop.stopped_by is not None:
+            step = trainer.state.global_step
+            saved = f"checkpoint-{step} is saved in {self.folder}"
+            self.stop.doing = f"after step {step} of {trainer.state.max_steps}; {saved}"
+            raise self.stop.interrupted()
+        self.stop.doing = "after training"
         processes.on_main(self._save_adapter)
         after = self._evaluate("after")
         peak = max(processes.gathered(peak_memory_bytes()))
-        return processes.on_main(lambda: self._finish(trainer, output, before, after, seconds, peak))
+        return processes.on_main(lambda: self._finish(trainer, output, before, after, peak))
 
-    def _trainer(self) -> tuple[SFTTrainer, StopOnSignal]:
-        stop = StopOnSignal()
-        callbacks: list[TrainerCallback] = [MetricsFile(self.folder / "metrics.jsonl"), stop, *self.callbacks]
+    def _require_room(self) -> None:
+        """See to it before the run that the checkpoints which will be there together, and the adapter, fit.
+
+        Raises:
+            RunError: They do not.
+        """
+        size = checkpoint_bytes(self.model)
+        limit = self.arguments.save_total_limit
+        there = [checkpoint.bytes_in(each) for each in (self.folder / "checkpoints").glob("checkpoint-*")]
+        # While one is written, those that stay are there too; where all stay, two are the least that a run needs.
+        needed = size * (1 + max(1, limit or 1)) + size - sum(there)
+        missing = checkpoint.missing_bytes(self.folder, needed)
+        if missing:
+            expected = f"room for about {needed:,} bytes: checkpoints of {size:,} bytes and the adapter"
+            todo = f"Free {missing:,} bytes, or give another training_config.output_dir"
+            raise RunError(fault("run", "output_dir", str(self.folder), expected, todo))
+
+    def _trainer(self) -> SFTTrainer:
+        callbacks: list[TrainerCallback] = [MetricsFile(self.folder / "metrics.jsonl"), *self.callbacks]
         patience = self.config.training_config.get("early_stopping_patience")
         if patience:
             callbacks.append(EarlyStoppingCallback(int(patience)))
@@ -420,6 +442,7 @@ class _Run:
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
+        trainer.stop = self.stop
         if self.callbacks:  # somebody else shows the progress
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
@@ -430,12 +453,7 @@ class _Run:
         # TRL and the callbacks of transformers see the metrics after our file has added to them.
         handler = trainer.callback_handler
         handler.callbacks.sort(key=lambda each: not isinstance(each, MetricsFile))
-        return trainer, stop
-
-    def _stopped(self, trainer: SFTTrainer, name: str) -> None:
-        step = trainer.state.global_step
-        saved = f"{name}: stopped after step {step} of {trainer.state.max_steps}; checkpoint-{step} is saved"
-        raise Interrupted(f"{saved} in {self.folder}. Go on with: {_resume_command(self.command)}")
+        return trainer
 
     def _save_adapter(self) -> None:
         """Write `adapter/` whole: weights, config, slices, tokenizer, generation config, card."""
@@ -478,11 +496,10 @@ class _Run:
         output: Any,
         before: Evaluation | None,
         after: Evaluation | None,
-        seconds: float,
         peak_bytes: int,
     ) -> RunResult:
         metrics = dict(output.metrics)
-        tokens = int(trainer._total_train_tokens)
+        tokens, seconds = trainer.trained_tokens, float(metrics["train_runtime"])
         covered = coverage(self.model)
         results: dict[str, Any] = {
             "philora": philora.__version__,

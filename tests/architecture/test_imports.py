@@ -17,6 +17,7 @@ ORDER = [
     "processes",
     "families",
     "schema",
+    "signals",
     "config",
     "native",
     "lora",
@@ -40,12 +41,13 @@ ORDER = [
     "evaluation",
     "report",
     "preflight",
+    "resume",
     "training",
     "progress",
     "cli",
     "__main__",
 ]
-TORCH_FREE = ["errors", "processes", "families", "schema", "config", "cli"]
+TORCH_FREE = ["errors", "processes", "families", "schema", "signals", "config", "cli"]
 
 
 def unit(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -257,12 +258,15 @@ def test_a_full_disk_harms_nothing(config, tmp_path):
     )  # fmt: skip
     kept = tmp_path / "kept"
     script = (
-        f"mount -t tmpfs -o size=12m tmpfs {small} && "
-        f"{{ {sys.executable} -m philora train {path}; code=$?; cp -r {small}/run {kept}; exit $code; }}"
+        f"mount -t tmpfs -o size=40m tmpfs {small} && "
+        f"{{ (while [ ! -d {small}/run/checkpoints/checkpoint-4 ]; do sleep 0.05; done; "
+        f"head -c 40m /dev/zero > {small}/filler) 2>/dev/null & "
+        f"{sys.executable} -m philora train {path}; code=$?; cp -r {small}/run {kept}; exit $code; }}"
     )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "No space left" in done.stderr
+    assert re.search(r"room for about [\d,]+ bytes", done.stderr)
     assert "--resume" in done.stderr
     checkpoints = list((kept / "checkpoints").glob("checkpoint-*"))
     assert checkpoints
