@@ -1299,6 +1299,12 @@ def _check_training(
         refuse("max_length", "a number, because packing fills rows of that length", "Or set packing to false")
     if values.get("dataloader_prefetch_factor") is not None and not values.get("dataloader_num_workers"):
         refuse("dataloader_prefetch_factor", "null, because dataloader_num_workers is 0")
+    for key in ("dataset_text_field", "assistant_only_loss", "completion_only_loss"):
+        if given.get(key) not in (None, True):
+            reader.notices.append(
+                f"{reader.place(('training_config', key))}: training_config.{key}={given[key]!r} has no effect: data "
+                f"is read as data.format says, and the loss is on the assistant's turns only."
+            )
     if isinstance(given.get("tokens_per_step"), int) and "gradient_accumulation_steps" in given:
         reader.notices.append(
             f"{reader.place(('training_config', 'tokens_per_step'))}: training_config.tokens_per_step and "

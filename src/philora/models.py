@@ -127,7 +127,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -
     stops = set(stop_token_ids(tokenizer))
     if wanted is not None:
         if wanted not in vocabulary or vocabulary[wanted] in stops:
-            expected = "a token of the vocabulary that does not stop generation"
+            expected = "a token of the vocabulary that does not stop generation: what pads is never learned"
             known = ", ".join(each for each in PADDING_CANDIDATES if each in vocabulary)
             raise ModelError(fault("tokenizer", "pad_token", wanted, expected, f"Such as: {known}" if known else ""))
         tokenizer.pad_token = wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from philora import models, planning
 from philora.adapters import Coverage, apply_slices, coverage, optimize, resolve_for_training
@@ -77,6 +78,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
         notices=[
             *config.notices,
+            *_notices(config, tokenizer, stops, covered),
             *filter(None, [generic_notice(model_config)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
@@ -85,3 +87,35 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         coverage=covered,
         estimate=plan.estimate.to_dict(),
     )
+
+
+def _notices(
+    config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], covered: Coverage
+) -> Iterator[str]:
+    """What scripts for other libraries do by accident, where this run does something else."""
+    origins = config.origins
+    sections = {
+        section: any(key.startswith(section) and origin != "default" for key, origin in origins.items())
+        for section in ("training_config.", "peft_config.")
+    }
+    if sections["training_config."] and not sections["peft_config."] and config.model.adapter is None:
+        yield (
+            f"peft_config is not given. Without one a script of TRL or transformers trains every weight of the model; "
+            f"philora trains LoRA with r={config.peft_config['r']} on {config.peft_config['target_modules']}: "
+            f"{covered.trainable_parameters:,} of {covered.total_parameters:,} parameters."
+        )
+    brought = str(tokenizer.init_kwargs.get("pad_token"))
+    if brought != tokenizer.pad_token and tokenizer.get_vocab().get(brought) in stops:
+        yield (
+            f"the model's tokenizer pads with {brought}, which is a stop token: {tokenizer.pad_token} takes its place, "
+            f"so that the end of an answer keeps its label."
+        )
+    slices = {row.slice: row.module.rpartition(".")[2] for row in covered.rows if row.slice}
+    if slices:
+        whole = {row.module.rpartition(".")[2]: row for row in covered.rows if not row.slice}
+        alone = sum(row.parameters for row in covered.rows if not row.slice)
+        yield (
+            f"{', '.join(slices)} are slices of {' and '.join(dict.fromkeys(slices.values()))}, and each gets a rank "
+            f"of its own: {covered.trainable_parameters:,} parameters train. PEFT by itself would "
+            + (f"silently adapt {' and '.join(whole)} only: {alone:,}." if whole else "find none of these names.")
+        )

@@ -188,6 +188,11 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         self._watch = StepWatch()
         self._step_batches: list[Any] = []
         self._step_losses: list[torch.Tensor] = []
+        if not isinstance(self.model, PeftModel):
+            logger.warning(
+                "no peft_config is given: all %s parameters train, without LoRA.",
+                f"{sum(each.numel() for each in self.model.parameters() if each.requires_grad):,}",
+            )
         text = self.model.config.get_text_config()
         if self.aux_loss_enabled and not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
             text.num_experts = text.num_local_experts  # TRL 1.16 reads this name; Phi-3.5-MoE has only the other

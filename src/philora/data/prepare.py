@@ -23,7 +23,9 @@ from philora.data.store import (
     DETECT_RECORDS,
     FOLDED,
     MISMATCH,
+    STOP_NUMBER,
     TRUNCATED,
+    TURNS_AS_TEXT,
     TWO_USER_TURNS,
     Entry,
     Rows,
@@ -82,6 +84,10 @@ class SplitReport:
     """Rows whose prompt, tokenised alone, is no prefix of the row."""
     control_tokens: int = 0
     """Rows whose messages spell out control tokens of the tokenizer."""
+    stop_numbers: int = 0
+    """Rows that end in the number of a stop token, written as text."""
+    turns_as_text: int = 0
+    """Rows of plain text with turns of user and assistant written in it."""
 
 
 @dataclass
@@ -333,6 +339,8 @@ def _split_report(
         report.boundary_mismatches += int(np.count_nonzero(flags & MISMATCH))
         report.folded_system += int(np.count_nonzero(flags & FOLDED))
         report.control_tokens += int(np.count_nonzero(flags & CONTROL))
+        report.stop_numbers += int(np.count_nonzero(flags & STOP_NUMBER))
+        report.turns_as_text += int(np.count_nonzero(flags & TURNS_AS_TEXT))
         if count_dropped:
             report.dropped_overlong += int(entry.meta["dropped_overlong"])
             report.dropped_unlabelled += int(entry.meta["dropped_unlabelled"])
@@ -436,6 +444,17 @@ def _notice(report: DataReport, max_length: int) -> None:
                 split.control_tokens,
                 f"{split.control_tokens} rows spell out control tokens (such as <|end|>) inside a message; they become "
                 "control tokens",
+            ),
+            (
+                split.stop_numbers if 2 * split.stop_numbers > split.rows else 0,  # else it may be part of the answer
+                f"{split.stop_numbers} rows end in the number of a stop token, written as text: the model would learn "
+                "to write digits. Leave it out: the chat template ends each turn with the token itself",
+            ),
+            (
+                split.turns_as_text,
+                f"{split.turns_as_text} rows are plain text with turns of user and assistant written in it: the loss "
+                "is on the user's words too, and what is not the chat template's markup is not what the model is asked "
+                "in. Give the turns as messages",
             ),
         ]
         for count, text in found:

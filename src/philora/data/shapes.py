@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,13 @@ _PAIRS = (
 _COLUMN_KEYS = ("system", "user", "assistant", "prompt", "completion", "text", "messages")
 
 
+# Lines that open a turn in records that are one text: a model's markup, or words such as "user" and "### Response:".
+_USER_LINE = re.compile(r"^[#\s]*(?:<\|(?:im_start\|>)?user|(?:user|human|instruction)[ \t]*(?::|$))", re.I | re.M)
+_ANSWER_LINE = re.compile(
+    r"^[#\s]*(?:<\|(?:im_start\|>)?assistant|(?:assistant|gpt|response|answer)[ \t]*(?::|$))", re.I | re.M
+)
+
+
 @dataclass(slots=True)
 class Conversation:
     """One normalised record."""
@@ -73,6 +81,12 @@ class Conversation:
     def is_text(self) -> bool:
         """Plain text, without roles."""
         return bool(self.messages[0]["role"] == TEXT_ROLE)
+
+    @property
+    def has_turns_as_text(self) -> bool:
+        """Plain text in which somebody wrote turns of user and assistant, so that all of them are trained on."""
+        text = self.messages[0]["content"]
+        return self.is_text and bool(_USER_LINE.search(text) and _ANSWER_LINE.search(text))
 
     @property
     def is_plain(self) -> bool:

@@ -39,13 +39,13 @@ from philora.data.shapes import Conversation, Shape, detect
 from philora.data.template import Encoder
 from philora.errors import DataError, RunError, fault
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key: raise it when the meaning or the layout of an entry changes."""
 
 FAULTS_SHOWN = 20
 DETECT_RECORDS = 100
 
-TRUNCATED, TWO_USER_TURNS, MISMATCH, FOLDED, CONTROL, ANSWERS = 1, 2, 4, 8, 16, 32
+TRUNCATED, TWO_USER_TURNS, MISMATCH, FOLDED, CONTROL, ANSWERS, STOP_NUMBER, TURNS_AS_TEXT = 1, 2, 4, 8, 16, 32, 64, 128
 """Flags of a row; `ANSWERS`: an assistant turn follows something, so a model can be asked for it."""
 
 ROW = np.dtype([("hash", "u8"), ("tokens", "i4"), ("labels", "i4"), ("full_tokens", "i4"), ("flags", "u1")])
@@ -199,6 +199,8 @@ def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Setti
             | FOLDED * result.folded_system
             | CONTROL * result.control_tokens
             | ANSWERS * any(message["role"] == "assistant" for message in result.conversation.messages[1:])
+            | STOP_NUMBER * encoder.ends_in_stop_number(result.conversation)
+            | TURNS_AS_TEXT * result.conversation.has_turns_as_text
         )
         row_hash = int.from_bytes(hashlib.blake2b(blob, digest_size=8).digest(), "little")
         rows[count] = (row_hash, length, labelled, full_length, flags)

@@ -150,6 +150,9 @@ class Encoder:
         if not self.stops:
             raise DataError(fault("tokenizer", "stop_token_ids", [], "at least one id", "Phi's are <|end|> and eos"))
         self._stop_ids = frozenset(self.stops.values())
+        # Shorter numbers end too many answers to be told from them.
+        numbers = "|".join(str(index) for index in self._stop_ids if index >= 1000)
+        self._stop_number = re.compile(rf"(?<!\d)(?:{numbers or '(?!)'})\s*\Z")
         self._stop_pattern = re.compile("|".join(map(re.escape, sorted(self.stops, key=len, reverse=True))))
         self._control_pattern = re.compile("|".join(map(re.escape, sorted(self.added.values(), key=len, reverse=True))))
         self._control_starts = {text[0] for text in self.added.values() if text}
@@ -160,6 +163,10 @@ class Encoder:
         self._opening: tuple[str, str] | None = None
         self._keeps_system: bool | None = None
         self._reads_tools: bool | None = None
+
+    def ends_in_stop_number(self, conversation: Conversation) -> bool:
+        """Whether the last turn ends in the number of a stop token, as when `eos_token_id` was put for `eos_token`."""
+        return self._stop_number.search(conversation.messages[-1]["content"][-32:]) is not None
 
     # ------------------------------------------------------------------------------------------------ rendering
 
