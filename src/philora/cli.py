@@ -145,8 +145,16 @@ def merge(
 def export(
     source: AdapterArgument,
     output: Annotated[str, typer.Option("--out", help="Folder for the result.")],
-    format: Annotated[str, typer.Option(help="peft or loralib.")] = "peft",
-    layout: Annotated[str, typer.Option(help="Of peft: server (one rank, one alpha), fused or slices.")] = "server",
+    format: Annotated[str, typer.Option(help="peft, loralib, gguf (llama.cpp) or ollama.")] = "peft",
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Of peft: server (one rank, one alpha), fused or slices. "
+            "Of gguf and ollama: merged, base+adapter or adapter. Default: the first.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of gguf and ollama: f16, q8_0 or f32.")] = "f16",
     base: BaseOption = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Of a loralib file that has no lora.json beside it.")] = None,
 ) -> None:
@@ -154,9 +162,12 @@ def export(
     _logging("warning")
     from philora.formats import export as convert
 
-    result = convert(source, output, format=format, layout=layout, base=base, lora_alpha=lora_alpha)
+    result = convert(source, output, format=format, layout=layout, dtype=dtype, base=base, lora_alpha=lora_alpha)
     out.print(f"{result.folder}: {format}, verified", highlight=False)
     out.print(str(result.agreement), highlight=False)
+    if format in ("gguf", "ollama"):
+        missing = "llama.cpp: not tried, it is not installed (pip install llama-cpp-python builds it)"
+        out.print(str(result.reader or missing), highlight=False)
 
 
 @app.command("config")

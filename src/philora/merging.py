@@ -369,8 +369,8 @@ def merge_to_folder(
     if adapter.base is None:
         todo = "Name it: base='microsoft/Phi-4-mini-instruct', or a folder"
         raise AdapterError(fault("merge", "base", None, "the model that the adapter belongs to", todo))
-    folder = _base_folder(adapter.base)
-    trained_over = _trained_over(folder, adapter.base, adapter.path, fresh_base)
+    folder = base_folder(adapter.base)
+    trained_over = read_trained_over(folder, adapter.base, adapter.path, fresh_base)
     weights = _Weights(folder, adapter.path, trained_over)
     shards = _shards(weights.like, max_shard_size)
     needed = sum(each.nbytes for each in weights.like.values())
@@ -409,7 +409,7 @@ def _check_room(out: Path, needed: int) -> None:
 # -- the base's files
 
 
-def _base_folder(base: str) -> Path:
+def base_folder(base: str) -> Path:
     """The folder of a base whose config says that it can be merged into; from the hub, weights come after that check.
 
     Raises:
@@ -454,7 +454,7 @@ class _TrainedOver(NamedTuple):
     quantization: BitsAndBytesConfig | None
 
 
-def _trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) -> _TrainedOver | None:
+def read_trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) -> _TrainedOver | None:
     """What the base's config, else the adapter's record, says of the base; None: weights that nothing quantised.
 
     Raises:
@@ -741,18 +741,19 @@ def _write_companions(base: Path, adapter: Path, folder: Path, *, untied: bool) 
         if isinstance(config.get("text_config"), dict):
             config["text_config"]["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
-    _copy(base, folder, COMPANION_FILES)
-    _copy(adapter if (adapter / GENERATION_FILE).is_file() else base, folder, (GENERATION_FILE,))
+    copy_files(base, folder, COMPANION_FILES)
+    copy_files(adapter if (adapter / GENERATION_FILE).is_file() else base, folder, (GENERATION_FILE,))
     # A tokenizer's files belong together: all of them are the adapter's, or all the base's. Only the SentencePiece
     # model, which some converters ask for and PEFT folders lack, may be added: it is read by nothing else.
     if (adapter / "tokenizer_config.json").is_file():
-        _copy(base, folder, ("tokenizer.model",))
-        _copy(adapter, folder, TOKENIZER_FILES)
+        copy_files(base, folder, ("tokenizer.model",))
+        copy_files(adapter, folder, TOKENIZER_FILES)
     else:
-        _copy(base, folder, TOKENIZER_FILES)
+        copy_files(base, folder, TOKENIZER_FILES)
 
 
-def _copy(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of a folder whose names fit."""
     for pattern in patterns:
         for path in source.glob(pattern):
             if path.is_file():
@@ -771,7 +772,7 @@ def _card(title: str, source: str | Path, base: str) -> str:
     )
 
 
-def _load_trained_over(base: Path, trained_over: _TrainedOver | None) -> PreTrainedModel:
+def load_trained_over(base: Path, trained_over: _TrainedOver | None) -> PreTrainedModel:
     """The base as it was in training."""
     options: dict[str, Any] = {"dtype": "auto"}
     if trained_over is not None:
@@ -785,7 +786,7 @@ def _load_trained_over(base: Path, trained_over: _TrainedOver | None) -> PreTrai
 
 def _compare(base: Path, adapter: Path, merged: Path, trained_over: _TrainedOver | None = None) -> Agreement:
     """Logits of the base, of base and adapter, and of the merged folder; at most one model is in memory at a time."""
-    model = _load_trained_over(base, trained_over)
+    model = load_trained_over(base, trained_over)
     tokens = probe_tokens(model.config.get_text_config().vocab_size)
     plain = logits_of(model, tokens)
     model = load_adapter(model, adapter, torch_device="cpu")

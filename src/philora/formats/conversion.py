@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -13,24 +14,43 @@ import psutil
 from torch import nn
 from transformers import PreTrainedModel
 
-from philora.checkpoint import is_taken, whole_folder
+from philora.checkpoint import is_taken, whole_folder, write_text
 from philora.config import ModelConfig
 from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.formats.adapter import Adapter, as_fused, as_slices, check_updates, for_server
+from philora.formats.companions import Companions
 from philora.formats.loralib_file import WEIGHTS_NAME, read_loralib, write_loralib
 from philora.formats.peft_folder import read_peft, write_peft
-from philora.models import load_model, load_skeleton
+from philora.models import load_model, load_skeleton, local_path
 from philora.sources import AdapterSource, find_adapter
-from philora.verify import ROUNDED_ONCE, Agreement, agreement, logits_of, probe
+from philora.verify import ROUNDED_ONCE, Agreement, Divergence, agreement, logits_of, probe
 
 logger = logging.getLogger(__name__)
 
 
+FORMATS = {
+    "peft": ("server", "fused", "slices"),
+    "loralib": (),
+    "gguf": ("merged", "adapter", "base+adapter"),
+    "ollama": ("merged", "base+adapter"),
+}
+"""The formats, and the layouts of each; the first one is the default."""
+
+FILE_TYPES = ("f16", "q8_0", "f32")
+
+
 class Exported(NamedTuple):
-    """What `export` wrote, and how it compares with the adapter that it was made from."""
+    """What `export` wrote, and how it compares with the adapter that it was made from.
+
+    Attributes:
+        folder: Where it is.
+        agreement: Read again and computed here.
+        reader: Computed by llama.cpp; None for other formats, and where it is not installed.
+    """
 
     folder: Path
-    agreement: Agreement
+    agreement: Agreement | Divergence
+    reader: Divergence | None = None
 
 
 def export(
@@ -38,7 +58,8 @@ def export(
     out: str | Path,
     *,
     format: str = "peft",
-    layout: str = "server",
+    layout: str | None = None,
+    dtype: str = "f16",
     base: str | None = None,
     lora_alpha: float | None = None,
 ) -> Exported:
@@ -47,10 +68,13 @@ def export(
     Args:
         source: Run folder, adapter folder, hub id, or a file in loralib's format (`.pt` or `.safetensors`).
         out: Folder to write; must not exist or be empty.
-        format: `peft` or `loralib`.
-        layout: Of the `peft` format. `server`: one rank and one alpha for all modules, as llama.cpp and vLLM read it
-            (scale folded into B, ranks padded with zeros). `fused`: each fused module one matrix. `slices`: each slice
-            of a fused projection an update of its own, as `get_peft_model` trains them.
+        format: `peft`, `loralib`, `gguf` (llama.cpp), or `ollama` (GGUF and a Modelfile).
+        layout: Of the `peft` format. `server` (the default): one rank and one alpha for all modules, as llama.cpp and
+            vLLM read it (scale folded into B, ranks padded with zeros). `fused`: each fused module one matrix.
+            `slices`: each slice of a fused projection an update of its own, as `get_peft_model` trains them.
+            Of `gguf` and `ollama`. `merged` (the default): one model with the adapter in its weights. `base+adapter`:
+            a file of each. `adapter`: of `gguf` only, the adapter's file alone.
+        dtype: Of `gguf` and `ollama`: `f16`, `q8_0` or `f32`.
         base: Base model; default: the one that the adapter names.
         lora_alpha: For a loralib file without `lora.json`: what its layers were made with.
 
@@ -66,12 +90,16 @@ def export(
         ConfigError: An argument is wrong, or `out` is not empty.
     """
     out = Path(out).expanduser()
-    _check_arguments(format, layout, out)
+    layout = layout or next(iter(FORMATS.get(format, ())), "")
+    _check_arguments(format, layout, dtype, out)
     found = find_adapter(source, base)
     if found.base is None:
         todo = "Name it: --base MODEL"
         raise ConfigError(fault("export", "base", None, "the base model, which the adapter does not name", todo))
-    model = _load_base(found.base)
+    name = base or _base_name(found)
+    if format in ("gguf", "ollama"):
+        return _export_gguf(found, out, layout, dtype, name, lora_alpha, ollama=format == "ollama")
+    model = load_base(found.base)
     tokens = probe(model.config.get_text_config().vocab_size, model.device)
     plain = logits_of(model, tokens)
     with restored(model):
@@ -83,32 +111,59 @@ def export(
         wanted = {"server": for_server, "fused": as_fused, "slices": as_slices}[layout](adapter, model)
     with whole_folder(out) as folder:
         if format == "loralib":
-            write_loralib(wanted, model, folder, base or _base_name(found))
+            write_loralib(wanted, model, folder, name)
         else:
-            write_peft(wanted, model, folder, base or _base_name(found))
+            write_peft(wanted, model, folder, name)
         with restored(model):
             written = folder / WEIGHTS_NAME if format == "loralib" else folder
             applied, again = read_adapter(model, AdapterSource(written, found.base), None)
             check_updates(adapter, again)
-            dtype = next(model.parameters()).dtype
-            result = agreement(f"export to {format}", reference, logits_of(applied, tokens), ROUNDED_ONCE[dtype], plain)
+            bound = ROUNDED_ONCE[next(model.parameters()).dtype]
+            result = agreement(f"export to {format}", reference, logits_of(applied, tokens), bound, plain)
+        companions = Companions(found.path, Path(found.base), model.config)
+        companions.write(folder, files=format == "peft")
+        if format == "peft":
+            write_text(folder / "README.md", _readme(name, layout, wanted, companions))
     logger.info("%s: %s", out, result)
     return Exported(out, result)
 
 
-def _check_arguments(format: str, layout: str, out: Path) -> None:
+def _check_arguments(format: str, layout: str, dtype: str, out: Path) -> None:
+    choices = [("format", format, tuple(FORMATS)), ("dtype", dtype, FILE_TYPES)]
+    layouts = FORMATS.get(format) or tuple(each for every in FORMATS.values() for each in every)
+    if layout:
+        choices.append(("layout", layout, layouts))
     faults = [
         fault("export", name, value, "one of " + ", ".join(known), nearest(str(value), known))
-        for name, value, known in (
-            ("format", format, ("peft", "loralib")),
-            ("layout", layout, ("server", "fused", "slices")),
-        )
+        for name, value, known in choices
         if value not in known
     ]
     if is_taken(out):
         faults.append(fault("export", "out", str(out), "a folder that is empty or not there yet", "Give another"))
+    if format in ("gguf", "ollama") and importlib.util.find_spec("gguf") is None:
+        faults.append(fault("export", "format", format, "the package gguf", "Install it: pip install 'philora[gguf]'"))
     if faults:
         raise ConfigError(one_per_line(faults))
+
+
+def _export_gguf(
+    found: AdapterSource, out: Path, layout: str, dtype: str, base: str, lora_alpha: float | None, *, ollama: bool
+) -> Exported:
+    from philora.formats.gguf_export import write_gguf
+
+    with whole_folder(out) as folder:
+        result = write_gguf(
+            found,
+            folder,
+            layout=layout,
+            file_type=dtype,
+            name=out.name,
+            base_name="nano" if base == local_path("nano") else base,
+            ollama=ollama,
+            lora_alpha=lora_alpha,
+        )
+    logger.info("%s: %s", out, result.read_back)
+    return Exported(out, result.read_back, result.llama)
 
 
 def _base_name(found: AdapterSource) -> str:
@@ -119,7 +174,30 @@ def _base_name(found: AdapterSource) -> str:
     return str(found.base)
 
 
-def _load_base(name: str) -> PreTrainedModel:
+def _readme(base: str, layout: str, adapter: Adapter, companions: Companions) -> str:
+    rank = max(each.rank for each in adapter.updates.values())
+    stops = ", ".join(f"`{each}`" for each in companions.stop_tokens)
+    ends = f" An answer ends at {stops}; `stop_tokens.json` has them by id." if stops else ""
+    serve = f"""
+```
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.
+```
+"""
+    return f"""# An adapter of {base} in PEFT's format
+
+Layout `{layout}`.{ends}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, ".")
+```
+{serve if layout == "server" else ""}"""
+
+
+def load_base(name: str) -> PreTrainedModel:
     """The base in fp32 if twice that fits into free memory, so that the comparison is as sharp as it can be."""
     parameters = sum(each.numel() for each in load_skeleton(ModelConfig(name_or_path=name)).parameters())
     dtype = "float32" if psutil.virtual_memory().available > 2 * 4 * parameters else "auto"
