@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit format docs bench bench-peers clean
+.PHONY: help demo test test-slow lint types unit llama format docs bench bench-peers clean
 
 help:
 	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
 	@echo "make test       install, then lint, types and tests (under 10 minutes on 2 cores)"
-	@echo "make test-slow  the tests that take longer"
+	@echo "make test-slow  the tests that take longer; builds llama.cpp for those of GGUF where it can"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make bench      training speed beside TRL+PEFT; BENCH='--help' lists the options"
 	@echo "make bench-peers  the same with torchtune and litgpt, each in an environment of its own"
@@ -48,7 +48,13 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(PYTEST) -m 'not slow and not gpu'
 
+# Built from source with a C++ compiler, in minutes; where that fails, its tests are skipped and say so.
+llama: $(VENV)/.dev
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  llama-cpp-python
+
 test-slow: $(VENV)/.dev
+	-$(MAKE) llama
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 
 format: $(VENV)/.dev

@@ -320,9 +320,12 @@ def test_arguments_are_checked(saved, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ConfigError) as raised:
-        export(folder, tmp_path / "full", format="pefd", layout="sever")
+        export(folder, tmp_path / "full", layout="sever")
     text = str(raised.value)
-    assert "format='pefd' - expected one of peft, loralib. Did you mean 'peft'?" in text
+    with pytest.raises(
+        ConfigError, match=r"format='pefd' - expected one of peft, loralib, gguf, ollama. Did you mean 'p"
+    ):
+        export(folder, tmp_path / "out", format="pefd")
     assert "layout='sever' - expected one of server, fused, slices. Did you mean 'server'?" in text
     assert "expected a folder that is empty or not there yet. Give another." in text
     with pytest.raises(AdapterError, match=r"source='.*nothing' - expected a run folder, an adapter folder"):

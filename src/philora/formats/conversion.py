@@ -130,9 +130,8 @@ def export(
 
 def _check_arguments(format: str, layout: str, dtype: str, out: Path) -> None:
     choices = [("format", format, tuple(FORMATS)), ("dtype", dtype, FILE_TYPES)]
-    layouts = FORMATS.get(format) or tuple(each for every in FORMATS.values() for each in every)
-    if layout:
-        choices.append(("layout", layout, layouts))
+    if FORMATS.get(format):
+        choices.append(("layout", layout, FORMATS[format]))
     faults = [
         fault("export", name, value, "one of " + ", ".join(known), nearest(str(value), known))
         for name, value, known in choices
