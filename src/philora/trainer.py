@@ -42,6 +42,7 @@ from philora.data import length_notices
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
+from philora.microbatches import MicroBatchTrainer
 from philora.sampling import SharedSampler, can_share, with_empty_rows
 from philora.schema import Misfit
 from philora.signals import StopOnSignal
@@ -134,14 +135,15 @@ class NonFiniteError(RunError):
     """The loss or the gradient was not finite for too many steps in a row; no weight took any of them."""
 
 
-class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
+class SFTTrainer(MicroBatchTrainer):
     """`trl.SFTTrainer` whose LoRA names are checked, whose slices are slices, and whose layers are the fast ones.
 
     Takes all that TRL's takes, older keywords (`tokenizer`, `max_seq_length`, `dataset_text_field`, `packing`, ...)
     with one notice each, and slices of fused projections in `peft_config.target_modules`. Checkpoints are written to
     a temporary name, synced and renamed, and carry a manifest; training that goes on from one counts, logs and stops
     as if it had never been interrupted. With `SFTConfig(loraplus_lr_ratio=...)` the optimizer
-    that transformers makes gets groups of their own for B; what is logged as `learning_rate` is A's.
+    that transformers makes gets groups of their own for B; what is logged as `learning_rate` is A's. A step that does
+    not fit into memory is computed in smaller parts (`microbatches`).
 
     Raises:
         ConfigError: `loraplus_lr_ratio` is given and no B trains.
@@ -408,16 +410,11 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         self._step_batches, self._step_losses = samples, []
         return samples, items
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """As TRL's; the loss of each micro-batch is noted."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
-            loss = (result[0] if return_outputs else result).detach()
-            shared = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
-            self._step_losses.append(loss / shared)
-        return result
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As TRL's; the loss of each micro-batch, however many parts it was computed in, is noted."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_losses.append(loss)
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As transformers', called before the optimizer; a step that is not finite is left out.

@@ -46,6 +46,7 @@ from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_l
 from philora.evaluation import Evaluation, evaluate, joined, pick_samples
 from philora.families import generic_notice
 from philora.generation import GenerationSettings
+from philora.kernels.memory import out_of_memory
 from philora.report import write_report
 from philora.signals import Interrupted, StopOnSignal
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
@@ -150,6 +151,10 @@ def _train(
                 expected = "every process to go on, but another one has ended"
                 todo = "Look for its message, or for what ended it (memory, a signal); then go on with --resume"
                 raise RunError(fault("run", "processes", processes.count(), expected, todo)) from error
+            if out_of_memory(error):
+                todo = "Lower max_length or the batch sizes, or quantise the base (model.quantization: nf4)"
+                what = " ".join(str(error).split())[:300] or type(error).__name__
+                raise RunError(fault("run", "memory", what, "room for the model and its batches", todo)) from error
             if not checkpoint.disk_full(error):
                 raise
             todo = f"Free some space ({shutil.disk_usage(folder).free:,} bytes are free), then go on with --resume"

@@ -35,6 +35,7 @@ ORDER = [
     "planning",
     "callbacks",
     "sampling",
+    "microbatches",
     "trainer",
     "decoding",
     "generation",

@@ -1,4 +1,4 @@
-"""Memory that the process keeps for its next step instead of giving it back after each tensor."""
+"""Memory that the process keeps for its next step instead of giving it back after each tensor, and memory refused."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import ctypes
 import os
 import sys
 
+import torch
+
 # glibc's mallopt(3): blocks above the threshold are mapped by themselves, and memory at the end of the heap above the
 # other is given back. The second is an int in C.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+# What the messages of PyTorch's other allocators and of oneDNN have in common where memory is refused.
+_REFUSALS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
 _LARGEST_BLOCK, _MOST_FREE = 1 << 30, (1 << 31) - 1
 
 
@@ -31,3 +35,10 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)) and bool(mallopt(_M_TRIM_THRESHOLD, _MOST_FREE))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused: by a GPU's allocator, by PyTorch's on a CPU, or by C's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _REFUSALS)
