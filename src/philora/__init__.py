@@ -18,6 +18,7 @@ _HOME = {
     "SFTConfig": "philora.trainer",
     "SFTTrainer": "philora.trainer",
     "coverage": "philora.adapters",
+    "evaluate": "philora.assessment",
     "export": "philora.formats",
     "get_peft_model": "philora.adapters",
     "load_adapter": "philora.adapters",
@@ -32,6 +33,7 @@ _HOME = {
 if TYPE_CHECKING:
     from philora import lora
     from philora.adapters import coverage, get_peft_model, load_adapter, optimize
+    from philora.assessment import evaluate
     from philora.formats import export
     from philora.merging import merge, merge_to_folder
     from philora.preflight import preflight
@@ -42,6 +44,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "coverage",
+    "evaluate",
     "export",
     "get_peft_model",
     "load_adapter",

@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from philora.errors import PhiloraError
 
 if TYPE_CHECKING:
     from philora.config import Config
+    from philora.measures import Paired
     from philora.training import RunResult
 
 app = typer.Typer(
@@ -47,6 +49,12 @@ BaseOption = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that go over the file's.", metavar="[KEY=VALUE]...")
 ]
+
+SampleOption = Annotated[bool, typer.Option("--sample", help="Draw each token; default: the likeliest.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="Of sampling; default: the model's own.")]
+TopPOption = Annotated[float | None, typer.Option(help="Of sampling; default: the model's own.")]
+TopKOption = Annotated[int | None, typer.Option(help="Of sampling; default: the model's own.")]
+SeedOption = Annotated[int, typer.Option(help="Of sampling.")]
 
 
 def _version(shown: bool) -> None:
@@ -117,6 +125,91 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     out.print(f"\n[bold]what is trained[/]\n{escape(str(found.coverage))}", highlight=False)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.estimate.items() if name != "total")
     out.print(f"\n[bold]memory[/]     about {found.estimate['total'] / 1e9:.2f} GB ({parts})", highlight=False)
+
+
+@app.command("evaluate")
+def evaluate_adapter(
+    source: AdapterArgument,
+    data: Annotated[str | None, typer.Option(help="Rows to judge by; default: those the run held out.")] = None,
+    base: BaseOption = None,
+    answers: Annotated[int | None, typer.Option(min=0, help="Answers to generate; default: as in the run.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to read at most.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Of rouge,bleu,chrf; default: those that are installed.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Command that reads answers as JSONL and writes scores.")] = None,
+    forgetting: Annotated[bool, typer.Option(help="Score general prompts and plain texts too.")] = True,
+    keep_training_rows: Annotated[
+        bool, typer.Option("--keep-training-rows", help="Score rows of the training set too.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: as in the run.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Answers at a time; default: as in the run.")] = None,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = 0,
+    output: Annotated[str | None, typer.Option("--out", help="Folder; default: evaluation in the run folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json and nothing else.")] = False,
+) -> None:
+    """Score base and adapter on the same held-out rows: loss, answers, ROUGE, BLEU, chrF, and what was forgotten."""
+    _logging("warning" if as_json else "info")
+    from philora.assessment import evaluate
+
+    changed: dict[str, float | None] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    changed |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    found = evaluate(
+        source,
+        data=data,
+        base=base,
+        generation={"do_sample": sample, "seed": seed} | {k: v for k, v in changed.items() if v is not None},
+        answers=answers,
+        limit=limit,
+        metrics=None if metrics is None else [each.strip() for each in metrics.split(",") if each.strip()],
+        judge=judge,
+        forgetting=forgetting,
+        keep_training_rows=keep_training_rows,
+        out=output,
+        command=shlex.join(["philora", *sys.argv[1:]]),
+    )
+    if as_json:
+        sys.stdout.write(json.dumps(found.results, indent=2, ensure_ascii=False) + "\n")
+        return
+    for title, figures in (("held-out data", found.figures), ("general prompts and texts", found.forgetting)):
+        if figures:
+            _show_figures(title, figures)
+    out.print(
+        f"\nresults: {found.folder / 'results.json'}\nby row:  {found.folder / 'examples.jsonl'}", highlight=False
+    )
+
+
+@app.command("generate")
+def generate_answers(
+    source: AdapterArgument,
+    prompts: Annotated[str, typer.Option(help="JSONL, JSON, CSV or Parquet of conversations, or a .txt of prompts.")],
+    output: Annotated[str | None, typer.Option("--out", help="JSONL file; default: standard output.")] = None,
+    base: BaseOption = None,
+    adapter: Annotated[bool, typer.Option(help="With the adapter, or the base alone.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Answers at a time.")] = 16,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Answer a file of prompts in batches, as JSONL."""
+    _logging("warning")
+    from philora.generation import GenerationSettings
+    from philora.inference import answer_file
+
+    settings = GenerationSettings(
+        max_new_tokens, batch_size, sample, temperature, top_p, top_k, seed, stop_strings=tuple(stop or ())
+    )
+    lines = answer_file(source, prompts, settings, base=base, adapter=adapter, out=output)
+    if output is None:
+        sys.stdout.write(lines)
+    else:
+        out.print(f"{output}: {lines.count(chr(10))} answers", highlight=False)
 
 
 @app.command()
@@ -271,6 +364,21 @@ def _show_result(result: RunResult, config: Config) -> None:
         highlight=False,
     )
     out.print(f"adapter: {result.adapter}\nreport:  {result.folder / 'report.html'}", highlight=False)
+
+
+def _show_figures(title: str, figures: Sequence[Paired]) -> None:
+    """The base beside the adapter, with the interval of the difference and on how many rows which one is better."""
+    from philora.evaluation import interval_of, shown_figure
+
+    table = Table(title=title, title_justify="left", box=None)
+    for name in ("", "base", "adapter", "change, 95%", "better/same/worse"):
+        table.add_column(name, no_wrap=True)
+    for each in figures:
+        colour = {"better": "green", "worse": "red", "unclear": "dim"}[each.verdict]
+        cells = (shown_figure(each.before, each), shown_figure(each.after, each), f"[{colour}]{interval_of(each)}[/]")
+        table.add_row(each.title, *cells, f"{each.wins:,}/{each.ties:,}/{each.losses:,}")
+    out.print()
+    out.print(table, crop=False, no_wrap=True, overflow="ignore")
 
 
 def _short(text: str, limit: int = 300) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -28,6 +29,7 @@ from philora.generation import (
     prompt_tokens,
     window_tokens,
 )
+from philora.measures import EXACT_MATCH, LOSS, PERPLEXITY, TOKEN_ACCURACY, Measure, Paired, of_means, paired
 
 IGNORED = -100
 """The label of a token that has no part in the loss, as everywhere in PyTorch."""
@@ -44,6 +46,14 @@ class TokenScores(NamedTuple):
     loss: float
     perplexity: float
     token_accuracy: float
+    label_tokens: int
+
+
+class RowScores(NamedTuple):
+    """What the labels of one row say: sums over its labelled tokens."""
+
+    loss: float
+    correct: int
     label_tokens: int
 
 
@@ -111,12 +121,14 @@ class Evaluation:
         samples: In the order of the conversations, without those that are too long.
         seconds: Wall time.
         too_long: Conversations left out because their prompt fills the model's window.
+        rows: What each row of the data adds to the loss and the token accuracy.
     """
 
     scores: Scores
     samples: list[Sample]
     seconds: float
     too_long: int = 0
+    rows: list[RowScores] = field(default_factory=list)
 
 
 class Metric(NamedTuple):
@@ -127,12 +139,14 @@ class Metric(NamedTuple):
         title: Its name in a table.
         higher_is_better: Which way is up.
         percent: A share, shown as a percentage.
+        digits: Behind the point.
     """
 
     field: str
     title: str
     higher_is_better: bool
     percent: bool
+    digits: int = 3
 
 
 METRICS = (
@@ -175,15 +189,35 @@ def score(
         Means over all labelled tokens; NaN for no labelled token at all.
 
     Numerics:
-        The model computes in its own dtype; logits are cast to fp32 before the softmax, and the sums of the chunks
-        are added in double precision.
+        The model computes in its own dtype; logits are cast to fp32 before the softmax, and the tokens' losses are
+        added in double precision.
 
     Cost:
         Peak memory beside the model is one batch of hidden states and `CHUNK_ELEMENTS` fp32 logits, about three times.
     """
+    return summary(score_rows(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens))
+
+
+def summary(rows: Sequence[RowScores]) -> TokenScores:
+    """Means over all labelled tokens; NaN for no labelled token at all."""
+    count = sum(each.label_tokens for each in rows)
+    if count == 0:
+        return TokenScores(math.nan, math.nan, math.nan, 0)
+    mean = math.fsum(each.loss for each in rows) / count
+    return TokenScores(mean, _exp(mean), sum(each.correct for each in rows) / count, count)
+
+
+def score_rows(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 8192,
+) -> list[RowScores]:
+    """`score` by itself for each row; arguments, numerics and cost are those of `score`."""
     sequences = list(_sequences(rows))
     device = device_of(model)
-    loss, correct, count = 0.0, 0, 0
+    losses, corrects, counts = ([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
     with evaluating(model), torch.inference_mode():
         logits_of = _label_logits(model, rows, sequences, device)
         for batch in _token_batches(sequences, batch_tokens, longrope_switch_tokens(model.config)):
@@ -195,17 +229,21 @@ def score(
             targets = labels[:, 1:][wanted]
             if len(targets) == 0:
                 continue
+            owners = wanted.nonzero()[:, 0]
+            loss = torch.zeros(len(batch), dtype=torch.float64, device=device)
+            correct = torch.zeros(len(batch), dtype=torch.int64, device=device)
             start = 0
             for logits in logits_of(input_ids, mask, wanted):
-                target = targets[start : start + len(logits)]
-                loss += float(cross_entropy(logits, target, reduction="sum"))
-                correct += int((logits.argmax(dim=-1) == target).sum())
+                target, owner = (each[start : start + len(logits)] for each in (targets, owners))
+                loss.index_add_(0, owner, cross_entropy(logits, target, reduction="none").double())
+                correct.index_add_(0, owner, (logits.argmax(dim=-1) == target).long())
                 start += len(logits)
-            count += len(targets)
-    if count == 0:
-        return TokenScores(math.nan, math.nan, math.nan, 0)
-    mean = loss / count
-    return TokenScores(mean, _exp(mean), correct / count, count)
+            found = zip(batch, loss.tolist(), correct.tolist(), wanted.sum(1).tolist(), strict=True)
+            for piece, its_loss, its_correct, its_count in found:
+                losses[piece.row] += its_loss
+                corrects[piece.row] += its_correct
+                counts[piece.row] += its_count
+    return [RowScores(*each) for each in zip(losses, corrects, counts, strict=True)]
 
 
 def exact_match(answer: str, reference: str) -> bool:
@@ -252,7 +290,7 @@ def evaluate(
         ModelError: There are conversations, and the tokenizer has no chat template.
     """
     started = time.perf_counter()
-    token_scores = score(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
+    row_scores = score_rows(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
     window = window_tokens(model)
     lengths = [len(ids) for ids in prompt_tokens(tokenizer, [prompt for prompt, _ in conversations])]
     fitting = [pair for pair, length in zip(conversations, lengths, strict=True) if window is None or length < window]
@@ -260,12 +298,39 @@ def evaluate(
     samples = [_sample(prompt, reference, answer) for (prompt, reference), answer in zip(fitting, answers, strict=True)]
     matches = sum(each.matched for each in samples)
     scores = Scores(
-        *token_scores,
+        *summary(row_scores),
         exact_match=matches / len(samples) if samples else None,
         exact_match_count=matches,
         answers=len(samples),
     )
-    return Evaluation(scores, samples, time.perf_counter() - started, too_long=len(conversations) - len(fitting))
+    seconds = time.perf_counter() - started
+    return Evaluation(scores, samples, seconds, too_long=len(conversations) - len(fitting), rows=row_scores)
+
+
+def compare(before: Evaluation, after: Evaluation) -> list[Paired]:
+    """The figures of `METRICS` with their intervals: both models on the same rows and the same conversations.
+
+    Raises:
+        ValueError: They did not see the same.
+    """
+    compared = []
+    if before.rows and after.rows:
+        sums = [
+            {
+                LOSS: of_means([row.loss for row in each.rows], [row.label_tokens for row in each.rows]),
+                TOKEN_ACCURACY: of_means([row.correct for row in each.rows], [row.label_tokens for row in each.rows]),
+            }
+            for each in (before, after)
+        ]
+        labelled = np.array([row.label_tokens > 0 for row in after.rows])
+        for measure, kind in ((LOSS, LOSS), (PERPLEXITY, LOSS), (TOKEN_ACCURACY, TOKEN_ACCURACY)):
+            compared.append(paired(measure, *(each[kind][labelled] for each in sums)))
+    if before.samples and after.samples:
+        if [_key(each) for each in before.samples] != [_key(each) for each in after.samples]:
+            raise ValueError("compare: samples - expected the same prompts before and after.")
+        matched = [of_means([float(sample.matched) for sample in each.samples]) for each in (before, after)]
+        compared.append(paired(EXACT_MATCH, *matched))
+    return compared
 
 
 def joined(parts: Sequence[Evaluation]) -> Evaluation:
@@ -295,7 +360,8 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
         exact_match_count=matches,
         answers=len(samples),
     )
-    return Evaluation(scores, samples, max(each.seconds for each in parts), sum(each.too_long for each in parts))
+    rows = [row for each in parts for row in each.rows]
+    return Evaluation(scores, samples, max(each.seconds for each in parts), sum(each.too_long for each in parts), rows)
 
 
 def compare_table(before: Scores, after: Scores) -> list[Comparison]:
@@ -310,6 +376,20 @@ def compare_table(before: Scores, after: Scores) -> list[Comparison]:
             continue
         table.append(Comparison(metric.title, _shown(old, metric), _shown(new, metric), _change(old, new, metric)))
     return table
+
+
+def shown_figure(value: float | None, measure: Metric | Paired | Measure) -> str:
+    """A figure as people read it; a dash for none."""
+    return _shown(_number(value), measure)
+
+
+def interval_of(figure: Paired) -> str:
+    """The difference, and its 95% interval in brackets; of shares in percentage points."""
+    change = _change(_number(figure.before), _number(figure.after), figure)
+    if figure.low is None or figure.high is None:
+        return change
+    ends = (_change(0.0, each, figure).removesuffix(" pp") for each in (figure.low, figure.high))
+    return f"{change} [{', '.join(ends)}]"
 
 
 def better(metric: Metric, before: float | None, after: float | None) -> bool | None:
@@ -477,15 +557,15 @@ def _number(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def _shown(value: float | None, metric: Metric) -> str:
+def _shown(value: float | None, metric: Metric | Paired | Measure) -> str:
     if value is None:
         return "–"
     if metric.percent:
         return f"{100 * value:.1f}%"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.{metric.digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _change(before: float | None, after: float | None, metric: Metric) -> str:
+def _change(before: float | None, after: float | None, metric: Metric | Paired) -> str:
     """The difference with its sign; of shares in percentage points."""
     if before is None or after is None:
         return "–"
@@ -494,7 +574,7 @@ def _change(before: float | None, after: float | None, metric: Metric) -> str:
         return "–"
     if metric.percent:
         return f"{100 * change:+.1f} pp".replace("-", "−")
-    return (f"{change:+.3f}" if abs(change) < 1000 else f"{change:+,.0f}").replace("-", "−")
+    return (f"{change:+.{metric.digits}f}" if abs(change) < 1000 else f"{change:+,.0f}").replace("-", "−")
 
 
 def _exp(value: float) -> float:

@@ -43,7 +43,7 @@ from philora.callbacks import MetricsFile, peak_memory_bytes
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, prepare, prompts_and_references
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
-from philora.evaluation import Evaluation, evaluate, joined, pick_samples
+from philora.evaluation import Evaluation, compare, evaluate, joined, pick_samples
 from philora.families import generic_notice
 from philora.generation import GenerationSettings
 from philora.kernels.memory import out_of_memory
@@ -522,9 +522,10 @@ class _Run:
                 "trainable_parameters": covered.trainable_parameters,
                 "total_parameters": covered.total_parameters,
             },
-            "data": self.prepared.report.to_dict(),
+            "data": self.prepared.report.to_dict() | {"fingerprint": self.prepared.fingerprint},
             "before": before.scores.to_dict() if before else None,
             "after": after.scores.to_dict() if after else None,
+            "comparison": [each.to_dict() for each in compare(before, after)] if before and after else [],
             "samples": pick_samples(before, after, self.config.evaluation.samples) if before and after else [],
             "throughput": {
                 "tokens": tokens,

@@ -1,0 +1,266 @@
+"""Figures of two models on the same examples: what each has, and how sure their difference is.
+
+    per example: a row of sums, for each model -> added up over the examples -> one figure
+    the same examples drawn again and again    -> added up -> the spread of the difference
+
+A figure is a function of sums: the loss is the summed loss over the summed tokens, ROUGE a mean, BLEU and chrF what
+sacrebleu makes of n-gram counts. So one bootstrap serves all of them, and BLEU and chrF are those of the whole corpus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from philora.errors import ConfigError, fault
+
+RESAMPLES = 2000
+"""Draws of the bootstrap: the ends of a 95% interval then rest on 50 draws each."""
+
+SEED = 2024
+"""Of the bootstrap: the same examples give the same interval."""
+
+OVERLAP = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
+"""Measures of common words, and the package that each needs."""
+
+INSTALL = "pip install 'philora[evaluation]'"
+
+Sums = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure and how it is made.
+
+    Attributes:
+        field: Its key in results.
+        title: Its name for people.
+        higher_is_better: Which way is up.
+        percent: A share, shown as a percentage.
+        digits: Behind the point, for people.
+        figure: From sums over examples to the figure.
+    """
+
+    field: str
+    title: str
+    higher_is_better: bool
+    percent: bool
+    figure: Callable[[Sums], float]
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One figure of two models on the same examples.
+
+    Attributes:
+        field: Of the measure.
+        title: Of the measure.
+        before: Of the base.
+        after: Of the adapter.
+        low: Lower end of the 95% interval of `after - before`; None with fewer than two examples.
+        high: Its upper end.
+        wins: Examples on which the adapter is better than the base.
+        ties: Examples on which both are equal.
+        losses: Examples on which it is worse.
+        higher_is_better: Of the measure.
+        percent: Of the measure.
+        digits: Of the measure.
+    """
+
+    field: str
+    title: str
+    before: float
+    after: float
+    low: float | None
+    high: float | None
+    wins: int
+    ties: int
+    losses: int
+    higher_is_better: bool = True
+    percent: bool = False
+    digits: int = 3
+
+    @property
+    def examples(self) -> int:
+        """How many were compared."""
+        return self.wins + self.ties + self.losses
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `unclear` where the interval holds no difference at all."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "unclear"
+        return "better" if (self.low > 0) == self.higher_is_better else "worse"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"verdict": self.verdict}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Paired:
+        """What `to_dict` wrote; a figure that JSON had no number for is NaN."""
+        known = {each.name for each in fields(cls)}
+        numbers = {name: math.nan if values.get(name) is None else values[name] for name in ("before", "after")}
+        return cls(**({name: value for name, value in values.items() if name in known} | numbers))
+
+
+def mean(sums: Sums) -> float:
+    """The first sum over the second."""
+    return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+
+LOSS = Measure("loss", "Loss", False, False, mean)
+PERPLEXITY = Measure("perplexity", "Perplexity", False, False, lambda sums: _exp(mean(sums)))
+TOKEN_ACCURACY = Measure("token_accuracy", "Token accuracy", True, True, mean)
+EXACT_MATCH = Measure("exact_match", "Exact match", True, True, mean)
+JUDGE = Measure("judge", "Judge", True, False, mean, digits=2)
+
+
+def of_means(values: Sequence[float], weights: Sequence[float] | None = None) -> Sums:
+    """Sums whose `mean` is the weighted mean of values. Shapes: returns (n, 2)."""
+    weights = [1.0] * len(values) if weights is None else weights
+    return np.column_stack([np.asarray(values, float), np.asarray(weights, float)])
+
+
+def paired(measure: Measure, before: Sums, after: Sums) -> Paired:
+    """Compare two models on the same examples.
+
+    The interval is that of the paired percentile bootstrap: whole examples are drawn with replacement, both models'
+    sums together, and the 2.5th and 97.5th percentile of the difference are taken. It says how far the difference
+    depends on which examples these are; it knows nothing of other seeds of training.
+
+    Args:
+        measure: The figure.
+        before: A row of sums for each example.
+        after: The same of the other model.
+
+    Shapes:
+        before and after (n, k).
+
+    Source:
+        Koehn, "Statistical Significance Tests for Machine Translation Evaluation" (2004); Efron and Tibshirani, "An
+        Introduction to the Bootstrap" (1993), chapter 13.
+    """
+    ones = [(measure.figure(a), measure.figure(b)) for a, b in zip(before, after, strict=True)]
+    sign = 1 if measure.higher_is_better else -1
+    gains = [sign * (b - a) for a, b in ones]
+    same = [math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in ones]
+    low, high = _interval(measure.figure, before, after)
+    return Paired(
+        measure.field,
+        measure.title,
+        measure.figure(before.sum(0)),
+        measure.figure(after.sum(0)),
+        low,
+        high,
+        wins=sum(gain > 0 and not tie for gain, tie in zip(gains, same, strict=True)),
+        ties=sum(same),
+        losses=sum(gain < 0 and not tie for gain, tie in zip(gains, same, strict=True)),
+        higher_is_better=measure.higher_is_better,
+        percent=measure.percent,
+        digits=measure.digits,
+    )
+
+
+def _interval(figure: Callable[[Sums], float], before: Sums, after: Sums) -> tuple[float | None, float | None]:
+    count = len(before)
+    if count < 2:
+        return None, None
+    generator = np.random.default_rng(SEED)
+    differences = []
+    step = max(1, min(RESAMPLES, 2**22 // count))  # draws at once, so that many examples take no more memory
+    for start in range(0, RESAMPLES, step):
+        times = generator.multinomial(count, np.full(count, 1 / count), min(step, RESAMPLES - start)).astype(float)
+        differences += [figure(b) - figure(a) for a, b in zip(times @ before, times @ after, strict=True)]
+    finite = [each for each in differences if math.isfinite(each)]
+    if len(finite) < len(differences):
+        return None, None
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# -- common words
+
+
+def choose(asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Which measures of common words are computed, and which are left out because their package is not there.
+
+    Args:
+        asked: Names of `OVERLAP`; None: all that can be computed.
+
+    Raises:
+        ConfigError: A name is unknown, or one that was asked for needs a package that is not installed.
+    """
+    unknown = [each for each in asked or () if each not in OVERLAP]
+    if unknown:
+        raise ConfigError(fault("evaluate", "metrics", unknown[0], f"some of {', '.join(OVERLAP)}"))
+    wanted = list(OVERLAP if asked is None else dict.fromkeys(asked))
+    missing = [each for each in wanted if not _installed(OVERLAP[each])]
+    if missing and asked is not None:
+        expected = f"the package {OVERLAP[missing[0]].replace('_', '-')}, which is not installed"
+        raise ConfigError(fault("evaluate", "metrics", missing[0], expected, INSTALL))
+    return [each for each in wanted if each not in missing], missing
+
+
+def _installed(package: str) -> bool:
+    """Whether it can be imported, and not only found: half-installed packages exist."""
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+def overlap(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[tuple[Measure, Sums]]:
+    """Sums of ROUGE, BLEU and chrF of answers against one reference each.
+
+    ROUGE-1, -2, -L and -Lsum are the means of the F-measures of rouge-score with its stemmer, in percent; they know
+    words of Latin letters and digits only. BLEU and chrF are sacrebleu's with its defaults, of the whole corpus; of one
+    example BLEU leaves out the orders that it has no n-gram of.
+
+    Returns:
+        Each measure with its sums, (n, k).
+
+    Source:
+        Lin, "ROUGE" (2004); Papineni et al., "BLEU" (2002); Popović, "chrF" (2015); Post, "A Call for Clarity" (2018).
+    """
+    found: list[tuple[Measure, Sums]] = []
+    for name in names if answers else ():
+        found += _rouge(answers, references) if name == "rouge" else [_from_sacrebleu(name, answers, references)]
+    return found
+
+
+def _rouge(answers: Sequence[str], references: Sequence[str]) -> list[tuple[Measure, Sums]]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    titles = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
+    scorer = RougeScorer(list(titles), use_stemmer=True)
+    scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    return [
+        (Measure(key, title, True, False, mean, digits=1), of_means([100 * each[key].fmeasure for each in scores]))
+        for key, title in titles.items()
+    ]
+
+
+def _from_sacrebleu(name: str, answers: Sequence[str], references: Sequence[str]) -> tuple[Measure, Sums]:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    metric: Any = BLEU(effective_order=True) if name == "bleu" else CHRF()
+    # As sacrebleu's own significance tests do it; a test holds these sums to `corpus_score`.
+    sums = np.asarray(metric._extract_corpus_statistics(list(answers), [list(references)]), float)
+
+    def figure(total: Sums) -> float:
+        return float(metric._compute_score_from_stats([int(each) for each in total]).score)
+
+    return Measure(name, "BLEU" if name == "bleu" else "chrF", True, False, figure, digits=1), sums
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
