@@ -51,7 +51,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a mapping as indented JSON, as `write_text` does. Not-a-number and infinities become null."""
-    write_text(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    write_text(path, _json(data))
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -150,14 +154,23 @@ def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    write_json(folder / MANIFEST_NAME, {"format": 1, "files": files, **(facts or {})})
+    content = {"format": 2, "files": files, **(facts or {})}
+    write_json(folder / MANIFEST_NAME, {**content, "sha256": hashlib.sha256(_json(content).encode()).hexdigest()})
 
 
 def faults_of(folder: Path) -> list[str]:
     """What is wrong with a sealed folder; empty when every file is as it was written and there is no other."""
     manifest = folder / MANIFEST_NAME
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        text = manifest.read_text(encoding="utf-8")
+        content = json.loads(text)
+        files = content["files"]
+        if content["format"] != 1:  # the first format said nothing of itself
+            said = content.pop("sha256")
+            if said != hashlib.sha256(_json(content).encode()).hexdigest() or text != _json(
+                {**content, "sha256": said}
+            ):
+                return [f"{MANIFEST_NAME} was changed after it was written"]
         expected = {str(name): (int(each["bytes"]), str(each["sha256"])) for name, each in files.items()}
     except FileNotFoundError:
         return [f"{MANIFEST_NAME} is missing: it was not written to the end"]

@@ -66,11 +66,16 @@ def open_fresh(folder: Path, config: Config) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), "a folder, not a file"))
-    if folder.is_dir() and any(each.name != checkpoint.LOCK_NAME for each in folder.iterdir()):
+    if folder.is_dir() and not all(_is_leftover(each.name) for each in folder.iterdir()):
         what = "another run" if (folder / "config.yaml").exists() else "other files"
         expected = f"a new or empty folder; this one holds {what}"
         todo = "Go on with --resume, or give another training_config.output_dir"
         raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), expected, todo))
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a file may stand in an empty run folder: of a run that was killed before it wrote anything."""
+    return name == checkpoint.LOCK_NAME or name.startswith(checkpoint.TEMPORARY_PREFIX)
 
 
 def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib.ExitStack) -> Continued:

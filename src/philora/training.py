@@ -162,6 +162,9 @@ def _train(
         finally:
             if created and not run.began:
                 shutil.rmtree(folder, ignore_errors=True)
+            elif continued is None and not run.began and processes.is_main():
+                for name in ("config.yaml", "train.log"):
+                    (folder / name).unlink(missing_ok=True)
 
 
 def _open(folder: Path, config: Config, resume: bool | str, held: contextlib.ExitStack) -> resuming.Continued | None:
@@ -178,6 +181,8 @@ def _hold(folder: Path, config: Config, fresh: bool, held: contextlib.ExitStack)
     if fresh:
         held.enter_context(checkpoint.run_lock(folder))
         resuming.open_fresh(folder, config)  # another run may have come and gone meanwhile
+        checkpoint.remove_leftovers(folder)
+        checkpoint.write_text(folder / "config.yaml", dump_yaml(config))  # first of all: by it a run can be resumed
     held.enter_context(_log_file(folder / "train.log"))
 
 
@@ -383,7 +388,7 @@ class _Run:
         """Evaluate the base, train, save, evaluate again, write everything down."""
         if processes.is_main():
             resuming.write_facts(self.folder, facts, chosen_of(self.arguments))
-            checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))
+            checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))  # may have been forced
         self.stop.todo = f"Go on with: {_resume_command(self.command)}"
         logger.info("%s", coverage(self.model))
         plan, memory = self.plan, self.plan.estimate

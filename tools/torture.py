@@ -1,0 +1,818 @@
+"""What a run survives: kills, full disks, damaged checkpoints, and files that nobody should have written.
+
+    python tools/torture.py --all --write docs/reliability.md      the long form
+    python tools/torture.py --kills 3 --disks 1 --damage --fuzz 60   what `make test` runs
+
+Runs are forked from this process, which has imported everything, so that one takes about a second. Needs Linux; the
+full disks need user namespaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import gzip
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+STEPS = 8
+TIMES = {
+    "time", "tokens_per_second", "memory_bytes", "train_runtime", "train_samples_per_second", "train_steps_per_second",
+    "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
+}  # fmt: skip
+EXACT = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+ADAPTED = ["q_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+# ------------------------------------------------------------------------------------------------- a run
+
+
+def make_model(folder: Path) -> Path:
+    """A Phi-3 of one narrow layer with the bundled tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+    from philora.models import local_path
+
+    AutoTokenizer.from_pretrained(local_path("nano")).save_pretrained(folder)
+    torch.manual_seed(0)
+    nano = json.loads((Path(local_path("nano")) / "config.json").read_text(encoding="utf-8"))
+    keys = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+    config = Phi3Config(
+        **{key: nano[key] for key in keys},
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        original_max_position_embeddings=256,
+    )
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def settings_of(model: Path, folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """A run with dropout, packing, accumulation, several epochs, slices, LoRA+ and evaluation in between."""
+    return {
+        "model": {"name_or_path": str(model), "dtype": dtype},
+        "data": {"train": {"path": "helpdesk", "limit": 24}, "eval": {"path": "helpdesk", "limit": 4}},
+        "evaluation": {"generate": 0},
+        "training_config": {
+            "output_dir": str(folder),
+            "max_steps": STEPS,
+            "max_length": 128,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "loraplus_lr_ratio": 4.0,
+            "logging_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_steps": 1,
+            "save_total_limit": 3,
+            "log_level": "error",
+        },
+        "peft_config": {"r": 2, "lora_dropout": 0.1, "target_modules": ADAPTED},
+    }
+
+
+def run(settings: dict[str, Any], resume: bool | str, notes: Path) -> None:
+    """Train in this process; `notes` gets the step that it begins with, and what went wrong."""
+    import logging
+
+    from transformers import TrainerCallback
+
+    import philora
+
+    class First(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            with notes.open("a") as file:
+                file.write(f"begins {state.global_step}\n")
+
+    logging.disable(logging.CRITICAL)
+    philora.train(settings, resume=resume, callbacks=[First()], command="torture")
+
+
+def forked(work: Callable[[], None], notes: Path) -> int:
+    """Do something in a child of this process; its exit code is 0, 1 for an error, or minus a signal's number."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+            for descriptor in (0, 1, 2):
+                os.dup2(null, descriptor)
+            work()
+            code = 0
+        except BaseException as error:  # noqa: BLE001 (the child says what it was, and ends)
+            from philora.errors import PhiloraError
+
+            with notes.open("a") as file:
+                text = str(error) if isinstance(error, PhiloraError) else traceback.format_exc()
+                file.write(f"{type(error).__name__}: {text}\n")
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """Wait for a child; its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def outcome(folder: Path) -> dict[str, str]:
+    """What a run has come to, without times: digests of its results, and its metrics."""
+    last = folder / "checkpoints" / f"checkpoint-{STEPS}"
+    files = {name: last / name for name in EXACT} | {"adapter": folder / "adapter" / "adapter_model.safetensors"}
+    found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = json.dumps([{key: each[key] for key in each if key not in TIMES} for each in lines])
+    state = json.loads((last / "trainer_state.json").read_text())
+    history = [{key: each[key] for key in each if key not in TIMES} for each in state["log_history"]]
+    found["history"] = json.dumps(history)
+    results = json.loads((folder / "results.json").read_text())
+    found["scores"] = json.dumps([results["before"], results["after"], results["train_loss"]])
+    found["tokens"] = str(results["throughput"]["tokens"])
+    return found
+
+
+def differences(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """The names of what differs."""
+    return [name for name in theirs if mine.get(name) != theirs[name]]
+
+
+# ------------------------------------------------------------------------------------------------- kills
+
+
+def staging(folder: Path) -> bool:
+    """Whether a checkpoint is being written, or was when its process ended."""
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(each.name.startswith(".saving-") for each in checkpoints.iterdir())
+
+
+def killed_run(
+    settings: dict[str, Any], folder: Path, notes: Path, chance: random.Random, seconds: float, while_saving: bool
+) -> str | None:
+    """Start a run and kill it at a random moment; the phase that it was in, or None when it was faster."""
+    child = forked(lambda: run(settings, False, notes), notes)
+    end = time.monotonic() + 20 * seconds
+    if while_saving:
+        turn = chance.randrange(1, STEPS)
+        while not ((folder / "checkpoints" / f"checkpoint-{turn}").is_dir() and staging(folder)):
+            if os.waitpid(child, os.WNOHANG)[0] or time.monotonic() > end:
+                return None
+            time.sleep(0.0002)
+        time.sleep(chance.random() * 0.05 * min(seconds, 3.0))
+    else:
+        time.sleep(chance.uniform(0.02, 1.0) * seconds)
+    os.kill(child, signal.SIGKILL)
+    if ended(child) != -signal.SIGKILL:
+        return None
+    if staging(folder):
+        return "while a checkpoint was written"
+    if (folder / "adapter").is_dir() or (folder / "checkpoints" / f"checkpoint-{STEPS}").is_dir():
+        return "after the last checkpoint"
+    if (folder / "checkpoints").is_dir():
+        return "in training"
+    return "before the first checkpoint"
+
+
+def kills(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
+    """Kill runs with SIGKILL, resume each, and compare its end with that of a run that was never killed."""
+    from philora.checkpoint import newest_whole
+
+    model = make_model(work / "model")
+    notes = work / "notes"
+    whole = work / "whole"
+    begun = time.monotonic()
+    if ended(forked(lambda: run(settings_of(model, whole), False, notes), notes)):
+        raise SystemExit(notes.read_text())
+    seconds = time.monotonic() - begun
+    expected = outcome(whole)
+    phases: Counter[str] = Counter()
+    wrong: list[str] = []
+    resumed_from: list[int] = []
+    number = 0
+    while sum(phases.values()) < count:
+        number += 1
+        if number > 20 * count:
+            raise SystemExit("runs end before they can be killed")
+        folder, notes = work / f"run-{number}", work / f"notes-{number}"
+        settings = settings_of(model, folder)
+        # Half of them are aimed at writing; what counts is what the folder shows afterwards.
+        phase = killed_run(settings, folder, notes, chance, seconds, while_saving=number % 2 == 0)
+        if phase is not None:
+            phases[phase] += 1
+            newest = newest_whole(folder / "checkpoints").folder
+            step = 0 if newest is None else int(newest.name.partition("-")[2])
+            notes.unlink(missing_ok=True)
+            resume = (folder / "config.yaml").exists()
+            code = ended(forked(lambda s=settings, r=resume, n=notes: run(s, r, n), notes))
+            said = notes.read_text() if notes.exists() else ""
+            if code or f"begins {step}\n" not in said:
+                wrong.append(f"{phase}, checkpoint-{step}: {said}")
+            elif differences(outcome(folder), expected):
+                wrong.append(f"{phase}: other {', '.join(differences(outcome(folder), expected))}")
+            resumed_from.append(step)
+        shutil.rmtree(folder, ignore_errors=True)
+    return {
+        "killed": count,
+        "phases": dict(phases),
+        "wrong": wrong,
+        "resumed_from": dict(sorted(Counter(resumed_from).items())),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- disks
+
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+
+
+def small_disk(folder: Path, size: int) -> None:
+    """Mount an empty file system of so many bytes that only this process and its children see."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def one_disk(model: Path, work: Path, expected: dict[str, str], seed: int, report: Path) -> None:
+    """A run on a file system that another process fills at a random moment; goes on when there is room again."""
+    from philora.checkpoint import bytes_in, faults_of
+
+    chance = random.Random(seed)
+    small = work / f"disk-{seed}"
+    small.mkdir()
+    notes = work / f"disk-notes-{seed}"
+    small_disk(small, 24 << 20)
+    folder = small / "run"
+    settings = settings_of(model, folder)
+    child = forked(lambda: run(settings, False, notes), notes)
+    turn = chance.randrange(1, STEPS - 2)
+    newest = folder / "checkpoints" / f"checkpoint-{turn}"
+    aimed = chance.random() < 0.7
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if newest.is_dir() and (staging(folder) or not aimed):
+            left = int(chance.random() * 0.9 * bytes_in(newest))
+            filler = shutil.disk_usage(small).free - left
+            try:
+                with (small / "filler").open("wb") as file:
+                    file.write(bytes(max(0, filler)))
+            except OSError:
+                pass  # full is what it is to be
+            break
+        time.sleep(0.0005)
+    try:
+        code = ended(child)
+    except ChildProcessError:
+        code = 0
+    said = notes.read_text() if notes.exists() else ""
+    checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"))
+    torn = [each.name for each in checkpoints if faults_of(each)]
+    found = {"code": code, "said": said, "torn": torn, "checkpoints": len(checkpoints), "differs": []}
+    if code:
+        (small / "filler").unlink()
+        notes.unlink()
+        again = ended(forked(lambda: run(settings, True, notes), notes))
+        found["differs"] = [notes.read_text()] if again else differences(outcome(folder), expected)
+    report.write_text(json.dumps(found))
+
+
+def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
+    """Runs on file systems that fill up while they train."""
+    model = make_model(work / "disk-model")
+    whole, notes = work / "disk-whole", work / "disk-notes"
+    if ended(forked(lambda: run(settings_of(model, whole), False, notes), notes)):
+        raise SystemExit(notes.read_text())
+    expected = outcome(whole)
+    wrong: list[str] = []
+    ends: Counter[str] = Counter()
+    tries = 0
+    while sum(ends.values()) < count and tries < 5 * count:
+        tries += 1
+        seed, report = chance.randrange(2**31), work / f"disk-report-{tries}"
+        log = work / f"disk-error-{tries}"
+        child = forked(lambda s=seed, r=report: one_disk(model, work, expected, s, r), log)
+        if ended(child) or not report.exists():
+            return {"skipped": log.read_text()[-300:] if log.exists() else "no user namespaces here"}
+        found = json.loads(report.read_text())
+        if not found["code"]:
+            continue  # it was done before the disk was full
+        named = "room for about" in found["said"] and "--resume" in found["said"]
+        ends["said before it wrote" if "older checkpoints are as they were" in found["said"] else "other"] += 1
+        if found["torn"] or found["differs"] or not named or not found["checkpoints"]:
+            wrong.append(json.dumps(found)[:600])
+    return {"filled": sum(ends.values()), "wrong": wrong}
+
+
+# ------------------------------------------------------------------------------------------------- damage
+
+
+def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
+    """Truncate and change each file of a checkpoint in turn; `newest_whole` must name it every time."""
+    from philora.checkpoint import newest_whole
+
+    model = make_model(work / "damage-model")
+    folder, notes = work / "damage", work / "damage-notes"
+    if ended(forked(lambda: run(settings_of(model, folder), False, notes), notes)):
+        raise SystemExit(notes.read_text())
+    checkpoints = folder / "checkpoints"
+    newest, older = checkpoints / f"checkpoint-{STEPS}", checkpoints / f"checkpoint-{STEPS - 1}"
+    files = sorted(each for each in newest.rglob("*") if each.is_file())
+    done, wrong = 0, []
+
+    def check(path: Path, what: str) -> None:
+        nonlocal done
+        done += 1
+        found = newest_whole(checkpoints)
+        if found.folder != older or found.passed_over[0][0] != newest or path.name not in found.passed_over[0][1]:
+            wrong.append(f"{path.name} {what}: {found}")
+
+    for path in files:
+        content = path.read_bytes()
+        for length in sorted({0, 1, len(content) // 2, len(content) - 1} - {len(content)}):
+            path.write_bytes(content[: max(0, length)])
+            check(path, f"cut to {length} bytes")
+        for _ in range(flips):
+            changed = bytearray(content)
+            place = chance.randrange(len(changed))
+            changed[place] ^= 1 << chance.randrange(8)
+            path.write_bytes(bytes(changed))
+            check(path, f"bit of byte {place}")
+        path.unlink()
+        check(path, "removed")
+        path.write_bytes(content)
+    extra = newest / "optimizer.bin"
+    extra.write_bytes(b"planted")
+    check(extra, "added")
+    extra.unlink()
+    assert newest_whole(checkpoints).folder == newest
+    return {"files": len(files), "damages": done, "wrong": wrong}
+
+
+# ------------------------------------------------------------------------------------------------- fuzzing
+
+
+class Hang(BaseException):
+    """An input took longer than it may."""
+
+
+def guarded(work: Callable[[], object], allowed: tuple[type[BaseException], ...], seconds: int = 10) -> str:
+    """Feed one input; "read", "refused", or what must not happen."""
+
+    def late(*_: object) -> None:
+        raise Hang
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        work()
+    except allowed:
+        return "refused"
+    except Hang:
+        return f"no answer in {seconds} s: {traceback.format_exc(limit=-4)}"
+    except MemoryError:
+        return "memory"
+    except Exception:  # noqa: BLE001 (what is looked for)
+        return traceback.format_exc(limit=-6)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return "read"
+
+
+def odd_values() -> Any:
+    """Values of every JSON kind, and the ones that break programs."""
+    from hypothesis import strategies as st
+
+    texts = st.one_of(
+        st.text(max_size=30),
+        st.sampled_from(
+            ["", "\x00", "\ud800", "../../etc/passwd", "/dev/zero", "nan", "1e999", "auto", "null", "(a+)+$", "(",
+             "*", "[", "{}", "{a.b}", "\u202e", "a" * 5000, "-1", "0x10", "~", "<|end|>", "user", "assistant"]
+        ),
+    )  # fmt: skip
+    numbers = st.one_of(
+        st.integers(),
+        st.floats(),
+        st.sampled_from([0, -1, 2**31, 2**63, 2**200, 10**30, float("nan"), float("inf"), 1e-320]),
+    )
+    leaves = st.one_of(st.none(), st.booleans(), numbers, texts)
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=4),
+            st.dictionaries(st.one_of(texts, st.sampled_from(["role", "content", "messages"])), inner, max_size=4),
+        ),
+        max_leaves=12,
+    )
+
+
+def changed_in(draw: Any, value: Any, odd: Any) -> Any:
+    """The same value with one place of it, at any depth, replaced, removed or added to."""
+    from hypothesis import strategies as st
+
+    if isinstance(value, dict) and value and draw(st.integers(0, 4)):
+        value = dict(value)
+        key = draw(st.sampled_from(sorted(value, key=str)))
+        choice = draw(st.integers(0, 9))
+        if choice == 0:
+            del value[key]
+        elif choice == 1:
+            value[draw(st.text(max_size=12))] = draw(odd)
+        else:
+            value[key] = changed_in(draw, value[key], odd)
+        return value
+    if isinstance(value, list) and value and draw(st.integers(0, 4)):
+        value = list(value)
+        place = draw(st.integers(0, len(value) - 1))
+        value[place] = changed_in(draw, value[place], odd)
+        return value
+    return draw(odd)
+
+
+def configs() -> Any:
+    """Configuration files: changed ones, YAML's own corners, and noise."""
+    import yaml
+    from hypothesis import strategies as st
+
+    base = settings_of(Path("nano"), Path("run"))
+    base["model"]["name_or_path"] = "nano"
+    tags = ["!!int x", "!!float []", "!!timestamp x", "!!binary '*'", "!!python/object:os.system x", "!!bool y",
+            "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "&a [*a]", "&a {b: *a}", "<<: 1", "? [a]\n: b", "- - -",
+            "2001-99-99", "0o9", "1:99:99", "@", "%YAML 9", "--- a\n--- b", "{<<: {<<: {}}}", "!!merge x", "!!null x",
+            "!<tag:yaml.org,2002:int> ''", "!!str {a: b}", "!!seq a", "!!map []", "\t a", "'", "|9", ">-", "!", "*a",
+            "[" * 2000, "{a: " * 500, "!!timestamp 2001-13-01", "9" * 5000, ".inf", "=", "!!value ="]  # fmt: skip
+
+    @st.composite
+    def drawn(draw: Any) -> bytes:
+        kind = draw(st.integers(0, 5))
+        if kind == 0:
+            return draw(st.binary(max_size=200))
+        if kind == 1:
+            return draw(st.text(max_size=200)).encode("utf-8", "surrogatepass")
+        if kind == 2:
+            key = draw(st.sampled_from(["data", "model", "training_config", "peft_config", "evaluation", "x"]))
+            inner = draw(st.sampled_from(["train", "name_or_path", "r", "seed", "target_modules"]))
+            return f"{key}:\n  {inner}: {draw(st.sampled_from(tags))}\n".encode()
+        if kind == 3:
+            depth, width = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+            lines = ["a0: &a0 [x]"] + [
+                f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, depth + 1)
+            ]
+            return "\n".join(
+                [*lines, "data: {train: helpdesk}", f"peft_config: {{target_modules: *a{depth}}}"]
+            ).encode()
+        changed = base
+        for _ in range(draw(st.integers(1, 3))):
+            changed = changed_in(draw, changed, odd_values())
+        try:
+            text = yaml.dump(changed, allow_unicode=draw(st.booleans()))
+        except (yaml.YAMLError, UnicodeEncodeError, ValueError):
+            text = json.dumps(changed, default=str)
+        content = bytearray(text.encode("utf-8", "surrogatepass"))
+        if kind == 5 and content:
+            place = draw(st.integers(0, len(content) - 1))
+            content[place] = draw(st.integers(0, 255))
+        return bytes(content)
+
+    return drawn()
+
+
+def datasets_() -> Any:
+    """Data files with their suffix: changed records, torn files, noise."""
+    import io
+
+    import pyarrow as pa
+    from hypothesis import strategies as st
+    from pyarrow import parquet
+
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    shapes = [
+        chat,
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "input": "", "output": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"text": "a b"},
+        {**chat, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, *chat["messages"][1:]]},
+    ]
+
+    @st.composite
+    def drawn(draw: Any) -> tuple[str, bytes]:
+        odd = odd_values()
+        records = []
+        for _ in range(draw(st.integers(1, 4))):
+            record: Any = draw(st.sampled_from(shapes))
+            for _ in range(draw(st.integers(0, 2))):
+                record = changed_in(draw, record, odd)
+            records.append(record)
+        suffix = draw(st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz"]))
+        lines = [json.dumps(each, ensure_ascii=draw(st.booleans())) for each in records]
+        kind = draw(st.integers(0, 9))
+        if kind == 0:
+            return suffix, draw(st.binary(max_size=300))
+        if kind == 1:
+            return suffix, b"[" * draw(st.sampled_from([10, 1000, 100_000]))
+        if suffix == ".parquet":
+            try:
+                sink = io.BytesIO()
+                parquet.write_table(pa.Table.from_pylist([r for r in records if isinstance(r, dict)]), sink)
+                content = bytearray(sink.getvalue())
+            except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError):
+                content = bytearray(b"PAR1")
+        elif suffix == ".json":
+            whole = draw(st.sampled_from([f"[{', '.join(lines)}]", f'{{"data": [{", ".join(lines)}]}}', lines[0]]))
+            content = bytearray(whole.encode("utf-8", "surrogatepass"))
+        elif suffix in (".csv", ".tsv"):
+            rows = [",".join(json.dumps(str(v)) for v in r.values()) for r in records if isinstance(r, dict)]
+            content = bytearray("\n".join(["instruction,input,output", *rows]).encode("utf-8", "surrogatepass"))
+        else:
+            content = bytearray("\n".join(lines).encode("utf-8", "surrogatepass"))
+        if suffix.endswith(".gz"):
+            content = bytearray(gzip.compress(bytes(content)))
+        if kind in (2, 3) and content:
+            content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+        if kind == 4:
+            del content[draw(st.integers(0, len(content))) :]
+        return suffix, bytes(content)
+
+    return drawn()
+
+
+def adapters(folder: Path) -> Any:
+    """Adapter folders: each file changed in what it says or in its bytes, hostile headers, files that are missing."""
+    from hypothesis import strategies as st
+
+    files = {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()}
+    config = json.loads(files["adapter_config.json"])
+    record = json.loads(files["philora.json"])
+    weights = files["adapter_model.safetensors"]
+    length = int.from_bytes(weights[:8], "little")
+    header, body = json.loads(weights[8 : 8 + length]), weights[8 + length :]
+
+    @st.composite
+    def drawn(draw: Any) -> dict[str, bytes | None]:
+        odd = odd_values()
+        changed: dict[str, bytes | None] = {}
+        kind = draw(st.integers(0, 7))
+        if kind in (0, 1, 2):
+            value = config
+            for _ in range(draw(st.integers(1, 2))):
+                value = changed_in(draw, value, odd)
+            changed["adapter_config.json"] = json.dumps(value).encode()
+        elif kind == 3:
+            changed["philora.json"] = json.dumps(changed_in(draw, record, odd)).encode()
+        elif kind == 4:
+            text = json.dumps(changed_in(draw, header, odd)).encode()
+            changed["adapter_model.safetensors"] = len(text).to_bytes(8, "little") + text + body
+        elif kind == 5:
+            size = draw(st.sampled_from([0, 7, 2**31, 2**40, 2**63 - 1, 2**64 - 1, len(weights), 100_000_001]))
+            changed["adapter_model.safetensors"] = size.to_bytes(8, "little") + weights[8:]
+        elif kind == 6:
+            name = draw(st.sampled_from(sorted(files)))
+            content = bytearray(files[name])
+            content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+            changed[name] = bytes(content)
+        else:
+            name = draw(st.sampled_from(["adapter_config.json", "philora.json", "adapter_model.safetensors"]))
+            content = files[name]
+            changed[name] = draw(
+                st.one_of(st.none(), st.binary(max_size=100), st.just(content[: draw(st.integers(0, len(content)))]),
+                          st.just(b"[" * 100_000), st.just(b'{"a":' * 50_000))
+            )  # fmt: skip
+        return changed
+
+    return drawn()
+
+
+def fuzz(kind: str, count: int, work: Path, seed: int) -> dict[str, Any]:
+    """Feed inputs to one reader, in a child with bounded memory."""
+    report, log = work / f"fuzz-{kind}", work / f"fuzz-{kind}-log"
+    child = forked(lambda: fuzz_here(kind, count, work, seed, report), log)
+    code = ended(child)
+    if code or not report.exists():
+        return {"inputs": 0, "wrong": [f"ended with {code}: {log.read_text() if log.exists() else ''}"]}
+    return dict(json.loads(report.read_text()))
+
+
+def fuzz_here(kind: str, count: int, work: Path, seed: int, report: Path) -> None:
+    """The same in this process, whose memory is bounded from here on."""
+    import logging
+
+    import hypothesis
+
+    logging.disable(logging.CRITICAL)
+    feed, strategy = READERS[kind](work / f"fuzz-{kind}-files")
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 30), resource.RLIM_INFINITY))
+    seen: Counter[str] = Counter()
+    wrong: dict[str, str] = {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(strategy)
+    def one(value: Any) -> None:
+        result = feed(value)
+        if result in ("read", "refused"):
+            seen[result] += 1
+            return
+        seen["wrong"] += 1
+        wrong.setdefault(result.strip().splitlines()[-1] if result.strip() else result, f"{value!r:.600}\n{result}")
+
+    rounds = 0
+    while sum(seen.values()) < count and rounds < 50:  # hypothesis ends early where it has seen an input before
+        rounds += 1
+        hypothesis.seed(seed + rounds)(one)()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    report.write_text(
+        json.dumps(
+            {"inputs": sum(seen.values()), "seen": dict(seen), "grown_bytes": grown, "wrong": list(wrong.values())}
+        )
+    )
+
+
+def config_reader(folder: Path) -> tuple[Callable[[bytes], str], Any]:
+    """Feeds files to `load_config`."""
+    from philora.config import load_config
+    from philora.errors import ConfigError
+
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.yaml"
+
+    def feed(content: bytes) -> str:
+        path.write_bytes(content)
+        return guarded(lambda: load_config(path).to_dict(), (ConfigError,))
+
+    return feed, configs()
+
+
+def data_reader(folder: Path) -> tuple[Callable[[tuple[str, bytes]], str], Any]:
+    """Feeds files to the data reader, up to normalised conversations."""
+    from philora.config import SourceConfig
+    from philora.data.read import resolve
+    from philora.data.store import Settings, detect_shape, process_batch
+    from philora.errors import DataError
+
+    folder.mkdir(exist_ok=True)
+
+    def read(path: Path) -> None:
+        source = resolve(SourceConfig(str(path)), "train")
+        shape = detect_shape(source)
+        for batch in source.open():
+            process_batch(batch, shape, None, Settings(64, False), tokenise=False)  # type: ignore[arg-type]
+
+    def feed(value: tuple[str, bytes]) -> str:
+        path = folder / f"data{value[0]}"
+        path.write_bytes(value[1])
+        return guarded(lambda: read(path), (DataError,))
+
+    return feed, datasets_()
+
+
+def adapter_reader(folder: Path) -> tuple[Callable[[dict[str, bytes | None]], str], Any]:
+    """Feeds folders to `load_adapter`."""
+    import torch
+    from peft import LoraConfig
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    import philora
+    from philora.errors import AdapterError, TargetError
+
+    base = Phi3Config(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, original_max_position_embeddings=16, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    good, folder = folder / "good", folder / "changed"
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    philora.get_peft_model(Phi3ForCausalLM(base), config).save_pretrained(str(good))
+    names = [each.name for each in good.iterdir() if each.is_file()]
+
+    def read() -> None:
+        philora.load_adapter(Phi3ForCausalLM(base), folder)
+
+    def feed(changed: dict[str, bytes | None]) -> str:
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            content = changed.get(name, (good / name).read_bytes())
+            if content is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                (folder / name).write_bytes(content)
+        return guarded(read, (AdapterError, TargetError))
+
+    return feed, adapters(good)
+
+
+READERS: dict[str, Callable[[Path], tuple[Callable[[Any], str], Any]]] = {
+    "config": config_reader,
+    "data": data_reader,
+    "adapter": adapter_reader,
+}
+
+
+# ------------------------------------------------------------------------------------------------- summary
+
+
+BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
+
+
+def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The summary as Markdown."""
+    yield "| trial | number | what was seen | wrong |"
+    yield "| --- | --- | --- | --- |"
+    for name, found in results.items():
+        if "skipped" in found:
+            yield f"| {name} | 0 | not run: {found['skipped']} | - |"
+            continue
+        number = found.get("killed") or found.get("filled") or found.get("damages") or found.get("inputs") or 0
+        seen = found.get("phases") or found.get("seen") or {"files": found["files"]} if "files" in found else None
+        seen = seen or found.get("phases") or found.get("seen") or {}
+        text = ", ".join(f"{key}: {value}" for key, value in sorted(seen.items()))
+        yield f"| {name} | {number:,} | {text} | {len(found['wrong'])} |"
+
+
+def write_summary(path: Path, results: dict[str, dict[str, Any]], seed: int) -> None:
+    """Put the table between the marks of a page; rows of trials that were not run now stay."""
+    text = path.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    old, tail = rest.split(END)
+    rows = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("|")}
+    fresh = list(table(results))
+    rows |= {line.split("|")[1].strip(): line for line in fresh}
+    order = [rows.pop("trial"), rows.pop("---"), *rows.values()]
+    path.write_text(f"{head}{BEGIN}\n\n" + "\n".join(order) + f"\n\nSeed {seed}.\n\n{END}{tail}", encoding="utf-8")
+
+
+def main() -> int:
+    """Run what was asked for, print it as JSON, and return 1 when something was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0, help="runs that are killed")
+    parser.add_argument("--disks", type=int, default=0, help="runs on a file system that fills up")
+    parser.add_argument("--damage", action="store_true", help="damage each file of a checkpoint")
+    parser.add_argument("--fuzz", type=int, default=0, help="inputs of each reader")
+    parser.add_argument("--only", choices=sorted(READERS), action="append", help="fuzz these readers only")
+    parser.add_argument("--all", action="store_true", help="200 kills, 20 disks, damage, 10,000 inputs of each reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", type=Path, help="page whose table is written again")
+    given = parser.parse_args()
+    if given.all:
+        given.kills, given.disks, given.damage, given.fuzz = 200, 20, True, 10_000
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="torture-") as place:
+        work = Path(place)
+        os.environ["PHILORA_CACHE"] = str(work / "cache")
+        import philora.training  # noqa: F401 (what every forked run needs)
+
+        gc.collect()
+        gc.freeze()  # a collection in a forked run need not look at what was imported
+        if given.kills:
+            results["killed with SIGKILL, resumed"] = kills(given.kills, work, random.Random(given.seed))
+        if given.disks:
+            results["file system filled up"] = disks(given.disks, work, random.Random(given.seed))
+        if given.damage:
+            results["checkpoint files damaged"] = damage(work, random.Random(given.seed))
+        for kind in given.only or READERS:
+            if given.fuzz:
+                results[f"{kind} reader fuzzed"] = fuzz(kind, given.fuzz, work, given.seed)
+    print(json.dumps(results, indent=2))
+    if given.write:
+        write_summary(given.write, results, given.seed)
+    return int(any(each.get("wrong") for each in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
