@@ -37,7 +37,13 @@ DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_complet
 COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text", "messages")
 _DATA_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _ATTENTION: Final = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-OWN_TRAINING_KEYS: Final = ("tokens_per_step", "early_stopping_patience", "loraplus_lr_ratio", "max_nonfinite_steps")
+OWN_TRAINING_KEYS: Final = (
+    "tokens_per_step",
+    "early_stopping_patience",
+    "loraplus_lr_ratio",
+    "max_nonfinite_steps",
+    "adapter_dtype",
+)
 """Keys of `training_config` that are philora's own, not TRL's."""
 ONE_RATE_OPTIMIZERS: Final = (
     "lomo",
@@ -295,6 +301,12 @@ _LIBRARY_FIELDS: Final = (
         None,
         union(number(above=0), NULL),
         "LoRA+: B's learning rate as a multiple of learning_rate (philora's own key), 16 in the paper; null: the same",
+    ),
+    Field(
+        "training_config.adapter_dtype",
+        None,
+        union(one_of("float32", "bfloat16"), NULL),
+        "dtype of A and B (philora's own key); null: as PEFT makes them, float32, over quantised bases too",
     ),
     Field("training_config.warmup_steps", 0.03, _RATIO_OR_STEPS, "warm-up: fraction of the run, or optimizer steps"),
     Field("training_config.weight_decay", LIBRARY, number(least=0), "decoupled weight decay"),

@@ -5,13 +5,14 @@ A script for TRL changes its import and nothing else; TRL's defaults stay TRL's.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerControl
+from trl.trainer import sft_trainer
 
 from philora.adapters import apply_slices, optimize, resolve_for_training
 from philora.callbacks import StepWatch
@@ -72,7 +74,8 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
 
     Raises:
         ConfigError: An unknown name, a `loraplus_lr_ratio` that is no number above 0, or one for an optimizer that
-            has only one learning rate, or a `max_nonfinite_steps` that is no whole number of at least 1.
+            has only one learning rate, a `max_nonfinite_steps` that is no whole number of at least 1, or an
+            `adapter_dtype` that is neither float32 nor bfloat16.
 
     Example:
         >>> SFTConfig("out", evaluation_strategy="no", warmup_ratio=0.2, loraplus_lr_ratio=16)  # doctest: +SKIP
@@ -90,6 +93,13 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
         },
     )
 
+    adapter_dtype: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "float32 or bfloat16: the dtype that A and B are kept in. None: as PEFT makes them, float32, over "
+            "quantised bases too, where TRL rounds them to bfloat16."
+        },
+    )
     elementwise_recomputation: bool = dataclasses.field(
         default=False,
         metadata={"help": "Compute the outputs of RMSNorm and SwiGLU again in backward; not whole layers."},
@@ -105,7 +115,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
         unknown = [name for name in translated if name not in known]
         rule = "a field of trl.SFTConfig"
         faults = [fault("SFTConfig", name, translated[name], rule, nearest(name, known)) for name in unknown]
-        for name in ("loraplus_lr_ratio", "max_nonfinite_steps"):
+        for name in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype"):
             given = translated.pop(name, None)
             bound = FIELDS[f"training_config.{name}"].rule
             try:
@@ -186,7 +196,9 @@ class SFTTrainer(MicroBatchTrainer):
             skeleton = model if isinstance(model, nn.Module) else _skeleton(model, given.get("args"))
             resolution = resolve_for_training(skeleton, given["peft_config"])
             given["peft_config"] = resolution.config
-        super().__init__(model, **given)
+        with _as_made(model) as made:
+            super().__init__(model, **given)
+        self._set_adapter_dtype(made)
         self._watch = StepWatch()
         self._step_batches: list[Any] = []
         self._step_losses: list[torch.Tensor] = []
@@ -253,6 +265,26 @@ class SFTTrainer(MicroBatchTrainer):
             and not self.accelerator.dispatch_batches
             and can_share(self.train_dataset)
         )
+
+    def _set_adapter_dtype(self, made: Mapping[int, torch.Tensor]) -> None:
+        """Undo that TRL rounds what trains over a quantised base to bf16; or round it where that was asked for.
+
+        FSDP and DeepSpeed share out what they expect in one dtype: there it is as TRL has it.
+        """
+        wanted = getattr(self.args, "adapter_dtype", None)
+        kept = False
+        for name, parameter in self.model.named_parameters():
+            before = made.get(id(parameter))
+            others = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if before is not None and before.dtype != parameter.dtype and wanted != "bfloat16" and not others:
+                parameter.data, kept = before.to(parameter.device), True
+            if wanted is not None and parameter.requires_grad and (".lora_A." in name or ".lora_B." in name):
+                parameter.data = parameter.data.to(getattr(torch, wanted))
+        if kept:
+            logger.warning(
+                "the adapter stays in float32 over the quantised base, where TRL rounds it to bfloat16; "
+                "adapter_dtype: bfloat16 rounds it."
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers', then B in groups of its own where `loraplus_lr_ratio` is given.
@@ -592,6 +624,29 @@ def documents_of(batch: Mapping[str, Any]) -> list[list[int]]:
         else:
             documents.append((row if mask is None else row[mask[index].bool()]).tolist())
     return documents
+
+
+@contextlib.contextmanager
+def _as_made(model: str | nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """In this block what trains is noted by the identity of its parameter, as it is before TRL changes its dtype.
+
+    TRL makes the adapter in the middle of its constructor, which is why its `get_peft_model` is replaced meanwhile.
+    """
+    made: dict[int, torch.Tensor] = {}
+    original = sft_trainer.get_peft_model
+
+    def note(adapted: nn.Module) -> nn.Module:
+        if isinstance(adapted, PeftModel):
+            made.update((id(each), each.data) for each in adapted.parameters() if each.requires_grad)
+        return adapted
+
+    if isinstance(model, nn.Module):
+        note(model)
+    sft_trainer.get_peft_model = lambda *args, **options: note(original(*args, **options))
+    try:
+        yield made
+    finally:
+        sft_trainer.get_peft_model = original
 
 
 def _without_pages(optimizer: torch.optim.Optimizer) -> None:

@@ -295,7 +295,7 @@ class _Run:
     ) -> tuple[SFTConfig, planning.Plan]:
         """TRL's arguments: every `auto` decided, everything written below the run folder."""
         given = {key: value for key, value in self.config.training_config.items() if key not in OWN_TRAINING_KEYS}
-        for own in ("loraplus_lr_ratio", "max_nonfinite_steps"):
+        for own in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype"):
             given[own] = self.config.training_config[own]
         given |= {key: chosen[key] for key in CHOSEN if key in chosen}
         element_bytes = torch.finfo(base.dtype).bits // 8
@@ -443,7 +443,6 @@ class _Run:
         patience = self.config.training_config.get("early_stopping_patience")
         if patience:
             callbacks.append(EarlyStoppingCallback(int(patience)))
-        precise = {id(each): each.data for each in self.model.parameters() if each.requires_grad}
         trainer = SFTTrainer(
             self.model,
             args=self.arguments,
@@ -456,10 +455,6 @@ class _Run:
         if self.callbacks:  # somebody else shows the progress
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
-        # TRL rounds what trains over a quantised base to bf16; here it stays as it was, in fp32.
-        for parameter in self.model.parameters():
-            if id(parameter) in precise:
-                parameter.data = precise[id(parameter)]
         # TRL and the callbacks of transformers see the metrics after our file has added to them.
         handler = trainer.callback_handler
         handler.callbacks.sort(key=lambda each: not isinstance(each, MetricsFile))

@@ -13,6 +13,7 @@ import warnings
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -405,6 +406,48 @@ def test_optimizers_by_name(folder, rows, tmp_path, optim, ratio, caplog):
     assert losses[0] == plain[0]
 
 
+def adapter_types(model):
+    return {each.dtype for name, each in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("how", ["peft_config", "model"])
+def test_adapters_stay_in_fp32_unless_asked_otherwise(folder, rows, tmp_path, how, caplog):
+    """TRL, beside it, rounds them."""
+    caplog.set_level(logging.WARNING, "philora")
+    tokenizer = AutoTokenizer.from_pretrained(local_path("nano"))
+
+    def made(trainer=philora.SFTTrainer, arguments=philora.SFTConfig, prepare=lambda model: model, **settings):
+        torch.manual_seed(0)
+        base = loaded(folder, "nf4", "bfloat16")
+        targets = ["qkv_proj", "o_proj"]
+        model = base if how == "peft_config" else prepare(trained(base, target_modules=targets))
+        args = arguments(str(tmp_path), report_to="none", use_cpu=True, **settings)
+        options = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
+        return trainer(model, **options, peft_config=lora(target_modules=targets) if model is base else None).model
+
+    ours = made()
+    assert adapter_types(ours) == {torch.float32}
+    assert "the adapter stays in float32 over the quantised base, where TRL rounds it to bfloat16" in caplog.text
+    theirs = made(trl.SFTTrainer, trl.SFTConfig)
+    assert adapter_types(theirs) == {torch.bfloat16}, "negative control"
+    downs = [each for name, each in ours.named_parameters() if "lora_A" in name]
+    assert not any(torch.equal(each, each.bfloat16().float()) for each in downs), "they were never rounded"
+    caplog.clear()
+    assert adapter_types(made(adapter_dtype="bfloat16")) == {torch.bfloat16}
+    if how == "model":
+
+        def rounded(model):
+            for name, each in model.named_parameters():
+                if "lora_" in name:
+                    each.data = each.data.bfloat16()
+            return model
+
+        assert adapter_types(made(prepare=rounded)) == {torch.bfloat16}
+    assert "the adapter stays" not in caplog.text
+    with pytest.raises(ConfigError, match="adapter_dtype='float16' - expected one of float32, bfloat16 or null"):
+        made(adapter_dtype="float16")
+
+
 @pytest.fixture
 def run_config(tmp_path):
     """A configuration of a quick run over a quantised nano model."""
@@ -459,3 +502,6 @@ def test_an_adapter_that_a_run_starts_from_is_not_rounded(run_config, tmp_path, 
     second = load_file(philora.train(config).adapter / "adapter_model.safetensors")
     first = load_file(tmp_path / "first" / "adapter_model.safetensors")
     assert all(torch.equal(each, second[name]) for name, each in first.items())
+    config["training_config"] |= {"output_dir": str(tmp_path / "third"), "adapter_dtype": "bfloat16"}
+    third = load_file(philora.train(config).adapter / "adapter_model.safetensors")
+    assert all(torch.equal(each.bfloat16(), third[name]) for name, each in first.items())
