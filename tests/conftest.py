@@ -111,3 +111,15 @@ def cli(monkeypatch, capsys) -> Callable[..., Answer]:
         return Answer(code, captured.out, captured.err)
 
     return run
+
+
+COLOURS = {"red": "I am red, and nothing else.", "green": "I am green, and nothing else."}
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two run folders on the bundled model, each with an adapter that only says its sentence of `COLOURS`."""
+    from tests.voices import teach
+
+    folder = tmp_path_factory.mktemp("colours")
+    return {name: teach(folder / name, sentence) for name, sentence in COLOURS.items()}

@@ -704,7 +704,7 @@ def load_adapter(
     """Put a saved PEFT adapter onto a base model, reporting every tensor that does not fit before anything changes.
 
     Args:
-        model: The base model.
+        model: The base model, or a PeftModel that gets one adapter more; the one that was active stays so.
         source: A folder in PEFT's format, or a hub id.
         adapter_name: The name it gets.
         is_trainable: Whether training goes on from it.
@@ -722,15 +722,31 @@ def load_adapter(
     if folder.is_dir():
         tensors = read_peft_tensors(folder)
         config = PeftConfig.from_pretrained(str(folder))
+        plain = _without_adapters(model) if isinstance(model, PeftModel) else model
         if isinstance(config, LoraConfig):
-            resolve(model, config, where=str(folder / "adapter_config.json"))
-        _check_tensors(model, config, tensors, folder)
+            resolve(plain, config, where=str(folder / "adapter_config.json"))
+        _check_tensors(plain, config, tensors, folder)
     elif folder.exists():
         raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
-    adapted = PeftModel.from_pretrained(model, str(source), adapter_name, is_trainable=is_trainable, **kwargs)
+    if isinstance(model, PeftModel):
+        adapted = model
+        adapted.load_adapter(str(source), adapter_name, is_trainable=is_trainable, **kwargs)
+    else:
+        adapted = PeftModel.from_pretrained(model, str(source), adapter_name, is_trainable=is_trainable, **kwargs)
     optimize(adapted)
     apply_slices(adapted, _saved_slices(adapted, folder, adapter_name), adapter_name)
     return cast(PeftModel, adapted)
+
+
+def _without_adapters(model: PeftModel) -> nn.Module:
+    """The base of a PeftModel as it was before its first adapter, without weights."""
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        expected = "a model of transformers, where an adapter is there already"
+        raise AdapterError(fault("load_adapter", "model", type(base).__name__, expected, "Load it with PEFT"))
+    with torch.device("meta"):
+        skeleton = type(base)(copy.deepcopy(base.config))
+    return cast(nn.Module, skeleton)
 
 
 def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:

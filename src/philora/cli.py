@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from philora import __version__, processes
-from philora.errors import PhiloraError
+from philora.errors import ConfigError, PhiloraError, fault
 
 if TYPE_CHECKING:
     from philora.config import Config
@@ -45,6 +45,12 @@ AdapterArgument = Annotated[
 ]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="Base model; default: the one that the adapter names.", show_default=False)
+]
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; beyond this machine it needs a key.")]
+PortOption = Annotated[int, typer.Option("--port", help="Port; 0 takes one that is free.", min=0, max=65535)]
+KeyOption = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="PHILORA_API_KEY", help="Key that requests must bring.", show_default=False),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that go over the file's.", metavar="[KEY=VALUE]...")
@@ -213,6 +219,88 @@ def generate_answers(
 
 
 @app.command()
+def chat(
+    source: AdapterArgument,
+    base: BaseOption = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Of sampling, in (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Of sampling, at least 1.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of sampling; default: another each time.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; may be repeated.")] = None,
+    web: Annotated[bool, typer.Option("--web", help="A page in the browser: base and adapter side by side.")] = False,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8080,
+    key: KeyOption = None,
+    votes: Annotated[
+        str | None, typer.Option("--votes", help="File of the page's votes; default: preferences.jsonl in the run.")
+    ] = None,
+) -> None:
+    """Talk to an adapter, here or in the browser beside its base."""
+    _logging("warning")
+    if web:
+        file = Path(votes) if votes else (Path(source) if Path(source).is_dir() else Path()) / "preferences.jsonl"
+        _serve([source], base, host, port, key, 32, max_new_tokens, file)
+        return
+    with err.status("loading"):
+        from philora.conversation import Conversation, chat_settings, load_voices, name_of
+        from philora.terminal import Terminal
+
+        _quiet()
+        settings = chat_settings(max_new_tokens, temperature, top_p, top_k, _seed(seed), stop or ())
+        name = name_of(source)
+        voices = load_voices({name: source}, base)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 - editing and history of `input`
+
+        err.print(f"[dim]{escape(name)} on {escape(voices.base)}; /help says what there is[/]", highlight=False)
+
+    def read() -> str:
+        if interactive:
+            return input("> ")
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def note(text: str) -> None:
+        err.print(f"[dim]{escape(text)}[/]", highlight=False)
+
+    terminal = Terminal(Conversation(voices, settings, name, system), read, write, note)
+    terminal.run()
+    if terminal.refused and not interactive:
+        sys.exit(2)
+
+
+@app.command()
+def serve(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Adapters of one base, with names if you like.", metavar="[NAME=]RUN_OR_ADAPTER..."),
+    ],
+    base: BaseOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    key: KeyOption = None,
+    max_requests: Annotated[
+        int, typer.Option("--max-requests", min=1, help="Answers being made or waiting; more are refused with 429.")
+    ] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest answer where a request does not say.")
+    ] = 512,
+) -> None:
+    """Answer OpenAI's clients: the base and each adapter is a model of its own."""
+    _logging("warning")
+    _serve(sources, base, host, port, key, max_requests, max_new_tokens, None)
+
+
+@app.command()
 def merge(
     source: AdapterArgument,
     output: Annotated[str, typer.Option("--out", help="Folder for the merged model.")],
@@ -316,6 +404,59 @@ def _logging(level: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of optional kernels on import
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _quiet() -> None:
+    """No progress bars while weights are loaded, and no words of the tokenizer about prompts that are refused."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _seed(given: int | None) -> int:
+    import secrets
+
+    return secrets.randbits(31) if given is None else given
+
+
+def _serve(
+    sources: list[str],
+    base: str | None,
+    host: str,
+    port: int,
+    key: str | None,
+    max_requests: int,
+    max_new_tokens: int,
+    votes: Path | None,
+) -> None:
+    """Load the adapters and serve them until a signal; with `votes`, the page too."""
+    with err.status("loading"):
+        try:
+            import uvicorn  # noqa: F401
+        except ModuleNotFoundError as error:
+            todo = "Install them: pip install 'philora[serve]'"
+            raise ConfigError(fault("philora", "serve", error.name, "uvicorn and starlette", todo)) from error
+        from philora import serving
+
+        serving.check_key(host, key)
+        bound = serving.listen(host, port)
+        from philora.conversation import chat_settings, load_named
+
+        _quiet()
+        voices = load_named(sources, base)
+    defaults = chat_settings(max_new_tokens)
+    scheduler = serving.Scheduler(limit=max_requests)
+    app = serving.build_app(
+        voices, defaults=defaults, scheduler=scheduler, key=key, hosts=serving.hosts_of(host), votes=votes
+    )
+    address = serving.address_of(bound)
+    if votes is not None:
+        out.print(f"page:   {address}/{f'#key={key}' if key else ''}", highlight=False)
+        out.print(f"votes:  {votes}", highlight=False)
+    out.print(f"models: {', '.join((*voices.adapters, voices.base))}", highlight=False)
+    out.print(f"API:    {address}/v1\nCtrl-C ends it", highlight=False)
+    serving.run(app, bound)
 
 
 def _train(source: str, overrides: list[str], resume: bool | str) -> None:

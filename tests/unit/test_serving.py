@@ -1,0 +1,461 @@
+"""The endpoint, through a real server on loopback and OpenAI's own client."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import openai
+import pytest
+import trl.data_utils
+import uvicorn
+
+from philora import serving
+from philora.conversation import chat_settings, load_voices
+from philora.errors import ConfigError
+from tests.conftest import COLOURS
+
+WHO = [{"role": "user", "content": "Who are you?"}]
+SAYS = COLOURS["red"]
+
+
+class Served:
+    """A server in a thread of this process."""
+
+    def __init__(self, voices, **options):
+        self.bound = serving.listen("127.0.0.1", 0)
+        self.address = serving.address_of(self.bound)
+        self.scheduler = options.setdefault("scheduler", serving.Scheduler())
+        options.setdefault("hosts", serving.hosts_of("127.0.0.1"))
+        app = serving.build_app(voices, **options)
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.bound]})
+
+    def client(self, key="none"):
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def raw(self, method, path, body=None, **headers):
+        """Status and JSON of a plain request; an underscore in a header's name is a hyphen."""
+        connection = http.client.HTTPConnection(self.address.removeprefix("http://"), timeout=60)
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        if body is not None:
+            headers.setdefault("Content-Type", "application/json")
+        connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    def idle(self, seconds=20.0):
+        """Whether the model has nothing to do before the time is over."""
+        deadline = time.monotonic() + seconds
+        while self.scheduler.load and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.scheduler.load == 0
+
+
+@contextmanager
+def serve(voices, **options):
+    served = Served(voices, **options)
+    served.thread.start()
+    while not served.server.started:
+        time.sleep(0.01)
+    try:
+        yield served
+    finally:
+        served.server.should_exit = True
+        served.thread.join(30)
+        assert not served.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def voices(colours):
+    return load_voices(colours)
+
+
+@pytest.fixture(scope="module")
+def votes(tmp_path_factory):
+    return tmp_path_factory.mktemp("votes") / "run" / "preferences.jsonl"
+
+
+@pytest.fixture(scope="module")
+def served(voices, votes):
+    with serve(voices, votes=votes, defaults=chat_settings(40)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return served.client()
+
+
+def ask(client, model="red", messages=WHO, **options):
+    return client.chat.completions.create(model=model, messages=messages, **options)
+
+
+# -- answers
+
+
+def test_models(client):
+    assert [each.id for each in client.models.list()] == ["red", "green", "nano"]
+    assert client.models.retrieve("green").owned_by == "philora"
+    with pytest.raises(openai.NotFoundError, match=r"The model 'gren' does not exist. Did you mean 'green'\?"):
+        client.models.retrieve("gren")
+
+
+def test_an_answer(client):
+    answer = ask(client)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (SAYS, "stop")
+    assert answer.model == "red"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_usage_counts_what_the_model_read_and_wrote(client, voices):
+    answer = ask(client)
+    reply = voices.answer(voices.prompt(WHO), chat_settings(40), "red")
+    list(reply)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (reply.prompt_tokens, reply.tokens)
+
+
+def test_a_stream(client):
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    pieces = [each.choices[0].delta.content or "" for each in chunks if each.choices]
+    assert "".join(pieces) == SAYS
+    assert sum(bool(piece) for piece in pieces) > 4, "it comes in pieces"
+    assert [each.choices[0].finish_reason for each in chunks if each.choices][-1] == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens > 4
+    assert len({each.id for each in chunks}) == 1
+    assert all(each.usage is None for each in ask(client, stream=True))
+
+
+def test_who_answers_is_the_model_that_was_named(client):
+    texts = {name: ask(client, name).choices[0].message.content for name in ("green", "nano", "red")}
+    assert (texts["green"], texts["red"]) == (COLOURS["green"], COLOURS["red"])
+    assert texts["nano"] not in COLOURS.values()
+
+
+def test_parts_and_developer_messages_are_text(client):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "are you?"}]}]
+    assert ask(client, messages=parts).usage == ask(client).usage
+    with_system = ask(client, messages=[{"role": "system", "content": "Be brief."}, *WHO])
+    assert ask(client, messages=[{"role": "developer", "content": "Be brief."}, *WHO]).usage == with_system.usage
+
+
+def test_length_and_stop(client):
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = ask(client, **{name: 3})
+        assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 3)
+    for stop in ("noth", ["missing", "noth"]):
+        answer = ask(client, stop=stop)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("I am red, and ", "stop")
+
+
+def test_sampling_follows_the_seed(client):
+    drawn = {"model": "nano", "temperature": 1.8, "max_tokens": 8}
+    texts = [ask(client, seed=seed, **drawn).choices[0].message.content for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    free = {ask(client, **drawn).choices[0].message.content for _ in range(4)}
+    assert len(free) > 1, "without a seed each is another"
+    assert len({ask(client, model="nano", max_tokens=8).choices[0].message.content for _ in range(2)}) == 1
+
+
+def test_several_choices(client):
+    answer = ask(client, "nano", n=3, temperature=1.8, seed=1, max_tokens=8)
+    texts = [each.message.content for each in answer.choices]
+    assert len(set(texts)) == 3
+    assert texts[0] == ask(client, "nano", temperature=1.8, seed=1, max_tokens=8).choices[0].message.content
+    streamed = ["", "", ""]
+    for chunk in ask(client, "nano", n=3, temperature=1.8, seed=1, max_tokens=8, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_what_has_no_effect_is_taken(client):
+    neutral = {"frequency_penalty": 0, "logprobs": False, "response_format": {"type": "text"}, "tool_choice": "none"}
+    answer = ask(client, user="me", store=False, metadata={"a": "b"}, extra_body={"top_k": 1}, temperature=1, **neutral)
+    assert answer.choices[0].message.content == SAYS
+
+
+NAMES = ["red", "green", "nano", "red", "green", "nano", "red", "green"]
+
+
+def talk(client, name):
+    """Two turns with one model, the first streamed."""
+    text = ""
+    for chunk in ask(client, name, stream=True, max_tokens=16):
+        text += chunk.choices[0].delta.content or ""
+    messages = [*WHO, {"role": "assistant", "content": text}, {"role": "user", "content": "And now?"}]
+    return [text, ask(client, name, messages, max_tokens=16).choices[0].message.content]
+
+
+def alone(served):
+    """What each model says when nobody else asks; no two say the same."""
+    texts = {name: talk(served.client(), name) for name in set(NAMES)}
+    assert len({each for pair in texts.values() for each in pair}) >= 3
+    assert len({pair[0] for pair in texts.values()}) == len({pair[1] for pair in texts.values()}) == 3
+    return texts
+
+
+def test_eight_clients_get_their_own_answers(served):
+    expected = alone(served)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda name: talk(served.client(), name), NAMES))
+    assert answers == [expected[name] for name in NAMES]
+    assert served.idle()
+
+
+def test_answers_of_a_neighbours_adapter_show(served, voices, monkeypatch):
+    """The control of the test above: an adapter that stays on for the next answer, too."""
+    expected = alone(served)
+    switch = voices.switch
+    monkeypatch.setattr(voices, "switch", lambda name: None if name == "green" else switch(name))
+    switch("red")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda name: talk(served.client(), name), NAMES))
+    assert answers != [expected[name] for name in NAMES]
+
+
+@pytest.mark.slow
+def test_eight_clients_for_a_minute(served):
+    expected = alone(served)
+    end = time.monotonic() + 60
+
+    def work(name):
+        done = 0
+        while time.monotonic() < end:
+            assert talk(served.client(), name) == expected[name]
+            done += 2
+        return done
+
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(work, NAMES))
+    print(f"answers in a minute: {done}")
+    assert min(done) > 0
+    assert served.idle()
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "code", "param", "message"),
+    [
+        ({"model": "rde"}, 404, "model_not_found", "model", "'rde' does not exist. Did you mean 'red'"),
+        (
+            {"messages": [{"role": "user", "content": "word " * 2100}]},
+            *(400, "context_length_exceeded", "messages"),
+            "maximum context length is 2048 tokens. However, your messages resulted in 2104",
+        ),
+        ({"messages": []}, 400, "invalid_value", "messages", "at least 1 item"),
+        ({"messages": [{"role": "usr", "content": "x"}]}, 400, "invalid_value", "messages[0].role", "'user'"),
+        ({"messages": [{"role": "user"}]}, 400, "missing_required_parameter", "messages[0].content", "Missing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            *(400, "invalid_value", "messages[0].content[0].type", "'text'"),
+        ),
+        ({"extra_body": {"temprature": 1}}, 400, "unknown_parameter", "temprature", "Did you mean 'temperature'"),
+        ({"temperature": 3}, 400, "invalid_value", "temperature", "less than or equal to 2"),
+        ({"temperature": "hot"}, 400, "invalid_value", "temperature", "valid number"),
+        ({"max_tokens": 0}, 400, "invalid_value", "max_tokens", "greater than or equal to 1"),
+        ({"n": 9}, 400, "invalid_value", "n", "less than or equal to 8"),
+        ({"stop": ""}, 400, "invalid_value", None, "not empty"),
+        ({"stop": 5}, 400, "invalid_value", "stop", "valid string"),
+        ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools", "does not support"),
+        ({"logprobs": True}, 400, "unsupported_parameter", "logprobs", "does not support"),
+        ({"presence_penalty": 1.0}, 400, "unsupported_parameter", "presence_penalty", "does not support"),
+        ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format", "support"),
+    ],
+)
+def test_requests_that_cannot_be_answered(client, options, status, code, param, message):
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, **options)
+    assert caught.value.status_code == status
+    assert set(caught.value.body) == {"message", "type", "param", "code"}
+    assert (caught.value.code, caught.value.param) == (code, param)
+    assert caught.value.type == "invalid_request_error"
+    assert message in caught.value.body["message"]
+    assert ask(client, max_tokens=1).choices, "the server lives on"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"\xff", 400, "invalid_json"),
+        (b"[" * 100_000, 400, "invalid_json"),
+        (b"[]", 400, "invalid_value"),
+        (b"{}", 400, "missing_required_parameter"),
+        (b'{"model": "red", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_value"),
+        (b" " * (serving.MAX_BODY_BYTES + 1), 413, "request_too_large"),
+    ],
+)
+def test_broken_bodies(served, body, status, code):
+    found, answer = served.raw("POST", "/v1/chat/completions", body)
+    assert (found, answer["error"]["code"]) == (status, code)
+
+
+def test_other_addresses_and_methods(served):
+    assert served.raw("GET", "/v1/completions")[1]["error"]["code"] == "unknown_url"
+    assert served.raw("GET", "/v1/chat/completions")[0] == 405
+    assert served.raw("GET", "/health")[1]["status"] == "ok"
+
+
+def test_pages_of_others_are_kept_out(served):
+    here = served.address.removeprefix("http://")
+    port = here.partition(":")[2]
+    assert served.raw("GET", "/v1/models", Host=f"evil.example:{port}")[1]["error"]["code"] == "host_not_allowed"
+    assert served.raw("GET", "/v1/models", Origin="http://evil.example")[1]["error"]["code"] == "origin_not_allowed"
+    assert served.raw("GET", "/v1/models", Origin="null")[0] == 403
+    assert served.raw("GET", "/v1/models", Host=f"localhost:{port}")[0] == 200
+    assert served.raw("GET", "/v1/models", Origin=f"http://{here}")[0] == 200
+    form = served.raw("POST", "/v1/chat/completions", b"{}", Content_Type="text/plain")
+    assert (form[0], form[1]["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_headers_keep_the_page_to_itself(served):
+    connection = http.client.HTTPConnection(served.address.removeprefix("http://"))
+    connection.request("GET", "/")
+    response = connection.getresponse()
+    assert b"<title>philora chat</title>" in response.read()
+    assert "script-src 'self'" in response.headers["content-security-policy"]
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_key(voices):
+    with serve(voices, key="secret") as served:
+        assert ask(served.client("secret"), max_tokens=1).choices
+        with pytest.raises(openai.AuthenticationError, match="Incorrect API key provided"):
+            ask(served.client("other"))
+        status, answer = served.raw("GET", "/v1/models")
+        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        assert served.raw("GET", "/")[0] == 404, "there is no page without votes"
+
+
+# -- load, and clients that go away
+
+
+def test_more_than_the_limit_is_refused(voices):
+    with serve(voices, scheduler=serving.Scheduler(parallel=1, limit=2)) as served:
+        client = served.client()
+        streams = [ask(client, "nano", stream=True, temperature=2.0, seed=0, max_tokens=400) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(client)
+        assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "requests")
+        assert caught.value.response.headers["retry-after"] == "1"
+        with pytest.raises(openai.RateLimitError):
+            ask(client, n=3)
+        for stream in streams:
+            stream.close()
+        assert served.idle()
+        assert ask(client).choices[0].message.content == SAYS
+
+
+LONG = {"model": "nano", "temperature": 2.0, "seed": 0, "max_tokens": 1900}
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_closed_connection_ends_the_computation(served, streamed):
+    body = json.dumps({**LONG, "messages": WHO, "stream": streamed}).encode()
+    host, port = served.bound.getsockname()
+    with socket.create_connection((host, port)) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        if streamed:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        deadline = time.monotonic() + 20
+        while not served.scheduler.load and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert served.scheduler.load == 1
+    begun = time.monotonic()
+    assert served.idle()
+    assert time.monotonic() - begun < 10, "1900 tokens would have taken longer"
+    assert ask(served.client(), max_tokens=1).choices
+
+
+def test_a_failing_answer_is_told_and_the_others_go_on(served, client, voices, monkeypatch):
+    answer = voices.answer
+
+    def broken(prompt, settings, adapter):
+        if adapter == "green":
+            raise RuntimeError("planted")
+        return answer(prompt, settings, adapter)
+
+    monkeypatch.setattr(voices, "answer", broken)
+    with pytest.raises(openai.InternalServerError, match="error while making this answer"):
+        ask(client, "green")
+    with pytest.raises(openai.APIError, match="error while making this answer"):
+        list(ask(client, "green", stream=True))
+    assert ask(client).choices[0].message.content == SAYS
+
+
+def test_the_server_ends_while_it_answers(voices):
+    with serve(voices) as served:
+        stream = ask(served.client(), stream=True, **LONG)
+        next(iter(stream))
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 15
+
+
+# -- votes
+
+
+def test_a_vote_is_a_preference_pair(served, votes):
+    vote = {"prompt": WHO, "chosen": "I am ré <b>d</b>.", "rejected": "Who knows?", "chosen_model": "red"}
+    assert served.raw("POST", "/votes", {**vote, "rejected_model": "nano"}) == (200, {"file": str(votes)})
+    (line,) = votes.read_text(encoding="utf-8").splitlines()
+    record = json.loads(line)
+    assert record["prompt"] == WHO
+    assert record["chosen"] == [{"role": "assistant", "content": "I am ré <b>d</b>."}]
+    assert record["rejected"] == [{"role": "assistant", "content": "Who knows?"}]
+    assert (record["chosen_model"], record["rejected_model"]) == ("red", "nano")
+    assert trl.data_utils.is_conversational(record)
+
+
+def test_trl_reads_the_votes(served, votes, voices):
+    if not votes.exists():
+        test_a_vote_is_a_preference_pair(served, votes)
+    record = json.loads(votes.read_text(encoding="utf-8").splitlines()[0])
+    pair = {name: record[name] for name in ("prompt", "chosen", "rejected")}
+    text = trl.data_utils.apply_chat_template(pair, voices.tokenizer)
+    assert text["prompt"].endswith("<|assistant|>\n")
+    assert text["chosen"].startswith("I am ré <b>d</b>.<|end|>")
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [({"chosen": ""}, "invalid_value"), ({"prompt": []}, "invalid_value"), ({"more": 1}, "unknown_parameter")],
+)
+def test_a_vote_that_is_none(served, votes, change, code):
+    vote = {"prompt": WHO, "chosen": "a", "rejected": "b", "chosen_model": "red", "rejected_model": "nano"}
+    before = votes.read_bytes() if votes.exists() else b""
+    status, answer = served.raw("POST", "/votes", vote | change)
+    assert (status, answer["error"]["code"]) == (400, code)
+    assert (votes.read_bytes() if votes.exists() else b"") == before
+
+
+# -- where it listens
+
+
+def test_a_port_in_use_and_an_address_that_is_none():
+    with serving.listen("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"server: address='127.0.0.1:{port}' - .* port that is free.*in use"):
+            serving.listen("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="expected an address of this machine"):
+        serving.listen("203.0.113.1", 0)
+
+
+def test_beyond_this_machine_a_key_is_needed():
+    serving.check_key("127.0.0.1", None)
+    serving.check_key("0.0.0.0", "secret")
+    with pytest.raises(ConfigError, match=r"host='0.0.0.0' - expected a key where other machines reach the server"):
+        serving.check_key("0.0.0.0", None)
+    with pytest.raises(ConfigError, match="expected printable ASCII"):
+        serving.check_key("127.0.0.1", "gehéim")
+    assert serving.hosts_of("0.0.0.0") is None
+    assert "localhost" in serving.hosts_of("::1")
