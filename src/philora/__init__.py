@@ -27,6 +27,7 @@ _HOME = {
     "merge_to_folder": "philora.merging",
     "optimize": "philora.adapters",
     "preflight": "philora.preflight",
+    "push": "philora.pushing",
     "train": "philora.training",
 }
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from philora.formats import export
     from philora.merging import merge, merge_to_folder
     from philora.preflight import preflight
+    from philora.pushing import push
     from philora.trainer import SFTConfig, SFTTrainer
     from philora.training import train
 
@@ -53,6 +55,7 @@ __all__ = [
     "merge_to_folder",
     "optimize",
     "preflight",
+    "push",
     "train",
 ]
 

@@ -351,6 +351,33 @@ def export(
         out.print(str(result.reader or missing), highlight=False)
 
 
+@app.command()
+def push(
+    source: AdapterArgument,
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub.", metavar="REPO_ID")],
+    merged: Annotated[bool, typer.Option("--merged", help="Push the whole model, merged and verified.")] = False,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Of a new repository; default: the owner's setting.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; send nothing.")] = False,
+    base: BaseOption = None,
+) -> None:
+    """Publish the adapter, or the merged model, with its card on the Hugging Face Hub."""
+    _logging("warning")
+    from philora.pushing import push as publish
+
+    result = publish(source, repo_id, merged=merged, private=private, dry_run=dry_run, base=base)
+    table = Table("file", "bytes", box=None)
+    for name, size in result.files.items():
+        table.add_row(escape(name), f"{size:,}")
+    out.print(table)
+    where = f"would go to {result.repo_id}; nothing was sent" if result.url is None else str(result.url)
+    out.print(where, highlight=False)
+
+
 @app.command("config")
 def show_config(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Show the effective configuration and where each value comes from."""

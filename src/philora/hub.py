@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it can be reached at all."""
+"""The Hugging Face Hub: whether it can be reached, whose token writes to it, and what it says when it refuses."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants
+import httpx
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in an __all__
+
+from philora.errors import ConfigError, RunError, fault
 
 
 @contextlib.contextmanager
@@ -32,3 +38,110 @@ def _has_no_network(endpoint: str) -> bool:
     except OSError:
         return True
     return False
+
+
+# --------------------------------------------------------------------------------------------- writing to it
+
+_TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def find_token(folder: Path | None = None) -> str | None:
+    """A token of the Hub: from the environment, from `.env` in a folder, or from the login.
+
+    Args:
+        folder: Where `.env` is looked for; default: the working directory.
+    """
+    for name in _TOKEN_NAMES:
+        if os.environ.get(name, "").strip():
+            return os.environ[name].strip()
+    return _from_dotenv((folder or Path.cwd()) / ".env") or get_token()
+
+
+def _from_dotenv(path: Path) -> str | None:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    for line in lines:
+        name, assigned, value = line.strip().removeprefix("export ").partition("=")
+        if assigned and name.strip() in _TOKEN_NAMES:
+            value = value.strip()
+            quoted = value[:1] in ("'", '"') and value.find(value[0], 1) > 0
+            return (value[1 : value.find(value[0], 1)] if quoted else value.partition(" #")[0].strip()) or None
+    return None
+
+
+def check_repo_id(repo_id: str, where: str, name: str = "repo_id") -> None:
+    """Refuse a name that no repository can have.
+
+    Raises:
+        ConfigError: Such as a name with a space, two slashes or a dot at its end.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        expected = "a repository such as OWNER/NAME: letters, digits and - _ . between them"
+        raise ConfigError(fault(where, name, repo_id, expected, f"The hub says: {_first_line(error)}")) from error
+
+
+def require_token(where: str, token: str | None = None) -> str:
+    """The token that was given, else the one that is found.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = token or find_token()
+    if found is None:
+        expected = "a token with write access"
+        todo = "Set HF_TOKEN, write HF_TOKEN=... into .env in this folder, or log in: hf auth login"
+        raise ConfigError(fault(where, "token", None, expected, todo))
+    return found
+
+
+def create_repository(repo_id: str, token: str, private: bool | None, where: str) -> str:
+    """Make a repository if it is not there yet; returns its full name.
+
+    Raises:
+        ConfigError: The Hub does not know the token, or the token may not write there.
+        RunError: The Hub cannot be reached, or refuses for another reason.
+    """
+    with _explained(where, repo_id, token):
+        return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
+
+
+def upload(folder: Path, repo_id: str, token: str, message: str, where: str) -> str:
+    """Put a folder's files into a repository in one commit, all or none; returns the address of the commit.
+
+    Raises:
+        ConfigError, RunError: As `create_repository`.
+    """
+    with _explained(where, repo_id, token):
+        api = HfApi(token=token)
+        commit = api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)
+        return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _explained(where: str, repo_id: str, token: str) -> Iterator[None]:
+    """One message for the many ways in which the Hub can refuse; none of them holds the token."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        said = f"The hub says: {_first_line(error)}".replace(token, "***")
+        if status == 401:
+            todo = f"Make one with write access at {constants.ENDPOINT}/settings/tokens. {said}"
+            raise ConfigError(fault(where, "token", "***", "a token that the hub knows", todo)) from None
+        if status in (403, 404):
+            expected = "a repository that the token may write to"
+            raise ConfigError(fault(where, "repo_id", repo_id, expected, said)) from None
+        raise RunError(fault(where, "repo_id", repo_id, "the hub to take the files", said)) from None
+    except (httpx.HTTPError, OSError) as error:  # offline mode is an OSError too
+        said = f"{type(error).__name__}: {_first_line(error)}".replace(token, "***")
+        expected = f"a connection to {constants.ENDPOINT}"
+        todo = f"Connect and try again; nothing is lost. {said}"
+        raise RunError(fault(where, "repo_id", repo_id, expected, todo)) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]

@@ -36,10 +36,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, native, planning, processes
+from philora import checkpoint, models, native, planning, processes, pushing
 from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training
 from philora.callbacks import MetricsFile, peak_memory_bytes
+from philora.card import model_card
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, prepare, prompts_and_references
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
@@ -47,7 +48,7 @@ from philora.evaluation import Evaluation, compare, evaluate, joined, pick_sampl
 from philora.families import generic_notice
 from philora.generation import GenerationSettings
 from philora.kernels.memory import out_of_memory
-from philora.report import write_report
+from philora.report import SECRETS, write_report
 from philora.signals import Interrupted, StopOnSignal
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
@@ -96,7 +97,7 @@ def train(
 
     Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
     """
-    command = command or " ".join(sys.argv)
+    command = SECRETS.sub("***", command or " ".join(sys.argv))
     with StopOnSignal("before training", f"Nothing was written; start it again with: {command}") as stop:
         config = load_config(source, overrides)
         _check_processes(config)
@@ -138,6 +139,7 @@ def _train(
 
         created = processes.is_main() and not folder.exists()
         run = _Run(config, folder, tokenizer, prepared, command, callbacks, stop)
+        processes.on_main(run.aim)
         try:
             processes.on_main(lambda: _hold(folder, config, continued is None, held))
             held.enter_context(resuming.threads(chosen.get("threads")))
@@ -262,6 +264,7 @@ class _Run:
         self.config, self.folder, self.tokenizer, self.prepared = config, folder, tokenizer, prepared
         self.command, self.callbacks, self.stop = command, callbacks, stop
         self.began = False  # whether its folder is to stay
+        self.target: pushing.Target | None = None
         self.started = datetime.datetime.now(datetime.UTC)
         self.model: PeftModel
         self.arguments: SFTConfig
@@ -298,6 +301,10 @@ class _Run:
         for own in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype"):
             given[own] = self.config.training_config[own]
         given |= {key: chosen[key] for key in CHOSEN if key in chosen}
+        # transformers would push each checkpoint, and keep the token in the training_args.bin of each; the run pushes
+        # its adapter when it is done.
+        given["push_to_hub"] = False
+        given.pop("hub_token", None)
         element_bytes = torch.finfo(base.dtype).bits // 8
         packing = bool(given.get("packing", True))
         tokens_per_step = self.config.training_config.get("tokens_per_step", "auto")
@@ -470,7 +477,29 @@ class _Run:
             generation = self.model.get_base_model().generation_config
             if generation is not None:
                 generation.save_pretrained(str(folder))
-            checkpoint.write_text(folder / "README.md", _card(self.config))
+            self._write_card(folder)
+
+    def _write_card(self, folder: Path) -> None:
+        """The card of the adapter, with the results when they are there."""
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = self.config.model.name_or_path
+        text = model_card("adapter", run=self.folder, base=base, adapter_config=config)
+        checkpoint.write_text(folder / "README.md", text)
+
+    def aim(self) -> None:
+        """See to it that the adapter can be pushed when it is done; in the process that will do it."""
+        self.target = pushing.target_of(self.config)
+
+    def _push(self) -> None:
+        if self.target is None:
+            return
+        repo_id, private, token = self.target
+        try:
+            url = pushing.push(self.folder, repo_id, private=private, token=token).url
+        except PhiloraError as error:
+            todo = f"The run is whole in {self.folder}; push it with: philora push {self.folder} {repo_id}"
+            raise RunError(f"{error} {todo}") from None
+        logger.info("pushed: %s", url)
 
     # -- evaluation and what is written at the end
 
@@ -541,8 +570,10 @@ class _Run:
         evaluated = {f"eval_{key}": value for key, value in (after.scores.to_dict() if after else {}).items()}
         checkpoint.write_json(self.folder / "eval_results.json", evaluated)
         checkpoint.write_json(self.folder / "results.json", results)
+        self._write_card(self.folder / "adapter")
         write_report(self.folder)
         logger.info("the run is complete: %s", self.folder)
+        self._push()
         return RunResult(self.folder, results)
 
 
@@ -554,31 +585,6 @@ def versions() -> dict[str, str]:
     """Versions of what a run depends on."""
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _card(config: Config) -> str:
-    """The model card of an adapter: what it is, how it was made, and code that loads it."""
-    base = config.model.name_or_path
-    return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, philora, sft]
----
-
-# A LoRA adapter of {base}
-
-Trained with philora {philora.__version__}. `config.yaml` beside this folder holds every setting.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("adapter")
-base = AutoModelForCausalLM.from_pretrained("{models.local_path(base) if base != "nano" else "path/to/nano"}")
-model = PeftModel.from_pretrained(base, "adapter")
-```
-"""
 
 
 __all__ = ["Interrupted", "RunResult", "train", "versions"]

@@ -47,6 +47,8 @@ ORDER = [
     "evaluation",
     "assessment",
     "report",
+    "card",
+    "pushing",
     "preflight",
     "resume",
     "training",

@@ -1,0 +1,161 @@
+"""`philora push`: an adapter or a merged model with its card, in one commit to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from philora import hub
+from philora.adapters import RECORD_NAME
+from philora.card import model_card
+from philora.checkpoint import read_peft_tensors, write_json, write_text
+from philora.config import Config
+from philora.errors import AdapterError, fault
+from philora.formats.companions import Companions
+from philora.merging import merge_to_folder
+from philora.models import local_path
+from philora.sources import AdapterSource, find_adapter
+
+logger = logging.getLogger(__name__)
+
+
+class Pushed(NamedTuple):
+    """What went to the Hub, or would.
+
+    Attributes:
+        repo_id: The repository.
+        files: Names and sizes in bytes.
+        url: Address of the commit; None after a dry run.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    url: str | None
+
+
+def push(
+    source: str | Path,
+    repo_id: str,
+    *,
+    merged: bool = False,
+    private: bool | None = None,
+    dry_run: bool = False,
+    base: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Publish an adapter, or the merged model, with tokenizer, generation config, stop tokens and a model card.
+
+    Args:
+        source: Run folder, adapter folder or checkpoint. A run's card has its data, settings and results.
+        repo_id: `OWNER/NAME`, or `NAME` for the token's owner; made if it is not there yet.
+        merged: Push the whole model with the adapter in its weights, merged and verified as `merge_to_folder` does.
+        private: Whether a new repository is private; default: what the owner's settings say.
+        dry_run: Make everything and list it, but send nothing and ask for no token.
+        base: Base model; default: the one that the adapter names.
+        token: Default: that of the environment, of `.env`, or of the login.
+
+    Raises:
+        ConfigError: The name or the token is not usable; nothing was sent.
+        AdapterError: There is no whole adapter in PEFT's format.
+        RunError: The Hub cannot be reached or refuses the files. A commit is whole or absent.
+
+    Example:
+        >>> push("runs/helpdesk", "me/helpdesk", dry_run=True)  # doctest: +SKIP
+    """
+    hub.check_repo_id(repo_id, "push")
+    found = find_adapter(source, base)
+    if not found.path.is_dir():
+        todo = "Convert it first: philora export"
+        raise AdapterError(fault("push", "source", str(source), "an adapter in PEFT's format", todo))
+    if not dry_run:
+        token = hub.require_token("push", token)
+        repo_id = hub.create_repository(repo_id, token, private, "push")
+    with tempfile.TemporaryDirectory(prefix="philora-push-") as temporary:
+        folder = Path(temporary) / "files"
+        name = _base_name(found, base)
+        if merged:
+            merge_to_folder(found.path, folder, base=found.base)
+            Companions(folder, folder, None).write(folder, files=False)
+        else:
+            folder.mkdir()
+            _copy_adapter(found, folder, name)
+        config = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
+        text = model_card(
+            repo_id,
+            run=_run_of(found),
+            base=name,
+            adapter_config=config,
+            merged=merged,
+            tokenizer=(folder / "tokenizer_config.json").is_file(),
+        )
+        write_text(folder / "README.md", text)
+        files = {
+            each.relative_to(folder).as_posix(): each.stat().st_size
+            for each in sorted(folder.rglob("*"))
+            if each.is_file()
+        }
+        if dry_run or token is None:
+            return Pushed(repo_id, files, None)
+        what = "merged model" if merged else "adapter"
+        url = hub.upload(folder, repo_id, token, f"Upload the {what} with philora", "push")
+    logger.info("pushed to %s", url)
+    return Pushed(repo_id, files, url)
+
+
+class Target(NamedTuple):
+    """Where a run's adapter goes when it is done."""
+
+    repo_id: str
+    private: bool | None
+    token: str
+
+
+def target_of(config: Config) -> Target | None:
+    """Where `training_config.push_to_hub` sends a run's adapter; the repository is made, so that it can be.
+
+    Raises:
+        ConfigError, RunError: As `push`, before anything was trained.
+    """
+    training = config.training_config
+    if not training.get("push_to_hub"):
+        return None
+    repo_id = str(training.get("hub_model_id") or Path(training["output_dir"]).expanduser().absolute().name)
+    hub.check_repo_id(repo_id, config.source, "training_config.hub_model_id")
+    token = hub.require_token(config.source, training.get("hub_token"))
+    private = training.get("hub_private_repo")
+    if config.origins.get("training_config.hub_strategy", "default") != "default" and training["hub_strategy"] != "end":
+        logger.warning("training_config.hub_strategy: a run pushes its adapter once, when it is done")
+    return Target(hub.create_repository(repo_id, token, private, config.source), private, token)
+
+
+def _run_of(found: AdapterSource) -> Path | None:
+    """The run that an adapter belongs to, also where its own folder was named."""
+    if found.run is not None:
+        return found.run
+    return found.path.parent if (found.path.parent / "results.json").is_file() else None
+
+
+def _base_name(found: AdapterSource, base: str | None) -> str | None:
+    """What the repository calls the base: a hub id or `nano` where it is one, else the folder."""
+    name = base or found.base
+    return "nano" if name == local_path("nano") else name
+
+
+def _copy_adapter(found: AdapterSource, folder: Path, base: str | None) -> None:
+    """The adapter's files, and nothing else that stands in its folder, such as the state of an optimizer."""
+    read_peft_tensors(found.path)
+    shutil.copyfile(found.path / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    config: dict[str, Any] = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
+    if base is not None and Path(base).is_absolute():
+        expected = "a model on the hub, for those who download the adapter"
+        logger.warning("%s", fault("push", "base", Path(base).name, expected, "Say which: --base OWNER/NAME"))
+        base = Path(base).name  # where it stands on this machine is nobody's business
+    config["base_model_name_or_path"] = base
+    write_json(folder / "adapter_config.json", config)
+    if (found.path / RECORD_NAME).is_file():
+        shutil.copyfile(found.path / RECORD_NAME, folder / RECORD_NAME)
+    Companions(found.path, Path(found.base or ""), None).write(folder)
