@@ -121,8 +121,8 @@ def evaluate(
     loaded = load(source, base=base)
     folder = _folder(loaded, out)
     settings = _settings(loaded, generation or {})
-    found = _held_out(loaded, data)
-    kept = _rows_to_score(found, limit, keep_training_rows)
+    found = held_out_of(loaded, data)
+    kept = rows_to_score(found, limit, keep_training_rows)
     if answers is None:
         answers = loaded.config.evaluation.generate if loaded.config is not None else ANSWERS
     asked = [row for row in kept if row in set(found.answerable)][:answers]
@@ -203,7 +203,7 @@ def _settings(loaded: Loaded, given: Mapping[str, Any]) -> GenerationSettings:
     return GenerationSettings(**(own | dict(given)))
 
 
-def _held_out(loaded: Loaded, data: str | Path | None) -> HeldOut:
+def held_out_of(loaded: Loaded, data: str | Path | None) -> HeldOut:
     """The rows, and whether they are those that the run held out."""
     config = loaded.config
     if config is None and data is None:
@@ -241,7 +241,7 @@ def _recorded_fingerprint(run: Path) -> str | None:
     return data.get("fingerprint") if isinstance(data, dict) else None
 
 
-def _rows_to_score(found: HeldOut, limit: int | None, keep_training_rows: bool) -> list[int]:
+def rows_to_score(found: HeldOut, limit: int | None, keep_training_rows: bool) -> list[int]:
     """Places of the rows that are scored; those of the training set are named."""
     trained = set(found.in_training or ())
     if trained:

@@ -308,18 +308,38 @@ def merge(
     fresh_base: Annotated[
         bool, typer.Option("--fresh-base", help="After training over a quantised base: merge into its 16-bit weights.")
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="With --fresh-base: rows for the loss of both bases; default: those that the run held out."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 500MB or 5GB.")] = "2GB",
     verify: Annotated[bool, typer.Option(help="Compare logits of adapter and merged model.")] = True,
 ) -> None:
     """Write a model folder with the adapter added to the weights, a shard at a time."""
     _logging("warning")
-    from philora.merging import merge_to_folder
+    scores = None
+    if data is not None and not fresh_base:
+        from philora.errors import ConfigError, fault
 
-    result = merge_to_folder(
-        source, output, base=base, fresh_base=fresh_base, max_shard_size=max_shard_size, verify=verify
-    )
+        todo = "philora evaluate RUN --data FILE scores an adapter as it is"
+        raise ConfigError(fault("merge", "data", data, "--fresh-base beside it, whose loss it is for", todo))
+    if fresh_base:
+        from philora.bases import merge_into_fresh_base
+
+        result, scores = merge_into_fresh_base(
+            source, output, base=base, data=data, max_shard_size=max_shard_size, verify=verify
+        )
+    else:
+        from philora.merging import merge_to_folder
+
+        result = merge_to_folder(source, output, base=base, max_shard_size=max_shard_size, verify=verify)
     out.print(f"{result.folder}: {result.shards} file(s), {result.bytes / 1e9:.2f} GB", highlight=False)
     out.print(str(result.agreement) if result.agreement else "not verified", highlight=False)
+    if scores is not None:
+        out.print(f"loss on {scores.rows:,} rows that were not trained on, with the adapter:", highlight=False)
+        for name, each in (("dequantised base", scores.trained_over), ("fresh base (this folder)", scores.fresh)):
+            accuracy = f"token accuracy {100 * each.token_accuracy:.1f}%"
+            out.print(f"  {name:<25} {each.loss:.4f}, {accuracy}", highlight=False)
 
 
 @app.command()

@@ -361,7 +361,7 @@ def merge_to_folder(
     Example:
         >>> merge_to_folder("runs/helpdesk", "helpdesk-merged")  # doctest: +SKIP
     """
-    out = _free_folder(out)
+    out = free_folder(out)
     adapter = find_adapter(source, base)
     if not adapter.path.is_dir():
         expected, todo = "an adapter in PEFT's format", "Convert it first"
@@ -390,7 +390,8 @@ def merge_to_folder(
     return MergeResult(out, result, len(shards), total)
 
 
-def _free_folder(out: str | Path) -> Path:
+def free_folder(out: str | Path) -> Path:
+    """The folder to write; raises ConfigError where it holds something."""
     path = Path(out).expanduser().absolute()
     if is_taken(path):
         todo = "Give another folder, or remove this one first"

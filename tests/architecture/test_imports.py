@@ -46,6 +46,7 @@ ORDER = [
     "serving",
     "evaluation",
     "assessment",
+    "bases",
     "report",
     "card",
     "pushing",
