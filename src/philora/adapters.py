@@ -606,6 +606,28 @@ def _keep_zeros(layer: LoraLayer, *_: Any) -> None:
             up.weight.register_hook(_ZeroOutside(_inside(up.weight, up.slice_layout)))
 
 
+def keep_zeros_in_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put back the zeros outside the slices after each step of an optimizer with 8-bit states.
+
+    bitsandbytes reads a state of zero back as a very small number where its block holds larger ones, and so moves
+    elements that have no gradient. Other optimizers leave them alone.
+    """
+    if getattr(getattr(optimizer, "args", None), "optim_bits", None) != 8:
+        return
+    sliced = [
+        up for layer in lora_layers(model).values() for up in layer.lora_B.values() if hasattr(up, "slice_layout")
+    ]
+    masks = {id(up): _inside(up.weight, up.slice_layout) for up in sliced}
+
+    @torch.no_grad()
+    def put_back(*_: Any) -> None:
+        for up in sliced:
+            up.weight.mul_(masks[id(up)].to(up.weight.device))
+
+    if sliced:
+        optimizer.register_step_post_hook(put_back)
+
+
 def _inside(weight: Tensor, slices: Slices) -> Tensor:
     """Mask of the blocks of B. Shape: that of `weight`, (out, R)."""
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
