@@ -515,10 +515,10 @@ def _train(source: str, overrides: list[str], resume: bool | str) -> None:
         from philora.progress import ProgressBar
         from philora.training import train as run_training
     bar = ProgressBar(out)
-    command = shlex.join(["philora", *sys.argv[1:]])
+    command = shlex.join(processes.command(sys.argv[1:]))
     if source == "demo":
         folder = config.training_config["output_dir"]
-        command = shlex.join(["philora", "train", "demo", f"training_config.output_dir={folder}"])
+        command = shlex.join(processes.command(["train", "demo", f"training_config.output_dir={folder}"]))
     try:
         result = run_training(config, resume=resume, callbacks=[bar], command=command)
     finally:
@@ -605,7 +605,7 @@ def main() -> None:
 
 def _fail(text: str, code: int, error: Any) -> None:
     """One message, whatever the number of processes, and the exit code of what went wrong first."""
-    with processes.last_word(code, error) as (speaks, code):
+    with processes.last_word(text, code, error) as (speaks, code):
         if speaks and error is not None and os.environ.get("PHILORA_DEBUG"):
             err.print_exception()
         if speaks:

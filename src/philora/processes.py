@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from philora.errors import PhiloraError, RunError, fault
@@ -71,6 +73,28 @@ def local_count() -> int:
     return _first(_LOCAL_SIZES, count()) if count() > 1 else 1
 
 
+def command(arguments: Sequence[str]) -> list[str]:
+    """What a person types to start this run once more, whoever has started it now."""
+    if count() == 1:
+        return ["philora", *arguments]
+    options = ["--nproc-per-node", str(local_count())]
+    if count() > local_count():
+        place = f"{os.environ.get('MASTER_ADDR', 'HOST')}:{os.environ.get('MASTER_PORT', 'PORT')}"
+        machines = str(count() // local_count())
+        options = ["--nnodes", machines, *options, "--rdzv-backend", "c10d", "--rdzv-endpoint", place]
+    return ["torchrun", *options, "-m", "philora", *arguments]
+
+
+def left_alone() -> bool:
+    """Whether `accelerate launch --cpu` was asked for several processes: without mpirun it starts a single one."""
+    return count() == 1 and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def launched_for_deepspeed() -> bool:
+    """Whether accelerate's launcher asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
 def join(timeout_seconds: float, cpu: bool = False) -> None:
     """Make accelerate's state and with it the group of processes; nothing for a single one.
 
@@ -93,6 +117,11 @@ def join(timeout_seconds: float, cpu: bool = False) -> None:
     except (RuntimeError, ValueError) as error:
         expected = f"{count()} processes that reach each other: {' '.join(str(error).split())[:200]}"
         raise RunError(fault("run", "processes", rank(), expected, "Look at the launcher's messages")) from error
+
+
+def shards_on_cpu() -> bool:
+    """Whether FSDP works on a CPU: accelerate up to 1.15 looks for its plugin on accelerators only."""
+    return False
 
 
 # -------------------------------------------------------------------------------------------- the store
@@ -230,10 +259,11 @@ def lost(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def last_word(code: int, error: BaseException | None) -> Iterator[tuple[bool, int]]:
+def last_word(text: str, code: int, error: BaseException | None) -> Iterator[tuple[bool, int]]:
     """Around the message of a failure: the first process to fail says it, the others end with its exit code.
 
     Args:
+        text: The message; torchrun's own report shows it too.
         code: The exit code of this process's failure.
         error: The failure; `Elsewhere` leaves the word to another.
 
@@ -245,10 +275,21 @@ def last_word(code: int, error: BaseException | None) -> Iterator[tuple[bool, in
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends those that are left
     said = _claim(error)
+    _tell_launcher(text if said is None else "another process says why")
     yield said is None, code if said is None else int(said)
     if said is None:
         with contextlib.suppress(RuntimeError, ValueError, OSError):
             _shared().set("said", str(code))
+
+
+def _tell_launcher(text: str) -> None:
+    """Leave the message where torchrun looks for it; else its report names a page about missing tracebacks."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def _claim(error: BaseException | None) -> bytes | None:

@@ -48,8 +48,8 @@ class Continued:
     @property
     def chosen(self) -> Mapping[str, Any]:
         """Batch, recomputation, row length and threads that the run goes on with; empty: to be chosen."""
-        if self.changed:
-            return {}
+        if self.changed or self.facts.get("processes", processes.count()) != processes.count():
+            return {}  # a process's share of a step among others
         if self.checkpoint is not None:
             found = checkpoint.read_json(self.checkpoint / checkpoint.STATE_NAME).get("chosen")
             if isinstance(found, Mapping):

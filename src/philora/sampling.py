@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -13,7 +14,7 @@ from philora.data import row_lengths
 
 
 class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
-    """transformers' sampler that balances micro-batches by tokens, over the rows that one process would take.
+    """transformers' sampler that balances micro-batches, over the rows that one process would take.
 
     Each step has the rows that a single process with the same seed and the same rows in a step would train on. They
     are dealt to processes and micro-batches so that what runs at the same time costs about the same. Where the last
@@ -29,6 +30,8 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
         rank: This process's number.
         seed: Of the order; as accelerate draws it for one process.
         shuffle: Whether the order is drawn at all.
+        padded: Whether the rows of a micro-batch are padded to the longest, whose cost transformers' sampler knows;
+            else they stand one behind the other, and tokens are what counts.
     """
 
     def __init__(
@@ -42,12 +45,14 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
         rank: int,
         seed: int,
         shuffle: bool,
+        padded: bool = False,
     ) -> None:
         step = rows * accumulation * processes
         super().__init__(
             [*lengths, *[1] * empty], step, processes, accumulation, shuffle, seed=seed, rank=rank, drop_last=False
         )
         self._real = len(lengths)
+        self._padded = padded
 
     def __iter__(self) -> Iterator[list[int]]:
         """The rows of this process's micro-batches."""
@@ -58,6 +63,21 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
         order += range(self._real, len(self.lengths))
         for start in range(0, len(order), self.effective_batch_size):
             yield from self._yield_global_batch(order[start : start + self.effective_batch_size])
+
+    def _assign(self, indices: list[int], lengths: list[int]) -> list[list[list[int]]]:
+        """Rows by process and micro-batch: the longest row left goes to the micro-batch with the fewest tokens."""
+        if self._padded:
+            return cast("list[list[list[int]]]", super()._assign(indices, lengths))
+        groups: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(self.dp_size * self.grad_accum)]
+        for length, row in sorted(zip(lengths, indices, strict=True), key=lambda pair: -pair[0]):
+            tokens, number, rows = heapq.heappop(groups)
+            heapq.heappush(groups, (tokens + length, number, [*rows, row]))
+        # Micro-batches of the same round are neighbours in size; which process has the larger one alternates.
+        ordered = [rows for _, _, rows in sorted(groups, key=lambda group: (-group[0], group[1]))]
+        rounds = [ordered[start : start + self.dp_size] for start in range(0, len(ordered), self.dp_size)]
+        return [
+            [each[-1 - rank if turn % 2 else rank] for turn, each in enumerate(rounds)] for rank in range(self.dp_size)
+        ]
 
 
 def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[Dataset, list[int]]:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from transformers.trainer_callback import ExportableState, TrainerControl
 from trl.trainer import sft_trainer
 
-from philora.adapters import apply_slices, keep_zeros_in_steps, optimize, resolve_for_training
+from philora.adapters import apply_slices, optimize, resolve_for_training
 from philora.callbacks import StepWatch
 from philora.checkpoint import (
     STATE_NAME,
@@ -242,6 +242,7 @@ class SFTTrainer(MicroBatchTrainer):
             rank=self.args.process_index,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             shuffle=self.args.train_sampling_strategy == "random",
+            padded=not self.padding_free,
         )
 
     def get_train_dataloader(self) -> Any:
@@ -300,7 +301,6 @@ class SFTTrainer(MicroBatchTrainer):
         optimizer = cast(torch.optim.Optimizer, super().create_optimizer(model))
         if made_here:
             _without_pages(optimizer)
-            keep_zeros_in_steps(self.model, optimizer)
         ratio = getattr(self.args, "loraplus_lr_ratio", None)
         if ratio is not None and made_here:
             # Names and parameters of the wrapped model: FSDP may have made new ones.

@@ -7,6 +7,7 @@ config -> data (errors end here, before any weight) -> targets on a weightless m
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -33,6 +34,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import philora
@@ -201,7 +203,7 @@ def _check_processes(config: Config) -> None:
     if processes.count() > 1 and config.model.device_map is not None:
         expected = "null with several processes: each has the whole model, or shards it by training_config.fsdp"
         faults.append(fault(config.source, "model.device_map", config.model.device_map, expected))
-    if given.get("fsdp") and cpu:
+    if given.get("fsdp") and cpu and not processes.shards_on_cpu():
         expected = "nothing on a CPU, where accelerate would train without it and not say so"
         todo = "Leave it out: several processes on a CPU train by DDP"
         faults.append(fault(config.source, "training_config.fsdp", given["fsdp"], expected, todo))
@@ -209,19 +211,18 @@ def _check_processes(config: Config) -> None:
         expected = "several processes"
         todo = "Start it with torchrun --nproc-per-node N -m philora train CONFIG"
         faults.append(fault(config.source, "training_config.fsdp", given["fsdp"], expected, todo))
-    if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+    deepspeed = given.get("deepspeed") or processes.launched_for_deepspeed()
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
         expected = "the package deepspeed, which is not installed"
-        faults.append(
-            fault(
-                config.source,
-                "training_config.deepspeed",
-                given["deepspeed"],
-                expected,
-                "Install it: pip install deepspeed",
-            )
-        )
+        todo = "Install it: pip install deepspeed"
+        faults.append(fault(config.source, "training_config.deepspeed", deepspeed, expected, todo))
     if faults:
         raise ConfigError(one_per_line(faults))
+    if processes.left_alone():
+        logger.warning(
+            "one process trains: accelerate launch --cpu starts several by mpirun only (--mpirun_hostfile). "
+            "Use torchrun --nproc-per-node N -m philora train CONFIG, or accelerate launch --multi_gpu, on a CPU too."
+        )
     processes.join(float(given.get("ddp_timeout", 1800)), cpu)
 
 
@@ -297,7 +298,12 @@ class _Run:
         self, base: Any, max_length: int, chosen: Mapping[str, Any]
     ) -> tuple[SFTConfig, planning.Plan]:
         """TRL's arguments: every `auto` decided, everything written below the run folder."""
-        given = {key: value for key, value in self.config.training_config.items() if key not in OWN_TRAINING_KEYS}
+        # A copy: transformers fills in dicts of its arguments, and what is written down is what was asked for.
+        given = {
+            key: copy.deepcopy(value)
+            for key, value in self.config.training_config.items()
+            if key not in OWN_TRAINING_KEYS
+        }
         for own in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype"):
             given[own] = self.config.training_config[own]
         given |= {key: chosen[key] for key in CHOSEN if key in chosen}
@@ -410,7 +416,7 @@ class _Run:
         if self.model.device.type == "cpu":
             logger.info("between the products: %s", native.describe())
         with self.model.disable_adapter():
-            before = self._evaluate("before")
+            before = self._evaluate("before", self.model)
         trainer = self._trainer()
         with self.stop.finishing():
             output = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -423,8 +429,12 @@ class _Run:
             self.stop.doing = f"after step {step} of {trainer.state.max_steps}; {saved}"
             raise self.stop.interrupted()
         self.stop.doing = "after training"
-        processes.on_main(self._save_adapter)
-        after = self._evaluate("after")
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        # All processes take part in putting the shards together; one writes.
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        processes.on_main(functools.partial(self._save_adapter, weights))
+        del weights
+        after = self._evaluate("after", self._saved() if sharded else self.model)
         peak = max(processes.gathered(peak_memory_bytes()))
         return processes.on_main(lambda: self._finish(trainer, output, before, after, peak))
 
@@ -467,10 +477,10 @@ class _Run:
         handler.callbacks.sort(key=lambda each: not isinstance(each, MetricsFile))
         return trainer
 
-    def _save_adapter(self) -> None:
+    def _save_adapter(self, weights: Mapping[str, Any] | None = None) -> None:
         """Write `adapter/` whole: weights, config, slices, tokenizer, generation config, card."""
         with checkpoint.whole_folder(self.folder / "adapter") as folder:
-            self.model.save_pretrained(str(folder))
+            self.model.save_pretrained(str(folder), state_dict=weights)
             if not (folder / RECORD_NAME).exists():
                 checkpoint.write_json(folder / RECORD_NAME, {"format": 1, "slices": {}})
             self.tokenizer.save_pretrained(str(folder))
@@ -503,16 +513,24 @@ class _Run:
 
     # -- evaluation and what is written at the end
 
-    def _evaluate(self, when: str) -> Evaluation | None:
+    def _saved(self) -> PeftModel:
+        """The adapter as it was saved, on a base that is whole in each process."""
+        unset_hf_deepspeed_config()  # with it transformers would shard what it loads
+        base = models.load_model(self.config.model, self.tokenizer)
+        model = load_adapter(base, str(self.folder / "adapter"))
+        quantised = getattr(base, "quantization_method", None) is not None  # bitsandbytes has put it where it stays
+        return model if quantised else model.to(self.arguments.device)
+
+    def _evaluate(self, when: str, model: PeftModel) -> Evaluation | None:
         settings = self.config.evaluation
         if self.prepared.eval is None or self.prepared.eval_conversations is None:
             return None
         rows = self.prepared.eval
         conversations = [prompts_and_references(each) for each in self.prepared.eval_conversations[: settings.generate]]
         logger.info("evaluating %s training: %d rows, %d answers", when, len(rows), len(conversations))
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=bool(self.arguments.bf16)):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.arguments.bf16)):
             part = evaluate(
-                self.model,
+                model,
                 self.tokenizer,
                 rows.select(processes.share(len(rows))),
                 [conversations[each] for each in processes.share(len(conversations))],

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import philora
+from philora import checkpoint
 from philora.evaluation import Evaluation, Sample, Scores, joined
 from tests.cli.conftest import QUICK
 from tests.tolerances import LOSS_STEP_FP32
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "philora"]
+START = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+TORCHRUN = [*START, "philora", "train"]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def settings_of(folder, **changes):
@@ -29,18 +37,19 @@ def settings_of(folder, **changes):
     return settings
 
 
-def launch(folder, settings, *arguments, launcher=TORCHRUN, **options):
+def launch(folder, settings, *arguments, launcher=TORCHRUN, start_new_session=False):
     """Start the run in two processes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **options}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
     return subprocess.Popen(
-        [*launcher, "train", str(path), *arguments],
+        [*launcher, str(path), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        start_new_session=start_new_session,
     )
 
 
@@ -48,9 +57,49 @@ def finished(process, seconds=240):
     """Exit code, standard output and standard error of a process."""
     try:
         out, err = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:
+        end(process)
+        raise
     return process.returncode, out, err
+
+
+def end(process):
+    """Kill a launcher and its processes, which would outlive it."""
+    with contextlib.suppress(subprocess.CalledProcessError, ProcessLookupError):
+        for each in ranks_of(process):
+            os.kill(each, signal.SIGKILL)
+    process.kill()
+
+
+def until_step(process, folder, step, seconds=120):
+    """Wait until a run has written the log line of a step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and len(entries(folder)) >= step:
+            return
+        time.sleep(0.05)
+    end(process)
+    raise AssertionError(process.communicate())
+
+
+def ranks_of(process):
+    """Process ids of the ranks, in their order."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    rank = {}
+    for each in found:
+        environment = Path(f"/proc/{each}/environ").read_bytes().split(b"\0")
+        rank[next(int(line[5:]) for line in environment if line.startswith(b"RANK="))] = int(each)
+    return [rank[each] for each in sorted(rank)]
+
+
+def said(err):
+    """What philora said at the end, and torchrun's own report of it left out."""
+    return [line for line in err.splitlines() if line.startswith("philora: ")]
+
+
+def exit_codes(err):
+    """The ranks' exit codes in torchrun's report."""
+    return [int(line.split(":")[1].split("(")[0]) for line in err.splitlines() if line.strip().startswith("exitcode ")]
 
 
 def entries(folder):
@@ -115,3 +164,222 @@ def test_parts_of_an_evaluation_are_joined_by_their_labels():
     assert whole.scores.token_accuracy == pytest.approx(0.425)
     assert (whole.scores.label_tokens, whole.scores.answers, whole.scores.exact_match) == (40, 1, 1.0)
     assert (whole.seconds, whole.too_long, whole.samples) == (2.0, 1, [sample])
+
+
+# ---------------------------------------------------------------------------------------- going on, and not
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_bit_identical(tmp_path):
+    """With dropout, packing, accumulation, an epoch's end in the middle and a last step that rows do not fill."""
+    settings = settings_of(
+        tmp_path / "run",
+        max_steps=9,
+        save_steps=1,
+        save_total_limit=None,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )
+    settings["peft_config"]["lora_dropout"] = 0.2
+    code, _, err = finished(launch(tmp_path, settings))
+    assert code == 0, err
+    run = tmp_path / "run"
+    epochs = [entry["epoch"] for entry in entries(run)]
+    assert 1 < epochs[4] < epochs[-1]
+    whole, expected = losses(run), (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    for step in (2, 3, 5):
+        shutil.rmtree(run / "adapter")
+        for each in range(step + 1, 10):
+            shutil.rmtree(run / "checkpoints" / f"checkpoint-{each}")
+        code, _, err = finished(launch(tmp_path, settings, "--resume"))
+        assert code == 0, err
+        assert losses(run) == whole
+        assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+    other = json.loads(json.dumps(settings))
+    other["training_config"] |= {"output_dir": str(tmp_path / "other"), "seed": 8}
+    code, _, err = finished(launch(tmp_path, other))
+    assert code == 0, err
+    assert losses(tmp_path / "other") != whole, "negative control"
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_is_refused_unless_forced(both, cli, tmp_path):
+    folder, _, _ = both
+    shutil.copytree(folder / "two", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    settings = settings_of(folder / "two")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    kept = tmp_path / "kept"
+    (folder / "two").rename(kept)
+    try:
+        shutil.copytree(tmp_path / "run", folder / "two")
+        answer = cli("train", path, "--resume")
+        assert answer.code == 2
+        assert "processes=1 - expected what the run was started with: 2" in " ".join(answer.err.split())
+        assert "--resume=force" in answer.err
+        answer = cli("train", path, "--resume=force")
+        assert answer.code == 0, answer.err
+        assert largest_gap(losses(folder / "two"), losses(folder / "one")) <= LOSS_STEP_FP32, "a step has as many rows"
+    finally:
+        shutil.rmtree(folder / "two", ignore_errors=True)
+        kept.rename(folder / "two")
+
+
+# ------------------------------------------------------------------------------------------------ the end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reached", ["launcher", "terminal", "one rank"])
+def test_a_signal_saves_one_checkpoint_and_ends_all(tmp_path, reached):
+    settings = settings_of(tmp_path / "run", max_steps=500, save_steps=1000)
+    command = launch(tmp_path, settings, start_new_session=True)
+    until_step(command, tmp_path / "run", 2)
+    if reached == "launcher":
+        command.send_signal(signal.SIGTERM)
+    elif reached == "terminal":
+        os.killpg(command.pid, signal.SIGINT)
+    else:
+        os.kill(ranks_of(command)[1], signal.SIGTERM)
+    code, _, err = finished(command)
+    assert code == 1, "torchrun's own"
+    message = said(err)
+    assert len(message) == 1, err
+    name = "SIGINT" if reached == "terminal" else "SIGTERM"
+    assert f"philora: {name}: stopped after step " in message[0]
+    assert "torchrun --nproc-per-node 2 -m philora train" in message[0]
+    assert message[0].endswith("--resume")
+    if reached == "one rank":
+        assert exit_codes(err) == [3, 3]
+    kept = list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert len(kept) == 1
+    step = int(kept[0].name.removeprefix("checkpoint-"))
+    settings["training_config"]["max_steps"] = 500
+    again = launch(tmp_path, settings, "--resume")
+    until_step(again, tmp_path / "run", step + 1)
+    again.send_signal(signal.SIGTERM)
+    finished(again)
+    assert [entry["step"] for entry in entries(tmp_path / "run")][: step + 1] == list(range(1, step + 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_other_ends(tmp_path, victim):
+    command = launch(tmp_path, settings_of(tmp_path / "run", max_steps=500, save_steps=1))
+    until_step(command, tmp_path / "run", 3)
+    os.kill(ranks_of(command)[victim], signal.SIGKILL)
+    begun = time.monotonic()
+    code, _, err = finished(command, 60)
+    assert time.monotonic() - begun < 40
+    assert code == 1
+    assert sorted(exit_codes(err)) == [-9, 1]
+    assert len(said(err)) == 1
+    assert "expected every process to go on, but another one has ended" in said(err)[0]
+    assert checkpoint.newest_whole(tmp_path / "run" / "checkpoints").folder is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_of_one_process_is_one_message(tmp_path, rank):
+    launcher = [*START, "tests.scripts.failing_rank", str(rank)]
+    code, _, err = finished(launch(tmp_path, settings_of(tmp_path / "run", max_steps=50), launcher=launcher))
+    assert code == 1
+    assert said(err) == [f"philora: planted: rank={rank} - expected to go on."]
+    assert exit_codes(err) == [1, 1]
+    assert err.count("Traceback (most recent call last)") == 1, "torchrun's own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learnin_rate": 1}, "learnin_rate=1 - expected a key of trl.SFTConfig"),
+        ({"fsdp": True}, "fsdp=True - expected nothing on a CPU, where accelerate would train without it"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "expected the package deepspeed, which is not installed"),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path, changes, message):
+    code, _, err = finished(launch(tmp_path, settings_of(tmp_path / "run", **changes)))
+    assert code == 1
+    assert len(said(err)) == 1, err
+    assert message in said(err)[0]
+    assert exit_codes(err) == [2, 2]
+    assert message in err.split("Root Cause")[1], "torchrun's report ends with it"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_bad_data_is_one_message_and_the_lock_is_one_runs(tmp_path):
+    settings = settings_of(tmp_path / "run")
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user"}]}\n', encoding="utf-8")
+    settings["data"]["train"] = str(tmp_path / "bad.jsonl")
+    code, _, err = finished(launch(tmp_path, settings))
+    assert code == 1
+    assert len(said(err)) == 1, err
+    assert "bad.jsonl" in said(err)[0]
+    assert exit_codes(err) == [2, 2]
+    settings = settings_of(tmp_path / "run", max_steps=500)
+    first = launch(tmp_path, settings)
+    try:
+        until_step(first, tmp_path / "run", 1)
+        code, _, err = finished(launch(tmp_path, settings, "--resume"))
+        assert len(said(err)) == 1, err
+        assert "expected a folder that no other run is writing to" in said(err)[0]
+        assert exit_codes(err) == [2, 2]
+    finally:
+        first.terminate()
+        finished(first)
+
+
+# ----------------------------------------------------------------------------------------------- launchers
+
+
+@pytest.mark.slow
+def test_accelerate_launch(both, tmp_path):
+    """--multi_gpu is accelerate's name for torchrun's processes; without a GPU they train over gloo."""
+    folder, _, _ = both
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launcher = [*start, "--multi_gpu", "--main_process_port", "0", "-m", "philora", "train"]
+    code, _, err = finished(launch(tmp_path, settings_of(tmp_path / "run"), launcher=launcher))
+    assert code == 0, err
+    assert losses(tmp_path / "run") == losses(folder / "two")
+
+
+@pytest.mark.slow
+def test_accelerate_on_a_cpu_starts_one_process_and_philora_says_so(both, tmp_path):
+    folder, _, _ = both
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launcher = [*start, "--cpu", "-m", "philora", "train"]
+    code, _, err = finished(launch(tmp_path, settings_of(tmp_path / "run"), launcher=launcher))
+    assert code == 0, err
+    assert "one process trains: accelerate launch --cpu starts several by mpirun only" in err
+    assert largest_gap(losses(tmp_path / "run"), losses(folder / "one")) <= LOSS_STEP_FP32
+
+
+@pytest.mark.slow
+def test_fsdp2(both, tmp_path):
+    """Sharded for certain: accelerate is made to, and the parameters are DTensors while the model trains."""
+    folder, _, _ = both
+    launcher = [*START, "tests.scripts.fsdp_run", str(tmp_path / "classes.json")]
+    options = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Phi3DecoderLayer"]}}
+    settings = settings_of(tmp_path / "run", **options)
+    code, _, err = finished(launch(tmp_path, settings, launcher=launcher))
+    assert code == 0, err
+    assert json.loads((tmp_path / "classes.json").read_text()) == {"adapter": ["DTensor"], "base": ["DTensor"]}
+    run = tmp_path / "run"
+    assert largest_gap(losses(run), losses(folder / "one")) <= LOSS_STEP_FP32
+    mine, ddp = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (run, folder / "two"))
+    assert {name: each.shape for name, each in mine.items()} == {name: each.shape for name, each in ddp.items()}
+    assert max((mine[name] - ddp[name]).abs().max() for name in mine) <= LOSS_STEP_FP32
+    after = json.loads((run / "results.json").read_text())["after"]
+    assert after["loss"] == pytest.approx(
+        json.loads((folder / "one" / "results.json").read_text())["after"]["loss"], abs=LOSS_STEP_FP32
+    )
+
+    whole, expected = losses(run), (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    code, _, err = finished(launch(tmp_path, settings, "--resume", launcher=launcher))
+    assert code == 0, err
+    assert losses(run) == whole
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == expected

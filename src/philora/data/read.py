@@ -16,7 +16,6 @@ import io
 import json
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -264,7 +263,7 @@ def _read_files(files: list[Path]) -> Iterator[Batch]:
 def _located(file: Path) -> Iterator[None]:
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile) as error:
         raise DataError(fault(str(file), "file", file.name, f"a whole gzip file ({error})")) from error
 
 
