@@ -10,12 +10,13 @@ multiplier stays what it was. What makes it a slice adapter is that the zeros ge
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from philora.checkpoint import read_peft_tensors, write_json
-from philora.errors import AdapterError, ConfigError, TargetError, fault, nearest, one_per_line
+from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
 from philora.kernels import attention
 from philora.kernels.memory import keep_freed_memory
@@ -605,6 +606,28 @@ def _keep_zeros(layer: LoraLayer, *_: Any) -> None:
             up.weight.register_hook(_ZeroOutside(_inside(up.weight, up.slice_layout)))
 
 
+def keep_zeros_in_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put back the zeros outside the slices after each step of an optimizer with 8-bit states.
+
+    bitsandbytes reads a state of zero back as a very small number where its block holds larger ones, and so moves
+    elements that have no gradient. Other optimizers leave them alone.
+    """
+    if getattr(getattr(optimizer, "args", None), "optim_bits", None) != 8:
+        return
+    sliced = [
+        up for layer in lora_layers(model).values() for up in layer.lora_B.values() if hasattr(up, "slice_layout")
+    ]
+    masks = {id(up): _inside(up.weight, up.slice_layout) for up in sliced}
+
+    @torch.no_grad()
+    def put_back(*_: Any) -> None:
+        for up in sliced:
+            up.weight.mul_(masks[id(up)].to(up.weight.device))
+
+    if sliced:
+        optimizer.register_step_post_hook(put_back)
+
+
 def _inside(weight: Tensor, slices: Slices) -> Tensor:
     """Mask of the blocks of B. Shape: that of `weight`, (out, R)."""
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
@@ -719,23 +742,35 @@ def load_adapter(
         TargetError: The adapter names modules that the model does not have.
     """
     folder = Path(source)
+    recorded: Mapping[str, Any] | None = None
     if folder.is_dir():
         tensors = read_peft_tensors(folder)
-        config = PeftConfig.from_pretrained(str(folder))
         plain = _without_adapters(model) if isinstance(model, PeftModel) else model
-        if isinstance(config, LoraConfig):
-            resolve(plain, config, where=str(folder / "adapter_config.json"))
-        _check_tensors(plain, config, tensors, folder)
+        with _reading(folder):
+            config = PeftConfig.from_pretrained(str(folder))
+            if isinstance(config, LoraConfig):
+                _check_harmless(config, folder)
+                resolve(plain, config, where=str(folder / "adapter_config.json"))
+            _check_tensors(plain, config, tensors, folder)
+        recorded = _recorded_slices(folder, Names.of(plain))
     elif folder.exists():
         raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
-    if isinstance(model, PeftModel):
-        adapted = model
-        adapted.load_adapter(str(source), adapter_name, is_trainable=is_trainable, **kwargs)
-    else:
-        adapted = PeftModel.from_pretrained(model, str(source), adapter_name, is_trainable=is_trainable, **kwargs)
+    with _reading(folder):
+        adapted = _with_adapter(model, source, adapter_name, is_trainable, **kwargs)
     optimize(adapted)
-    apply_slices(adapted, _saved_slices(adapted, folder, adapter_name), adapter_name)
+    apply_slices(adapted, _saved_slices(adapted, recorded, folder, adapter_name), adapter_name)
     return cast(PeftModel, adapted)
+
+
+def _with_adapter(
+    model: nn.Module, source: str | Path, adapter_name: str, is_trainable: bool, **kwargs: Any
+) -> PeftModel:
+    """The model with an adapter of PEFT's on it, beside those that it has."""
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(source), adapter_name, is_trainable=is_trainable, **kwargs)
+        return model
+    loaded = PeftModel.from_pretrained(model, str(source), adapter_name, is_trainable=is_trainable, **kwargs)
+    return cast(PeftModel, loaded)
 
 
 def _without_adapters(model: PeftModel) -> nn.Module:
@@ -747,6 +782,86 @@ def _without_adapters(model: PeftModel) -> nn.Module:
     with torch.device("meta"):
         skeleton = type(base)(copy.deepcopy(base.config))
     return cast(nn.Module, skeleton)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """What PEFT raises over a folder's values, whatever they lead it to, names the file that holds them."""
+    try:
+        yield
+    except (PhiloraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not folder.is_dir():  # a hub id: its own errors say more
+            raise
+        where = str(folder / "adapter_config.json")
+        found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        expected = "an adapter that PEFT can put on this model"
+        raise AdapterError(fault(where, "content", found, expected, "Was it changed by hand?")) from error
+
+
+_MOST_LAYERS = 4096
+
+
+def _check_harmless(config: LoraConfig, folder: Path) -> None:
+    """Refuse what in a file from outside would import a module, multiply layers without end, or match for ever.
+
+    Raises:
+        AdapterError: All of it at once.
+    """
+    where, faults = str(folder / "adapter_config.json"), []
+    if config.megatron_config is not None:
+        expected = "null, because PEFT would import the module that megatron_core names"
+        faults.append(fault(where, "megatron_config", config.megatron_config, expected))
+    layers = sum(max(0, int(stop) - int(start)) for start, stop in config.layer_replication or ())
+    if layers > _MOST_LAYERS:
+        faults.append(fault(where, "layer_replication", config.layer_replication, f"at most {_MOST_LAYERS} layers"))
+    patterns = {
+        "target_modules": [config.target_modules],
+        "exclude_modules": [config.exclude_modules],
+        "layers_pattern": _as_list(config.layers_pattern),
+        "rank_pattern": list(config.rank_pattern or ()),
+        "alpha_pattern": list(config.alpha_pattern or ()),
+    }
+    for key, several in patterns.items():
+        for pattern in several:
+            if isinstance(pattern, str) and not _is_quick(pattern):
+                expected = "a regular expression without a repeated repeat, with at most 4 that have no end"
+                faults.append(fault(where, key, pattern, expected, "List the names of the modules"))
+    if faults:
+        raise AdapterError(one_per_line(faults))
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether Python's `re`, which goes back through all ways of matching, ends soon on names of modules."""
+    if len(pattern) > 10_000:
+        return False
+    inside = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)  # escaped characters and classes are one place each
+    without_end = len(re.findall(r"[*+]|\{\d*,\}", inside))
+    repeated_group = re.search(r"\)(?:[*+]|\{)", inside)
+    return without_end <= 4 and repeated_group is None
+
+
+def _recorded_slices(folder: Path, names: Names) -> dict[str, Any] | None:
+    """What `philora.json` says of the slices, checked against the model; None where there is none.
+
+    Raises:
+        AdapterError: It is torn, or says what cannot be.
+    """
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return None
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8")).get("slices", {})
+        for module, each in recorded.items():
+            known = all(isinstance(name, str) and name in names.rows.get(module, {name: ()}) for name in each["names"])
+            if not (known and each["names"] and isinstance(each["names"], list) and 1 <= int(each["r"]) < 2**31):
+                raise ValueError(f"slices of {module}: {each}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        expected = "slices of fused modules, as philora writes them"
+        todo = "Copy it again; without it the slices are read from the zeros of B"
+        raise AdapterError(fault(str(path), "content", f"{type(error).__name__}: {error}", expected, todo)) from error
+    return cast("dict[str, Any]", recorded)
 
 
 def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -778,12 +893,11 @@ def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, T
         raise AdapterError(one_per_line(faults))
 
 
-def _saved_slices(model: PeftModel, folder: Path, adapter_name: str) -> dict[str, Slices]:
+def _saved_slices(
+    model: PeftModel, recorded: Mapping[str, Any] | None, folder: Path, adapter_name: str
+) -> dict[str, Slices]:
     """Slices of an adapter just loaded: as recorded, else as its zeros show; none where the zeros are gone."""
     names = Names.of(model.get_base_model())
-    recorded: dict[str, Any] | None = None
-    if (folder / RECORD_NAME).is_file():
-        recorded = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8")).get("slices", {})
     found: dict[str, Slices] = {}
     changed: list[str] = []
     for name, layer in lora_layers(model).items():

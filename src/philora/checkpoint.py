@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from philora.errors import AdapterError, ConfigError, fault, one_per_line
@@ -329,8 +329,18 @@ def run_lock(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- adapters
 
 
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Of safetensors' header, as far as an adapter may hold them."""
+
+
 def read_peft_tensors(folder: Path) -> dict[str, Tensor]:
-    """Tensors of an adapter folder in PEFT's format.
+    """Names, shapes and dtypes of the tensors of an adapter folder in PEFT's format, on the meta device.
+
+    Only the header is read, whose length and offsets safetensors compares with the size of the file: what does not
+    fit the model is refused before any memory is taken for it.
 
     Raises:
         AdapterError: The folder is no such adapter, or a file of it cannot be read.
@@ -342,15 +352,19 @@ def read_peft_tensors(folder: Path) -> dict[str, Tensor]:
         for path in (config, weights)
         if not path.is_file()
     ]
+    tensors: dict[str, Tensor] = {}
     if not faults:
         try:
             if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             faults.append(fault(str(config), "content", str(error), "JSON as PEFT writes it"))
         try:
-            tensors = load_file(weights)
-        except (SafetensorError, OSError, ValueError) as error:
+            with safe_open(weights, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    part = file.get_slice(name)
+                    tensors[name] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+        except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
             expected = "a whole safetensors file"
             faults.append(fault(str(weights), "content", str(error), expected, "Copy it again, or use a checkpoint"))
     if faults:

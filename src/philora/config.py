@@ -794,8 +794,8 @@ class _Reader:
             )
             return
         try:
-            value = yaml.load(written, Loader=_Loader) if written.strip() else None
-        except yaml.YAMLError as error:
+            value = _parse(written)[1] if written.strip() else None
+        except _NOT_YAML as error:
             problem = getattr(error, "problem", None) or "not YAML"
             self.faults.append(
                 _fault("command line", key, written, "a YAML value", f"{str(problem).capitalize()}; quote the value")
@@ -849,10 +849,45 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader; nothing is executed."""
 
 
+_MOST_BYTES = 1 << 20
+_MOST_VALUES = 100_000
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError, OverflowError)
+"""What PyYAML raises; beside its own class, whatever a tag with a value that it cannot have leads it to."""
+
+
+def _parse(content: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML text and their value, which may not grow beyond bounds by aliases."""
+    loader = _Loader(content)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        if _values_in(node, {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+        return node, loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, each alias counted as what it repeats; one that holds itself is refused."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 0
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
+        known[id(node)] = 1 + sum(_values_in(each, known) for each in parts)
+    elif known[id(node)] == 0:
+        raise ValueError("an alias stands inside what it repeats")
+    return known[id(node)]
+
+
 def _read_yaml(file: Path, reader: _Reader) -> None:
     """Fill the reader from a file, with the line of each key; raises where the file is no YAML mapping."""
     where = reader.where
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ConfigError(fault(where, "bytes", file.stat().st_size, f"at most {_MOST_BYTES:,}", "Is it the data?"))
         content = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -862,25 +897,20 @@ def _read_yaml(file: Path, reader: _Reader) -> None:
         ) from error
     except OSError as error:
         raise ConfigError(fault(where, "file", str(file), "a readable file", str(error.strerror))) from error
-    loader = None
     try:
-        loader = _Loader(content)
-        node = loader.get_single_node()
+        node, value = _parse(content)
         if node is not None:
             _note_lines(node, (), reader, set())
-            reader.given = loader.construct_document(node)
+            reader.given = value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         text = ", ".join(filter(None, (error.context, error.problem)))
         raise ConfigError(f"{at}: {text} - expected YAML. Check the line and the one above it.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _NOT_YAML as error:
         at = f":{content.count(chr(10), 0, error.position) + 1}" if isinstance(error, yaml.reader.ReaderError) else ""
         reason = getattr(error, "reason", None) or str(error)
         raise ConfigError(f"{where}{at}: {reason} - expected YAML. Remove what is not text.") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
     if node is None or reader.given is None:
         raise ConfigError(
             f"{where}: the file is empty - expected a configuration with at least data.train. See `philora demo`."

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from transformers.trainer_callback import ExportableState, TrainerControl
 from trl.trainer import sft_trainer
 
-from philora.adapters import apply_slices, optimize, resolve_for_training
+from philora.adapters import apply_slices, keep_zeros_in_steps, optimize, resolve_for_training
 from philora.callbacks import StepWatch
 from philora.checkpoint import (
     STATE_NAME,
@@ -301,6 +301,7 @@ class SFTTrainer(MicroBatchTrainer):
         optimizer = cast(torch.optim.Optimizer, super().create_optimizer(model))
         if made_here:
             _without_pages(optimizer)
+            keep_zeros_in_steps(self.model, optimizer)
         ratio = getattr(self.args, "loraplus_lr_ratio", None)
         if ratio is not None and made_here:
             # Names and parameters of the wrapped model: FSDP may have made new ones.

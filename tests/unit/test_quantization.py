@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import philora
 from philora import quantization
+from philora.adapters import lora_layers
 from philora.config import ModelConfig, load_config
 from philora.errors import ConfigError, ModelError
 from philora.lora.functional import fused
@@ -447,6 +448,30 @@ def test_adapters_stay_in_fp32_unless_asked_otherwise(folder, rows, tmp_path, ho
     assert "the adapter stays" not in caplog.text
     with pytest.raises(ConfigError, match="adapter_dtype='float16' - expected one of float32, bfloat16 or null"):
         made(adapter_dtype="float16")
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_slices_stay_apart_in_eight_bits(folder, rows, tmp_path, optim):
+    """A state of zero is not read back as zero from 8 bits, so that the optimizer moves what has no gradient."""
+    args = philora.SFTConfig(str(tmp_path), optim=optim, max_steps=3, learning_rate=1e-3, bf16=False, report_to="none",
+                             disable_tqdm=True, save_strategy="no")  # fmt: skip
+    trainer = philora.SFTTrainer(
+        loaded(folder, "nf4"),
+        args=args,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(local_path("nano")),
+        peft_config=LoraConfig(r=64, target_modules=["gate_proj", "up_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    states = [state["state1"].dtype for state in trainer.optimizer.optimizer.state.values()]
+    assert torch.uint8 in states
+    for layer in lora_layers(trainer.model).values():
+        up = layer.lora_B["default"]
+        inside = torch.zeros_like(up.weight, dtype=torch.bool)
+        for each in up.slice_layout:
+            inside[each.row_start : each.row_stop, each.rank_start : each.rank_stop] = True
+        assert up.weight[inside].abs().min() > 0
+        assert (up.weight[~inside] == 0).all()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -263,7 +264,7 @@ def _read_files(files: list[Path]) -> Iterator[Batch]:
 def _located(file: Path) -> Iterator[None]:
     try:
         yield
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(fault(str(file), "file", file.name, f"a whole gzip file ({error})")) from error
 
 
