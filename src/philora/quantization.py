@@ -217,16 +217,30 @@ def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     return cast(Tensor, matrix.mul_(scale.unsqueeze(1) * (1 / 127)))
 
 
-def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from rearranging 4-bit weights for inference, and undo it where it has.
+if bitsandbytes is not None:
 
-    On processors with AVX512-BF16 a layer's first forward pass without gradients rearranges the weight and rounds its
-    scales to bf16. Training after that pass has other weights than before it, and no gradient passes the layer.
+    class _AsInTraining(bitsandbytes.MatmulLtState):  # type: ignore[misc]
+        """State of an 8-bit layer that takes each forward pass for one of training."""
+
+        is_training = property(lambda self: True, lambda self, value: None)
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Have the layers of bitsandbytes compute in evaluation what they compute in training, with the same weights.
+
+    4 bits: on processors with AVX512-BF16 a layer's first forward pass without gradients rearranges the weight and
+    rounds its scales to bf16. Training after that pass has other weights than before it, and no gradient passes the
+    layer. That is turned off, and undone where it has happened.
+
+    8 bits: a layer without an adapter multiplies by the dequantised matrix when it trains on a CPU, and rounds its
+    input to 8 bits in evaluation. Here it does the former in both. On a GPU it rounds in both, and is left alone.
     """
     if bitsandbytes is None:
         return
     packed = 0
     for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt) and type(module.state) is bitsandbytes.MatmulLtState:
+            module.state.__class__ = _AsInTraining
         if not isinstance(module, bitsandbytes.nn.Linear4bit):
             continue
         module.support_avx512bf16_for_cpu = False

@@ -180,6 +180,23 @@ def test_the_dequantised_weight_is_not_kept_for_backward(folder, how):
     assert not matrices & {tuple(reversed(each)) for each in kept}
 
 
+def test_int8_layers_without_an_adapter_evaluate_as_they_train(folder):
+    """bitsandbytes rounds their inputs to 8 bits in evaluation, on a CPU not in training."""
+    model = trained(loaded(folder, "int8"), target_modules=["o_proj"])
+    in_evaluation = logits(model)
+    with torch.no_grad():
+        in_training = model.train()(input_ids=tokens(), use_cache=False).logits
+    assert torch.equal(in_evaluation, in_training)
+    plain = loaded(folder, "int8")
+    quantization.dequantize_(plain)
+    with model.disable_adapter():
+        assert distance(logits(model), logits(plain)) < LOGITS_FP32
+    for each in model.modules():
+        if isinstance(each, bitsandbytes.nn.Linear8bitLt):
+            each.state.__class__ = bitsandbytes.MatmulLtState
+    assert distance(logits(model), in_evaluation) > 100 * LOGITS_FP32, "negative control: bitsandbytes' own"
+
+
 def test_training_after_an_evaluation_is_as_before_it(folder):
     """bitsandbytes rearranges 4-bit weights in a forward pass without gradients; no gradient passes them then."""
     model = trained(loaded(folder, "nf4", "bfloat16"))
