@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
-from trl.models import get_act_offloading_ctx_manager
 
 from philora.errors import RunError, fault
 from philora.kernels.memory import out_of_memory
@@ -270,8 +269,6 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             count,
             accumulation,
         )
-        if self.args.activation_offloading:  # it remembers the tensors of the attempt
-            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model=self.model)
         clear_device_cache(garbage_collection=True)
 
     def _rewind(self, step: _Step) -> None:

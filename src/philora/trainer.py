@@ -191,6 +191,10 @@ class SFTTrainer(MicroBatchTrainer):
         given.pop("model")
         if settings:
             given["args"] = _with_settings(given.get("args"), model, settings)
+        if getattr(given.get("args"), "activation_offloading", False) and not torch.accelerator.is_available():
+            logger.warning("activation_offloading is left out: without a GPU activations are in this memory already")
+            given["args"] = copy.copy(given["args"])
+            given["args"].activation_offloading = False
         resolution = None
         if isinstance(given.get("peft_config"), LoraConfig):
             skeleton = model if isinstance(model, nn.Module) else _skeleton(model, given.get("args"))

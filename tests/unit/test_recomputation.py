@@ -8,13 +8,17 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl.models.activation_offloading import OffloadActivations
 
 import philora
+from philora.config import ModelConfig
 from philora.errors import ConfigError
 from philora.kernels import modules
 from philora.lora.functional import fused, lora_linear
 from philora.lora.recomputation import mark, recipe_of
+from philora.models import load_model
 from tests.fast_paths import train_by_trainer
 
 LENGTHS = [70, 120, 30, 100, 125, 88, 107]
@@ -155,3 +159,77 @@ def test_the_setting_survives_and_contradictions_do_not(tmp_path):
         philora.SFTConfig(str(tmp_path), gradient_checkpointing=True, elementwise_recomputation=True)
     with pytest.raises(ConfigError, match="gradient_checkpointing='full' - expected True, False or 'elementwise'"):
         philora.SFTConfig(str(tmp_path), gradient_checkpointing="full")
+
+
+# ------------------------------------------------------------------------------------------- activation offloading
+
+
+@pytest.mark.parametrize("grade", ["none", "elementwise"])
+def test_offloaded_activations_come_back(phi3, grade, monkeypatch):
+    """TRL's hooks with the CPU in the place of a GPU: what the fast nodes save is copied away and back."""
+    model = philora.optimize(adapted(phi3(), lora_dropout=0.1), recomputation=grade)
+    want, _ = step(model)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+
+    def offloaded(change=1.0):
+        offload = OffloadActivations(use_pin_memory=False, use_streams=False)
+        offload.update_model_params(model)
+        model.zero_grad()
+        torch.manual_seed(7)
+        with offload:
+            hidden = model.get_base_model().model(**batch(), use_cache=False).last_hidden_state.float()
+            loss = (hidden * torch.sin(torch.arange(hidden.numel())).view(hidden.shape)).sum()
+        copies = [each[0] for each in offload.tracker.values() if each[1]]
+        for each in copies:
+            if each.is_floating_point():
+                each.mul_(change)
+        loss.backward()
+        gradients = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+        return {"loss 0": loss.detach()} | gradients, len(copies)
+
+    got, copies = offloaded()
+    assert copies > 2 * 8, "the tensors of two layers went through it"
+    assert equal(got, want)
+    assert not equal(offloaded(change=1.01)[0], want), "negative control: what came back counts"
+
+
+def test_offloading_without_a_gpu_is_left_out(tmp_path, caplog):
+    plain = train_by_trainer(str(tmp_path / "plain"))
+    got = train_by_trainer(str(tmp_path / "offloaded"), activation_offloading=True)
+    assert "activation_offloading is left out: without a GPU" in caplog.text
+    assert got[0] == plain[0]
+    assert equal(got[1], plain[1])
+
+
+# ----------------------------------------------------------------------------------------- quantised bases, runs
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_over_quantised_bases(phi3, how, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    phi3(hidden_size=64, intermediate_size=160).save_pretrained(tmp_path)
+    model = adapted(load_model(ModelConfig(name_or_path=str(tmp_path), quantization=how, dtype="bfloat16")))
+    kept, bytes_kept = step(model, 2)
+    philora.optimize(model, recomputation="elementwise")
+    again, bytes_again = step(model, 2)
+    assert equal(kept, again)
+    assert bytes_kept - bytes_again == sum(LENGTHS) * (3 * 64 + 2 * 160) * 2
+
+
+def test_a_run_takes_it(tmp_path):
+    """`philora.train`, with the same adapter at the end."""
+    adapters = {}
+    for grade in (False, "elementwise"):
+        settings = {"max_steps": 2, "max_length": 64, "per_device_train_batch_size": 2, "save_strategy": "no"}
+        config = {
+            "model": {"name_or_path": "nano", "dtype": "float32"},
+            "data": {"train": {"path": "helpdesk", "limit": 20}, "eval": None},
+            "training_config": settings | {"gradient_checkpointing": grade, "output_dir": str(tmp_path / str(grade))},
+            "peft_config": {"r": 4, "lora_dropout": 0.1},
+        }
+        run = philora.train(config)
+        adapters[grade] = load_file(run.adapter / "adapter_model.safetensors")
+        log = (run.folder / "train.log").read_text()
+        assert f"recomputation {grade or 'none'}" in log
+    assert equal(adapters[False], adapters["elementwise"])
