@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from transformers import Phi3Config
 
+from philora.config import load_config
 from philora.errors import ModelError
 from philora.families import find
 from philora.models import local_path
@@ -194,10 +196,10 @@ DEFECTS = {
     "S1": [NO_LORA, END_AS_TEXT, TURNS_AS_TEXT, PAD, REMOTE, NO_EFFECT,
            *older("evaluation_strategy", "max_seq_length", "torch_dtype")],
     "S2": [NO_LORA, TURNS_AS_TEXT, PAD, *older("evaluation_strategy", "max_seq_length", "torch_dtype")],
-    "S3": [SLICES, REMOTE, *older("evaluation_strategy", "warmup_ratio", "max_seq_length", "torch_dtype")],
-    "S4": [TURNS_AS_TEXT, REMOTE, r"overwrite_output_dir=True is left out: a run is never overwritten",
+    "S3": [SLICES, REMOTE, NO_EFFECT, *older("evaluation_strategy", "warmup_ratio", "max_seq_length", "torch_dtype")],
+    "S4": [TURNS_AS_TEXT, REMOTE, NO_EFFECT, r"overwrite_output_dir=True is left out: a run is never overwritten",
            *older("warmup_ratio", "max_seq_length", "torch_dtype")],
-    "S5": [SLICES, LEAK, REMOTE, *older("evaluation_strategy", "warmup_ratio", "max_seq_length")],
+    "S5": [SLICES, LEAK, REMOTE, NO_EFFECT, *older("evaluation_strategy", "warmup_ratio", "max_seq_length")],
 }  # fmt: skip
 CLEAN = {  # messages that a sample without the defect must not get
     "S1": [SLICES, LEAK],
@@ -208,7 +210,7 @@ CLEAN = {  # messages that a sample without the defect must not get
 }
 
 
-def found(text: str, notices: list[str]) -> bool:
+def found(text: str, notices: Iterable[str]) -> bool:
     return any(re.search(text, each, re.DOTALL) for each in notices)
 
 
@@ -247,6 +249,13 @@ def test_the_command_line_shows_the_notices(phi, data, tmp_path, monkeypatch, ca
     shown = " ".join(capsys.readouterr().out.split())
     for text in (NO_LORA, END_AS_TEXT, PAD):
         assert re.search(text, shown)
+
+
+@pytest.mark.parametrize("key", ["assistant_only_loss", "completion_only_loss"])
+def test_a_loss_on_the_prompt_is_not_promised(key):
+    shown = load_config({"data": {"train": "helpdesk"}, "training_config": {key: False}}).notices
+    assert found(rf"training_config\.{key}=False has no effect: .* the loss is on the assistant's turns only", shown)
+    assert not load_config({"data": {"train": "helpdesk"}, "training_config": {key: True}}).notices
 
 
 def test_answers_that_are_numbers_are_left_alone(phi, tmp_path):
