@@ -71,6 +71,7 @@ def _version(shown: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -78,6 +79,10 @@ def _main(
 ) -> None:
     if debug:
         os.environ["PHILORA_DEBUG"] = "1"
+    name = context.invoked_subcommand
+    if processes.count() > 1 and name != "train":
+        todo = f"Start it without a launcher: philora {name}"
+        raise ConfigError(fault("philora", "command", name, "train, the command that several processes share", todo))
 
 
 @app.command()

@@ -166,6 +166,16 @@ def test_parts_of_an_evaluation_are_joined_by_their_labels():
     assert (whole.seconds, whole.too_long, whole.samples) == (2.0, 1, [sample])
 
 
+def test_other_commands_are_for_one_process():
+    """Each process would do the whole of it, into the same files."""
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "philora", "demo"]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert found.returncode == 2
+    message = "philora: philora: command='demo' - expected train, the command that several processes share."
+    assert found.stderr.startswith(message), found.stderr
+
+
 # ---------------------------------------------------------------------------------------- going on, and not
 
 
@@ -187,7 +197,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     epochs = [entry["epoch"] for entry in entries(run)]
     assert 1 < epochs[4] < epochs[-1]
     whole, expected = losses(run), (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    for step in (2, 3, 5):
+    for step in (2, 5):
         shutil.rmtree(run / "adapter")
         for each in range(step + 1, 10):
             shutil.rmtree(run / "checkpoints" / f"checkpoint-{each}")
