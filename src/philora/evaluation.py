@@ -6,6 +6,7 @@ calls with its adapter disabled, on the same rows and prompts, so that the two s
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +31,10 @@ from philora.generation import (
     prompt_tokens,
     window_tokens,
 )
+from philora.kernels.memory import out_of_memory
 from philora.measures import EXACT_MATCH, LOSS, PERPLEXITY, TOKEN_ACCURACY, Measure, Paired, of_means, paired
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of a token that has no part in the loss, as everywhere in PyTorch."""
@@ -214,36 +219,64 @@ def score_rows(
     pad_token_id: int,
     batch_tokens: int = 8192,
 ) -> list[RowScores]:
-    """`score` by itself for each row; arguments, numerics and cost are those of `score`."""
+    """`score` by itself for each row; arguments, numerics and cost are those of `score`.
+
+    A batch that there is no memory for is halved, and so are later ones of its size.
+    """
     sequences = list(_sequences(rows))
     device = device_of(model)
     losses, corrects, counts = ([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
+    most = math.inf  # positions that there is memory for, as far as is known
     with evaluating(model), torch.inference_mode():
         logits_of = _label_logits(model, rows, sequences, device)
         for batch in _token_batches(sequences, batch_tokens, longrope_switch_tokens(model.config)):
-            pieces = [_read(rows, each) for each in batch]
-            input_ids = pad([ids for ids, _ in pieces], pad_token_id, "right", device)
-            labels = pad([labels for _, labels in pieces], IGNORED, "right", device)
-            mask = pad([[1] * len(ids) for ids, _ in pieces], 0, "right", device)
-            wanted = labels[:, 1:] != IGNORED
-            targets = labels[:, 1:][wanted]
-            if len(targets) == 0:
-                continue
-            owners = wanted.nonzero()[:, 0]
-            loss = torch.zeros(len(batch), dtype=torch.float64, device=device)
-            correct = torch.zeros(len(batch), dtype=torch.int64, device=device)
-            start = 0
-            for logits in logits_of(input_ids, mask, wanted):
-                target, owner = (each[start : start + len(logits)] for each in (targets, owners))
-                loss.index_add_(0, owner, cross_entropy(logits, target, reduction="none").double())
-                correct.index_add_(0, owner, (logits.argmax(dim=-1) == target).long())
-                start += len(logits)
-            found = zip(batch, loss.tolist(), correct.tolist(), wanted.sum(1).tolist(), strict=True)
-            for piece, its_loss, its_correct, its_count in found:
-                losses[piece.row] += its_loss
-                corrects[piece.row] += its_correct
-                counts[piece.row] += its_count
+            pending = [batch]
+            while pending:
+                part = pending.pop()
+                pieces = [_read(rows, each) for each in part]
+                positions = len(part) * max(len(ids) for ids, _ in pieces)
+                found = None
+                if positions <= most or len(part) == 1:
+                    found = _score_batch(logits_of, pieces, pad_token_id, device)
+                    if found is None:
+                        most = positions // 2
+                        logger.warning("out of memory with %d positions at once; going on with %d", positions, most)
+                        clear_device_cache(garbage_collection=True)
+                if found is None:
+                    half = len(part) // 2
+                    pending += [part[half:], part[:half]]
+                    continue
+                for piece, (its_loss, its_correct, its_count) in zip(part, found, strict=True):
+                    losses[piece.row] += its_loss
+                    corrects[piece.row] += its_correct
+                    counts[piece.row] += its_count
     return [RowScores(*each) for each in zip(losses, corrects, counts, strict=True)]
+
+
+def _score_batch(
+    logits_of: Any, pieces: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device
+) -> list[tuple[float, int, int]] | None:
+    """Loss, correct and labelled tokens of each sequence; None where there is no memory for more than one."""
+    try:
+        input_ids = pad([ids for ids, _ in pieces], pad_token_id, "right", device)
+        labels = pad([labels for _, labels in pieces], IGNORED, "right", device)
+        mask = pad([[1] * len(ids) for ids, _ in pieces], 0, "right", device)
+        wanted = labels[:, 1:] != IGNORED
+        targets = labels[:, 1:][wanted]
+        owners = wanted.nonzero()[:, 0]
+        loss = torch.zeros(len(pieces), dtype=torch.float64, device=device)
+        correct = torch.zeros(len(pieces), dtype=torch.int64, device=device)
+        start = 0
+        for logits in logits_of(input_ids, mask, wanted) if len(targets) else ():
+            target, owner = (each[start : start + len(logits)] for each in (targets, owners))
+            loss.index_add_(0, owner, cross_entropy(logits, target, reduction="none").double())
+            correct.index_add_(0, owner, (logits.argmax(dim=-1) == target).long())
+            start += len(logits)
+        return list(zip(loss.tolist(), correct.tolist(), wanted.sum(1).tolist(), strict=True))
+    except Exception as error:
+        if len(pieces) == 1 or not out_of_memory(error):
+            raise
+        return None
 
 
 def exact_match(answer: str, reference: str) -> bool:

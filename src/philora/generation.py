@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from philora import decoding, models
 from philora.errors import ConfigError, DataError, ModelError, fault, one_per_line
 from philora.families import longrope_switch_tokens
+from philora.kernels.memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -300,8 +301,8 @@ def _answer_in_rows(
         try:
             for place, answer in _in_rows(model, tokenizer, waiting, settings, rows):
                 answers[place] = answer
-        except torch.OutOfMemoryError:
-            if rows == 1:
+        except (MemoryError, RuntimeError) as error:
+            if rows == 1 or not out_of_memory(error):
                 raise
             logger.warning("out of memory with %d prompts at once; going on with %d", rows, rows // 2)
             rows //= 2
@@ -465,8 +466,8 @@ def _generate_batch(
             generation_config=GenerationConfig(**options),
             **extra,
         )
-    except torch.OutOfMemoryError:
-        if len(prompts) == 1:
+    except (MemoryError, RuntimeError) as error:
+        if len(prompts) == 1 or not out_of_memory(error):
             raise
     else:
         width = max(len(ids) for ids in prompts)

@@ -27,7 +27,17 @@ from transformers import (
 )
 
 from philora import evaluation
-from philora.evaluation import Evaluation, Sample, Scores, compare_table, evaluate, exact_match, pick_samples, score
+from philora.evaluation import (
+    Evaluation,
+    Sample,
+    Scores,
+    compare_table,
+    evaluate,
+    exact_match,
+    pick_samples,
+    score,
+    score_rows,
+)
 from philora.generation import GenerationSettings, generate
 
 VOCABULARY = 300
@@ -152,6 +162,31 @@ def test_scores_do_not_depend_on_batching_chunks_or_container(monkeypatch):
     for batch_tokens in (1, 150):
         got = score(model, datasets.Dataset.from_list(rows), pad_token_id=5, batch_tokens=batch_tokens)
         assert got == pytest.approx(expected, rel=RELATIVE)
+
+
+def test_a_batch_without_memory_is_halved_and_later_ones_too(caplog):
+    """PyTorch's allocator refuses what nobody has, wherever more than 60 positions are computed at once."""
+    model, rows = phi(), rows_of()
+    want = score_rows(model, rows, pad_token_id=0)
+    seen = []
+
+    def limited(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.append(hidden.shape[0] * hidden.shape[1])
+        if seen[-1] > most:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    most = 60
+    hook = model.model.layers[0].register_forward_hook(limited)
+    got = score_rows(model, rows, pad_token_id=0)
+    assert max(seen[-3:]) <= 60
+    assert caplog.text.count("positions at once; going on with") == sum(each > 60 for each in seen)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    most = 0
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        score_rows(model, rows, pad_token_id=0)
+    hook.remove()
 
 
 def test_the_output_layer_sees_labelled_positions_only():
