@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from philora import __version__
 from philora.evaluation import Scores, compare_table
-from philora.families import find
 from philora.models import local_path
 from philora.report import SECRETS
+from philora.sources import licence
 
 _TAGS: Final = ("philora", "lora", "sft", "trl")
 # Settings that somebody needs who wants to train the same again, as far as a card goes; config.yaml has them all.
@@ -70,19 +70,6 @@ def model_card(
     body = "\n\n".join(part for part in parts if part)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
     return str(SECRETS.sub("***", card.content))
-
-
-def licence(base: str | None) -> str | None:
-    """The licence of a base: what the card in its folder says; Microsoft's Phi models are all under MIT."""
-    if base is None:
-        return None
-    readme = Path(local_path(base)) / "README.md"
-    if readme.is_file():
-        found = getattr(
-            ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data, "license", None
-        )
-        return str(found) if found else None
-    return "mit" if find(base) is not None else None
 
 
 def _json(path: Path) -> dict[str, Any]:

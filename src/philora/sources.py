@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from philora.errors import AdapterError, fault, nearest
+from philora.families import find
 from philora.hub import reachable_or_cached
 from philora.models import local_path
 
@@ -73,3 +74,16 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         todo = f"Check the path, or your login. The hub says: {' '.join(str(error).split())[:200]}"
         raise AdapterError(fault("adapter", "source", name, expected, todo)) from error
+
+
+def licence(base: str | None) -> str | None:
+    """The licence of a base: what the card in its folder says; Microsoft's Phi models are all under MIT."""
+    if base is None:
+        return None
+    readme = Path(local_path(base)) / "README.md"
+    if readme.is_file():
+        found = getattr(
+            ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data, "license", None
+        )
+        return str(found) if found else None
+    return "mit" if find(base) is not None else None

@@ -59,6 +59,18 @@ def test_merge(adapter, tmp_path, cli):
     assert "empty" in again.err
 
 
+def test_gguf_and_ollama(adapter, tmp_path, cli):
+    run, _ = adapter
+    done = cli("export", run, "--format", "ollama", "--dtype", "q8_0", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "ollama, verified" in done.out
+    assert "read back: KL divergence" in done.out
+    assert "llama.cpp" in done.out  # its figures, or that it is not installed
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [
+        "Modelfile", "README.md", "model-q8_0.gguf", "stop_tokens.json",
+    ]  # fmt: skip
+
+
 def test_bad_input(adapter, tmp_path, cli):
     run, _ = adapter
     for arguments, message in (

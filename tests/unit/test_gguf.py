@@ -12,18 +12,22 @@ import gguf
 import numpy as np
 import pytest
 import sentencepiece
+import torch
+from peft import LoraConfig, PeftModel
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import philora
+from philora.config import ModelConfig
 from philora.errors import AdapterError, ConfigError, ModelError
-from philora.formats import export, gguf_export, gguf_file
+from philora.formats import export, gguf_export, gguf_file, held_out
 from philora.formats.gguf_file import GGUFFile, read_config, read_model
 from philora.formats.ollama import markup
 from philora.formats.vocabulary import vocabulary
-from philora.models import local_path, stop_token_ids
+from philora.models import load_model, local_path, stop_token_ids
 from philora.verify import logits_of, probe
 from tests.gguf_models import MEMBERS, TEMPLATES, go_template, member_named, phi_tokenizer, save_adapter, save_member
-from tests.tolerances import LOGITS_FP32
+from tests.tolerances import LOGITS_FP32, QUANTIZED_FP32
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +64,6 @@ def pair(saved, tmp_path_factory):
 
 
 def peft_logits(folder):
-    from peft import PeftModel
-
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter").eval()
     return logits_of(model, probe(model.config.vocab_size))
 
@@ -125,6 +127,9 @@ def test_the_fields_are_the_members(member, saved, pair):
     # llama.cpp drops the space after special tokens by the model's name; Phi-4's tokens keep it.
     assert ("phi-3" in file.field("general.name").lower()) is not phi4
     lora = GGUFFile(out / "adapter.gguf")
+    assert lora.field("general.base_model.0.name") == "base"
+    assert str(folder).encode() not in (out / "adapter.gguf").read_bytes() + (out / "base-f32.gguf").read_bytes()
+    assert str(folder) not in (out / "README.md").read_text()
     assert lora.field("general.type") == "adapter"
     assert lora.field("adapter.type") == "lora"
     down = lora.tensor("blk.0.attn_qkv.weight.lora_a")
@@ -177,6 +182,39 @@ def test_from_a_loralib_file(saved, tmp_path):
     assert sorted(each.name for each in (tmp_path / "adapter").iterdir()) == [
         "README.md", "adapter.gguf", "stop_tokens.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["merged", "base+adapter"])
+def test_over_a_quantised_base_it_is_the_dequantised_one(layout, saved, tmp_path):
+    """An adapter that was trained over nf4 corrects what nf4 did: it belongs to those weights."""
+    base = saved("Phi-4") / "base"
+    model = load_model(ModelConfig(name_or_path=str(base), quantization="nf4", dtype="float32"))
+    adapted = philora.get_peft_model(model, LoraConfig(r=4, target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, each in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(each, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    want = logits_of(adapted, probe(model.config.vocab_size))
+    export(tmp_path / "adapter", tmp_path / "out", format="gguf", layout=layout, dtype="f32")
+    files = [GGUFFile(tmp_path / "out" / name) for name in ("base-f32.gguf", "adapter.gguf", "model-f32.gguf")
+             if (tmp_path / "out" / name).is_file()]  # fmt: skip
+    written = read_model(*files)
+    assert relative(logits_of(written, probe(model.config.vocab_size)), want) < QUANTIZED_FP32
+    over = philora.load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    assert relative(logits_of(over, probe(model.config.vocab_size)), want) > 100 * QUANTIZED_FP32
+
+
+def test_held_out_conversations_of_the_run_are_among_those_compared(tmp_path):
+    sample = {"prompt": [{"role": "user", "content": "Of the run?"}], "reference": "Yes.", "adapter": "No."}
+    (tmp_path / "results.json").write_text(json.dumps({"samples": [sample]}))
+    talks = held_out.conversations(tmp_path)
+    assert talks[0] == [{"role": "user", "content": "Of the run?"}, {"role": "assistant", "content": "Yes."}]
+    assert talks[1:] == held_out.conversations(None)
+    tokenizer = phi_tokenizer("Phi-4")
+    texts = held_out.texts(tmp_path, tokenizer)
+    assert "Of the run?<|im_end|><|im_start|>assistant<|im_sep|>Yes." in texts[0]
+    assert all(0 < len(row) <= 32 for row in held_out.token_rows(texts, tokenizer, 32))
 
 
 def wrong_alpha(adapter, model, file, **options):

@@ -17,11 +17,12 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import philora
-from philora.card import licence, model_card
+from philora.card import model_card
 from philora.errors import AdapterError, ConfigError, RunError
 from philora.hub import find_token
 from philora.models import local_path
 from philora.pushing import push
+from philora.sources import licence
 from tests.hub_server import TOKEN, hub_server
 
 

@@ -157,12 +157,19 @@ def _export_gguf(
             layout=layout,
             file_type=dtype,
             name=out.name,
-            base_name="nano" if base == local_path("nano") else base,
+            base_name=_shown(base),
             ollama=ollama,
             lora_alpha=lora_alpha,
         )
     logger.info("%s: %s", out, result.read_back)
     return Exported(out, result.read_back, result.llama)
+
+
+def _shown(base: str) -> str:
+    """A base's name in files that others get: without the folders of this machine."""
+    if base == local_path("nano"):
+        return "nano"
+    return Path(base).name if Path(base).is_dir() else base
 
 
 def _base_name(found: AdapterSource) -> str:

@@ -40,7 +40,7 @@ from philora.formats.vocabulary import vocabulary
 from philora.merging import base_folder, load_trained_over, merge, read_trained_over
 from philora.models import load_skeleton
 from philora.quantization import dequantize_
-from philora.sources import AdapterSource
+from philora.sources import AdapterSource, licence
 from philora.verify import DIVERGENCE, Divergence, divergence, row_logits
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def write_gguf(
 
     model = _base_as_trained(found, base)
     plain = row_logits(model, prompts.rows)
-    facts = {"base_model": base_name}
+    facts = {"base_model": base_name, "license": licence(str(base)) or licence(base_name) or ""}
     if layout == "merged":
         files: tuple[str, ...] = (f"model-{file_type}.gguf",)
         model, reference = _merged(model, found, prompts.rows, lora_alpha)
@@ -113,7 +113,9 @@ def write_gguf(
         _check_tensors(model, folder / files[0], file_type)
     else:
         files = (f"base-{file_type}.gguf", "adapter.gguf")
-        write_model(model, folder / files[0], words, file_type=file_type, name=base_name, facts={})
+        write_model(
+            model, folder / files[0], words, file_type=file_type, name=base_name, facts={"license": facts["license"]}
+        )
         _check_tensors(model, folder / files[0], file_type)
         with restored(model):
             applied, adapter = read_adapter(model, found, lora_alpha)
