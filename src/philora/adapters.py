@@ -1037,3 +1037,49 @@ def coverage(model: nn.Module) -> Coverage:
     trainable = sum(row.parameters for row in table) + sum(count for _, count in others)
     total = sum(parameters_in(each) for each in model.parameters())
     return Coverage(table, others, tuple(frozen.items()), trainable, total)
+
+
+class UpdateNorm(NamedTuple):
+    """How far an adapter moves one module.
+
+    Attributes:
+        module: Its name in the base model.
+        slice: Of a fused module; empty for the whole of it.
+        norm: Frobenius norm of scaling·B·A.
+        relative: The same over the norm of the base weight's rows; None over a quantised weight.
+    """
+
+    module: str
+    slice: str
+    norm: float
+    relative: float | None
+
+
+def update_norms(model: nn.Module) -> list[UpdateNorm]:
+    """The size of each update of the active adapters on linear layers, in the order of the modules.
+
+    Numerics:
+        fp32; ‖B A‖² is the sum over (BᵀB) ∘ (A Aᵀ), so no (out, in) matrix is made.
+    """
+    found = []
+    for name, layer in lora_layers(model).items():
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        for adapter in layer.active_adapters:
+            if adapter not in layer.lora_A or not hasattr(layer.lora_A[adapter], "weight"):
+                continue
+            down, up = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+            if down.ndim != 2 or type(layer.lora_A[adapter]) is not nn.Linear:  # convolutions, and what FSDP shards
+                continue
+            whole = ("", slice(None), slice(None))
+            layout = [
+                (each.name, slice(each.row_start, each.row_stop), slice(each.rank_start, each.rank_stop))
+                for each in getattr(layer.lora_B[adapter], "slice_layout", ())
+            ]
+            for title, rows, ranks in layout or [whole]:
+                a, b = down[ranks].float(), up[rows, ranks].float()
+                norm = abs(float(layer.scaling[adapter])) * float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())
+                size = 0.0
+                if type(weight) is nn.Parameter and weight.is_floating_point() and weight.ndim == 2:
+                    size = float(torch.linalg.vector_norm(weight.detach()[rows], dtype=torch.float32))
+                found.append(UpdateNorm(name, title, norm, norm / size if size else None))
+    return found

@@ -415,11 +415,20 @@ def show_config(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(help="Run folder.", metavar="RUN")]) -> None:
-    """Write report.html of a run folder again."""
-    from philora.report import write_report
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared.", metavar="RUN...")],
+    output: Annotated[
+        str | None, typer.Option("--out", help="File; default: report.html in the run folder, or comparison.html here.")
+    ] = None,
+) -> None:
+    """Write report.html of a run again, or one page about several."""
+    from philora.report import write_comparison, write_report
 
-    out.print(str(write_report(Path(run))), highlight=False)
+    if len(runs) == 1:
+        written = write_report(Path(runs[0]), out=Path(output) if output else None)
+    else:
+        written = write_comparison([Path(each) for each in runs], Path(output or "comparison.html"))
+    out.print(str(written), highlight=False)
 
 
 # ------------------------------------------------------------------------------------------------- inside

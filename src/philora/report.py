@@ -1,6 +1,9 @@
 """The page of a run: `report.html`, made from what stands in the run folder and nothing else.
 
-    config.yaml, metrics.jsonl, results.json -> `read_run` -> `Run` -> text and coordinates -> template -> one file
+    config.yaml, metrics.jsonl, results.json, evaluation/results.json
+        -> `read_run` -> `Run` -> text and coordinates -> template -> one file
+
+Several runs have a page of their own, with their curves in one chart and their settings where they differ.
 
 The page holds its style, its script and its charts; its content security policy forbids it to load anything and to run
 any script but its own. Whatever a run lacks (it was stopped, nothing was held out) is left out of its page.
@@ -18,17 +21,22 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import yaml
 from markupsafe import Markup
 
 from philora.checkpoint import write_text
-from philora.errors import DataError, fault
-from philora.evaluation import METRICS, Scores, better, compare_table
+from philora.errors import ConfigError, DataError, fault
+from philora.evaluation import METRICS, Scores, better, compare_table, interval_of, shown_figure
+from philora.measures import Paired
+
+MOST_RUNS = 8
+"""Colours of a comparison."""
 
 POINTS = 300
 """Buckets of a curve, each drawn by its lowest and highest value: more than a screen shows, and a small file."""
@@ -48,12 +56,19 @@ class Run:
         config: The text of `config.yaml`; empty when there is none.
         metrics: The entries of `metrics.jsonl` in order of their step.
         results: `results.json`; empty for a run that has not ended.
+        evaluation: `evaluation/results.json`, of `philora evaluate`; empty where it has not been called.
     """
 
     folder: Path
     config: str
     metrics: list[dict[str, Any]]
     results: dict[str, Any]
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
 
     def series(self, key: str) -> list[Point]:
         """(step, value) of every entry that holds a finite number under `key`; of equal steps the last one."""
@@ -103,29 +118,68 @@ def write_report(run_folder: Path, *, out: Path | None = None) -> Path:
     return target
 
 
+def write_comparison(run_folders: Sequence[Path], out: Path) -> Path:
+    """Write one page about several runs.
+
+    Args:
+        run_folders: Two to `MOST_RUNS` run folders, of runs that ended or not.
+        out: The file, which holds either its old content or all of the new.
+
+    Raises:
+        ConfigError: There are too few or too many.
+        DataError: As `write_report`.
+    """
+    if not 2 <= len(run_folders) <= MOST_RUNS:
+        raise ConfigError(fault("report", "runs", len(run_folders), f"2 to {MOST_RUNS} runs to compare"))
+    write_text(Path(out), render_comparison([read_run(Path(each)) for each in run_folders]))
+    return Path(out)
+
+
 def read_run(folder: Path) -> Run:
     """Read what a run folder holds; files that a run has not written yet count as empty.
 
     Raises:
-        DataError: The folder holds no run, or `results.json` is not what philora wrote.
+        DataError: The folder holds no run, or a file is not what philora wrote.
     """
-    files = {name: folder / name for name in ("config.yaml", "metrics.jsonl", "results.json")}
-    if not any(path.is_file() for path in files.values()):
-        expected = f"a run folder, with {', '.join(files)}"
+    names = ("config.yaml", "metrics.jsonl", "results.json")
+    if not any((folder / name).is_file() for name in names):
+        expected = f"a run folder, with {', '.join(names)}"
         raise DataError(fault("report", "run", str(folder), expected, "Give the folder that `philora train` wrote"))
-    text = {name: path.read_text(encoding="utf-8") if path.is_file() else "" for name, path in files.items()}
+    metrics = [entry for line in _text(folder / "metrics.jsonl").splitlines() if (entry := _entry(line)) is not None]
+    return Run(
+        folder,
+        _text(folder / "config.yaml"),
+        sorted(metrics, key=lambda entry: float(entry["step"])),
+        _object(folder / "results.json"),
+        _object(folder / "evaluation" / "results.json"),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
-        results = json.loads(text["results.json"] or "{}")
+        content = json.loads(_text(path) or "{}")
     except json.JSONDecodeError as error:
-        results = str(error)
-    if not isinstance(results, dict):
-        raise DataError(fault(str(files["results.json"]), "content", results, "a JSON object as philora writes it"))
-    metrics = [entry for line in text["metrics.jsonl"].splitlines() if (entry := _entry(line)) is not None]
-    return Run(folder, text["config.yaml"], sorted(metrics, key=lambda entry: float(entry["step"])), results)
+        content = str(error)
+    if not isinstance(content, dict):
+        raise DataError(fault(str(path), "content", content, "a JSON object as philora writes it"))
+    return content
 
 
 def render(run: Run) -> str:
     """The page of a run as HTML."""
+    return _render("report.html.j2", _view(run))
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """The page of several runs as HTML."""
+    return _render("comparison.html.j2", _comparison_view(runs))
+
+
+def _render(template: str, view: Mapping[str, Any]) -> str:
     script = _template_text("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(
@@ -135,8 +189,8 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
-        **_view(run), style=Markup(_template_text("report.css")), script=Markup(script), script_digest=digest
+    return environment.get_template(template).render(
+        **view, style=Markup(_template_text("report.css")), script=Markup(script), script_digest=digest
     )
 
 
@@ -253,7 +307,8 @@ def _view(run: Run) -> dict[str, Any]:
     """What the template shows, formatted; a part that the run lacks is None or empty."""
     results = run.results
     model = _mapping(results.get("model"))
-    before, after = (_mapping(results.get(each)) for each in ("before", "after"))
+    scored = run.evaluation if run.evaluation.get("after") else results
+    before, after = (_mapping(scored.get(each)) for each in ("before", "after"))
     return {
         "name": str(model.get("name") or run.folder.resolve().name),
         "folder": run.folder.resolve().name,
@@ -262,13 +317,16 @@ def _view(run: Run) -> dict[str, Any]:
         "summary": _summary(before, after) if before and after else None,
         "facts": _facts(run),
         "warnings": _warnings(run),
-        "table": _table(before, after),
+        "table": _table(before, after, _figures(run)),
+        "forgetting": _paired_rows(_paired(run.evaluation.get("forgetting"))),
+        "evaluated": _evaluated(run),
         "answers": int(_real(after.get("answers")) or 0),
         "label_tokens": _count(after.get("label_tokens") or before.get("label_tokens")),
         "samples": [_sample(each) for each in results.get("samples") or []],
         "loss_chart": _loss_chart(run),
         "charts": _small_charts(run),
         "coverage": _coverage(_mapping(results.get("coverage"))),
+        "updates": _updates(results.get("updates")),
         "data": _data(_mapping(results.get("data"))),
         "command": _without_secrets(str(results.get("command") or "")),
         "config": _without_secrets(run.config),
@@ -340,8 +398,34 @@ def _warnings(run: Run) -> list[str]:
     return warnings
 
 
-def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _paired(entries: Any) -> list[Paired]:
+    """Figures with intervals, as `results.json` holds them; entries that are not whole are left out."""
+    found = []
+    for each in entries or []:
+        try:
+            found.append(Paired.from_dict(each))
+        except (TypeError, AttributeError):
+            continue
+    return found
+
+
+def _figures(run: Run) -> list[Paired]:
+    """The newest figures with intervals: those of `philora evaluate` where it has been called."""
+    return _paired(run.evaluation.get("comparison")) or _paired(run.results.get("comparison"))
+
+
+def _evaluated(run: Run) -> str:
+    """What the figures of `philora evaluate` are of."""
+    rows = _real(run.evaluation.get("rows"))
+    if rows is None:
+        return ""
+    return f"From philora evaluate: {rows:,.0f} rows, {_without_secrets(str(run.evaluation.get('data') or ''))}."
+
+
+def _table(before: Mapping[str, Any], after: Mapping[str, Any], figures: Sequence[Paired] = ()) -> list[dict[str, Any]]:
     """The before/after table, with the direction of each change and the place of shares on a line from 0 to 100%."""
+    if figures:
+        return _paired_rows(figures)
     if not before and not after:
         return []
     by_title = {metric.title: metric for metric in METRICS}
@@ -355,6 +439,29 @@ def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str
             | {
                 "direction": "" if way is None else "better" if way else "worse",
                 "track": [100 * old, 100 * new] if metric.percent and old is not None and new is not None else None,
+                "interval": "",
+                "counts": None,
+            }
+        )
+    return rows
+
+
+def _paired_rows(figures: Sequence[Paired]) -> list[dict[str, Any]]:
+    """Rows of the table with the interval of each change, and the examples on which the adapter is better or worse."""
+    rows = []
+    for each in figures:
+        change, _, interval = interval_of(each).partition(" [")
+        known = math.isfinite(each.before) and math.isfinite(each.after)
+        rows.append(
+            {
+                "metric": each.title,
+                "before": shown_figure(each.before, each),
+                "after": shown_figure(each.after, each),
+                "change": change,
+                "interval": interval.rstrip("]").replace(", ", " to "),
+                "direction": "" if each.verdict == "unclear" else each.verdict,
+                "track": [100 * each.before, 100 * each.after] if each.percent and known else None,
+                "counts": [each.wins, each.ties, each.losses],
             }
         )
     return rows
@@ -481,6 +588,50 @@ def _parent(module: Any) -> str:
     return str(module or "").rpartition(".")[0]
 
 
+PARTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+"""Parts of a layer in the order that data takes through it."""
+
+
+def _updates(entries: Any) -> dict[str, Any] | None:
+    """How far each module was moved: a row for each part of a layer, a cell for each layer."""
+    found: dict[str, dict[int, tuple[float, str]]] = {}
+    for each in entries or []:
+        norm, share = _real(_mapping(each).get("norm")), _real(_mapping(each).get("relative"))
+        if norm is None:
+            continue
+        module = str(each.get("module") or "")
+        numbered = re.fullmatch(r"(?:.*\.)?(\d+)\.(?:.*\.)?([^.]+)", module)
+        layer, part = (int(numbered[1]), numbered[2]) if numbered else (0, module.rpartition(".")[2])
+        name = str(each.get("slice") or part)
+        percent = "" if share is None else f", {_shown_share(share, True)} of the weight's"
+        text = f"{name}, layer {layer}: norm {_number(float(f'{norm:.3g}'))}{percent}"
+        found.setdefault(name, {})[layer] = (norm if share is None else share, text)
+    if not found:
+        return None
+    layers = range(max(max(each) for each in found.values()) + 1)
+    highest = max(value for each in found.values() for value, _ in each.values()) or 1.0
+    relative = all(_real(_mapping(each).get("relative")) is not None for each in entries)
+    rows = [
+        {
+            "name": name,
+            "cells": [
+                (f"{found[name][layer][0] / highest:.3f}", found[name][layer][1]) if layer in found[name] else None
+                for layer in layers
+            ],
+            "mean": _shown_share(statistics.fmean(value for value, _ in found[name].values()), relative),
+        }
+        for name in sorted(found, key=lambda each: (PARTS.index(each) if each in PARTS else len(PARTS), each))
+    ]
+    most = max(((value, text) for each in found.values() for value, text in each.values()), default=(0.0, ""))
+    return {"rows": rows, "last": len(layers) - 1, "relative": relative, "most": most[1]}
+
+
+def _shown_share(value: float, relative: bool) -> str:
+    if not relative:
+        return _number(float(f"{value:.3g}"))
+    return f"{100 * value:.2g}%" if value < 0.995 else f"{100 * value:,.0f}%"
+
+
 DATA_COLUMNS = {
     "rows": "Rows",
     "tokens": "Tokens",
@@ -493,15 +644,16 @@ DATA_COLUMNS = {
 
 
 def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Counts by split, the sources, and the notices."""
-    splits = _mapping(data.get("splits"))
-    if not splits:
+    """Counts by split, lengths, one example with its labels, the sources, and the notices."""
+    counts = {name: _mapping(data.get(name)) for name in ("train", "eval") if data.get(name)}
+    if not counts:
         return None
-    counts = {name: _mapping(each) for name, each in splits.items()}
     keys = [key for key in DATA_COLUMNS if any(key in each for each in counts.values())]
     return {
         "splits": list(counts),
         "rows": [(DATA_COLUMNS[key], [_count(each.get(key)) for each in counts.values()]) for key in keys],
+        "lengths": _lengths(_mapping(data.get("lengths"))),
+        "preview": _preview(data.get("preview")),
         "sources": [
             {
                 "split": str(split),
@@ -514,6 +666,141 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
         ],
         "notices": [str(each) for each in data.get("notices") or []],
     }
+
+
+def _lengths(lengths: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Bars of the histogram of lengths, in percent of the highest."""
+    counts, edges = lengths.get("counts") or [], lengths.get("edges") or []
+    if len(counts) < 2 or len(edges) != len(counts) + 1:
+        return None
+    highest = max(counts) or 1
+    return {
+        "bars": [
+            (f"{100 * count / highest:.1f}", f"{low:,.0f} to {high:,.0f} tokens: {count:,}")
+            for count, low, high in zip(counts, edges, edges[1:], strict=False)
+        ],
+        "low": f"{edges[0]:,.0f}",
+        "high": f"{edges[-1]:,.0f}",
+        "median": _count(lengths.get("median")),
+    }
+
+
+def _preview(tokens: Any) -> list[tuple[str, bool]]:
+    """An example in pieces, each with whether the loss is on it."""
+    pairs = [(str(text), bool(labelled)) for text, labelled in tokens or []]
+    return [
+        ("".join(text for text, _ in group), labelled)
+        for labelled, group in itertools.groupby(pairs, key=lambda each: each[1])
+    ]
+
+
+# -- several runs
+
+
+def _comparison_view(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the page of several runs shows, formatted."""
+    names = _distinct_names(runs)
+    styles = [f"run-{index}" for index in range(len(runs))]
+    charts = []
+    for title, key, form, axis in (
+        ("Loss, smoothed", "loss", _number, _number),
+        ("Loss on held-out data", "eval_loss", _number, _number),
+        ("Gradient norm, smoothed", "grad_norm", _number, _number),
+        ("Tokens per second, smoothed", "tokens_per_second", _count, _short_count),
+    ):
+        curves = []
+        for run, name, style in zip(runs, names, styles, strict=True):
+            points = run.series(key)
+            if "smoothed" in title and len(points) >= 12:
+                points = smoothed(points, max(5.0, len(points) / 16))
+            curves.append(Curve(name, style, points, dots=len(points) <= 12))
+        drawn = chart(title, curves, form=form, axis=axis, from_zero=key != "loss" and key != "eval_loss")
+        if drawn is not None:
+            charts.append(drawn)
+    rows = [(title, values) for title, values in _compared(runs) if any(each != "–" for each in values)]
+    return {
+        "names": list(zip(names, styles, strict=True)),
+        "rows": rows,
+        "charts": charts,
+        "settings": _differing(runs),
+        "commands": [(name, _without_secrets(str(run.results.get("command") or ""))) for name, run in
+                     zip(names, runs, strict=True) if run.results.get("command")],
+        "philora": str(next((run.results["philora"] for run in runs if run.results.get("philora")), "")),
+    }  # fmt: skip
+
+
+def _distinct_names(runs: Sequence[Run]) -> list[str]:
+    """Folder names, with as many parents as it takes to tell them apart."""
+    paths = [run.folder.resolve().parts for run in runs]
+    for depth in range(1, max(len(each) for each in paths) + 1):
+        names = ["/".join(each[-depth:]) for each in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.name} ({index + 1})" for index, run in enumerate(runs)]
+
+
+def _compared(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Figures of each run, a row for each."""
+
+    def of(read: Callable[[Run], str | None]) -> list[str]:
+        return [read(run) or "–" for run in runs]
+
+    def figure(field: str, which: str) -> Callable[[Run], str | None]:
+        def read(run: Run) -> str | None:
+            for each in _figures(run):
+                if each.field == field:
+                    return shown_figure(getattr(each, which), each)
+            metric = next((each for each in METRICS if each.field == field), None)
+            value = _real(_mapping(run.results.get("before" if which == "before" else "after")).get(field))
+            return shown_figure(value, metric) if metric is not None and value is not None else None
+
+        return read
+
+    titles = {each.field: each.title for run in runs for each in _figures(run)}
+    titles = {each.field: each.title for each in METRICS} | titles
+    rows = [("Base model", of(lambda run: str(_mapping(run.results.get("model")).get("name") or "")))]
+    for name, title in titles.items():
+        rows.append((title, of(figure(name, "after"))))
+    rows.append(("Loss of the base", of(figure("loss", "before"))))
+
+    def number(*keys: str, form: Callable[[float], str]) -> Callable[[Run], str | None]:
+        def read(run: Run) -> str | None:
+            value: Any = run.results
+            for key in keys:
+                value = _mapping(value).get(key)
+            real = _real(value)
+            return None if real is None else form(real)
+
+        return read
+
+    rows += [
+        ("Last training loss", of(lambda run: _number(run.series("loss")[-1][1]) if run.series("loss") else None)),
+        ("Steps", of(number("throughput", "steps", form=_count))),
+        ("Tokens per second", of(number("throughput", "tokens_per_second", form=_count))),
+        ("Training time", of(number("throughput", "seconds", form=_duration))),
+        ("Peak memory", of(number("memory", "peak_bytes", form=lambda value: f"{value / 1e9:.1f} GB"))),
+        ("Trained parameters", of(number("coverage", "trainable_parameters", form=_short_count))),
+    ]
+    return rows
+
+
+def _differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Settings that are not the same in all runs; where a run writes to is not one."""
+    flat = [_flat(yaml.safe_load(_without_secrets(run.config)) or {}) for run in runs]
+    keys = sorted({key for each in flat for key in each} - {"training_config.output_dir", "training_config.run_name"})
+    found = []
+    for key in keys:
+        values = [each.get(key, "–") for each in flat]
+        if len(set(values)) > 1:
+            found.append((key, values))
+    return found
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping) and value:
+        parts = (_flat(each, f"{key}.{part}" if key else str(part)) for part, each in value.items())
+        return {name: text for part in parts for name, text in part.items()}
+    return {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)}
 
 
 def _versions(results: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import (
@@ -40,11 +41,12 @@ from transformers.utils import logging as transformers_logging
 import philora
 from philora import checkpoint, models, native, planning, processes, pushing
 from philora import resume as resuming
-from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training
+from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
 from philora.callbacks import MetricsFile, peak_memory_bytes
 from philora.card import model_card
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
-from philora.data import PreparedData, prepare, prompts_and_references
+from philora.data import PreparedData, prepare, preview, prompts_and_references
+from philora.data.lengths import sequence_lengths
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, compare, evaluate, joined, pick_samples
 from philora.families import generic_notice
@@ -55,6 +57,9 @@ from philora.signals import Interrupted, StopOnSignal
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
 logger = logging.getLogger("philora.run")
+
+PREVIEW_TOKENS = 600
+"""Of the example that the report shows with its labels."""
 
 
 @dataclass(frozen=True)
@@ -542,6 +547,23 @@ class _Run:
         logger.info("%s: loss %.4f, token accuracy %.3f", when, scores.loss, scores.token_accuracy)
         return result
 
+    def _data_facts(self) -> dict[str, Any]:
+        """What tells the data again and shows it: fingerprint, lengths, and one example with its labels."""
+        lengths = sequence_lengths(self.prepared.train)
+        counts, edges = np.histogram(lengths, bins=min(24, max(1, len(np.unique(lengths)))))
+        example = None if self.prepared.report.streaming else next(iter(self.prepared.train), None)
+        return {
+            "fingerprint": self.prepared.fingerprint,
+            "lengths": {
+                "edges": edges.tolist(),
+                "counts": counts.tolist(),
+                "median": float(np.median(lengths)),
+            }
+            if len(lengths)
+            else None,
+            "preview": preview(self.tokenizer, example)[:PREVIEW_TOKENS] if example is not None else [],
+        }
+
     def _finish(
         self,
         trainer: SFTTrainer,
@@ -569,7 +591,8 @@ class _Run:
                 "trainable_parameters": covered.trainable_parameters,
                 "total_parameters": covered.total_parameters,
             },
-            "data": self.prepared.report.to_dict() | {"fingerprint": self.prepared.fingerprint},
+            "data": self.prepared.report.to_dict() | self._data_facts(),
+            "updates": [each._asdict() for each in update_norms(self.model)],
             "before": before.scores.to_dict() if before else None,
             "after": after.scores.to_dict() if after else None,
             "comparison": [each.to_dict() for each in compare(before, after)] if before and after else [],

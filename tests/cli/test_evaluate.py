@@ -63,3 +63,17 @@ def test_generate_answers_a_file(cli, adapter, tmp_path):
     assert base.out != printed.out
     missing = cli("generate", adapter, "--base", "nano", "--prompts", tmp_path / "promts.txt")
     assert (missing.code, "promts.txt" in missing.err) == (2, True)
+
+
+def test_report_of_several_runs(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"peft_config: {{r: {len(name) + ord(name[0])}}}\n")
+    answer = cli("report", "one", "two")
+    assert (answer.code, answer.out.strip()) == (0, "comparison.html")
+    assert "peft_config.r" in (tmp_path / "comparison.html").read_text()
+    assert cli("report", "one", "two", "--out", "both.html").out.strip() == "both.html"
+    assert cli("report", "one").out.strip() == "one/report.html"
+    missing = cli("report", "one", "three")
+    assert (missing.code, "expected a run folder" in missing.err) == (2, True)

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 
 import philora
-from philora.adapters import FastLinear, SlicedPeftModelForCausalLM, resolve
+from philora.adapters import FastLinear, SlicedPeftModelForCausalLM, lora_layers, resolve, update_norms
 from philora.errors import AdapterError, TargetError
 from tests.tolerances import LOGITS_FP32
 
@@ -370,3 +370,20 @@ def test_coverage_is_a_table(phi3):
     text = str(table)
     assert "trained whole" in text
     assert re.search(r"model\.layers\.\*\.mlp\.gate_up_proj +not adapted", text)
+
+
+@pytest.mark.parametrize("targets", [SPLIT, ["qkv_proj", "down_proj"]])
+def test_update_norms_are_those_of_the_updates(phi3, targets):
+    model = randomize(philora.get_peft_model(phi3(), lora(target_modules=targets)))
+    norms = {(each.module, each.slice): each for each in update_norms(model)}
+    assert len(norms) == 2 * len(targets), "two layers"
+    for name, layer in lora_layers(model).items():
+        delta = layer.get_delta_weight("default")
+        parts = [(each.name, slice(each.row_start, each.row_stop)) for each in layer.slices.get("default", ())]
+        for title, rows in parts or [("", slice(None))]:
+            found = norms[name, title]
+            # fp32: a sum over r x r products against one over out x in.
+            assert found.norm == pytest.approx(float(delta[rows].detach().norm()), rel=1e-4)
+            assert found.relative == pytest.approx(
+                found.norm / float(layer.base_layer.weight[rows].detach().norm()), rel=1e-4
+            )

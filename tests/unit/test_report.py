@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from philora import report
-from philora.errors import DataError
-from philora.report import Curve, chart, marked, read_run, smoothed, thinned, ticks, write_report
+from philora.errors import ConfigError, DataError
+from philora.measures import Paired
+from philora.report import Curve, chart, marked, read_run, smoothed, thinned, ticks, write_comparison, write_report
 
 CONFIG = """\
 # from default: r, alpha; from demo.yaml: learning_rate
@@ -124,34 +125,39 @@ def results() -> dict[str, Any]:
             "total_parameters": 7_215_104,
         },
         "data": {
-            "splits": {
-                "train": {
-                    "rows": 1993,
-                    "tokens": 143_220,
-                    "labels": 71_004,
-                    "longest_tokens": 248,
-                    "truncated": 2,
-                    "dropped": 0,
-                    "duplicates": 0,
-                },
-                "eval": {
-                    "rows": 332,
-                    "tokens": 23_911,
-                    "labels": 11_842,
-                    "longest_tokens": 201,
-                    "truncated": 0,
-                    "dropped": 0,
-                    "duplicates": 0,
-                },
+            "train": {
+                "rows": 1993,
+                "tokens": 143_220,
+                "labels": 71_004,
+                "longest_tokens": 248,
+                "truncated": 2,
+                "dropped": 0,
+                "duplicates": 0,
+            },
+            "eval": {
+                "rows": 332,
+                "tokens": 23_911,
+                "labels": 11_842,
+                "longest_tokens": 201,
+                "truncated": 0,
+                "dropped": 0,
+                "duplicates": 0,
             },
             "sources": {
                 "train": [{"name": "helpdesk/train.jsonl", "format": "messages", "records": 1993, "weight": 1.0}],
                 "eval": [{"name": "helpdesk/eval.jsonl", "format": "messages", "records": 332, "weight": 1.0}],
             },
+            "lengths": {"edges": [12.0, 96.0, 172.0, 248.0], "counts": [1200, 600, 193], "median": 71.0},
+            "preview": [["<|user|>", False], ["Hi", False], ["<|assistant|>", False], ["Hello", True], [".", True]],
             "in_both": 0,
             "notices": ["2 conversations were cut to 240 tokens."],
             "streaming": False,
         },
+        "updates": [
+            {"module": f"model.layers.{layer}.self_attn.qkv_proj", "slice": part, "norm": norm, "relative": norm / 50}
+            for layer in range(6)
+            for part, norm in (("q_proj", 0.5 + layer), ("v_proj", 2.0))
+        ],
         "before": {
             "loss": 3.4871,
             "perplexity": 32.691,
@@ -281,6 +287,10 @@ def test_the_page_shows_the_whole_run(tmp_path):
         "no answer",
         "o_proj in layers. *. self_attn 16 2 6 49,152",
         "train eval Rows 1,993 332",
+        "q_proj 6% v_proj 4% layer 0 5 mean Norm of each update relative to the norm of the weight",
+        "Largest: q_proj, layer 5: norm 5.5, 11% of the weight's.",
+        "12 tokens median 71 248",
+        "<|user|>Hi<|assistant|> Hello. The loss is on the coloured tokens",
         "helpdesk/train.jsonl train · messages · 1,993 records",
         "2 conversations were cut to 240 tokens.",
         "philora train helpdesk.yaml training_config.learning_rate=3e-3",
@@ -310,7 +320,7 @@ def test_the_page_loads_nothing_and_allows_only_its_own_script(tmp_path):
     assert policy is not None
     assert "default-src 'none'" in policy
     assert f"script-src 'sha256-{digest}'" in policy
-    assert len(text.encode()) < 200_000
+    assert len(text.encode()) < 220_000
     assert any(each.get("name") == "viewport" for each in page.all("meta"))
     assert "prefers-color-scheme: dark" in text
 
@@ -326,7 +336,7 @@ def test_everything_from_the_run_is_escaped(tmp_path):
         return f"{value}{attack}" if isinstance(value, str) else value
 
     written = poisoned(results())
-    for part in (written["versions"], written["data"]["splits"], written["data"]["sources"]):
+    for part in (written["versions"], written["data"]["sources"]):
         for key in list(part):
             part[f"{key}{attack}"] = part.pop(key)
     clean = page_of(make_run(tmp_path / "clean"))
@@ -532,3 +542,81 @@ def test_numbers_read_well(value, text):
 )
 def test_durations_read_well(seconds, text):
     assert report._duration(seconds) == text
+
+
+def compared(after: float, low: float, high: float, **changed: Any) -> dict[str, Any]:
+    """An entry of `comparison` as `philora.measures` writes it."""
+    return Paired("exact_match", "Exact match", 0.5, after, low, high, 9, 90, 1, percent=True).to_dict() | changed
+
+
+def test_changes_have_their_intervals(tmp_path):
+    figures = [
+        compared(0.58, 0.02, 0.14),
+        compared(0.48, -0.05, 0.01, title="Accuracy of dates"),
+        compared(0.4, -0.15, -0.05, title="Accuracy of names"),
+    ]
+    page = page_of(make_run(tmp_path, written=results() | {"comparison": figures}))
+    assert "Exact match 50.0% 58.0% +8.0 pp +2.0 to +14.0 9 · 90 · 1" in page.text
+    ways = [str(each.get("class")) for each in page.all("span") if str(each.get("class")).startswith("change")]
+    assert ways == ["change better", "change ", "change worse"], "grey where the interval holds zero"
+
+
+def test_an_evaluation_made_later_is_what_the_page_shows(tmp_path):
+    run = make_run(tmp_path, written=results() | {"comparison": [compared(0.58, 0.02, 0.14)]})
+    (run / "evaluation").mkdir()
+    later = {
+        "rows": 120,
+        "data": "new.jsonl",
+        "before": {"loss": 2.0, "answers": 80, "exact_match": 0.5},
+        "after": {"loss": 1.0, "answers": 80, "exact_match": 0.9},
+        "comparison": [compared(0.9, 0.3, 0.5)],
+        "forgetting": [compared(0.45, -0.1, -0.01, title="General prompts, correct")],
+    }
+    (run / "evaluation" / "results.json").write_text(json.dumps(later))
+    text = page_of(run).text
+    assert "Exact match 50.0% 90.0% +40.0 pp +30.0 to +50.0" in text
+    assert "From philora evaluate: 120 rows, new.jsonl." in text
+    assert "80 generated answers" in text
+    assert "What was forgotten" in text
+    assert "General prompts, correct 50.0% 45.0% −5.0 pp" in text
+
+
+def test_several_runs_are_compared(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("small", "large")]
+    other = results()
+    other["after"] |= {"loss": 0.2, "exact_match": 0.9}
+    make_run(tmp_path / "large", written=other, logged=entries(200))
+    (runs[1] / "config.yaml").write_text(CONFIG.replace("r: 16", "r: 64"), encoding="utf-8")
+    out = write_comparison(runs, tmp_path / "both.html")
+    page = Page(out.read_text(encoding="utf-8"))
+    for shown in (
+        "2 runs compared",
+        "Loss 0.360 0.200",
+        "Exact match 81.9% 90.0%",
+        "Loss of the base 3.487 3.487",
+        "Settings that differ small large peft_config.r 16 64",
+        "Tokens per second 4,833 4,833",
+    ):
+        assert shown in page.text, shown
+    assert "learning_rate" not in page.text.split("Settings that differ")[1].split("Do it again")[0]
+    assert "hf_abcdefghijklmnop" not in out.read_text()
+    charts = [json.loads(figure["data-chart"] or "") for figure in page.all("figure")]
+    assert [[curve["name"] for curve in each["curves"]] for each in charts] == [["small", "large"]] * 4
+    assert [len(curve["points"]) for curve in charts[0]["curves"]] == [400, 200]
+    assert len(page.all("script")) == 1
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / parent / "run") for parent in ("first", "second")]
+    text = Page(write_comparison(runs, tmp_path / "both.html").read_text(encoding="utf-8")).text
+    assert "first/run" in text
+    assert "second/run" in text
+
+
+def test_a_comparison_needs_runs(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"runs=1 - expected 2 to 8 runs to compare"):
+        write_comparison([run], tmp_path / "out.html")
+    with pytest.raises(DataError, match=r"expected a run folder"):
+        write_comparison([run, tmp_path], tmp_path / "out.html")
+    assert not (tmp_path / "out.html").exists()

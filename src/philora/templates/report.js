@@ -23,7 +23,7 @@ for (const figure of document.querySelectorAll("[data-chart]")) {
     tip.replaceChildren(line("b", "", `step ${step.toLocaleString("en")}`));
     for (const curve of data.curves) {
       const point = nearest(curve.points, step);
-      const where = point[0] === step || curve.style !== "eval" ? "" : ` (step ${point[0].toLocaleString("en")})`;
+      const where = point[0] === step || (curve.style !== "eval" && !curve.style.startsWith("run-")) ? "" : ` (step ${point[0].toLocaleString("en")})`;
       const text = curve.name ? `${curve.name} ${point[2]}${where}` : point[2];
       tip.append(line("span", data.curves.length > 1 ? `key ${curve.style}` : "", text));
     }
