@@ -202,15 +202,15 @@ function show(place) {
         const { made } = parts;
         const goesOn = ended && turn.chosen === side && Boolean(made.text);
         parts.name.textContent = turn.blind && !turn.voted && last ? `Answer ${"AB"[side]}` : made.model;
-        parts.tag.textContent = goesOn && !(turn.blind && !turn.voted && last) ? "goes on" : "";
+        parts.tag.textContent = goesOn && !(turn.blind && !turn.voted && last) ? "continues from here" : "";
         parts.card.classList.toggle("goes-on", parts.tag.textContent !== "");
         parts.card.classList.toggle("busy", made.finish === null && made.error === null);
         parts.words.textContent = made.error ?? (made.text || (made.finish ? "(no words)" : ""));
         parts.words.classList.toggle("error", made.error !== null);
         parts.figures.textContent = figures(made);
-        parts.button.hidden = !whole || (!last && !turn.voted);
+        parts.button.hidden = !whole || (turn.voted ? turn.chosen !== side : !last);
         parts.button.disabled = turn.voted || same;
-        parts.button.textContent = same ? "Same answer" : "Better";
+        parts.button.textContent = same ? "Same answer" : turn.voted ? "Better ✓" : "Better";
         parts.button.setAttribute("aria-pressed", String(turn.voted && turn.chosen === side));
         parts.button.setAttribute("aria-label", `${parts.name.textContent} is better`);
       }
