@@ -18,7 +18,10 @@ FLAGS = [
 
 @contextmanager
 def page_of(address: str, ready: str = "#right option", **context: Any) -> Iterator[Any]:
-    """A page on an address, once it has what `ready` selects; `trouble` holds what its console said and what it fetched from elsewhere."""
+    """A page on an address, once it has what `ready` selects.
+
+    Its `trouble` holds what the console said and what was fetched from elsewhere.
+    """
     sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:

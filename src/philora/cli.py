@@ -245,6 +245,11 @@ def chat(
     """Talk to an adapter, here or in the browser beside its base."""
     _logging("warning")
     if web:
+        terminal_only = {"system": system, "temperature": temperature, "top-p": top_p, "top-k": top_k, "seed": seed}
+        for option, value in {**terminal_only, "stop": stop}.items():
+            if value:
+                todo = "Leave it out: the page has fields of its own"
+                raise ConfigError(fault("chat", f"--{option}", value, "no such option with --web", todo))
         file = Path(votes) if votes else (Path(source) if Path(source).is_dir() else Path()) / "preferences.jsonl"
         _serve([source], base, host, port, key, 32, max_new_tokens, file)
         return

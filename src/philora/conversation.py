@@ -10,6 +10,7 @@ it is to take no further step, and several can take turns on one model.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -421,7 +422,7 @@ def load_voices(sources: Mapping[str, str | Path], base: str | None = None) -> V
     Raises:
         AdapterError: An adapter is missing, torn or does not fit, they belong to different bases or have different
             vocabularies or templates, or several of them change the base itself.
-        ModelError: The base cannot be loaded.
+        ModelError: The base cannot be loaded, or has no chat template.
         TargetError: An adapter names modules that the base does not have.
     """
     found = {name: _adapter_folder(source, base) for name, source in sources.items()}
@@ -441,7 +442,10 @@ def load_voices(sources: Mapping[str, str | Path], base: str | None = None) -> V
         _check_tokenizer(each.path, loaded)
         inside[name] = f"further_{index}"
         model = load_adapter(model, each.path, inside[name])
-    return Voices(model, loaded.tokenizer, display, inside)
+    voices = Voices(model, loaded.tokenizer, display, inside)
+    with contextlib.suppress(DataError):  # of a template that wants other roles
+        voices.prompt([{"role": "user", "content": "Hello."}])  # without a template nothing can be asked
+    return voices
 
 
 def load_named(sources: Sequence[str], base: str | None = None) -> Voices:

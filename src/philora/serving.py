@@ -19,6 +19,7 @@ import secrets
 import socket
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -331,8 +332,8 @@ class Scheduler:
         try:
             job.reply = job.reply or job.start()
             piece = next(job.reply)
-        except Exception:
-            logger.exception("an answer failed")
+        except Exception:  # noqa: BLE001 - the other answers go on, and the server lives
+            logger.error("an answer failed:\n%s", traceback.format_exc())
             job.tell(Event(job.choice, error="The server had an error while making this answer; its log says more."))
             return False
         if piece:

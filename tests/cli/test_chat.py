@@ -56,6 +56,7 @@ def test_a_script_learns_that_something_could_not_be_done(piped, colours):
             r"host='0.0.0.0' - expected a key where other machines",
         ),
         (["chat", "RED", "--web", "--port", "70000"], r"'--port': .* less than or equal to 65535"),
+        (["chat", "RED", "--web", "--top-k", "5"], r"--top-k=5 - expected no such option with --web. Leave it out"),
         (["serve"], r"Missing argument"),
     ],
 )

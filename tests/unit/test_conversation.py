@@ -23,7 +23,7 @@ from philora.conversation import (
     load_voices,
     name_of,
 )
-from philora.errors import AdapterError, ConfigError, DataError, TargetError
+from philora.errors import AdapterError, ConfigError, DataError, ModelError, TargetError
 from philora.models import load_tokenizer
 from tests.conftest import COLOURS
 from tests.voices import NANO
@@ -389,6 +389,18 @@ def test_another_template_does_not_go_with_it(colours, tmp_path):
     (folder / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(AdapterError, match=r"tokenizer=.* - expected the vocabulary and chat template of"):
         load_voices({"red": colours["red"], "other": folder})
+
+
+def test_without_a_template_nothing_begins(colours, tmp_path):
+    folder = changed(colours, tmp_path)
+    (folder / "adapter" / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer: chat_template=None - expected a template"):
+        load_voices({"red": folder})
+
+
+def test_beside_one_adapter_a_changed_base_is_only_said(colours, tmp_path, caplog):
+    load_voices({"red": changed(colours, tmp_path, bias="all")})
+    assert "red: bias=all changes the base itself" in caplog.text
 
 
 def test_a_loralib_file_is_told_how_to_become_an_adapter(tmp_path):

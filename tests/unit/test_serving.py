@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -375,6 +376,29 @@ def test_trl_reads_the_votes(served, votes, voices):
     text = trl.data_utils.apply_chat_template(pair, voices.tokenizer)
     assert text["prompt"].endswith("<|assistant|>\n")
     assert text["chosen"].startswith("I am ré <b>d</b>.<|end|>")
+
+
+@pytest.mark.slow
+def test_dpo_trains_on_the_votes(served, votes, voices, tmp_path):
+    if not votes.exists():
+        test_a_vote_is_a_preference_pair(served, votes)
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    from philora.models import load_model
+    from tests.voices import NANO
+
+    arguments = DPOConfig(output_dir=str(tmp_path), max_steps=1, report_to=[], bf16=False, use_cpu=True)
+    trainer = DPOTrainer(
+        model=load_model(NANO, voices.tokenizer),
+        args=arguments,
+        train_dataset=load_dataset("json", data_files=str(votes), split="train", cache_dir=str(tmp_path / "cache")),
+        processing_class=voices.tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    # Before the first update policy and reference are the same, and the loss is that of a coin.
+    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-3)
 
 
 @pytest.mark.parametrize(
