@@ -43,7 +43,7 @@ class Setting:
     title: str
     philora: bool
     dropout: float
-    recompute: bool
+    recompute: bool | str
     autocast: bool
 
 
@@ -56,6 +56,8 @@ CONTESTANTS = {
     # As `philora train` sets its trainer up when the weights are bf16.
     "philora": Setting("philora", True, 0.05, False, False),
     "philora-0": Setting("philora, no dropout", True, 0.0, False, False),
+    "philora-elementwise": Setting("philora, element-wise recomputation", True, 0.05, "elementwise", False),
+    "philora-full": Setting("philora, full recomputation", True, 0.05, True, False),
 }
 
 
