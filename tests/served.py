@@ -42,7 +42,7 @@ class Served:
         response = connection.getresponse()
         return response.status, json.loads(response.read())
 
-    def idle(self, seconds: float = 20.0) -> bool:
+    def idle(self, seconds: float = 60.0) -> bool:
         """Whether the model has nothing to do before the time is over."""
         deadline = time.monotonic() + seconds
         while self.scheduler.load and time.monotonic() < deadline:

@@ -319,13 +319,12 @@ def test_a_closed_connection_ends_the_computation(served, streamed):
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         if streamed:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
-        deadline = time.monotonic() + 20
-        while not served.scheduler.load and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while not served.scheduler._active and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert served.scheduler.load == 1
-    begun = time.monotonic()
+        (job,) = served.scheduler._active
     assert served.idle()
-    assert time.monotonic() - begun < 10, "1900 tokens would have taken longer"
+    assert job.reply is None or (job.reply.finish is None and job.reply.tokens < 1900), "it was given up on the way"
     assert ask(served.client(), max_tokens=1).choices
 
 
