@@ -45,7 +45,7 @@ from philora.checkpoint import read_peft_tensors, write_json
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
 from philora.kernels import attention
-from philora.kernels.memory import keep_freed_memory
+from philora.kernels.memory import keep_freed_memory, return_large_blocks
 from philora.kernels.modules import recompute_elementwise, use_fast_modules
 from philora.kernels.rotary import use_document_rotary
 from philora.lora.functional import fused_enabled, lora_linear, lora_sliced_linear
@@ -494,7 +494,7 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
     on their own, and Phi-3's attention and feed-forward modules and the family's RMSNorm for those of
     `kernels.modules`. LongRoPE's factors are chosen for each document by itself (`kernels.rotary`). Quantised weights
     keep their layout (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. For a
-    model on a CPU the process keeps freed memory (`kernels.memory`).
+    model on a CPU the process keeps freed memory, over a quantised base it gives large blocks back (`kernels.memory`).
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.
@@ -529,7 +529,7 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
     if recomputation is not None:
         _set_recomputation(model, recomputation == "elementwise")
     if all(each.device.type == "cpu" for each in model.parameters()):
-        keep_freed_memory()
+        return_large_blocks() if any(map(is_quantized, model.modules())) else keep_freed_memory()
     return model
 
 

@@ -113,12 +113,19 @@ def train(
 
 
 @app.command()
-def check(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Look at everything a run needs before any weight is loaded: data, labels, targets, memory."""
+def check(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Look at everything a run needs before any weight is loaded: data, labels, targets, memory, time."""
     _logging("warning")
     from philora.preflight import preflight
 
-    found = preflight(config, overrides or [])
+    found = preflight(_config_source(config), overrides or [])
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
+        return
     out.print(f"[bold]model[/]      {escape(found.model)}")
     out.print(f"[bold]stops[/]      {escape(', '.join(found.stop_tokens))}   padding {escape(found.padding_token)}")
     table = Table("data", "rows", "tokens", "labels", "longest", "truncated", "dropped", "duplicates", box=None)
@@ -134,8 +141,11 @@ def check(config: ConfigArgument, overrides: Overrides = None) -> None:
         text.append(token, style="black on green" if labelled else "dim")
     out.print(text)
     out.print(f"\n[bold]what is trained[/]\n{escape(str(found.coverage))}", highlight=False)
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.estimate.items() if name != "total")
-    out.print(f"\n[bold]memory[/]     about {found.estimate['total'] / 1e9:.2f} GB ({parts})", highlight=False)
+    plan = Table("plan", "", box=None)
+    for name, value in found.plan.rows():
+        plan.add_row(name, escape(value))
+    out.print()
+    out.print(plan, highlight=False)
 
 
 @app.command("evaluate")

@@ -16,6 +16,7 @@ from philora.config import Config, ModelConfig, TokenizerConfig
 from philora.errors import ConfigError, ModelError, fault
 from philora.families import stop_tokens_in
 from philora.hub import reachable_or_cached
+from philora.kernels.memory import return_large_blocks
 from philora.quantization import (
     check_folder,
     keep_layout,
@@ -199,7 +200,10 @@ def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = N
         "trust_remote_code": model.trust_remote_code,
     }
     reading: AbstractContextManager[None] = nullcontext()
-    if getattr(config, "quantization_config", None) is None and model.quantization not in (None, "none"):
+    quantized_already = getattr(config, "quantization_config", None) is not None
+    if quantized_already or model.quantization not in (None, "none"):
+        return_large_blocks()  # those that are read are gone once they are quantised
+    if not quantized_already and model.quantization not in (None, "none"):
         skeleton = _skeleton(model, config) if isinstance(model.quantization, Mapping) else None
         options["quantization_config"] = quantization_config(model.quantization, dtype, skeleton)
         reading = one_weight_at_a_time()

@@ -1,86 +1,285 @@
-"""What a run needs, estimated before it starts: memory by part, and the micro-batch that fits."""
+"""What a run needs, before any weight is loaded: memory by part, the batch that fits, steps, time, and advice.
+
+`plan` is the one way to it: `philora check` shows what it returns, a run follows it. It needs the configuration, the
+model without weights and the counts of the data, and measures for a moment how fast this machine multiplies.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
+import peft
 import psutil
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
-Recomputation = Literal["none", "elementwise", "full"]
-"""What backward computes again: nothing, the outputs of RMSNorm and SwiGLU and dropout's masks, or whole layers."""
+from philora.adapters import apply_slices, optimize, resolve_for_training
+from philora.config import Config
+from philora.data import DataReport, SplitReport
+from philora.footprint import PARTS, Estimate, Footprint, Recomputation, footprint
+from philora.quantization import bitsandbytes_is_here, dequantized, empty_layer
 
-RUNTIME_BYTES = 600 * 2**20  # interpreter, libraries, allocator slack, measured on the CPU
 TOKENS_PER_STEP = 8192  # default number of tokens in one optimizer step, where the data allows STEPS_AT_LEAST
 STEPS_AT_LEAST = 100  # fewer optimizer steps than this teach an adapter little, however good the data
+# Share of the memory that a plan fills; the rest is for what no formula knows.
+FILLED = 0.9
+# A product of fewer rows than this reads its weight more than it computes: rather more recomputation than that.
+TOKENS_AT_LEAST = 512
+# Of a step's time, the products of the base (benchmarks/results/training.csv, share_of_limit of work a without
+# dropout); attention, adapters, what stands between, and the optimizer are the rest.
+PRODUCT_SHARE = 0.58
+GRADES: tuple[Recomputation, ...] = ("none", "elementwise", "full")
+
+
+class Change(NamedTuple):
+    """A setting that would save memory.
+
+    Attributes:
+        setting: As `KEY=VALUE` of the command line.
+        saves_bytes: Of the peak.
+        peak_bytes: What it would be.
+        costs: In words.
+    """
+
+    setting: str
+    saves_bytes: int
+    peak_bytes: int
+    costs: str
+
+
+class Rate(NamedTuple):
+    """What this machine does at this moment.
+
+    Attributes:
+        flops_per_second: Of products of the shape of the model's largest linear layer.
+        dequantized_per_second: Weights; None without a quantised base.
+        seconds: That measuring took.
+    """
+
+    flops_per_second: float
+    dequantized_per_second: float | None
+    seconds: float
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Peak memory of training by part, in bytes."""
+class Plan:
+    """What a run will do and need.
 
-    weights: int
-    adapter: int
-    activations: int
-    loss: int
-    runtime: int
+    Attributes:
+        micro_batch_rows: Rows of a micro-batch on each device.
+        accumulation: Micro-batches of an optimizer step.
+        recomputation: What backward computes again.
+        max_length: Tokens of a row at most.
+        row_tokens: Tokens of a row: of a pack, or a mean example.
+        step_tokens: Tokens of an optimizer step on all devices.
+        steps: Optimizer steps; None for a stream without max_steps.
+        parameters: Of the base.
+        trainable: Parameters that train.
+        quantization: Of the base.
+        device: Where it computes.
+        estimate: Memory on each device.
+        available_bytes: Memory that the run may take.
+        rate: Of this machine.
+        step_seconds: Estimated time of an optimizer step.
+        changes: What would save memory, the best first; empty where the run fits.
+    """
+
+    micro_batch_rows: int
+    accumulation: int
+    recomputation: Recomputation
+    max_length: int
+    row_tokens: int
+    step_tokens: int
+    steps: int | None
+    parameters: int
+    trainable: int
+    quantization: str
+    device: str
+    estimate: Estimate
+    available_bytes: int
+    rate: Rate
+    step_seconds: float
+    changes: tuple[Change, ...]
 
     @property
-    def total(self) -> int:
-        """Sum of the parts."""
-        return self.weights + self.adapter + self.activations + self.loss + self.runtime
+    def fits(self) -> bool:
+        """Whether the peak leaves a tenth of the memory free."""
+        return self.estimate.peak <= FILLED * self.available_bytes
 
-    def to_dict(self) -> dict[str, int]:
-        """Parts and their sum."""
-        return {**asdict(self), "total": self.total}
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of all steps, without evaluation and saving."""
+        return None if self.steps is None else self.steps * self.step_seconds
+
+    @property
+    def warning(self) -> str | None:
+        """What to change where the run does not fit, else None."""
+        if self.fits:
+            return None
+        seen, needs = self.available_bytes / 1e9, self.estimate.peak / 1e9
+        text = f"the run needs about {needs:.2f} GB at its peak, and {seen:.2f} GB are free (a tenth is left unused). "
+        held = self.estimate.peak - self.estimate.files
+        if held <= FILLED * self.available_bytes:
+            text += f"Without the pages of the model's files it is {held / 1e9:.2f} GB: it runs, and reads them again. "
+        offers = [
+            f"{each.setting} saves {each.saves_bytes / 1e9:.2f} GB (peak {each.peak_bytes / 1e9:.2f} GB; {each.costs})"
+            for each in self.changes
+        ]
+        return text + (f"To save memory: {'; '.join(offers)}." if offers else "Take a smaller model.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; times and the rate are of this machine at this moment."""
+        values = asdict(self)
+        values |= {
+            "estimate": self.estimate.to_dict(),
+            "rate": self.rate._asdict(),
+            "changes": [each._asdict() for each in self.changes],
+            "fits": self.fits,
+            "seconds": self.seconds,
+        }
+        return values
+
+    def rows(self) -> list[tuple[str, str]]:
+        """A table for people: what, and how much."""
+        estimate = self.estimate
+        parts = [(name, getattr(estimate, name)) for name in PARTS]
+        phases = [("training", estimate.training), ("loading", estimate.loading), ("evaluation", estimate.evaluation)]
+        pages = f", of which {estimate.files / 1e9:.2f} GB pages of its files" if estimate.files else ""
+        time_text = "unknown: a stream has no length" if self.seconds is None else _duration(self.seconds)
+        return [
+            ("parameters", f"{self.parameters:,}, {self.trainable:,} trained"),
+            ("batch", f"{self.micro_batch_rows} x {self.accumulation} rows of up to {self.row_tokens:,} tokens"),
+            ("recomputation", self.recomputation),
+            *((f"  {name}", f"{size / 1e9:.3f} GB") for name, size in parts if size),
+            *((name, f"{size / 1e9:.2f} GB") for name, size in phases if size),
+            ("peak", f"{estimate.peak / 1e9:.2f} GB{pages}; {self.available_bytes / 1e9:.2f} GB free on {self.device}"),
+            ("steps", f"{'?' if self.steps is None else self.steps} of {self.step_tokens:,} tokens"),
+            ("time", f"about {time_text}, at {self.rate.flops_per_second / 1e9:,.0f} GFLOP/s as measured now"),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name.ljust(15)} {value}" for name, value in self.rows())
 
 
-def activation_bytes_per_token(config: Any, element_bytes: int, recomputation: Recomputation) -> int:
-    """Bytes of activations that one token keeps for backward in all layers.
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-    A decoder layer keeps, per token, about 12 vectors of the hidden size (norm inputs in and out, residuals, rotated
-    q, k, v, attention output; two of them in fp32) and 5 of the intermediate size (gate, up, their activation and
-    product, its copy). Element-wise recomputation leaves out the outputs of the two norms and of SwiGLU; full
-    recomputation keeps one hidden vector a layer and rebuilds one layer at a time.
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+
+def weightless(config: Config, skeleton: PreTrainedModel) -> PeftModel:
+    """The model of a run on the meta device, with its adapter and slices; the skeleton is changed.
+
+    Raises:
+        TargetError: A name matches nothing.
     """
-    hidden, intermediate = int(config.hidden_size), int(getattr(config, "intermediate_size", 4 * config.hidden_size))
-    layers = int(config.num_hidden_layers)
-    layer = (12 * hidden + 5 * intermediate) * element_bytes + 2 * hidden * 4
-    if recomputation == "elementwise":
-        layer -= (2 * hidden + intermediate) * element_bytes
-    return hidden * element_bytes * layers + layer if recomputation == "full" else layer * layers
+    lora = LoraConfig(**config.peft_config)
+    if config.model.adapter is not None:
+        lora = cast(LoraConfig, PeftConfig.from_pretrained(str(config.model.adapter)))
+    resolution = resolve_for_training(skeleton, lora, where=f"{config.source}: peft_config")
+    chosen = copy.copy(resolution.config)
+    chosen.init_lora_weights, chosen.inference_mode = True, False  # there are no weights to start from
+    with torch.device("meta"):
+        adapted = peft.get_peft_model(skeleton, chosen, low_cpu_mem_usage=True)
+    optimize(adapted)
+    apply_slices(adapted, resolution.slices)
+    return cast(PeftModel, adapted)
 
 
-def estimate(
-    config: Any, parameters: int, trainable: int, tokens: int, *, element_bytes: int, recomputation: Recomputation
-) -> Estimate:
-    """Peak memory of a training step.
+def plan(
+    config: Config,
+    adapted: PeftModel,
+    report: DataReport,
+    *,
+    max_length: int,
+    chosen: Mapping[str, Any] | None = None,
+    processes: int = 1,
+    sharing: int = 1,
+) -> Plan:
+    """Decide what the configuration leaves open, and estimate what the run needs.
 
     Args:
-        config: The model's configuration (hidden_size, intermediate_size, num_hidden_layers, vocab_size).
-        parameters: All parameters of the base.
-        trainable: Those that are trained, kept in fp32 with gradient and two AdamW moments: 16 bytes each.
-        tokens: Tokens of one micro-batch.
-        element_bytes: Bytes of one weight or activation.
-        recomputation: What backward computes again.
+        config: The configuration.
+        adapted: What `weightless` made of it.
+        report: Counts of the data.
+        max_length: Tokens of a row at most, within the model's context.
+        chosen: What a run that goes on has chosen already: keys of `training_config`.
+        processes: Processes that share a step.
+        sharing: Processes that share this machine's memory.
     """
-    chunk = min(tokens, 1024)  # TRL's head works through the labels in chunks
-    return Estimate(
-        weights=parameters * element_bytes,
-        adapter=trainable * 16,
-        activations=tokens * activation_bytes_per_token(config, element_bytes, recomputation),
-        loss=chunk * int(config.vocab_size) * 4 * 3,
-        runtime=RUNTIME_BYTES,
+    given = {**config.training_config, **(chosen or {})}
+    device = _device(given)
+    optim = str(given.get("optim") or "adamw_torch_fused")
+    counted = footprint(adapted, config.model, optim, device)
+    max_length, tokens_per_step = _lengths(config, report, max_length, chosen)
+    packing = bool(given.get("packing", True))
+    train = None if report.streaming else report.train
+    mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
+    row_tokens = max_length if packing else min(mean, max_length)
+    label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
+    evaluated = _evaluated(config, report, max_length)
+    memory = available_bytes(device) // sharing
+    wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
+    batch = choose(
+        counted,
+        row_tokens=row_tokens,
+        tokens_per_step=tokens_per_step,
+        rows=wanted["per_device_train_batch_size"],
+        accumulation=wanted["gradient_accumulation_steps"],
+        recomputation=recomputation_of(given.get("gradient_checkpointing", "auto")),
+        memory=memory,
+        processes=processes,
+        label_share=label_share,
+        evaluation=evaluated,
+    )
+
+    situation = _Situation(config, adapted, counted, batch, max_length, row_tokens, packing, label_share, evaluated)
+    changes = situation.changes(optim, memory) if batch.estimate.peak > FILLED * memory else ()
+    rate = measure_rate(counted, batch.rows * row_tokens)
+    document = min(mean, max_length)
+    flops = counted.flops_per_token(batch.recomputation, label_share, document)
+    seconds = batch.rows * row_tokens * flops / rate.flops_per_second / PRODUCT_SHARE
+    if rate.dequantized_per_second is not None:
+        times = 3 if batch.recomputation == "full" else 2
+        seconds += times * counted.linears.weights / rate.dequantized_per_second
+    step_tokens = batch.rows * batch.accumulation * row_tokens * processes
+    return Plan(
+        micro_batch_rows=batch.rows,
+        accumulation=batch.accumulation,
+        recomputation=batch.recomputation,
+        max_length=max_length,
+        row_tokens=row_tokens,
+        step_tokens=step_tokens,
+        steps=_steps(given, train, packing, row_tokens, batch, processes),
+        parameters=counted.parameters,
+        trainable=counted.trainable,
+        quantization=counted.quantization,
+        device=device,
+        estimate=batch.estimate,
+        available_bytes=memory,
+        rate=rate,
+        step_seconds=seconds * batch.accumulation,
+        changes=changes,
     )
 
 
-def available_bytes() -> int:
-    """Memory that a run can still take: of the GPU where there is one, else of this machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def _device(training: Mapping[str, Any]) -> str:
+    accelerator = None if training.get("use_cpu") else torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def step_tokens(total_tokens: float) -> int:
@@ -88,58 +287,100 @@ def step_tokens(total_tokens: float) -> int:
     return max(1, min(TOKENS_PER_STEP, int(total_tokens / STEPS_AT_LEAST)))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Resolved batch: rows of a micro-batch, micro-batches of a step, and what backward computes again."""
+def _lengths(
+    config: Config, report: DataReport, max_length: int, chosen: Mapping[str, Any] | None
+) -> tuple[int, int | None]:
+    """Tokens of a row, and of a step where that is not left to the batch."""
+    tokens = config.training_config.get("tokens_per_step", "auto")
+    if chosen:
+        return int(chosen.get("max_length", max_length)), None if tokens == "auto" else tokens
+    if tokens == "auto":
+        epochs = float(config.training_config.get("num_train_epochs", 3))
+        tokens = TOKENS_PER_STEP if report.streaming else step_tokens(report.train.tokens * epochs)
+        if config.origins.get("training_config.max_length", "default") == "default":
+            # Long rows would swallow a small dataset whole and leave a handful of steps.
+            longest = max((each.longest_tokens for each in report.splits.values()), default=0)
+            max_length = min(max_length, max(tokens, longest, 8))
+    return max_length, tokens
 
-    micro_batch_rows: int
+
+def _evaluated(config: Config, report: DataReport, max_length: int) -> tuple[int, int, int]:
+    """Tokens of a batch that is scored, answers made at once, tokens of each with its prompt."""
+    figures = report.eval
+    if figures is None or not figures.rows:
+        return 0, 0, 0
+    longest = min(figures.longest_tokens, max_length)
+    settings = config.evaluation
+    answers = min(settings.batch_size, settings.generate, figures.rows)
+    return max(longest, min(8192, figures.tokens)), answers, longest + settings.max_new_tokens
+
+
+def _steps(
+    given: Mapping[str, Any], train: SplitReport | None, packing: bool, row_tokens: int, batch: Batch, processes: int
+) -> int | None:
+    """Optimizer steps as transformers counts them."""
+    steps = int(given.get("max_steps") or -1)
+    if steps > 0:
+        return steps
+    if train is None:
+        return None
+    rows = math.ceil(train.tokens / row_tokens) if packing else train.rows
+    epochs = float(given.get("num_train_epochs", 3))
+    return max(1, math.ceil(math.ceil(rows / batch.rows / processes) / batch.accumulation * epochs))
+
+
+class Batch(NamedTuple):
+    """Rows of a micro-batch, micro-batches of a step, what backward computes again, and the memory of it."""
+
+    rows: int
     accumulation: int
     recomputation: Recomputation
     estimate: Estimate
 
 
 def choose(
-    config: Any,
-    parameters: int,
-    trainable: int,
+    counted: Footprint,
     *,
     row_tokens: int,
     tokens_per_step: int | None,
     rows: int | None,
     accumulation: int | None,
     recomputation: Recomputation | None,
-    element_bytes: int,
     memory: int,
     processes: int = 1,
-) -> Plan:
+    label_share: float = 1.0,
+    evaluation: tuple[int, int, int] = (0, 0, 0),
+) -> Batch:
     """Fill in what the person left open: the largest micro-batch, with the least recomputation that lets one fit.
 
     Args:
-        config: The model's configuration.
-        parameters: All parameters of the base.
-        trainable: Trained parameters.
+        counted: Of the model.
         row_tokens: Tokens of one row (a pack, or a mean example).
         tokens_per_step: Tokens of one optimizer step; default `TOKENS_PER_STEP`.
         rows: Rows of a micro-batch when given.
         accumulation: Micro-batches of a step when given.
         recomputation: What backward computes again, when given.
-        element_bytes: Bytes of one weight or activation.
         memory: Bytes that may be used; a tenth is left free.
         processes: Processes that share a step. Where it cannot be divided among them evenly it grows to the next
             number of rows that can.
+        label_share: Of the tokens, those with a label.
+        evaluation: As `Footprint.estimate` takes it.
     """
     in_a_step = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
     wanted = max(1, round(math.ceil(in_a_step / processes) / (accumulation or 1)))
-
-    def cost(micro: int, grade: Recomputation) -> Estimate:
-        tokens = micro * row_tokens
-        return estimate(config, parameters, trainable, tokens, element_bytes=element_bytes, recomputation=grade)
-
-    grades: list[Recomputation] = ["none", "elementwise", "full"] if recomputation is None else [recomputation]
+    grades = GRADES if recomputation is None else (recomputation,)
     sizes = [rows] if rows is not None else [n for n in range(wanted, 0, -1) if wanted % n == 0 or n == 1]
+    enough = min(TOKENS_AT_LEAST, sizes[0] * row_tokens)
     options = [(micro, grade) for grade in grades for micro in sizes]
-    micro, grade = next((each for each in options if cost(*each).total < 0.9 * memory), options[-1])
-    return Plan(micro, accumulation or max(1, round(wanted / micro) if rows is None else 1), grade, cost(micro, grade))
+    options.sort(key=lambda each: each[0] * row_tokens < enough)  # stable: small ones last
+    found = [
+        (micro, grade, counted.estimate(micro * row_tokens, grade, label_share=label_share, evaluation=evaluation))
+        for micro, grade in options
+    ]
+    # Evaluation and loading are what they are, whatever the batch.
+    least = min(found, key=lambda each: each[2].training)
+    micro, grade, estimate = next((each for each in found if each[2].training <= FILLED * memory), least)
+    return Batch(micro, accumulation or max(1, round(wanted / micro) if rows is None else 1), grade, estimate)
 
 
 def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None:
@@ -151,3 +392,167 @@ def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None
 def gradient_checkpointing_of(recomputation: Recomputation) -> bool | str:
     """The other way: what `SFTConfig(gradient_checkpointing=...)` takes for a grade."""
     return "elementwise" if recomputation == "elementwise" else recomputation == "full"
+
+
+# ------------------------------------------------------------------------------------------------- advice
+
+
+@dataclass(frozen=True)
+class _Situation:
+    """What a run would do, to see what it would need if one thing were different."""
+
+    config: Config
+    adapted: PeftModel
+    counted: Footprint
+    batch: Batch
+    max_length: int
+    row_tokens: int
+    packing: bool
+    label_share: float
+    evaluated: tuple[int, int, int]
+
+    def peak(
+        self,
+        *,
+        counted: Footprint | None = None,
+        rows: int | None = None,
+        row_tokens: int | None = None,
+        grade: Recomputation | None = None,
+        evaluated: tuple[int, int, int] | None = None,
+    ) -> int:
+        """The peak with these in place of what it would do."""
+        estimate = (counted or self.counted).estimate(
+            (rows or self.batch.rows) * (row_tokens or self.row_tokens),
+            grade or self.batch.recomputation,
+            label_share=self.label_share,
+            evaluation=evaluated or self.evaluated,
+        )
+        return estimate.peak
+
+    def changes(self, optim: str, memory: int) -> tuple[Change, ...]:
+        """What would save memory by itself, from what costs least; what does not suffice comes after what does."""
+        micro, _, grade, estimate = self.batch
+        device, settings = self.counted.device, self.config.model
+        scored, answers, answer_tokens = self.evaluated
+        offers: list[tuple[str, str, int]] = []
+        if grade == "none":
+            setting = "training_config.gradient_checkpointing=elementwise"
+            offers.append((setting, "a little time", self.peak(grade="elementwise")))
+        if micro > 1:
+            setting = f"training_config.per_device_train_batch_size={micro // 2}"
+            offers.append((setting, "smaller products", self.peak(rows=micro // 2)))
+        if answers > 1:
+            fewer = self.peak(evaluated=(scored, answers // 2, answer_tokens))
+            offers.append((f"evaluation.batch_size={answers // 2}", "slower evaluation", fewer))
+        if "8bit" not in optim and bitsandbytes_is_here():
+            small = footprint(self.adapted, settings, "adamw_8bit", device)
+            offers.append(("training_config.optim=adamw_8bit", "rounded states", self.peak(counted=small)))
+        if grade != "full":
+            setting = "training_config.gradient_checkpointing=true"
+            offers.append((setting, "each layer computed twice", self.peak(grade="full")))
+        if self.counted.quantization == "none" and bitsandbytes_is_here():
+            for scheme in ("int8", "nf4"):
+                small = footprint(self.adapted, replace(settings, quantization=scheme), optim, device)
+                offers.append((f"model.quantization={scheme}", "a rounded base", self.peak(counted=small)))
+        if self.packing and self.max_length >= 256:
+            half = self.max_length // 2
+            offers.append(
+                (f"training_config.max_length={half}", "long conversations are cut", self.peak(row_tokens=half))
+            )
+        found = [Change(setting, estimate.peak - after, after, costs) for setting, costs, after in offers]
+        useful = [each for each in found if each.saves_bytes > 0]
+        enough = [each for each in useful if each.peak_bytes <= FILLED * memory]
+        rest = [each for each in useful if each.peak_bytes > FILLED * memory]
+        return (*enough, *sorted(rest, key=lambda each: -each.saves_bytes))
+
+
+# ------------------------------------------------------------------------------------------- this machine
+
+
+def available_bytes(device: str | None = None) -> int:
+    """Memory that a run of this process can have: of the accelerator where there is one, else of this machine.
+
+    On a CPU: what the system can give, within the limit of the control group where there is one, and what this process
+    holds already, since a run's runtime is among it. Pages of files that nobody uses count as free.
+    """
+    if (device or _device({})) != "cpu":
+        free = int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+        held = int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else 0
+        return free + held or int(psutil.virtual_memory().available)
+    free = min([int(psutil.virtual_memory().available), *_group_bytes()])
+    return free + int(psutil.Process().memory_info().rss)
+
+
+def _group_bytes() -> list[int]:
+    """What the limit of this process's control group leaves, in a list that is empty without one."""
+    for limit, used, pages in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        root = Path("/sys/fs/cgroup")
+        try:
+            most, now = ((root / each).read_text(encoding="ascii").strip() for each in (limit, used))
+            lines = (root / limit).with_name("memory.stat").read_text(encoding="ascii").split("\n")
+        except OSError:
+            continue
+        if most.isdigit():
+            reclaimable = next((int(each.split()[1]) for each in lines if each.startswith(f"{pages} ")), 0)
+            return [max(0, int(most) - int(now) + reclaimable)]
+    return []
+
+
+def measure_rate(counted: Footprint, tokens: int) -> Rate:
+    """How fast products of the model's largest linear layer are at this moment, with the run's threads.
+
+    Rows are added until a product takes 20 ms or has the micro-batch's rows; forward and backward count alike.
+
+    Args:
+        counted: Of the model.
+        tokens: Tokens of a micro-batch.
+    """
+    begun = time.perf_counter()
+    device, dtype = counted.device, counted.dtype
+    shape = counted.linears.out_features, counted.linears.in_features
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.accelerator.synchronize()
+
+    def seconds_of(work: Callable[[], object]) -> float:
+        wait()
+        at = time.perf_counter()
+        work()
+        wait()
+        return time.perf_counter() - at
+
+    weight = torch.full(shape, 0.01, dtype=dtype, device=device)
+    if device != "cpu":  # a GPU draws more power, and is slower, with numbers that are not all alike
+        weight.normal_(generator=torch.Generator(device).manual_seed(0))
+    rows = min(64, tokens)
+    with torch.no_grad():
+        while True:
+            x, dy = (torch.full((rows, each), 0.01, dtype=dtype, device=device) for each in reversed(shape))
+
+            def both(x: torch.Tensor = x, dy: torch.Tensor = dy) -> None:
+                torch.mm(x, weight.t())
+                torch.mm(dy, weight)
+
+            seconds_of(both)  # makes the kernels
+            seconds = seconds_of(both)
+            if seconds >= 0.04 or rows >= tokens:
+                break
+            rows = min(4 * rows, tokens)
+        seconds = statistics.median([seconds, *(seconds_of(both) for _ in range(2))])
+    dequantized = _dequantized_per_second(counted, seconds_of) if counted.quantized_matrix else None
+    return Rate(4 * rows * shape[0] * shape[1] / seconds, dequantized, time.perf_counter() - begun)
+
+
+def _dequantized_per_second(counted: Footprint, seconds_of: Callable[[Callable[[], object]], float]) -> float:
+    """Weights a second, at a layer of 1024 x 4096."""
+    layer = empty_layer(counted.quantization, 4096, 1024, counted.dtype).to(counted.device)
+
+    def work() -> object:
+        return dequantized(layer, counted.dtype)
+
+    seconds_of(work)
+    return 4096 * 1024 / statistics.median(seconds_of(work) for _ in range(3))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from philora import models, planning
-from philora.adapters import Coverage, apply_slices, coverage, optimize, resolve_for_training
+from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
 from philora.families import generic_notice
@@ -30,11 +27,16 @@ class Preflight:
     notices: list[str]
     preview: list[tuple[str, bool]]
     coverage: Coverage
-    estimate: dict[str, int]
+    plan: planning.Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        covered = asdict(self.coverage) | {"rows": [each._asdict() for each in self.coverage.rows]}
+        return {**asdict(self), "coverage": covered, "plan": self.plan.to_dict()}
 
 
 def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Preflight:
-    """Check configuration, data, template, stop tokens, labels, targets and memory, on a model without weights.
+    """Check configuration, data, template, stop tokens, labels, targets, memory and time, on a model without weights.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: As `train` would raise them.
@@ -44,35 +46,16 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     skeleton = models.load_skeleton(config.model)
     max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
-    lora = LoraConfig(**config.peft_config)
-    resolution = resolve_for_training(skeleton, lora, where=f"{config.source}: peft_config")
+    adapted = planning.weightless(config, skeleton)  # a wrong target ends here, before the data
     seed = int(config.training_config.get("seed", 42))
     prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
     model_config = skeleton.config
-    with torch.device("meta"):
-        adapted = peft.get_peft_model(skeleton, resolution.config, low_cpu_mem_usage=True)
-    optimize(adapted)
-    apply_slices(adapted, resolution.slices)
     covered = coverage(adapted)
-    dtype = models.resolve_dtype(config.model.dtype)
-    given = config.training_config
-    rows = given.get("per_device_train_batch_size", "auto")
-    plan = planning.choose(
-        model_config,
-        covered.total_parameters - covered.trainable_parameters,
-        covered.trainable_parameters,
-        row_tokens=max_length,
-        tokens_per_step=None,
-        rows=None if rows == "auto" else int(rows),
-        accumulation=None,
-        recomputation=planning.recomputation_of(given.get("gradient_checkpointing", "auto")),
-        element_bytes=torch.finfo(dtype).bits // 8,
-        memory=planning.available_bytes(),
-    )
+    dtype = str(models.resolve_dtype(config.model.dtype)).removeprefix("torch.")
+    plan = planning.plan(config, adapted, prepared.report, max_length=max_length)
     splits = prepared.report.to_dict()
-    count = covered.total_parameters - covered.trainable_parameters
     return Preflight(
-        model=f"{config.model.name_or_path}, {count / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')}",
+        model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
         stop_tokens=[str(each) for each in tokenizer.convert_ids_to_tokens(stops)],
         padding_token=str(tokenizer.pad_token),
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
@@ -82,10 +65,11 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *filter(None, [generic_notice(model_config)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
+            *filter(None, [plan.warning]),
         ],
         preview=preview(tokenizer, next(iter(prepared.train))),
         coverage=covered,
-        estimate=plan.estimate.to_dict(),
+        plan=plan,
     )
 
 

@@ -86,6 +86,38 @@ def require_bitsandbytes(name: str, value: object) -> None:
         raise ModelError(fault("model", name, value, expected, todo))
 
 
+def bitsandbytes_is_here() -> bool:
+    """Whether bitsandbytes is installed."""
+    return bitsandbytes is not None
+
+
+def empty_layer(scheme: str, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:
+    """A quantised layer whose weights are all alike, to see how long dequantising takes.
+
+    Args:
+        scheme: One of `SCHEMES`.
+        in_features: Columns.
+        out_features: Rows.
+        dtype: Of the products.
+    """
+    # Made as a plain layer would be replaced; a layer of bitsandbytes would draw from torch's generator.
+    weight = torch.full((out_features, in_features), 0.01, dtype=dtype)
+    if scheme == "int8":
+        layer = bitsandbytes.nn.Linear8bitLt(
+            in_features, out_features, bias=False, has_fp16_weights=False, device="meta"
+        )
+        layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        return cast(nn.Module, layer)
+    with torch.device("meta"):
+        layer = bitsandbytes.nn.Linear4bit(
+            in_features, out_features, bias=False, compute_dtype=dtype, quant_type=scheme, compress_statistics=True
+        )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type=scheme, module=layer
+    )
+    return cast(nn.Module, layer)
+
+
 def scheme_of(config: Any) -> str | None:
     """How the weights of a model, or of the folder that this is the config of, are quantised; None: they are not.
 

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import functools
 import importlib.util
 import json
 import logging
@@ -144,13 +143,14 @@ def _train(
             chosen = processes.on_main(lambda: continued.chosen)
         stop.check()
 
+        plan = _plan(config, skeleton, prepared, max_length, chosen)
         created = processes.is_main() and not folder.exists()
-        run = _Run(config, folder, tokenizer, prepared, command, callbacks, stop)
+        run = _Run(config, folder, tokenizer, prepared, plan, command, callbacks, stop)
         processes.on_main(run.aim)
         try:
             processes.on_main(lambda: _hold(folder, config, continued is None, held))
             held.enter_context(resuming.threads(chosen.get("threads")))
-            run.load(max_length, chosen)
+            run.load(chosen)
             run.began = True
             return run.go(None if continued is None else continued.checkpoint, facts)
         except PhiloraError:
@@ -231,6 +231,23 @@ def _check_processes(config: Config) -> None:
     processes.join(float(given.get("ddp_timeout", 1800)), cpu)
 
 
+def _plan(
+    config: Config, skeleton: Any, prepared: PreparedData, max_length: int, chosen: Mapping[str, Any]
+) -> planning.Plan:
+    """The plan of the run; every process follows the first one's, whose free memory and rate are its own."""
+    return processes.on_main(
+        lambda: planning.plan(
+            config,
+            planning.weightless(config, skeleton),
+            prepared.report,
+            max_length=max_length,
+            chosen=chosen,
+            processes=processes.count(),
+            sharing=1 if torch.accelerator.is_available() else processes.local_count(),
+        )
+    )
+
+
 def _lora_config(config: Config) -> LoraConfig:
     return LoraConfig(**config.peft_config)
 
@@ -263,26 +280,26 @@ class _Run:
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
         prepared: PreparedData,
+        plan: planning.Plan,
         command: str,
         callbacks: list[TrainerCallback],
         stop: StopOnSignal,
     ) -> None:
         self.config, self.folder, self.tokenizer, self.prepared = config, folder, tokenizer, prepared
+        self.plan = plan
         self.command, self.callbacks, self.stop = command, callbacks, stop
         self.began = False  # whether its folder is to stay
         self.target: pushing.Target | None = None
         self.started = datetime.datetime.now(datetime.UTC)
         self.model: PeftModel
         self.arguments: SFTConfig
-        self.plan: planning.Plan
 
     # -- before training
 
-    def load(self, max_length: int, chosen: Mapping[str, Any]) -> None:
+    def load(self, chosen: Mapping[str, Any]) -> None:
         """Weights, adapter and the resolved arguments; writes nothing.
 
         Args:
-            max_length: Longest row in tokens.
             chosen: What the run goes on with, by the names in `trainer.CHOSEN`; what is missing is chosen now.
 
         Raises:
@@ -295,13 +312,11 @@ class _Run:
             self.model = load_adapter(base, config.model.adapter, is_trainable=True)
         else:
             self.model = get_peft_model(base, _lora_config(config))
-        self.arguments, self.plan = self._resolve_arguments(base, max_length, chosen)
+        self.arguments = self._resolve_arguments(base, chosen)
         self._require_room()
         self.stop.check()
 
-    def _resolve_arguments(
-        self, base: Any, max_length: int, chosen: Mapping[str, Any]
-    ) -> tuple[SFTConfig, planning.Plan]:
+    def _resolve_arguments(self, base: Any, chosen: Mapping[str, Any]) -> SFTConfig:
         """TRL's arguments: every `auto` decided, everything written below the run folder."""
         # A copy: transformers fills in dicts of its arguments, and what is written down is what was asked for.
         given = {
@@ -316,48 +331,15 @@ class _Run:
         # its adapter when it is done.
         given["push_to_hub"] = False
         given.pop("hub_token", None)
-        element_bytes = torch.finfo(base.dtype).bits // 8
-        packing = bool(given.get("packing", True))
-        tokens_per_step = self.config.training_config.get("tokens_per_step", "auto")
-        if chosen:
-            max_length = chosen.get("max_length", max_length)
-        elif tokens_per_step == "auto":
-            tokens_per_step = self._default_step_tokens()
-            if self.config.origins.get("training_config.max_length", "default") == "default":
-                # Long rows would swallow a small dataset whole and leave a handful of steps.
-                figures = self.prepared.report.to_dict()
-                longest = max(int((figures.get(name) or {}).get("longest_tokens", 0)) for name in ("train", "eval"))
-                max_length = min(max_length, max(tokens_per_step, longest, 8))
-        if tokens_per_step == "auto":
-            tokens_per_step = None
-        row_tokens = max_length if packing else max(1, self._mean_row_tokens())
-        covered = coverage(self.model)
-
-        def unless_auto(key: str) -> Any:
-            return None if given.get(key, "auto") == "auto" else given[key]
-
-        share = processes.local_count() if base.device.type == "cpu" else 1  # each GPU has memory of its own
-        choose = functools.partial(
-            planning.choose,
-            base.config,
-            covered.total_parameters - covered.trainable_parameters,
-            covered.trainable_parameters,
-            row_tokens=row_tokens,
-            tokens_per_step=tokens_per_step,
-            rows=unless_auto("per_device_train_batch_size"),
-            accumulation=unless_auto("gradient_accumulation_steps"),
-            recomputation=planning.recomputation_of(given.get("gradient_checkpointing", "auto")),
-            element_bytes=element_bytes,
-            memory=planning.available_bytes() // share,
-            processes=processes.count(),
-        )
-        plan = processes.on_main(choose)  # the memory that is free differs from process to process
-        eval_rows = unless_auto("per_device_eval_batch_size") or plan.micro_batch_rows
+        plan = self.plan
+        eval_rows = given.get("per_device_eval_batch_size", "auto")
+        if eval_rows == "auto":
+            eval_rows = plan.micro_batch_rows
         bf16 = given.get("bf16", "auto")
         given |= {
             "output_dir": str(self.folder / "checkpoints"),
-            "max_length": max_length,
-            "packing": packing,
+            "max_length": plan.max_length,
+            "packing": bool(given.get("packing", True)),
             "per_device_train_batch_size": plan.micro_batch_rows,
             "per_device_eval_batch_size": eval_rows,
             "gradient_accumulation_steps": plan.accumulation,
@@ -372,7 +354,7 @@ class _Run:
         if given.get("log_level") == "info":
             given["log_level"] = "warning"  # of transformers, whose own lines would bury philora's
         try:
-            return SFTConfig(**given), plan
+            return SFTConfig(**given)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{self.config.source}: training_config - {' '.join(str(error).split())}") from error
 
@@ -387,19 +369,6 @@ class _Run:
                 parameter.data = parameter.data.float()
         return bool(whole) and dtype is torch.bfloat16
 
-    def _mean_row_tokens(self) -> int:
-        figures = self._train_figures()
-        return int(figures["tokens"] / max(1, figures["rows"]))
-
-    def _train_figures(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.prepared.report.to_dict()["train"])
-
-    def _default_step_tokens(self) -> int:
-        if self.prepared.report.streaming:
-            return planning.TOKENS_PER_STEP
-        epochs = float(self.config.training_config.get("num_train_epochs", 3))
-        return planning.step_tokens(int(self._train_figures()["tokens"]) * epochs)
-
     # -- the run
 
     def go(self, resume_from: Path | None, facts: Mapping[str, Any]) -> RunResult:
@@ -409,15 +378,10 @@ class _Run:
             checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))  # may have been forced
         self.stop.todo = f"Go on with: {_resume_command(self.command)}"
         logger.info("%s", coverage(self.model))
-        plan, memory = self.plan, self.plan.estimate
-        logger.info(
-            "micro-batch %d x %d%s, recomputation %s, estimated peak %.1f GB",
-            plan.micro_batch_rows,
-            plan.accumulation,
-            f" in each of {processes.count()} processes" if processes.count() > 1 else "",
-            plan.recomputation,
-            memory.total / 1e9,
-        )
+        each = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
+        logger.info("the plan%s:\n%s", each, self.plan)
+        if self.plan.warning is not None:
+            logger.warning("%s", self.plan.warning)
         if self.model.device.type == "cpu":
             logger.info("between the products: %s", native.describe())
         with self.model.disable_adapter():
@@ -604,6 +568,7 @@ class _Run:
                 "steps": trainer.state.global_step,
             },
             "processes": processes.count(),
+            "plan": self.plan.to_dict(),
             "memory": {"peak_bytes": peak_bytes, "estimated_bytes": self.plan.estimate.to_dict()},
             "train_loss": metrics.get("train_loss"),
         }

@@ -32,6 +32,7 @@ ORDER = [
     "merging",
     "formats",
     "data",
+    "footprint",
     "planning",
     "callbacks",
     "sampling",

@@ -1,4 +1,4 @@
-"""Memory that the process keeps for its next step instead of giving it back after each tensor, and memory refused."""
+"""Freed memory on a CPU, kept for the next step or given back after each large tensor; and memory refused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 # What the messages of PyTorch's other allocators and of oneDNN have in common where memory is refused.
 _REFUSALS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
 _LARGEST_BLOCK, _MOST_FREE = 1 << 30, (1 << 31) - 1
+_LARGE_BLOCK = 1 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -27,6 +28,23 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it is so now.
     """
+    return _set(_LARGEST_BLOCK, _MOST_FREE)
+
+
+def return_large_blocks() -> bool:
+    """Have glibc's allocator give freed blocks of 1 MiB and more back to the system, each by itself.
+
+    Over a quantised base each product allocates a matrix of its own between activations that stay. In one heap those
+    leave holes that the next matrix does not fit into, and what the process holds grows from step to step to half as
+    much again; a mapping of its own leaves none. It costs page faults, little beside dequantising.
+
+    Returns:
+        Whether it is so now; not where an allocator was chosen, as in `keep_freed_memory`.
+    """
+    return _set(_LARGE_BLOCK, _LARGE_BLOCK)
+
+
+def _set(mmap_threshold: int, trim_threshold: int) -> bool:
     chosen = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
     if not sys.platform.startswith("linux") or chosen or os.environ.get("PHILORA_FUSED") == "0":
         return False
@@ -34,7 +52,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)) and bool(mallopt(_M_TRIM_THRESHOLD, _MOST_FREE))
+    return bool(mallopt(_M_MMAP_THRESHOLD, mmap_threshold)) and bool(mallopt(_M_TRIM_THRESHOLD, trim_threshold))
 
 
 def out_of_memory(error: BaseException) -> bool:
