@@ -142,6 +142,7 @@ class Footprint:
         quantization: none, nf4, fp4 or int8.
         parameters: Of the base.
         trainable: Parameters that train.
+        trained_bytes: Of one of them: 4, or 2 where `training_config.adapter_dtype` says so.
         weights: Bytes of the base as it is held.
         mapped: Whether they are pages of mapped files.
         converted: Bytes of files that are mapped while weights are made from them in another dtype.
@@ -162,6 +163,7 @@ class Footprint:
     quantization: str
     parameters: int
     trainable: int
+    trained_bytes: int
     weights: int
     mapped: bool
     converted: int
@@ -214,36 +216,42 @@ class Footprint:
         # The end of the forward pass has the loss, the beginning of the backward pass the temporaries.
         activations += max(temporary - loss - matrix, 0)
         # The copies in the dtype of the products belong to the graph: with recomputation to that of one layer.
-        copies = 0 if size == 4 else self.trainable * size / (self.layers if recomputation == "full" else 1)
+        layers = self.layers if recomputation == "full" else 1
+        copies = 0 if size == self.trained_bytes else self.trainable * size / layers
         live = activations + loss + matrix
         heap = HEAP_SHARE[recomputation] * live if self.device == "cpu" and self.quantization == "none" else 0
         runtime = RUNTIME_CPU_BYTES if self.device == "cpu" else RUNTIME_GPU_BYTES
         kernels = KERNELS_CPU_BYTES if self.device == "cpu" else 0
         return Estimate(
             weights=self.weights,
-            adapter=round(8 * self.trainable + copies),
+            adapter=round(2 * self.trained_bytes * self.trainable + copies),
             optimizer=self.optimizer,
             activations=round(activations),
             loss=round(loss),
             dequantized=matrix,
             heap=round(heap),
             runtime=runtime + kernels,
-            loading=self.weights + 4 * self.trainable + runtime + max(self.converted, matrix),
+            loading=self.weights + self.trained_bytes * self.trainable + runtime + max(self.converted, matrix),
             evaluation=self._evaluation(*evaluation, label_share) + runtime + kernels if any(evaluation) else 0,
             files=self.weights if self.mapped else 0,
         )
 
     def _activations(self, tokens: int, recomputation: Recomputation, labelled: float) -> float:
         """What backward needs of all layers."""
-        # The embeddings' output, the last norm's output and its input where the last layer does not keep it; cos and
-        # sin of the rotary embedding; token ids, labels, positions in int64.
-        around = tokens * (2 * self.hidden * self.element_bytes + 4 * 8)
+        # The last norm's output; the embeddings' output where something is computed again from it (nothing before it
+        # trains, so that otherwise nobody needs it); token ids, labels, positions in int64.
+        ends = 1 if recomputation == "none" else 2
+        around = tokens * (ends * self.hidden * self.element_bytes + 4 * 8)
         if recomputation == "full":
             return around + tokens * self.layers * self.hidden * self.element_bytes
         cheap = 0 if recomputation == "elementwise" else self.layer.cheap
         dropped = self.layer.unlabelled_kept + (0 if recomputation == "elementwise" else self.layer.unlabelled_cheap)
-        # What the last layer's output projection reads of labelled tokens is a copy of attention's output.
-        copied = labelled * self.attention_width * self.element_bytes if self.skips_last and labelled < 1 else 0
+        # Of labelled tokens the last layer keeps copies: what its output projection reads of attention's output, the
+        # outputs of that and of the feed-forward part, and the norm's output, which is not made again there.
+        read = self.attention_width if self.element_bytes < 4 else 0
+        copied = labelled * self.element_bytes * (read + 2 * self.hidden) if labelled < 1 else 0.0
+        if recomputation == "elementwise" and labelled < 1:
+            copied += labelled * self.element_bytes * self.hidden
         return around + tokens * (self.layers * (self.layer.kept + cheap) - (1 - labelled) * dropped + copied)
 
     def _loss(self, tokens: int, label_share: float) -> float:
@@ -261,7 +269,7 @@ class Footprint:
         logits = 3 * 4 * min(2**25, tokens * label_share * self.vocabulary)
         # Keys and values of all layers, and of one more while a token is added.
         cache = answers * answer_tokens * 2 * self.key_value_width * size * (self.layers + 1)
-        held = self.weights + 4 * self.trainable + self.quantized_matrix * size
+        held = self.weights + self.trained_bytes * self.trainable + self.quantized_matrix * size
         return round(held + max(wide + logits if tokens else 0, cache + (wide if answers else 0)))
 
     # -- time
@@ -279,7 +287,7 @@ class Footprint:
         return passes * self.linears.weights + head + attention + adapters
 
 
-def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str) -> Footprint:
+def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str, trained_bytes: int = 4) -> Footprint:
     """Count a model that has no weights.
 
     Args:
@@ -287,6 +295,7 @@ def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str) 
         settings: `model` of the configuration.
         optim: `training_config.optim`.
         device: Where the run computes, `cpu` or the accelerator's name.
+        trained_bytes: Of a parameter that trains.
     """
     base = cast(PreTrainedModel, model.get_base_model())
     config = base.config.get_text_config()
@@ -321,10 +330,11 @@ def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str) 
         quantization=scheme,
         parameters=parameters,
         trainable=sum(each.numel() for each in trained),
+        trained_bytes=trained_bytes,
         weights=weights,
         mapped=device == "cpu" and in_files,
         converted=parameters * torch.finfo(stored).bits // 8 if converts else 0,
-        optimizer=sum(optimizer_bytes(optim, each.shape) for each in trained),
+        optimizer=sum(optimizer_bytes(optim, each.shape, trained_bytes) for each in trained),
         layers=len(layers),
         hidden=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
@@ -365,8 +375,8 @@ def _quantized(
     return scheme, dict.fromkeys(plain, held)
 
 
-def optimizer_bytes(optim: str, shape: torch.Size) -> int:
-    """Bytes of an optimizer's states for a parameter in fp32, by its name in `training_config.optim`.
+def optimizer_bytes(optim: str, shape: torch.Size, parameter_bytes: int = 4) -> int:
+    """Bytes of an optimizer's states for a parameter, by its name in `training_config.optim`.
 
     Source: the optimizers' state dicts in torch 2.13, transformers 5.23 and bitsandbytes 0.50.
     """
@@ -379,7 +389,7 @@ def optimizer_bytes(optim: str, shape: torch.Size) -> int:
     states = 1 if name.startswith(("lion", "rmsprop", "adagrad", "sgd")) else 3 if name.startswith("ademamix") else 2
     if "8bit" in name and count >= 4096:  # bytes and a scale for 256 of them; smaller tensors have fp32
         return states * (count + 4 * math.ceil(count / 256))
-    return states * 4 * count
+    return states * count * (parameter_bytes if "_torch" in name else 4)
 
 
 # ---------------------------------------------------------------------------------------------- a decoder layer
@@ -421,10 +431,11 @@ def _layer_bytes(
     # What a linear layer returns is kept: by attention (q, k, v), by SwiGLU (gate and up), and as the residual after
     # it, which is the input of the next norm.
     kept = float(size * sum(each.out_features for each in linears))
-    cheap = unlabelled_kept = unlabelled_cheap = 0.0
-    # Attention also keeps its output, and of each head the logarithm of the normaliser; cos and sin in fp32.
-    output = heads * width * size
-    kept += output + 4 * heads + 4 * width
+    cheap = unlabelled_cheap = 0.0
+    unlabelled_kept = 0.0 if size < 4 else float(heads * width * size)
+    # Attention's output, cos and sin in fp32, and of each head the logarithm of the normaliser. In fp32 attention works
+    # in tiles and keeps neither that nor its output, which the output projection keeps, of labelled tokens alone.
+    kept += heads * width * size + 4 * width + (4 * heads if size < 4 else 0)
     fast_norms = [each for each in layer.modules() if isinstance(each, tuple(FAST.values())) and _is_norm(each)]
     for norm in filter(_is_norm, layer.modules()):
         # One number a row; transformers' own norm also keeps its input in fp32, twice.

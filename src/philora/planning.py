@@ -221,7 +221,8 @@ def plan(
     given = {**config.training_config, **(chosen or {})}
     device = _device(given)
     optim = str(given.get("optim") or "adamw_torch_fused")
-    counted = footprint(adapted, config.model, optim, device)
+    trained_bytes = 2 if given.get("adapter_dtype") == "bfloat16" else 4
+    counted = footprint(adapted, config.model, optim, device, trained_bytes)
     max_length, tokens_per_step = _lengths(config, report, max_length, chosen)
     packing = bool(given.get("packing", True))
     train = None if report.streaming else report.train
@@ -445,14 +446,15 @@ class _Situation:
             fewer = self.peak(evaluated=(scored, answers // 2, answer_tokens))
             offers.append((f"evaluation.batch_size={answers // 2}", "slower evaluation", fewer))
         if "8bit" not in optim and bitsandbytes_is_here():
-            small = footprint(self.adapted, settings, "adamw_8bit", device)
+            small = footprint(self.adapted, settings, "adamw_8bit", device, self.counted.trained_bytes)
             offers.append(("training_config.optim=adamw_8bit", "rounded states", self.peak(counted=small)))
         if grade != "full":
             setting = "training_config.gradient_checkpointing=true"
             offers.append((setting, "each layer computed twice", self.peak(grade="full")))
         if self.counted.quantization == "none" and bitsandbytes_is_here():
             for scheme in ("int8", "nf4"):
-                small = footprint(self.adapted, replace(settings, quantization=scheme), optim, device)
+                other = replace(settings, quantization=scheme)
+                small = footprint(self.adapted, other, optim, device, self.counted.trained_bytes)
                 offers.append((f"model.quantization={scheme}", "a rounded base", self.peak(counted=small)))
         if self.packing and self.max_length >= 256:
             half = self.max_length // 2

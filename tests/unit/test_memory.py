@@ -9,9 +9,9 @@ import sys
 import pytest
 
 CODE = """
-import resource, torch
-from philora.kernels.memory import keep_freed_memory
-done = keep_freed_memory()
+import resource, sys, torch
+from philora.kernels import memory
+done = getattr(memory, sys.argv[1])()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
@@ -25,10 +25,21 @@ print(done, faults())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 @pytest.mark.parametrize("changes", [{}, {"PHILORA_FUSED": "0"}, {"MALLOC_ARENA_MAX": "4"}])
 def test_pages_are_used_again(changes):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "PHILORA_"))}
-    done, faults = subprocess.run(
-        [sys.executable, "-c", CODE], env={**kept, **changes}, capture_output=True, text=True, check=True
-    ).stdout.split()
+    done, faults = outcome("keep_freed_memory", changes)
     pages = 5 * 40_000_000 // os.sysconf("SC_PAGE_SIZE")
     assert (done == "True") == (not changes)
     assert (int(faults) < pages / 20) == (not changes), faults  # the others are the negative control
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_large_blocks_go_back():
+    done, faults = outcome("return_large_blocks", {})
+    assert done == "True"
+    assert int(faults) > 0.9 * 5 * 40_000_000 // os.sysconf("SC_PAGE_SIZE")
+
+
+def outcome(function, changes):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "PHILORA_"))}
+    return subprocess.run(
+        [sys.executable, "-c", CODE, function], env={**kept, **changes}, capture_output=True, text=True, check=True
+    ).stdout.split()

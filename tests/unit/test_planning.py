@@ -1,60 +1,161 @@
-"""The batch that fits, from an estimate that grows with what it counts."""
+"""The plan: the batch that fits, the same figures for `check` and a run, advice where it does not fit."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import json
+from dataclasses import replace
 
 import pytest
+import torch
+from peft import LoraConfig
+from transformers import Phi3Config, Phi3ForCausalLM
 
-from philora.planning import TOKENS_PER_STEP, choose, estimate, step_tokens
+import philora
+from philora import planning
+from philora.config import ModelConfig, load_config
+from philora.errors import ConfigError
+from philora.footprint import PARTS, footprint
+from philora.models import load_skeleton, max_length_of
+from philora.planning import TOKENS_PER_STEP, choose, measure_rate, step_tokens
+from philora.preflight import preflight
 
-SHAPE = SimpleNamespace(hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, vocab_size=32064)
 GIB = 2**30
 
 
-def batch(plan):
-    return plan.micro_batch_rows, plan.accumulation, plan.recomputation
+@pytest.fixture(scope="module")
+def mini():
+    """Phi-3-mini's full shape without weights, LoRA on all linear layers, in bf16 on a CPU."""
+    config = Phi3Config(hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32)
+    with torch.device("meta"):
+        model = philora.get_peft_model(Phi3ForCausalLM(config), LoraConfig(r=16, target_modules="all-linear"))
+    return footprint(model, ModelConfig(dtype="bfloat16"), "adamw_torch_fused", "cpu")
 
 
-def plan(memory, **changes):
-    settings = {
-        "row_tokens": 2048,
-        "tokens_per_step": 8192,
-        "rows": None,
-        "accumulation": None,
-        "recomputation": None,
-        "element_bytes": 2,
-    }
-    return choose(SHAPE, 3_821_000_000, 25_000_000, memory=memory, **(settings | changes))
+def plan(counted, memory, **changes):
+    settings = {"row_tokens": 2048, "tokens_per_step": 8192, "rows": None, "accumulation": None, "recomputation": None}
+    return choose(counted, memory=memory, **(settings | changes))
 
 
-def test_parts_add_up_and_recomputation_saves_activations():
-    kept, some, again = (
-        estimate(SHAPE, 10**9, 10**6, 2048, element_bytes=2, recomputation=grade)
-        for grade in ("none", "elementwise", "full")
-    )
-    assert kept.total == sum(value for key, value in kept.to_dict().items() if key != "total")
-    assert again.activations < kept.activations / 5
-    assert kept.activations - some.activations == 2048 * 32 * (2 * 3072 + 8192) * 2
-    assert again.weights == kept.weights == 2 * 10**9
+def test_parts_of_the_full_shape(mini):
+    assert (mini.parameters, mini.trainable) == (3_821_079_552, 25_165_824)
+    none, cheap, full = (mini.estimate(2048, grade) for grade in planning.GRADES)
+    assert none.training == sum(getattr(none, name) for name in PARTS)
+    assert none.activations > 1.2 * cheap.activations > 4 * full.activations
+    assert none.weights == full.weights == none.files == 2 * mini.parameters, "pages of files count, and are named"
+    assert none.optimizer == 8 * mini.trainable
+    assert full.loading < full.training
+    evaluated = mini.estimate(2048, "full", evaluation=(8192, 16, 512))
+    assert evaluated.peak == evaluated.evaluation > full.peak, "answers' keys and values may be the largest"
 
 
-def test_the_largest_micro_batch_that_fits():
-    assert batch(plan(500 * GIB)) == (4, 1, "none")
-    small = plan(15 * GIB)
-    assert small.recomputation == "full"
-    assert small.micro_batch_rows * small.accumulation == 4
-    between = plan(20.5 * GIB, rows=1)
-    assert between.recomputation == "elementwise"
-    assert plan(1 * GIB).micro_batch_rows == 1, "nothing fits: the least, and the run will say so"
+def test_the_least_recomputation_that_fits(mini):
+    assert plan(mini, 500 * GIB)[:3] == (4, 1, "none")
+    sizes = {grade: mini.estimate(2048, grade).training / 0.9 for grade in planning.GRADES}
+    for grade in planning.GRADES:
+        assert plan(mini, int(1.01 * sizes[grade]))[:3] == (1, 4, grade)
+    assert plan(mini, 1 * GIB)[:3] == (1, 4, "full"), "nothing fits: the least, and the run says so"
 
 
-def test_what_is_given_stays():
-    given = plan(500 * GIB, rows=3, accumulation=5, recomputation="full")
-    assert batch(given) == (3, 5, "full")
-    assert batch(plan(500 * GIB, accumulation=2))[:2] == (2, 2)
+def test_a_few_tokens_at_a_time_come_last(mini):
+    """Rows of 64 tokens: products of 512 rows with recomputation before products of 64 without."""
+    small = mini.estimate(64, "none").training / 0.9
+    found = plan(mini, int(1.03 * small), row_tokens=64)
+    assert found.recomputation != "none"
+    assert found.rows * 64 >= 512
+
+
+def test_what_is_given_stays(mini):
+    assert plan(mini, 500 * GIB, rows=3, accumulation=5, recomputation="full")[:3] == (3, 5, "full")
+    assert plan(mini, 500 * GIB, accumulation=2)[:2] == (2, 2)
+    assert plan(mini, 500 * GIB, processes=2)[:2] == (2, 1)
 
 
 @pytest.mark.parametrize(("total", "tokens"), [(10, 1), (100_000, 1000), (10**9, TOKENS_PER_STEP)])
 def test_small_data_gets_small_steps(total, tokens):
     assert step_tokens(total) == tokens
+
+
+def test_the_rate_is_measured_quickly_and_without_a_trace(mini):
+    small = replace(mini, linears=mini.linears._replace(out_features=512, in_features=256), dtype=torch.float32)
+    state = torch.get_rng_state()
+    found = measure_rate(small, 256)
+    assert torch.equal(state, torch.get_rng_state()), "the run's random numbers stay what they are"
+    assert found.flops_per_second > 1e8
+    assert found.dequantized_per_second is None
+    slow = mini.flops_per_token("full", 1.0, 2048) / mini.flops_per_token("none", 1.0, 2048)
+    assert 1.4 < slow < 1.5, "6 N in place of 4 N"
+    assert mini.flops_per_token("none", 1.0, 2048) == pytest.approx(16.45e9, rel=0.02), "as counted by hand"
+
+
+SETTINGS = {
+    "model": {"name_or_path": "nano", "dtype": "float32"},
+    "data": {"train": {"path": "helpdesk", "limit": 60}, "eval": None},
+    "training_config": {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "log_level": "info"},
+    "peft_config": {"r": 4, "lora_alpha": 8},
+}
+OF_THE_MOMENT = ("rate", "step_seconds", "seconds", "available_bytes")
+
+
+@pytest.fixture(scope="module")
+def small_machine(tmp_path_factory):
+    """A run, and a check, where a machine has less memory than the run needs."""
+    folder = tmp_path_factory.mktemp("plan") / "run"
+    settings = json.loads(json.dumps(SETTINGS))
+    settings["training_config"] |= {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "available_bytes", lambda device=None: 700_000_000)
+        checked = preflight(settings)
+        result = philora.train(settings)
+    return checked, result.results, (folder / "train.log").read_text()
+
+
+def test_check_and_run_have_the_same_plan(small_machine):
+    checked, results, log = small_machine
+    ours = {key: value for key, value in checked.plan.to_dict().items() if key not in OF_THE_MOMENT}
+    theirs = {key: value for key, value in results["plan"].items() if key not in OF_THE_MOMENT}
+    assert json.loads(json.dumps(ours)) == theirs
+    assert results["memory"]["estimated_bytes"] == theirs["estimate"]
+    assert all(f"{name} " in log for name in ("weights", "activations", "peak", "steps", "time"))
+    json.dumps(checked.to_dict())
+
+
+def test_a_batch_that_does_not_fit_is_trained_with_a_warning(small_machine):
+    checked, results, log = small_machine
+    assert results["throughput"]["steps"] == 1
+    assert not results["plan"]["fits"]
+    assert checked.plan.warning in checked.notices
+    assert "GB at its peak, and 0.70 GB are free (a tenth is left unused)" in log
+    offers = {each["setting"]: each for each in results["plan"]["changes"]}
+    assert {"training_config.per_device_train_batch_size=2", "training_config.gradient_checkpointing=elementwise",
+            "training_config.gradient_checkpointing=true"} <= offers.keys()  # fmt: skip
+    peak = results["plan"]["estimate"]["peak"]
+    assert all(peak - each["saves_bytes"] == each["peak_bytes"] < peak for each in offers.values())
+    suffices = [each["peak_bytes"] <= 0.9 * 700_000_000 for each in results["plan"]["changes"]]
+    assert suffices == sorted(suffices, reverse=True), "what suffices by itself comes first"
+    setting = "training_config.gradient_checkpointing=true"
+    assert f"{setting} saves {offers[setting]['saves_bytes'] / 1e9:.2f} GB" in log
+
+
+def test_an_adapter_that_is_gone_on_with_is_planned(phi3, tmp_path):
+    base = phi3()
+    base.save_pretrained(tmp_path / "base")
+    philora.get_peft_model(base, LoraConfig(r=3, target_modules=["o_proj"])).save_pretrained(tmp_path / "adapter")
+    model = {"name_or_path": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter")}
+    config = load_config(SETTINGS | {"model": model, "training_config": {"output_dir": str(tmp_path / "run")}})
+    adapted = planning.weightless(config, load_skeleton(config.model))
+    assert footprint(adapted, config.model, "sgd", "cpu").trainable == 2 * 3 * (32 + 32)
+
+
+def test_a_context_longer_than_the_models(phi3, tmp_path):
+    phi3().save_pretrained(tmp_path / "base")
+    settings = SETTINGS | {"model": {"name_or_path": str(tmp_path / "base")}}
+    config = load_config(settings, ["training_config.max_length=256", f"training_config.output_dir={tmp_path / 'run'}"])
+    message = r"max_length=256 - expected at most 128, the context of the model. Set 128 or less"
+    with pytest.raises(ConfigError, match=message):
+        max_length_of(config, load_skeleton(config.model).config)
+    config = load_config(settings, [f"training_config.output_dir={tmp_path / 'run'}"])
+    assert max_length_of(config, load_skeleton(config.model).config) == 128, "the default takes what there is"

@@ -1,0 +1,52 @@
+"""The planner's peak within a tenth of a real training's, measured in processes of their own (benchmarks/memory.py)."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks.memory import CELLS, QUICK, measure
+from philora.footprint import PARTS
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+CLOSE = 0.1
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def check(cell, root):
+    found = measure(cell, root)
+    estimate, peak = found["plan"]["estimate"], found["peak_bytes"]
+    assert found["plan"]["recomputation"] == cell.recomputation
+    assert found["plan"]["quantization"] == ("none" if cell.base == "bf16" else "nf4")
+    assert estimate["peak"] == pytest.approx(peak, rel=CLOSE)
+    # Negative control: without a part that is larger than the tolerance allows for.
+    for name in PARTS:
+        if estimate[name] > 2 * CLOSE * peak:
+            assert estimate["peak"] - estimate[name] != pytest.approx(peak, rel=CLOSE), name
+    return estimate, peak
+
+
+def test_bf16_keeps_its_activations(root):
+    pytest.importorskip("bitsandbytes")
+    estimate, peak = check(QUICK[0], root)
+    assert estimate["activations"] > 2 * CLOSE * peak, "the control leaves them out"
+    assert estimate["files"] == estimate["weights"]
+
+
+def test_nf4_with_recomputation(root):
+    pytest.importorskip("bitsandbytes")
+    estimate, _ = check(QUICK[1], root)
+    assert estimate["files"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_three_sizes_with_and_without(cell, root):
+    pytest.importorskip("bitsandbytes")
+    check(cell, root)
