@@ -462,7 +462,7 @@ class _Situation:
                 (f"training_config.max_length={half}", "long conversations are cut", self.peak(row_tokens=half))
             )
         found = [Change(setting, estimate.peak - after, after, costs) for setting, costs, after in offers]
-        useful = [each for each in found if each.saves_bytes > 0]
+        useful = [each for each in found if each.saves_bytes > 0.01 * estimate.peak]
         enough = [each for each in useful if each.peak_bytes <= FILLED * memory]
         rest = [each for each in useful if each.peak_bytes > FILLED * memory]
         return (*enough, *sorted(rest, key=lambda each: -each.saves_bytes))

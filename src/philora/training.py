@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import json
 import logging

@@ -90,7 +90,13 @@ def test_the_rate_is_measured_quickly_and_without_a_trace(mini):
 SETTINGS = {
     "model": {"name_or_path": "nano", "dtype": "float32"},
     "data": {"train": {"path": "helpdesk", "limit": 60}, "eval": None},
-    "training_config": {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "log_level": "info"},
+    "training_config": {
+        "max_steps": 1,
+        "max_length": 128,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "log_level": "info",
+    },
     "peft_config": {"r": 4, "lora_alpha": 8},
 }
 OF_THE_MOMENT = ("rate", "step_seconds", "seconds", "available_bytes")
@@ -107,7 +113,7 @@ def small_machine(tmp_path_factory):
         "gradient_checkpointing": False,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "available_bytes", lambda device=None: 700_000_000)
+        patch.setattr(planning, "available_bytes", lambda device=None: 600_000_000)
         checked = preflight(settings)
         result = philora.train(settings)
     return checked, result.results, (folder / "train.log").read_text()
@@ -128,13 +134,15 @@ def test_a_batch_that_does_not_fit_is_trained_with_a_warning(small_machine):
     assert results["throughput"]["steps"] == 1
     assert not results["plan"]["fits"]
     assert checked.plan.warning in checked.notices
-    assert "GB at its peak, and 0.70 GB are free (a tenth is left unused)" in log
+    assert "GB at its peak, and 0.60 GB are free (a tenth is left unused)" in log
     offers = {each["setting"]: each for each in results["plan"]["changes"]}
-    assert {"training_config.per_device_train_batch_size=2", "training_config.gradient_checkpointing=elementwise",
-            "training_config.gradient_checkpointing=true"} <= offers.keys()  # fmt: skip
+    assert {
+        "training_config.per_device_train_batch_size=2",
+        "training_config.gradient_checkpointing=true",
+    } <= offers.keys()
     peak = results["plan"]["estimate"]["peak"]
     assert all(peak - each["saves_bytes"] == each["peak_bytes"] < peak for each in offers.values())
-    suffices = [each["peak_bytes"] <= 0.9 * 700_000_000 for each in results["plan"]["changes"]]
+    suffices = [each["peak_bytes"] <= 0.9 * 600_000_000 for each in results["plan"]["changes"]]
     assert suffices == sorted(suffices, reverse=True), "what suffices by itself comes first"
     setting = "training_config.gradient_checkpointing=true"
     assert f"{setting} saves {offers[setting]['saves_bytes'] / 1e9:.2f} GB" in log
