@@ -385,7 +385,7 @@ class _Run:
             logger.warning("%s", self.plan.warning)
         if self.model.device.type == "cpu":
             logger.info("between the products: %s", native.describe())
-        with self.model.disable_adapter():
+        with self._placed(self.model).disable_adapter():
             before = self._evaluate("before", self.model)
         trainer = self._trainer()
         with self.stop.finishing():
@@ -487,9 +487,13 @@ class _Run:
         """The adapter as it was saved, on a base that is whole in each process."""
         unset_hf_deepspeed_config()  # with it transformers would shard what it loads
         base = models.load_model(self.config.model, self.tokenizer)
-        model = load_adapter(base, str(self.folder / "adapter"))
-        quantised = getattr(base, "quantization_method", None) is not None  # bitsandbytes has put it where it stays
-        return model if quantised else model.to(self.arguments.device)
+        return self._placed(load_adapter(base, str(self.folder / "adapter")))
+
+    def _placed(self, model: PeftModel) -> PeftModel:
+        """On this process's device, unless it was put where it stays; the trainer moves it only when it trains."""
+        quantised = getattr(model.get_base_model(), "quantization_method", None) is not None
+        stays = quantised or self.config.model.device_map is not None
+        return model if stays else cast(PeftModel, model.to(self.arguments.device))
 
     def _evaluate(self, when: str, model: PeftModel) -> Evaluation | None:
         settings = self.config.evaluation
