@@ -289,7 +289,7 @@ def test_the_page_shows_the_whole_run(tmp_path):
         "train eval Rows 1,993 332",
         "q_proj 6% v_proj 4% layer 0 5 mean Norm of each update relative to the norm of the weight",
         "Largest: q_proj, layer 5: norm 5.5, 11% of the weight's.",
-        "12 tokens median 71 248",
+        "Lengths of the training rows, median 71 tokens 12 tokens 248",
         "<|user|>Hi<|assistant|> Hello. The loss is on the coloured tokens",
         "helpdesk/train.jsonl train · messages · 1,993 records",
         "2 conversations were cut to 240 tokens.",
