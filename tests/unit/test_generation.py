@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.generation import (
     GenerationConfig,
     TemperatureLogitsWarper,
@@ -214,6 +214,20 @@ def test_bf16_logits_are_those_of_transformers_up_to_rounding(model, tokenizer):
             base = gaps(adapted, adapted)
             assert max(base) < LOGITS_BF16
         assert min(gaps(adapted, model.to(torch.float32))) > 2 * LOGITS_BF16, "the adapter's part shows"
+
+
+def test_greedy_answers_are_those_of_the_pipeline_in_its_own_batches(tokenizer, monkeypatch):
+    model = wild(tokenizer)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 5], pad_token_id=0)
+    left = copy.deepcopy(tokenizer)
+    left.padding_side = "left"
+    answer = pipeline("text-generation", model=model, tokenizer=left)
+    found = answer(PROMPTS, batch_size=4, do_sample=False, max_new_tokens=16, return_full_text=False)
+    expected = [each[0]["generated_text"] for each in found]
+    settings = GenerationSettings(max_new_tokens=16, batch_size=4)
+    assert texts(generate(model, tokenizer, PROMPTS, settings)) == expected
+    monkeypatch.setattr(decoding, "_rotate", other_half(decoding._rotate))
+    assert texts(generate(model, tokenizer, PROMPTS, settings)) != expected
 
 
 def right_padding(pad: Any) -> Any:
