@@ -610,23 +610,24 @@ def adapters(folder: Path) -> Any:
     return drawn()
 
 
-def fuzz(kind: str, count: int, work: Path, seed: int) -> dict[str, Any]:
-    """Feed inputs to one reader, in a child with bounded memory."""
+def fuzz(kind: str, count: int, work: Path, seed: int, seconds: float) -> dict[str, Any]:
+    """Feed inputs to one reader, in a child with bounded memory; fewer where the time is over before."""
     report, log = work / f"fuzz-{kind}", work / f"fuzz-{kind}-log"
-    child = forked(lambda: fuzz_here(kind, count, work, seed, report), log)
+    child = forked(lambda: fuzz_here(kind, count, work, seed, report, seconds), log)
     code = ended(child)
     if code or not report.exists():
         return {"inputs": 0, "wrong": [f"ended with {code}: {log.read_text() if log.exists() else ''}"]}
     return dict(json.loads(report.read_text()))
 
 
-def fuzz_here(kind: str, count: int, work: Path, seed: int, report: Path) -> None:
+def fuzz_here(kind: str, count: int, work: Path, seed: int, report: Path, seconds: float) -> None:
     """The same in this process, whose memory is bounded from here on."""
     import logging
 
     import hypothesis
 
     logging.disable(logging.CRITICAL)
+    end = time.monotonic() + seconds
     feed, strategy = READERS[kind](work / f"fuzz-{kind}-files")
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 30), resource.RLIM_INFINITY))
@@ -634,15 +635,6 @@ def fuzz_here(kind: str, count: int, work: Path, seed: int, report: Path) -> Non
     wrong: dict[str, str] = {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(strategy)
     def one(value: Any) -> None:
         result = feed(value)
         if result in ("read", "refused"):
@@ -651,16 +643,20 @@ def fuzz_here(kind: str, count: int, work: Path, seed: int, report: Path) -> Non
         seen["wrong"] += 1
         wrong.setdefault(result.strip().splitlines()[-1] if result.strip() else result, f"{value!r:.600}\n{result}")
 
-    rounds = 0
-    while sum(seen.values()) < count and rounds < 50:  # hypothesis ends early where it has seen an input before
-        rounds += 1
-        hypothesis.seed(seed + rounds)(one)()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    report.write_text(
-        json.dumps(
-            {"inputs": sum(seen.values()), "seen": dict(seen), "grown_bytes": grown, "wrong": list(wrong.values())}
+    number = 0
+    while sum(seen.values()) < count and time.monotonic() < end:
+        number += 1  # in parts: hypothesis varies what it has drawn, and draws anew in the next
+        settings = hypothesis.settings(
+            max_examples=min(250, count - sum(seen.values())),
+            deadline=None,
+            database=None,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
         )
-    )
+        hypothesis.seed(seed * 1000 + number)(settings(hypothesis.given(strategy)(one)))()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    found = {"inputs": sum(seen.values()), "seen": dict(seen), "grown_bytes": grown, "wrong": list(wrong.values())}
+    report.write_text(json.dumps(found))
 
 
 def config_reader(folder: Path) -> tuple[Callable[[bytes], str], Any]:
@@ -786,6 +782,7 @@ def main() -> int:
     parser.add_argument("--fuzz", type=int, default=0, help="inputs of each reader")
     parser.add_argument("--only", choices=sorted(READERS), action="append", help="fuzz these readers only")
     parser.add_argument("--all", action="store_true", help="200 kills, 20 disks, damage, 10,000 inputs of each reader")
+    parser.add_argument("--minutes", type=float, default=60.0, help="at most, for each reader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="page whose table is written again")
     given = parser.parse_args()
@@ -795,7 +792,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="torture-") as place:
         work = Path(place)
         os.environ["PHILORA_CACHE"] = str(work / "cache")
-        import philora.training  # noqa: F401 (what every forked run needs)
+        if given.kills or given.disks or given.damage:
+            import philora.training  # noqa: F401 (what every forked run needs)
 
         gc.collect()
         gc.freeze()  # a collection in a forked run need not look at what was imported
@@ -807,7 +805,7 @@ def main() -> int:
             results["checkpoint files damaged"] = damage(work, random.Random(given.seed))
         for kind in given.only or READERS:
             if given.fuzz:
-                results[f"{kind} reader fuzzed"] = fuzz(kind, given.fuzz, work, given.seed)
+                results[f"{kind} reader fuzzed"] = fuzz(kind, given.fuzz, work, given.seed, 60 * given.minutes)
     print(json.dumps(results, indent=2))
     if given.write:
         write_summary(given.write, results, given.seed)

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from philora.errors import AdapterError, ConfigError, fault, one_per_line
+from philora.errors import AdapterError, ConfigError, ModelError, fault, one_per_line
 
 logger = logging.getLogger("philora.run")
 
@@ -198,6 +198,27 @@ def is_inside(name: str) -> bool:
     """Whether a path name from a file stays in the folder that the file describes."""
     parts = PurePosixPath(name.replace("\\", "/"))
     return bool(parts.parts) and not parts.is_absolute() and ".." not in parts.parts and ":" not in parts.parts[0]
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that the index of a sharded model names, each beside it.
+
+    Raises:
+        ModelError: The index cannot be read, or names a file outside its folder or one that is missing.
+    """
+    try:
+        names = {str(each) for each in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        expected = "the index of a sharded model"
+        raise ModelError(fault(str(index), "content", f"{type(error).__name__}: {error}", expected)) from error
+    faults = [
+        fault(str(index), "weight_map", name, "a file in the same folder, which is there")
+        for name in sorted(names)
+        if not is_inside(name) or not (index.parent / name).is_file()
+    ]
+    if faults:
+        raise ModelError(one_per_line(faults))
+    return sorted(names)
 
 
 class Found(NamedTuple):

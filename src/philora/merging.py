@@ -37,7 +37,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from philora.adapters import RECORD_NAME, FastLinear, load_adapter
-from philora.checkpoint import disk_full, is_taken, read_peft_tensors, whole_folder, write_json, write_text
+from philora.checkpoint import (
+    disk_full,
+    indexed_files,
+    is_taken,
+    read_peft_tensors,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from philora.config import ModelConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError, fault, one_per_line
 from philora.hub import reachable_or_cached
@@ -481,7 +489,7 @@ def read_trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) 
 def _weight_files(folder: Path) -> list[str]:
     if not (folder / INDEX_NAME).is_file():
         return ["model.safetensors"]
-    return sorted(set(_read_json(folder / INDEX_NAME).get("weight_map", {}).values()))
+    return indexed_files(folder / INDEX_NAME)
 
 
 def _open_weights(folder: Path) -> dict[str, Tensor]:

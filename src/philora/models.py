@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from philora.checkpoint import indexed_files
 from philora.config import Config, ModelConfig, TokenizerConfig
 from philora.errors import ConfigError, ModelError, fault
 from philora.families import stop_tokens_in
@@ -156,6 +157,9 @@ def load_skeleton(model: ModelConfig) -> PreTrainedModel:
 
 def _load_config(model: ModelConfig) -> Any:
     """The model's config, once it is clear that its weights can be trained over."""
+    folder = Path(local_path(model.name_or_path))
+    for index in folder.glob("*.index.json") if folder.is_dir() else ():
+        indexed_files(index)
     try:
         with reachable_or_cached():
             config = AutoConfig.from_pretrained(

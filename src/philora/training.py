@@ -45,7 +45,7 @@ from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter
 from philora.callbacks import MetricsFile, peak_memory_bytes
 from philora.card import model_card
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
-from philora.data import PreparedData, prepare, preview, prompts_and_references
+from philora.data import PreparedData, places_of, prepare, preview, prompts_and_references
 from philora.data.lengths import sequence_lengths
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, compare, evaluate, joined, pick_samples
@@ -438,7 +438,7 @@ class _Run:
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
-        trainer.stop = self.stop
+        trainer.stop, trainer.places = self.stop, self._places
         if self.callbacks:  # somebody else shows the progress
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
@@ -446,6 +446,28 @@ class _Run:
         handler = trainer.callback_handler
         handler.callbacks.sort(key=lambda each: not isinstance(each, MetricsFile))
         return trainer
+
+    def _places(self, examples: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        """Of each example, by its tokens: its row of the prepared data, its conversation, its file and line."""
+        rows: dict[int, int] = {}
+        if not self.prepared.report.streaming:
+            for number, row in enumerate(self.prepared.train):
+                for place, ids in enumerate(examples):
+                    if place not in rows and row["input_ids"][: len(ids)] == list(ids):
+                        rows[place] = number
+        conversations = self.prepared.train_conversations
+        texts = {place: conversations.stored(number) for place, number in rows.items()}
+        sources = places_of(self.config.data, set(texts.values())) if texts else {}
+        return [
+            {
+                "source": sources.get(texts[place]),
+                "prepared_row": rows[place],
+                "conversation": conversations[rows[place]],
+            }
+            if place in rows
+            else {}
+            for place in range(len(examples))
+        ]
 
     def _save_adapter(self, weights: Mapping[str, Any] | None = None) -> None:
         """Write `adapter/` whole: weights, config, slices, tokenizer, generation config, card."""

@@ -12,6 +12,7 @@ from philora.data.prepare import (
     PreparedData,
     SourceReport,
     SplitReport,
+    places_of,
     prepare,
 )
 from philora.data.read import Source, resolve
@@ -43,6 +44,7 @@ __all__ = [
     "TemplateFault",
     "encode_conversation",
     "length_notices",
+    "places_of",
     "prepare",
     "preview",
     "prompts_and_references",

@@ -31,6 +31,7 @@ from philora.data.store import (
     Rows,
     Settings,
     cache_root,
+    detect_shape,
     entry_for,
     process_batch,
     process_count,
@@ -142,6 +143,12 @@ class Conversations(Sequence[list[Message]]):
                 return Conversations(self._stored.select(chosen))
         return self._parsed(index)[0]
 
+    def stored(self, index: int) -> str:
+        """A conversation as the JSON that is stored and hashed."""
+        row = self._stored[index]
+        text = row if isinstance(row, str | bytes) else row["conversation"]
+        return text if isinstance(text, str) else text.decode()
+
     def tools(self, index: int) -> list[Any] | None:
         """The tool descriptions of a conversation, for the chat template."""
         return self._parsed(index)[1]
@@ -149,9 +156,34 @@ class Conversations(Sequence[list[Message]]):
     def _parsed(self, index: int) -> tuple[list[Message], list[Any] | None]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
-        row = self._stored[index]
-        value = json.loads(row if isinstance(row, str | bytes) else row["conversation"])
+        value = json.loads(self.stored(index))
         return (value["messages"], value["tools"]) if isinstance(value, dict) else (value, None)
+
+
+def places_of(data: DataConfig, wanted: set[str]) -> dict[str, str]:
+    """File and line, or row, of conversations as `Conversations.stored` gives them; of equal ones the first.
+
+    A conversation that the tokenizer's template changed, such as one whose system turn was folded, is not found.
+
+    Cost:
+        Reads the sources again until all are found.
+    """
+    found: dict[str, str] = {}
+    for config in data.train:
+        source = resolve(config, "train")
+        given = shape_from_config(config.format or data.format, config.columns, f"data ({config.path})")
+        shape = given or detect_shape(source)
+        for batch in source.open():
+            for index, record in enumerate(batch.records):
+                if len(found) == len(wanted):
+                    return found
+                try:
+                    text = serialise(shape.read(record)).decode()
+                except Fault:
+                    continue
+                if text in wanted:
+                    found.setdefault(text, batch.where(index))
+    return found
 
 
 @dataclass
