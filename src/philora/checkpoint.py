@@ -82,7 +82,9 @@ def _finite(value: Any) -> Any:
 
 def disk_full(error: BaseException) -> bool:
     """Whether an error says that there is no room; torch, safetensors and tokenizers each have a class of their own."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    text = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(each in text for each in ("No space left", "iostream error", "PytorchStreamWriter failed"))
 
 
 def _sync(folder: Path) -> None:

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from philora import __version__, processes
 from philora.errors import ConfigError, PhiloraError, fault
+from philora.signals import StopOnSignal
 
 if TYPE_CHECKING:
     from philora.config import Config
@@ -540,14 +541,17 @@ def _train(source: str, overrides: list[str], resume: bool | str) -> None:
 
     config = load_config(_config_source(source), overrides)
     _logging(str(config.training_config.get("log_level", "info")))
-    with err.status("loading") if processes.is_main() else contextlib.nullcontext():
-        from philora.progress import ProgressBar
-        from philora.training import train as run_training
-    bar = ProgressBar(out)
     command = shlex.join(processes.command(sys.argv[1:]))
     if source == "demo":
         folder = config.training_config["output_dir"]
         command = shlex.join(processes.command(["train", "demo", f"training_config.output_dir={folder}"]))
+    with (
+        StopOnSignal("while loading", f"Nothing was written; start it again with: {command}"),
+        err.status("loading") if processes.is_main() else contextlib.nullcontext(),
+    ):
+        from philora.progress import ProgressBar
+        from philora.training import train as run_training
+    bar = ProgressBar(out)
     try:
         result = run_training(config, resume=resume, callbacks=[bar], command=command)
     finally:

@@ -851,12 +851,15 @@ class _Loader(yaml.SafeLoader):
 
 _MOST_BYTES = 1 << 20
 _MOST_VALUES = 100_000
+_MOST_LEVELS = 100
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError, OverflowError)
 """What PyYAML raises; beside its own class, whatever a tag with a value that it cannot have leads it to."""
 
 
 def _parse(content: str) -> tuple[yaml.Node | None, Any]:
     """The nodes of a YAML text and their value, which may not grow beyond bounds by aliases."""
+    if _depth(content) > _MOST_LEVELS:
+        raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep")
     loader = _Loader(content)
     try:
         node = loader.get_single_node()
@@ -867,6 +870,15 @@ def _parse(content: str) -> tuple[yaml.Node | None, Any]:
         return node, loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _depth(content: str) -> int:
+    """How deep brackets stand in brackets; PyYAML takes the square of it in time."""
+    depth = most = 0
+    for sign in re.findall(r"[\[\]{}]", content):
+        depth = depth + 1 if sign in "[{" else max(0, depth - 1)
+        most = max(most, depth)
+    return most
 
 
 def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
@@ -979,13 +991,21 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
     return reader, str(file), file.stem
 
 
+def _exists(file: Path) -> bool:
+    """Whether a path leads to something; one that no file can have, such as one that is too long, does not."""
+    try:
+        return file.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _nearest_file(file: Path) -> str:
     """A hint with the file in the same folder whose name is nearest, or that the folder does not exist."""
     folder = file.parent
     try:
         names = sorted(each.name for each in folder.iterdir())
     except OSError:
-        return f"The folder {str(folder)!r} does not exist" if not folder.exists() else ""
+        return f"The folder {str(folder)!r} does not exist" if not _exists(folder) else ""
     return nearest(file.name, names)
 
 
@@ -1133,7 +1153,7 @@ def _check_model(values: dict[str, Any], reader: _Reader) -> None:
         path = values.get(key)
         if isinstance(path, str) and path.startswith(("./", "../", "/", "~")):
             values[key] = str(Path(path).expanduser())
-            if not Path(values[key]).exists():
+            if not _exists(Path(values[key])):
                 reader.fault(("model", key), path, "an existing folder or a hub id", _nearest_file(Path(values[key])))
     quantization = values.get("quantization")
     if isinstance(quantization, Mapping):
@@ -1244,10 +1264,10 @@ def _local(path: _Path, text: str, reader: _Reader) -> str:
     if text == HELPDESK or "://" in text or any(sign in text for sign in "*?["):
         return text
     file = Path(text).expanduser()
-    if file.exists():
+    if _exists(file):
         return str(file) if text.startswith("~") else text
     beside = Path(reader.where).parent / file
-    if reader.where != "config" and not file.is_absolute() and beside.exists():
+    if reader.where != "config" and not file.is_absolute() and _exists(beside):
         return str(beside.resolve())
     looks_local = (
         text.startswith(("./", "../", "/", "~", ".\\"))

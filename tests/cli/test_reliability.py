@@ -233,6 +233,20 @@ def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
     assert philora.train(settings_of(model, folder), resume=True).results["throughput"]["steps"] == STEPS
 
 
+def test_a_signal_while_the_command_loads(cli, monkeypatch, tmp_path):
+    class Loading:
+        def __getattr__(self, name):
+            if name.startswith("__"):  # the import system's own questions
+                raise AttributeError(name)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(sys.modules, "philora.progress", Loading())
+    answer = cli("demo", "--out", tmp_path / "run")
+    assert answer.code == 3
+    said = "SIGTERM: stopped while loading. Nothing was written; start it again with: philora train demo"
+    assert said in " ".join(answer.err.split())
+
+
 def test_a_second_signal_stops_at_once():
     code = (
         "import os, signal, time\n"
@@ -393,6 +407,21 @@ def test_a_worker_that_outlives_its_run_holds_no_lock(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(122, "Disk quota exceeded"), True),
+        (RuntimeError("basic_ios::clear: iostream error"), True),  # torch.save, where its archive met the full disk
+        (RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file"), True),
+        (OSError(13, "Permission denied"), False),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_says_that_a_disk_is_full(error, full):
+    assert checkpoint.disk_full(error) is full
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(model, tmp_path, monkeypatch):

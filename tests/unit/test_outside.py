@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 
+import pyarrow
 import pytest
 from peft import LoraConfig
+from pyarrow import parquet
 
 import philora
 from philora.checkpoint import indexed_files
-from philora.config import ModelConfig, load_config
-from philora.errors import AdapterError, ConfigError, ModelError
+from philora.config import ModelConfig, SourceConfig, load_config
+from philora.data.read import resolve
+from philora.errors import AdapterError, ConfigError, DataError, ModelError
 from philora.models import load_skeleton
 
 
@@ -105,10 +108,15 @@ def bomb(depth):
         ("data: {train: !!python/object/apply:os.system [true]}", "could not determine a constructor"),
         ("data: {train: !!timestamp x}", "expected YAML"),
         ("data: {train: !!bool y}", "expected YAML"),
-        ("[" * 5000, "expected YAML"),
+        ("[" * 5000, "nested more than 100 levels deep"),
+        ("data: {train: " + "a/" * 3000 + "}", r"data.train='a/.* - expected an existing file or folder"),
+        (
+            "data: {train: helpdesk}\nmodel: {adapter: /" + "a" * 5000 + "}",
+            "adapter='/a.* - expected an existing folder",
+        ),
         ("# " + "x" * 2**20, r"bytes=1048578 - expected at most 1,048,576"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_yaml_that_grows_or_executes_is_refused(tmp_path, content, message):
     path = tmp_path / "config.yaml"
@@ -121,6 +129,20 @@ def test_aliases_that_people_write_are_taken(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("data: {train: &set helpdesk, eval: *set}\npeft_config: {r: 4}")
     assert load_config(path).peft_config["r"] == 4
+
+
+def test_parquet_with_a_changed_byte_is_read_or_refused(tmp_path):
+    path = tmp_path / "data.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["c", "d"]}), path)
+    content, refused = path.read_bytes(), 0
+    for place in range(0, len(content), 5):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        try:
+            for _ in resolve(SourceConfig(str(path)), "train").open():
+                pass
+        except DataError:
+            refused += 1
+    assert refused > 20
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "missing.safetensors"])

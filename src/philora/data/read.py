@@ -547,7 +547,7 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
                     for row in batch.to_pylist():
                         number += 1
                         yield number, row
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             raise DataError(fault(str(file), "file", file.name, f"a whole Parquet file ({error})")) from error
 
     yield from _group(str(file), "row", rows())
