@@ -747,3 +747,45 @@ void score_rows(void *logits, const float *bias, const int64_t *labels, float *l
             score_row(row, bias, (size_t)labels[i], out[0], out[1], out[2], vocabulary, needs_grad, 0, 0);
     }
 }
+
+/* --------------------------------------------------------------------------------------------- quantised weights */
+
+/* 32 weights of 4 bits each, the first in the high half of the first byte: code[index] * scale, rounded to bf16. */
+#ifdef __AVX512F__
+typedef float floats __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
+
+INLINE words nearest(floats value) {
+    words bits = (words)value;
+    return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+INLINE void from_16_bytes(const uint8_t *packed, const float *code, float scale, uint16_t *weights) {
+    floats table;
+    bytes both;
+    memcpy(&table, code, sizeof table);
+    memcpy(&both, packed, sizeof both);
+    words pairs = __builtin_convertvector(both, words);
+    words first = nearest(__builtin_shuffle(table, pairs >> 4) * scale) >> 16;
+    words second = nearest(__builtin_shuffle(table, pairs & 15) * scale) & 0xffff0000;
+    words result = first | second;
+    memcpy(weights, &result, sizeof result);
+}
+#else
+INLINE void from_16_bytes(const uint8_t *packed, const float *code, float scale, uint16_t *weights) {
+    for (size_t i = 0; i < 16; i++) {
+        weights[2 * i] = rounded(code[packed[i] >> 4] * scale);
+        weights[2 * i + 1] = rounded(code[packed[i] & 15] * scale);
+    }
+}
+#endif
+
+/* Blocks of `block` weights, a multiple of 32, with a scale each; all finite. */
+void from_4bit(const uint8_t *packed, const float *code, const float *scales, uint16_t *weights, size_t blocks,
+               size_t block, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (size_t i = 0; i < blocks; i++)
+        for (size_t j = i * block; j < (i + 1) * block; j += 32)
+            from_16_bytes(packed + j / 2, code, scales[i], weights + j);
+}

@@ -445,3 +445,14 @@ def score_rows_(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: li
         logits (N, V), bias (V) of fp32, labels (N) of int64, outputs three of (N) of fp32.
     """
     _call("score_rows", logits, bias, labels, *outputs, *logits.shape, needs_grad, _wide(logits))
+
+
+def from_4bit_(packed: Tensor, code: Tensor, scales: Tensor, weights: Tensor) -> None:
+    """Write the weights that 4 bits each stand for, `code[index] * scale` of the block, rounded to bf16.
+
+    Shapes:
+        packed (N / 2) of uint8, the first of two weights in the high half; code (16) and scales (blocks) of fp32;
+        weights of N elements of bf16, N / blocks a multiple of 32.
+    """
+    blocks = scales.numel()
+    _call("from_4bit", packed, code, scales, weights, blocks, weights.numel() // blocks)

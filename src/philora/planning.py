@@ -25,7 +25,7 @@ from philora.adapters import apply_slices, optimize, resolve_for_training
 from philora.config import Config
 from philora.data import DataReport, SplitReport
 from philora.footprint import PARTS, Estimate, Footprint, Recomputation, footprint
-from philora.quantization import bitsandbytes_is_here, dequantized, empty_layer
+from philora.quantization import QuantizedWeight, bitsandbytes_is_here, empty_layer
 
 TOKENS_PER_STEP = 8192  # default number of tokens in one optimizer step, where the data allows STEPS_AT_LEAST
 STEPS_AT_LEAST = 100  # fewer optimizer steps than this teach an adapter little, however good the data
@@ -553,8 +553,11 @@ def _dequantized_per_second(counted: Footprint, seconds_of: Callable[[Callable[[
     """Weights a second, at a layer of 1024 x 4096."""
     layer = empty_layer(counted.quantization, 4096, 1024, counted.dtype).to(counted.device)
 
+    weight = QuantizedWeight(layer)
+
+    @torch.no_grad()
     def work() -> object:
-        return dequantized(layer, counted.dtype)
+        return weight.dequantize(counted.dtype)
 
     seconds_of(work)
     return 4096 * 1024 / statistics.median(seconds_of(work) for _ in range(3))

@@ -8,6 +8,7 @@ pass and again in backward.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from philora import native
 from philora.errors import ConfigError, ModelError, fault
 
 try:
@@ -211,14 +213,52 @@ class QuantizedWeight:
         self.compute_dtype: torch.dtype | None = cast(torch.dtype, layer.compute_dtype) if chosen else None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix. Shape: (out, in)."""
-        return dequantized(self._layer, dtype)
+        """The matrix. Shape: (out, in).
+
+        Where no gradient is recorded, it may stand in memory that the next call in this thread writes over.
+        """
+        matrix = None if torch.is_grad_enabled() else _in_shared_memory(self._layer, dtype)
+        return dequantized(self._layer, dtype) if matrix is None else matrix
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b` in the layer's dtype. Shapes: x (..., in), bias (out); returns (..., out) in x's dtype."""
         given = x.to(self.compute_dtype or x.dtype)
         bias = None if bias is None else bias.to(given.dtype)
         return nn.functional.linear(given, self.dequantize(given.dtype), bias).to(x.dtype)
+
+
+_shared = threading.local()
+
+
+def _in_shared_memory(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """The matrix of a 4-bit layer on a CPU, in memory that is used again; None where `dequantized` has to make it.
+
+    A matrix of its own for each product is cleared by the system, a page at a time, before it is written, which takes
+    longer than dequantising.
+    """
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if (
+        not isinstance(layer, bitsandbytes.nn.Linear4bit)
+        or state is None
+        or weight.device.type != "cpu"
+        or weight.dtype != torch.uint8
+        or getattr(state, "packing_format_for_cpu", False)
+        or {dtype, state.dtype} != {torch.bfloat16}
+        or state.shape[-1] % state.blocksize  # bitsandbytes has rules of its own for these
+        or not native.available()
+    ):
+        return None
+    scales = state.absmax
+    if state.nested:
+        scales = bitsandbytes.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    needed = state.shape.numel()
+    memory: Tensor | None = getattr(_shared, "memory", None)
+    if memory is None or memory.numel() < needed:
+        _shared.memory = memory = torch.empty(needed, dtype=torch.bfloat16)
+    matrix = memory[:needed].view(state.shape)
+    native.from_4bit_(weight.data, state.code, scales.float(), matrix)
+    return matrix
 
 
 def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:

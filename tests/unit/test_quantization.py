@@ -21,13 +21,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import philora
-from philora import quantization
+from philora import native, quantization
 from philora.adapters import lora_layers
 from philora.config import ModelConfig, load_config
 from philora.errors import ConfigError, ModelError
 from philora.lora.functional import fused
 from philora.merging import merge_to_folder
 from philora.models import load_model, load_skeleton, local_path
+from philora.quantization import QuantizedWeight, dequantized
 from tests.tolerances import LOGITS_FP32, MERGED_BF16, QUANTIZED_FP32
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -98,6 +99,16 @@ def distance(a, b):
 
 
 # ------------------------------------------------------------------------------------------ what is quantised
+
+
+def four_bits(kind, block, nested, rows, columns, seed=0):
+    """A 4-bit layer over random bf16 weights."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+    layer = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type=kind)
+    options = {"blocksize": block, "compress_statistics": nested, "quant_type": kind, "quant_storage": torch.uint8}
+    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=layer, **options).to("cpu")
+    return layer
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
@@ -178,6 +189,40 @@ def test_the_dequantised_weight_is_not_kept_for_backward(folder, how):
     assert kept
     assert not matrices & {tuple(each) for each in kept}
     assert not matrices & {tuple(reversed(each)) for each in kept}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_in_shared_memory_are_those_of_bitsandbytes(kind, block, nested):
+    layer = four_bits(kind, block, nested, 96, 64)
+    expected = dequantized(layer, torch.bfloat16)
+    with torch.no_grad():
+        first = QuantizedWeight(layer).dequantize(torch.bfloat16)
+        assert torch.equal(first, expected)
+        if native.available():
+            other = four_bits(kind, block, nested, 64, 64, seed=1)
+            second = QuantizedWeight(other).dequantize(torch.bfloat16)
+            assert second.data_ptr() == first.data_ptr()
+            assert not torch.equal(first, expected)  # written over
+    layer.weight.data[0] ^= 0x11
+    with torch.no_grad():
+        assert not torch.equal(QuantizedWeight(layer).dequantize(torch.bfloat16), expected)
+
+
+def test_memory_is_shared_only_where_nothing_keeps_it():
+    layer = four_bits("nf4", 64, True, 96, 64)
+    weight = QuantizedWeight(layer)
+    kept = weight.dequantize(torch.bfloat16)  # a gradient may be recorded: autograd would keep it
+    before = kept.clone()
+    with torch.no_grad():
+        QuantizedWeight(four_bits("nf4", 64, True, 96, 64, seed=1)).dequantize(torch.bfloat16)
+        assert weight.dequantize(torch.float32).dtype is torch.float32
+        odd = four_bits("nf4", 64, False, 5, 10)  # its last block is not whole
+        assert torch.equal(QuantizedWeight(odd).dequantize(torch.bfloat16), dequantized(odd, torch.bfloat16))
+        wide = four_bits("nf4", 128, False, 96, 64)  # its blocks span rows
+        assert torch.equal(QuantizedWeight(wide).dequantize(torch.bfloat16), dequantized(wide, torch.bfloat16))
+    assert torch.equal(kept, before)
 
 
 def test_int8_layers_without_an_adapter_evaluate_as_they_train(folder):

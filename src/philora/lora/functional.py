@@ -42,7 +42,10 @@ class Quantized(Protocol):
     shape: torch.Size
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix. Shape: (out, in)."""
+        """The matrix, for one product: where no gradient is recorded, the next call may write over it.
+
+        Shape: (out, in).
+        """
 
 
 def _matrix(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
