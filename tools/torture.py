@@ -1,7 +1,7 @@
 """What a run survives: kills, full disks, damaged checkpoints, and files that nobody should have written.
 
     python tools/torture.py --all --write docs/reliability.md      the long form
-    python tools/torture.py --kills 3 --disks 1 --damage --fuzz 60   what `make test` runs
+    python tools/torture.py --kills 3 --disks 1 --damage --fuzz 25   what `make test` runs
 
 Runs are forked from this process, which has imported everything, so that one takes about a second. Needs Linux; the
 full disks need user namespaces.
