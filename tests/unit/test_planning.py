@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,9 +15,10 @@ from transformers import Phi3Config, Phi3ForCausalLM
 import philora
 from philora import planning
 from philora.config import ModelConfig, load_config
+from philora.data import prepare
 from philora.errors import ConfigError
 from philora.footprint import PARTS, footprint
-from philora.models import load_skeleton, max_length_of
+from philora.models import load_skeleton, load_tokenizer, local_path, max_length_of, stop_token_ids
 from philora.planning import TOKENS_PER_STEP, choose, measure_rate, step_tokens
 from philora.preflight import preflight
 
@@ -167,3 +170,29 @@ def test_a_context_longer_than_the_models(phi3, tmp_path):
         max_length_of(config, load_skeleton(config.model).config)
     config = load_config(settings, [f"training_config.output_dir={tmp_path / 'run'}"])
     assert max_length_of(config, load_skeleton(config.model).config) == 128, "the default takes what there is"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_plan_of_the_full_shape_takes_seconds(tmp_path, quantization):
+    """From config.json alone: no weights are there. Processor time, since other tests run beside this one."""
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "phi"
+    shutil.copytree(local_path("nano"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32}
+    settings = json.loads((folder / "config.json").read_text()) | shape | {"num_key_value_heads": 32}
+    (folder / "config.json").write_text(json.dumps(settings))
+    config = load_config(
+        {
+            "model": {"name_or_path": str(folder), "dtype": "bfloat16", "quantization": quantization},
+            "data": {"train": {"path": "helpdesk", "limit": 20}, "eval": None},
+        }
+    )
+    tokenizer = load_tokenizer(config.model, config.tokenizer)
+    stops = stop_token_ids(tokenizer, None)
+    report = prepare(config.data, tokenizer, max_length=512, seed=0, stop_token_ids=stops).report
+    begun = time.process_time()
+    skeleton = load_skeleton(config.model)
+    found = planning.plan(config, planning.weightless(config, skeleton), report, max_length=512)
+    assert time.process_time() - begun < 5
+    assert found.parameters > 3e9
