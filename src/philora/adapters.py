@@ -49,7 +49,7 @@ from philora.kernels.memory import keep_freed_memory, return_large_blocks
 from philora.kernels.modules import recompute_elementwise, use_fast_modules
 from philora.kernels.rotary import use_document_rotary
 from philora.lora.functional import fused_enabled, lora_linear, lora_sliced_linear
-from philora.quantization import QuantizedWeight, is_quantized, keep_layout, parameters_in
+from philora.quantization import QuantizedWeight, is_quantized, keep_layout, parameters_in, shares_memory
 from philora.quantization import record as quantization_record
 
 logger = logging.getLogger(__name__)
@@ -529,7 +529,8 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
     if recomputation is not None:
         _set_recomputation(model, recomputation == "elementwise")
     if all(each.device.type == "cpu" for each in model.parameters()):
-        return_large_blocks() if any(map(is_quantized, model.modules())) else keep_freed_memory()
+        matrices_come_and_go = any(is_quantized(each) and not shares_memory(each) for each in model.modules())
+        return_large_blocks() if matrices_come_and_go else keep_freed_memory()
     return model
 
 

@@ -39,7 +39,7 @@ KERNELS_CPU_BYTES = 100_000_000
 RUNTIME_GPU_BYTES = 64 * 2**20
 # Of the memory that a step allocates and frees, what glibc's heap holds besides, between blocks that stay: measured by
 # `benchmarks.memory` over eight steps with `kernels.memory.keep_freed_memory`, more where many layers' activations
-# stand side by side. Where large blocks go back to the system (quantised bases) there is none.
+# stand side by side. Where large blocks go back to the system (`return_large_blocks`) there is none.
 HEAP_SHARE: dict[Recomputation, float] = {"none": 0.7, "elementwise": 0.7, "full": 0.35}
 
 Role = Literal["attention", "feed-forward", "product", "other"]
@@ -219,7 +219,9 @@ class Footprint:
         layers = self.layers if recomputation == "full" else 1
         copies = 0 if size == self.trained_bytes else self.trainable * size / layers
         live = activations + loss + matrix
-        heap = HEAP_SHARE[recomputation] * live if self.device == "cpu" and self.quantization == "none" else 0
+        shares = self.quantization in ("nf4", "fp4") and self.dtype == torch.bfloat16 and native.available()
+        keeps = self.device == "cpu" and (self.quantization == "none" or shares)
+        heap = HEAP_SHARE[recomputation] * live if keeps else 0
         runtime = RUNTIME_CPU_BYTES if self.device == "cpu" else RUNTIME_GPU_BYTES
         kernels = KERNELS_CPU_BYTES if self.device == "cpu" else 0
         return Estimate(

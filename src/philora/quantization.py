@@ -217,8 +217,9 @@ class QuantizedWeight:
 
         Where no gradient is recorded, it may stand in memory that the next call in this thread writes over.
         """
-        matrix = None if torch.is_grad_enabled() else _in_shared_memory(self._layer, dtype)
-        return dequantized(self._layer, dtype) if matrix is None else matrix
+        if not torch.is_grad_enabled() and shares_memory(self._layer, dtype):
+            return _in_shared_memory(self._layer)
+        return dequantized(self._layer, dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b` in the layer's dtype. Shapes: x (..., in), bias (out); returns (..., out) in x's dtype."""
@@ -230,25 +231,30 @@ class QuantizedWeight:
 _shared = threading.local()
 
 
-def _in_shared_memory(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
-    """The matrix of a 4-bit layer on a CPU, in memory that is used again; None where `dequantized` has to make it.
+def shares_memory(layer: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the matrices of a quantised layer are written into memory that is used again, where nothing keeps them.
 
-    A matrix of its own for each product is cleared by the system, a page at a time, before it is written, which takes
-    longer than dequantising.
+    So it is for 4-bit weights of bf16 on a CPU with compiled functions. A matrix of its own for each product is
+    cleared by the system, a page at a time, before it is written, which takes longer than dequantising.
     """
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    if (
-        not isinstance(layer, bitsandbytes.nn.Linear4bit)
-        or state is None
-        or weight.device.type != "cpu"
-        or weight.dtype != torch.uint8
-        or getattr(state, "packing_format_for_cpu", False)
-        or {dtype, state.dtype} != {torch.bfloat16}
-        or state.shape[-1] % state.blocksize  # bitsandbytes has rules of its own for these
-        or not native.available()
-    ):
-        return None
+    return (
+        isinstance(layer, bitsandbytes.nn.Linear4bit)
+        and state is not None
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.uint8
+        and not getattr(state, "packing_format_for_cpu", False)
+        and {dtype, state.dtype} == {torch.bfloat16}
+        and state.shape[-1] % state.blocksize == 0  # bitsandbytes has rules of its own for others
+        and native.available()
+    )
+
+
+def _in_shared_memory(layer: nn.Module) -> Tensor:
+    """The matrix of a layer of which `shares_memory` says so."""
+    weight: Any = layer.weight
+    state = weight.quant_state
     scales = state.absmax
     if state.nested:
         scales = bitsandbytes.functional.dequantize_blockwise(scales, state.state2) + state.offset

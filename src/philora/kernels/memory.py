@@ -34,9 +34,9 @@ def keep_freed_memory() -> bool:
 def return_large_blocks() -> bool:
     """Have glibc's allocator give freed blocks of 1 MiB and more back to the system, each by itself.
 
-    Over a quantised base each product allocates a matrix of its own between activations that stay. In one heap those
-    leave holes that the next matrix does not fit into, and what the process holds grows from step to step to half as
-    much again; a mapping of its own leaves none. It costs page faults, little beside dequantising.
+    Where each product over a quantised base allocates a matrix of its own between activations that stay, those leave
+    holes in one heap that the next matrix does not fit into, and what the process holds grows from step to step to half
+    as much again; a mapping of its own leaves none. It costs page faults at every step.
 
     Returns:
         Whether it is so now; not where an allocator was chosen, as in `keep_freed_memory`.
