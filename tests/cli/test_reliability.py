@@ -150,7 +150,7 @@ def test_what_was_chosen_is_used_again(model, tmp_path, monkeypatch):
     assert checkpoint.read_json(newest / checkpoint.STATE_NAME)["chosen"] == chosen
     assert chosen["threads"] == before
     shutil.rmtree(newest)
-    monkeypatch.setattr(planning, "available_bytes", lambda: 1)  # a machine with other memory, and other threads
+    monkeypatch.setattr(planning, "available_bytes", lambda *_: 1)  # a machine with other memory, and other threads
     seen = []
     torch.set_num_threads(before + 1)
     try:
