@@ -261,7 +261,8 @@ def _in_shared_memory(layer: nn.Module) -> Tensor:
     needed = state.shape.numel()
     memory: Tensor | None = getattr(_shared, "memory", None)
     if memory is None or memory.numel() < needed:
-        _shared.memory = memory = torch.empty(needed, dtype=torch.bfloat16)
+        with torch.inference_mode(False):  # training uses what an evaluation has made
+            _shared.memory = memory = torch.empty(needed, dtype=torch.bfloat16)
     matrix = memory[:needed].view(state.shape)
     native.from_4bit_(weight.data, state.code, scales.float(), matrix)
     return matrix

@@ -404,9 +404,10 @@ class _Run:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
         processes.on_main(functools.partial(self._save_adapter, weights))
         del weights
-        after = self._evaluate("after", self._saved() if sharded else self.model)
+        whole = self._saved() if sharded else self.model
+        after = self._evaluate("after", whole)
         peak = max(processes.gathered(peak_memory_bytes()))
-        return processes.on_main(lambda: self._finish(trainer, output, before, after, peak))
+        return processes.on_main(lambda: self._finish(trainer, output, before, after, peak, whole))
 
     def _require_room(self) -> None:
         """See to it before the run that the checkpoints which will be there together, and the adapter, fit.
@@ -562,6 +563,7 @@ class _Run:
         before: Evaluation | None,
         after: Evaluation | None,
         peak_bytes: int,
+        whole: PeftModel,  # what was trained, with nothing of it sharded
     ) -> RunResult:
         metrics = dict(output.metrics)
         tokens, seconds = trainer.trained_tokens, float(metrics["train_runtime"])
@@ -583,7 +585,7 @@ class _Run:
                 "total_parameters": covered.total_parameters,
             },
             "data": self.prepared.report.to_dict() | self._data_facts(),
-            "updates": [each._asdict() for each in update_norms(self.model)],
+            "updates": [each._asdict() for each in update_norms(whole)],
             "before": before.scores.to_dict() if before else None,
             "after": after.scores.to_dict() if after else None,
             "comparison": [each.to_dict() for each in compare(before, after)] if before and after else [],

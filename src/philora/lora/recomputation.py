@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,7 +29,9 @@ class Recipe(NamedTuple):
 
 
 def mark(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`result`, with a note on it that `make(*inputs)` is the same."""
+    """`result`, with a note on it that `make(*inputs)` is the same; none where nothing is kept for backward."""
+    if not torch.is_grad_enabled():
+        return result
     result.philora_recipe = Recipe(make, inputs, result._version)  # type: ignore[attr-defined]
     return result
 
