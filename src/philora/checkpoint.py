@@ -213,8 +213,9 @@ def indexed_files(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "the index of a sharded model"
         raise ModelError(fault(str(index), "content", f"{type(error).__name__}: {error}", expected)) from error
+    todo = "Copy the whole model again"
     faults = [
-        fault(str(index), "weight_map", name, "a file in the same folder, which is there")
+        fault(str(index), "weight_map", name, "a file in the same folder, which is there", todo)
         for name in sorted(names)
         if not is_inside(name) or not (index.parent / name).is_file()
     ]

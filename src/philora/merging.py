@@ -505,9 +505,7 @@ def _open_weights(folder: Path) -> dict[str, Tensor]:
             with safe_open(folder / name, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
         except FileNotFoundError:
-            todo = "Copy the base again"
-            if not (folder / INDEX_NAME).is_file():
-                todo = "Save it as such: AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)"
+            todo = "Save it as such: AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)"
             faults.append(fault(str(folder), "file", name, "weights in safetensors files", todo))
         except (SafetensorError, OSError) as error:
             expected = "a whole safetensors file"

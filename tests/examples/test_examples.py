@@ -105,6 +105,7 @@ def test_code_generation(run, tmp_path, monkeypatch):
         import wandb
 
         wandb.finish()
+        wandb.teardown()  # what it wrote last is in the file when its process has ended, not when the run has
         (logged,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
         assert b"eval/loss" in logged.read_bytes()
 
