@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in an __all__
@@ -136,7 +136,7 @@ def _explained(where: str, repo_id: str, token: str) -> Iterator[None]:
             expected = "a repository that the token may write to"
             raise ConfigError(fault(where, "repo_id", repo_id, expected, said)) from None
         raise RunError(fault(where, "repo_id", repo_id, "the hub to take the files", said)) from None
-    except (httpx.HTTPError, OSError) as error:  # offline mode is an OSError too
+    except (httpx2.HTTPError, OSError) as error:  # offline mode is an OSError too
         said = f"{type(error).__name__}: {_first_line(error)}".replace(token, "***")
         expected = f"a connection to {constants.ENDPOINT}"
         todo = f"Connect and try again; nothing is lost. {said}"

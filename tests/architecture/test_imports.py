@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import philora
@@ -114,6 +117,29 @@ def test_only_the_command_line_prints_or_exits():
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit", "exit"):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not wrong
+
+
+def test_every_package_that_is_imported_is_declared():
+    """What a checkout has because a tool brought it is missing where only the wheel is installed."""
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *(v for k, v in project["optional-dependencies"].items() if k != "dev")]
+    declared = {_canonical(re.split(r"[\[<>=~! ]", each)[0]) for names in lists for each in names}
+    # Built from source where a compiler is, so no extra asks for it; what uses it says that it is missing.
+    declared.add("llama-cpp-python")
+    distributions = packages_distributions()
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for top in {each.partition(".")[0] for each in names} - sys.stdlib_module_names - {"philora"}:
+                if not declared & {_canonical(each) for each in distributions.get(top, [top])}:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {top}")
+    assert not wrong
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_public_names():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 
-import httpx
 import pytest
 import torch
 import yaml
@@ -235,10 +235,9 @@ def test_what_the_hub_refuses_is_one_message_without_the_token(hub, run, monkeyp
 
 
 def test_without_a_network(run, monkeypatch, hub):
-    def unreachable(*_, **__):
-        raise httpx.ConnectError("[Errno -2] Name or service not known")
-
-    monkeypatch.setattr("philora.hub.HfApi.create_repo", unreachable)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
     with pytest.raises(
         RunError, match=r"expected a connection to http.*Connect and try again; nothing is lost. ConnectErr"
     ):
