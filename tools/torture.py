@@ -3,8 +3,9 @@
     python tools/torture.py --all --write docs/reliability.md      the long form
     python tools/torture.py --kills 3 --disks 1 --damage --fuzz 25   what `make test` runs
 
-Runs are forked from this process, which has imported everything, so that one takes about a second. Needs Linux; the
-full disks need user namespaces.
+`main` makes a list of jobs, each a function that returns what it found, and `together` does them in forked processes,
+as many at a time as there are cores. This process has imported everything, so that a run in a fork takes about a
+second. Needs Linux; the full disks need user namespaces.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -155,6 +157,13 @@ def outcome(folder: Path) -> dict[str, str]:
     return found
 
 
+def unharmed(model: Path, folder: Path, notes: Path) -> dict[str, str]:
+    """What a run comes to that nothing happens to."""
+    if ended(forked(lambda: run(settings_of(model, folder), False, notes), notes)):
+        raise SystemExit(notes.read_text())
+    return outcome(folder)
+
+
 def differences(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
     """The names of what differs."""
     return [name for name in theirs if mine.get(name) != theirs[name]]
@@ -164,29 +173,12 @@ def differences(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
 
 
 def staging(folder: Path) -> bool:
-    """Whether a checkpoint is being written, or was when its process ended."""
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(each.name.startswith(".saving-") for each in checkpoints.iterdir())
+    """Whether a checkpoint is being written, or was when its process ended: it has not yet got its name."""
+    return any((folder / "checkpoints").glob(".saving-checkpoints/checkpoint-*"))
 
 
-def killed_run(
-    settings: dict[str, Any], folder: Path, notes: Path, chance: random.Random, seconds: float, while_saving: bool
-) -> str | None:
-    """Start a run and kill it at a random moment; the phase that it was in, or None when it was faster."""
-    child = forked(lambda: run(settings, False, notes), notes)
-    end = time.monotonic() + 20 * seconds
-    if while_saving:
-        turn = chance.randrange(1, STEPS)
-        while not ((folder / "checkpoints" / f"checkpoint-{turn}").is_dir() and staging(folder)):
-            if os.waitpid(child, os.WNOHANG)[0] or time.monotonic() > end:
-                return None
-            time.sleep(0.0002)
-        time.sleep(chance.random() * 0.05 * min(seconds, 3.0))
-    else:
-        time.sleep(chance.uniform(0.02, 1.0) * seconds)
-    os.kill(child, signal.SIGKILL)
-    if ended(child) != -signal.SIGKILL:
-        return None
+def phase_of(folder: Path) -> str:
+    """Where a killed run was, by what its folder shows."""
     if staging(folder):
         return "while a checkpoint was written"
     if (folder / "adapter").is_dir() or (folder / "checkpoints" / f"checkpoint-{STEPS}").is_dir():
@@ -196,31 +188,50 @@ def killed_run(
     return "before the first checkpoint"
 
 
-def kills(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
-    """Kill runs with SIGKILL, resume each, and compare its end with that of a run that was never killed."""
+def killed_run(
+    settings: dict[str, Any], folder: Path, notes: Path, chance: random.Random, seconds: float, while_saving: bool
+) -> bool:
+    """Start a run and kill it at a random moment; False when it was faster."""
+    child = forked(lambda: run(settings, False, notes), notes)
+    end = time.monotonic() + 20 * seconds
+    if while_saving:
+        turn = chance.randrange(1, STEPS)
+        while not ((folder / "checkpoints" / f"checkpoint-{turn}").is_dir() and staging(folder)):
+            if os.waitpid(child, os.WNOHANG)[0] or time.monotonic() > end:
+                return False
+            time.sleep(0.0002)
+        time.sleep(chance.random() * 0.05 * min(seconds, 3.0))
+    else:
+        time.sleep(chance.uniform(0.02, 1.0) * seconds)
+    os.kill(child, signal.SIGKILL)
+    return ended(child) == -signal.SIGKILL
+
+
+def kills(count: int, saving: int, work: Path, chance: random.Random) -> dict[str, Any]:
+    """Kill runs with SIGKILL, resume each, and compare its end with that of a run that was never killed.
+
+    Goes on until there are `count` of them, and `saving` that were killed while a checkpoint was written. Every second
+    run is aimed at that, and all once there are enough others; what counts is what the folder shows after the kill.
+    """
     from philora.checkpoint import newest_whole
 
-    model = make_model(work / "model")
-    notes = work / "notes"
-    whole = work / "whole"
+    model, whole, notes = make_model(work / "model"), work / "whole", work / "notes"
     begun = time.monotonic()
-    if ended(forked(lambda: run(settings_of(model, whole), False, notes), notes)):
-        raise SystemExit(notes.read_text())
+    expected = unharmed(model, whole, notes)
     seconds = time.monotonic() - begun
-    expected = outcome(whole)
     phases: Counter[str] = Counter()
     wrong: list[str] = []
-    resumed_from: list[int] = []
+    each: list[str] = []
     number = 0
-    while sum(phases.values()) < count:
+    while phases.total() < count or phases["while a checkpoint was written"] < saving:
         number += 1
         if number > 20 * count:
             raise SystemExit("runs end before they can be killed")
         folder, notes = work / f"run-{number}", work / f"notes-{number}"
         settings = settings_of(model, folder)
-        # Half of them are aimed at writing; what counts is what the folder shows afterwards.
-        phase = killed_run(settings, folder, notes, chance, seconds, while_saving=number % 2 == 0)
-        if phase is not None:
+        aimed = number % 2 == 0 or phases.total() >= count
+        if killed_run(settings, folder, notes, chance, seconds, while_saving=aimed):
+            phase = phase_of(folder)
             phases[phase] += 1
             newest = newest_whole(folder / "checkpoints").folder
             step = 0 if newest is None else int(newest.name.partition("-")[2])
@@ -228,18 +239,13 @@ def kills(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
             resume = (folder / "config.yaml").exists()
             code = ended(forked(lambda s=settings, r=resume, n=notes: run(s, r, n), notes))
             said = notes.read_text() if notes.exists() else ""
+            each.append(f"{phase}, goes on from step {step}")
             if code or f"begins {step}\n" not in said:
-                wrong.append(f"{phase}, checkpoint-{step}: {said}")
+                wrong.append(f"{each[-1]}: {said}")
             elif differences(outcome(folder), expected):
-                wrong.append(f"{phase}: other {', '.join(differences(outcome(folder), expected))}")
-            resumed_from.append(step)
+                wrong.append(f"{each[-1]}: other {', '.join(differences(outcome(folder), expected))}")
         shutil.rmtree(folder, ignore_errors=True)
-    return {
-        "killed": count,
-        "phases": dict(phases),
-        "wrong": wrong,
-        "resumed_from": dict(sorted(Counter(resumed_from).items())),
-    }
+    return {"number": phases.total(), "seen": dict(phases), "each": each, "wrong": wrong}
 
 
 # ------------------------------------------------------------------------------------------------- disks
@@ -305,11 +311,8 @@ def one_disk(model: Path, work: Path, expected: dict[str, str], seed: int, repor
 
 def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
     """Runs on file systems that fill up while they train."""
-    model = make_model(work / "disk-model")
-    whole, notes = work / "disk-whole", work / "disk-notes"
-    if ended(forked(lambda: run(settings_of(model, whole), False, notes), notes)):
-        raise SystemExit(notes.read_text())
-    expected = outcome(whole)
+    model = make_model(work / "model")
+    expected = unharmed(model, work / "whole", work / "notes")
     wrong: list[str] = []
     tries = filled = 0
     while filled < count and tries < 5 * count:
@@ -326,7 +329,7 @@ def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         filled += 1
         if found["torn"] or found["differs"] or not named or not found["checkpoints"]:
             wrong.append(json.dumps({**found, "said": found["said"][-600:]}))
-    return {"filled": filled, "wrong": wrong}
+    return {"number": filled, "seen": {"ended and went on": filled - len(wrong)}, "wrong": wrong}
 
 
 # ------------------------------------------------------------------------------------------------- damage
@@ -336,10 +339,8 @@ def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
     """Truncate and change each file of a checkpoint in turn; `newest_whole` must name it every time."""
     from philora.checkpoint import newest_whole
 
-    model = make_model(work / "damage-model")
-    folder, notes = work / "damage", work / "damage-notes"
-    if ended(forked(lambda: run(settings_of(model, folder), False, notes), notes)):
-        raise SystemExit(notes.read_text())
+    folder = work / "run"
+    unharmed(make_model(work / "model"), folder, work / "notes")
     checkpoints = folder / "checkpoints"
     newest, older = checkpoints / f"checkpoint-{STEPS}", checkpoints / f"checkpoint-{STEPS - 1}"
     files = sorted(each for each in newest.rglob("*") if each.is_file())
@@ -371,7 +372,7 @@ def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
     check(extra, "added")
     extra.unlink()
     assert newest_whole(checkpoints).folder == newest
-    return {"files": len(files), "damages": done, "wrong": wrong}
+    return {"number": done, "seen": {"files": len(files)}, "wrong": wrong}
 
 
 # ------------------------------------------------------------------------------------------------- fuzzing
@@ -609,25 +610,14 @@ def adapters(folder: Path) -> Any:
     return drawn()
 
 
-def fuzz(kind: str, count: int, work: Path, seed: int, seconds: float) -> dict[str, Any]:
-    """Feed inputs to one reader, in a child with bounded memory; fewer where the time is over before."""
-    report, log = work / f"fuzz-{kind}", work / f"fuzz-{kind}-log"
-    child = forked(lambda: fuzz_here(kind, count, work, seed, report, seconds), log)
-    code = ended(child)
-    if code or not report.exists():
-        return {"inputs": 0, "wrong": [f"ended with {code}: {log.read_text() if log.exists() else ''}"]}
-    return dict(json.loads(report.read_text()))
-
-
-def fuzz_here(kind: str, count: int, work: Path, seed: int, report: Path, seconds: float) -> None:
-    """The same in this process, whose memory is bounded from here on."""
+def fuzz(kind: str, count: int, work: Path, seed: int) -> dict[str, Any]:
+    """Feed inputs to one reader, in this process, whose memory is bounded from here on."""
     import logging
 
     import hypothesis
 
     logging.disable(logging.CRITICAL)
-    end = time.monotonic() + seconds
-    feed, strategy = READERS[kind](work / f"fuzz-{kind}-files")
+    feed, strategy = READERS[kind](work)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 30), resource.RLIM_INFINITY))
     seen: Counter[str] = Counter()
@@ -643,10 +633,10 @@ def fuzz_here(kind: str, count: int, work: Path, seed: int, report: Path, second
         wrong.setdefault(result.strip().splitlines()[-1] if result.strip() else result, f"{value!r:.600}\n{result}")
 
     number = 0
-    while sum(seen.values()) < count and time.monotonic() < end:
+    while seen.total() < count:
         number += 1  # in parts: hypothesis varies what it has drawn, and draws anew in the next
         settings = hypothesis.settings(
-            max_examples=min(250, count - sum(seen.values())),
+            max_examples=min(250, count - seen.total()),
             deadline=None,
             database=None,
             phases=[hypothesis.Phase.generate],
@@ -654,8 +644,7 @@ def fuzz_here(kind: str, count: int, work: Path, seed: int, report: Path, second
         )
         hypothesis.seed(seed * 1000 + number)(settings(hypothesis.given(strategy)(one)))()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    found = {"inputs": sum(seen.values()), "seen": dict(seen), "grown_bytes": grown, "wrong": list(wrong.values())}
-    report.write_text(json.dumps(found))
+    return {"number": seen.total(), "seen": dict(seen), "grown_bytes": grown, "wrong": list(wrong.values())}
 
 
 def config_reader(folder: Path) -> tuple[Callable[[bytes], str], Any]:
@@ -663,7 +652,6 @@ def config_reader(folder: Path) -> tuple[Callable[[bytes], str], Any]:
     from philora.config import load_config
     from philora.errors import ConfigError
 
-    folder.mkdir(exist_ok=True)
     path = folder / "config.yaml"
 
     def feed(content: bytes) -> str:
@@ -679,8 +667,6 @@ def data_reader(folder: Path) -> tuple[Callable[[tuple[str, bytes]], str], Any]:
     from philora.data.read import resolve
     from philora.data.store import Settings, detect_shape, process_batch
     from philora.errors import DataError
-
-    folder.mkdir(exist_ok=True)
 
     def read(path: Path) -> None:
         source = resolve(SourceConfig(str(path)), "train")
@@ -739,6 +725,56 @@ READERS: dict[str, Callable[[Path], tuple[Callable[[Any], str], Any]]] = {
 }
 
 
+# ------------------------------------------------------------------------------------------------- together
+
+
+Job = tuple[str, Callable[[Path], dict[str, Any]]]
+"""What a job is part of, and what it does in a folder of its own."""
+
+
+def together(jobs: list[Job], work: Path, processes: int) -> dict[str, dict[str, Any]]:
+    """Do jobs in forked processes, so many at a time; what those of one name have found is added up."""
+    waiting = [(name, job, work / str(number)) for number, (name, job) in enumerate(jobs)]
+    results: dict[str, dict[str, Any]] = {name: {} for name, _ in jobs}
+    running: dict[int, tuple[str, Path]] = {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            name, job, folder = waiting.pop(0)
+            folder.mkdir()
+            report = folder / "report.json"
+            child = forked(lambda j=job, f=folder, r=report: r.write_text(json.dumps(j(f))), folder / "error")
+            running[child] = name, folder
+        child, status = os.wait()
+        name, folder = running.pop(child)
+        if status == 0:
+            found = json.loads((folder / "report.json").read_text())
+        else:
+            said = (folder / "error").read_text() if (folder / "error").exists() else ""
+            found = {"number": 0, "wrong": [f"ended with {os.waitstatus_to_exitcode(status)}: {said}"]}
+        results[name] = added(results[name], found)
+        print(f"{name}: {results[name].get('number', 0):,}", file=sys.stderr, flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return results
+
+
+def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What two jobs of one name have found."""
+    both = {**one, **other}
+    for key in one.keys() & other.keys():
+        if key == "grown_bytes":
+            both[key] = max(one[key], other[key])
+        elif isinstance(one[key], dict):
+            both[key] = added(one[key], other[key])
+        elif not isinstance(one[key], str):
+            both[key] = one[key] + other[key]
+    return both
+
+
+def shared(count: int, parts: int) -> list[int]:
+    """A number in so many parts, none of them 0."""
+    return [share for n in range(parts) if (share := (count * (n + 1)) // parts - (count * n) // parts)]
+
+
 # ------------------------------------------------------------------------------------------------- summary
 
 
@@ -753,61 +789,60 @@ def table(results: dict[str, dict[str, Any]]) -> Iterator[str]:
         if "skipped" in found:
             yield f"| {name} | 0 | not run: {found['skipped']} | - |"
             continue
-        number = found.get("killed") or found.get("filled") or found.get("damages") or found.get("inputs") or 0
-        seen = dict(found.get("phases") or found.get("seen") or {})
-        if "files" in found:
-            seen["files"] = found["files"]
+        seen = dict(found.get("seen", {}))
         if "grown_bytes" in found:
             seen["memory grew by MB"] = found["grown_bytes"] // 10**6
-        text = ", ".join(f"{key}: {value}" for key, value in sorted(seen.items()))
-        yield f"| {name} | {number:,} | {text} | {len(found['wrong'])} |"
+        text = ", ".join(f"{key}: {value:,}" for key, value in sorted(seen.items()))
+        yield f"| {name} | {found['number']:,} | {text} | {len(found['wrong'])} |"
 
 
 def write_summary(path: Path, results: dict[str, dict[str, Any]], seed: int) -> None:
-    """Put the table between the marks of a page; rows of trials that were not run now stay."""
-    text = path.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    old, tail = rest.split(END)
-    rows = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("|")}
-    fresh = list(table(results))
-    rows |= {line.split("|")[1].strip(): line for line in fresh}
-    order = [rows.pop("trial"), rows.pop("---"), *rows.values()]
-    path.write_text(f"{head}{BEGIN}\n\n" + "\n".join(order) + f"\n\nSeed {seed}.\n\n{END}{tail}", encoding="utf-8")
+    """Put the table between the marks of a page, with the commit that it is of."""
+    head, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    tail = rest.split(END)[1]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    rows = "\n".join(table(results))
+    path.write_text(f"{head}{BEGIN}\n\n{rows}\n\nSeed {seed}, commit {commit}.\n\n{END}{tail}", encoding="utf-8")
 
 
 def main() -> int:
     """Run what was asked for, print it as JSON, and return 1 when something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="runs that are killed")
+    parser.add_argument("--saving", type=int, default=0, help="of them at least so many while a checkpoint is written")
     parser.add_argument("--disks", type=int, default=0, help="runs on a file system that fills up")
     parser.add_argument("--damage", action="store_true", help="damage each file of a checkpoint")
     parser.add_argument("--fuzz", type=int, default=0, help="inputs of each reader")
-    parser.add_argument("--only", choices=sorted(READERS), action="append", help="fuzz these readers only")
-    parser.add_argument("--all", action="store_true", help="200 kills, 20 disks, damage, 10,000 inputs of each reader")
-    parser.add_argument("--minutes", type=float, default=60.0, help="at most, for each reader")
+    parser.add_argument("--all", action="store_true", help="200 kills (60), 20 disks, damage, 10,000 inputs of each")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="page whose table is written again")
     given = parser.parse_args()
     if given.all:
-        given.kills, given.disks, given.damage, given.fuzz = 200, 20, True, 10_000
-    results: dict[str, dict[str, Any]] = {}
+        given.kills, given.saving, given.disks, given.damage, given.fuzz = 200, 60, 20, True, 10_000
+    jobs: list[Job] = []
+    for part, count in enumerate(shared(given.kills, 4)):
+        saving = -(-given.saving * count // given.kills)
+        chance = random.Random(f"kill {given.seed} {part}")
+        jobs.append(("killed with SIGKILL, resumed", lambda w, n=count, s=saving, c=chance: kills(n, s, w, c)))
+    for part, count in enumerate(shared(given.disks, 4)):
+        chance = random.Random(f"disk {given.seed} {part}")
+        jobs.append(("file system filled up", lambda w, n=count, c=chance: disks(n, w, c)))
+    if given.damage:
+        jobs.append(("checkpoint files damaged", lambda w: damage(w, random.Random(given.seed))))
+    for kind in READERS:
+        for part, count in enumerate(shared(given.fuzz, 4 if given.fuzz > 1000 else 1)):
+            seed = 10 * given.seed + part
+            jobs.append((f"{kind} reader fuzzed", lambda w, k=kind, n=count, s=seed: fuzz(k, n, w, s)))
     with tempfile.TemporaryDirectory(prefix="torture-") as place:
         work = Path(place)
         os.environ["PHILORA_CACHE"] = str(work / "cache")
-        if given.kills or given.disks or given.damage:
-            import philora.training  # noqa: F401 (what every forked run needs)
+        import philora.training  # noqa: F401 (what every forked run needs)
 
         gc.collect()
         gc.freeze()  # a collection in a forked run need not look at what was imported
-        if given.kills:
-            results["killed with SIGKILL, resumed"] = kills(given.kills, work, random.Random(given.seed))
-        if given.disks:
-            results["file system filled up"] = disks(given.disks, work, random.Random(given.seed))
-        if given.damage:
-            results["checkpoint files damaged"] = damage(work, random.Random(given.seed))
-        for kind in given.only or READERS:
-            if given.fuzz:
-                results[f"{kind} reader fuzzed"] = fuzz(kind, given.fuzz, work, given.seed, 60 * given.minutes)
+        results = together(jobs, work, given.processes)
     print(json.dumps(results, indent=2))
     if given.write:
         write_summary(given.write, results, given.seed)

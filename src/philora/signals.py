@@ -26,8 +26,8 @@ class Interrupted(RunError):
     exit_code = 3
 
 
-class _Signalled(KeyboardInterrupt):
-    """Raised where the signal arrived: no library takes it for an error of its own."""
+class Signalled(KeyboardInterrupt):
+    """Raised where the signal arrived, or by who looked for one: no library takes it for an error of its own."""
 
 
 class StopOnSignal:
@@ -59,7 +59,7 @@ class StopOnSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-        if isinstance(error, _Signalled) and self.stopped_by is not None:
+        if isinstance(error, Signalled) and self.stopped_by is not None:
             raise self.interrupted() from None
 
     def interrupted(self) -> Interrupted:
@@ -69,7 +69,7 @@ class StopOnSignal:
     def check(self) -> None:
         """Raise if a signal has come; a destructor may have swallowed what the handler raised."""
         if self.stopped_by is not None and not self._finishing:
-            raise _Signalled
+            raise Signalled
 
     def agreed(self) -> bool:
         """Whether a signal has come to any of the run's processes; all of them ask at the same place."""
@@ -77,6 +77,11 @@ class StopOnSignal:
         if number and self.stopped_by is None:
             self.stopped_by = signal.Signals(number).name
         return number > 0
+
+    def check_together(self) -> None:
+        """Raise if a signal has come to any of the run's processes, for work that can be left and done again."""
+        if self.agreed():
+            raise Signalled
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
@@ -99,4 +104,4 @@ class StopOnSignal:
         self._received_at = time.monotonic()
         self.stopped_by = signal.Signals(number).name
         if not self._finishing:
-            raise _Signalled
+            raise Signalled

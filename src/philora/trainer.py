@@ -10,12 +10,14 @@ import copy
 import dataclasses
 import inspect
 import logging
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import trl
 from peft import LoraConfig, PeftModel
@@ -47,7 +49,7 @@ from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 from philora.microbatches import MicroBatchTrainer
 from philora.sampling import SharedSampler, can_share, with_empty_rows
 from philora.schema import Misfit
-from philora.signals import StopOnSignal
+from philora.signals import Signalled, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +180,12 @@ class SFTTrainer(MicroBatchTrainer):
     _saved_step: int | None = None  # of the newest checkpoint
     _restored: Mapping[str, Any] | None = None  # what a checkpoint kept, until it is taken up
     _finished = False  # whether a checkpoint is the last of its training
+    _resumed_from: str | None = None  # the checkpoint
+    _looked_at: int | None = None  # the last step after which was logged, evaluated and saved
+    _at_epoch_end = False  # whether that is being done for the end of an epoch
+    _step_figures: tuple[float | None, float | None] = (None, None)  # gradient norm and learning rate of that step
+    _evaluation_due = False  # whether an evaluation of it has not come to its end
+    _stopped = False  # whether training ends with it because of a signal
     _earlier_seconds = 0.0  # of training before this process
     _begun = 0.0
     _epoch_generator: torch.Tensor | None = None  # torch's generator where the epoch began
@@ -352,6 +360,7 @@ class SFTTrainer(MicroBatchTrainer):
             "watch": self._watch.state(),
             "finished_at": self.state.max_steps if self.control.should_training_stop else None,
             "epoch_generator": None if generator is None else bytes(generator.tolist()).hex(),
+            "left": self._left(),
         }
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -361,7 +370,8 @@ class SFTTrainer(MicroBatchTrainer):
         position = cast("tuple[int, int]", super()._init_training_state(*args, **kwargs))
         self._watch, self._begun, self._earlier_seconds, self._restored = StepWatch(), time.time(), 0.0, None
         self._saved_step = self._epoch_generator = None
-        self._total_train_tokens, self._finished = 0, False
+        self._total_train_tokens, self._looked_at, self._resumed_from = 0, None, checkpoint
+        self._finished = self._evaluation_due = self._at_epoch_end = self._stopped = False
         if checkpoint is None:
             return position
         self._saved_step = self.state.global_step
@@ -388,8 +398,10 @@ class SFTTrainer(MicroBatchTrainer):
             self._finished = state["finished_at"] == self.state.max_steps  # it had been stopped early
         return position
 
-    def _take_up(self) -> None:
-        """Put back what the training loop sets to zero when it begins."""
+    def _take_up(self, model: Any, trial: Any) -> None:
+        """Put back what the training loop sets to zero when it begins; do what the checkpoint's step has left."""
+        if self.state.global_step >= self.state.max_steps or self._finished:
+            self.control.should_training_stop = True
         state, self._restored = self._restored, None
         if state is not None:
             self._tr_loss.fill_(state["loss_since_log"])
@@ -398,12 +410,33 @@ class SFTTrainer(MicroBatchTrainer):
             self._initial_global_step = 0
             self._metrics["train"].update({key: list(values) for key, values in state["metrics"].items()})
             self.model.train(bool(state["training"]))
+            if state.get("left") is not None:
+                self._do_what_is_left(state["left"], model, trial)
+
+    def _do_what_is_left(self, left: Mapping[str, Any], model: Any, trial: Any) -> None:
+        """The evaluation that a signal ended, and the end of the epoch where the checkpoint was written before it.
+
+        They begin with the random states of the checkpoint. What they leave is saved in its place: from there the
+        training takes the states that it goes on with.
+        """
+        self._load_rng_state(self._resumed_from)
+        entries = len(self.state.log_history)
+        self._looked_at = None if left["epoch_end"] else self.state.global_step
+        rest = (left["grad_norm"], model, trial, self.state.epoch, None, self._begun, left["learning_rate"])
+        if left["evaluation"]:
+            self.control.should_evaluate = True
+            self._maybe_log_save_evaluate(self._tr_loss, *rest)
+        if left["epoch_end"]:
+            self._looked_at = self.state.global_step
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(self._tr_loss, *rest)
+        if len(self.state.log_history) > entries and not self._stopped:
+            self._save_checkpoint(model, trial)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', from where the checkpoint was; nothing where its training had been complete."""
-        self._take_up()
-        if self.state.global_step >= self.state.max_steps or self._finished:
-            self.control.should_training_stop = True
+        self._take_up(kwargs["model"], kwargs["trial"])
+        if self.control.should_training_stop:
             return
         if kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"]:
             # A sampler may draw the epoch's order from here; the generators are set to the checkpoint's afterwards.
@@ -415,9 +448,31 @@ class SFTTrainer(MicroBatchTrainer):
             self._epoch_generator = torch.random.get_rng_state()
         super()._run_epoch(*args, **kwargs)
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """As transformers'; one that a signal ends leaves no trace, and is due when the run goes on."""
+        if skip_scheduler and self._restored is not None:
+            return {}  # `eval_on_start`, which is behind a run that goes on
+        training, put_back = self.model.training, _random_states()
+        self._evaluation_due = True
+        try:
+            metrics = cast("dict[str, float]", super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler))
+        except Signalled:
+            self._metrics["eval"].clear()
+            self.model.train(training)
+            put_back()
+            raise
+        self._evaluation_due = False
+        return metrics
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """As TRL's; after a signal the evaluation of a training ends here."""
+        if self.stop is not None and self.is_in_train:
+            self.stop.check_together()
+        return super().prediction_step(*args, **kwargs)
+
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """As transformers', over the whole training and not only the part of this process."""
-        self._take_up()
+        self._take_up(self.model_wrapped, trial)
         return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
 
     def _load_best_model(self) -> None:
@@ -430,15 +485,37 @@ class SFTTrainer(MicroBatchTrainer):
         super()._load_best_model()
 
     def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **more: Any
-    ) -> None:
-        """As transformers'; after a signal, the step is saved unless it is, and training stops."""
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, epoch: Any, ignored: Any, start_time: Any,
+        learning_rate: Any = None,
+    ) -> None:  # fmt: skip
+        """As transformers', after a step and once more where its epoch ends there.
+
+        After a signal the evaluation ends, the step is saved unless it is, and training stops; what would have
+        followed is left to the run that goes on.
+        """
+        if self._stopped:
+            return
+        self._at_epoch_end, self._looked_at = self._looked_at == self.state.global_step, self.state.global_step
+        self._step_figures = None if grad_norm is None else float(grad_norm), learning_rate
+        with contextlib.suppress(Signalled):
+            super()._maybe_log_save_evaluate(
+                tr_loss, grad_norm, model, trial, epoch, ignored, start_time, learning_rate=learning_rate
+            )
         if self.stop is not None and self.stop.agreed():
-            if self._saved_step != self.state.global_step:
+            if self._saved_step != self.state.global_step or self._evaluation_due:
                 self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            self.control.should_training_stop = True
+            self._stopped = self.control.should_training_stop = True
+
+    def _left(self) -> dict[str, Any]:
+        """What is still to be done of this step: an evaluation that a signal ended, the end of the epoch."""
+        ends = float(self.state.epoch or 0).is_integer() or self.control.should_training_stop
+        return {
+            "evaluation": self._evaluation_due,
+            "epoch_end": not self._at_epoch_end and (ends or self.control.should_epoch_stop),
+            "grad_norm": self._step_figures[0],
+            "learning_rate": self._step_figures[1],
+        }
 
     # -- losses and gradients that are not finite
 
@@ -611,6 +688,20 @@ def checkpoint_bytes(model: nn.Module) -> int:
     trained = sum(each.numel() * (each.element_size() + 8) for each in model.parameters() if each.requires_grad)
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0) or 0)
     return int(trained) + vocabulary * _TOKENIZER_BYTES_PER_TOKEN + _SMALL_FILES_BYTES
+
+
+def _random_states() -> Callable[[], None]:
+    """What puts the random states back as they are now: Python's, NumPy's, torch's on the CPU and on each GPU."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def put_back() -> None:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.cuda.set_rng_state_all(cuda)
+
+    return put_back
 
 
 def _no_room(run: Path, final: Path, size: int, why: str) -> RunError:

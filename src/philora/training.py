@@ -406,6 +406,7 @@ class _Run:
         del weights
         whole = self._saved() if sharded else self.model
         after = self._evaluate("after", whole)
+        self.stop.check()
         peak = max(processes.gathered(peak_memory_bytes()))
         return processes.on_main(lambda: self._finish(trainer, output, before, after, peak, whole))
 

@@ -215,6 +215,73 @@ def test_a_signal_saves_the_step_whenever_it_comes(model, whole, tmp_path, event
     assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
 
 
+@pytest.mark.parametrize("step", [3, STEPS])  # in the middle of training, and at its end
+def test_a_signal_ends_an_evaluation_which_is_made_again(model, whole, tmp_path, step):
+    folder, seen = tmp_path / "run", []
+
+    def at_batch(state, **_):
+        if state.global_step == step:
+            seen.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for turn in (1, 2):  # the run that goes on is stopped there too
+        with pytest.raises(Interrupted, match=rf"SIGTERM: stopped after step {step} of 8; checkpoint-{step} is saved"):
+            goes_on(model, folder, resume=turn == 2, callbacks=[Listening("prediction_step", at_batch)])
+        assert len(seen) == turn, "no further batch"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert step not in [each["step"] for each in lines if "eval_loss" in each]
+    goes_on(model, folder)
+    assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
+
+
+def test_the_end_of_an_epoch_is_made_up_for(model, tmp_path):
+    """Each step is saved before its epoch ends; there, and only there, this run logs and evaluates."""
+    by_epoch = {"eval_strategy": "epoch", "logging_strategy": "epoch", "eval_steps": None}
+    whole = tmp_path / "whole"
+    philora.train(settings_of(model, whole, save_total_limit=None, **by_epoch))
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    ends = [each["step"] for each in lines if "eval_loss" in each]
+    assert len(ends) > 1
+    folder = tmp_path / "run"
+    # Before the end of the first epoch, in its evaluation when it is made up for, and before the end of the last one.
+    for event, step in (("save", ends[0]), ("prediction_step", ends[0]), ("save", STEPS)):
+
+        def at(state, step=step, **_):
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(Interrupted, match=f"SIGTERM: stopped after step {step} of 8"):
+            goes_on(model, folder, resume=folder.exists(), callbacks=[Listening(event, at)], **by_epoch)
+    goes_on(model, folder, **by_epoch)
+    # The last checkpoint was written again after what was made up for.
+    differs = set(torture.differences(torture.outcome(folder), torture.outcome(whole)))
+    assert differs == {"rng_state.pth", "history"}
+
+
+def test_a_real_signal_in_an_evaluation(model, tmp_path):
+    settings = settings_of(model, tmp_path / "run", eval_steps=1, logging_steps=1, max_steps=2, save_steps=2)
+    settings["data"]["eval"]["limit"] = 200
+    settings["training_config"] |= {"per_device_eval_batch_size": 1, "packing": False}
+    path, metrics = tmp_path / "config.json", tmp_path / "run" / "metrics.jsonl"
+    path.write_text(json.dumps(settings))
+    run = subprocess.Popen([sys.executable, "-m", "philora", "train", str(path)], stderr=subprocess.PIPE, text=True)
+    try:
+        while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.005)
+        time.sleep(0.05)  # the line of the step is written; its evaluation of 200 batches begins
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 3
+    assert "SIGTERM: stopped after step 1 of 2; checkpoint-1 is saved" in " ".join(said.split())
+    assert f"philora train {path} --resume" in " ".join(said.split())
+    assert "eval_loss" not in metrics.read_text()
+    philora.train(settings, resume=True)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [(each["step"], "eval_loss" in each) for each in lines][:4] == [(1, False), (1, True), (2, False), (2, True)]
+
+
 def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
     from philora import training
 
@@ -477,6 +544,6 @@ def test_the_short_form_of_the_torture(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
-    assert found["killed with SIGKILL, resumed"]["killed"] == 2
-    assert found["checkpoint files damaged"]["damages"] > 50
-    assert found["adapter reader fuzzed"]["inputs"] >= 25
+    assert found["killed with SIGKILL, resumed"]["number"] == 2
+    assert found["checkpoint files damaged"]["number"] > 50
+    assert found["adapter reader fuzzed"]["number"] >= 25
