@@ -2,12 +2,14 @@
 
     python -m benchmarks.settings [--only NAME ...] [--seeds 42 1]
 
-The bundled model and help desk, six epochs. Rows go to results/settings.csv; they hold scores, not times.
+The bundled model and help desk, six epochs unless the row says otherwise; AdamW, no evaluation in training. Rows go to
+results/settings.csv; they hold scores, not times.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from importlib import resources
@@ -30,7 +32,15 @@ VARIANTS: dict[str, list[str]] = {
     "attention only": ["peft_config.target_modules=[qkv_proj, o_proj]"],
     "feed-forward only": ["peft_config.target_modules=[gate_up_proj, down_proj]"],
     "q and v slices only": ["peft_config.target_modules=[q_proj, v_proj]"],
+    "alpha 16": ["peft_config.lora_alpha=16"],
+    "alpha 256": ["peft_config.lora_alpha=256"],
+    "r 128, alpha 64": ["peft_config.r=128"],
+    "r 128, alpha 64, rsLoRA": ["peft_config.r=128", "peft_config.use_rslora=true"],
     "dropout 0.05": ["peft_config.lora_dropout=0.05"],
+    "base in nf4": ["model.quantization=nf4"],
+    "one conversation a row": ["training_config.packing=false"],
+    "loss on every token": ["data.train=TEXTS"],
+    "twelve epochs": ["training_config.num_train_epochs=12"],
     "LoRA+ 16, learning rate 1e-3": ["training_config.loraplus_lr_ratio=16", "training_config.learning_rate=1e-3"],
     "steps of 4096 tokens": ["training_config.tokens_per_step=4096"],
     "a quarter of the data": ["data.train={path: helpdesk, limit: 434}"],
@@ -39,6 +49,19 @@ VARIANTS: dict[str, list[str]] = {
         "training_config.num_train_epochs=24",
     ],
 }
+
+
+def as_texts(file: Path) -> Path:
+    """The help desk as plain texts through the chat template: philora trains those whole, the user's words too."""
+    from transformers import AutoTokenizer
+
+    nano = resources.files("philora") / "nano"
+    tokenizer = AutoTokenizer.from_pretrained(str(nano / "model"))
+    with (nano / "helpdesk" / "train.jsonl").open(encoding="utf-8") as lines, file.open("w", encoding="utf-8") as out:
+        for line in lines:
+            text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+            out.write(json.dumps({"text": text}) + "\n")
+    return file
 
 
 def main() -> None:
@@ -52,7 +75,9 @@ def main() -> None:
         for name in given.only:
             with tempfile.TemporaryDirectory() as folder:
                 place = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
-                results = philora.train(source, [*BASE, *place, *VARIANTS[name]]).results
+                texts = as_texts(Path(folder) / "texts.jsonl") if "data.train=TEXTS" in VARIANTS[name] else ""
+                changed = [each.replace("TEXTS", str(texts)) for each in VARIANTS[name]]
+                results = philora.train(source, [*BASE, *place, *changed]).results
             row = {
                 "commit": commit(Path(__file__).parents[1]),
                 "date": now(),
