@@ -447,6 +447,25 @@ def report(
     out.print(str(written), highlight=False)
 
 
+@app.command()
+def explain(
+    entry: Annotated[str | None, typer.Argument(help="Name after `help: philora explain`; default: list them.")] = None,
+) -> None:
+    """Say what an error message means and what to do, from the troubleshooting page."""
+    from philora.troubleshooting import entries, entry_named
+
+    if entry is None:
+        table = Table("name", "", box=None)
+        for each in entries():
+            table.add_row(each.name, escape(each.title))
+        out.print(table)
+        return
+    found = entry_named(entry)
+    out.print(f"[bold]{escape(found.title)}[/]\n", highlight=False)
+    out.print(escape("\n".join(found.forms)), style="dim", highlight=False)
+    out.print(f"\n{escape(found.text)}", highlight=False)
+
+
 # ------------------------------------------------------------------------------------------------- inside
 
 
@@ -643,6 +662,10 @@ def _fail(text: str, code: int, error: Any) -> None:
             err.print_exception()
         if speaks:
             err.print(f"[red]philora:[/] {escape(text)}", highlight=False)
+            from philora.troubleshooting import entry_of
+
+            if (entry := entry_of(text)) is not None:
+                err.print(f"[dim]help: philora explain {entry.name}[/]", highlight=False)
     sys.exit(code)
 
 

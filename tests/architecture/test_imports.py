@@ -58,6 +58,7 @@ ORDER = [
     "resume",
     "training",
     "progress",
+    "troubleshooting",
     "cli",
     "__main__",
 ]
