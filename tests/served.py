@@ -23,7 +23,7 @@ class Served:
     def __init__(self, voices: Voices, **options: Any) -> None:
         self.bound = serving.listen("127.0.0.1", 0)
         self.address = serving.address_of(self.bound)
-        self.scheduler = options.setdefault("scheduler", serving.Scheduler())
+        self.scheduler = options.setdefault("scheduler", serving.Scheduler(voices))
         options.setdefault("hosts", serving.hosts_of("127.0.0.1"))
         app = serving.build_app(voices, **options)
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))

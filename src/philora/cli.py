@@ -542,7 +542,7 @@ def _serve(
         _quiet()
         voices = load_named(sources, base)
     defaults = chat_settings(max_new_tokens)
-    scheduler = serving.Scheduler(limit=max_requests)
+    scheduler = serving.Scheduler(voices, limit=max_requests)
     app = serving.build_app(
         voices, defaults=defaults, scheduler=scheduler, key=key, hosts=serving.hosts_of(host), votes=votes
     )

@@ -5,7 +5,7 @@
             -> `Voices.answer` -> `Reply`: one token at each step, text in pieces of whole characters
 
 The terminal, the page and the endpoint all speak through these. A `Reply` is stepped by whoever reads it, so stopping
-it is to take no further step, and several can take turns on one model.
+it is to take no further step. Several take turns on one model, or a step together by `Voices.step`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,13 @@ from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from philora import decoding
 from philora.adapters import load_adapter
 from philora.config import ModelConfig, TokenizerConfig
 from philora.errors import AdapterError, ConfigError, DataError, fault, nearest
 from philora.families import longrope_switch_tokens
-from philora.generation import GenerationSettings, device_of, prompt_tokens, stop_token_ids, window_tokens
+from philora.generation import GenerationSettings, Sampler, device_of, prompt_tokens, stop_token_ids, window_tokens
 from philora.inference import Loaded, load
 from philora.models import load_tokenizer, local_path
 from philora.sources import AdapterSource, find_adapter
@@ -42,6 +37,9 @@ from philora.sources import AdapterSource, find_adapter
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, str]
+
+USUAL_ROWS = 8
+"""Answers in a step that weights are laid out for; any other number is computed as well."""
 
 
 def chat_settings(
@@ -127,6 +125,11 @@ class Voices:
         self.longrope_switch = longrope_switch_tokens(model.config)
         self._inside = dict(adapters)
         self._current: str | None = None
+        self._together: dict[str | None, _Together] = {}
+        self._packing: decoding.Packing | None = None
+        # With LongRoPE the longest row decides the factors of all: what goes beyond its boundary is computed alone.
+        limits = [each for each in (self.window, self.longrope_switch) if each is not None]
+        self._shared_tokens = min(limits) if limits and decoding.covers(model) else 0
         self._last_only = (
             {"logits_to_keep": 1}
             if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
@@ -188,6 +191,35 @@ class Voices:
         return Reply(self, prompt, settings, adapter, memory)
 
     @torch.inference_mode()
+    def step(self, adapter: str | None, replies: Sequence[Reply]) -> list[str]:
+        """One token of each of an adapter's answers, in one forward pass where `philora.decoding` covers the model.
+
+        Answers come and go between two steps. Keys and values of one that is not there any more are let go, and of one
+        that comes back are computed again.
+
+        Numerics:
+            Each row has its own positions and sees its own tokens only. How many rows there are changes the order of
+            sums: nothing in fp32 but the last digits, and in bf16 the choice between tokens that are all but equal.
+
+        Returns:
+            The text that each token settled.
+        """
+        shared = [each for each in replies if each.limit_tokens <= self._shared_tokens]
+        alone = {each: next(each) for each in replies if each.limit_tokens > self._shared_tokens}
+        if not shared:
+            self._together.pop(adapter, None)
+            return list(alone.values())
+        self.switch(adapter)
+        together = self._together.pop(adapter, None)  # what fails in the middle is not gone on from
+        if together is None:
+            self._packing = self._packing or decoding.Packing(self.model, USUAL_ROWS)
+            together = _Together(decoding.Decoder(self.model, 0, self._shared_tokens, self._packing))
+        logits = together.logits(shared)
+        self._together[adapter] = together
+        pieces = alone | {each: each.take(row) for each, row in zip(shared, logits, strict=True)}
+        return [pieces[each] for each in replies]
+
+    @torch.inference_mode()
     def next_logits(self, ids: Sequence[int], memory: Memory) -> Tensor:
         """Read the tokens that `memory` has not read yet, with its adapter.
 
@@ -231,6 +263,31 @@ class Voices:
         return Memory(list(prompt[:shared]), adapter, memory.cache)
 
 
+class _Together:
+    """Answers of one adapter in the rows of a decoder."""
+
+    def __init__(self, decoder: decoding.Decoder) -> None:
+        self.decoder = decoder
+        self.replies: list[Reply] = []
+
+    def logits(self, replies: Sequence[Reply]) -> list[Tensor]:
+        """Of the next token of each, (V); those that were not there before are read, all others get a step."""
+        staying = [each for each in self.replies if each in replies]
+        coming = [each for each in replies if each not in staying]
+        if coming or len(staying) < len(self.replies):
+            self.decoder.keep([self.replies.index(each) for each in staying], len(coming))
+            self.replies = staying + coming
+        found: dict[Reply, Tensor] = {}
+        if staying:  # the rows of those that come are not in use yet
+            tokens = [each.ids[-1] for each in staying] + [0] * len(coming)
+            places = [len(each.ids) - 1 for each in staying] + [0] * len(coming)
+            found |= zip(staying, self.decoder.step(tokens, places), strict=False)
+        if coming:
+            rows = range(len(staying), len(self.replies))
+            found |= zip(coming, self.decoder.prefill([each.ids for each in coming], rows), strict=True)
+        return [found[each] for each in replies]
+
+
 class Reply:
     """An answer that is computed while it is read: each step is one token and gives the text that it settled.
 
@@ -242,7 +299,10 @@ class Reply:
         prompt_tokens: Of the prompt.
         tokens: Generated so far, the stop token included.
         finish: `stop` when the model ended it or a stop string came, `length` when the room was used up; None before.
-        memory: What the model has read, for the next turn.
+        adapter: Who answers; None: the base.
+        ids: The prompt's tokens and those generated so far, without the stop token.
+        limit_tokens: Most that these can become.
+        memory: What the model has read, for the next turn; of what `Voices.step` computes it holds nothing.
     """
 
     def __init__(
@@ -257,13 +317,15 @@ class Reply:
         self.prompt_tokens = len(prompt)
         self.tokens = 0
         self.finish: Literal["stop", "length"] | None = None
+        self.adapter = adapter
+        self.ids = list(prompt)
+        room = settings.max_new_tokens if voices.window is None else voices.window - len(prompt)
+        self.limit_tokens = len(prompt) + min(settings.max_new_tokens, room)
         self.memory = voices.recall(prompt, adapter, memory)
         self._voices = voices
-        self._ids = list(prompt)
         self._settings = settings
-        self._choose = _Choice(voices.model, settings)
-        room = settings.max_new_tokens if voices.window is None else voices.window - len(prompt)
-        self._room = min(settings.max_new_tokens, room)
+        self._sampler = Sampler(voices.model, settings)
+        self._random = torch.Generator().manual_seed(settings.seed)
 
     def __iter__(self) -> Reply:
         return self
@@ -271,20 +333,27 @@ class Reply:
     def __next__(self) -> str:
         if self.finish is not None:
             raise StopIteration
-        logits = self._voices.next_logits(self._ids, self.memory)
-        token = self._choose(logits)
+        return self.take(self._voices.next_logits(self.ids, self.memory))
+
+    def take(self, logits: Tensor) -> str:
+        """Choose the next token; the text that it settled.
+
+        Shapes:
+            logits (V), behind `ids`.
+        """
+        (token,) = self._sampler(logits[None], [self._random])
         self.tokens += 1
         if token in self._voices.stops:
             self.finish = "stop"
         else:
-            self._ids.append(token)
-            if self.tokens >= self._room:
+            self.ids.append(token)
+            if len(self.ids) >= self.limit_tokens:
                 self.finish = "length"
         return self._settled()
 
     def _settled(self) -> str:
         """The text that no further token can change, less what was given before."""
-        text = str(self._voices.tokenizer.decode(self._ids[self.prompt_tokens :], skip_special_tokens=True))
+        text = str(self._voices.tokenizer.decode(self.ids[self.prompt_tokens :], skip_special_tokens=True))
         stops = self._settings.stop_strings
         cuts = [text.index(each) for each in stops if each in text]
         if cuts:
@@ -301,36 +370,6 @@ class Reply:
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class _Choice:
-    """The next token from its logits: the likeliest, or drawn with a generator of the answer's own."""
-
-    def __init__(self, model: Any, settings: GenerationSettings) -> None:
-        self.generator: torch.Generator | None = None
-        self.warpers = LogitsProcessorList()
-        if not settings.do_sample:
-            return
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        own = getattr(model, "generation_config", None)
-
-        def value(name: str) -> Any:
-            given = getattr(settings, name)
-            return getattr(own, name, None) if given is None else given
-
-        if value("temperature") is not None:
-            self.warpers.append(TemperatureLogitsWarper(float(value("temperature"))))
-        if value("top_k"):
-            self.warpers.append(TopKLogitsWarper(int(value("top_k"))))
-        if value("top_p") is not None and value("top_p") < 1:
-            self.warpers.append(TopPLogitsWarper(float(value("top_p"))))
-
-    def __call__(self, logits: Tensor) -> int:
-        """Shapes: logits (V)."""
-        if self.generator is None:
-            return int(logits.argmax())
-        scores = self.warpers(torch.empty(1, 0, dtype=torch.long), logits[None].cpu())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
 
 
 class Conversation:

@@ -95,13 +95,14 @@ class Decoder:
         rows: Rows of the cache.
         limit_tokens: Positions of the longest row, prompt and answer. With LongRoPE it decides the factors, as the
             longest row of a batch does in transformers.
+        packing: Of another decoder over the same base, so that its reordered weights are held once.
 
     Cost:
         On a CPU with bf16 weights a reordered copy of each linear layer's weight, where half of the free memory
         holds them; keys and values of the positions in use, and a quarter more.
     """
 
-    def __init__(self, model: nn.Module, rows: int, limit_tokens: int) -> None:
+    def __init__(self, model: nn.Module, rows: int, limit_tokens: int, packing: Packing | None = None) -> None:
         base = _base(model)
         config = base.config
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
@@ -111,7 +112,7 @@ class Decoder:
         self.embed = base.model.embed_tokens
         weight = next(each for each in base.model.layers.parameters() if each.is_floating_point())
         self.device = weight.device
-        packing = _Packing(base, rows)
+        packing = packing or Packing(base, rows)
         self.layers = [
             _Layer(
                 _norm(layer.input_layernorm),
@@ -153,11 +154,18 @@ class Decoder:
             self.cache[index] = (bigger[0], bigger[1])
         self.capacity = grown
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some rows only; they get the places 0, 1, ... in the order given."""
-        chosen = torch.tensor(rows, device=self.device)
-        self.cache = [(keys[chosen], values[chosen]) for keys, values in self.cache]
-        self.rows = len(rows)
+    def keep(self, rows: Sequence[int], more: int = 0) -> None:
+        """Go on with some rows only, at the places 0, 1, ... in the order given, and `more` empty ones behind them."""
+        if not rows:
+            self.capacity = 0
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
+        empty = self._room(more, self.capacity)
+        self.rows = len(rows) + more
+        for index, (keys, values) in enumerate(self.cache):  # one by one: both copies of a layer, not of all
+            self.cache[index] = (
+                torch.cat((keys[chosen, :, : self.capacity], empty)),
+                torch.cat((values[chosen, :, : self.capacity], empty)),
+            )
 
     def prefill(self, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> Tensor:
         """Read prompts into rows of the cache.
@@ -291,11 +299,18 @@ def _norm(module: nn.Module) -> Product:
     return lambda x: native.rms_norm(x, weight, eps)[0]
 
 
-class _Packing:
-    """Products of linear layers, over weights in the order that oneDNN multiplies them in."""
+class Packing:
+    """Products of linear layers, over weights in the order that oneDNN multiplies them in.
 
-    def __init__(self, base: Any, rows: int) -> None:
+    Args:
+        model: Whose layers; a PeftModel or its base.
+        rows: About as many as there will be in a step.
+    """
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        base = _base(model)
         self.rows = rows
+        self.plain: dict[nn.Linear, Product] = {}
         linear = [each.weight for each in base.modules() if isinstance(each, nn.Linear)]
         needed = sum(each.nbytes for each in linear if each.is_floating_point())
         self.on = (
@@ -309,7 +324,9 @@ class _Packing:
     def product(self, module: nn.Module) -> Product:
         """The function of a linear layer, of PEFT's layer over one, or of any other module."""
         if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
-            return self._linear(module.weight, module.bias)
+            if module not in self.plain:
+                self.plain[module] = self._linear(module.weight, module.bias)
+            return self.plain[module]
         if isinstance(module, FastLinear) and type(module.base_layer) is nn.Linear:
             if module.disable_adapters and not module.merged:
                 return self.product(module.base_layer)

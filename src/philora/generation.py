@@ -283,11 +283,12 @@ def _plainly_drawn(model: Any, settings: GenerationSettings) -> bool:
 
 
 class _Row:
-    """An answer in the making."""
+    """An answer in the making, and the numbers it is drawn by, which follow from seed, prompt and place."""
 
-    def __init__(self, task: _Task) -> None:
+    def __init__(self, task: _Task, settings: GenerationSettings) -> None:
         self.task = task
         self.ids: list[int] = []
+        self.random = torch.Generator().manual_seed((settings.seed * 1_000_003 + task.place) % 2**63)
 
 
 def _answer_in_rows(
@@ -325,7 +326,7 @@ def _in_rows(
     """
     stops = frozenset(stop_token_ids(model, tokenizer))
     ends = _stop_strings(tokenizer, settings)
-    choose = _Choice(model, settings)
+    sampler = Sampler(model, settings, top_k=50)  # transformers' own default
     decoder = decoding.Decoder(model, rows, max(len(each.prompt) + each.room for each in waiting))
     working: list[_Row | None] = [None] * rows
     waiting = list(reversed(waiting))  # the longest is taken first, from the end
@@ -335,10 +336,10 @@ def _in_rows(
         if waiting and len(free) >= min(len(waiting), -(-rows // 4)):
             places = free[: len(waiting)]
             for place in places:
-                working[place] = _Row(waiting.pop())
+                working[place] = _Row(waiting.pop(), settings)
             fresh = [row for place in places if (row := working[place]) is not None]
             logits = decoder.prefill([row.task.prompt for row in fresh], places)
-            chosen = list(zip(places, choose(logits, fresh), strict=True))
+            chosen = list(zip(places, sampler(logits, [row.random for row in fresh]), strict=True))
         else:
             if not waiting and len(free) >= len(working) / 2:
                 kept = [place for place, row in enumerate(working) if row is not None]
@@ -348,7 +349,8 @@ def _in_rows(
                 working = [working[place] for place in kept]
             tokens = [row.ids[-1] if row else 0 for row in working]
             positions = [len(row.task.prompt) + len(row.ids) - 1 if row else 0 for row in working]
-            chosen = list(enumerate(choose(decoder.step(tokens, positions), working)))
+            randoms = [row.random if row else None for row in working]
+            chosen = list(enumerate(sampler(decoder.step(tokens, positions), randoms)))
         for place, token in chosen:
             row = working[place]
             if row is None:
@@ -371,10 +373,16 @@ def _stop_strings(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettin
     return ends
 
 
-class _Choice:
-    """The next token of each row: the likeliest, or drawn with a number that follows from seed, prompt and place."""
+class Sampler:
+    """The next token of each row: the likeliest, or drawn with a number of the row's own, which no neighbour changes.
 
-    def __init__(self, model: Any, settings: GenerationSettings) -> None:
+    Args:
+        model: Its generation config decides what `settings` leaves open.
+        settings: Of sampling.
+        top_k: Where neither says; 0 for none.
+    """
+
+    def __init__(self, model: Any, settings: GenerationSettings, top_k: int = 0) -> None:
         own = getattr(model, "generation_config", None)
 
         def value(name: str, default: float) -> float:
@@ -382,26 +390,17 @@ class _Choice:
             given = getattr(own, name, None) if given is None else given
             return default if given is None else given
 
-        self.settings = settings
+        self.greedy = not settings.do_sample
         self.temperature = value("temperature", 1.0)
         self.top_p = value("top_p", 1.0)
-        self.top_k = int(value("top_k", 50))
-        self.numbers: dict[int, Tensor] = {}
+        self.top_k = int(value("top_k", top_k))
 
-    def __call__(self, logits: Tensor, rows: Sequence[_Row | None]) -> list[int]:
-        """Shapes: logits (B, V), of as many rows."""
-        if not self.settings.do_sample:
+    def __call__(self, logits: Tensor, randoms: Sequence[torch.Generator | None]) -> list[int]:
+        """Shapes: logits (B, V), a generator for each row; None for one that is not in use."""
+        if self.greedy:
             return [int(each) for each in logits.argmax(-1).tolist()]
-        draws = torch.tensor([self._number(row) if row else 0.0 for row in rows], device=logits.device)
-        return [int(each) for each in self.draw(logits, draws).tolist()]
-
-    def _number(self, row: _Row) -> float:
-        """In [0, 1): the next of the row's own sequence, which no neighbour changes."""
-        place = row.task.place
-        if place not in self.numbers:
-            generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + place) % 2**63)
-            self.numbers[place] = torch.rand(self.settings.max_new_tokens, generator=generator)
-        return float(self.numbers[place][len(row.ids)])
+        numbers = [0.0 if each is None else float(torch.rand((), generator=each)) for each in randoms]
+        return [int(each) for each in self.draw(logits, torch.tensor(numbers, device=logits.device)).tolist()]
 
     def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
         """Tokens by inverse transform sampling after temperature, top-k and top-p, in transformers' order.

@@ -1,11 +1,10 @@
 """The endpoint that OpenAI's clients speak to, and the page that speaks to it.
 
     request -> Guard (host, origin, key, type of body) -> ChatRequest -> Scheduler (a bound on requests)
-            -> one thread steps the answers in turn, one token each -> JSON, or events as they come
+            -> one thread, a token of every answer at a time -> JSON, or events as they come
 
-Answers share the model: the thread sets each answer's adapter before its step and draws with the answer's own
-generator, so that what one client gets does not depend on who else asks. Some answers are made at a time, the others
-wait; past the bound a request is refused with 429.
+Answers share the model: those of one adapter share each forward pass, in rows of their own, and each is drawn with its
+own generator. Some answers are made at a time, the others wait; past the bound a request is refused with 429.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from philora import __version__
 from philora.conversation import ContextError, Reply, Voices, chat_settings, known
 from philora.errors import ConfigError, DataError, fault, nearest
 from philora.generation import GenerationSettings
+from philora.kernels.memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -255,23 +255,25 @@ class Event(NamedTuple):
 class Job:
     """One answer to be computed."""
 
-    def __init__(self, choice: int, reply: Callable[[], Reply], tell: Callable[[Event], None]) -> None:
+    def __init__(self, choice: int, reply: Reply, tell: Callable[[Event], None]) -> None:
         self.choice = choice
-        self.start = reply
+        self.reply = reply
         self.tell = tell
-        self.reply: Reply | None = None
         self.cancelled = False
 
 
 class Scheduler:
-    """Computes answers in a thread of its own, one token of each in turn.
+    """Computes answers in a thread of its own, a token of each at a time.
 
     Attributes:
-        parallel: Answers in the making at a time; each holds keys and values of its conversation.
+        voices: Who answers.
+        parallel: Answers in the making at a time; each holds keys and values of its conversation. Halved by itself
+            where memory does not suffice.
         limit: Answers in the making and waiting.
     """
 
-    def __init__(self, parallel: int = 4, limit: int = 32) -> None:
+    def __init__(self, voices: Voices, parallel: int = 8, limit: int = 32) -> None:
+        self.voices = voices
         self.parallel = parallel
         self.limit = limit
         self._waiting: deque[Job] = deque()
@@ -311,37 +313,55 @@ class Scheduler:
             return len(self._waiting) + len(self._active)
 
     def _run(self) -> None:
+        working: list[Job] = []
         while True:
             with self._changed:
-                self._waiting = deque(job for job in self._waiting if not job.cancelled)
-                self._active = [job for job in self._active if not job.cancelled]
-                while not (self._waiting or self._active or self._stopped):
+                # After the last answer one more round, with none: the model lets go of what it held for them.
+                while not (working or self._waiting or self._active or self._stopped):
                     self._changed.wait()
                 if self._stopped:
                     return
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+                self._active = [job for job in self._active if not job.cancelled]
                 while self._waiting and len(self._active) < self.parallel:
                     self._active.append(self._waiting.popleft())
                 working = list(self._active)
-            for job in working:
-                if not job.cancelled and not self._step(job):
-                    with self._changed:
-                        self._active.remove(job)
+            for adapter in (*self.voices.adapters, None):
+                self._step(adapter, [job for job in working if job.reply.adapter == adapter])
 
-    def _step(self, job: Job) -> bool:
-        """Whether there is more to come."""
+    def _step(self, adapter: str | None, jobs: Sequence[Job]) -> None:
+        """A token of each of an adapter's answers."""
         try:
-            job.reply = job.reply or job.start()
-            piece = next(job.reply)
-        except Exception:  # noqa: BLE001 - the other answers go on, and the server lives
-            logger.error("an answer failed:\n%s", traceback.format_exc())
-            job.tell(Event(job.choice, error="The server had an error while making this answer; its log says more."))
-            return False
-        if piece:
-            job.tell(Event(job.choice, piece))
-        if job.reply.finish is None:
-            return True
-        job.tell(Event(job.choice, reply=job.reply))
-        return False
+            pieces = self.voices.step(adapter, [job.reply for job in jobs])
+        except Exception as error:  # noqa: BLE001 - the other answers go on, and the server lives
+            if out_of_memory(error) and self._fewer():
+                return
+            logger.error("%d answers failed:\n%s", len(jobs), traceback.format_exc())
+            text = "The server had an error while making this answer; its log says more."
+            for job in jobs:
+                job.tell(Event(job.choice, error=text))
+            ended = list(jobs)
+        else:
+            for job, piece in zip(jobs, pieces, strict=True):
+                if piece:
+                    job.tell(Event(job.choice, piece))
+            ended = [job for job in jobs if job.reply.finish is not None]
+            for job in ended:
+                job.tell(Event(job.choice, reply=job.reply))
+        if ended:
+            with self._changed:
+                self._active = [job for job in self._active if job not in ended]
+
+    def _fewer(self) -> bool:
+        """Let half of the answers wait until others have ended; False where there is only one."""
+        with self._changed:
+            if len(self._active) < 2:
+                return False
+            self.parallel = len(self._active) // 2
+            self._waiting.extendleft(reversed(self._active[self.parallel :]))
+            del self._active[self.parallel :]
+        logger.warning("out of memory: going on with %d answers at a time", self.parallel)
+        return True
 
 
 # -- who may ask
@@ -421,7 +441,7 @@ def build_app(
         votes: File that the page's votes are added to.
     """
     defaults = defaults or GenerationSettings(max_new_tokens=512)
-    scheduler = scheduler or Scheduler()
+    scheduler = scheduler or Scheduler(voices)
     created = int(time.time())
     endpoint = _Endpoint(voices, defaults, scheduler)
 
@@ -502,10 +522,15 @@ async def _json_body(request: Request) -> Any:
         if len(body) > MAX_BODY_BYTES:
             raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="request_too_large")
     try:
-        return json.loads(bytes(body))
+        content = json.loads(bytes(body))
     except (ValueError, RecursionError) as error:
         text = f"The body is no JSON that can be read: {str(error)[:200]}"
         raise ApiError(400, text, code="invalid_json") from error
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which neither an answer nor a file can hold
+        raise ApiError(400, f"The body holds text that is no Unicode: {error.reason}.", code="invalid_value") from error
+    return content
 
 
 _votes_lock = threading.Lock()
@@ -569,18 +594,17 @@ class _Endpoint:
         def tell(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def job(choice: int) -> Job:
-            return Job(choice, lambda: self.voices.answer(prompt, settings[choice], adapter), tell)
-
-        jobs = [job(choice) for choice in range(len(settings))]
+        replies = [self.voices.answer(prompt, each, adapter) for each in settings]
+        jobs = [Job(choice, reply, tell) for choice, reply in enumerate(replies)]
         self.scheduler.submit(jobs)
         answer = _Answer(name, len(prompt), jobs, events)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return StreamingResponse(
-                answer.stream(request, usage), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-            )
-        return await answer.whole(request)
+            return _Stream(answer, answer.stream(request, usage))
+        try:
+            return await answer.whole(request)
+        finally:
+            answer.give_up()
 
 
 class _Answer:
@@ -592,8 +616,13 @@ class _Answer:
         self.jobs = jobs
         self.events = events
 
+    def give_up(self) -> None:
+        """Compute no further; of no effect on what has ended."""
+        for job in self.jobs:
+            job.cancelled = True
+
     async def _events(self, request: Request) -> AsyncIterator[Event]:
-        """Events of all choices until each has ended. Whoever hangs up, or reads no further, ends the computation."""
+        """Events of all choices until each has ended, or the client has hung up."""
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             open_choices = len(self.jobs)
@@ -608,8 +637,6 @@ class _Answer:
                 yield event
         finally:
             gone.cancel()
-            for job in self.jobs:
-                job.cancelled = True
 
     async def whole(self, request: Request) -> Response:
         texts = ["" for _ in self.jobs]
@@ -670,6 +697,21 @@ class _Answer:
             "completion_tokens": generated,
             "total_tokens": self.prompt_tokens + generated,
         }
+
+
+class _Stream(StreamingResponse):
+    """Events to a client. They may never begin, when it has hung up before."""
+
+    def __init__(self, answer: _Answer, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them; whoever hangs up ends the computation."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.give_up()
 
 
 async def _disconnected(request: Request) -> None:

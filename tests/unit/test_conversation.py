@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
 
-from philora import conversation
+from philora import decoding
 from philora.config import TokenizerConfig
 from philora.conversation import (
     ContextError,
@@ -24,6 +24,7 @@ from philora.conversation import (
     name_of,
 )
 from philora.errors import AdapterError, ConfigError, DataError, ModelError, TargetError
+from philora.generation import Sampler
 from philora.models import load_tokenizer
 from tests.conftest import COLOURS
 from tests.voices import NANO
@@ -146,6 +147,60 @@ def test_a_seed_gives_the_same_answer_whoever_else_is_answered(voices):
     assert [at_once[0].text, at_once[2].text] == alone[:2]
 
 
+def by_steps(voices, adapter, wanted):
+    """Texts of answers that share their steps; each comes a step after the one before, and the second goes early."""
+    replies = [voices.answer(voices.prompt(user(text)), chat_settings(**options), adapter) for text, options in wanted]
+    for place in range(200):
+        there = [each for index, each in enumerate(replies) if index <= place and each.finish is None]
+        if place == 4:
+            there = [each for each in there if each is not replies[1]]  # as one that has to wait for memory
+        assert len(voices.step(adapter, there)) == len(there)
+        if not there and place > len(replies):
+            break
+    assert adapter not in voices._together, "nothing is held when all have ended"
+    return [each.text for each in replies]
+
+
+TOGETHER = [
+    (QUESTIONS[0], {"max_new_tokens": 20}),
+    (QUESTIONS[1], {"max_new_tokens": 12}),
+    ("Why? " * 40, {"max_new_tokens": 9}),
+    (QUESTIONS[1], {"max_new_tokens": 20, "temperature": 1.5, "top_p": 0.95, "top_k": 200, "seed": 1}),
+    (QUESTIONS[2], {"max_new_tokens": 1}),
+    (QUESTIONS[2], {"max_new_tokens": 40, "stop": ["e"]}),
+]
+WINDOW = {"max_position_embeddings": 320, "original_max_position_embeddings": 320}
+
+
+@pytest.mark.parametrize("kind", ["trained", "sliding window", "LongRoPE"])
+def test_answers_that_share_their_steps_are_those_alone(voices, kind):
+    if kind == "sliding window":
+        voices = random_voices(**WINDOW, sliding_window=32)
+    if kind == "LongRoPE":  # some end before the boundary and share, others are computed alone
+        voices = random_voices(**{**LONGROPE, "max_position_embeddings": 320})
+    adapter = voices.adapters[0]
+    for who in (adapter, None):
+        alone = [told(voices, user(text), who, **options).text for text, options in TOGETHER]
+        assert by_steps(voices, who, TOGETHER) == alone
+    assert voices._packing is not None, "they did share"
+
+
+@pytest.mark.parametrize("fault", ["rows", "positions"])
+def test_a_neighbours_row_or_place_shows(voices, monkeypatch, fault):
+    """The control of the test above."""
+    alone = [told(voices, user(text), "red", **options).text for text, options in TOGETHER]
+    own = decoding.Decoder.step
+
+    def planted(self, tokens, positions):
+        if fault == "positions":
+            positions = [max(0, each - 1) for each in positions]
+        logits = own(self, tokens, positions)
+        return logits.roll(1, 0) if fault == "rows" else logits
+
+    monkeypatch.setattr(decoding.Decoder, "step", planted)
+    assert by_steps(voices, "red", TOGETHER) != alone
+
+
 def test_the_random_state_outside_stays(voices):
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -155,8 +210,9 @@ def test_the_random_state_outside_stays(voices):
 
 def test_draws_follow_the_probabilities(voices):
     logits = voices.next_logits(voices.prompt(user(QUESTIONS[1])), Memory())
-    choose = conversation._Choice(voices.model, chat_settings(temperature=0.7, top_k=3, seed=0))
-    draws = torch.tensor([choose(logits) for _ in range(1500)])
+    sampler = Sampler(voices.model, chat_settings(temperature=0.7, top_k=3))
+    random = torch.Generator().manual_seed(0)
+    draws = torch.tensor([sampler(logits[None], [random])[0] for _ in range(1500)])
     best = logits.topk(3)
     expected = (best.values / 0.7).softmax(-1)
     counts = torch.stack([(draws == token).float().mean() for token in best.indices])

@@ -333,7 +333,7 @@ def test_sampling_draws_as_often_as_transformers_would(model):
         warped = TopKLogitsWarper(settings.top_k)(None, warped)
         warped = TopPLogitsWarper(settings.top_p or 1.0)(None, warped)
         numbers = (torch.arange(20_000) + 0.5) / 20_000  # evenly spread: shares are exact up to one draw a token
-        drawn = generation._Choice(model, settings).draw(logits.expand(20_000, -1), numbers)
+        drawn = generation.Sampler(model, settings).draw(logits.expand(20_000, -1), numbers)
         shares = torch.bincount(drawn, minlength=40) / 20_000
         assert (shares - warped.softmax(-1)[0]).abs().max() < 1e-4
 

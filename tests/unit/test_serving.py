@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import math
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+import torch
 import trl.data_utils
 
 from philora import serving
@@ -243,6 +245,7 @@ def test_requests_that_cannot_be_answered(client, options, status, code, param, 
         (b"[]", 400, "invalid_value"),
         (b"{}", 400, "missing_required_parameter"),
         (b'{"model": "red", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_value"),
+        (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}', 400, "invalid_value"),
         (b" " * (serving.MAX_BODY_BYTES + 1), 413, "request_too_large"),
     ],
 )
@@ -292,7 +295,7 @@ def test_a_key(voices):
 
 
 def test_more_than_the_limit_is_refused(voices):
-    with serve(voices, scheduler=serving.Scheduler(parallel=1, limit=2)) as served:
+    with serve(voices, scheduler=serving.Scheduler(voices, parallel=1, limit=2)) as served:
         client = served.client()
         streams = [ask(client, "nano", stream=True, temperature=2.0, seed=0, max_tokens=400) for _ in range(2)]
         with pytest.raises(openai.RateLimitError) as caught:
@@ -324,24 +327,63 @@ def test_a_closed_connection_ends_the_computation(served, streamed):
             time.sleep(0.01)
         (job,) = served.scheduler._active
     assert served.idle()
-    assert job.reply is None or (job.reply.finish is None and job.reply.tokens < 1900), "it was given up on the way"
+    assert job.reply.finish is None
+    assert job.reply.tokens < 1900, "it was given up on the way"
     assert ask(served.client(), max_tokens=1).choices
 
 
 def test_a_failing_answer_is_told_and_the_others_go_on(served, client, voices, monkeypatch):
-    answer = voices.answer
+    step = voices.step
 
-    def broken(prompt, settings, adapter):
-        if adapter == "green":
+    def broken(adapter, replies):
+        if adapter == "green" and replies:
             raise RuntimeError("planted")
-        return answer(prompt, settings, adapter)
+        return step(adapter, replies)
 
-    monkeypatch.setattr(voices, "answer", broken)
+    monkeypatch.setattr(voices, "step", broken)
     with pytest.raises(openai.InternalServerError, match="error while making this answer"):
         ask(client, "green")
     with pytest.raises(openai.APIError, match="error while making this answer"):
         list(ask(client, "green", stream=True))
     assert ask(client).choices[0].message.content == SAYS
+
+
+def test_who_hung_up_before_the_first_event_is_not_answered(voices):
+    """The server learns of it before it begins to stream, so that no part of the stream ever runs."""
+    scheduler = serving.Scheduler(voices)  # not started: what is submitted stays
+    app = serving.build_app(voices, scheduler=scheduler)
+    body = json.dumps({**LONG, "messages": WHO, "stream": True}).encode()
+    events = [{"type": "http.request", "body": body}]
+
+    async def receive():
+        return events.pop() if events else {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    (job,) = scheduler._waiting
+    assert job.cancelled
+
+
+def test_where_memory_does_not_suffice_for_all_some_wait(served, voices, monkeypatch, caplog):
+    expected = alone(served)
+    step = voices.step
+    monkeypatch.setattr(served.scheduler, "parallel", 8)
+
+    def small(adapter, replies):
+        if len(replies) > 1:
+            raise torch.OutOfMemoryError("planted")
+        return step(adapter, replies)
+
+    monkeypatch.setattr(voices, "step", small)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda name: talk(served.client(), name), NAMES))
+    assert answers == [expected[name] for name in NAMES]
+    assert "out of memory: going on with" in caplog.text
+    assert served.idle()
 
 
 def test_the_server_ends_while_it_answers(voices):
@@ -402,7 +444,12 @@ def test_dpo_trains_on_the_votes(served, votes, voices, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "code"),
-    [({"chosen": ""}, "invalid_value"), ({"prompt": []}, "invalid_value"), ({"more": 1}, "unknown_parameter")],
+    [
+        ({"chosen": ""}, "invalid_value"),
+        ({"chosen": "\ud800"}, "invalid_value"),
+        ({"prompt": []}, "invalid_value"),
+        ({"more": 1}, "unknown_parameter"),
+    ],
 )
 def test_a_vote_that_is_none(served, votes, change, code):
     vote = {"prompt": WHO, "chosen": "a", "rejected": "b", "chosen_model": "red", "rejected_model": "nano"}
