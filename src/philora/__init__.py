@@ -24,7 +24,7 @@ _HOME = {
     "load_adapter": "philora.adapters",
     "lora": "philora.lora",
     "merge": "philora.merging",
-    "merge_to_folder": "philora.merging",
+    "merge_to_folder": "philora.merged_folder",
     "optimize": "philora.adapters",
     "preflight": "philora.preflight",
     "push": "philora.pushing",
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from philora.adapters import coverage, get_peft_model, load_adapter, optimize
     from philora.assessment import evaluate
     from philora.formats import export
-    from philora.merging import merge, merge_to_folder
+    from philora.merged_folder import merge_to_folder
+    from philora.merging import merge
     from philora.preflight import preflight
     from philora.pushing import push
     from philora.trainer import SFTConfig, SFTTrainer

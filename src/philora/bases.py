@@ -15,16 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from philora.adapters import load_adapter
 from philora.assessment import held_out_of, rows_to_score
+from philora.base_files import base_folder, load_trained_over, read_trained_over
 from philora.evaluation import TokenScores, score
 from philora.inference import Loaded, load
-from philora.merging import (
-    MergeResult,
-    base_folder,
-    free_folder,
-    load_trained_over,
-    merge_to_folder,
-    read_trained_over,
-)
+from philora.merged_folder import MergeResult, free_folder, merge_to_folder
 
 logger = logging.getLogger(__name__)
 

@@ -351,7 +351,7 @@ def merge(
             source, output, base=base, data=data, max_shard_size=max_shard_size, verify=verify
         )
     else:
-        from philora.merging import merge_to_folder
+        from philora.merged_folder import merge_to_folder
 
         result = merge_to_folder(source, output, base=base, max_shard_size=max_shard_size, verify=verify)
     out.print(f"{result.folder}: {result.shards} file(s), {result.bytes / 1e9:.2f} GB", highlight=False)

@@ -97,9 +97,7 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
     path = local_path(model.name_or_path)
     try:
         with reachable_or_cached():
-            tokenizer = AutoTokenizer.from_pretrained(
-                path, revision=model.revision, trust_remote_code=model.trust_remote_code
-            )
+            tokenizer = read_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(model.name_or_path, error, "a tokenizer") from error
     if settings.model_max_length:
@@ -107,7 +105,21 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
     if settings.padding_side:
         tokenizer.padding_side = settings.padding_side
     set_padding(tokenizer, settings.pad_token)
-    return cast(PreTrainedTokenizerBase, tokenizer)
+    return tokenizer
+
+
+def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer as its files have it.
+
+    Raises:
+        OSError, ValueError, KeyError: It cannot be found or read; tokenizers raises a bare Exception for a torn file.
+    """
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, **options))
+    except Exception as error:
+        if type(error) is Exception:
+            raise ValueError(f"tokenizer.json: {error}") from error
+        raise
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Any = None) -> list[int]:

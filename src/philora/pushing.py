@@ -13,10 +13,10 @@ from philora import hub
 from philora.adapters import RECORD_NAME
 from philora.card import model_card
 from philora.checkpoint import read_peft_tensors, write_json, write_text
+from philora.companions import Companions
 from philora.config import Config
 from philora.errors import AdapterError, fault
-from philora.formats.companions import Companions
-from philora.merging import merge_to_folder
+from philora.merged_folder import merge_to_folder
 from philora.models import local_path
 from philora.sources import AdapterSource, find_adapter
 
@@ -79,7 +79,6 @@ def push(
         name = _base_name(found, base)
         if merged:
             merge_to_folder(found.path, folder, base=found.base)
-            Companions(folder, folder, None).write(folder, files=False)
         else:
             folder.mkdir()
             _copy_adapter(found, folder, name)

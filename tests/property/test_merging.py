@@ -21,7 +21,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 import philora
 from philora.adapters import FastLinear
 from philora.errors import AdapterError
-from philora.merging import merge_layer, merge_to_folder
+from philora.merged_folder import merge_to_folder
+from philora.merging import merge_layer
 from philora.verify import ROUNDED_ONCE, logits_of, probe
 
 MODULES = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"]

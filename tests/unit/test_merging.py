@@ -36,9 +36,11 @@ from transformers.pytorch_utils import Conv1D
 
 import philora
 from philora.adapters import FastLinear
+from philora.config import ModelConfig, TokenizerConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError
-from philora.merging import MergeResult, merge_layer, merge_to_folder
-from philora.models import local_path
+from philora.merged_folder import MergeResult, merge_to_folder
+from philora.merging import merge_layer
+from philora.models import load_tokenizer, local_path
 from tests.tolerances import LOGITS_FP32
 
 SPLIT = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -306,7 +308,7 @@ def test_merged_logits_are_the_adapters(case, name, caplog, tmp_path):
     expected = logits(loaded(base, adapter))
     plain = logits(AutoModelForCausalLM.from_pretrained(base))
     assert distance(plain, expected) > 1e-2, "the adapter changes nothing, so the comparison could not fail"
-    with caplog.at_level(logging.WARNING, "philora.merging"):
+    with caplog.at_level(logging.WARNING, "philora"):
         merged = philora.merge(loaded(base, adapter))
     assert not any("lora" in key or "modules_to_save" in key for key, _ in merged.named_parameters())
     assert distance(logits(merged), expected) < LOGITS_FP32
@@ -343,7 +345,7 @@ def test_a_shared_weight_stays_what_it_was_for_the_other(phi3, target, other):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_is_verified(phi3, dtype, caplog):
     model = trained(phi3().to(dtype), lora())
-    with caplog.at_level(logging.INFO, "philora.merging"):
+    with caplog.at_level(logging.INFO, "philora"):
         merged = philora.merge(model, probe={"input_ids": tokens(), "attention_mask": torch.ones(2, 20).long()})
     assert not any("lora" in name for name, _ in merged.named_modules())
     assert {each.dtype for each in merged.parameters()} == {dtype}
@@ -543,8 +545,11 @@ def nano_run(tmp_path_factory):
     return run
 
 
+STOP_IDS = AutoTokenizer.from_pretrained(local_path("nano")).convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+
+
 def test_a_run_becomes_a_model_folder(nano_run, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "philora.merging"):
+    with caplog.at_level(logging.INFO, "philora"):
         result = merge_to_folder(nano_run, tmp_path / "out")
     templates = AutoTokenizer.from_pretrained(result.folder).chat_template
     assert templates == {"default": "its own {{ messages }}", "other": "another"}
@@ -553,13 +558,42 @@ def test_a_run_becomes_a_model_folder(nano_run, tmp_path, caplog):
     readme = (result.folder / "README.md").read_text()
     assert readme.startswith("# out\n")
     assert "\nnano with the LoRA adapter run merged into its weights" in readme
-    assert len([line for line in readme.splitlines() if line]) == 3
+    stops = json.loads((result.folder / "stop_tokens.json").read_text())["stop_tokens"]
+    assert {each["text"]: each["id"] for each in stops} == {"<|end|>": STOP_IDS[0], "<|endoftext|>": STOP_IDS[1]}
+    assert "An answer ends at `<|end" in readme
     config = json.loads((result.folder / "config.json").read_text())
     assert config == json.loads((Path(local_path("nano")) / "config.json").read_text())
     assert "1 files, largest difference of a logit" in caplog.text
     assert "the adapter moves the base by" in caplog.text
     assert {path.name for path in result.folder.iterdir()} >= {"generation_config.json", "tokenizer.json"}
     assert not list(result.folder.glob("adapter*"))
+
+
+def test_the_command_of_a_merged_folder_runs(nano_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "adapter").mkdir()
+    for path in (nano_run / "adapter").glob("adapter_*"):
+        shutil.copy(path, tmp_path / "adapter")
+    result = merge_to_folder(tmp_path / "adapter", tmp_path / "out", base="nano", verify=False)
+    assert json.loads((result.folder / "stop_tokens.json").read_text())["ends_a_turn"] == "<|end|>"
+    code = (result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(result.folder)
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(nano_run, tmp_path, caplog):
+    """Such as one with code of its own: the model is merged, and its stop tokens have ids only."""
+    run = tmp_path / "run"
+    shutil.copytree(nano_run, run)
+    (run / "adapter/tokenizer.json").write_text("{")
+    with caplog.at_level(logging.WARNING, "philora"):
+        result = merge_to_folder(run, tmp_path / "out", verify=False)
+    assert "the tokenizer cannot be read, so stop tokens are named by id only" in caplog.text
+    stops = json.loads((result.folder / "stop_tokens.json").read_text())["stop_tokens"]
+    assert {each["id"]: each["text"] for each in stops} == dict.fromkeys(STOP_IDS)
+    with pytest.raises(ModelError, match=r"expected a folder with a tokenizer"):
+        load_tokenizer(ModelConfig(name_or_path=str(result.folder)), TokenizerConfig())
 
 
 def test_without_a_tokenizer_of_its_own_the_bases_is_taken(nano_run, tmp_path):
@@ -773,7 +807,7 @@ def test_a_full_disk_leaves_nothing(case, tmp_path):
     code = f"""
 import shutil
 from philora.errors import RunError
-from philora.merging import merge_to_folder
+from philora.merged_folder import merge_to_folder
 large = shutil.disk_usage("/")._replace(free=10**12)  # others may fill a disk while we write
 shutil.disk_usage = lambda path: large
 try:
@@ -812,7 +846,7 @@ MEASURE = """
 import sys, threading, time
 import torch, transformers, peft
 import philora
-from philora.merging import merge_to_folder
+from philora.merged_folder import merge_to_folder
 torch.set_num_threads(1)
 base, adapter, out, how = sys.argv[1:]
 
@@ -865,7 +899,7 @@ def test_memory_is_bounded_by_a_shard_and_a_weight(large, tmp_path):
 
 def test_a_killed_process_leaves_nothing_under_the_final_name(large, tmp_path):
     out = tmp_path / "out"
-    code = "import sys; from philora.merging import merge_to_folder; merge_to_folder(*sys.argv[1:3], base=sys.argv[3])"
+    code = "import sys, philora; philora.merge_to_folder(*sys.argv[1:3], base=sys.argv[3])"
     command = [sys.executable, "-c", code, large / "adapter", out, large / "base"]
     with subprocess.Popen([str(each) for each in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         deadline = time.monotonic() + 120

@@ -26,7 +26,7 @@ from philora.adapters import lora_layers
 from philora.config import ModelConfig, load_config
 from philora.errors import ConfigError, ModelError
 from philora.lora.functional import fused
-from philora.merging import merge_to_folder
+from philora.merged_folder import merge_to_folder
 from philora.models import load_model, load_skeleton, local_path
 from philora.quantization import QuantizedWeight, dequantized
 from tests.tolerances import LOGITS_FP32, MERGED_BF16, QUANTIZED_FP32

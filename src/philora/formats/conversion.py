@@ -15,10 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from philora.checkpoint import is_taken, whole_folder, write_text
+from philora.companions import Companions
 from philora.config import ModelConfig
 from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.formats.adapter import Adapter, as_fused, as_slices, check_updates, for_server
-from philora.formats.companions import Companions
 from philora.formats.loralib_file import WEIGHTS_NAME, read_loralib, write_loralib
 from philora.formats.peft_folder import read_peft, write_peft
 from philora.models import load_model, load_skeleton, local_path

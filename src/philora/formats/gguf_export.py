@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from philora.adapters import load_adapter
+from philora.base_files import base_folder, load_trained_over, read_trained_over
 from philora.checkpoint import write_text
+from philora.companions import Companions
 from philora.config import ModelConfig
 from philora.errors import AdapterError, ModelError, fault, one_per_line
 from philora.families import longrope_switch_tokens
 from philora.formats import held_out, llama
 from philora.formats.adapter import Adapter, Update, check_updates, for_server
-from philora.formats.companions import Companions
 from philora.formats.conversion import load_base, read_adapter, restored
 from philora.formats.gguf_file import (
     FILE_TYPES,
@@ -37,7 +38,7 @@ from philora.formats.gguf_file import (
 from philora.formats.ollama import context_tokens, write_modelfile
 from philora.formats.peft_folder import write_peft
 from philora.formats.vocabulary import vocabulary
-from philora.merging import base_folder, load_trained_over, merge, read_trained_over
+from philora.merging import merge
 from philora.models import load_skeleton
 from philora.quantization import dequantize_
 from philora.sources import AdapterSource, licence

@@ -17,9 +17,9 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from philora.checkpoint import write_text
+from philora.companions import Companions
 from philora.errors import ModelError, fault
 from philora.families import longrope_switch_tokens
-from philora.formats.companions import Companions
 
 ROLES = ("system", "user", "assistant")
 _MARKS = ("\x02one\x03", "\x02two\x03", "\x02three\x03")

@@ -1,25 +1,45 @@
-"""What goes beside the weights of every export: tokenizer, generation config, and which tokens end an answer."""
+"""What goes beside the weights of every export and merge: tokenizer, generation config, which tokens end an answer."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from philora.checkpoint import write_json
-from philora.config import ModelConfig, TokenizerConfig
-from philora.merging import GENERATION_FILE, TOKENIZER_FILES, copy_files
-from philora.models import load_tokenizer, stop_token_ids
+from philora.errors import ModelError
+from philora.models import read_tokenizer, set_padding, stop_token_ids
+
+logger = logging.getLogger(__name__)
 
 STOPS_NAME = "stop_tokens.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
+    "additional_chat_templates/*.jinja", "spiece.model", "*.tiktoken",
+)  # fmt: skip
+
+
+def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of a folder whose names fit."""
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file():
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 class Companions:
     """Tokenizer and generation config of an adapter: its own where its folder has them, else the base's.
 
     Attributes:
-        tokenizer: None where neither has one.
+        tokenizer: None where neither has one, or it cannot be read without code of its own.
         generation: None where neither has one.
         stops: Ids that end an answer, the one of a turn first.
     """
@@ -27,9 +47,7 @@ class Companions:
     def __init__(self, adapter: Path, base: Path, config: Any) -> None:
         self._tokenizer_folder = adapter if (adapter / "tokenizer_config.json").is_file() else base
         self._generation_folder = adapter if (adapter / GENERATION_FILE).is_file() else base
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        if (self._tokenizer_folder / "tokenizer_config.json").is_file():
-            self.tokenizer = load_tokenizer(ModelConfig(name_or_path=str(self._tokenizer_folder)), TokenizerConfig())
+        self.tokenizer = _tokenizer(self._tokenizer_folder)
         self.generation: GenerationConfig | None = None
         if (self._generation_folder / GENERATION_FILE).is_file():
             self.generation = GenerationConfig.from_pretrained(str(self._generation_folder))
@@ -62,6 +80,20 @@ class Companions:
             "ends_a_turn": texts[0] if texts else None,
             "padding_token_id": getattr(self.tokenizer, "pad_token_id", None),
         }
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """A folder's tokenizer; None where it has none, and, with a notice, where it cannot be read."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        tokenizer = read_tokenizer(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s: the tokenizer cannot be read, so stop tokens are named by id only: %s", folder, error)
+        return None
+    with contextlib.suppress(ModelError):  # a vocabulary may hold nothing to pad with, which is no fault here
+        set_padding(tokenizer)
+    return tokenizer
 
 
 def _turn_first(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> list[int]:
