@@ -1,6 +1,7 @@
 """Which settings matter: the demo's training with one setting changed at a time, scored on its held-out questions.
 
     python -m benchmarks.settings [--only NAME ...] [--seeds 42 1]
+    python -m benchmarks.settings --table            # the rows as docs/settings.md shows them
 
 The bundled model and help desk, six epochs unless the row says otherwise; AdamW, no evaluation in training. Rows go to
 results/settings.csv; they hold scores, not times.
@@ -9,6 +10,7 @@ results/settings.csv; they hold scores, not times.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import tempfile
@@ -64,12 +66,34 @@ def as_texts(file: Path) -> Path:
     return file
 
 
+def table() -> str:
+    """All rows in Markdown, the best loss first; of several seeds the values stand beside each other."""
+    with (RESULTS / "settings.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    lines = [
+        "| the demo with | steps | trained parameters | held-out loss | exact match |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    named = {name: [row for row in rows if row["what"] == name] for name in dict.fromkeys(row["what"] for row in rows)}
+    for name, same in sorted(named.items(), key=lambda each: float(each[1][0]["eval_loss"])):
+        same.sort(key=lambda row: row["seed"] != "42")
+        losses = ", ".join(f"{float(row['eval_loss']):.3f}" for row in same)
+        matches = ", ".join(f"{100 * float(row['exact_match']):.1f}%" for row in same)
+        steps, parameters = same[0]["steps"], int(same[0]["trainable_parameters"])
+        lines.append(f"| {name} | {steps} | {parameters:,} | {losses} | {matches} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Scores of the demo's training with one setting changed at a time.")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[42])
+    parser.add_argument("--table", action="store_true", help="print the rows and train nothing")
     given = parser.parse_args()
+    if given.table:
+        print(table(), end="")
+        return
     source = str(resources.files("philora") / "nano" / "demo.yaml")
     for seed in given.seeds:
         for name in given.only:

@@ -9,30 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 import philora
-from philora.config import load_config, reference
+from philora.config import reference
 
 ROOT = Path(__file__).parents[2]
 
 
-def blocks(path, language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
-
-
 def test_every_setting_is_documented():
     assert reference() in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("path", ["README.md", "docs/loralib.md"])
-def test_yaml_and_json_blocks_are_valid(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "conversations.jsonl").write_text("{}")
-    for block in blocks(path, "yaml"):
-        load_config(yaml.safe_load(block))
-    for block in blocks(path, "python"):
-        compile(block, path, "exec")
 
 
 def test_the_readme_names_the_commands_that_exist():
@@ -47,10 +32,52 @@ def test_the_version_is_one():
     assert f'version = "{philora.__version__}"' in project
 
 
-def test_links_lead_somewhere():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+PAGES = [path for folder in (".", "docs", "examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.md"))]
+
+
+def anchors(path):
+    """Names that a link to a page may end in."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        named = re.search(r"\{#([\w-]+)\}$", heading)
+        yield named[1] if named else re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+def broken_links(path):
+    """Links of a page to files or headings that are not there, and addresses that are none."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            if not re.fullmatch(r"https://[\w-]+(\.[\w-]+)+(/[^\s<>]*)?", target):
+                yield target
+            continue
+        file, _, anchor = target.partition("#")
+        there = path.parent / file if file else path
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            yield target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert not list(broken_links(path))
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path):
+    (tmp_path / "b.md").write_text("# There is one\n### Named {#name}\n")
+    page = tmp_path / "a.md"
+    page.write_text("[a](b.md) [b](b.md#there-is-one) [c](b.md#name) [d](https://example.org/x) [e](#f)\n# F\n")
+    assert not list(broken_links(page))
+    page.write_text("[a](c.md) [b](b.md#no) [c](#no) [d](http:/x) [e](https://x y)\n")
+    assert list(broken_links(page)) == ["c.md", "b.md#no", "#no", "http:/x"]
+
+
+def test_the_commands_page_is_that_of_the_command_line():
+    from tools.commands import commands, filled
+
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page == filled(page), "run: python tools/commands.py"
+    assert sorted(re.findall(r"<!-- help: (\w+) -->", page)) == sorted(commands())
+    assert sorted(re.findall(r"^### philora (\w+)$", page, re.MULTILINE)) == sorted(commands())
 
 
 def test_the_architecture_names_every_module():

@@ -1,0 +1,63 @@
+"""Writes the tables of docs/commands.md from the command line itself.
+
+    python tools/commands.py          # after a command or an option has changed
+
+What stands between the marks `<!-- help: NAME -->` and `<!-- end -->` is replaced; a test compares it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from philora.cli import app
+
+PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
+MARKED = re.compile(r"(<!-- help: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def commands() -> dict[str, Any]:
+    """Every command by its name."""
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
+def metavar(argument: Any) -> str:
+    """How an argument stands in the usage line."""
+    said = argument.metavar or str(argument.name).upper()
+    return said if argument.required or said.startswith("[") else f"[{said}]"
+
+
+def section(name: str) -> str:
+    """What a command is, its usage, and a table of its arguments and options, as its help says."""
+    command = commands()[name]
+    shown = [each for each in command.params if not getattr(each, "hidden", False) and each.name != "help"]
+    arguments = [each for each in shown if each.param_type_name == "argument"]
+    words = " ".join(metavar(each) for each in arguments)
+    options = " [OPTIONS]" if len(arguments) < len(shown) else ""
+    lines = [f"{command.help}", "", "```text", " ".join(f"philora {name}{options} {words}".split()), "```", ""]
+    rows = []
+    for each in shown:
+        if each.param_type_name == "argument":
+            rows.append((f"`{metavar(each)}`", "", each.help or ""))
+            continue
+        names = ", ".join(f"`{part}`" for part in (*each.opts, *each.secondary_opts))
+        default = "" if each.default in (None, False, "", ()) or each.is_flag else f"`{each.default}`"
+        rows.append((names, default, each.help or ""))
+    if rows:
+        lines += ["| | default | |", "| --- | --- | --- |"]
+        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def filled(page: str) -> str:
+    """The page with its marked parts as the command line has them."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{section(found[2])}\n{found[3]}", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
