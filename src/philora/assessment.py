@@ -125,7 +125,8 @@ def evaluate(
     kept = rows_to_score(found, limit, keep_training_rows)
     if answers is None:
         answers = loaded.config.evaluation.generate if loaded.config is not None else ANSWERS
-    asked = [row for row in kept if row in set(found.answerable)][:answers]
+    answerable = set(found.answerable)
+    asked = [row for row in kept if row in answerable][:answers]
     rows = found.rows.select(kept)
     conversations = [prompts_and_references(found.conversations[row]) for row in asked]
     logger.info("evaluating %d rows, %d answers", len(kept), len(conversations))
@@ -346,7 +347,7 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
     lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in questions)
     try:
         words = shlex.split(command)
-        done = subprocess.run(words, input=lines, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, input=lines, capture_output=True, encoding="utf-8", check=False)
     except (OSError, ValueError, IndexError) as error:
         raise ConfigError(fault("evaluate", "judge", command, f"a command that can be started ({error})")) from error
     if done.returncode:

@@ -562,8 +562,7 @@ def _train(source: str, overrides: list[str], resume: bool | str) -> None:
     _logging(str(config.training_config.get("log_level", "info")))
     command = shlex.join(processes.command(sys.argv[1:]))
     if source == "demo":
-        folder = config.training_config["output_dir"]
-        command = shlex.join(processes.command(["train", "demo", f"training_config.output_dir={folder}"]))
+        command = shlex.join(processes.command(["train", "demo", *overrides]))  # in the folder that `demo` found
     with (
         StopOnSignal("while loading", f"Nothing was written; start it again with: {command}"),
         err.status("loading") if processes.is_main() else contextlib.nullcontext(),

@@ -32,7 +32,17 @@ from philora.generation import (
     window_tokens,
 )
 from philora.kernels.memory import out_of_memory
-from philora.measures import EXACT_MATCH, LOSS, PERPLEXITY, TOKEN_ACCURACY, Measure, Paired, of_means, paired
+from philora.measures import (
+    EXACT_MATCH,
+    LOSS,
+    PERPLEXITY,
+    TOKEN_ACCURACY,
+    Measure,
+    Paired,
+    exp_or_inf,
+    of_means,
+    paired,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -136,30 +146,8 @@ class Evaluation:
     rows: list[RowScores] = field(default_factory=list)
 
 
-class Metric(NamedTuple):
-    """A figure of `Scores` as people read it.
-
-    Attributes:
-        field: Its name in `Scores`.
-        title: Its name in a table.
-        higher_is_better: Which way is up.
-        percent: A share, shown as a percentage.
-        digits: Behind the point.
-    """
-
-    field: str
-    title: str
-    higher_is_better: bool
-    percent: bool
-    digits: int = 3
-
-
-METRICS = (
-    Metric("loss", "Loss", higher_is_better=False, percent=False),
-    Metric("perplexity", "Perplexity", higher_is_better=False, percent=False),
-    Metric("token_accuracy", "Token accuracy", higher_is_better=True, percent=True),
-    Metric("exact_match", "Exact match", higher_is_better=True, percent=True),
-)
+METRICS = (LOSS, PERPLEXITY, TOKEN_ACCURACY, EXACT_MATCH)
+"""What every run scores, before and after."""
 
 
 class Comparison(NamedTuple):
@@ -209,7 +197,7 @@ def summary(rows: Sequence[RowScores]) -> TokenScores:
     if count == 0:
         return TokenScores(math.nan, math.nan, math.nan, 0)
     mean = math.fsum(each.loss for each in rows) / count
-    return TokenScores(mean, _exp(mean), sum(each.correct for each in rows) / count, count)
+    return TokenScores(mean, exp_or_inf(mean), sum(each.correct for each in rows) / count, count)
 
 
 def score_rows(
@@ -329,15 +317,15 @@ def evaluate(
     fitting = [pair for pair, length in zip(conversations, lengths, strict=True) if window is None or length < window]
     answers = generate(model, tokenizer, [prompt for prompt, _ in fitting], settings)
     samples = [_sample(prompt, reference, answer) for (prompt, reference), answer in zip(fitting, answers, strict=True)]
-    matches = sum(each.matched for each in samples)
-    scores = Scores(
-        *summary(row_scores),
-        exact_match=matches / len(samples) if samples else None,
-        exact_match_count=matches,
-        answers=len(samples),
-    )
     seconds = time.perf_counter() - started
-    return Evaluation(scores, samples, seconds, too_long=len(conversations) - len(fitting), rows=row_scores)
+    too_long = len(conversations) - len(fitting)
+    return Evaluation(_scores(row_scores, samples), samples, seconds, too_long, row_scores)
+
+
+def _scores(rows: Sequence[RowScores], samples: Sequence[Sample]) -> Scores:
+    matches = sum(each.matched for each in samples)
+    share = matches / len(samples) if samples else None
+    return Scores(*summary(rows), exact_match=share, exact_match_count=matches, answers=len(samples))
 
 
 def compare(before: Evaluation, after: Evaluation) -> list[Paired]:
@@ -375,26 +363,10 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
     """
     if len(parts) == 1:
         return parts[0]
-    scored = [each.scores for each in parts if each.scores.label_tokens]
-    labels = sum(each.label_tokens for each in scored)
-
-    def mean(name: str) -> float:
-        return sum(getattr(each, name) * each.label_tokens for each in scored) / labels if labels else math.nan
-
-    loss = mean("loss")
-    samples = [sample for each in parts for sample in each.samples]
-    matches = sum(each.matched for each in samples)
-    scores = Scores(
-        loss,
-        _exp(loss) if labels else math.nan,
-        mean("token_accuracy"),
-        labels,
-        exact_match=matches / len(samples) if samples else None,
-        exact_match_count=matches,
-        answers=len(samples),
-    )
     rows = [row for each in parts for row in each.rows]
-    return Evaluation(scores, samples, max(each.seconds for each in parts), sum(each.too_long for each in parts), rows)
+    samples = [sample for each in parts for sample in each.samples]
+    seconds, too_long = max(each.seconds for each in parts), sum(each.too_long for each in parts)
+    return Evaluation(_scores(rows, samples), samples, seconds, too_long, rows)
 
 
 def compare_table(before: Scores, after: Scores) -> list[Comparison]:
@@ -411,7 +383,7 @@ def compare_table(before: Scores, after: Scores) -> list[Comparison]:
     return table
 
 
-def shown_figure(value: float | None, measure: Metric | Paired | Measure) -> str:
+def shown_figure(value: float | None, measure: Measure | Paired) -> str:
     """A figure as people read it; a dash for none."""
     return _shown(_number(value), measure)
 
@@ -421,11 +393,12 @@ def interval_of(figure: Paired) -> str:
     change = _change(_number(figure.before), _number(figure.after), figure)
     if figure.low is None or figure.high is None:
         return change
-    ends = (_change(0.0, each, figure).removesuffix(" pp") for each in (figure.low, figure.high))
+    size = max(abs(figure.before), abs(figure.after))
+    ends = (_signed(each, figure, size).removesuffix(" pp") for each in (figure.low, figure.high))
     return f"{change} [{', '.join(ends)}]"
 
 
-def better(metric: Metric, before: float | None, after: float | None) -> bool | None:
+def better(metric: Measure, before: float | None, after: float | None) -> bool | None:
     """Whether a figure got better; None when it is the same or a side lacks it."""
     before, after = _number(before), _number(after)
     if before is None or after is None or before == after:
@@ -590,7 +563,7 @@ def _number(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def _shown(value: float | None, metric: Metric | Paired | Measure) -> str:
+def _shown(value: float | None, metric: Measure | Paired) -> str:
     if value is None:
         return "–"
     if metric.percent:
@@ -598,17 +571,18 @@ def _shown(value: float | None, metric: Metric | Paired | Measure) -> str:
     return f"{value:.{metric.digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _change(before: float | None, after: float | None, metric: Metric | Paired) -> str:
-    """The difference with its sign; of shares in percentage points."""
+def _change(before: float | None, after: float | None, metric: Measure | Paired) -> str:
+    """The difference with its sign, to as many digits as its figures; of shares in percentage points."""
     if before is None or after is None:
         return "–"
-    change = after - before
+    return _signed(after - before, metric, max(abs(before), abs(after)))
+
+
+def _signed(change: float, metric: Measure | Paired, size: float) -> str:
+    """A difference between figures of about that size."""
     if math.isnan(change):  # infinite before and after
         return "–"
     if metric.percent:
         return f"{100 * change:+.1f} pp".replace("-", "−")
-    return (f"{change:+.{metric.digits}f}" if abs(change) < 1000 else f"{change:+,.0f}").replace("-", "−")
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    digits = metric.digits if max(size, abs(change)) < 1000 else 0
+    return f"{change:+,.{digits}f}".replace("-", "−")

@@ -116,7 +116,7 @@ def mean(sums: Sums) -> float:
 
 
 LOSS = Measure("loss", "Loss", False, False, mean)
-PERPLEXITY = Measure("perplexity", "Perplexity", False, False, lambda sums: _exp(mean(sums)))
+PERPLEXITY = Measure("perplexity", "Perplexity", False, False, lambda sums: exp_or_inf(mean(sums)))
 TOKEN_ACCURACY = Measure("token_accuracy", "Token accuracy", True, True, mean)
 EXACT_MATCH = Measure("exact_match", "Exact match", True, True, mean)
 JUDGE = Measure("judge", "Judge", True, False, mean, digits=2)
@@ -262,5 +262,6 @@ def _from_sacrebleu(name: str, answers: Sequence[str], references: Sequence[str]
     return Measure(name, "BLEU" if name == "bleu" else "chrF", True, False, figure, digits=1), sums
 
 
-def _exp(value: float) -> float:
+def exp_or_inf(value: float) -> float:
+    """exp; infinite where it is beyond a float."""
     return math.exp(value) if value < 700 else math.inf

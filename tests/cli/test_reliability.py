@@ -308,10 +308,11 @@ def test_a_signal_while_the_command_loads(cli, monkeypatch, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setitem(sys.modules, "philora.progress", Loading())
-    answer = cli("demo", "--out", tmp_path / "run")
+    answer = cli("demo", "--out", tmp_path / "run", "peft_config.r=4")
     assert answer.code == 3
-    said = "SIGTERM: stopped while loading. Nothing was written; start it again with: philora train demo"
-    assert said in " ".join(answer.err.split())
+    said = " ".join(answer.err.split())
+    assert "SIGTERM: stopped while loading. Nothing was written; start it again with: philora train demo" in said
+    assert f"training_config.output_dir={tmp_path / 'run'} peft_config.r=4" in said
 
 
 def test_a_second_signal_stops_at_once():

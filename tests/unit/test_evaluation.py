@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from philora import evaluation
+from philora import evaluation, measures
 from philora.evaluation import (
     Evaluation,
     Sample,
@@ -311,6 +311,12 @@ def test_compare_table():
         ("Token accuracy", "41.2%", "90.5%", "+49.3 pp"),
         ("Exact match", "3.0%", "84.5%", "+81.5 pp"),
     ]
+
+
+def test_a_difference_has_the_digits_of_its_figures():
+    """3,605 and 4,228 differ by 623, and not by 622.574."""
+    paired = measures.Paired("perplexity", "Perplexity", 3605.2, 4227.8, -922.44, 1208.1, 1, 0, 1)
+    assert evaluation.interval_of(paired) == "+623 [−922, +1,208]"
 
 
 def test_compare_table_without_answers_and_with_what_is_not_finite():

@@ -79,6 +79,23 @@ def test_both_answer_and_the_vote_is_stored(page, votes):
     assert page.trouble == []
 
 
+def test_a_vote_holds_the_system_prompt_that_was_answered_to(page, votes):
+    page.click("#toggle")
+    page.fill("#system", "Be brief.")
+    ask(page, "Who are you?")
+    page.fill("#system", "Another, for the next turn.")
+    page.click(".turn:last-child .answer:nth-child(1) .vote")
+    page.wait_for_selector(".voted")
+    record = json.loads(votes.read_text(encoding="utf-8").splitlines()[-1])
+    assert record["prompt"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_an_answer_that_breaks_off_is_said(page):
+    start = json.dumps({"choices": [{"index": 0, "delta": {"content": "I am"}, "finish_reason": None}]})
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=f"data: {start}\n\n"))
+    assert ask(page, "Who are you?") == ["The answer broke off: the server ended it"] * 2
+
+
 def test_the_text_comes_in_pieces_and_can_be_stopped(page, served):
     page.evaluate(
         """() => { window.seen = new Set(); new MutationObserver(() => {

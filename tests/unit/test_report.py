@@ -594,7 +594,7 @@ def test_several_runs_are_compared(tmp_path):
         "Loss 0.360 0.200",
         "Exact match 81.9% 90.0%",
         "Loss of the base 3.487 3.487",
-        "Settings that differ small large peft_config.r 16 64",
+        "Settings that differ small large peft_config. r 16 64",
         "Tokens per second 4,833 4,833",
     ):
         assert shown in page.text, shown

@@ -6,8 +6,8 @@ const STORE = "philora-chat";
 const FIELDS = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed"];
 const key = new URLSearchParams(location.hash.slice(1)).get("key");
 
-/* A turn: {user, answers: [{model, text, finish, tokens, seconds, error}], chosen: 0 | 1, voted, blind, leftOut}.
-   The conversation goes on with answers[chosen]. */
+/* A turn: {user, system, settings, answers: [{model, text, finish, tokens, seconds, error}], chosen: 0 | 1, voted,
+   blind, leftOut}. The conversation goes on with answers[chosen]. */
 let turns = [];
 let running = null; // AbortController while answers come
 
@@ -40,13 +40,14 @@ const say = (text, bad = false) => {
 // -- the conversation
 
 function messages(before, from = 0) {
-  const list = $("system").value.trim() ? [{ role: "system", content: $("system").value }] : [];
+  const { system, user } = turns[before]; // as they were when it was asked, also for a vote that comes later
+  const list = system?.trim() ? [{ role: "system", content: system }] : [];
   for (const turn of turns.slice(from, before)) {
     const answer = turn.answers[turn.chosen];
     if (!answer.text) continue;
     list.push({ role: "user", content: turn.user }, { role: "assistant", content: answer.text });
   }
-  return [...list, { role: "user", content: turns[before].user }];
+  return [...list, { role: "user", content: user }];
 }
 
 function settings() {
@@ -104,6 +105,7 @@ async function answer(place, side, view, signal) {
       made.seconds = (performance.now() - begun) / 1000;
       view.update();
     }
+    if (made.finish === null) throw new Error("The answer broke off: the server ended it");
   } catch (error) {
     if (error.name === "AbortError") made.finish = "stopped";
     else made.error = error.message;
@@ -119,8 +121,8 @@ async function ask(text) {
   const shared = settings();
   // One seed for both, so that chance does not favour a side.
   if (shared.seed === undefined) shared.seed = Math.floor(Math.random() * 2 ** 31);
-  const turn = { user: text, answers: models.map(fresh), chosen: models.indexOf($("right").value), voted: false, blind,
-    settings: shared, leftOut: turns.at(-1)?.leftOut ?? 0 };
+  const turn = { user: text, system: $("system").value, settings: shared, answers: models.map(fresh),
+    chosen: models.indexOf($("right").value), voted: false, blind, leftOut: turns.at(-1)?.leftOut ?? 0 };
   if (turn.chosen < 0) turn.chosen = 1;
   turns.push(turn);
   const place = turns.length - 1;
@@ -278,7 +280,7 @@ async function begin() {
   const models = (await (await call("v1/models")).json()).data;
   const names = models.map((each) => each.id);
   for (const side of ["left", "right"]) {
-    for (const name of names) $(side).append(new Option(name, name));
+    for (const { id, parent } of models) $(side).append(new Option(parent ? id : `${id} (base)`, id));
   }
   $("left").value = names.at(-1); // the base comes last
   $("right").value = names[0];
