@@ -99,3 +99,16 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_every_page_is_in_the_site():
     named = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_architecture_says_why_each_dependency_is_there():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Why each dependency")[2]
+    listed = {each for row in re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE) for each in re.findall(r"[\w-]+", row)}
+    assert {re.match(r"[\w-]+", each)[0] for each in needed} <= listed
