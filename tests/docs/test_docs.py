@@ -96,6 +96,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "philora.train" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
 
 
+def test_every_public_name_has_its_docstring_in_the_site():
+    named = re.findall(r"^::: philora\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(philora.__all__) <= set(named)
+
+
 def test_every_page_is_in_the_site():
     named = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
