@@ -39,6 +39,7 @@ class Cell:
         base: `bf16` or `nf4`.
         recomputation: none, elementwise or full.
         steps: Optimizer steps: oneDNN's kernels and the heap grow in the first ones.
+        answers: Answers that are generated before training and after it, of 32 tokens at most; 0: no evaluation.
     """
 
     width: int
@@ -47,11 +48,13 @@ class Cell:
     base: str
     recomputation: str
     steps: int = 6
+    answers: int = 0
 
     @property
     def name(self) -> str:
         """For people and for `--only`."""
-        return f"{self.width}x{self.layers}/{self.tokens}/{self.base}/{self.recomputation}"
+        name = f"{self.width}x{self.layers}/{self.tokens}/{self.base}/{self.recomputation}"
+        return f"{name}/{self.answers} answers" if self.answers else name
 
 
 SIZES = ((1024, 6, 1024), (1536, 6, 1024), (2048, 6, 1024))
@@ -62,6 +65,7 @@ CELLS = tuple(
     for grade in ("none", "elementwise", "full")
     if grade != "elementwise" or size[0] == 1536
 )
+EVALUATED = (Cell(1536, 6, 1024, "bf16", "full", 4, answers=64), Cell(1536, 6, 1024, "nf4", "full", 4, answers=64))
 QUICK = (Cell(1024, 4, 2048, "bf16", "none", 5), Cell(1024, 4, 2048, "nf4", "full", 5))
 
 
@@ -128,7 +132,8 @@ def child(cell: Cell, folder: Path, work: Path) -> dict[str, Any]:
                 "dtype": "bfloat16",
                 "quantization": "nf4" if cell.base == "nf4" else "none",
             },
-            "data": {"train": "helpdesk", "eval": None},
+            "data": {"train": "helpdesk", "eval": "helpdesk" if cell.answers else None},
+            "evaluation": {"generate": cell.answers, "max_new_tokens": 32},
             "training_config": {
                 "output_dir": str(work),
                 "max_length": cell.tokens,
@@ -156,7 +161,7 @@ def measure(cell: Cell, root: Path, threads: int = 2, timeout: float = 900) -> d
     Raises:
         RuntimeError: It failed; the message holds its last line.
     """
-    folder, stem = root / f"model-{cell.width}x{cell.layers}", root / cell.name.replace("/", "-")
+    folder, stem = root / f"model-{cell.width}x{cell.layers}", root / cell.name.replace("/", "-").replace(" ", "-")
     command = [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(asdict(cell)), "--root", str(root)]
     if not (folder / "tokenizer.json").exists():
         start([*command, "--write", "--out"], root / f"write-{folder.name}", environment(threads), timeout)
@@ -196,7 +201,7 @@ def main() -> None:
         return
     of_machine = machine(environment(given.threads))
     with tempfile.TemporaryDirectory() as root:
-        for cell in CELLS:
+        for cell in (*CELLS, *EVALUATED):
             if given.only in cell.name:
                 found = measure(cell, Path(root), given.threads)
                 facts = row(cell, found, given.threads, of_machine)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import statistics
 import sys
 import time
@@ -26,6 +25,13 @@ def peak_memory_bytes() -> int:
     """Largest memory that this process has held: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    # Linux hands ru_maxrss of the starting process on through exec, so that a small run would show its parent's.
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(each.split()[1]) * 1024 for each in lines if each.startswith("VmHWM:"))
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

@@ -16,21 +16,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3ForCausalLM, Phi3MLP, Phi3RMSNorm
 
-from philora import native
+from philora import native, processes
 from philora.adapters import FastLinear
+from philora.kernels.memory import free_bytes
 from philora.kernels.modules import FastPhi3RMSNorm
 from philora.kernels.rotary import note_documents
 from philora.lora.functional import fused_enabled
 
 PREFILL_TOKENS = 4096
 """Tokens of prompts at once, padding included; a longer prompt is taken alone."""
+
+PACKED_SHARE = 0.5
+"""Weights are reordered where the copies take less than this share of the free memory."""
 
 ROOM_TOKENS = 64
 """The cache grows by this, and by a quarter of itself where that is more."""
@@ -44,11 +47,34 @@ def covers(model: nn.Module) -> bool:
     It does for plain Phi-3 models on one device with SiLU and no autocast, whatever adapters and quantised layers stand
     in the place of their linear layers, and unless hooks watch their modules or `PHILORA_FUSED=0` turns fast paths off.
     """
+    devices = {each.device.type for each in _base(model).parameters()}
+    if len(devices) != 1 or "meta" in devices or torch.is_autocast_enabled(next(iter(devices))):
+        return False
+    return _plain(model)
+
+
+def packs(model: nn.Module, device: str, dtype: torch.dtype) -> bool:
+    """Whether `Decoder` holds reordered weights of this model besides, where memory lets it.
+
+    Args:
+        model: As `covers` takes it; it needs no weights.
+        device: Where it generates.
+        dtype: Of its weights.
+    """
+    return (
+        device == "cpu"
+        and dtype == torch.bfloat16
+        and torch._C._has_mkldnn
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and _plain(model)
+    )
+
+
+def _plain(model: nn.Module) -> bool:
+    """Whether the model is the architecture that is computed here, with nothing that watches its modules."""
     base = _base(model)
     if type(base) is not Phi3ForCausalLM or not fused_enabled() or hasattr(base, "_hf_hook"):
-        return False
-    devices = {each.device.type for each in base.parameters()}
-    if len(devices) != 1 or "meta" in devices or torch.is_autocast_enabled(next(iter(devices))):
         return False
     if hasattr(model, "peft_config") and any(each.is_prompt_learning for each in cast(Any, model).peft_config.values()):
         return False
@@ -98,8 +124,8 @@ class Decoder:
         packing: Of another decoder over the same base, so that its reordered weights are held once.
 
     Cost:
-        On a CPU with bf16 weights a reordered copy of each linear layer's weight, where half of the free memory
-        holds them; keys and values of the positions in use, and a quarter more.
+        Where `packs` says so a reordered copy of each linear layer's weight, unless half of the free memory is too
+        little for them; keys and values of the positions in use, and a quarter more.
     """
 
     def __init__(self, model: nn.Module, rows: int, limit_tokens: int, packing: Packing | None = None) -> None:
@@ -312,14 +338,10 @@ class Packing:
         self.rows = rows
         self.plain: dict[nn.Linear, Product] = {}
         linear = [each.weight for each in base.modules() if isinstance(each, nn.Linear)]
-        needed = sum(each.nbytes for each in linear if each.is_floating_point())
-        self.on = (
-            all(each.device.type == "cpu" for each in linear)
-            and torch._C._has_mkldnn
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-            and needed < psutil.virtual_memory().available / 2
-        )
+        needed = sum(each.nbytes for each in linear if each.dtype == torch.bfloat16)
+        device = next(base.parameters()).device.type
+        free = free_bytes(device) / processes.local_count()
+        self.on = packs(base, device, torch.bfloat16) and needed < PACKED_SHARE * free
 
     def product(self, module: nn.Module) -> Product:
         """The function of a linear layer, of PEFT's layer over one, or of any other module."""

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from philora import native
 from philora.config import ModelConfig
+from philora.decoding import packs
 from philora.kernels.loss import CHUNK_BYTES, FEWEST_TOKENS
 from philora.kernels.modules import FAST, FastPhi3MLP
 from philora.models import resolve_dtype
@@ -132,6 +133,25 @@ class Linears(NamedTuple):
     in_features: int
 
 
+class Evaluated(NamedTuple):
+    """What an evaluation has in memory at once.
+
+    Attributes:
+        tokens: Of a batch that is scored.
+        answers: Made at once.
+        answer_tokens: Of each, with its prompt.
+        packed: Bytes of weights that are reordered for them, or 0.
+    """
+
+    tokens: int = 0
+    answers: int = 0
+    answer_tokens: int = 0
+    packed: int = 0
+
+
+NOT_EVALUATED = Evaluated()
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What memory and time of a run depend on besides its batch.
@@ -156,6 +176,7 @@ class Footprint:
         linears: Of the decoder layers.
         quantized_matrix: Elements of the largest weight that is dequantised.
         skips_last: Whether the last layer leaves out tokens without a label.
+        packed: Bytes of the reordered weights that generation holds where there is room; 0 where it makes none.
     """
 
     device: str
@@ -177,6 +198,14 @@ class Footprint:
     linears: Linears
     quantized_matrix: int
     skips_last: bool
+    packed: int
+
+    @property
+    def anonymous(self) -> int:
+        """Bytes that the process holds while it evaluates, without what belongs to a batch and pages of files."""
+        runtime = RUNTIME_CPU_BYTES + KERNELS_CPU_BYTES if self.device == "cpu" else RUNTIME_GPU_BYTES
+        trained = self.trained_bytes * self.trainable + self.optimizer
+        return runtime + trained + (0 if self.mapped else self.weights)
 
     @property
     def element_bytes(self) -> int:
@@ -189,7 +218,7 @@ class Footprint:
         recomputation: Recomputation,
         *,
         label_share: float = 1.0,
-        evaluation: tuple[int, int, int] = (0, 0, 0),
+        evaluation: Evaluated = NOT_EVALUATED,
     ) -> Estimate:
         """Memory by part.
 
@@ -197,7 +226,7 @@ class Footprint:
             tokens: Tokens of a micro-batch.
             recomputation: What backward computes again.
             label_share: Of the tokens, those with a label.
-            evaluation: Tokens of a batch that is scored, answers made at once, tokens of each with its prompt.
+            evaluation: What is evaluated at once.
         """
         size = self.element_bytes
         labelled = label_share if self.skips_last and recomputation != "full" else 1.0
@@ -234,7 +263,7 @@ class Footprint:
             heap=round(heap),
             runtime=runtime + kernels,
             loading=self.weights + self.trained_bytes * self.trainable + runtime + max(self.converted, matrix),
-            evaluation=self._evaluation(*evaluation, label_share) + runtime + kernels if any(evaluation) else 0,
+            evaluation=self._evaluation(evaluation, label_share) + runtime + kernels if any(evaluation) else 0,
             files=self.weights if self.mapped else 0,
         )
 
@@ -262,8 +291,9 @@ class Footprint:
         chunk = min(labels, max(FEWEST_TOKENS, CHUNK_BYTES // (self.vocabulary * self.element_bytes)))
         return labels * 3 * self.hidden * self.element_bytes + chunk * self.vocabulary * self.element_bytes
 
-    def _evaluation(self, tokens: int, answers: int, answer_tokens: int, label_share: float) -> int:
-        """Scoring a batch, or making answers with a cache of keys and values; the adapter is there, no gradient."""
+    def _evaluation(self, evaluated: Evaluated, label_share: float) -> int:
+        """Scoring a batch, or making answers with a cache of keys and values, when the run has trained: no gradient."""
+        tokens, answers, answer_tokens, packed = evaluated
         size = self.element_bytes
         # One layer at a time: residual, norm, output of the widest product, half of it after SwiGLU, and the mask.
         wide = (3 * self.hidden * size + 1.5 * self.layer.widest) * max(tokens, answers * answer_tokens)
@@ -271,8 +301,9 @@ class Footprint:
         logits = 3 * 4 * min(2**25, tokens * label_share * self.vocabulary)
         # Keys and values of all layers, and of one more while a token is added.
         cache = answers * answer_tokens * 2 * self.key_value_width * size * (self.layers + 1)
-        held = self.weights + self.trained_bytes * self.trainable + self.quantized_matrix * size
-        return round(held + max(wide + logits if tokens else 0, cache + (wide if answers else 0)))
+        trained = self.trained_bytes * self.trainable + self.optimizer
+        held = self.weights + trained + self.quantized_matrix * size
+        return round(held + max(wide + logits if tokens else 0, cache + packed + (wide if answers else 0)))
 
     # -- time
 
@@ -316,6 +347,12 @@ def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str, 
             matrices.append(each.numel())
         counts[id(each)] = each.numel(), each.numel() * held
     weights = math.ceil(sum(held for _, held in counts.values()))
+    plain = (
+        each.weight.numel()
+        for name, each in base.named_modules()
+        if isinstance(each, nn.Linear) and plain_name(f"{name}.weight") not in quantized
+    )
+    packed = sum(plain) * size if packs(model, device, dtype) else 0
     stored = getattr(config, "dtype", None) or dtype
     in_files = scheme_of(base.config) is not None or (scheme == "none" and stored == dtype)
     converts = scheme == "none" and stored != dtype
@@ -346,6 +383,7 @@ def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str, 
         linears=Linears(every, largest.out_features, largest.in_features),
         quantized_matrix=max(matrices),
         skips_last=isinstance(base.base_model, Phi3Model),
+        packed=packed,
     )
 
 

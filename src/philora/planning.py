@@ -12,11 +12,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import peft
-import psutil
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
@@ -24,7 +22,9 @@ from transformers import PreTrainedModel
 from philora.adapters import apply_slices, optimize, resolve_for_training
 from philora.config import Config
 from philora.data import DataReport, SplitReport
-from philora.footprint import PARTS, Estimate, Footprint, Recomputation, footprint
+from philora.decoding import PACKED_SHARE
+from philora.footprint import NOT_EVALUATED, PARTS, Estimate, Evaluated, Footprint, Recomputation, footprint
+from philora.kernels.memory import available_bytes
 from philora.quantization import QuantizedWeight, bitsandbytes_is_here, empty_layer
 
 TOKENS_PER_STEP = 8192  # default number of tokens in one optimizer step, where the data allows STEPS_AT_LEAST
@@ -229,8 +229,8 @@ def plan(
     mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
     row_tokens = max_length if packing else min(mean, max_length)
     label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
-    evaluated = _evaluated(config, report, max_length)
     memory = available_bytes(device) // sharing
+    evaluated = _evaluated(config, report, max_length, counted, memory)
     wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
     batch = choose(
         counted,
@@ -305,15 +305,16 @@ def _lengths(
     return max_length, tokens
 
 
-def _evaluated(config: Config, report: DataReport, max_length: int) -> tuple[int, int, int]:
-    """Tokens of a batch that is scored, answers made at once, tokens of each with its prompt."""
+def _evaluated(config: Config, report: DataReport, max_length: int, counted: Footprint, memory: int) -> Evaluated:
+    """What the run evaluates at once before training and after it."""
     figures = report.eval
     if figures is None or not figures.rows:
-        return 0, 0, 0
+        return NOT_EVALUATED
     longest = min(figures.longest_tokens, max_length)
     settings = config.evaluation
     answers = min(settings.batch_size, settings.generate, figures.rows)
-    return max(longest, min(8192, figures.tokens)), answers, longest + settings.max_new_tokens
+    packed = counted.packed if answers and counted.packed < PACKED_SHARE * (memory - counted.anonymous) else 0
+    return Evaluated(max(longest, min(8192, figures.tokens)), answers, longest + settings.max_new_tokens, packed)
 
 
 def _steps(
@@ -350,7 +351,7 @@ def choose(
     memory: int,
     processes: int = 1,
     label_share: float = 1.0,
-    evaluation: tuple[int, int, int] = (0, 0, 0),
+    evaluation: Evaluated = NOT_EVALUATED,
 ) -> Batch:
     """Fill in what the person left open: the largest micro-batch, with the least recomputation that lets one fit.
 
@@ -365,7 +366,7 @@ def choose(
         processes: Processes that share a step. Where it cannot be divided among them evenly it grows to the next
             number of rows that can.
         label_share: Of the tokens, those with a label.
-        evaluation: As `Footprint.estimate` takes it.
+        evaluation: What is evaluated at once.
     """
     in_a_step = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
     wanted = max(1, round(math.ceil(in_a_step / processes) / (accumulation or 1)))
@@ -410,7 +411,7 @@ class _Situation:
     row_tokens: int
     packing: bool
     label_share: float
-    evaluated: tuple[int, int, int]
+    evaluated: Evaluated
 
     def peak(
         self,
@@ -419,7 +420,7 @@ class _Situation:
         rows: int | None = None,
         row_tokens: int | None = None,
         grade: Recomputation | None = None,
-        evaluated: tuple[int, int, int] | None = None,
+        evaluated: Evaluated | None = None,
     ) -> int:
         """The peak with these in place of what it would do."""
         estimate = (counted or self.counted).estimate(
@@ -434,7 +435,7 @@ class _Situation:
         """What would save memory by itself, from what costs least; what does not suffice comes after what does."""
         micro, _, grade, estimate = self.batch
         device, settings = self.counted.device, self.config.model
-        scored, answers, answer_tokens = self.evaluated
+        answers = self.evaluated.answers
         offers: list[tuple[str, str, int]] = []
         if grade == "none":
             setting = "training_config.gradient_checkpointing=elementwise"
@@ -443,7 +444,7 @@ class _Situation:
             setting = f"training_config.per_device_train_batch_size={micro // 2}"
             offers.append((setting, "smaller products", self.peak(rows=micro // 2)))
         if answers > 1:
-            fewer = self.peak(evaluated=(scored, answers // 2, answer_tokens))
+            fewer = self.peak(evaluated=self.evaluated._replace(answers=answers // 2))
             offers.append((f"evaluation.batch_size={answers // 2}", "slower evaluation", fewer))
         if "8bit" not in optim and bitsandbytes_is_here():
             small = footprint(self.adapted, settings, "adamw_8bit", device, self.counted.trained_bytes)
@@ -469,38 +470,6 @@ class _Situation:
 
 
 # ------------------------------------------------------------------------------------------- this machine
-
-
-def available_bytes(device: str | None = None) -> int:
-    """Memory that a run of this process can have: of the accelerator where there is one, else of this machine.
-
-    On a CPU: what the system can give, within the limit of the control group where there is one, and what this process
-    holds already, since a run's runtime is among it. Pages of files that nobody uses count as free.
-    """
-    if (device or _device({})) != "cpu":
-        free = int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
-        held = int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else 0
-        return free + held or int(psutil.virtual_memory().available)
-    free = min([int(psutil.virtual_memory().available), *_group_bytes()])
-    return free + int(psutil.Process().memory_info().rss)
-
-
-def _group_bytes() -> list[int]:
-    """What the limit of this process's control group leaves, in a list that is empty without one."""
-    for limit, used, pages in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        root = Path("/sys/fs/cgroup")
-        try:
-            most, now = ((root / each).read_text(encoding="ascii").strip() for each in (limit, used))
-            lines = (root / limit).with_name("memory.stat").read_text(encoding="ascii").split("\n")
-        except OSError:
-            continue
-        if most.isdigit():
-            reclaimable = next((int(each.split()[1]) for each in lines if each.startswith(f"{pages} ")), 0)
-            return [max(0, int(most) - int(now) + reclaimable)]
-    return []
 
 
 def measure_rate(counted: Footprint, tokens: int) -> Rate:

@@ -170,3 +170,20 @@ def test_the_last_layer_computes_what_has_a_label(phi3, labelled):
         assert largest_gap(run(), checkpointed) < 1e-4
     else:
         assert all(each.abs().max() == 0 for name, each in mine.items() if name != "loss")
+
+
+def test_second_derivatives_are_refused_and_not_wrong(phi3):
+    """The fast modules' gradients are made in place and have no history; without them PyTorch differentiates twice."""
+    model = philora.get_peft_model(phi3(), LoraConfig(r=2, target_modules="all-linear")).train()
+    weights = [each for each in model.parameters() if each.requires_grad]
+
+    def curvature():
+        loss = model(**packed(), labels=packed()["input_ids"], use_cache=False).loss
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        torch.autograd.grad(sum(each.square().sum() for each in gradients), weights)
+
+    with pytest.raises(RuntimeError, match=r"create_graph=True - .* PHILORA_FUSED=0"):
+        curvature()
+    model.get_base_model().set_attn_implementation("eager")  # nor has PyTorch's own flash attention one
+    with fused(False):
+        curvature()

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import philora
+from philora import decoding
 from philora.config import ModelConfig
 from philora.footprint import footprint, optimizer_bytes
 from philora.kernels.modules import only_rows
@@ -117,3 +118,34 @@ def test_eight_bits_of_a_state():
     assert optimizer_bytes("adamw_torch_fused", shape) == optimizer_bytes("paged_adamw_32bit", shape) == 8 * 16384
     assert optimizer_bytes("paged_adamw_8bit", shape) == 2 * (16384 + 4 * 64)
     assert optimizer_bytes("adamw_8bit", torch.Size((63, 65))) == 8 * 63 * 65, "below 4096 elements states are fp32"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_generation_reorders(phi3, dtype, monkeypatch):
+    """What `Decoder` really packs, with an adapter, beside the planner's count; fp32 has none."""
+    packed = []
+    pack = decoding.Packing._packed
+
+    def recorded(self, weight):
+        found = pack(self, weight)
+        packed.append(0 if found is None else weight.nbytes)
+        return found
+
+    monkeypatch.setattr(decoding.Packing, "_packed", recorded)
+    model = adapted(phi3(**SHAPE).to(dtype))
+    with torch.no_grad():
+        decoding.Decoder(model.eval(), 2, 8)
+    bf16 = decoding.packs(model, "cpu", torch.bfloat16)  # whether this processor has the product
+    assert counted(model, dtype).packed == sum(packed)
+    assert bool(sum(packed)) == (bf16 and dtype == torch.bfloat16)
+    assert not decoding.packs(LlamaForCausalLM(LlamaConfig(**SHAPE, num_attention_heads=4)), "cpu", torch.bfloat16)
+
+
+def test_no_weights_are_reordered_where_memory_is_short(phi3, monkeypatch):
+    model = phi3(**SHAPE).bfloat16().eval()
+    if not decoding.packs(model, "cpu", torch.bfloat16):
+        pytest.skip("the processor has no such product")
+    needed = counted(adapted(phi3(**SHAPE).bfloat16(), r=1), torch.bfloat16).packed
+    for free, packs in ((int(2.1 * needed), True), (int(1.5 * needed), False)):
+        monkeypatch.setattr(decoding, "free_bytes", lambda device, free=free: free)
+        assert decoding.Packing(model, 1).on is packs

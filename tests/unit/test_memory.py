@@ -43,3 +43,46 @@ def outcome(function, changes):
     return subprocess.run(
         [sys.executable, "-c", CODE, function], env={**kept, **changes}, capture_output=True, text=True, check=True
     ).stdout.split()
+
+
+PEAK = "from philora.callbacks import peak_memory_bytes as peak; print(peak())"
+PARENT = f"""
+import resource, subprocess, sys
+held = bytearray(2_000_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(subprocess.run([sys.executable, "-c", {PEAK!r}], capture_output=True, text=True, check=True).stdout))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as Linux counts")
+def test_the_peak_is_this_processs_own():
+    """Linux hands ru_maxrss on to a process that is started; the large parent is the negative control."""
+    shown = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=True).stdout
+    parent, child = map(int, shown.split())
+    assert parent > 2_000_000_000 > 1_000_000_000 > child > 100_000_000
+
+
+GIVEN_BACK = """
+import ctypes, torch
+from philora.callbacks import peak_memory_bytes
+from philora.kernels import memory
+def held():
+    import psutil
+    return psutil.Process().memory_info().rss
+memory.keep_freed_memory()
+begun = held()
+blocks = [torch.ones(2_500_000) for _ in range(40)]
+last = torch.ones(1000)
+del blocks
+kept = held()
+memory.give_back_freed_memory()
+print(kept - begun, held() - begun)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_what_was_kept_is_given_back():
+    shown = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True).stdout
+    kept, left = map(int, shown.split())
+    assert kept > 350_000_000, "the negative control: it stays until it is asked for"
+    assert left < 20_000_000

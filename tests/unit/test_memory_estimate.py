@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.memory import CELLS, QUICK, measure
+from benchmarks.memory import CELLS, EVALUATED, QUICK, measure
 from philora.footprint import PARTS
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -50,3 +50,14 @@ def test_nf4_with_recomputation(root):
 def test_three_sizes_with_and_without(cell, root):
     pytest.importorskip("bitsandbytes")
     check(cell, root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", EVALUATED, ids=lambda cell: cell.name)
+def test_answers_before_and_after(cell, root):
+    """The peak is in the evaluation, which over a bf16 base holds its weights once more."""
+    pytest.importorskip("bitsandbytes")
+    found = measure(cell, root)
+    estimate, peak = found["plan"]["estimate"], found["peak_bytes"]
+    assert estimate["peak"] == estimate["evaluation"] == pytest.approx(peak, rel=CLOSE)
+    assert estimate["training"] < (1 - 2 * CLOSE) * peak, "the control: the peak of training alone is not it"

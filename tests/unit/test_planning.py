@@ -17,7 +17,7 @@ from philora import planning
 from philora.config import ModelConfig, load_config
 from philora.data import prepare
 from philora.errors import ConfigError
-from philora.footprint import PARTS, footprint
+from philora.footprint import PARTS, Evaluated, footprint
 from philora.models import load_skeleton, load_tokenizer, local_path, max_length_of, stop_token_ids
 from philora.planning import TOKENS_PER_STEP, choose, measure_rate, step_tokens
 from philora.preflight import preflight
@@ -47,8 +47,10 @@ def test_parts_of_the_full_shape(mini):
     assert none.weights == full.weights == none.files == 2 * mini.parameters, "pages of files count, and are named"
     assert none.optimizer == 8 * mini.trainable
     assert full.loading < full.training
-    evaluated = mini.estimate(2048, "full", evaluation=(8192, 16, 512))
+    evaluated = mini.estimate(2048, "full", evaluation=Evaluated(8192, 16, 512))
     assert evaluated.peak == evaluated.evaluation > full.peak, "answers' keys and values may be the largest"
+    packed = mini.estimate(2048, "full", evaluation=Evaluated(8192, 16, 512, mini.packed))
+    assert packed.evaluation == evaluated.evaluation + mini.packed
 
 
 def test_the_least_recomputation_that_fits(mini):

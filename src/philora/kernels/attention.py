@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from philora import native
-from philora.lora.functional import fused_enabled, without_autocast
+from philora.lora.functional import fused_enabled, refuse_create_graph, without_autocast
 
 NAME = "philora_sdpa"
 
@@ -399,6 +399,7 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the parts."""
+        refuse_create_graph()
         cos, sin, output, normaliser, *parts = ctx.saved_tensors
         views = _heads(parts, ctx.heads)
         results = [each.new_empty(each.shape) for each in parts]

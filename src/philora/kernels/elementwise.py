@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from philora import native
+from philora.lora.functional import refuse_create_graph
 
 # Bytes of fp32 rows that are worked on at a time: half of a core's second-level cache for each of two cores.
 BLOCK_BYTES = 1 << 20
@@ -50,6 +51,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of weight."""
+        refuse_create_graph()
         x, weight, inverse = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dy = grads[0].contiguous()
@@ -113,6 +115,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of gate_up."""
+        refuse_create_graph()
         (gate_up,) = ctx.saved_tensors
         dy = grads[0].contiguous()
         if native.usable(gate_up, dy):

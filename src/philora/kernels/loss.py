@@ -23,7 +23,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from philora import native
 from philora.kernels.modules import only_rows
-from philora.lora.functional import fused_enabled
+from philora.lora.functional import fused_enabled, refuse_create_graph
 
 # Logits that are there at a time, and the fewest rows of a product, below which reading the weight would dominate.
 CHUNK_BYTES = 32 << 20
@@ -90,6 +90,7 @@ class _LabelScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Scale each row's gradient by that of its log-probability."""
+        refuse_create_graph()
         (grad,) = ctx.saved_tensors
         return None if grad is None else (grad * grads[0][:, None]).to(grad.dtype), None, None, None
 

@@ -1,11 +1,14 @@
-"""Freed memory on a CPU, kept for the next step or given back after each large tensor; and memory refused."""
+"""Memory that is free; freed memory on a CPU, kept for the next step or given back; and memory refused."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from pathlib import Path
 
+import psutil
 import torch
 
 # glibc's mallopt(3): blocks above the threshold are mapped by themselves, and memory at the end of the heap above the
@@ -44,6 +47,16 @@ def return_large_blocks() -> bool:
     return _set(_LARGE_BLOCK, _LARGE_BLOCK)
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc's allocator give what is free in its heap back to the system, once: after a phase that held more.
+
+    Elsewhere than on Linux with glibc nothing happens.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def _set(mmap_threshold: int, trim_threshold: int) -> bool:
     chosen = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
     if not sys.platform.startswith("linux") or chosen or os.environ.get("PHILORA_FUSED") == "0":
@@ -53,6 +66,52 @@ def _set(mmap_threshold: int, trim_threshold: int) -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, mmap_threshold)) and bool(mallopt(_M_TRIM_THRESHOLD, trim_threshold))
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a run of this process can have, of the accelerator or of this machine.
+
+    On a CPU: `free_bytes`, and what this process holds already, since a run's runtime is among it.
+
+    Args:
+        device: `cpu`, or an accelerator's name.
+    """
+    if device != "cpu":
+        held = int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else 0
+        return free_bytes(device) + held
+    return free_bytes(device) + int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that nobody holds, of the accelerator or of this machine.
+
+    On a CPU: what the system can give, within the limit of the control group where there is one. Pages of files that
+    nobody uses count as free.
+
+    Args:
+        device: `cpu`, or an accelerator's name.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return min([int(psutil.virtual_memory().available), *_group_bytes()])
+
+
+def _group_bytes() -> list[int]:
+    """What the limit of this process's control group leaves, in a list that is empty without one."""
+    for limit, used, pages in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        root = Path("/sys/fs/cgroup")
+        try:
+            most, now = ((root / each).read_text(encoding="ascii").strip() for each in (limit, used))
+            lines = (root / limit).with_name("memory.stat").read_text(encoding="ascii").split("\n")
+        except OSError:
+            continue
+        if most.isdigit():
+            reclaimable = next((int(each.split()[1]) for each in lines if each.startswith(f"{pages} ")), 0)
+            return [max(0, int(most) - int(now) + reclaimable)]
+    return []
 
 
 def out_of_memory(error: BaseException) -> bool:

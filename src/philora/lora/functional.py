@@ -87,6 +87,19 @@ def fused_enabled() -> bool:
     return os.environ.get("PHILORA_FUSED", "1") != "0" if _fused is None else _fused
 
 
+def refuse_create_graph() -> None:
+    """For the backward of a function whose gradients are made in place: they have no history.
+
+    PyTorch's `once_differentiable` is not enough: `torch.autograd.grad` passes its error by and leaves terms out.
+
+    Raises:
+        RuntimeError: The backward pass itself is to be differentiated.
+    """
+    if torch.is_grad_enabled():
+        todo = "Set PHILORA_FUSED=0 and attn_implementation='eager'"
+        raise RuntimeError(f"create_graph=True - the fast modules have no second derivative. {todo}")
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype of the autocast block that is open for this kind of device, if there is one."""
     # The meta device has no autocast, and asking about it raises.
