@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -50,8 +52,8 @@ def model_card(
     title = folder.rstrip("/").rpartition("/")[2] if not Path(folder).is_absolute() else Path(folder).name
     what = "with a LoRA adapter merged into its weights" if merged else "with this LoRA adapter"
     parts = [
-        f"# {title}",
-        f"{named} {what}, fine-tuned with [philora](https://pypi.org/project/philora/) {__version__}.",
+        f"# {_plain(title)}",
+        f"{_plain(named)} {what}, fine-tuned with [philora](https://pypi.org/project/philora/) {__version__}.",
         _usage(folder, base, merged, tokenizer),
         _results(results),
         _data(settings, results),
@@ -70,6 +72,11 @@ def model_card(
     body = "\n\n".join(part for part in parts if part)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
     return str(SECRETS.sub("***", card.content))
+
+
+def _plain(value: object) -> str:
+    """A value as text of a Markdown page: one line, and no HTML, link, code or cell of a table of its own."""
+    return re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -96,16 +103,18 @@ def _shown(name: str | None) -> str:
 
 def _usage(folder: str, base: str | None, merged: bool, tokenizer: bool) -> str:
     nano = _shown(base) == "nano"
-    name = 'local_path("nano")' if nano else f'"{base}"' if base and _on_hub(base) else f'"path/to/{_shown(base)}"'
+    name = json.dumps(base if base and _on_hub(base) else f"path/to/{_shown(base)}", ensure_ascii=False)
+    name = 'local_path("nano")' if nano else name
+    repository = json.dumps(folder, ensure_ascii=False)
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if merged:
-        model = f'model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")'
+        model = f'model = AutoModelForCausalLM.from_pretrained({repository}, dtype="auto")'
     else:
         imports = "from peft import PeftModel\n" + imports
         imports += "\n\nfrom philora.models import local_path" if nano else ""
         model = f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")\n'
-        model += f'model = PeftModel.from_pretrained(base, "{folder}")'
-    source = f'"{folder}"' if tokenizer or merged else name
+        model += f"model = PeftModel.from_pretrained(base, {repository})"
+    source = repository if tokenizer or merged else name
     return f"""## Use
 
 ```python
@@ -128,7 +137,7 @@ def _results(results: Mapping[str, Any]) -> str:
         return ""
     rows = compare_table(Scores.from_dict(results["before"]), Scores.from_dict(results["after"]))
     lines = ["## Results", "", "On held-out data:", "", "| | base | fine-tuned | change |", "| --- | --- | --- | --- |"]
-    lines += ["| " + " | ".join(str(each) for each in row[:4]) + " |" for row in rows]
+    lines += ["| " + " | ".join(_plain(each) for each in row[:4]) + " |" for row in rows]
     return "\n".join(lines)
 
 
@@ -139,12 +148,12 @@ def _sources(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _data(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    named = ", ".join(_shown(each) for each in _sources(settings))
+    named = ", ".join(_plain(_shown(each)) for each in _sources(settings))
     figures = (results.get("data") or {}).get("train") or {}
     if not named:
         return ""
     counted = [
-        f"{figures[key]:,} {text}"
+        f"{int(figures[key]):,} {text}"
         for key, text in (("rows", "conversations"), ("tokens", "tokens"))
         if figures.get(key)
     ]
@@ -163,13 +172,19 @@ def _hyperparameters(settings: Mapping[str, Any], adapter_config: Mapping[str, A
     targets = (settings.get("peft_config") or {}).get("target_modules", adapter_config.get("target_modules"))
     if targets:
         rows["target_modules"] = ", ".join(sorted(targets)) if not isinstance(targets, str) else targets
-    lines = ["## Settings", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    lines = [
+        "## Settings",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {_plain(value)} |" for name, value in rows.items()),
+    ]
     return "\n".join(lines)
 
 
 def _versions(results: Mapping[str, Any]) -> str:
     found = {"philora": results.get("philora", __version__), **(results.get("versions") or {})}
-    return "## Versions\n\n" + ", ".join(f"{name} {value}" for name, value in found.items())
+    return "## Versions\n\n" + ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in found.items())
 
 
 def _evaluated(title: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:

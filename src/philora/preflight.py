@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from philora import models, planning
+from philora import models, planning, processes
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
@@ -66,6 +66,10 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
             *filter(None, [plan.warning]),
+            *(
+                f"a run here would be refused: {each}"
+                for each in processes.not_here(config.training_config, config.source)
+            ),
         ],
         preview=preview(tokenizer, next(iter(prepared.train))),
         coverage=covered,

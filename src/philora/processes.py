@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -122,6 +123,24 @@ def join(timeout_seconds: float, cpu: bool = False) -> None:
 def shards_on_cpu() -> bool:
     """Whether FSDP works on a CPU: accelerate up to 1.15 looks for its plugin on accelerators only."""
     return False
+
+
+def not_here(given: Mapping[str, Any], source: str) -> list[str]:
+    """What a run's `training_config` asks for and this machine cannot do: FSDP on a CPU, DeepSpeed that is missing."""
+    import torch
+
+    faults = []
+    cpu = bool(given.get("use_cpu", False)) or not torch.accelerator.is_available()
+    if given.get("fsdp") and cpu and not shards_on_cpu():
+        expected = "nothing on a CPU, where accelerate would train without it and not say so"
+        todo = "Leave it out: several processes on a CPU train by DDP"
+        faults.append(fault(source, "training_config.fsdp", given["fsdp"], expected, todo))
+    deepspeed = given.get("deepspeed") or launched_for_deepspeed()
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        expected = "the package deepspeed, which is not installed"
+        todo = "Install it: pip install deepspeed"
+        faults.append(fault(source, "training_config.deepspeed", deepspeed, expected, todo))
+    return faults
 
 
 # -------------------------------------------------------------------------------------------- the store

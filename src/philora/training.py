@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import datetime
 import functools
-import importlib.util
 import json
 import logging
 import platform
@@ -205,23 +204,14 @@ def _check_processes(config: Config) -> None:
     """
     given = config.training_config
     cpu = bool(given.get("use_cpu", False)) or not torch.accelerator.is_available()
-    faults = []
+    faults = processes.not_here(given, config.source)
     if processes.count() > 1 and config.model.device_map is not None:
         expected = "null with several processes: each has the whole model, or shards it by training_config.fsdp"
         faults.append(fault(config.source, "model.device_map", config.model.device_map, expected))
-    if given.get("fsdp") and cpu and not processes.shards_on_cpu():
-        expected = "nothing on a CPU, where accelerate would train without it and not say so"
-        todo = "Leave it out: several processes on a CPU train by DDP"
-        faults.append(fault(config.source, "training_config.fsdp", given["fsdp"], expected, todo))
-    elif given.get("fsdp") and processes.count() == 1:
+    if given.get("fsdp") and processes.count() == 1 and not faults:
         expected = "several processes"
         todo = "Start it with torchrun --nproc-per-node N -m philora train CONFIG"
         faults.append(fault(config.source, "training_config.fsdp", given["fsdp"], expected, todo))
-    deepspeed = given.get("deepspeed") or processes.launched_for_deepspeed()
-    if deepspeed and importlib.util.find_spec("deepspeed") is None:
-        expected = "the package deepspeed, which is not installed"
-        todo = "Install it: pip install deepspeed"
-        faults.append(fault(config.source, "training_config.deepspeed", deepspeed, expected, todo))
     if faults:
         raise ConfigError(one_per_line(faults))
     if processes.left_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -17,12 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
+from rich.console import Console
 from transformers import TrainerCallback
 
 import philora
 from philora import checkpoint, planning
 from philora.callbacks import StepWatch
 from philora.errors import ConfigError, RunError
+from philora.progress import ProgressBar
 from philora.signals import Interrupted
 from philora.trainer import NonFiniteError
 
@@ -81,9 +85,14 @@ def goes_on(model, folder, resume=True, callbacks=(), **changes):
 @pytest.mark.parametrize("step", [3, STEPS - 1, STEPS])  # between two log entries, before and after the last step
 def test_a_resumed_run_ends_as_the_whole_one(model, whole, tmp_path, step):
     folder = back_to(whole, step, tmp_path / "run")
-    begun = []
-    goes_on(model, folder, callbacks=[Listening("train_begin", lambda state, **_: begun.append(state.global_step))])
-    assert begun == [step]
+    begun, bar = [], ProgressBar(Console(file=io.StringIO(), force_terminal=True))
+
+    def begins(state, **_):
+        (task,) = bar._progress.tasks
+        begun.append((state.global_step, task.completed, task.total))
+
+    goes_on(model, folder, callbacks=[bar, Listening("train_begin", begins)])
+    assert begun == [(step, step, STEPS)]
     assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
 
 
@@ -497,6 +506,20 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(model, t
     with pytest.raises(RunError, match=r"room for about [\d,]+ bytes: checkpoints of [\d,]+ bytes.* Free [\d,]+ bytes"):
         philora.train(settings_of(model, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_room_is_looked_for_before_each_checkpoint(model, tmp_path, monkeypatch):
+    written, save = [], trl.SFTTrainer._save_checkpoint
+    monkeypatch.setattr(trl.SFTTrainer, "_save_checkpoint", lambda *given: (written.append(1), save(*given)))
+
+    def fills(state, **_):
+        if state.global_step == 2:
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+
+    with pytest.raises(RunError, match=r"checkpoint-3' - expected room for about [\d,]+ bytes.*1,000 bytes are free"):
+        goes_on(model, tmp_path / "run", resume=False, callbacks=[Listening("save", fills)])
+    assert len(written) == 2, "nothing was written of the third"
+    assert checkpoint.newest_whole(tmp_path / "run" / "checkpoints").folder.name == "checkpoint-2"
 
 
 # --------------------------------------------------------------------------------------- files from outside

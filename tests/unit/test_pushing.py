@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -160,6 +163,32 @@ def test_the_card(run):
     assert real.base_model == "microsoft/Phi-4-mini-instruct"
     assert real.license == "mit"
     assert licence("somebody/llama") is None
+
+
+def test_everything_in_a_card_is_escaped(run, tmp_path):
+    evil = "<img src=x onerror=alert(1)>`[me](javascript:alert(2))|\n\n# own heading"
+    shutil.copytree(run, tmp_path / "run")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["train"] = [evil.replace("/", "")]
+    settings["training_config"]["optim"] = settings["peft_config"]["target_modules"] = evil
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "run" / "results.json").write_text(json.dumps({**RESULTS, "versions": {evil: evil}}))
+    base = 'x"); import os  # \n```\n' + evil.replace("/", "")
+    text = ModelCard(model_card(f"me/{evil}", run=tmp_path / "run", base=base, adapter_config={"r": evil})).text
+    parts = text.split("\n```")  # a fence ends at the beginning of a line only
+    assert len(parts) == 3
+    code = parts[1].removeprefix("python\n")
+    calls = [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.Call)]
+    assert {getattr(each.func, "attr", "print") for each in calls} == {
+        "from_pretrained", "apply_chat_template", "generate", "decode", "print"}  # fmt: skip
+    assert not [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.Import)]
+    words = parts[0] + parts[2]
+    assert "<img" not in words
+    assert "\\`\\[me\\](" in words
+    assert "`[me" not in words
+    assert "\n# own" not in words
+    tables = [line for line in words.splitlines() if line.startswith("| optim") or line.startswith("| target")]
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in tables] == [3, 3]
 
 
 @pytest.mark.parametrize("merged", [False, True])
