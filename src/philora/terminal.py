@@ -182,6 +182,8 @@ class Terminal:
         path = Path(name).expanduser().absolute()
         if path.exists() and path not in self._saved:
             raise ConfigError(fault("chat", "save", name, "a file that is not there yet", "Give another name"))
+        if not path.parent.is_dir():
+            raise ConfigError(fault("chat", "save", name, f"a file in a folder that exists; {path.parent} does not"))
         write_text(path, json.dumps(self.conversation.record(), ensure_ascii=False) + "\n")
         self._saved.add(path)
         self._note(f"saved {len(self.conversation.messages)} messages in {path}")

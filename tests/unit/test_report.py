@@ -620,3 +620,21 @@ def test_a_comparison_needs_runs(tmp_path):
     with pytest.raises(DataError, match=r"expected a run folder"):
         write_comparison([run, tmp_path], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
+
+
+def test_the_page_of_a_long_run_stays_below_two_megabytes():
+    """50,000 logged steps, and as many modules as Phi-4 has."""
+    keys = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_bytes")
+    metrics = [
+        {"step": step} | {key: 1.0 + (step * (7919 + place)) % 1009 / 1009 for place, key in enumerate(keys)}
+        for step in range(1, 50_001)
+    ]
+    metrics += [{"step": step, "eval_loss": 2.0 - step / 50_000} for step in range(10, 50_001, 10)]
+    updates = [
+        {"module": f"model.layers.{layer}.{part}", "slice": "", "norm": 1.0 + layer, "relative": 0.01 * layer}
+        for layer in range(40)
+        for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ]
+    page = report.render(report.Run(Path("long"), CONFIG, metrics, results() | {"updates": updates}))
+    assert "qkv_proj, layer 39" in page
+    assert len(page.encode()) < 2_000_000

@@ -158,6 +158,11 @@ def test_help_names_every_command(voices):
     assert all(f"/{name}" in screen.notes[0] for name in ("reset", "base", "system", "params", "save", "help", "exit"))
 
 
+def test_save_in_a_folder_that_is_not_there(voices, tmp_path):
+    screen = Screen(voices, "Who are you?", f"/save {tmp_path / 'no' / 'x.jsonl'}").run()
+    assert f"expected a file in a folder that exists; {tmp_path / 'no'} does not" in screen.notes[-1]
+
+
 def test_save_writes_a_line_of_training_data(voices, tmp_path):
     path = tmp_path / "talk.jsonl"
     taken = tmp_path / "taken.jsonl"
