@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from philora.checkpoint import write_text
+from philora.checkpoint import sync_file, write_text
 from philora.errors import RunError, fault
 
 
@@ -30,7 +31,9 @@ def peak_memory_bytes() -> int:
     if status.exists():
         lines = status.read_text(encoding="ascii", errors="replace").splitlines()
         return next(int(each.split()[1]) * 1024 for each in lines if each.startswith("VmHWM:"))
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which Windows lacks
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
@@ -53,8 +56,8 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
         """What a checkpoint keeps of it; the file is synced up to here."""
         lines, seconds = 0, time.monotonic() - self._since
         if self.path.exists():
+            sync_file(self.path)
             with self.path.open("rb") as file:
-                os.fsync(file.fileno())
                 lines = sum(1 for _ in file)
         return {
             "args": {"path": str(self.path)},

@@ -51,10 +51,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a mapping as indented JSON, as `write_text` does. Not-a-number and infinities become null."""
-    write_text(path, _json(data))
+    write_text(path, as_json(data))
 
 
-def _json(data: Mapping[str, Any]) -> str:
+def as_json(data: Mapping[str, Any]) -> str:
+    """Indented JSON, with null for not-a-number and infinities."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
@@ -85,6 +86,12 @@ def disk_full(error: BaseException) -> bool:
     text = str(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or any(each in text for each in ("No space left", "iostream error", "PytorchStreamWriter failed"))
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows syncs what is open for writing only
+        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:
@@ -127,8 +134,7 @@ def publish(temporary: Path, final: Path) -> None:
     """
     for root, _, names in os.walk(temporary):
         for name in names:
-            with Path(root, name).open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(Path(root, name))
         _sync(Path(root))
     if final.exists():
         old = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}{_OLD}{final.name}")
@@ -153,11 +159,10 @@ def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST_NAME:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     content = {"format": 2, "files": files, **(facts or {})}
-    write_json(folder / MANIFEST_NAME, {**content, "sha256": hashlib.sha256(_json(content).encode()).hexdigest()})
+    write_json(folder / MANIFEST_NAME, {**content, "sha256": hashlib.sha256(as_json(content).encode()).hexdigest()})
 
 
 def faults_of(folder: Path) -> list[str]:
@@ -169,7 +174,7 @@ def faults_of(folder: Path) -> list[str]:
         files = content["files"]
         if content["format"] != 1:  # the first format said nothing of itself
             said = content.pop("sha256")
-            if said != hashlib.sha256(_json(content).encode()).hexdigest() or text != _json(
+            if said != hashlib.sha256(as_json(content).encode()).hexdigest() or text != as_json(
                 {**content, "sha256": said}
             ):
                 return [f"{MANIFEST_NAME} was changed after it was written"]
@@ -332,7 +337,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another process holds it.
     """
-    with (folder / LOCK_NAME).open("w") as file:
+    with (folder / LOCK_NAME).open("w", encoding="utf-8") as file:
         try:
             _lock(file)
         except OSError as error:

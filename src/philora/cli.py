@@ -1,6 +1,7 @@
 """The command line: the only module that prints or exits.
 
-Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 stopped by a signal after saving.
+Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 a run was stopped by a signal and says how to go
+on; 130 Ctrl-C in a command that has nothing to go on with. With --json standard output holds one JSON document.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that go over the file's.", metavar="[KEY=VALUE]...")
 ]
 
+# For completion, which must not load torch; `philora.formats` has the same words.
+FORMATS = ("peft", "loralib", "gguf", "ollama")
+LAYOUTS = ("server", "fused", "slices", "merged", "adapter", "base+adapter")
+FILE_TYPES = ("f16", "q8_0", "f32")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 SampleOption = Annotated[bool, typer.Option("--sample", help="Draw each token; default: the likeliest.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="Of sampling; default: the model's own.")]
 TopPOption = Annotated[float | None, typer.Option(help="Of sampling; default: the model's own.")]
@@ -90,13 +97,14 @@ def _main(
 def demo(
     output: Annotated[str, typer.Option("--out", help="Run folder; a number is added when it is taken.")] = "runs/demo",
     overrides: Overrides = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Fine-tune the bundled nano model on the bundled help desk, and show that it worked."""
     folder, number = Path(output), 1
     while folder.exists() and any(folder.iterdir()):
         number += 1
         folder = Path(f"{output}-{number}")
-    _train("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False)
+    _train("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False, as_json)
 
 
 @app.command()
@@ -106,18 +114,19 @@ def train(
     resume: Annotated[
         str, typer.Option("--resume", help="Go on from the newest whole checkpoint: yes, or force (changed settings).")
     ] = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Fine-tune as CONFIG says, evaluate before and after, and write the run folder."""
     if resume not in ("", "yes", "force"):
         raise typer.BadParameter(f"{resume!r}: expected --resume or --resume=force")
-    _train(config, overrides or [], "force" if resume == "force" else bool(resume))
+    _train(config, overrides or [], "force" if resume == "force" else bool(resume), as_json)
 
 
 @app.command()
 def check(
     config: ConfigArgument,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Look at everything a run needs before any weight is loaded: data, labels, targets, memory, time."""
     _logging("warning")
@@ -125,7 +134,7 @@ def check(
 
     found = preflight(_config_source(config), overrides or [])
     if as_json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
+        _print_json(found.to_dict())
         return
     out.print(f"[bold]model[/]      {escape(found.model)}")
     out.print(f"[bold]stops[/]      {escape(', '.join(found.stop_tokens))}   padding {escape(found.padding_token)}")
@@ -170,7 +179,7 @@ def evaluate_adapter(
     top_k: TopKOption = None,
     seed: SeedOption = 0,
     output: Annotated[str | None, typer.Option("--out", help="Folder; default: evaluation in the run folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print results.json and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Score base and adapter on the same held-out rows: loss, answers, ROUGE, BLEU, chrF, and what was forgotten."""
     _logging("warning" if as_json else "info")
@@ -193,7 +202,7 @@ def evaluate_adapter(
         command=shlex.join(["philora", *sys.argv[1:]]),
     )
     if as_json:
-        sys.stdout.write(json.dumps(found.results, indent=2, ensure_ascii=False) + "\n")
+        _print_json(found.results)
         return
     for title, figures in (("held-out data", found.figures), ("general prompts and texts", found.forgetting)):
         if figures:
@@ -274,7 +283,8 @@ def chat(
         voices = load_voices({name: source}, base)
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401 - editing and history of `input`
+        with contextlib.suppress(ModuleNotFoundError):  # Windows' console edits lines by itself
+            import readline  # noqa: F401 - editing and history of `input`
 
         err.print(f"[dim]{escape(name)} on {escape(voices.base)}; /help says what there is[/]", highlight=False)
 
@@ -335,6 +345,7 @@ def merge(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 500MB or 5GB.")] = "2GB",
     verify: Annotated[bool, typer.Option(help="Compare logits of adapter and merged model.")] = True,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a model folder with the adapter added to the weights, a shard at a time."""
     _logging("warning")
@@ -354,6 +365,9 @@ def merge(
         from philora.merged_folder import merge_to_folder
 
         result = merge_to_folder(source, output, base=base, max_shard_size=max_shard_size, verify=verify)
+    if as_json:
+        _print_json({**_plain(result), "loss": _plain(scores)})
+        return
     out.print(f"{result.folder}: {result.shards} file(s), {result.bytes / 1e9:.2f} GB", highlight=False)
     out.print(str(result.agreement) if result.agreement else "not verified", highlight=False)
     if scores is not None:
@@ -367,24 +381,33 @@ def merge(
 def export(
     source: AdapterArgument,
     output: Annotated[str, typer.Option("--out", help="Folder for the result.")],
-    format: Annotated[str, typer.Option(help="peft, loralib, gguf (llama.cpp) or ollama.")] = "peft",
+    format: Annotated[
+        str, typer.Option(help="peft, loralib, gguf (llama.cpp) or ollama.", autocompletion=lambda: list(FORMATS))
+    ] = "peft",
     layout: Annotated[
         str | None,
         typer.Option(
             help="Of peft: server (one rank, one alpha), fused or slices. "
             "Of gguf and ollama: merged, base+adapter or adapter. Default: the first.",
             show_default=False,
+            autocompletion=lambda: list(LAYOUTS),
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of gguf and ollama: f16, q8_0 or f32.")] = "f16",
+    dtype: Annotated[
+        str, typer.Option(help="Of gguf and ollama: f16, q8_0 or f32.", autocompletion=lambda: list(FILE_TYPES))
+    ] = "f16",
     base: BaseOption = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Of a loralib file that has no lora.json beside it.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the adapter in another layout; nothing is written unless it computes the same."""
     _logging("warning")
     from philora.formats import export as convert
 
     result = convert(source, output, format=format, layout=layout, dtype=dtype, base=base, lora_alpha=lora_alpha)
+    if as_json:
+        _print_json({"format": format, **_plain(result)})
+        return
     out.print(f"{result.folder}: {format}, verified", highlight=False)
     out.print(str(result.agreement), highlight=False)
     if format in ("gguf", "ollama"):
@@ -405,12 +428,16 @@ def push(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; send nothing.")] = False,
     base: BaseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Publish the adapter, or the merged model, with its card on the Hugging Face Hub."""
     _logging("warning")
     from philora.pushing import push as publish
 
     result = publish(source, repo_id, merged=merged, private=private, dry_run=dry_run, base=base)
+    if as_json:
+        _print_json(_plain(result))
+        return
     table = Table("file", "bytes", box=None)
     for name, size in result.files.items():
         table.add_row(escape(name), f"{size:,}")
@@ -420,12 +447,17 @@ def push(
 
 
 @app.command("config")
-def show_config(config: ConfigArgument, overrides: Overrides = None) -> None:
+def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: JsonOption = False) -> None:
     """Show the effective configuration and where each value comes from."""
     from philora.config import explain, load_config
 
+    rows = list(explain(load_config(_config_source(config), overrides or [])))
+    if as_json:
+        shown = {key: {"value": value, "from": origin} for key, value, origin in rows}
+        print(json.dumps(shown, ensure_ascii=False, indent=2, default=str))
+        return
     table = Table("setting", "value", "from", box=None)
-    for key, value, origin in explain(load_config(_config_source(config), overrides or [])):
+    for key, value, origin in rows:
         table.add_row(key, escape(json.dumps(value, ensure_ascii=False, default=str)), escape(origin))
     out.print(table)
 
@@ -436,6 +468,7 @@ def report(
     output: Annotated[
         str | None, typer.Option("--out", help="File; default: report.html in the run folder, or comparison.html here.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write report.html of a run again, or one page about several."""
     from philora.report import write_comparison, write_report
@@ -444,6 +477,9 @@ def report(
         written = write_report(Path(runs[0]), out=Path(output) if output else None)
     else:
         written = write_comparison([Path(each) for each in runs], Path(output or "comparison.html"))
+    if as_json:
+        _print_json({"report": str(written)})
+        return
     out.print(str(written), highlight=False)
 
 
@@ -475,6 +511,19 @@ def _config_source(config: str) -> str:
     from importlib import resources
 
     return str(resources.files("philora") / "nano" / "demo.yaml")
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    from philora.checkpoint import as_json
+
+    sys.stdout.write(as_json(data))
+
+
+def _plain(value: Any) -> Any:
+    """A result as values that JSON has."""
+    if hasattr(value, "_asdict"):
+        return {key: _plain(each) for key, each in value._asdict().items()}
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 class _Lines(logging.Handler):
@@ -555,7 +604,7 @@ def _serve(
     serving.run(app, bound)
 
 
-def _train(source: str, overrides: list[str], resume: bool | str) -> None:
+def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool) -> None:
     from philora.config import load_config
 
     config = load_config(_config_source(source), overrides)
@@ -569,12 +618,14 @@ def _train(source: str, overrides: list[str], resume: bool | str) -> None:
     ):
         from philora.progress import ProgressBar
         from philora.training import train as run_training
-    bar = ProgressBar(out)
+    bar = ProgressBar(err if as_json else out)
     try:
         result = run_training(config, resume=resume, callbacks=[bar], command=command)
     finally:
         bar.close()
-    if processes.is_main():
+    if processes.is_main() and as_json:
+        _print_json({"folder": str(result.folder), "adapter": str(result.adapter), **result.results})
+    elif processes.is_main():
         _show_result(result, config)
 
 
@@ -617,7 +668,8 @@ def _show_figures(title: str, figures: Sequence[Paired]) -> None:
         cells = (shown_figure(each.before, each), shown_figure(each.after, each), f"[{colour}]{interval_of(each)}[/]")
         table.add_row(each.title, *cells, f"{each.wins:,}/{each.ties:,}/{each.losses:,}")
     out.print()
-    out.print(table, crop=False, no_wrap=True, overflow="ignore")
+    wide = table.__rich_measure__(out, out.options.update(max_width=1000)).maximum
+    out.print(table, width=max(out.width, wide), crop=False)  # figures that are cut cannot be read
 
 
 def _short(text: str, limit: int = 300) -> str:
@@ -637,7 +689,8 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        app(args=_arguments(sys.argv[1:]), standalone_mode=False)
+        if app(args=_arguments(sys.argv[1:]), standalone_mode=False) == 130:  # what typer makes of KeyboardInterrupt
+            raise KeyboardInterrupt
     except PhiloraError as error:
         _fail(str(error), error.exit_code, error)
     except KeyboardInterrupt:

@@ -960,6 +960,9 @@ def _note_lines(node: yaml.Node, path: _Path, reader: _Reader, seen: set[int]) -
         _note_lines(value, inner, reader, seen)
 
 
+DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".arrow")
+
+
 def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str, str]:
     """The reader of a source, the source's name, and the name that the run folder gets."""
     if isinstance(source, Config):
@@ -987,6 +990,10 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
     if not file.is_file():
         expected = "a YAML file, or the folder of a run" if file.is_dir() else "an existing file"
         raise ConfigError(_fault(str(source), "config", str(source), expected, _nearest_file(file)))
+    if file.suffix.lower() in DATA_SUFFIXES:
+        expected = "a YAML file of settings, not the conversations themselves"
+        todo = f"Write one with the lines `model: {{name_or_path: ...}}` and `data: {{train: {file.name}, eval: 0.1}}`"
+        raise ConfigError(_fault(str(source), "config", str(source), expected, todo))
     _read_yaml(file, reader)
     return reader, str(file), file.stem
 
