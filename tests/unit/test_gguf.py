@@ -465,3 +465,16 @@ def test_every_format_carries_the_stop_tokens(saved, tmp_path):
         assert [each["text"] for each in stops["stop_tokens"]] == ["<|end|>", "<|endoftext|>"]
         assert (tmp_path / format / "README.md").is_file()
     assert AutoTokenizer.from_pretrained(tmp_path / "peft").chat_template
+
+
+@pytest.mark.parametrize(("got", "place"), [([5, 6], 2), ([5, 9, 7], 1), ([], 0)])
+def test_other_tokens_and_missing_ones_are_named(got, place):
+    """Also where a reader's tokens are the beginning of what they should be."""
+    from types import SimpleNamespace
+
+    from philora.formats.llama import check_tokens
+
+    reader = SimpleNamespace(tokenize=lambda text, **_: list(got))
+    with pytest.raises(ModelError, match=rf"expected the tokenizer's \[.*\] at token {place} of 'abc'"):
+        check_tokens(reader, ["abc"], [[5, 6, 7]], chat=True)
+    check_tokens(SimpleNamespace(tokenize=lambda text, **_: [5, 6, 7]), ["abc"], [[5, 6, 7]], chat=True)

@@ -76,7 +76,8 @@ def check_tokens(loaded: Any, written: Sequence[str], rows: Sequence[Sequence[in
     for text, want in zip(written, rows, strict=True):
         got = loaded.tokenize(text.encode(), add_bos=not chat, special=True)[: len(want)]
         if got != list(want):
-            place = next(index for index, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1])
+            pairs = enumerate(zip(got, want, strict=False))
+            place = next((index for index, pair in pairs if pair[0] != pair[1]), len(got))  # or it ends too early
             expected = f"the tokenizer's {list(want)[max(0, place - 2) : place + 3]} at token {place} of {text[:40]!r}"
             found = got[max(0, place - 2) : place + 3]
             raise ModelError(fault("export to gguf", "tokens in llama.cpp", found, expected, "Nothing was written"))
