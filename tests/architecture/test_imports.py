@@ -130,7 +130,7 @@ def test_every_package_that_is_imported_is_declared():
     declared = {_canonical(re.split(r"[\[<>=~! ]", each)[0]) for names in lists for each in names}
     # Built from source where a compiler is, so no extra asks for it; what uses it says that it is missing.
     declared.add("llama-cpp-python")
-    distributions = packages_distributions()
+    distributions = {"llama_cpp": ["llama-cpp-python"]} | packages_distributions()
     wrong = []
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -72,7 +72,7 @@ def test_report_of_several_runs(cli, tmp_path, monkeypatch):
         (tmp_path / name / "config.yaml").write_text(f"peft_config: {{r: {len(name) + ord(name[0])}}}\n")
     answer = cli("report", "one", "two")
     assert (answer.code, answer.out.strip()) == (0, "comparison.html")
-    assert "peft_config.r" in (tmp_path / "comparison.html").read_text()
+    assert "peft_config.<wbr>r" in (tmp_path / "comparison.html").read_text()
     assert cli("report", "one", "two", "--out", "both.html").out.strip() == "both.html"
     assert cli("report", "one").out.strip() == "one/report.html"
     missing = cli("report", "one", "three")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import philora
 from philora import checkpoint
-from philora.evaluation import Evaluation, Sample, Scores, joined
+from philora.evaluation import Evaluation, RowScores, Sample, Scores, joined
 from tests.cli.conftest import QUICK
 from tests.tolerances import LOSS_STEP_FP32
 
@@ -155,8 +155,8 @@ def test_another_share_shows(both, tmp_path):
 def test_parts_of_an_evaluation_are_joined_by_their_labels():
     sample = Sample([{"role": "user", "content": "a"}], "b", "b", matched=True, stopped=True, tokens=1)
     parts = [
-        Evaluation(Scores(1.0, 2.7, 0.5, 30, 1.0, 1, 1), [sample], 1.0),
-        Evaluation(Scores(4.0, 54.6, 0.2, 10, None, 0, 0), [], 2.0, too_long=1),
+        Evaluation(Scores(1.0, 2.7, 0.5, 30, 1.0, 1, 1), [sample], 1.0, rows=[RowScores(30.0, 15, 30)]),
+        Evaluation(Scores(4.0, 54.6, 0.2, 10, None, 0, 0), [], 2.0, too_long=1, rows=[RowScores(40.0, 2, 10)]),
         Evaluation(Scores(float("nan"), float("nan"), float("nan"), 0), [], 0.0),
     ]
     whole = joined(parts)
