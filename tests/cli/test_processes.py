@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import philora
 from philora import checkpoint
 from philora.evaluation import Evaluation, RowScores, Sample, Scores, joined
+from philora.preflight import preflight
 from tests.cli.conftest import QUICK
 from tests.tolerances import LOSS_STEP_FP32
 
@@ -164,6 +165,21 @@ def test_parts_of_an_evaluation_are_joined_by_their_labels():
     assert whole.scores.token_accuracy == pytest.approx(0.425)
     assert (whole.scores.label_tokens, whole.scores.answers, whole.scores.exact_match) == (40, 1, 1.0)
     assert (whole.seconds, whole.too_long, whole.samples) == (2.0, 1, [sample])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("fsdp", "full_shard", "expected nothing on a CPU"),
+        ("deepspeed", {"zero_optimization": {"stage": 3}}, "expected the package deepspeed"),
+    ],
+)
+def test_check_says_what_a_run_here_would_be_refused_for(tmp_path, key, value, expected):
+    settings = settings_of(tmp_path / "run")
+    assert not any("would be refused" in each for each in preflight(settings).notices)
+    settings["training_config"][key] = value
+    (notice,) = [each for each in preflight(settings).notices if "a run here would be refused" in each]
+    assert expected in notice
 
 
 def test_other_commands_are_for_one_process():

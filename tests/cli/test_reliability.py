@@ -309,6 +309,39 @@ def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
     assert philora.train(settings_of(model, folder), resume=True).results["throughput"]["steps"] == STEPS
 
 
+def test_a_signal_after_training_loses_none_of_it(model, whole, tmp_path, monkeypatch):
+    from philora import training
+
+    folder, evaluate, calls = tmp_path / "run", training.evaluate, []
+
+    def second(*given, **more):
+        calls.append(1)
+        return send()() if len(calls) == 2 else evaluate(*given, **more)
+
+    monkeypatch.setattr(training, "evaluate", second)
+    with pytest.raises(Interrupted, match=r"SIGTERM: stopped after training. Go on with: .* --resume"):
+        goes_on(model, folder, resume=False)
+    assert not (folder / "results.json").exists()
+    monkeypatch.undo()
+    goes_on(model, folder)
+    assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
+
+
+def test_the_evaluation_on_start_is_not_made_again(model, tmp_path):
+    folder = tmp_path / "run"
+
+    def at_third(state, **_):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped after step 3 of 8"):
+        goes_on(model, folder, resume=False, callbacks=[Listening("step_end", at_third)], eval_on_start=True)
+    goes_on(model, folder, eval_on_start=True)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps.count(0) == 1
+    assert steps == sorted(steps)
+
+
 def test_a_signal_while_the_command_loads(cli, monkeypatch, tmp_path):
     class Loading:
         def __getattr__(self, name):
