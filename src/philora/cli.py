@@ -601,7 +601,8 @@ def _serve(
         out.print(f"votes:  {votes}", highlight=False)
     out.print(f"models: {', '.join((*voices.adapters, voices.base))}", highlight=False)
     out.print(f"API:    {address}/v1\nCtrl-C ends it", highlight=False)
-    serving.run(app, bound)
+    with contextlib.suppress(KeyboardInterrupt):  # as it was told to end; uvicorn raises it again when it has ended
+        serving.run(app, bound)
 
 
 def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool) -> None:

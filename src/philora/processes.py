@@ -30,6 +30,9 @@ CONNECT = datetime.timedelta(minutes=30)
 LAST_WORD_SECONDS = 20.0
 """How long a process that has failed waits for the one that failed first to say why."""
 
+STEP_BACK_SECONDS = 2.0
+"""How long the others then stay: torchrun's report names the process that it sees end first."""
+
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate looks for them
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -299,6 +302,8 @@ def last_word(text: str, code: int, error: BaseException | None) -> Iterator[tup
     if said is None:
         with contextlib.suppress(RuntimeError, ValueError, OSError):
             _shared().set("said", str(code))
+    else:
+        time.sleep(STEP_BACK_SECONDS)
 
 
 def _tell_launcher(text: str) -> None:
