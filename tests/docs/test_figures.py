@@ -81,15 +81,16 @@ def test_the_readme_has_the_demo_of_the_last_commit_that_was_measured():
 
 def test_the_page_on_memory_has_the_rows_of_memory():
     text = page("docs/memory.md")
-    last = {(row["width"], row["layers"], row["base"], row["recomputation"]): row for row in rows("memory.csv")}
-    shown = re.findall(r"^\| (\d+) x (\d+) \| (\w+) \| (\w+) \| (.+) \|$", text, re.MULTILINE)
+    key = ("width", "layers", "base", "recomputation", "answers")
+    last = {tuple(row[name] for name in key): row for row in rows("memory.csv")}
+    shown = re.findall(r"^\| (\d+) x (\d+) \| (\w+) \| (\w+)(?:, (\d+) answers)? \| (.+) \|$", text, re.MULTILINE)
     assert len(shown) >= 10
-    for width, layers, base, grade, figures in shown:
-        row = last[width, layers, base, grade]
+    for width, layers, base, grade, answers, figures in shown:
+        row = last[width, layers, base, grade, answers or "0"]
         estimated, measured, anonymous = (
             f"{float(row[name]) / 1e6:,.0f}" for name in ("estimated_peak", "measured_peak", "measured_anonymous")
         )
-        assert figures.startswith(f"{estimated} | {measured} | {anonymous} | "), (width, layers, base, grade)
+        assert figures.startswith(f"{estimated} | {measured} | {anonymous} | "), (width, layers, base, grade, answers)
 
 
 def test_the_page_on_memory_has_the_rows_of_the_full_size():
@@ -106,3 +107,14 @@ def test_the_page_on_settings_has_the_rows_of_settings():
 
     assert f"<!-- table: settings.csv -->\n\n{table()}\n<!-- end -->" in page("docs/settings.md")
     assert table().count("\n") > 12
+
+
+def test_the_page_on_performance_has_the_rows_of_generation():
+    text = page("docs/performance.md")
+    for work, dtype in (("nano", "bfloat16"), ("a", "bfloat16"), ("nano", "float32"), ("a", "float32")):
+        last = {row["contestant"]: row for row in rows("generation.csv") if (row["work"], row["dtype"]) == (work, dtype)}
+        speed = {name: float(row["tokens_per_second"]) for name, row in last.items()}
+        over = [f"{speed[f'philora, {how}'] / speed[f'pipeline, {how}']:.1f}" for how in ("adapter", "merged")]
+        same = [f"{float(last[f'philora, {how}']['answers_as_the_pipeline']):.0%}" for how in ("adapter", "merged")]
+        shown = {"nano": "nano", "a": "187 M"}[work], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+        assert f"| {', '.join(shown)} | {' / '.join(over)} | {' / '.join(same)} |" in text
