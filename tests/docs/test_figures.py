@@ -112,7 +112,8 @@ def test_the_page_on_settings_has_the_rows_of_settings():
 def test_the_page_on_performance_has_the_rows_of_generation():
     text = page("docs/performance.md")
     for work, dtype in (("nano", "bfloat16"), ("a", "bfloat16"), ("nano", "float32"), ("a", "float32")):
-        last = {row["contestant"]: row for row in rows("generation.csv") if (row["work"], row["dtype"]) == (work, dtype)}
+        found = [row for row in rows("generation.csv") if (row["work"], row["dtype"]) == (work, dtype)]
+        last = {row["contestant"]: row for row in found}
         speed = {name: float(row["tokens_per_second"]) for name, row in last.items()}
         over = [f"{speed[f'philora, {how}'] / speed[f'pipeline, {how}']:.1f}" for how in ("adapter", "merged")]
         same = [f"{float(last[f'philora, {how}']['answers_as_the_pipeline']):.0%}" for how in ("adapter", "merged")]
