@@ -1,37 +1,33 @@
 """The demo's figures over several seeds, as rows of benchmarks/results/demo.csv.
 
-python benchmarks/demo.py [SEED ...]
+python -m benchmarks.demo [SEED ...]
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from importlib import resources
-from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
 
 import philora
+from benchmarks.process import REPOSITORY
+from benchmarks.results import RESULTS, append, commit
 from philora.training import versions
-
-TABLE = Path(__file__).parent / "results" / "demo.csv"
 
 
 def main(seeds: list[int]) -> None:
     """Run the demo once for each seed and append one row each."""
     source = str(resources.files("philora") / "nano" / "demo.yaml")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             overrides = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
             results = philora.train(source, overrides).results
         row = {
-            "commit": commit.strip(),
+            "commit": commit(REPOSITORY),
             "machine": f"{os.cpu_count()} cores {platform.machine()}",
             "seed": seed,
             "exact_match_before": results["before"]["exact_match"],
@@ -43,12 +39,7 @@ def main(seeds: list[int]) -> None:
             "peak_bytes": results["memory"]["peak_bytes"],
             **versions(),
         }
-        new = not TABLE.exists()
-        with TABLE.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(RESULTS / "demo.csv", row)
         print(row)
 
 

@@ -494,7 +494,8 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
     on their own, and Phi-3's attention and feed-forward modules and the family's RMSNorm for those of
     `kernels.modules`. LongRoPE's factors are chosen for each document by itself (`kernels.rotary`). Quantised weights
     keep their layout (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. For a
-    model on a CPU the process keeps freed memory, over a quantised base it gives large blocks back (`kernels.memory`).
+    model on a CPU the process keeps freed memory; it gives large blocks back where products over a quantised base
+    allocate a matrix each (`kernels.memory`).
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from philora.checkpoint import indexed_files
 from philora.config import Config, ModelConfig, TokenizerConfig
@@ -169,9 +170,7 @@ def load_skeleton(model: ModelConfig) -> PreTrainedModel:
 
 def _load_config(model: ModelConfig) -> Any:
     """The model's config, once it is clear that its weights can be trained over."""
-    folder = Path(local_path(model.name_or_path))
-    for index in folder.glob("*.index.json") if folder.is_dir() else ():
-        indexed_files(index)
+    _check_shards(Path(local_path(model.name_or_path)))
     try:
         with reachable_or_cached():
             config = AutoConfig.from_pretrained(
@@ -183,6 +182,21 @@ def _load_config(model: ModelConfig) -> Any:
     if scheme is None and model.quantization not in (None, "none"):
         require_bitsandbytes("quantization", model.quantization)
     return config
+
+
+def _check_shards(folder: Path) -> None:
+    """See to it that the shards which transformers will read are there, and in the folder; a hub id has none yet.
+
+    Raises:
+        ModelError: Their index leads elsewhere.
+    """
+    # In the order in which transformers looks for them; what stands behind the first is not read.
+    for weights in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
+        if (folder / weights).is_file():
+            return
+        if (index := folder / f"{weights}.index.json").is_file():
+            indexed_files(index)
+            return
 
 
 def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:

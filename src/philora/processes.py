@@ -30,9 +30,6 @@ CONNECT = datetime.timedelta(minutes=30)
 LAST_WORD_SECONDS = 20.0
 """How long a process that has failed waits for the one that failed first to say why."""
 
-STEP_BACK_SECONDS = 2.0
-"""How long the others then stay: torchrun's report names the process that it sees end first."""
-
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate looks for them
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -297,13 +294,12 @@ def last_word(text: str, code: int, error: BaseException | None) -> Iterator[tup
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends those that are left
     said = _claim(error)
-    _tell_launcher(text if said is None else "another process says why")
-    yield said is None, code if said is None else int(said)
+    why, code = (text, code) if said is None else said
+    _tell_launcher(why)  # in each process: torchrun's report is of the one that it sees end first
+    yield said is None, code
     if said is None:
         with contextlib.suppress(RuntimeError, ValueError, OSError):
-            _shared().set("said", str(code))
-    else:
-        time.sleep(STEP_BACK_SECONDS)
+            _shared().set("said", json.dumps([text, code]))
 
 
 def _tell_launcher(text: str) -> None:
@@ -316,11 +312,12 @@ def _tell_launcher(text: str) -> None:
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
-def _claim(error: BaseException | None) -> bytes | None:
-    """None for the process that is to speak, else the exit code of the one that did."""
+def _claim(error: BaseException | None) -> tuple[str, int] | None:
+    """None for the process that is to speak, else the message and the exit code of the one that did."""
     try:
         if not isinstance(error, Elsewhere) and _shared().add("failures", 1) == 1:
             return None
-        return _wait("said", LAST_WORD_SECONDS)
+        said = _wait("said", LAST_WORD_SECONDS)
+        return None if said is None else cast("tuple[str, int]", tuple(json.loads(said)))
     except (RuntimeError, ValueError, OSError):  # no store: each speaks for itself
         return None

@@ -160,6 +160,18 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path, name):
         load_skeleton(ModelConfig(str(folder)))
 
 
+def test_an_index_of_weights_that_are_not_read_is_no_fault(phi3, tmp_path):
+    """Whoever downloads only a model's safetensors has the index of its .bin files and none of those."""
+    folder = tmp_path / "model"
+    phi3().save_pretrained(folder)
+    index = json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}})
+    (folder / "pytorch_model.bin.index.json").write_text(index)
+    load_skeleton(ModelConfig(str(folder)))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"weight_map='pytorch_model-00001-of-00002.bin' - expected a file"):
+        load_skeleton(ModelConfig(str(folder)))
+
+
 def test_no_archive_is_unpacked():
     """Names inside an archive could lead out of a folder; nothing here makes paths of them."""
     sources = {path: path.read_text(encoding="utf-8") for path in Path(philora.__file__).parent.rglob("*.py")}
