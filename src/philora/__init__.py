@@ -26,7 +26,7 @@ _HOME = {
     "merge": "philora.merging",
     "merge_to_folder": "philora.merged_folder",
     "optimize": "philora.adapters",
-    "preflight": "philora.preflight",
+    "preflight": "philora.readiness",
     "push": "philora.pushing",
     "train": "philora.training",
 }
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from philora.formats import export
     from philora.merged_folder import merge_to_folder
     from philora.merging import merge
-    from philora.preflight import preflight
+    from philora.readiness import preflight
     from philora.pushing import push
     from philora.trainer import SFTConfig, SFTTrainer
     from philora.training import train

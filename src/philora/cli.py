@@ -130,7 +130,7 @@ def check(
 ) -> None:
     """Look at everything a run needs before any weight is loaded: data, labels, targets, memory, time."""
     _logging("warning")
-    from philora.preflight import preflight
+    from philora.readiness import preflight
 
     found = preflight(_config_source(config), overrides or [])
     if as_json:

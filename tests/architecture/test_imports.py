@@ -57,7 +57,7 @@ ORDER = [
     "report",
     "card",
     "pushing",
-    "preflight",
+    "readiness",
     "resume",
     "training",
     "progress",
@@ -149,3 +149,15 @@ def _canonical(name: str) -> str:
 def test_public_names():
     assert all(getattr(philora, name) is not None for name in philora.__all__)
     assert set(philora.__all__) <= set(dir(philora))
+
+
+def test_no_module_is_named_like_a_public_function():
+    """Importing `philora.name` replaces the attribute `name` of the package, so that a function there would be gone."""
+    modules = {unit(path) for path in ROOT.rglob("*.py")}
+    assert not (set(philora.__all__) - {"lora"}) & modules
+
+
+def test_a_function_stays_a_function_after_its_module_is_imported():
+    program = "import philora; from philora import readiness; print(callable(philora.preflight), callable(readiness))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import philora
 from philora import checkpoint
 from philora.evaluation import Evaluation, RowScores, Sample, Scores, joined
-from philora.preflight import preflight
+from philora.readiness import preflight
 from tests.cli.conftest import QUICK
 from tests.tolerances import LOSS_STEP_FP32
 

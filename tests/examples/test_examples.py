@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import philora
 from philora.config import load_config, translate_training_arguments
 from philora.models import local_path
-from philora.preflight import preflight
+from philora.readiness import preflight
 from tests.hub_server import TOKEN, hub_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -25,7 +25,7 @@ from philora.formats.conversion import restored
 from philora.kernels.rotary import DocumentRotaryEmbedding, document_tokens
 from philora.lora.functional import fused
 from philora.models import load_skeleton, local_path
-from philora.preflight import preflight
+from philora.readiness import preflight
 from tests.family import build, packed, padded, small_config, tokens
 from tests.tolerances import PACKED_FP32
 

@@ -20,7 +20,7 @@ from philora.errors import TargetError
 from philora.families import OTHER, generic_notice
 from philora.kernels.attention import NAME
 from philora.models import PADDING_CANDIDATES, local_path, set_padding
-from philora.preflight import preflight
+from philora.readiness import preflight
 from tests.family import build, packed, padded, tokens
 from tests.tolerances import LOGITS_FP32, PACKED_FP32
 

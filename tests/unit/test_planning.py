@@ -20,7 +20,7 @@ from philora.errors import ConfigError
 from philora.footprint import PARTS, Evaluated, footprint
 from philora.models import load_skeleton, load_tokenizer, local_path, max_length_of, stop_token_ids
 from philora.planning import TOKENS_PER_STEP, choose, measure_rate, step_tokens
-from philora.preflight import preflight
+from philora.readiness import preflight
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ from philora.config import load_config
 from philora.errors import ModelError
 from philora.families import find
 from philora.models import local_path
-from philora.preflight import preflight
+from philora.readiness import preflight
 
 # The arguments of TrainingArguments and SFTTrainer and the keywords of from_pretrained, as published, by sample.
 PUBLISHED = yaml.safe_load("""
