@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from philora.formats import export
     from philora.merged_folder import merge_to_folder
     from philora.merging import merge
-    from philora.readiness import preflight
     from philora.pushing import push
+    from philora.readiness import preflight
     from philora.trainer import SFTConfig, SFTTrainer
     from philora.training import train
 
