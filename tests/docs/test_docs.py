@@ -27,6 +27,11 @@ def test_the_readme_names_the_commands_that_exist():
     assert named == {each.name or each.callback.__name__ for each in app.registered_commands}
 
 
+def test_the_first_screen_of_the_readme_names_both_commands():
+    first_screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:20]
+    assert {"make demo", "make test"} <= {line.partition("#")[0].strip() for line in first_screen}
+
+
 def test_the_version_is_one():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{philora.__version__}"' in project
