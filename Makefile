@@ -48,10 +48,11 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(PYTEST) -m 'not slow and not gpu'
 
-# Built from source with a C++ compiler, in minutes; where that fails, its tests are skipped and say so.
+# Built from source with a C++ compiler, in minutes; where that fails, its tests are skipped and say so. A cached wheel
+# may have been built for another processor, where it ends with SIGILL here.
 llama: $(VENV)/.dev
 	CMAKE_BUILD_PARALLEL_LEVEL=2 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-	  llama-cpp-python
+	  --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 
 test-slow: $(VENV)/.dev
 	-$(MAKE) llama

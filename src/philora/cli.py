@@ -412,7 +412,8 @@ def export(
     out.print(str(result.agreement), highlight=False)
     if format in ("gguf", "ollama"):
         missing = "llama.cpp: not tried, it is not installed (pip install llama-cpp-python builds it)"
-        out.print(str(result.reader or missing), highlight=False)
+        failed = result.reader_failure and f"unverified by llama.cpp: {result.reader_failure}"
+        out.print(str(result.reader or failed or missing), highlight=False)
 
 
 @app.command()

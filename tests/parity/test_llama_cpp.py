@@ -59,6 +59,14 @@ def saved(nano, tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _runs_here(nano, tmp_path_factory):
+    """Fail with a message, not with SIGILL, where llama.cpp was built for another processor."""
+    folder = tmp_path_factory.mktemp("probe") / "out"
+    done = export(nano[1] / "adapter", folder, format="gguf", base=str(nano[0]))
+    assert done.reader_failure is None, done.reader_failure
+
+
 def opened(model, lora=None, context=256):
     """llama.cpp with a cache in fp32, so that f32 files are computed in fp32 throughout."""
     return llama_cpp.Llama(

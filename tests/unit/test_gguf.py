@@ -6,7 +6,9 @@ Here files are read back with the `gguf` package; tests/parity/test_llama_cpp.py
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 
 import gguf
 import numpy as np
@@ -470,11 +472,33 @@ def test_every_format_carries_the_stop_tokens(saved, tmp_path):
 @pytest.mark.parametrize(("got", "place"), [([5, 6], 2), ([5, 9, 7], 1), ([], 0)])
 def test_other_tokens_and_missing_ones_are_named(got, place):
     """Also where a reader's tokens are the beginning of what they should be."""
-    from types import SimpleNamespace
-
     from philora.formats.llama import check_tokens
 
-    reader = SimpleNamespace(tokenize=lambda text, **_: list(got))
     with pytest.raises(ModelError, match=rf"expected the tokenizer's \[.*\] at token {place} of 'abc'"):
-        check_tokens(reader, ["abc"], [[5, 6, 7]], chat=True)
-    check_tokens(SimpleNamespace(tokenize=lambda text, **_: [5, 6, 7]), ["abc"], [[5, 6, 7]], chat=True)
+        check_tokens([got], ["abc"], [[5, 6, 7]])
+    check_tokens([[5, 6, 7, 8]], ["abc"], [[5, 6, 7]])
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGILL)", "crashed with SIGILL; it was built for another processor"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed with SIGSEGV"),
+        ("raise OSError('libgomp.so.1 is missing')", "exit code 1: OSError: libgomp.so.1 is missing"),
+    ],
+)
+def test_a_llama_cpp_that_cannot_run_here_leaves_the_file_and_says_so(ending, said, saved, tmp_path, monkeypatch, cli):
+    fake = tmp_path / "site"
+    (fake / "llama_cpp").mkdir(parents=True)
+    (fake / "llama_cpp" / "__init__.py").write_text(f"import os, signal\n{ending}\n")
+    (fake / "llama_cpp_python-9.9.9.dist-info").mkdir()
+    (fake / "llama_cpp_python-9.9.9.dist-info" / "METADATA").write_text("Name: llama-cpp-python\nVersion: 9.9.9\n")
+    monkeypatch.syspath_prepend(fake)
+    monkeypatch.setenv("PYTHONPATH", str(fake), prepend=os.pathsep)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    folder = saved("Phi-3-mini-4k")
+    result = cli("export", folder / "adapter", "--format", "gguf", "--out", tmp_path / "out", "--base", folder / "base")
+    assert result.code == 0
+    assert "unverified by llama.cpp: llama.cpp (llama-cpp-python 9.9.9)" in result.out
+    assert said in result.out
+    assert (tmp_path / "out" / "model-f16.gguf").is_file()

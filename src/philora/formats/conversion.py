@@ -45,12 +45,14 @@ class Exported(NamedTuple):
     Attributes:
         folder: Where it is.
         agreement: Read again and computed here.
-        reader: Computed by llama.cpp; None for other formats, and where it is not installed.
+        reader: Computed by llama.cpp; None for other formats, and where it is not installed or could not be run.
+        reader_failure: Why llama.cpp could not be run; the files are checked by philora's own reader alone.
     """
 
     folder: Path
     agreement: Agreement | Divergence
     reader: Divergence | None = None
+    reader_failure: str | None = None
 
 
 def export(
@@ -162,7 +164,7 @@ def _export_gguf(
             lora_alpha=lora_alpha,
         )
     logger.info("%s: %s", out, result.read_back)
-    return Exported(out, result.read_back, result.llama)
+    return Exported(out, result.read_back, result.llama, result.llama_failure)
 
 
 def _shown(base: str) -> str:

@@ -59,12 +59,14 @@ class GGUFExport(NamedTuple):
     Attributes:
         files: Names of the GGUF files: the model or base first, then the adapter.
         read_back: Read with the `gguf` package, dequantised and computed by transformers.
-        llama: Computed by llama.cpp; None where it is not installed.
+        llama: Computed by llama.cpp; None where it is not installed or could not be run.
+        llama_failure: Why it could not be run.
     """
 
     files: tuple[str, ...]
     read_back: Divergence
     llama: Divergence | None
+    llama_failure: str | None = None
 
 
 class _Prompts(NamedTuple):
@@ -127,7 +129,7 @@ def write_gguf(
         del applied
     del model
     gc.collect()
-    read_back, through_llama = _compare(folder, files, file_type, prompts, reference, plain)
+    compared = _compare(folder, files, file_type, prompts, reference, plain)
     if layout == "adapter":
         (folder / files[0]).unlink()
         files = files[1:]
@@ -137,7 +139,7 @@ def write_gguf(
     write_text(
         folder / "README.md", _readme(name, base_name, files, layout, companions, context_tokens(config), ollama)
     )
-    return GGUFExport(files, read_back, through_llama)
+    return GGUFExport(files, *compared)
 
 
 def _prompts(found: AdapterSource, tokenizer: PreTrainedTokenizerBase, config: Any) -> _Prompts:
@@ -219,8 +221,8 @@ def _compare(
     prompts: _Prompts,
     reference: list[Tensor],
     plain: list[Tensor],
-) -> tuple[Divergence, Divergence | None]:
-    """Distributions of what was written beside those of what was trained, through both readers."""
+) -> tuple[Divergence, Divergence | None, str | None]:
+    """Compare the distributions of what was written with those of what was trained, through both readers."""
     model_file = folder / files[0]
     lora_file = folder / files[1] if len(files) > 1 else None
     written = GGUFFile(model_file)
@@ -239,12 +241,14 @@ def _compare(
             read_back.effect,
         )
     if not llama.available():
-        return read_back, None
-    context = max(len(row) for row in prompts.rows)
-    with llama.opened(model_file, lora_file, context=context) as loaded:
-        llama.check_tokens(loaded, prompts.texts, prompts.rows, chat=prompts.chat)
-        logits = llama.row_logits(loaded, prompts.rows)
-    return read_back, divergence(where, llama.reader_name(), reference, logits, plain, bound)
+        return read_back, None, None
+    try:
+        reading = llama.read(model_file, lora_file, prompts.texts, prompts.rows, add_bos=not prompts.chat)
+    except llama.Unreadable as error:
+        logger.warning("export: the file was not read by llama.cpp. %s", error)
+        return read_back, None, str(error)
+    llama.check_tokens(reading.tokens, prompts.texts, prompts.rows)
+    return read_back, divergence(where, llama.reader_name(), reference, reading.logits, plain, bound), None
 
 
 # ------------------------------------------------------------------------------------------------- readme

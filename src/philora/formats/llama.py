@@ -1,13 +1,21 @@
-"""llama.cpp through its Python package, as a second reader of what is written; it may be missing."""
+"""llama.cpp through its Python package, as a second reader of an export. The package is optional.
+
+It runs in a process of its own: a build for another processor, such as a cached wheel in a home folder that several
+machines share, ends its process with SIGILL.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,69 +23,103 @@ from torch import Tensor
 
 from philora.errors import ModelError, fault
 
+_PROGRAM = Path(__file__).with_name("llama_process.py")
+
+
+class Reading(NamedTuple):
+    """What llama.cpp makes of a file.
+
+    Attributes:
+        tokens: Token ids of each text.
+        logits: Logits of each row of token ids, in fp32. Shape of each: (T, V).
+    """
+
+    tokens: list[list[int]]
+    logits: list[Tensor]
+
+
+class Unreadable(Exception):
+    """llama.cpp could not be run here, so that the file is neither confirmed nor refuted."""
+
 
 def available() -> bool:
-    """Whether the package is installed."""
+    """Return whether the package is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
 def reader_name() -> str:
-    """What a message calls it."""
+    """Return what a message calls it."""
     return f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
 
 
-@contextlib.contextmanager
-def opened(model: Path, lora: Path | None = None, *, context: int) -> Iterator[Any]:
-    """A model with an adapter on the CPU.
+def read(
+    model: Path, lora: Path | None, texts: Sequence[str], rows: Sequence[Sequence[int]], *, add_bos: bool
+) -> Reading:
+    """Tokenize texts and compute logits with llama.cpp, on the CPU, in a process of its own.
 
-    Yields:
-        `llama_cpp.Llama`.
+    Args:
+        model: GGUF file of a model.
+        lora: GGUF file of an adapter.
+        texts: What to tokenize.
+        rows: Token ids to compute.
+        add_bos: Whether the tokenizer writes the token that begins a text.
 
     Raises:
         ModelError: llama.cpp refuses a file.
+        Unreadable: The process crashed or could not start; the message says how and what to do.
     """
-    import llama_cpp
-
-    try:
-        loaded = llama_cpp.Llama(
-            str(model),
-            lora_path=str(lora) if lora is not None else None,
-            n_ctx=context,
-            n_gpu_layers=0,
-            logits_all=True,
-            type_k=llama_cpp.GGML_TYPE_F32,  # a cache in f16 would be the largest difference
-            type_v=llama_cpp.GGML_TYPE_F32,
-            verbose=False,
-        )
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise ModelError(fault(str(lora or model), "content", str(error), "a file that llama.cpp reads")) from error
-    try:
-        yield loaded
-    finally:
-        loaded.close()
-
-
-def row_logits(loaded: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits for each row of token ids. Shape of each: (T, V)."""
-    found = []
-    for row in rows:
-        loaded.reset()
-        loaded.eval(list(row))
-        found.append(torch.from_numpy(np.array(loaded.scores[: len(row)], dtype=np.float32)))
-    return found
+    with tempfile.TemporaryDirectory(prefix="philora-llama-") as temporary:
+        folder = Path(temporary)
+        job = {
+            "model": str(model),
+            "lora": str(lora) if lora is not None else None,
+            "context": max(len(row) for row in rows),
+            "texts": list(texts),
+            "rows": [list(row) for row in rows],
+            "add_bos": add_bos,
+        }
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        # -P: this folder's own modules must not stand before the installed packages.
+        command = [sys.executable, "-P", str(_PROGRAM), temporary]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if done.returncode != 0:
+            raise Unreadable(_why(done.returncode, done.stderr))
+        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        if "refused" in answer:
+            raise ModelError(fault(str(lora or model), "content", answer["refused"], "a file that llama.cpp reads"))
+        logits = [torch.from_numpy(np.load(folder / f"{index}.npy")) for index in range(len(rows))]
+        return Reading(answer["tokens"], logits)
 
 
-def check_tokens(loaded: Any, written: Sequence[str], rows: Sequence[Sequence[int]], *, chat: bool) -> None:
-    """llama.cpp makes the same tokens of the same texts.
+def _why(code: int, stderr: str) -> str:
+    """Say how the process ended."""
+    if code >= 0:
+        last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "")
+        return f"{reader_name()} ended with exit code {code}: {last[:200]}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+    remedy = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+    why = f"it was built for another processor. Build it here: {remedy}" if name == "SIGILL" else "try another release"
+    return f"{reader_name()} crashed with {name}; {why}"
+
+
+def check_tokens(got: Sequence[Sequence[int]], written: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+    """Check that llama.cpp makes the same tokens of the same texts.
+
+    Args:
+        got: Token ids by llama.cpp.
+        written: The texts.
+        rows: The tokenizer's ids, which may end before the text does.
 
     Raises:
-        ModelError: Of one of them it does not.
+        ModelError: They differ.
     """
-    for text, want in zip(written, rows, strict=True):
-        got = loaded.tokenize(text.encode(), add_bos=not chat, special=True)[: len(want)]
-        if got != list(want):
-            pairs = enumerate(zip(got, want, strict=False))
-            place = next((index for index, pair in pairs if pair[0] != pair[1]), len(got))  # or it ends too early
-            expected = f"the tokenizer's {list(want)[max(0, place - 2) : place + 3]} at token {place} of {text[:40]!r}"
-            found = got[max(0, place - 2) : place + 3]
-            raise ModelError(fault("export to gguf", "tokens in llama.cpp", found, expected, "Nothing was written"))
+    for text, ids, want in zip(written, got, rows, strict=True):
+        found = list(ids)[: len(want)]
+        if found != list(want):
+            pairs = enumerate(zip(found, want, strict=False))
+            index = next((index for index, pair in pairs if pair[0] != pair[1]), len(found))  # or it ends too early
+            window = slice(max(0, index - 2), index + 3)
+            expected = f"the tokenizer's {list(want)[window]} at token {index} of {text[:40]!r}"
+            raise ModelError(
+                fault("export to gguf", "tokens in llama.cpp", found[window], expected, "Nothing was written")
+            )
