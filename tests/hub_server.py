@@ -106,7 +106,7 @@ def hub_server() -> Iterator[Hub]:
                 self.answer({"error": "no such endpoint"}, 404)
 
         def commit(self, name: str, body: bytes) -> None:
-            files, summary = {}, ""
+            files, summary, deleted = {}, "", []
             for line in map(json.loads, body.decode().splitlines()):
                 value = line["value"]
                 if line["key"] == "header":
@@ -115,6 +115,10 @@ def hub_server() -> Iterator[Hub]:
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = hub.blobs[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    deleted.append(value["path"])
+            for path in deleted:
+                del hub.repositories[name][path]
             hub.repositories[name] |= files
             hub.commits.append((name, summary))
             self.answer({"success": True, "commitOid": "abc123", "commitUrl": f"{hub.url}/{name}/commit/abc123"})
@@ -131,7 +135,13 @@ def hub_server() -> Iterator[Hub]:
         def do_GET(self) -> None:
             if self.refused():
                 return
-            name = self.path.partition("?")[0].removeprefix("/api/models/").partition("/revision/")[0]
+            path = self.path.partition("?")[0].removeprefix("/api/models/")
+            name, tree, _ = path.partition("/tree/")
+            if tree and name in hub.repositories:
+                files = hub.repositories[name].items()
+                self.answer([{"type": "file", "oid": "0", "size": len(each), "path": path} for path, each in files])
+                return
+            name = path.partition("/revision/")[0]
             if name in hub.repositories:
                 siblings = [{"rfilename": each} for each in hub.repositories[name]]
                 self.answer({"id": name, "modelId": name, "sha": "abc123", "siblings": siblings, "tags": []})

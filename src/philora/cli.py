@@ -421,6 +421,10 @@ def push(
     source: AdapterArgument,
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub.", metavar="REPO_ID")],
     merged: Annotated[bool, typer.Option("--merged", help="Push the whole model, merged and verified.")] = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Remove an adapter where a model is pushed, or a model where an adapter is."),
+    ] = False,
     private: Annotated[
         bool | None,
         typer.Option(
@@ -435,7 +439,7 @@ def push(
     _logging("warning")
     from philora.pushing import push as publish
 
-    result = publish(source, repo_id, merged=merged, private=private, dry_run=dry_run, base=base)
+    result = publish(source, repo_id, merged=merged, replace=replace, private=private, dry_run=dry_run, base=base)
     if as_json:
         _print_json(_plain(result))
         return
@@ -443,6 +447,8 @@ def push(
     for name, size in result.files.items():
         table.add_row(escape(name), f"{size:,}")
     out.print(table)
+    if result.removed:
+        out.print(escape(f"removed from the repository: {', '.join(result.removed)}"), highlight=False)
     where = f"would go to {result.repo_id}; nothing was sent" if result.url is None else str(result.url)
     out.print(where, highlight=False)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -109,15 +110,30 @@ def create_repository(repo_id: str, token: str, private: bool | None, where: str
         return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
 
 
-def upload(folder: Path, repo_id: str, token: str, message: str, where: str) -> str:
-    """Put a folder's files into a repository in one commit, all or none; returns the address of the commit.
+def files(repo_id: str, token: str, where: str) -> list[str]:
+    """Return the paths of a repository's files.
+
+    Raises:
+        ConfigError, RunError: As `create_repository`.
+    """
+    with _explained(where, repo_id, token):
+        return list(HfApi(token=token).list_repo_files(repo_id))
+
+
+def upload(folder: Path, repo_id: str, token: str, message: str, where: str, *, remove: Sequence[str] = ()) -> str:
+    """Put a folder's files into a repository and remove others in one commit; return the address of the commit.
 
     Raises:
         ConfigError, RunError: As `create_repository`.
     """
     with _explained(where, repo_id, token):
         api = HfApi(token=token)
-        commit = api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)
+        commit = api.upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            commit_message=message,
+            delete_patterns=[glob.escape(name) for name in remove] or None,
+        )
         return str(commit.commit_url)
 
 

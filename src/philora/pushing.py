@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +17,21 @@ from philora.card import model_card
 from philora.checkpoint import read_peft_tensors, write_json, write_text
 from philora.companions import Companions
 from philora.config import Config
-from philora.errors import AdapterError, fault
+from philora.errors import AdapterError, ConfigError, fault
 from philora.merged_folder import merge_to_folder
 from philora.models import local_path
 from philora.sources import AdapterSource, find_adapter
 
 logger = logging.getLogger(__name__)
+
+# Files in the root of a repository that transformers or PEFT read by name. transformers adds an adapter to a model that
+# it lies beside, so a repository holds one or the other.
+_ADAPTER_WEIGHTS = ("adapter_config.json", "adapter_model*")
+_MODEL_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*", "model*.bin*")
+_BESIDE_WEIGHTS = (
+    "config.json", RECORD_NAME, "generation_config.json", "stop_tokens.json", "chat_template.*", "tokenizer*",
+    "added_tokens.json", "special_tokens_map.json", "vocab.*", "merges.txt",
+)  # fmt: skip
 
 
 class Pushed(NamedTuple):
@@ -30,11 +41,13 @@ class Pushed(NamedTuple):
         repo_id: The repository.
         files: Names and sizes in bytes.
         url: Address of the commit; None after a dry run.
+        removed: Files of an earlier push that the same commit removed, since they would be read beside the new ones.
     """
 
     repo_id: str
     files: dict[str, int]
     url: str | None
+    removed: tuple[str, ...] = ()
 
 
 def push(
@@ -42,6 +55,7 @@ def push(
     repo_id: str,
     *,
     merged: bool = False,
+    replace: bool = False,
     private: bool | None = None,
     dry_run: bool = False,
     base: str | None = None,
@@ -53,13 +67,16 @@ def push(
         source: Run folder, adapter folder or checkpoint. A run's card has its data, settings and results.
         repo_id: `OWNER/NAME`, or `NAME` for the token's owner; made if it is not there yet.
         merged: Push the whole model with the adapter in its weights, merged and verified as `merge_to_folder` does.
+        replace: Remove the adapter from a repository that gets the merged model, or the model from one that gets the
+            adapter. Without it such a push is refused. Old shards and tokenizer files of the same kind always go.
         private: Whether a new repository is private; default: what the owner's settings say.
         dry_run: Make everything and list it, but send nothing and ask for no token.
         base: Base model; default: the one that the adapter names.
         token: Default: that of the environment, of `.env`, or of the login.
 
     Raises:
-        ConfigError: The name or the token is not usable; nothing was sent.
+        ConfigError: The name or the token is not usable, or the repository holds weights that would be loaded together
+            with the new ones; nothing was sent.
         AdapterError: There is no whole adapter in PEFT's format.
         RunError: The Hub cannot be reached or refuses the files. A commit is whole or absent.
 
@@ -74,6 +91,7 @@ def push(
     if not dry_run:
         token = hub.require_token("push", token)
         repo_id = hub.create_repository(repo_id, token, private, "push")
+        _require_one_kind(repo_id, token, "push", merged=merged, replace=replace)
     with tempfile.TemporaryDirectory(prefix="philora-push-") as temporary:
         folder = Path(temporary) / "files"
         name = _base_name(found, base)
@@ -100,9 +118,35 @@ def push(
         if dry_run or token is None:
             return Pushed(repo_id, files, None)
         what = "merged model" if merged else "adapter"
-        url = hub.upload(folder, repo_id, token, f"Upload the {what} with philora", "push")
+        removed = _stale(hub.files(repo_id, token, "push"), files)
+        url = hub.upload(folder, repo_id, token, f"Upload the {what} with philora", "push", remove=removed)
     logger.info("pushed to %s", url)
-    return Pushed(repo_id, files, url)
+    return Pushed(repo_id, files, url, removed)
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _require_one_kind(repo_id: str, token: str, where: str, *, merged: bool, replace: bool = False) -> None:
+    """Refuse a repository whose weights would be loaded together with the new ones.
+
+    Raises:
+        ConfigError: It holds an adapter and gets a model, or the other way round.
+    """
+    other = _matching(hub.files(repo_id, token, where), _ADAPTER_WEIGHTS if merged else _MODEL_WEIGHTS)
+    if other and not replace:
+        new, old = ("a merged model", "an adapter") if merged else ("an adapter", "a model")
+        expected = f"a repository without {old}, since {new} is pushed and both would be loaded together"
+        todo = f"Give another repository, or remove {', '.join(other[:3])} from this one with philora push --replace"
+        raise ConfigError(fault(where, "repo_id", repo_id, expected, todo))
+
+
+def _stale(present: Sequence[str], new: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the files of a repository that would be read beside the new ones, such as the shards of a larger model."""
+    return _matching(
+        (name for name in present if name not in new), (*_ADAPTER_WEIGHTS, *_MODEL_WEIGHTS, *_BESIDE_WEIGHTS)
+    )
 
 
 class Target(NamedTuple):
@@ -128,7 +172,9 @@ def target_of(config: Config) -> Target | None:
     private = training.get("hub_private_repo")
     if config.origins.get("training_config.hub_strategy", "default") != "default" and training["hub_strategy"] != "end":
         logger.warning("training_config.hub_strategy: a run pushes its adapter once, when it is done")
-    return Target(hub.create_repository(repo_id, token, private, config.source), private, token)
+    repo_id = hub.create_repository(repo_id, token, private, config.source)
+    _require_one_kind(repo_id, token, config.source, merged=False)
+    return Target(repo_id, private, token)
 
 
 def _run_of(found: AdapterSource) -> Path | None:

@@ -135,6 +135,53 @@ def test_a_merged_model_arrives_whole(hub, run, tmp_path):
     assert result.url
 
 
+def logits_of(files, folder):
+    """What transformers computes from a repository: it puts an adapter that it finds there on the model."""
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=torch.tensor([[1, 300, 400]])).logits
+
+
+def test_a_merged_model_and_an_adapter_are_never_loaded_together(hub, run, tmp_path):
+    push(run, "me/both")
+    with pytest.raises(ConfigError, match=r"repo_id='me/both' - expected a repository without an adapter.*--replace"):
+        push(run, "me/both", merged=True)
+    assert len(hub.commits) == 1
+    result = push(run, "me/both", merged=True, replace=True)
+    assert set(result.removed) == {"adapter_config.json", "adapter_model.safetensors", "philora.json"}
+    assert set(hub.repositories["me/both"]) == set(result.files)
+    push(run, "me/merged", merged=True)
+    want = logits_of(hub.repositories["me/merged"], tmp_path / "merged")
+    assert torch.equal(logits_of(hub.repositories["me/both"], tmp_path / "both"), want)
+    # The control: with the adapter's files left there, transformers adds the update twice.
+    left = {name: hub.blobs.get(name, (run / "adapter" / name).read_bytes()) for name in ("adapter_model.safetensors",)}
+    left["adapter_config.json"] = (run / "adapter" / "adapter_config.json").read_bytes()
+    twice = logits_of({**hub.repositories["me/both"], **left}, tmp_path / "twice")
+    assert not torch.allclose(twice, want, atol=1e-2)
+
+    with pytest.raises(ConfigError, match=r"expected a repository without a model, since an adapter is pushed"):
+        push(run, "me/both")
+    result = push(run, "me/both", replace=True)
+    assert {"model.safetensors", "config.json"} <= set(result.removed)
+    assert set(hub.repositories["me/both"]) == set(result.files)
+
+
+def test_old_shards_go_and_other_files_stay(hub, run):
+    old = {
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "chat_template.json", "added_tokens.json",
+    }  # fmt: skip
+    mine = {"notes.md", "figures/model.safetensors", "LICENSE", ".gitattributes"}
+    hub.repositories["me/merged"] = dict.fromkeys(old | mine, b"{}")
+    result = push(run, "me/merged", merged=True)
+    assert set(result.removed) == old
+    assert set(hub.repositories["me/merged"]) == mine | set(result.files)
+    hub.repositories["me/adapter"] = dict.fromkeys(("adapter_model.bin", "tokenizer.model", *mine), b"{}")
+    assert set(push(run, "me/adapter").removed) == {"adapter_model.bin", "tokenizer.model"}
+
+
 def test_a_dry_run_sends_nothing_and_needs_no_token(hub, run, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     result = push(run, "me/helpdesk", dry_run=True)
@@ -333,6 +380,10 @@ def test_a_run_that_cannot_push_does_not_begin(hub, tmp_path, monkeypatch):
         philora.train(settings_of(tmp_path, hub_model_id="a b"))
     monkeypatch.setenv("HF_TOKEN", "hf_wrongwrongwrong")
     with pytest.raises(ConfigError, match=r"token='\*\*\*' - expected a token that the hub knows"):
+        philora.train(settings_of(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories["me/my-run"] = {"model.safetensors": b""}
+    with pytest.raises(ConfigError, match=r"repo_id='me/my-run' - expected a repository without a model"):
         philora.train(settings_of(tmp_path))
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.chdir(tmp_path)
