@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from philora.checkpoint import write_json
 from philora.errors import ModelError
+from philora.links import refuse_leading_out
 from philora.models import read_tokenizer, set_padding, stop_token_ids
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,14 @@ TOKENIZER_FILES = (
 
 
 def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of a folder whose names fit."""
+    """Copy the files of a folder whose names fit.
+
+    Raises:
+        ModelError: One of them is a link to a file outside the folder, whose content would be published.
+    """
     for pattern in patterns:
         for path in source.glob(pattern):
+            refuse_leading_out(source, ModelError, [path])
             if path.is_file():
                 target = folder / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)

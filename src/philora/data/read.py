@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from philora.errors import DataError, fault, nearest
+from philora.links import refuse_leading_out
 
 if TYPE_CHECKING:
     from philora.config import SourceConfig
@@ -559,11 +560,28 @@ def _read_parquet(file: Path) -> Iterator[Batch]:
 def _saved_source(config: SourceConfig, path: Path, role: Role) -> Source:
     from datasets import DatasetDict, load_from_disk
 
+    _require_files_inside(path)
     with quiet_datasets():
         loaded = load_from_disk(str(path))
     if isinstance(loaded, DatasetDict):
         loaded = loaded[_choose_split(str(path), config.split, role, list(loaded))]
     return _dataset_source(config, loaded, config.path)
+
+
+def _require_files_inside(path: Path) -> None:
+    """Check that a saved dataset names no file outside its folder.
+
+    Raises:
+        DataError: `state.json` names another folder's file, or a file is a link to one.
+    """
+    for state in [*path.glob("state.json"), *path.glob("*/state.json")]:
+        try:
+            files = json.loads(state.read_text(encoding="utf-8")).get("_data_files", [])
+            named = [state.parent / str(file["filename"]) for file in files]
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            expected = "JSON as datasets' save_to_disk writes it"
+            raise DataError(fault(str(state), "content", type(error).__name__, expected)) from error
+        refuse_leading_out(path, DataError, [state, *named])
 
 
 def _hub_source(config: SourceConfig, role: Role) -> Source:
