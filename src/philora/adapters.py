@@ -803,6 +803,7 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 _MOST_LAYERS = 4096
+_MOST_ITERATIONS = 1000
 
 
 def _check_harmless(config: LoraConfig, folder: Path) -> None:
@@ -818,6 +819,18 @@ def _check_harmless(config: LoraConfig, folder: Path) -> None:
     layers = sum(max(0, int(stop) - int(start)) for start, stop in config.layer_replication or ())
     if layers > _MOST_LAYERS:
         faults.append(fault(where, "layer_replication", config.layer_replication, f"at most {_MOST_LAYERS} layers"))
+    chosen = config.layers_to_transform
+    if isinstance(chosen, (list, tuple)) and len(chosen) > _MOST_LAYERS:  # PEFT looks each module up in the list
+        value = f"a list of {len(chosen):,} numbers"
+        faults.append(fault(where, "layers_to_transform", value, f"at most {_MOST_LAYERS} layers"))
+    iterations = re.fullmatch(r"pissa_niter_(\d+)", str(config.init_lora_weights))
+    if iterations is not None and (len(iterations[1]) > 4 or int(iterations[1]) > _MOST_ITERATIONS):
+        expected = f"at most {_MOST_ITERATIONS} iterations"
+        faults.append(fault(where, "init_lora_weights", config.init_lora_weights, expected))
+    for key, values in (("lora_alpha", {"": config.lora_alpha}), ("alpha_pattern", config.alpha_pattern or {})):
+        for value in values.values():
+            if isinstance(value, float) and not math.isfinite(value):
+                faults.append(fault(where, key, value, "a finite number"))
     patterns = {
         "target_modules": [config.target_modules],
         "exclude_modules": [config.exclude_modules],

@@ -400,6 +400,18 @@ def test_a_torn_entry_is_made_again(run, tmp_path, name, harm):
     assert [entry.name.startswith(".tmp") for entry in entries(tmp_path)] == [False]
 
 
+@pytest.mark.parametrize("name", ["tokens.arrow", "conversations.arrow", "rows.npy"])
+def test_a_damaged_entry_of_the_same_size_is_made_again(run, tmp_path, name):
+    file = write(tmp_path / "a.jsonl", many(20))
+    expected = run(file).train[:]
+    damaged = entries(tmp_path)[0] / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    damaged.write_bytes(content)
+    assert run(file).train[:] == expected
+    assert (entries(tmp_path)[0] / name).read_bytes() != bytes(content)
+
+
 def test_the_cache_folder_of_the_environment(tokenizer, stops, tmp_path, monkeypatch):
     monkeypatch.setenv("PHILORA_CACHE", str(tmp_path / "env"))
     config = DataConfig(train=(SourceConfig(str(write(tmp_path / "a.jsonl", many(2)))),), eval=None)

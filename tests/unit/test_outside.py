@@ -38,6 +38,13 @@ def change(path, **values):
     [
         ({"megatron_config": {}, "megatron_core": "json"}, r"megatron_config=\{\} - expected null"),
         ({"layer_replication": [[0, 10**9]]}, r"layer_replication=.* - expected at most 4096 layers"),
+        (
+            {"layers_to_transform": list(range(10**6))},
+            r"layers_to_transform='a list of 1,000,000 numbers' - expected at most 4096",
+        ),
+        ({"init_lora_weights": "pissa_niter_1000000000"}, r"init_lora_weights=.* - expected at most 1000 iterations"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha=nan - expected a finite number"),
+        ({"alpha_pattern": {"qkv_proj": float("inf")}}, r"alpha_pattern=inf - expected a finite number"),
         ({"target_modules": r"(.*a)*(.*b)*x"}, r"target_modules=.* - expected a regular expression without"),
         ({"target_modules": r".*.*.*.*.*proj"}, r"target_modules=.* - expected a regular expression without"),
         ({"rank_pattern": {"(x+x+)+y": 1}}, r"rank_pattern=.* - expected a regular expression without"),
