@@ -26,8 +26,11 @@ from philora.quantization import (
     quantization_config,
     require_bitsandbytes,
 )
+from philora.untrusted import check_tokenizer, panics_as_errors
 
 logger = logging.getLogger(__name__)
+
+_MOST_STOP_TOKENS = 1000
 
 # Tokens that can stand in for padding because nothing else uses them, in order of preference.
 PADDING_CANDIDATES = (
@@ -113,18 +116,24 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     """A tokenizer as its files have it.
 
     Raises:
-        OSError, ValueError, KeyError: It cannot be found or read; tokenizers raises a bare Exception for a torn file.
+        OSError, ValueError, KeyError: It cannot be found or read, it fails on ordinary text, or its chat template takes
+            all memory.
     """
-    try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, **options))
-    except Exception as error:
-        if type(error) is Exception:
-            raise ValueError(f"tokenizer.json: {error}") from error
-        raise
+    with panics_as_errors("tokenizer.json"):
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, **options))
+    check_tokenizer(tokenizer)
+    return tokenizer
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Any = None) -> list[int]:
-    """Ids that end an answer: the family's that the vocabulary holds, the tokenizer's own, and the model's."""
+    """Return the ids that end an answer: the family's in the vocabulary, the tokenizer's own, and the model's.
+
+    Raises:
+        ModelError: The model names more than any model has.
+    """
+    if isinstance(model_stops, (list, tuple)) and len(model_stops) > _MOST_STOP_TOKENS:
+        expected, value = f"at most {_MOST_STOP_TOKENS} tokens", f"a list of {len(model_stops):,} numbers"
+        raise ModelError(fault("model", "eos_token_id", value, expected, "Look at its generation_config.json"))
     vocabulary = tokenizer.get_vocab()
     ids = [vocabulary[token] for token in stop_tokens_in(vocabulary)]
     ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

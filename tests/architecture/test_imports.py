@@ -18,6 +18,8 @@ ROOT = Path(philora.__file__).parent
 ORDER = [
     "errors",
     "links",
+    "template_process",
+    "untrusted",
     "processes",
     "families",
     "schema",

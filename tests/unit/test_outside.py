@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -14,10 +15,10 @@ from pyarrow import parquet
 
 import philora
 from philora.checkpoint import indexed_files
-from philora.config import ModelConfig, SourceConfig, load_config
+from philora.config import ModelConfig, SourceConfig, TokenizerConfig, load_config
 from philora.data.read import resolve
 from philora.errors import AdapterError, ConfigError, DataError, ModelError
-from philora.models import load_skeleton
+from philora.models import load_skeleton, load_tokenizer, local_path
 
 
 @pytest.fixture
@@ -185,3 +186,57 @@ def test_no_archive_is_unpacked():
     assert len(sources) > 50
     for path, text in sources.items():
         assert not re.search(r"\b(zipfile|tarfile|unpack_archive|extractall)\b", text), path
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.fixture
+def nano_files(tmp_path):
+    """A copy of the bundled model's folder that a test may damage."""
+    return Path(shutil.copytree(local_path("nano"), tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10**11 }}",
+        "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{{ 'x'.ljust(10**12) }}",
+    ],
+)
+def test_a_chat_template_that_takes_all_memory_is_refused(template, nano_files):
+    (nano_files / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match=r"chat_template: rendering ordinary conversations takes more than 2 GiB"):
+        load_tokenizer(ModelConfig(name_or_path=str(nano_files)), TokenizerConfig())
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% generation %}a{% endgeneration %}", "{{ a.b }}"]
+)
+def test_a_template_that_only_refuses_is_for_the_data_to_meet(template, nano_files):
+    (nano_files / "chat_template.jinja").write_text(template)
+    assert load_tokenizer(ModelConfig(name_or_path=str(nano_files)), TokenizerConfig()).chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "Precompiled"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
+        ({"model": {"type": "Unigram", "unk_id": None, "vocab": [], "byte_fallback": False}}, "unk_id"),
+    ],
+)
+def test_a_tokenizer_that_panics_is_one_message(changes, said, nano_files):
+    file = nano_files / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(
+        ModelError, match=rf"name_or_path=.* - expected a folder with a tokenizer.*tokenizer.json: .*{said}"
+    ):
+        load_tokenizer(ModelConfig(name_or_path=str(nano_files)), TokenizerConfig())
+
+
+def test_a_million_stop_tokens_are_refused(nano_files):
+    change(nano_files / "config.json", eos_token_id=[*range(10**6)])
+    with pytest.raises(ModelError, match=r"eos_token_id='a list of 1,000,000 numbers' - expected at most 1000 tokens"):
+        philora.preflight({"model": {"name_or_path": str(nano_files)}, "data": {"train": "helpdesk"}})
