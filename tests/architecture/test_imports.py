@@ -21,6 +21,7 @@ ORDER = [
     "families",
     "schema",
     "signals",
+    "yaml_text",
     "config",
     "native",
     "lora",
