@@ -14,7 +14,7 @@ import importlib.util
 import os
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -991,10 +991,39 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     reader.translate()
     for text in overrides:
         reader.override(text)
+    unusable = [*_unusable_texts(reader.given, (), reader)]
+    if unusable:
+        raise ConfigError(one_per_line(unusable))
     config = _build(reader, name, stem)
     if reader.faults:
         raise ConfigError(one_per_line(list(dict.fromkeys(reader.faults))))
     return config
+
+
+_HOLD_PATHS: Final = ("path", "train", "eval", "name_or_path", "adapter", "output_dir", "cache_dir")
+
+
+def _unusable_texts(value: Any, path: _Path, reader: _Reader) -> Iterator[str]:
+    """A fault for each text that no file can hold, and for each path in the home folder of nobody."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _unusable_texts(each, (*path, str(key)), reader)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _unusable_texts(each, path, reader)
+    text = ".".join(path) if isinstance(value, Mapping) else value
+    if not isinstance(text, str):
+        return
+    where, name = reader.place(path), ".".join(path)
+    try:
+        text.encode("utf-8")
+        if text.startswith("~") and path[-1:] and path[-1] in _HOLD_PATHS:
+            Path(text).expanduser()
+    except UnicodeEncodeError as error:
+        yield _fault(where, name, text, "text that UTF-8 can hold", f"Character {error.start + 1} is half of a pair")
+    except RuntimeError:
+        expected = "a path whose home folder is known here"
+        yield _fault(where, name, text, expected, "Write the whole path, or set the variable HOME")
 
 
 def _build(reader: _Reader, source: str, stem: str) -> Config:

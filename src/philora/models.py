@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.utils.hub import has_file as hub_has_file
 
 from philora.checkpoint import indexed_files
 from philora.config import Config, ModelConfig, TokenizerConfig
@@ -182,6 +183,15 @@ def _load_config(model: ModelConfig) -> Any:
     if scheme is None and model.quantization not in (None, "none"):
         require_bitsandbytes("quantization", model.quantization)
     return config
+
+
+def has_file(model: ModelConfig, names: Sequence[str]) -> bool:
+    """Whether a model on the hub has one of these files, as far as that is known; without a network, the cache."""
+    try:
+        with reachable_or_cached():
+            return any(hub_has_file(model.name_or_path, each, revision=model.revision) for each in names)
+    except (OSError, ValueError):
+        return False
 
 
 def _check_shards(folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from philora import checkpoint, models, native, processes
 from philora.config import Config, dump_yaml, load_config, without_secrets
 from philora.data import PreparedData
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
+from philora.sources import find_adapter
 
 logger = logging.getLogger("philora.run")
 
@@ -147,9 +147,9 @@ def open_fresh(folder: Path, config: Config) -> None:
         ConfigError: It is a file, holds something, or cannot be written to.
     """
     name = "training_config.output_dir"
-    if os.path.isfile(folder):
-        raise ConfigError(fault(config.source, name, str(folder), "a folder, not a file"))
     refused = checkpoint.unwritable(folder)
+    if isinstance(refused, NotADirectoryError) and folder.is_file():
+        raise ConfigError(fault(config.source, name, str(folder), "a folder, not a file"))
     if refused is not None:
         raise ConfigError(checkpoint.not_writable(config.source, name, folder, refused))
     if not folder.is_dir() or not (there := _content(folder)) or _saved_nothing(folder, there):
@@ -306,7 +306,7 @@ def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData)
     return {
         "format": 1,
         "model": _files(models.local_path(config.model.name_or_path), getattr(model_config, "_commit_hash", None)),
-        "adapter": None if config.model.adapter is None else _files(config.model.adapter, None),
+        "adapter": None if config.model.adapter is None else _files(_adapter_place(config.model.adapter), None),
         "data": {
             "fingerprint": data.fingerprint,
             "rows": {name: report[name]["rows"] for name in ("train", "eval") if report.get(name)},
@@ -319,6 +319,11 @@ def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData)
 
 def _computes() -> dict[str, Any]:
     return {"torch": torch.__version__, "between the products": native.describe()}
+
+
+def _adapter_place(adapter: str) -> str:
+    """The adapter's own folder where it was named by its run; something on the hub by its id."""
+    return str(find_adapter(adapter).path) if Path(adapter).expanduser().is_dir() else adapter
 
 
 def _files(place: str, commit: str | None) -> dict[str, Any]:

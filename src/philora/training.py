@@ -38,7 +38,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, native, planning, processes, pushing
+from philora import checkpoint, models, native, planning, processes, pushing, readiness
 from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
 from philora.callbacks import MetricsFile, peak_memory_bytes
@@ -53,6 +53,7 @@ from philora.generation import GenerationSettings
 from philora.kernels.memory import out_of_memory
 from philora.report import SECRETS, write_report
 from philora.signals import Interrupted, StopOnSignal
+from philora.sources import find_adapter
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
 logger = logging.getLogger("philora.run")
@@ -121,7 +122,8 @@ def _train(
         claim = resuming.Claim(folder)
         continued = processes.on_main(lambda: _open(claim, config, resume, held))
         stop.saved = lambda: checkpoint.newest_whole(folder / "checkpoints").folder is not None
-        for notice in config.notices:
+        processes.on_main(lambda: readiness.require(config))
+        for notice in filter(None, [*config.notices, processes.idle_gpus_notice(config)]):
             logger.warning("%s", notice)
 
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)
@@ -296,11 +298,11 @@ class _Run:
         set_seed(int(config.training_config.get("seed", 42)))
         base = models.load_model(config.model, self.tokenizer)
         if config.model.adapter is not None:
-            self.model = load_adapter(base, config.model.adapter, is_trainable=True)
+            self.model = load_adapter(base, find_adapter(config.model.adapter).path, is_trainable=True)
         else:
             self.model = get_peft_model(base, _lora_config(config))
         self.arguments = self._resolve_arguments(base, chosen)
-        self._require_room()
+        readiness.require_room(self.folder, checkpoint_bytes(self.model), self.arguments.save_total_limit)
         self.stop.check()
 
     def _resolve_arguments(self, base: Any, chosen: Mapping[str, Any]) -> SFTConfig:
@@ -397,23 +399,6 @@ class _Run:
         self.stop.check()
         peak = max(processes.gathered(peak_memory_bytes()))
         return processes.on_main(lambda: self._finish(trainer, output, before, after, peak, whole))
-
-    def _require_room(self) -> None:
-        """See to it before the run that the checkpoints which will be there together, and the adapter, fit.
-
-        Raises:
-            RunError: They do not.
-        """
-        size = checkpoint_bytes(self.model)
-        limit = self.arguments.save_total_limit
-        there = [checkpoint.bytes_in(each) for each in (self.folder / "checkpoints").glob("checkpoint-*")]
-        # While one is written, those that stay are there too; where all stay, two are the least that a run needs.
-        needed = size * (1 + max(1, limit or 1)) + size - sum(there)
-        missing = checkpoint.missing_bytes(self.folder, needed)
-        if missing:
-            expected = f"room for about {needed:,} bytes: checkpoints of {size:,} bytes and the adapter"
-            todo = f"Free {missing:,} bytes, or give another training_config.output_dir"
-            raise RunError(fault("run", "output_dir", str(self.folder), expected, todo))
 
     def _trainer(self) -> SFTTrainer:
         callbacks: list[TrainerCallback] = [MetricsFile(self.folder / "metrics.jsonl"), *self.callbacks]

@@ -17,6 +17,7 @@ ROOT = Path(philora.__file__).parent
 # From the bottom up: a module may import what stands before it.
 ORDER = [
     "errors",
+    "user_cache",
     "processes",
     "families",
     "schema",
@@ -58,8 +59,8 @@ ORDER = [
     "report",
     "card",
     "pushing",
-    "readiness",
     "resume",
+    "readiness",
     "training",
     "progress",
     "troubleshooting",
