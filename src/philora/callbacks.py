@@ -39,7 +39,7 @@ def peak_memory_bytes() -> int:
 
 
 def _peak_by_status(status: Path) -> int | None:
-    """The peak as Linux's status file of a process has it; some container runtimes leave that line, or the file, out."""
+    """The peak as Linux's status file of a process has it; some container runtimes leave the line out."""
     try:
         lines = status.read_text(encoding="ascii", errors="replace").splitlines()
         return next((int(each.split()[1]) * 1024 for each in lines if each.startswith("VmHWM:")), None)

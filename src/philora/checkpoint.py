@@ -159,7 +159,7 @@ def unwritable(folder: Path) -> OSError | ValueError | None:
     deepest = folder / "checkpoints" / f"{TEMPORARY_PREFIX}checkpoints" / "checkpoint-1000000" / MANIFEST_NAME
     try:
         if folder.is_symlink() and not folder.exists():
-            return FileExistsError(errno.EEXIST, f"it is a link to {os.readlink(folder)}, which is not there")
+            return FileExistsError(errno.EEXIST, f"it is a link to {folder.readlink()}, which is not there")
         with contextlib.suppress(FileNotFoundError):
             deepest.absolute().lstat()  # a name that is too long, a zero byte, a file where a folder is to be
         place = folder.absolute()

@@ -153,7 +153,7 @@ def idle_gpus(config: Config) -> int:
     given = config.training_config
     if count() > 1 or given.get("use_cpu") or given.get("deepspeed") or config.model.device_map is not None:
         return 0
-    return max(0, torch.cuda.device_count() - 1) if torch.cuda.is_available() else 0
+    return max(0, torch.cuda.device_count() - 1)
 
 
 def idle_gpus_notice(config: Config) -> str | None:
