@@ -598,7 +598,8 @@ def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, name):
 def test_the_short_form_of_the_torture(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(ROOT / "tools" / "torture.py"), "--kills", "2", "--signals", "2", "--races", "2",
-               "--foreign", "2", "--disks", "1", "--damage", "--fuzz", "25", "--seed", str(int(time.time()) % 1000)]  # fmt: skip
+               "--foreign", "2", "--disks", "1", "--damage", "--fuzz", "25",
+               "--seed", str(int(time.time()) % 1000)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
