@@ -1,7 +1,8 @@
-"""What a run survives: kills, full disks, damaged checkpoints, and files that nobody should have written.
+"""What a run survives: kills, signals, a second run, foreign files, full disks, damaged checkpoints, hostile files.
 
     python tools/torture.py --all --write docs/reliability.md      the long form
-    python tools/torture.py --kills 3 --disks 1 --damage --fuzz 25   what `make test` runs
+    python tools/torture.py --kills 2 --signals 2 --races 1 --foreign 1 --disks 1 --damage --fuzz 25   in `make test`
+    python tools/torture.py --signals 8 --plant forgotten-evaluation   a fault is planted, which must be found
 
 `main` makes a list of jobs, each a function that returns what it found, and `together` does them in forked processes,
 as many at a time as there are cores. This process has imported everything, so that a run in a fork takes about a
@@ -129,11 +130,21 @@ def forked(work: Callable[[], None], notes: Path) -> int:
             from philora.errors import PhiloraError
 
             with notes.open("a") as file:
-                text = str(error) if isinstance(error, PhiloraError) else traceback.format_exc()
-                file.write(f"{type(error).__name__}: {text}\n")
+                told = isinstance(error, PhiloraError)
+                file.write(f"{type(error).__name__}: {error if told else traceback.format_exc()}\n")
+                file.write(f"exit code {error.exit_code if told else 1}\n")
         finally:
             os._exit(code)
     return child
+
+
+def until(there: Callable[[], object], seconds: float = 300) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not there():
+        if time.monotonic() > end:
+            raise SystemExit("it did not come to be")
+        time.sleep(0.001)
 
 
 def ended(child: int) -> int:
@@ -248,6 +259,212 @@ def kills(count: int, saving: int, work: Path, chance: random.Random) -> dict[st
     return {"number": phases.total(), "seen": dict(phases), "each": each, "wrong": wrong}
 
 
+# ------------------------------------------------------------------------------------------------- signals
+
+
+def taken_up(settings: dict[str, Any], folder: Path, notes: Path, expected: dict[str, str]) -> str | None:
+    """Give the command that the disk asks for: `--resume` where a checkpoint is whole, else the same one again.
+
+    Returns:
+        What is wrong: it is refused, begins elsewhere than at the newest checkpoint, or ends as another run.
+    """
+    from philora.checkpoint import newest_whole
+
+    newest = newest_whole(folder / "checkpoints").folder
+    step = 0 if newest is None else int(newest.name.partition("-")[2])
+    done = newest is None and (folder / "results.json").exists()
+    if done:
+        return f"complete without a checkpoint: {sorted(each.name for each in folder.iterdir())}"
+    notes.unlink(missing_ok=True)
+    code = ended(forked(lambda: run(settings, newest is not None, notes), notes))
+    said = notes.read_text() if notes.exists() else ""
+    if code or f"begins {step}\n" not in said:
+        return f"from step {step}: {said}"
+    found = differences(outcome(folder), expected)
+    return f"from step {step}: other {', '.join(found)}" if found else None
+
+
+def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
+    """Send SIGTERM or SIGINT at a random moment, and to every second run SIGKILL a moment later, as clusters do.
+
+    The exit code and the words must say what is on the disk, and the command that they ask for must end as a run that
+    nothing happened to.
+    """
+    from philora.checkpoint import newest_whole
+
+    model, notes = make_model(work / "model"), work / "notes"
+    begun = time.monotonic()
+    expected = unharmed(model, work / "whole", notes)
+    seconds = time.monotonic() - begun
+    seen: Counter[str] = Counter()
+    wrong: list[str] = []
+    number = 0
+    while seen.total() < count and number < 20 * count:
+        number += 1
+        folder, notes = work / f"run-{number}", work / f"notes-{number}"
+        settings = settings_of(model, folder)
+        chosen = chance.choice([signal.SIGTERM, signal.SIGINT])
+        child = forked(lambda s=settings, n=notes: run(s, False, n), notes)
+        time.sleep(chance.uniform(0.02, 1.0) * seconds)
+        if chance.random() < 0.5:  # in an evaluation, if one comes
+            end = time.monotonic() + seconds
+            while not waiting_for_evaluation(folder) and time.monotonic() < end:
+                time.sleep(0.0002)
+        os.kill(child, chosen)
+        killed = number % 2 == 0
+        if killed:
+            time.sleep(chance.uniform(0.0, 0.1) * seconds)
+            os.kill(child, signal.SIGKILL)
+        code = ended(child)
+        said = notes.read_text() if notes.exists() else ""
+        if code == 0 or (folder / "results.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            continue  # it was faster
+        saved = newest_whole(folder / "checkpoints").folder is not None
+        what = f"{chosen.name}{', then SIGKILL' if code < 0 else ''}, {'saved' if saved else 'nothing saved'}"
+        seen[what] += 1
+        if code == 1:
+            right = f"exit code {3 if saved else 128 + chosen}\n" in said and ("--resume" in said) == saved
+            if not said.splitlines()[-2:][0].startswith("Interrupted") or not right:
+                wrong.append(f"{what}: {said}")
+        found = taken_up(settings, folder, notes, expected)
+        if found is not None:
+            wrong.append(f"{what}: {found}")
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"number": seen.total(), "seen": dict(seen), "wrong": wrong}
+
+
+def waiting_for_evaluation(folder: Path) -> bool:
+    """Whether the third step is logged or saved, after which the run evaluates."""
+    return (folder / "checkpoints" / "checkpoint-2").is_dir() and not (folder / "checkpoints" / "checkpoint-3").is_dir()
+
+
+# ------------------------------------------------------------------------------------------------- races
+
+
+def races(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
+    """Start two runs into one new folder; every second time the one that has it is killed and taken up."""
+    model, notes = make_model(work / "model"), work / "notes"
+    begun = time.monotonic()
+    expected = unharmed(model, work / "whole", notes)
+    seconds = time.monotonic() - begun
+    seen: Counter[str] = Counter()
+    wrong: list[str] = []
+    for number in range(count):
+        folder = work / f"new-{number}" / "run"
+        settings = settings_of(model, folder)
+        notes = [work / f"notes-{number}-{each}" for each in range(2)]
+        children = []
+        for note in notes:
+            children.append(forked(lambda s=settings, n=note: run(s, False, n), note))
+            time.sleep(chance.choice([0.0, chance.uniform(0.0, 0.02), chance.uniform(0.0, 0.3) * seconds]))
+        if number % 2:
+            time.sleep(chance.uniform(0.2, 0.9) * seconds)
+            for child, note in zip(children, notes, strict=True):
+                if not note.exists() or "exit code" not in note.read_text():
+                    os.kill(child, signal.SIGKILL)
+        codes = [ended(each) for each in children]
+        said = [each.read_text() if each.exists() else "" for each in notes]
+        refused = [each for each in said if "no other run is writing to" in each or "this one holds" in each]
+        what = "one killed" if any(each < 0 for each in codes) else "one whole"
+        seen[what] += 1
+        if what == "one whole" and (sorted(codes) != [0, 1] or not refused or differences(outcome(folder), expected)):
+            wrong.append(f"{codes}: {said}")
+        elif what == "one killed" and not (folder / "results.json").exists():
+            found = taken_up(settings, folder, notes[0], expected)
+            if found is not None:
+                wrong.append(f"{codes}: {found}")
+        shutil.rmtree(folder.parent, ignore_errors=True)
+    return {"number": seen.total(), "seen": dict(seen), "wrong": wrong}
+
+
+# ------------------------------------------------------------------------------------------------- foreign files
+
+
+def foreign(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
+    """Put files of others into each checkpoint of a run that was stopped; damage the newest of every second one."""
+    from philora.checkpoint import newest_whole
+
+    model, notes = make_model(work / "model"), work / "notes"
+    expected = unharmed(model, work / "whole", notes)
+    seen: Counter[str] = Counter()
+    wrong: list[str] = []
+    for number in range(count):
+        folder, notes = work / f"run-{number}", work / f"notes-{number}"
+        settings = settings_of(model, folder)
+        child = forked(lambda s=settings, n=notes: run(s, False, n), notes)
+        turn = chance.randrange(2, STEPS - 1)
+        until((folder / "checkpoints" / f"checkpoint-{turn}").is_dir)
+        os.kill(child, signal.SIGTERM)
+        ended(child)
+        if (folder / "results.json").exists():
+            continue
+        checkpoints = folder / "checkpoints"
+        for each in checkpoints.glob("checkpoint-*"):
+            name = chance.choice([".DS_Store", ".nfs00012", "notes.txt", "old/adapter.bin", "Thumbs.db", "a/b/c"])
+            (each / name).parent.mkdir(parents=True, exist_ok=True)
+            (each / name).write_bytes(b"foreign")
+        (folder / ".DS_Store").write_bytes(b"foreign")
+        newest = newest_whole(checkpoints).folder
+        damaged = number % 2 == 1
+        if damaged and newest is not None:
+            (newest / "optimizer.pt").write_bytes(b"torn")
+        found = taken_up(settings, folder, notes, expected)
+        seen["newest damaged" if damaged else "newest whole"] += 1
+        if newest is None or found is not None:
+            wrong.append(f"{turn}: {found}")
+        elif damaged and not any(checkpoints.glob(f"passed-over-{newest.name}")):
+            wrong.append(f"{newest.name} was passed over and is gone")
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"number": seen.total(), "seen": dict(seen), "wrong": wrong}
+
+
+# ------------------------------------------------------------------------------------------------- planted faults
+
+
+def plant(name: str) -> None:
+    """Spoil one part of philora in this process and what it forks: the trials must find it."""
+    from philora import checkpoint, resume, signals, trainer
+
+    if name == "refused-deletes":  # the second of two runs removes what the first has written
+        take = resume.Claim.take
+
+        def spoiled(self: Any, config: Any, held: Any) -> None:
+            try:
+                take(self, config, held)
+            except Exception:
+                for each in ("config.yaml", "train.log"):
+                    (self.folder / each).unlink(missing_ok=True)
+                raise
+
+        resume.Claim.take = spoiled  # type: ignore[method-assign]
+    elif name == "no-lock":
+        checkpoint._lock = lambda descriptor: None
+    elif name == "foreign-is-damage":
+        faults_of = checkpoint.faults_of
+        checkpoint.faults_of = lambda folder: [*faults_of(folder), *checkpoint.foreign_files(folder)]
+    elif name == "passed-over-goes":
+        checkpoint.set_aside = lambda path: (shutil.rmtree(path), path)[1]
+    elif name == "forgotten-evaluation":  # one that a signal ended is not made again
+        trainer.SFTTrainer._left = lambda self: {  # type: ignore[method-assign]
+            "evaluation": False, "epoch_end": False, "grad_norm": None, "learning_rate": None
+        }  # fmt: skip
+    elif name == "always-3":  # the exit code says that something is saved
+        signals.Interrupted.__init__ = lambda self, text, exit_code=3: (  # type: ignore[method-assign,assignment]
+            signals.RunError.__init__(self, text), setattr(self, "exit_code", 3)
+        )[0]  # fmt: skip
+    elif name == "stays-blocked":  # a run that saved nothing takes its folder
+        resume._saved_nothing = lambda folder, names: False
+    elif name == "unsynced-step":  # a signal in a step ends it in the middle
+        trainer.SFTTrainer._save_checkpoint = lambda self, model, trial: None  # type: ignore[method-assign]
+    else:
+        raise SystemExit(f"no such fault: {name}")
+
+
+FAULTS = ("refused-deletes", "no-lock", "foreign-is-damage", "passed-over-goes", "forgotten-evaluation", "always-3",
+          "stays-blocked", "unsynced-step")  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------- disks
 
 
@@ -337,7 +554,7 @@ def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
 
 def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
     """Truncate and change each file of a checkpoint in turn; `newest_whole` must name it every time."""
-    from philora.checkpoint import newest_whole
+    from philora.checkpoint import foreign_files, newest_whole
 
     folder = work / "run"
     unharmed(make_model(work / "model"), folder, work / "notes")
@@ -369,7 +586,9 @@ def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
         path.write_bytes(content)
     extra = newest / "optimizer.bin"
     extra.write_bytes(b"planted")
-    check(extra, "added")
+    done += 1
+    if newest_whole(checkpoints) != (newest, []) or foreign_files(newest) != [extra.name]:
+        wrong.append("a foreign file is not told, or makes the checkpoint damaged")
     extra.unlink()
     assert newest_whole(checkpoints).folder == newest
     return {"number": done, "seen": {"files": len(files)}, "wrong": wrong}
@@ -811,27 +1030,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="runs that are killed")
     parser.add_argument("--saving", type=int, default=0, help="of them at least so many while a checkpoint is written")
+    parser.add_argument("--signals", type=int, default=0, help="runs that get SIGTERM or SIGINT")
+    parser.add_argument("--races", type=int, default=0, help="pairs of runs that begin in one new folder")
+    parser.add_argument("--foreign", type=int, default=0, help="runs whose checkpoints get foreign files")
+    parser.add_argument("--plant", choices=FAULTS, help="spoil philora first: the trials must find it")
     parser.add_argument("--disks", type=int, default=0, help="runs on a file system that fills up")
     parser.add_argument("--damage", action="store_true", help="damage each file of a checkpoint")
     parser.add_argument("--fuzz", type=int, default=0, help="inputs of each reader")
-    parser.add_argument("--all", action="store_true", help="200 kills (60), 20 disks, damage, 10,000 inputs of each")
+    parser.add_argument("--all", action="store_true", help="all of it, as docs/reliability.md shows")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="page whose table is written again")
     given = parser.parse_args()
     if given.all:
         given.kills, given.saving, given.disks, given.damage, given.fuzz = 200, 60, 20, True, 10_000
+        given.signals, given.races, given.foreign = 200, 100, 50
     jobs: list[Job] = []
     for part, count in enumerate(shared(given.kills, 4)):
         saving = -(-given.saving * count // given.kills)
         chance = random.Random(f"kill {given.seed} {part}")
         jobs.append(("killed with SIGKILL, resumed", lambda w, n=count, s=saving, c=chance: kills(n, s, w, c)))
+    trials = (
+        ("stopped with SIGTERM or SIGINT", given.signals, signals),
+        ("two runs in one folder", given.races, races),
+        ("foreign files in checkpoints", given.foreign, foreign),
+    )
+    for name, number, trial in trials:
+        for part, count in enumerate(shared(number, 4 if number > 8 else 1)):
+            chance = random.Random(f"{name} {given.seed} {part}")
+            jobs.append((name, lambda w, t=trial, n=count, c=chance: t(n, w, c)))
     for part, count in enumerate(shared(given.disks, 4)):
         chance = random.Random(f"disk {given.seed} {part}")
         jobs.append(("file system filled up", lambda w, n=count, c=chance: disks(n, w, c)))
     if given.damage:
         jobs.append(("checkpoint files damaged", lambda w: damage(w, random.Random(given.seed))))
-    for kind in READERS:
+    for kind in READERS if given.fuzz else ():
         for part, count in enumerate(shared(given.fuzz, 4 if given.fuzz > 1000 else 1)):
             seed = 10 * given.seed + part
             jobs.append((f"{kind} reader fuzzed", lambda w, k=kind, n=count, s=seed: fuzz(k, n, w, s)))
@@ -840,6 +1073,8 @@ def main() -> int:
         os.environ["PHILORA_CACHE"] = str(work / "cache")
         import philora.training  # noqa: F401 (what every forked run needs)
 
+        if given.plant:
+            plant(given.plant)
         gc.collect()
         gc.freeze()  # a collection in a forked run need not look at what was imported
         results = together(jobs, work, given.processes)

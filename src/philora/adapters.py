@@ -661,8 +661,18 @@ class _RecordsSlices:
                 continue
             folder = Path(save_directory) if adapter == "default" else Path(save_directory, adapter)
             if folder.is_dir():
+                _sort_names(folder / "adapter_config.json")
                 base = self.get_base_model()  # type: ignore[attr-defined]
                 write_json(folder / RECORD_NAME, slice_record(slices) | quantization_record(base))
+
+
+def _sort_names(config: Path) -> None:
+    """Sort the lists of names in `adapter_config.json`, which PEFT keeps as sets: their order changes by process."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(content.get(key), list):
+            content[key] = sorted(content[key], key=str)
+    config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it
 
 
 class SlicedPeftModel(_RecordsSlices, PeftModel):  # type: ignore[misc]
@@ -746,14 +756,8 @@ def load_adapter(
     folder = Path(source)
     recorded: Mapping[str, Any] | None = None
     if folder.is_dir():
-        tensors = read_peft_tensors(folder)
         plain = _without_adapters(model) if isinstance(model, PeftModel) else model
-        with _reading(folder):
-            config = PeftConfig.from_pretrained(str(folder))
-            if isinstance(config, LoraConfig):
-                _check_harmless(config, folder)
-                resolve(plain, config, where=str(folder / "adapter_config.json"))
-            _check_tensors(plain, config, tensors, folder)
+        check_adapter(plain, folder)
         recorded = _recorded_slices(folder, Names.of(plain))
     elif folder.exists():
         raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
@@ -762,6 +766,25 @@ def load_adapter(
     optimize(adapted)
     apply_slices(adapted, _saved_slices(adapted, recorded, folder, adapter_name), adapter_name)
     return cast(PeftModel, adapted)
+
+
+def check_adapter(model: nn.Module, folder: Path) -> None:
+    """See to it that a saved adapter fits a model, from its configuration and the header of its weights.
+
+    Args:
+        model: The base; its weights are not looked at.
+        folder: In PEFT's format.
+
+    Raises:
+        AdapterError, TargetError: As `load_adapter`.
+    """
+    tensors = read_peft_tensors(folder)
+    with _reading(folder):
+        config = PeftConfig.from_pretrained(str(folder))
+        if isinstance(config, LoraConfig):
+            _check_harmless(config, folder)
+            resolve(model, config, where=str(folder / "adapter_config.json"))
+        _check_tensors(model, config, tensors, folder)
 
 
 def _with_adapter(

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 import philora
 from philora import measures, models
-from philora.checkpoint import whole_folder, write_json, write_text
+from philora.checkpoint import new_folder, write_json, write_text
 from philora.config import DataConfig, SourceConfig
 from philora.data import prompts_and_references
 from philora.data.held_out import HeldOut, held_out
@@ -170,7 +170,7 @@ def evaluate(
         "seconds": round(time.monotonic() - started, 1),
     }
     lines = "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in examples)
-    with whole_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         write_json(temporary / "results.json", results)
         write_text(temporary / "examples.jsonl", lines)
     return Assessment(folder, json.loads((folder / "results.json").read_text("utf-8")), figures, kept_knowledge)

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from philora.checkpoint import sync_file, write_text
+from philora.checkpoint import how_to_go_on, sync_file, write_text
 from philora.errors import RunError, fault
 
 
@@ -27,16 +27,24 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     # Linux hands ru_maxrss of the starting process on through exec, so that a small run would show its parent's.
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-        return next(int(each.split()[1]) * 1024 for each in lines if each.startswith("VmHWM:"))
+    peak = _peak_by_status(Path("/proc/self/status"))
+    if peak is not None:
+        return peak
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource  # which Windows lacks
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _peak_by_status(status: Path) -> int | None:
+    """The peak as Linux's status file of a process has it; some container runtimes leave the line out."""
+    try:
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(each.split()[1]) * 1024 for each in lines if each.startswith("VmHWM:")), None)
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -103,9 +111,8 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
             if self.path.exists():
                 os.truncate(self.path, size)
             expected = f"room to write to it: {error}"
-            raise RunError(
-                fault("run", "metrics", str(self.path), expected, "Free some space, then --resume")
-            ) from error
+            todo = f"Free some space, then {how_to_go_on(self.path.parent / 'checkpoints')}"
+            raise RunError(fault("run", "metrics", str(self.path), expected, todo)) from error
 
 
 def _step_of(line: str) -> float:

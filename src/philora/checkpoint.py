@@ -17,13 +17,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from philora.errors import AdapterError, ConfigError, ModelError, fault, one_per_line
+from philora.errors import AdapterError, ConfigError, ModelError, PhiloraError, RunError, fault, one_per_line
 
 logger = logging.getLogger("philora.run")
 
@@ -121,6 +121,62 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """`whole_folder` for what a command makes, which says so where the disk is full.
+
+    Yields:
+        An empty folder beside `final`.
+
+    Raises:
+        RunError: The disk is full; nothing is left of it.
+    """
+    try:
+        with whole_folder(final) as temporary:
+            yield temporary
+    except PhiloraError:
+        raise
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        free = free_bytes(final)
+        todo = f"Free some space ({free:,} bytes are free), or write to another disk; nothing of it was kept"
+        raise RunError(fault("disk", "folder", str(final), f"room to write to it: {error}", todo)) from error
+
+
+def not_writable(where: str, name: str, path: Path, error: OSError | ValueError) -> str:
+    """The message for a folder that the system does not let be made or written to."""
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return fault(where, name, str(path), f"a folder that can be written to: {why}", "Give another place")
+
+
+def unwritable(folder: Path) -> OSError | ValueError | None:
+    """Why a folder cannot be made or written to, as far as that shows without writing; None: nothing speaks against it.
+
+    Args:
+        folder: It need not exist; then the nearest folder above it that does is looked at.
+    """
+    deepest = folder / "checkpoints" / f"{TEMPORARY_PREFIX}checkpoints" / "checkpoint-1000000" / MANIFEST_NAME
+    try:
+        if folder.is_symlink() and not folder.exists():
+            return FileExistsError(errno.EEXIST, f"it is a link to {folder.readlink()}, which is not there")
+        with contextlib.suppress(FileNotFoundError):
+            deepest.absolute().lstat()  # a name that is too long, a zero byte, a file where a folder is to be
+        place = folder.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            return NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            with contextlib.suppress(OSError, AttributeError):
+                if os.statvfs(place).f_flag & os.ST_RDONLY:
+                    return OSError(errno.EROFS, f"{place} is read-only")
+            return PermissionError(errno.EACCES, f"{place} may not be written to")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        return error
+    return None
+
+
 def is_taken(path: Path) -> bool:
     """Whether something stands where a new folder is to be written; an empty folder does not count."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -166,7 +222,10 @@ def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
 
 
 def faults_of(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder; empty when every file is as it was written and there is no other."""
+    """What is wrong with a sealed folder; empty when every file in its manifest is as it was written.
+
+    Files that are not in the manifest (`foreign_files`) change nothing about those that are.
+    """
     manifest = folder / MANIFEST_NAME
     try:
         text = manifest.read_text(encoding="utf-8")
@@ -183,22 +242,32 @@ def faults_of(folder: Path) -> list[str]:
         return [f"{MANIFEST_NAME} is missing: it was not written to the end"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return [f"{MANIFEST_NAME} cannot be read"]
-    faults = [
-        f"{name} is not in its manifest"
-        for name in sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if not each.is_dir())
-        if name not in expected and name != MANIFEST_NAME
-    ]
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not is_inside(name):
-            faults.append(f"{name} lies outside the folder")
-        elif not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            faults.append(f"{name} has {path.stat().st_size} bytes in place of {size}")
-        elif _digest(path) != digest:
-            faults.append(f"{name} was changed after it was written")
-    return faults
+    return [found for name, (size, digest) in expected.items() if (found := _fault_of(folder, name, size, digest))]
+
+
+def _fault_of(folder: Path, name: str, size: int, digest: str) -> str | None:
+    """What is wrong with one file of a manifest."""
+    path = folder / name
+    if not is_inside(name):
+        return f"{name} lies outside the folder"
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes in place of {size}"
+        return None if _digest(path) == digest else f"{name} was changed after it was written"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Files in a sealed folder that its manifest does not name, such as a note or what a file manager left."""
+    try:
+        known = {MANIFEST_NAME, *json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    names = (each.relative_to(folder).as_posix() for each in folder.rglob("*") if not each.is_dir())
+    return sorted(name for name in names if name not in known)
 
 
 def is_inside(name: str) -> bool:
@@ -236,6 +305,30 @@ class Found(NamedTuple):
     passed_over: list[tuple[Path, str]]
 
 
+PASSED_OVER_PREFIX = "passed-over-"
+"""Put before the name of a checkpoint that a run passed over when it went on: nothing of philora's deletes it."""
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that was passed over, so that no later checkpoint replaces or removes it; its new place."""
+    number, aside = 1, path.with_name(f"{PASSED_OVER_PREFIX}{path.name}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{PASSED_OVER_PREFIX}{path.name}-{number}")
+    path.rename(aside)
+    return aside
+
+
+def has_checkpoints(checkpoints: Path) -> bool:
+    """Whether a run has checkpoints, whole or not."""
+    return bool(_numbered(checkpoints))
+
+
+def how_to_go_on(checkpoints: Path) -> str:
+    """What a message says of a run that ended, by what is on the disk: go on from a checkpoint, or start it again."""
+    return "go on with --resume" if has_checkpoints(checkpoints) else "start it again"
+
+
 def newest_whole(checkpoints: Path) -> Found:
     """Look for the newest checkpoint that is whole; every file of those looked at is read once."""
     passed_over: list[tuple[Path, str]] = []
@@ -257,9 +350,9 @@ def _numbered(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def rotate(checkpoints: Path, newest: Path, keep: int | None, best: Path | None = None) -> None:
-    """Remove checkpoints beyond `keep`, called when `newest` is whole; each is gone under its name at once.
+    """Remove the oldest checkpoints beyond `keep`, called when `newest` is whole; each is gone under its name at once.
 
-    What is ahead of `newest` goes first: a run that went back left it, or it is torn. Then the oldest goes.
+    What is ahead of `newest` was made by a run that has gone back since: it stays, and does not count.
 
     Args:
         checkpoints: The folder of checkpoints.
@@ -271,9 +364,9 @@ def rotate(checkpoints: Path, newest: Path, keep: int | None, best: Path | None 
         return
     numbered = _numbered(checkpoints)
     step = next(number for number, path in numbered if path == newest)
-    order = [each for each in numbered if each[0] > step] + [each for each in numbered if each[0] < step]
-    removable = [path for _, path in order if best is None or path.resolve() != best.resolve()]
-    for path in removable[: max(0, len(numbered) - keep)]:
+    behind = [path for number, path in numbered if number < step]
+    removable = [path for path in behind if best is None or path.resolve() != best.resolve()]
+    for path in removable[: max(0, len(behind) + 1 - keep)]:
         aside = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-removed-{path.name}")
         path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
@@ -296,12 +389,17 @@ def bytes_in(folder: Path) -> int:
     return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
 
 
-def missing_bytes(folder: Path, needed: int) -> int:
-    """How many bytes more would have to be free where `folder` is, or will be, for `needed` to fit; 0: they fit."""
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    return max(0, needed - shutil.disk_usage(place).free)
+    return shutil.disk_usage(place).free
+
+
+def missing_bytes(folder: Path, needed: int) -> int:
+    """How many bytes more would have to be free where `folder` is, or will be, for `needed` to fit; 0: they fit."""
+    return max(0, needed - free_bytes(folder))
 
 
 _held: set[int] = set()
@@ -319,15 +417,52 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_drop_locks)
 
 
-def _lock(file: IO[str]) -> None:
+def _lock(descriptor: int) -> None:
     if sys.platform == "win32":
         import msvcrt
 
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether a file still has its name: who held the lock before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _locked(folder: Path) -> int:
+    """The descriptor of a folder's lock file, locked.
+
+    Raises:
+        ConfigError: Another process holds it.
+        OSError: The lock file cannot be made.
+    """
+    path = folder / LOCK_NAME
+    while True:
+        # Never emptied, and no link is followed: what it leads to is not the run's.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                logger.warning("%s cannot be locked (%s): see to it that no other run writes there.", folder, error)
+                return descriptor
+            os.close(descriptor)
+            expected = "a folder that no other run is writing to"
+            todo = "Wait for it, or give another training_config.output_dir"
+            raise ConfigError(fault("train", "output_dir", str(folder), expected, todo)) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if os.name == "nt" or _is_named(descriptor, path):  # Windows does not remove what is open
+            return descriptor
+        os.close(descriptor)
 
 
 @contextmanager
@@ -336,23 +471,15 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: Another process holds it.
+        OSError: The lock file cannot be made.
     """
-    with (folder / LOCK_NAME).open("w", encoding="utf-8") as file:
-        try:
-            _lock(file)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                logger.warning("%s cannot be locked (%s): see to it that no other run writes there.", folder, error)
-                yield
-                return
-            expected = "a folder that no other run is writing to"
-            todo = "Wait for it, or give another training_config.output_dir"
-            raise ConfigError(fault("train", "output_dir", str(folder), expected, todo)) from None
-        _held.add(file.fileno())
-        try:
-            yield
-        finally:
-            _held.discard(file.fileno())
+    descriptor = _locked(folder)
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------- adapters

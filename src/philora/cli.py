@@ -1,7 +1,8 @@
 """The command line: the only module that prints or exits.
 
-Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 a run was stopped by a signal and says how to go
-on; 130 Ctrl-C in a command that has nothing to go on with. With --json standard output holds one JSON document.
+Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 a run was stopped by a signal, has saved what it
+had done and says how to go on; 130 (Ctrl-C) and 143 (SIGTERM) where nothing is saved to go on from. With --json
+standard output holds one JSON document.
 """
 
 from __future__ import annotations
@@ -621,7 +622,7 @@ def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool)
     if source == "demo":
         command = shlex.join(processes.command(["train", "demo", *overrides]))  # in the folder that `demo` found
     with (
-        StopOnSignal("while loading", f"Nothing was written; start it again with: {command}"),
+        StopOnSignal("while loading", command),
         err.status("loading") if processes.is_main() else contextlib.nullcontext(),
     ):
         from philora.progress import ProgressBar

@@ -14,14 +14,14 @@ import importlib.util
 import os
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
-from philora import schema
+from philora import schema, yaml_text
 from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.schema import FLAG, NULL, STEPS, TEXT, Misfit, Rule, exactly, mapping_of, number, one_of, union
 
@@ -794,8 +794,8 @@ class _Reader:
             )
             return
         try:
-            value = _parse(written)[1] if written.strip() else None
-        except _NOT_YAML as error:
+            value = yaml_text.parse(written)[1] if written.strip() else None
+        except yaml_text.NOT_YAML as error:
             problem = getattr(error, "problem", None) or "not YAML"
             self.faults.append(
                 _fault("command line", key, written, "a YAML value", f"{str(problem).capitalize()}; quote the value")
@@ -845,53 +845,7 @@ def _leaves(given: Mapping[str, Any], depth: int, prefix: _Path = ()) -> Iterabl
             yield path, value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader; nothing is executed."""
-
-
 _MOST_BYTES = 1 << 20
-_MOST_VALUES = 100_000
-_MOST_LEVELS = 100
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError, OverflowError)
-"""What PyYAML raises; beside its own class, whatever a tag with a value that it cannot have leads it to."""
-
-
-def _parse(content: str) -> tuple[yaml.Node | None, Any]:
-    """The nodes of a YAML text and their value, which may not grow beyond bounds by aliases."""
-    if _depth(content) > _MOST_LEVELS:
-        raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep")
-    loader = _Loader(content)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None, None
-        if _values_in(node, {}) > _MOST_VALUES:
-            raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
-        return node, loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _depth(content: str) -> int:
-    """How deep brackets stand in brackets; PyYAML takes the square of it in time."""
-    depth = most = 0
-    for sign in re.findall(r"[\[\]{}]", content):
-        depth = depth + 1 if sign in "[{" else max(0, depth - 1)
-        most = max(most, depth)
-    return most
-
-
-def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, each alias counted as what it repeats; one that holds itself is refused."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = 0
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
-        known[id(node)] = 1 + sum(_values_in(each, known) for each in parts)
-    elif known[id(node)] == 0:
-        raise ValueError("an alias stands inside what it repeats")
-    return known[id(node)]
 
 
 def _read_yaml(file: Path, reader: _Reader) -> None:
@@ -910,7 +864,7 @@ def _read_yaml(file: Path, reader: _Reader) -> None:
     except OSError as error:
         raise ConfigError(fault(where, "file", str(file), "a readable file", str(error.strerror))) from error
     try:
-        node, value = _parse(content)
+        node, value = yaml_text.parse(content)
         if node is not None:
             _note_lines(node, (), reader, set())
             reader.given = value
@@ -919,7 +873,7 @@ def _read_yaml(file: Path, reader: _Reader) -> None:
         at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         text = ", ".join(filter(None, (error.context, error.problem)))
         raise ConfigError(f"{at}: {text} - expected YAML. Check the line and the one above it.") from error
-    except _NOT_YAML as error:
+    except yaml_text.NOT_YAML as error:
         at = f":{content.count(chr(10), 0, error.position) + 1}" if isinstance(error, yaml.reader.ReaderError) else ""
         reason = getattr(error, "reason", None) or str(error)
         raise ConfigError(f"{where}{at}: {reason} - expected YAML. Remove what is not text.") from error
@@ -1037,10 +991,39 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     reader.translate()
     for text in overrides:
         reader.override(text)
+    unusable = [*_unusable_texts(reader.given, (), reader)]
+    if unusable:
+        raise ConfigError(one_per_line(unusable))
     config = _build(reader, name, stem)
     if reader.faults:
         raise ConfigError(one_per_line(list(dict.fromkeys(reader.faults))))
     return config
+
+
+_HOLD_PATHS: Final = ("path", "train", "eval", "name_or_path", "adapter", "output_dir", "cache_dir")
+
+
+def _unusable_texts(value: Any, path: _Path, reader: _Reader) -> Iterator[str]:
+    """A fault for each text that no file can hold, and for each path in the home folder of nobody."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _unusable_texts(each, (*path, str(key)), reader)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _unusable_texts(each, path, reader)
+    text = ".".join(path) if isinstance(value, Mapping) else value
+    if not isinstance(text, str):
+        return
+    where, name = reader.place(path), ".".join(path)
+    try:
+        text.encode("utf-8")
+        if text.startswith("~") and path[-1:] and path[-1] in _HOLD_PATHS:
+            Path(text).expanduser()
+    except UnicodeEncodeError as error:
+        yield _fault(where, name, text, "text that UTF-8 can hold", f"Character {error.start + 1} is half of a pair")
+    except RuntimeError:
+        expected = "a path whose home folder is known here"
+        yield _fault(where, name, text, expected, "Write the whole path, or set the variable HOME")
 
 
 def _build(reader: _Reader, source: str, stem: str) -> Config:
@@ -1429,7 +1412,7 @@ def _check_lora(given: Mapping[str, Any], reader: _Reader) -> None:
 
 def dump_yaml(config: Config) -> str:
     """The effective configuration as YAML, loadable again. Tokens of the hub are left out."""
-    return yaml.safe_dump(without_secrets(config.to_dict()), sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text.dump(without_secrets(config.to_dict()), sort_keys=False, allow_unicode=True, width=120)
 
 
 def without_secrets(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -1489,4 +1472,4 @@ def _shown_default(each: Field, section: str, name: str) -> str:
 
 
 def _one_line(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return yaml_text.dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()

@@ -36,7 +36,16 @@ from philora.base_files import (
     read_config_file,
     read_trained_over,
 )
-from philora.checkpoint import disk_full, is_taken, read_peft_tensors, whole_folder, write_json, write_text
+from philora.checkpoint import (
+    disk_full,
+    is_taken,
+    not_writable,
+    read_peft_tensors,
+    unwritable,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from philora.companions import GENERATION_FILE, TOKENIZER_FILES, Companions, copy_files
 from philora.config import ModelConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError, fault, one_per_line
@@ -153,8 +162,11 @@ def merge_to_folder(
 
 
 def free_folder(out: str | Path) -> Path:
-    """The folder to write; raises ConfigError where it holds something."""
+    """The folder to write; raises ConfigError where it holds something or cannot be made."""
     path = Path(out).expanduser().absolute()
+    refused = unwritable(path)
+    if refused is not None:
+        raise ConfigError(not_writable("merge", "out", path, refused))
     if is_taken(path):
         todo = "Give another folder, or remove this one first"
         raise ConfigError(fault("merge", "out", str(out), "a new or empty folder", todo))

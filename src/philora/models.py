@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.utils.hub import has_file as hub_has_file
 
 from philora.checkpoint import indexed_files
 from philora.config import Config, ModelConfig, TokenizerConfig
-from philora.errors import ConfigError, ModelError, fault
+from philora.errors import ConfigError, ModelError, fault, one_per_line
 from philora.families import stop_tokens_in
 from philora.hub import reachable_or_cached
 from philora.kernels.memory import return_large_blocks
@@ -79,7 +80,8 @@ def _explain(name: str, error: Exception, what: str) -> ModelError:
         return ModelError(fault("model", "name_or_path", name, expected, todo))
     if Path(name).expanduser().is_dir():
         expected = f"a folder with {what}"
-        return ModelError(fault("model", "name_or_path", name, expected, f"transformers says: {text[:300]}"))
+        said = text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
+        return ModelError(fault("model", "name_or_path", name, expected, f"transformers says: {said[:300]}"))
     offline = any(
         each in text for each in ("couldn't connect", "offline", "Connection", "resolve", "internet", "Max retries")
     )
@@ -102,7 +104,7 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
     try:
         with reachable_or_cached():
             tokenizer = read_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a damaged file leads transformers to is of any class
         raise _explain(model.name_or_path, error, "a tokenizer") from error
     if settings.model_max_length:
         tokenizer.model_max_length = settings.model_max_length
@@ -185,12 +187,22 @@ def _load_config(model: ModelConfig) -> Any:
             config = AutoConfig.from_pretrained(
                 local_path(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code
             )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a damaged file leads transformers to is of any class
         raise _explain(model.name_or_path, error, "a causal language model") from error
+    _check_sizes(config, model.name_or_path)
     scheme = check_folder(config, model.name_or_path, model.quantization)
     if scheme is None and model.quantization not in (None, "none"):
         require_bitsandbytes("quantization", model.quantization)
     return config
+
+
+def has_file(model: ModelConfig, names: Sequence[str]) -> bool:
+    """Whether a model on the hub has one of these files, as far as that is known; without a network, the cache."""
+    try:
+        with reachable_or_cached():
+            return any(hub_has_file(model.name_or_path, each, revision=model.revision) for each in names)
+    except (OSError, ValueError):
+        return False
 
 
 def _check_shards(folder: Path) -> None:
@@ -208,6 +220,29 @@ def _check_shards(folder: Path) -> None:
             return
 
 
+# Far above any model; with a size beyond them even the model without weights would never be made.
+_LARGEST: Final = {
+    "num_hidden_layers": 2_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 26,
+    "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16, "max_position_embeddings": 1 << 30,
+}  # fmt: skip
+
+
+def _check_sizes(config: Any, name: str) -> None:
+    """Raises: ModelError: A size of the model is none that a model has."""
+    text = config.get_text_config()
+    faults = [
+        fault(f"model {name}: config.json", key, value, f"a whole number from 1 to {most:,}", "Copy the model again")
+        for key, most in _LARGEST.items()
+        if isinstance(value := getattr(text, key, None), int | float | str) and not _is_size(value, most)
+    ]
+    if faults:
+        raise ModelError(one_per_line(faults))
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
 def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
@@ -215,7 +250,7 @@ def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:
                 PreTrainedModel,
                 AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code),
             )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # values that do not go together are found where they meet, by any class
         raise _explain(model.name_or_path, error, "a causal language model") from error
 
 

@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from philora.user_cache import user_cache
+
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _SECONDS = 120
@@ -132,7 +134,7 @@ def _compiled(openmp: Path) -> tuple[Path, bool]:
     source = _SOURCE.read_text(encoding="utf-8")
     parts = [source, *_FLAGS, _PROBE, str(openmp), torch.__version__, platform.machine(), *features]
     name = f"native-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "philora"
+    folder = user_cache()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     library, multiplies = folder / f"{name}.so", folder / f"{name}.products"
     for each in (folder, library):

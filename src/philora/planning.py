@@ -19,13 +19,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from philora.adapters import apply_slices, optimize, resolve_for_training
+from philora.adapters import apply_slices, check_adapter, optimize, resolve_for_training
 from philora.config import Config
 from philora.data import DataReport, SplitReport
 from philora.decoding import PACKED_SHARE
 from philora.footprint import NOT_EVALUATED, PARTS, Estimate, Evaluated, Footprint, Recomputation, footprint
 from philora.kernels.memory import available_bytes
+from philora.processes import idle_gpus
 from philora.quantization import QuantizedWeight, bitsandbytes_is_here, empty_layer
+from philora.sources import find_adapter
 
 TOKENS_PER_STEP = 8192  # default number of tokens in one optimizer step, where the data allows STEPS_AT_LEAST
 STEPS_AT_LEAST = 100  # fewer optimizer steps than this teach an adapter little, however good the data
@@ -90,6 +92,7 @@ class Plan:
         rate: Of this machine.
         step_seconds: Estimated time of an optimizer step.
         changes: What would save memory, the best first; empty where the run fits.
+        idle_gpus: GPUs that are visible and that the run does not use.
     """
 
     micro_batch_rows: int
@@ -108,6 +111,7 @@ class Plan:
     rate: Rate
     step_seconds: float
     changes: tuple[Change, ...]
+    idle_gpus: int = 0
 
     @property
     def fits(self) -> bool:
@@ -157,6 +161,7 @@ class Plan:
         return [
             ("parameters", f"{self.parameters:,}, {self.trainable:,} trained"),
             ("batch", f"{self.micro_batch_rows} x {self.accumulation} rows of up to {self.row_tokens:,} tokens"),
+            *([("devices", f"one of {self.idle_gpus + 1} GPUs")] if self.idle_gpus else []),
             ("recomputation", self.recomputation),
             *((f"  {name}", f"{size / 1e9:.3f} GB") for name, size in parts if size),
             *((name, f"{size / 1e9:.2f} GB") for name, size in phases if size),
@@ -183,10 +188,13 @@ def weightless(config: Config, skeleton: PreTrainedModel) -> PeftModel:
 
     Raises:
         TargetError: A name matches nothing.
+        AdapterError: There is no adapter to begin from, or it does not fit.
     """
     lora = LoraConfig(**config.peft_config)
     if config.model.adapter is not None:
-        lora = cast(LoraConfig, PeftConfig.from_pretrained(str(config.model.adapter)))
+        folder = find_adapter(config.model.adapter).path
+        check_adapter(skeleton, folder)
+        lora = cast(LoraConfig, PeftConfig.from_pretrained(str(folder)))
     resolution = resolve_for_training(skeleton, lora, where=f"{config.source}: peft_config")
     chosen = copy.copy(resolution.config)
     chosen.init_lora_weights, chosen.inference_mode = True, False  # there are no weights to start from
@@ -272,6 +280,7 @@ def plan(
         rate=rate,
         step_seconds=seconds * batch.accumulation,
         changes=changes,
+        idle_gpus=idle_gpus(config),
     )
 
 

@@ -18,9 +18,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from philora.errors import PhiloraError, RunError, fault
+
+if TYPE_CHECKING:
+    from philora.config import Config
 
 T = TypeVar("T")
 
@@ -141,6 +144,27 @@ def not_here(given: Mapping[str, Any], source: str) -> list[str]:
         todo = "Install it: pip install deepspeed"
         faults.append(fault(source, "training_config.deepspeed", deepspeed, expected, todo))
     return faults
+
+
+def idle_gpus(config: Config) -> int:
+    """GPUs that are visible and that a run leaves alone: without a launcher a process trains on one."""
+    import torch
+
+    given = config.training_config
+    if count() > 1 or given.get("use_cpu") or given.get("deepspeed") or config.model.device_map is not None:
+        return 0
+    return max(0, torch.cuda.device_count() - 1)
+
+
+def idle_gpus_notice(config: Config) -> str | None:
+    """What to say of them, with the command that uses them all."""
+    idle = idle_gpus(config)
+    if not idle:
+        return None
+    return (
+        f"{idle + 1} GPUs are visible and one process trains, on the first of them. On all of them: torchrun "
+        f"--nproc-per-node {idle + 1} -m philora train CONFIG. CUDA_VISIBLE_DEVICES=1 chooses another one."
+    )
 
 
 # -------------------------------------------------------------------------------------------- the store

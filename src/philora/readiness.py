@@ -1,19 +1,24 @@
-"""`philora check`: everything a run needs, looked at before any weight is loaded."""
+"""What a run needs, looked at before any weight is loaded: by `train` before it begins, and by `philora check`."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from philora import models, planning, processes
+from philora import checkpoint, hub, models, planning, processes, resume
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
+from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
 from philora.families import generic_notice
+from philora.trainer import checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,10 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     """Check configuration, data, template, stop tokens, labels, targets, memory and time, on a model without weights.
 
     Raises:
-        ConfigError, DataError, ModelError, TargetError: As `train` would raise them.
+        ConfigError, DataError, ModelError, TargetError, AdapterError, RunError: As `train` would raise them.
     """
     config = load_config(source, overrides)
+    require(config)
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     skeleton = models.load_skeleton(config.model)
     max_length = models.max_length_of(config, skeleton.config)
@@ -53,6 +59,8 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     covered = coverage(adapted)
     dtype = str(models.resolve_dtype(config.model.dtype)).removeprefix("torch.")
     plan = planning.plan(config, adapted, prepared.report, max_length=max_length)
+    folder = Path(config.training_config["output_dir"]).expanduser()
+    require_room(folder, checkpoint_bytes(adapted), config.training_config.get("save_total_limit"))
     splits = prepared.report.to_dict()
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
@@ -65,7 +73,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *filter(None, [generic_notice(model_config)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
-            *filter(None, [plan.warning]),
+            *filter(None, [plan.warning, processes.idle_gpus_notice(config), _taken(folder, config)]),
             *(
                 f"a run here would be refused: {each}"
                 for each in processes.not_here(config.training_config, config.source)
@@ -75,6 +83,121 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         coverage=covered,
         plan=plan,
     )
+
+
+# Of values of `optim`, the beginning and the module that transformers imports for it.
+_OPTIMIZERS = {
+    "galore_": "galore_torch", "apollo_": "apollo_torch", "lomo": "lomo_optim", "adalomo": "lomo_optim",
+    "grokadamw": "grokadamw", "schedule_free_": "schedulefree", "stable_adamw": "optimi",
+    "adamw_anyprecision": "torchdistx", "adamw_apex_fused": "apex", "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao", "adamw_torch_xla": "torch_xla", "adamw_torch_npu_fused": "torch_npu",
+    "adamw_bnb_8bit": "bitsandbytes", "adamw_8bit": "bitsandbytes", "paged_": "bitsandbytes", "lion": "bitsandbytes",
+    "ademamix": "bitsandbytes", "rmsprop_bnb": "bitsandbytes",
+}  # fmt: skip
+# Of trackers, the modules of which one is needed.
+_TRACKERS = {
+    "azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",), "dvclive": ("dvclive",), "flyte": ("flytekit",), "mlflow": ("mlflow",),
+    "neptune": ("neptune",), "swanlab": ("swanlab",), "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",), "wandb": ("wandb",),
+}  # fmt: skip
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+def require(config: Config) -> None:
+    """See to it that there is what the run will load and import: packages, weights, a token for the Hub.
+
+    Raises:
+        ConfigError: A package is missing, the run folder cannot be written to, or nothing could be pushed.
+        ModelError: The base has no weights, or a file of them is damaged.
+    """
+    given = config.training_config
+    folder = Path(given["output_dir"]).expanduser()
+    faults = [*_missing_packages(given, config.source)]
+    refused = checkpoint.unwritable(folder)
+    if refused is not None:
+        faults.append(checkpoint.not_writable(config.source, "training_config.output_dir", folder, refused))
+    if faults:
+        raise ConfigError(one_per_line(faults))
+    if given.get("push_to_hub"):
+        hub.require_token(config.source, given.get("hub_token"))
+    _require_weights(config)
+
+
+def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
+    """A fault for each package that the training imports only when it begins."""
+    optim = str(given.get("optim") or "")
+    needed = [("optim", optim, (module,)) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]
+    trackers = given.get("report_to") or []
+    for each in [trackers] if isinstance(trackers, str) else trackers:
+        if each in _TRACKERS:
+            needed.append(("report_to", each, _TRACKERS[each]))
+    if given.get("use_liger_kernel"):
+        needed.append(("use_liger_kernel", "true", ("liger_kernel",)))
+    for key, value, modules in needed:
+        if not any(importlib.util.find_spec(each) is not None for each in modules):
+            expected = f"the package {modules[0]} for it, which is not installed"
+            yield fault(source, f"training_config.{key}", value, expected, "Install it, or choose another value")
+
+
+def _require_weights(config: Config) -> None:
+    """Look for the base's weights, and at the headers of those in a folder.
+
+    Raises:
+        ModelError: There are none, or a file is damaged.
+    """
+    name = config.model.name_or_path
+    folder = Path(models.local_path(name))
+    expected = f"a model with its weights: {SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME} and the files it names"
+    if not folder.is_dir():
+        # Where not even its configuration is found, loading says why.
+        if models.has_file(config.model, ("config.json",)) and not models.has_file(config.model, _WEIGHTS):
+            raise ModelError(fault("model", "name_or_path", name, expected, "Download the whole model"))
+        return
+    there = next((each for each in _WEIGHTS if (folder / each).is_file()), None)
+    if there is None:
+        raise ModelError(fault("model", "name_or_path", name, expected, "Copy the whole model into the folder"))
+    shards = checkpoint.indexed_files(folder / there) if there.endswith(".index.json") else [there]
+    for each in shards:
+        if not each.endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(folder / each, framework="pt"):  # the header, and whether the file is as long as it says
+                pass
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            todo = "Copy the model again"
+            raise ModelError(
+                fault(str(folder / each), "content", str(error), "a whole safetensors file", todo)
+            ) from error
+
+
+def require_room(folder: Path, size: int, limit: int | None) -> None:
+    """See to it that the checkpoints which will be there together, and the adapter, fit on the disk.
+
+    Args:
+        folder: The run folder.
+        size: Bytes of a checkpoint.
+        limit: Checkpoints that stay; None: all, of which two are the least that a run needs.
+
+    Raises:
+        RunError: They do not.
+    """
+    there = [checkpoint.bytes_in(each) for each in (folder / "checkpoints").glob("checkpoint-*")]
+    needed = size * (1 + max(1, limit or 1)) + size - sum(there)  # while one is written, those that stay are there too
+    missing = checkpoint.missing_bytes(folder, needed)
+    if missing:
+        expected = f"room for about {needed:,} bytes: checkpoints of {size:,} bytes and the adapter"
+        todo = f"Free {missing:,} bytes, or give another training_config.output_dir"
+        raise RunError(fault("run", "output_dir", str(folder), expected, todo))
+
+
+def _taken(folder: Path, config: Config) -> str | None:
+    """That a run cannot begin in the folder, which may be meant: with `--resume` it goes on there."""
+    try:
+        resume.open_fresh(folder, config)
+    except ConfigError as error:
+        return f"a run here would be refused: {error}"
+    return None
 
 
 def _notices(

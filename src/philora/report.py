@@ -350,7 +350,9 @@ def _when(results: Mapping[str, Any]) -> str:
     except ValueError:
         return ""
     zone = f" {started.tzname()}" if started.tzinfo else ""
-    return f"{started.day} {started:%B %Y, %H:%M}{zone} · took {_duration((finished - started).total_seconds())}"
+    seconds = _real(results.get("duration_seconds"))  # missing in runs of older releases
+    took = (finished - started).total_seconds() if seconds is None else seconds
+    return f"{started.day} {started:%B %Y, %H:%M}{zone}" + (f" · took {_duration(took)}" if took >= 0 else "")
 
 
 def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 from transformers import PretrainedConfig
 
 from philora import checkpoint, models, native, processes
-from philora.config import Config, load_config, without_secrets
+from philora.config import Config, dump_yaml, load_config, without_secrets
 from philora.data import PreparedData
-from philora.errors import ConfigError, fault, one_per_line
+from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
+from philora.sources import find_adapter
 
 logger = logging.getLogger("philora.run")
 
@@ -34,16 +36,18 @@ class Continued:
     """Where a run goes on.
 
     Attributes:
-        checkpoint: The newest whole checkpoint; None: the run begins again.
+        checkpoint: The newest whole checkpoint; None: there is none yet, and the run begins again.
         facts: What `run.json` says; empty where there is none.
         forced: Whether differences are to be passed over.
         changed: Whether the configuration differs, so that what was chosen for the old one does not hold.
+        passed_over: Checkpoints that are newer and not whole.
     """
 
     checkpoint: Path | None
     facts: Mapping[str, Any]
     forced: bool
     changed: bool
+    passed_over: tuple[Path, ...] = ()
 
     @property
     def chosen(self) -> Mapping[str, Any]:
@@ -58,24 +62,123 @@ class Continued:
         return chosen if isinstance(chosen, Mapping) else {}
 
 
+_FOREIGN = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.directory|Thumbs\.db|desktop\.ini|lost\+found", re.IGNORECASE)
+"""Files that file managers and file systems leave in any folder."""
+_OF_A_RUN = ("config.yaml", FACTS_NAME, "train.log", "metrics.jsonl")
+
+
+class Claim:
+    """A new run's folder, held by this process from the start: what it makes there goes again unless the run begins.
+
+    Attributes:
+        kept: Whether the run has begun, so that everything stays.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kept = False
+        self._made: list[Path] = []
+
+    def take(self, config: Config, held: contextlib.ExitStack) -> None:
+        """Make the folder and lock it.
+
+        Args:
+            config: For the messages.
+            held: Gets the lock, and the removal of what was made, which comes before the lock ends.
+
+        Raises:
+            ConfigError: It holds something, another process has it, or it cannot be written to.
+            RunError: The disk is full.
+        """
+        open_fresh(self.folder, config)
+        try:
+            while True:
+                self._make()
+                try:
+                    held.enter_context(checkpoint.run_lock(self.folder))
+                    break
+                except FileNotFoundError:
+                    continue  # another process has just removed the folder, which was its own
+        except PhiloraError:
+            raise
+        except (OSError, ValueError) as error:
+            if checkpoint.disk_full(error):
+                todo = "Free some space, then start it again"
+                raise RunError(
+                    fault("run", "output_dir", str(self.folder), f"room to write to it: {error}", todo)
+                ) from error
+            raise ConfigError(
+                checkpoint.not_writable(config.source, "training_config.output_dir", self.folder, error)
+            ) from error
+        open_fresh(self.folder, config)  # another run may have come and gone meanwhile
+        held.callback(self._undo)
+
+    def begin(self, config: Config) -> None:
+        """Write `config.yaml`, by which the run can be resumed, over what a run left that saved nothing."""
+        checkpoint.remove_leftovers(self.folder)
+        checkpoint.remove_leftovers(self.folder / "checkpoints")
+        checkpoint.write_text(self.folder / "config.yaml", dump_yaml(config))
+
+    def _make(self) -> None:
+        missing = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
+        for each in reversed(missing):
+            try:
+                each.mkdir()
+                self._made.append(each)
+            except FileExistsError:
+                if not each.is_dir():
+                    raise
+
+    def _undo(self) -> None:
+        if self.kept:
+            return
+        for name in ("config.yaml", "train.log", checkpoint.LOCK_NAME):
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
+        for each in reversed(self._made):
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                each.rmdir()
+
+
 def open_fresh(folder: Path, config: Config) -> None:
-    """Check that a run may begin in a folder.
+    """Check that a run may begin in a folder: it is new, empty, or of a run that ended before it saved anything.
 
     Raises:
-        ConfigError: It is a file, or holds something.
+        ConfigError: It is a file, holds something, or cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), "a folder, not a file"))
-    if folder.is_dir() and not all(_is_leftover(each.name) for each in folder.iterdir()):
-        what = "another run" if (folder / "config.yaml").exists() else "other files"
-        expected = f"a new or empty folder; this one holds {what}"
-        todo = "Go on with --resume, or give another training_config.output_dir"
-        raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), expected, todo))
+    name = "training_config.output_dir"
+    refused = checkpoint.unwritable(folder)
+    if isinstance(refused, NotADirectoryError) and folder.is_file():
+        raise ConfigError(fault(config.source, name, str(folder), "a folder, not a file"))
+    if refused is not None:
+        raise ConfigError(checkpoint.not_writable(config.source, name, folder, refused))
+    if not folder.is_dir() or not (there := _content(folder)) or _saved_nothing(folder, there):
+        return
+    what = "another run" if "config.yaml" in there else "other files"
+    expected = f"a new or empty folder; this one holds {what}"
+    goes_on = "config.yaml" in there and checkpoint.has_checkpoints(folder / "checkpoints")
+    todo = "Go on with --resume, or give another training_config.output_dir" if goes_on else f"Give another {name}"
+    raise ConfigError(fault(config.source, name, str(folder), expected, todo))
 
 
-def _is_leftover(name: str) -> bool:
-    """Whether a file may stand in an empty run folder: of a run that was killed before it wrote anything."""
-    return name == checkpoint.LOCK_NAME or name.startswith(checkpoint.TEMPORARY_PREFIX)
+def _content(folder: Path) -> set[str]:
+    """Names in a folder, without what a killed run, a file manager or a file system leaves there."""
+    names = {each.name for each in folder.iterdir() if not each.name.startswith(checkpoint.TEMPORARY_PREFIX)}
+    alone = {each for each in names if each == checkpoint.LOCK_NAME and not (folder / each).is_symlink()}
+    return {each for each in names - alone if not _FOREIGN.fullmatch(each)}
+
+
+def _saved_nothing(folder: Path, names: set[str]) -> bool:
+    """Whether all that is in a folder was written by a run that ended before its first checkpoint."""
+    files = names - {"checkpoints"}
+    if not files <= set(_OF_A_RUN) or not (folder / checkpoint.LOCK_NAME).is_file():
+        return False  # a run makes its lock first: a config.yaml without one is somebody's own
+    if any((folder / each).is_symlink() for each in names):
+        return False
+    kept = ("checkpoint-", checkpoint.PASSED_OVER_PREFIX)
+    return "checkpoints" not in names or not any(
+        each.name.startswith(kept) for each in (folder / "checkpoints").iterdir()
+    )
 
 
 def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib.ExitStack) -> Continued:
@@ -88,27 +191,66 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
         held: Gets the lock.
 
     Raises:
-        ConfigError: There is no run, another process holds it, or it was started with another configuration: one line
-            for each difference.
+        ConfigError: There is no run, another process holds it, none of its checkpoints is whole, it is complete
+            without any, or it was started with another configuration: one line for each difference.
     """
+    name = "training_config.output_dir"
+    refused = checkpoint.unwritable(folder)
+    if refused is not None:
+        raise ConfigError(checkpoint.not_writable(config.source, name, folder, refused))
     if not (folder / "config.yaml").is_file():
         expected = "a folder with a run to go on with"
-        raise ConfigError(
-            fault(config.source, "training_config.output_dir", str(folder), expected, "Start it without --resume")
-        )
+        raise ConfigError(fault(config.source, name, str(folder), expected, "Start it without --resume"))
+    links = [each for each in (*_OF_A_RUN, checkpoint.LOCK_NAME, "checkpoints") if (folder / each).is_symlink()]
+    if links:
+        expected = f"a run whose files are its own; {', '.join(links)} leads out of it"
+        raise ConfigError(fault(config.source, name, str(folder), expected, "Copy the run without links"))
     held.enter_context(checkpoint.run_lock(folder))
     checkpoint.remove_leftovers(folder)
     checkpoint.remove_leftovers(folder / "checkpoints")
     then = without_secrets(load_config(folder / "config.yaml").to_dict())
     differences = _differences(then, without_secrets(config.to_dict()))
     _refuse(config.source, differences, force)
+    found = _newest(folder, config)
+    facts = checkpoint.read_json(folder / FACTS_NAME)
+    passed_over = tuple(path for path, _ in found.passed_over)
+    return Continued(found.folder, facts, force, bool(differences), passed_over)
+
+
+def _newest(folder: Path, config: Config) -> checkpoint.Found:
+    """The newest whole checkpoint, and what is to be said of the others.
+
+    Raises:
+        ConfigError: There are checkpoints and none is whole, or the run is complete and has none.
+    """
     found = checkpoint.newest_whole(folder / "checkpoints")
+    name = "training_config.output_dir"
+    if found.folder is None and found.passed_over:
+        damaged = "; ".join(f"{path.name}: {why}" for path, why in found.passed_over)
+        expected = f"a run with a whole checkpoint; none of its {len(found.passed_over)} is. {damaged}"
+        todo = (
+            f"Bring one of them back from a copy. To begin again, move {folder / 'checkpoints'} away and start it "
+            f"without --resume, or give another {name}"
+        )
+        raise ConfigError(fault(config.source, name, str(folder), expected, todo))
     for path, why in found.passed_over:
         logger.warning("%s is passed over: %s", path, why)
     if found.folder is None:
-        logger.warning("%s has no whole checkpoint; the run begins again.", folder)
-    facts = checkpoint.read_json(folder / FACTS_NAME)
-    return Continued(found.folder, facts, force, bool(differences))
+        if (folder / "adapter").exists():
+            expected = "a run with a checkpoint to go on from; this one has its adapter, and no checkpoints"
+            todo = f"Give another {name}; with model.adapter: {folder} it begins from this adapter"
+            raise ConfigError(fault(config.source, name, str(folder), expected, todo))
+        logger.warning("%s has no checkpoint yet; the run begins again.", folder)
+    elif foreign := checkpoint.foreign_files(found.folder):
+        logger.warning("%s also holds %s, not of this run and left alone.", found.folder, ", ".join(foreign))
+    return found
+
+
+def keep_passed_over(continued: Continued) -> None:
+    """Rename the checkpoints that were passed over: the run goes past their steps, and nothing replaces them."""
+    for path in continued.passed_over:
+        aside = checkpoint.set_aside(path)
+        logger.warning("%s stays as %s; delete it when you do not need it.", path, aside.name)
 
 
 def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) -> None:
@@ -164,7 +306,7 @@ def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData)
     return {
         "format": 1,
         "model": _files(models.local_path(config.model.name_or_path), getattr(model_config, "_commit_hash", None)),
-        "adapter": None if config.model.adapter is None else _files(config.model.adapter, None),
+        "adapter": None if config.model.adapter is None else _files(_adapter_place(config.model.adapter), None),
         "data": {
             "fingerprint": data.fingerprint,
             "rows": {name: report[name]["rows"] for name in ("train", "eval") if report.get(name)},
@@ -177,6 +319,11 @@ def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData)
 
 def _computes() -> dict[str, Any]:
     return {"torch": torch.__version__, "between the products": native.describe()}
+
+
+def _adapter_place(adapter: str) -> str:
+    """The adapter's own folder where it was named by its run; something on the hub by its id."""
+    return str(find_adapter(adapter).path) if Path(adapter).expanduser().is_dir() else adapter
 
 
 def _files(place: str, commit: str | None) -> dict[str, Any]:
@@ -222,4 +369,14 @@ def write_facts(folder: Path, facts: Mapping[str, Any], chosen: Mapping[str, Any
     checkpoint.write_json(folder / FACTS_NAME, {**facts, "chosen": dict(chosen)})
 
 
-__all__ = ["Continued", "check_facts", "facts_of", "open_fresh", "open_to_go_on", "threads", "write_facts"]
+__all__ = [
+    "Claim",
+    "Continued",
+    "check_facts",
+    "facts_of",
+    "keep_passed_over",
+    "open_fresh",
+    "open_to_go_on",
+    "threads",
+    "write_facts",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -21,9 +21,15 @@ REPEAT_SECONDS = 5.0
 
 
 class Interrupted(RunError):
-    """A signal stopped the run; what it had done is saved, and the message says how to go on."""
+    """A signal stopped the run; the message says how to go on.
 
-    exit_code = 3
+    `exit_code` is 3 where something is saved that `--resume` goes on from, else 128 and the signal's number, as shells
+    have it.
+    """
+
+    def __init__(self, text: str, exit_code: int = 3) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class Signalled(KeyboardInterrupt):
@@ -36,11 +42,13 @@ class StopOnSignal:
     Attributes:
         stopped_by: The name of the signal, once one has come.
         doing: What is going on, for the message.
-        todo: How to go on, for the message.
+        command: What starts the run, for the message.
+        saved: Whether there is something on the disk that a run goes on from; asked when the message is written.
     """
 
-    def __init__(self, doing: str, todo: str) -> None:
-        self.doing, self.todo = doing, todo
+    def __init__(self, doing: str, command: str) -> None:
+        self.doing, self.command = doing, command
+        self.saved: Callable[[], bool] = lambda: False
         self.stopped_by: str | None = None
         self._finishing = False
         self._received_at = 0.0
@@ -64,7 +72,12 @@ class StopOnSignal:
 
     def interrupted(self) -> Interrupted:
         """The error that says where the run stopped and how it goes on."""
-        return Interrupted(f"{self.stopped_by}: stopped {self.doing}. {self.todo}")
+        what = f"{self.stopped_by}: stopped {self.doing}."
+        if self.saved():
+            resume = self.command if "--resume" in self.command else f"{self.command} --resume"
+            return Interrupted(f"{what} Go on with: {resume}")
+        code = 128 + int(signal.Signals[str(self.stopped_by)])
+        return Interrupted(f"{what} Nothing was saved; start it again with: {self.command}", code)
 
     def check(self) -> None:
         """Raise if a signal has come; a destructor may have swallowed what the handler raised."""

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 import logging
+import math
 import random
 import shutil
 import time
@@ -34,6 +35,7 @@ from philora.checkpoint import (
     bytes_in,
     disk_full,
     faults_of,
+    how_to_go_on,
     missing_bytes,
     publish,
     read_json,
@@ -188,6 +190,7 @@ class SFTTrainer(MicroBatchTrainer):
     _stopped = False  # whether training ends with it because of a signal
     _earlier_seconds = 0.0  # of training before this process
     _begun = 0.0
+    _evaluated: tuple[int, float] | None = None  # examples and seconds of an evaluation, until they are logged
     _epoch_generator: torch.Tensor | None = None  # torch's generator where the epoch began
 
     def __init__(self, model: str | PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
@@ -333,7 +336,7 @@ class SFTTrainer(MicroBatchTrainer):
     @property
     def training_seconds(self) -> float:
         """Wall time of training, of the processes before this one too."""
-        return self._earlier_seconds + time.time() - self._begun
+        return self._earlier_seconds + time.monotonic() - self._begun
 
     @property
     def trained_tokens(self) -> int:
@@ -368,7 +371,7 @@ class SFTTrainer(MicroBatchTrainer):
         given = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
         checkpoint = given.get("resume_from_checkpoint")
         position = cast("tuple[int, int]", super()._init_training_state(*args, **kwargs))
-        self._watch, self._begun, self._earlier_seconds, self._restored = StepWatch(), time.time(), 0.0, None
+        self._watch, self._begun, self._earlier_seconds, self._restored = StepWatch(), time.monotonic(), 0.0, None
         self._saved_step = self._epoch_generator = None
         self._total_train_tokens, self._looked_at, self._resumed_from = 0, None, checkpoint
         self._finished = self._evaluation_due = self._at_epoch_end = self._stopped = False
@@ -422,7 +425,8 @@ class SFTTrainer(MicroBatchTrainer):
         self._load_rng_state(self._resumed_from)
         entries = len(self.state.log_history)
         self._looked_at = None if left["epoch_end"] else self.state.global_step
-        rest = (left["grad_norm"], model, trial, self.state.epoch, None, self._begun, left["learning_rate"])
+        begun = time.time() - (time.monotonic() - self._begun)
+        rest = (left["grad_norm"], model, trial, self.state.epoch, None, begun, left["learning_rate"])
         if left["evaluation"]:
             self.control.should_evaluate = True
             self._maybe_log_save_evaluate(self._tr_loss, *rest)
@@ -471,9 +475,12 @@ class SFTTrainer(MicroBatchTrainer):
         return super().prediction_step(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """As transformers', over the whole training and not only the part of this process."""
+        """As transformers', over the whole training and not only the part of this process.
+
+        transformers takes the time of the wall clock, which may have been set since training began.
+        """
         self._take_up(self.model_wrapped, trial)
-        return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
+        return super()._finalize_training(trial, num_train_samples, time.time() - self.training_seconds)
 
     def _load_best_model(self) -> None:
         """As transformers'; where the best checkpoint was damaged, the last step's weights stay, with a notice."""
@@ -481,6 +488,7 @@ class SFTTrainer(MicroBatchTrainer):
         faults = faults_of(best)
         if faults:
             logger.warning("%s is not loaded, the weights of the last step stay: %s", best, "; ".join(faults))
+            self.state.best_model_checkpoint = None  # beside a best one transformers would delete the last one
             return
         super()._load_best_model()
 
@@ -613,10 +621,29 @@ class SFTTrainer(MicroBatchTrainer):
         return [wanted[tuple(each)] for each in examples]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with the number of steps that were left out, once there is one."""
+        """As TRL's, with the number of steps that were left out, once there is one.
+
+        Durations are measured by a clock that nobody sets, where transformers takes them of the wall clock.
+        """
         if "loss" in logs and self._watch.total:
             logs["nonfinite_steps"] = self._watch.total
+        if self._evaluated is not None:
+            (examples, seconds), self._evaluated = self._evaluated, None
+            batches = math.ceil(examples / (self.args.eval_batch_size * self.args.world_size))
+            for each in [key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")]:
+                logs[f"{each}_runtime"] = round(seconds, 4)
+                logs[f"{each}_samples_per_second"] = round(examples / max(seconds, 1e-9), 3)
+                logs[f"{each}_steps_per_second"] = round(batches / max(seconds, 1e-9), 3)
+        if start_time is not None:
+            start_time = time.time() - self.training_seconds
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; how long it took is kept for the log."""
+        began = time.monotonic()
+        output = super().evaluation_loop(*args, **kwargs)
+        self._evaluated = int(output.num_samples), time.monotonic() - began
+        return output
 
     # -- checkpoints
 
@@ -706,7 +733,7 @@ def _random_states() -> Callable[[], None]:
 
 def _no_room(run: Path, final: Path, size: int, why: str) -> RunError:
     free = shutil.disk_usage(run if run.exists() else run.parent).free
-    todo = f"Free some space ({free:,} bytes are free), then go on with --resume; older checkpoints are as they were"
+    todo = f"Free some space ({free:,} bytes are free), then {how_to_go_on(run)}; older checkpoints are as they were"
     return RunError(fault("checkpoint", "folder", str(final), f"room for about {size:,} bytes: {why}", todo))
 
 

@@ -14,8 +14,8 @@ import functools
 import json
 import logging
 import platform
-import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -38,7 +38,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, native, planning, processes, pushing
+from philora import checkpoint, models, native, planning, processes, pushing, readiness
 from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
 from philora.callbacks import MetricsFile, peak_memory_bytes
@@ -53,6 +53,7 @@ from philora.generation import GenerationSettings
 from philora.kernels.memory import out_of_memory
 from philora.report import SECRETS, write_report
 from philora.signals import Interrupted, StopOnSignal
+from philora.sources import find_adapter
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
 logger = logging.getLogger("philora.run")
@@ -104,7 +105,7 @@ def train(
     Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
     """
     command = SECRETS.sub("***", command or " ".join(sys.argv))
-    with StopOnSignal("before training", f"Nothing was written; start it again with: {command}") as stop:
+    with StopOnSignal("before training", command) as stop:
         config = load_config(source, overrides)
         _check_processes(config)
         return _train(config, resume, list(callbacks), command, stop)
@@ -118,10 +119,11 @@ def _train(
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     with contextlib.ExitStack() as held:
-        continued = processes.on_main(lambda: _open(folder, config, resume, held))
-        if continued is not None:
-            stop.todo = f"Go on with: {_resume_command(command)}"
-        for notice in config.notices:
+        claim = resuming.Claim(folder)
+        continued = processes.on_main(lambda: _open(claim, config, resume, held))
+        stop.saved = lambda: checkpoint.newest_whole(folder / "checkpoints").folder is not None
+        processes.on_main(lambda: readiness.require(config))
+        for notice in filter(None, [*config.notices, processes.idle_gpus_notice(config)]):
             logger.warning("%s", notice)
 
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)
@@ -144,21 +146,21 @@ def _train(
         stop.check()
 
         plan = _plan(config, skeleton, prepared, max_length, chosen)
-        created = processes.is_main() and not folder.exists()
         run = _Run(config, folder, tokenizer, prepared, plan, command, callbacks, stop)
         processes.on_main(run.aim)
         try:
-            processes.on_main(lambda: _hold(folder, config, continued is None, held))
+            processes.on_main(lambda: _hold(claim, config, continued, held))
             held.enter_context(resuming.threads(chosen.get("threads")))
             run.load(chosen)
-            run.began = True
+            claim.kept = True
             return run.go(None if continued is None else continued.checkpoint, facts)
         except PhiloraError:
             raise
         except Exception as error:
             if processes.lost(error):
                 expected = "every process to go on, but another one has ended"
-                todo = "Look for its message, or for what ended it (memory, a signal); then go on with --resume"
+                then = checkpoint.how_to_go_on(folder / "checkpoints")
+                todo = f"Look for its message, or for what ended it (memory, a signal); then {then}"
                 raise RunError(fault("run", "processes", processes.count(), expected, todo)) from error
             if out_of_memory(error):
                 todo = "Lower max_length or the batch sizes, or quantise the base (model.quantization: nf4)"
@@ -166,33 +168,30 @@ def _train(
                 raise RunError(fault("run", "memory", what, "room for the model and its batches", todo)) from error
             if not checkpoint.disk_full(error):
                 raise
-            todo = f"Free some space ({shutil.disk_usage(folder).free:,} bytes are free), then go on with --resume"
+            then, free = checkpoint.how_to_go_on(folder / "checkpoints"), checkpoint.free_bytes(folder)
+            todo = f"Free some space ({free:,} bytes are free), then {then}"
             raise RunError(fault("run", "output_dir", str(folder), f"room to write to it: {error}", todo)) from error
-        finally:
-            if created and not run.began:
-                shutil.rmtree(folder, ignore_errors=True)
-            elif continued is None and not run.began and processes.is_main():
-                for name in ("config.yaml", "train.log"):
-                    (folder / name).unlink(missing_ok=True)
 
 
-def _open(folder: Path, config: Config, resume: bool | str, held: contextlib.ExitStack) -> resuming.Continued | None:
-    """Check that a run may begin in a folder; with `resume`, find where it goes on and keep others out."""
+def _open(
+    claim: resuming.Claim, config: Config, resume: bool | str, held: contextlib.ExitStack
+) -> resuming.Continued | None:
+    """Keep others out of the run folder: a new one, or with `resume` that of a run, of which it says where it is."""
     if resume:
-        return resuming.open_to_go_on(folder, config, force=resume == "force", held=held)
-    resuming.open_fresh(folder, config)
+        return resuming.open_to_go_on(claim.folder, config, force=resume == "force", held=held)
+    claim.take(config, held)
     return None
 
 
-def _hold(folder: Path, config: Config, fresh: bool, held: contextlib.ExitStack) -> None:
-    """Make the run folder and keep it for this run: its lock, and its log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        held.enter_context(checkpoint.run_lock(folder))
-        resuming.open_fresh(folder, config)  # another run may have come and gone meanwhile
-        checkpoint.remove_leftovers(folder)
-        checkpoint.write_text(folder / "config.yaml", dump_yaml(config))  # first of all: by it a run can be resumed
-    held.enter_context(_log_file(folder / "train.log"))
+def _hold(
+    claim: resuming.Claim, config: Config, continued: resuming.Continued | None, held: contextlib.ExitStack
+) -> None:
+    """Write into the run folder for the first time: its configuration, its log."""
+    if continued is None:
+        claim.begin(config)
+    held.enter_context(_log_file(claim.folder / "train.log"))
+    if continued is not None:
+        resuming.keep_passed_over(continued)
 
 
 def _check_processes(config: Config) -> None:
@@ -279,9 +278,8 @@ class _Run:
         self.config, self.folder, self.tokenizer, self.prepared = config, folder, tokenizer, prepared
         self.plan = plan
         self.command, self.callbacks, self.stop = command, callbacks, stop
-        self.began = False  # whether its folder is to stay
         self.target: pushing.Target | None = None
-        self.started = datetime.datetime.now(datetime.UTC)
+        self.started, self.since = datetime.datetime.now(datetime.UTC), time.monotonic()
         self.model: PeftModel
         self.arguments: SFTConfig
 
@@ -300,11 +298,11 @@ class _Run:
         set_seed(int(config.training_config.get("seed", 42)))
         base = models.load_model(config.model, self.tokenizer)
         if config.model.adapter is not None:
-            self.model = load_adapter(base, config.model.adapter, is_trainable=True)
+            self.model = load_adapter(base, find_adapter(config.model.adapter).path, is_trainable=True)
         else:
             self.model = get_peft_model(base, _lora_config(config))
         self.arguments = self._resolve_arguments(base, chosen)
-        self._require_room()
+        readiness.require_room(self.folder, checkpoint_bytes(self.model), self.arguments.save_total_limit)
         self.stop.check()
 
     def _resolve_arguments(self, base: Any, chosen: Mapping[str, Any]) -> SFTConfig:
@@ -345,9 +343,12 @@ class _Run:
         if given.get("log_level") == "info":
             given["log_level"] = "warning"  # of transformers, whose own lines would bury philora's
         try:
-            return SFTConfig(**given)
+            arguments = SFTConfig(**given)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{self.config.source}: training_config - {' '.join(str(error).split())}") from error
+        if arguments.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, which TRL refuses
+            arguments._n_gpu = 1
+        return arguments
 
     def _needs_autocast(self, dtype: torch.dtype) -> bool:
         """Whether bf16 weights meet whole modules that train: those are kept in fp32, which needs autocast.
@@ -367,7 +368,6 @@ class _Run:
         if processes.is_main():
             resuming.write_facts(self.folder, facts, chosen_of(self.arguments))
             checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))  # may have been forced
-        self.stop.todo = f"Go on with: {_resume_command(self.command)}"
         logger.info("%s", coverage(self.model))
         each = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
         logger.info("the plan%s:\n%s", each, self.plan)
@@ -399,23 +399,6 @@ class _Run:
         self.stop.check()
         peak = max(processes.gathered(peak_memory_bytes()))
         return processes.on_main(lambda: self._finish(trainer, output, before, after, peak, whole))
-
-    def _require_room(self) -> None:
-        """See to it before the run that the checkpoints which will be there together, and the adapter, fit.
-
-        Raises:
-            RunError: They do not.
-        """
-        size = checkpoint_bytes(self.model)
-        limit = self.arguments.save_total_limit
-        there = [checkpoint.bytes_in(each) for each in (self.folder / "checkpoints").glob("checkpoint-*")]
-        # While one is written, those that stay are there too; where all stay, two are the least that a run needs.
-        needed = size * (1 + max(1, limit or 1)) + size - sum(there)
-        missing = checkpoint.missing_bytes(self.folder, needed)
-        if missing:
-            expected = f"room for about {needed:,} bytes: checkpoints of {size:,} bytes and the adapter"
-            todo = f"Free {missing:,} bytes, or give another training_config.output_dir"
-            raise RunError(fault("run", "output_dir", str(self.folder), expected, todo))
 
     def _trainer(self) -> SFTTrainer:
         callbacks: list[TrainerCallback] = [MetricsFile(self.folder / "metrics.jsonl"), *self.callbacks]
@@ -565,6 +548,7 @@ class _Run:
             "command": self.command,
             "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "duration_seconds": round(time.monotonic() - self.since, 1),  # the clock may be set meanwhile
             "model": {
                 "name": self.config.model.name_or_path,
                 "dtype": str(self.model.get_base_model().dtype).removeprefix("torch."),
@@ -601,10 +585,6 @@ class _Run:
         logger.info("the run is complete: %s", self.folder)
         self._push()
         return RunResult(self.folder, results)
-
-
-def _resume_command(command: str) -> str:
-    return command if "--resume" in command else f"{command} --resume"
 
 
 def versions() -> dict[str, str]:

@@ -297,12 +297,12 @@ def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     prepare = training.prepare
     monkeypatch.setattr(training, "prepare", lambda *given, **more: (send()(), prepare(*given, **more)))
-    with pytest.raises(Interrupted, match=r"SIGTERM: stopped before training. Nothing was written; start it"):
+    with pytest.raises(Interrupted, match=r"SIGTERM: stopped before training. Nothing was saved; start it"):
         philora.train(settings_of(model, folder))
     assert not folder.exists()
     monkeypatch.setattr(training, "prepare", prepare)
     monkeypatch.setattr(training, "evaluate", send(signal.SIGINT))
-    with pytest.raises(Interrupted, match=r"SIGINT: stopped before training. Go on with: .* --resume"):
+    with pytest.raises(Interrupted, match=r"SIGINT: stopped before training. Nothing was saved; start it"):
         philora.train(settings_of(model, folder))
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -351,9 +351,9 @@ def test_a_signal_while_the_command_loads(cli, monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "philora.progress", Loading())
     answer = cli("demo", "--out", tmp_path / "run", "peft_config.r=4")
-    assert answer.code == 3
+    assert answer.code == 143
     said = " ".join(answer.err.split())
-    assert "SIGTERM: stopped while loading. Nothing was written; start it again with: philora train demo" in said
+    assert "SIGTERM: stopped while loading. Nothing was saved; start it again with: philora train demo" in said
     assert f"training_config.output_dir={tmp_path / 'run'} peft_config.r=4" in said
 
 
@@ -469,7 +469,8 @@ def test_rotation_never_removes_the_newest_whole_one(tmp_path):
         sealed(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-40" / "a").write_text("torn")  # ahead, passed over when the run went back to 20
     checkpoint.rotate(tmp_path, tmp_path / "checkpoint-30", 1)
-    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint-30"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint-30", "checkpoint-40"]
+    shutil.rmtree(tmp_path / "checkpoint-40")
     for step in (40, 50):
         sealed(tmp_path / f"checkpoint-{step}")
     checkpoint.rotate(tmp_path, tmp_path / "checkpoint-50", 2, best=tmp_path / "checkpoint-30")
@@ -596,11 +597,15 @@ def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, name):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 def test_the_short_form_of_the_torture(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "tools" / "torture.py"), "--kills", "2", "--disks", "1", "--damage",
-               "--fuzz", "25", "--seed", str(int(time.time()) % 1000)]  # fmt: skip
+    command = [sys.executable, str(ROOT / "tools" / "torture.py"), "--kills", "2", "--signals", "2", "--races", "2",
+               "--foreign", "2", "--disks", "1", "--damage", "--fuzz", "25",
+               "--seed", str(int(time.time()) % 1000)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["killed with SIGKILL, resumed"]["number"] == 2
+    assert found["stopped with SIGTERM or SIGINT"]["number"] == 2
+    assert found["two runs in one folder"]["number"] == 2
+    assert found["foreign files in checkpoints"]["number"] > 0
     assert found["checkpoint files damaged"]["number"] > 50
     assert found["adapter reader fuzzed"]["number"] >= 25

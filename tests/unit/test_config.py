@@ -794,7 +794,7 @@ def test_overrides_do_not_change_the_given_mapping() -> None:
         ("peft_config.r", "command line: override='peft_config.r' - expected KEY=VALUE."),
         ("=3", "command line: override='=3' - expected KEY=VALUE."),
         ("peft_config.r=[1", "command line: peft_config.r='[1' - expected a YAML value."),
-        ("learning_rate=1e-4", "learning_rate='1e-4' - expected one of model, tokenizer, data,"),
+        ("learning_rate=1e-4", "learning_rate=0.0001 - expected one of model, tokenizer, data,"),
         ("learning_rate=1e-4", "It belongs in training_config: write training_config.learning_rate."),
         ("data.trian=x", "command line: data.trian='x' - expected one of train, eval, format,"),
         ("peft_config=3", "command line: peft_config=3 - expected a mapping."),

@@ -38,6 +38,7 @@ from philora.data.read import Batch, Fault, Source
 from philora.data.shapes import Conversation, Shape, detect
 from philora.data.template import Encoder
 from philora.errors import DataError, RunError, fault
+from philora.user_cache import user_cache
 
 FORMAT_VERSION = 2
 """Part of every key: raise it when the meaning or the layout of an entry changes."""
@@ -101,9 +102,9 @@ class Entry:
 
 
 def cache_root(configured: str | None) -> Path:
-    """The folder of the cache: as configured, else `$PHILORA_CACHE`, else `~/.cache/philora`."""
-    chosen = configured or os.environ.get("PHILORA_CACHE") or "~/.cache/philora"
-    return Path(chosen).expanduser() / "data"
+    """The folder of the cache: as configured, else `$PHILORA_CACHE`, else the user's (`user_cache`)."""
+    chosen = configured or os.environ.get("PHILORA_CACHE")
+    return (Path(chosen).expanduser() if chosen else user_cache()) / "data"
 
 
 def tokenizer_fingerprint(encoder: Encoder) -> str:

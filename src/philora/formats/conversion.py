@@ -14,7 +14,7 @@ import psutil
 from torch import nn
 from transformers import PreTrainedModel
 
-from philora.checkpoint import is_taken, whole_folder, write_text
+from philora.checkpoint import is_taken, new_folder, not_writable, unwritable, write_text
 from philora.companions import Companions
 from philora.config import ModelConfig
 from philora.errors import ConfigError, fault, nearest, one_per_line
@@ -111,7 +111,7 @@ def export(
         wanted = adapter
     else:
         wanted = {"server": for_server, "fused": as_fused, "slices": as_slices}[layout](adapter, model)
-    with whole_folder(out) as folder:
+    with new_folder(out) as folder:
         if format == "loralib":
             write_loralib(wanted, model, folder, name)
         else:
@@ -139,7 +139,10 @@ def _check_arguments(format: str, layout: str, dtype: str, out: Path) -> None:
         for name, value, known in choices
         if value not in known
     ]
-    if is_taken(out):
+    refused = unwritable(out)
+    if refused is not None:
+        faults.append(not_writable("export", "out", out, refused))
+    elif is_taken(out):
         faults.append(fault("export", "out", str(out), "a folder that is empty or not there yet", "Give another"))
     if format in ("gguf", "ollama") and importlib.util.find_spec("gguf") is None:
         faults.append(fault("export", "format", format, "the package gguf", "Install it: pip install 'philora[gguf]'"))
@@ -152,7 +155,7 @@ def _export_gguf(
 ) -> Exported:
     from philora.formats.gguf_export import write_gguf
 
-    with whole_folder(out) as folder:
+    with new_folder(out) as folder:
         result = write_gguf(
             found,
             folder,

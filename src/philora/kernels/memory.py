@@ -85,15 +85,15 @@ def available_bytes(device: str) -> int:
 def free_bytes(device: str) -> int:
     """Memory that nobody holds, of the accelerator or of this machine.
 
-    On a CPU: what the system can give, within the limit of the control group where there is one. Pages of files that
-    nobody uses count as free.
+    On a CPU: what the system can give, within the limits of the control group and of the process (`ulimit -v`,
+    `ulimit -d`) where there are any. Pages of files that nobody uses count as free.
 
     Args:
         device: `cpu`, or an accelerator's name.
     """
     if device != "cpu" and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    return min([int(psutil.virtual_memory().available), *_group_bytes()])
+    return min([int(psutil.virtual_memory().available), *_group_bytes(), *_limit_bytes()])
 
 
 def _group_bytes() -> list[int]:
@@ -112,6 +112,21 @@ def _group_bytes() -> list[int]:
             reclaimable = next((int(each.split()[1]) for each in lines if each.startswith(f"{pages} ")), 0)
             return [max(0, int(most) - int(now) + reclaimable)]
     return []
+
+
+def _limit_bytes() -> list[int]:
+    """What the limits of this process leave: on its addresses (`ulimit -v`) and on its own data (`ulimit -d`)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return []
+    held = psutil.Process().memory_info()
+    found = []
+    for name, used in (("RLIMIT_AS", held.vms), ("RLIMIT_DATA", getattr(held, "data", held.rss))):
+        limit = resource.getrlimit(getattr(resource, name))[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(max(0, limit - int(used)))
+    return found
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,41 @@
+"""The folder for what can be made again: compiled functions and prepared data."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/philora`, else `~/.cache/philora`; a folder for temporary files where there is no home.
+
+    A process in a container often runs under a number that no user has: it has no home folder, and in place of `HOME`
+    at most `/`, where it may not write.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    if chosen and Path(chosen).is_absolute():
+        return Path(chosen) / "philora"
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return _temporary()
+    made = next(each for each in (home / ".cache" / "philora", home / ".cache", home) if each.exists() or each == home)
+    return home / ".cache" / "philora" if os.access(made, os.W_OK | os.X_OK) else _temporary()
+
+
+@functools.cache
+def _temporary() -> Path:
+    """One for each user, which nobody else can write to: compiled code and prepared data of others are not read."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = Path(tempfile.gettempdir()) / f"philora-{user}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o022:
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="philora-"))
