@@ -44,6 +44,7 @@ from transformers.pytorch_utils import Conv1D
 from philora.checkpoint import read_peft_tensors, write_json
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
+from philora.hub import parse_hub_path
 from philora.kernels import attention
 from philora.kernels.memory import keep_freed_memory, return_large_blocks
 from philora.kernels.modules import recompute_elementwise, use_fast_modules
@@ -730,7 +731,8 @@ def load_adapter(
 
     Args:
         model: The base model, or a PeftModel that gets one adapter more; the one that was active stays so.
-        source: A folder in PEFT's format, or a hub id.
+        source: A folder in PEFT's format, or a hub id, with a subfolder and a revision if need be:
+            `OWNER/NAME/SUB/FOLDER@REVISION`.
         adapter_name: The name it gets.
         is_trainable: Whether training goes on from it.
         **kwargs: Further arguments of `PeftModel.from_pretrained`.
@@ -757,6 +759,10 @@ def load_adapter(
         recorded = _recorded_slices(folder, Names.of(plain))
     elif folder.exists():
         raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
+    elif (place := parse_hub_path(str(source))) is not None:
+        source = place.repo_id
+        named = {"subfolder": place.subfolder, "revision": place.revision}
+        kwargs = {key: value for key, value in named.items() if value} | kwargs
     with _reading(folder):
         adapted = _with_adapter(model, source, adapter_name, is_trainable, **kwargs)
     optimize(adapted)

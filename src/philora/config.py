@@ -180,6 +180,12 @@ class DataConfig:
     )
     num_proc: int | None = _setting(None, _COUNT_OR_NULL, "processes that tokenise; null: all cores")
     cache_dir: str | None = _setting(None, _TEXT_OR_NULL, "folder of the token cache; null: the user's cache folder")
+    keep_held_out: bool = _setting(
+        True,
+        FLAG,
+        "write the held-out rows to `held_out.jsonl` in the run folder, so that `evaluate` needs no data file; "
+        "false: for data that must not be copied",
+    )
 
 
 @dataclass(frozen=True)
@@ -931,6 +937,17 @@ def _read_yaml(file: Path, reader: _Reader) -> None:
         raise ConfigError(
             fault(where, "the file", reader.given, "a mapping with sections such as data and training_config")
         )
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file, with nothing in it checked or translated.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no mapping.
+    """
+    reader = _Reader(str(file), str(file))
+    _read_yaml(file, reader)
+    return reader.given
 
 
 def _note_lines(node: yaml.Node, path: _Path, reader: _Reader, seen: set[int]) -> None:

@@ -21,10 +21,10 @@ from philora import checkpoint, models, native, processes
 from philora.config import Config, load_config, without_secrets
 from philora.data import PreparedData
 from philora.errors import ConfigError, fault, one_per_line
+from philora.run_folder import RECORD_NAME
 
 logger = logging.getLogger("philora.run")
 
-FACTS_NAME = "run.json"
 _HASHED_WHOLE_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -107,7 +107,7 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
         logger.warning("%s is passed over: %s", path, why)
     if found.folder is None:
         logger.warning("%s has no whole checkpoint; the run begins again.", folder)
-    facts = checkpoint.read_json(folder / FACTS_NAME)
+    facts = checkpoint.read_json(folder / RECORD_NAME)
     return Continued(found.folder, facts, force, bool(differences))
 
 
@@ -219,7 +219,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 def write_facts(folder: Path, facts: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     """Write `run.json`."""
-    checkpoint.write_json(folder / FACTS_NAME, {**facts, "chosen": dict(chosen)})
+    checkpoint.write_json(folder / RECORD_NAME, {**facts, "chosen": dict(chosen)})
 
 
 __all__ = ["Continued", "check_facts", "facts_of", "open_fresh", "open_to_go_on", "threads", "write_facts"]

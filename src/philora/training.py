@@ -38,13 +38,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, native, planning, processes, pushing
+from philora import checkpoint, models, native, planning, processes, pushing, run_folder
 from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
 from philora.callbacks import MetricsFile, peak_memory_bytes
 from philora.card import model_card
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, places_of, prepare, preview, prompts_and_references
+from philora.data.held_out import vocabulary_digest, write_held_out
 from philora.data.lengths import sequence_lengths
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, compare, evaluate, joined, pick_samples
@@ -365,7 +366,7 @@ class _Run:
     def go(self, resume_from: Path | None, facts: Mapping[str, Any]) -> RunResult:
         """Evaluate the base, train, save, evaluate again, write everything down."""
         if processes.is_main():
-            resuming.write_facts(self.folder, facts, chosen_of(self.arguments))
+            resuming.write_facts(self.folder, {**facts, **self._record()}, chosen_of(self.arguments))
             checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))  # may have been forced
         self.stop.todo = f"Go on with: {_resume_command(self.command)}"
         logger.info("%s", coverage(self.model))
@@ -399,6 +400,16 @@ class _Run:
         self.stop.check()
         peak = max(processes.gathered(peak_memory_bytes()))
         return processes.on_main(lambda: self._finish(trainer, output, before, after, peak, whole))
+
+    def _record(self) -> dict[str, Any]:
+        """What the users of the run need besides: where its paths lead. Its held-out rows are written with it."""
+        record: dict[str, Any] = {"paths": run_folder.paths_of(self.config, self.folder)}
+        file = self.folder / run_folder.HELD_OUT_NAME
+        if self.config.data.keep_held_out and (rows := write_held_out(file, self.prepared)):
+            record["held_out"] = {"rows": rows, "vocabulary": vocabulary_digest(self.tokenizer)}
+        else:
+            file.unlink(missing_ok=True)
+        return record
 
     def _require_room(self) -> None:
         """See to it before the run that the checkpoints which will be there together, and the adapter, fit.
