@@ -1001,7 +1001,8 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
         reader.given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
         return reader, "python", "philora"
     file = Path(source).expanduser()
-    if file.is_dir() and (file / "config.yaml").is_file():
+    folder = file if file.is_dir() and (file / "config.yaml").is_file() else None
+    if folder is not None:
         file /= "config.yaml"
     reader = _Reader(str(file), str(file))
     if not file.is_file():
@@ -1012,6 +1013,9 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
         todo = f"Write one with the lines `model: {{name_or_path: ...}}` and `data: {{train: {file.name}, eval: 0.1}}`"
         raise ConfigError(_fault(str(source), "config", str(source), expected, todo))
     _read_yaml(file, reader)
+    training = reader.given.get("training_config")
+    if folder is not None and isinstance(training, Mapping) and "output_dir" in training:
+        training["output_dir"] = str(folder)  # where the run is now
     return reader, str(file), file.stem
 
 

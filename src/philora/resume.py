@@ -99,8 +99,9 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     held.enter_context(checkpoint.run_lock(folder))
     checkpoint.remove_leftovers(folder)
     checkpoint.remove_leftovers(folder / "checkpoints")
-    then = without_secrets(load_config(folder / "config.yaml").to_dict())
-    differences = _differences(then, without_secrets(config.to_dict()))
+    then, now = (without_secrets(each.to_dict()) for each in (load_config(folder / "config.yaml"), config))
+    now["training_config"]["output_dir"] = then["training_config"]["output_dir"]  # the run may have moved
+    differences = _differences(then, now)
     _refuse(config.source, differences, force)
     found = checkpoint.newest_whole(folder / "checkpoints")
     for path, why in found.passed_over:

@@ -68,7 +68,7 @@ def run_of(adapter: Path) -> Path | None:
 
 def resume_command(folder: Path) -> str:
     """Return the command that goes on with a run."""
-    return f"philora train {folder / CONFIG_NAME} --resume"
+    return f"philora train {folder} --resume"
 
 
 @dataclasses.dataclass(frozen=True)

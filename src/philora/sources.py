@@ -71,8 +71,8 @@ def require_base(found: AdapterSource) -> str:
         ModelError: It is a folder that is gone.
     """
     if found.base is None:
-        expected = "the name of the base model, which the adapter does not say"
-        raise AdapterError(fault(str(found.path), "base_model_name_or_path", None, expected, "Give it: --base MODEL"))
+        expected = "the base model, which the adapter does not name"
+        raise AdapterError(fault(str(found.path), "base", None, expected, "Name it: --base MODEL"))
     if found.tried:
         expected = f"the folder of the base model; there is none at {', '.join(found.tried)}"
         todo = "Give the place where it is now: --base FOLDER"

@@ -377,7 +377,9 @@ class _Run:
         if self.model.device.type == "cpu":
             logger.info("between the products: %s", native.describe())
         with self._placed(self.model).disable_adapter():
-            before = self._evaluate("before", self.model)
+            before = self._evaluate("before training", self.model)
+        begins_with = self.config.model.adapter
+        start = None if begins_with is None else self._evaluate("the adapter it begins with", self.model)
         trainer = self._trainer()
         with self.stop.finishing():
             output = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -396,10 +398,10 @@ class _Run:
         processes.on_main(functools.partial(self._save_adapter, weights))
         del weights
         whole = self._saved() if sharded else self.model
-        after = self._evaluate("after", whole)
+        after = self._evaluate("after training", whole)
         self.stop.check()
         peak = max(processes.gathered(peak_memory_bytes()))
-        return processes.on_main(lambda: self._finish(trainer, output, before, after, peak, whole))
+        return processes.on_main(lambda: self._finish(trainer, output, before, start, after, peak, whole))
 
     def _record(self) -> dict[str, Any]:
         """What the users of the run need besides: where its paths lead. Its held-out rows are written with it."""
@@ -526,7 +528,7 @@ class _Run:
             return None
         rows = self.prepared.eval
         conversations = [prompts_and_references(each) for each in self.prepared.eval_conversations[: settings.generate]]
-        logger.info("evaluating %s training: %d rows, %d answers", when, len(rows), len(conversations))
+        logger.info("evaluating %s: %d rows, %d answers", when, len(rows), len(conversations))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.arguments.bf16)):
             part = evaluate(
                 model,
@@ -538,7 +540,8 @@ class _Run:
             )
         result = joined(processes.gathered(part))
         scores = result.scores
-        logger.info("%s: loss %.4f, token accuracy %.3f", when, scores.loss, scores.token_accuracy)
+        name = when.removesuffix(" training")
+        logger.info("%s: loss %.4f, token accuracy %.3f", name, scores.loss, scores.token_accuracy)
         return result
 
     def _data_facts(self) -> dict[str, Any]:
@@ -563,6 +566,7 @@ class _Run:
         trainer: SFTTrainer,
         output: Any,
         before: Evaluation | None,
+        start: Evaluation | None,  # with the adapter that the run began with, if it began with one
         after: Evaluation | None,
         peak_bytes: int,
         whole: PeftModel,  # what was trained, with nothing of it sharded
@@ -589,8 +593,10 @@ class _Run:
             "data": self.prepared.report.to_dict() | self._data_facts(),
             "updates": [each._asdict() for each in update_norms(whole)],
             "before": before.scores.to_dict() if before else None,
+            "start": start.scores.to_dict() if start else None,
             "after": after.scores.to_dict() if after else None,
             "comparison": [each.to_dict() for each in compare(before, after)] if before and after else [],
+            "comparison_with_start": _since_the_start(start, after) if start and after else [],
             "samples": pick_samples(before, after, self.config.evaluation.samples) if before and after else [],
             "throughput": {
                 "tokens": tokens,
@@ -612,6 +618,15 @@ class _Run:
         logger.info("the run is complete: %s", self.folder)
         self._push()
         return RunResult(self.folder, results)
+
+
+def _since_the_start(start: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """What a run made of the adapter that it began with; what got worse is said."""
+    figures = compare(start, after)
+    worse = [each.title for each in figures if each.verdict == "worse"]
+    if worse:
+        logger.warning("worse than the adapter that the run began with: %s", ", ".join(worse))
+    return [each.to_dict() for each in figures]
 
 
 def _resume_command(command: str) -> str:
