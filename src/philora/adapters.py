@@ -876,9 +876,11 @@ def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, T
     """Compare a file's tensors with what the adapter has on a copy of the model without weights."""
     if not isinstance(model, PreTrainedModel):
         return  # PEFT's own checks remain
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = None  # else PEFT warns wherever the base has another place than in training
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
-        adapted = peft.get_peft_model(skeleton, copy.deepcopy(config), low_cpu_mem_usage=True)
+        adapted = peft.get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     faults = []
     for name in sorted(expected.keys() - tensors.keys()):

@@ -256,14 +256,15 @@ def test_data_that_must_not_be_copied_is_not_kept(project, monkeypatch):
 def test_a_second_stage_shows_base_start_and_result(cli, project, monkeypatch):
     monkeypatch.chdir(project)
     first = project / "runs" / "first"
-    common = ("training_config.output_dir=runs/second", f"model.adapter={first / 'adapter'}")
-    done = cli("train", "first.yaml", *common, "training_config.learning_rate=30", "training_config.max_steps=4")
+    other = [{"messages": [each[0], {"role": "assistant", "content": "Nothing of the kind."}]} for each in TALKS]
+    (project / "other.jsonl").write_text("".join(json.dumps(each) + "\n" for each in other))
+    done = cli(
+        "train", "first.yaml", "training_config.output_dir=runs/second", f"model.adapter={first / 'adapter'}",
+        "data.train=other.jsonl", "data.eval=talks.jsonl", "training_config.learning_rate=0.5",
+    )  # fmt: skip
     assert done.code == 0, done.err
     results = json.loads((project / "runs" / "second" / "results.json").read_text())
-    before, after = losses(first)
-    assert results["before"]["loss"] == before
-    assert results["start"]["loss"] == pytest.approx(after, rel=1e-6)
-    assert results["after"]["loss"] not in (before, after)
+    assert results["before"]["loss"] > results["start"]["loss"] < results["after"]["loss"]
     assert [each["field"] for each in results["comparison_with_start"]][:1] == ["loss"]
     head = next(line for line in done.out.splitlines() if "base" in line and "start" in line)
     assert head.split("  ")[-1].strip() == "change from start"
