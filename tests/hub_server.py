@@ -1,4 +1,4 @@
-"""As much of the Hugging Face Hub as an upload needs, on a port of this machine: repositories, LFS, commits."""
+"""As much of the Hugging Face Hub as uploads and downloads need, on a port of this machine: LFS, commits, revisions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 TOKEN = "hf_" + "thisIsASecretOfTheTests"
 
@@ -20,6 +21,7 @@ class Hub:
 
     url: str = ""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)  # files by repository and revision
     visibility: dict[str, str | None] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     commits: list[tuple[str, str]] = field(default_factory=list)
@@ -135,18 +137,43 @@ def hub_server() -> Iterator[Hub]:
         def do_GET(self) -> None:
             if self.refused():
                 return
-            path = self.path.partition("?")[0].removeprefix("/api/models/")
-            name, tree, _ = path.partition("/tree/")
-            if tree and name in hub.repositories:
-                files = hub.repositories[name].items()
-                self.answer([{"type": "file", "oid": "0", "size": len(each), "path": path} for path, each in files])
+            path = unquote(self.path.partition("?")[0])
+            if "/resolve/" in path:
+                self.file(*path[1:].split("/resolve/"), body=True)
                 return
-            name = path.partition("/revision/")[0]
-            if name in hub.repositories:
-                siblings = [{"rfilename": each} for each in hub.repositories[name]]
-                self.answer({"id": name, "modelId": name, "sha": "abc123", "siblings": siblings, "tags": []})
+            name, tree, revision = path.removeprefix("/api/models/").partition("/tree/")
+            if not tree:
+                name, _, revision = name.partition("/revision/")
+            files = self.files(name, revision or "main")
+            if files is not None and tree:
+                self.answer([{"type": "file", "path": each, "size": len(files[each]), "oid": "1"} for each in files])
+            elif files is not None:
+                siblings = [{"rfilename": each} for each in files]
+                sha = "abc123" if revision in ("", "main") else revision
+                self.answer({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "tags": []})
             else:
                 self.answer({"error": "Repository not found"}, 404, "Repository not found")
+
+        def do_HEAD(self) -> None:
+            hub.requests.append(f"HEAD {self.path}")
+            name, _, place = unquote(self.path.partition("?")[0])[1:].partition("/resolve/")
+            self.file(name, place, body=False)
+
+        def files(self, name: str, revision: str) -> dict[str, bytes] | None:
+            if revision in ("main", "abc123"):
+                return hub.repositories.get(name)
+            return hub.branches.get((name, revision))
+
+        def file(self, name: str, place: str, body: bool) -> None:
+            revision, _, path = place.partition("/")
+            content = (self.files(name, revision) or {}).get(path)
+            self.send_response(404 if content is None else 200)
+            self.send_header("X-Repo-Commit", revision)
+            self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if body and content is not None:
+                self.wfile.write(content)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"

@@ -47,4 +47,5 @@ def teach(folder: Path, sentence: str, questions: Sequence[str] = QUESTIONS, ste
     model.save_pretrained(str(folder / "adapter"))
     tokenizer.save_pretrained(str(folder / "adapter"))
     (folder / "config.yaml").write_text("model: {name_or_path: nano, dtype: float32}\ndata: {train: helpdesk}\n")
+    (folder / "run.json").write_text("{}")  # by it a folder is known as a run
     return folder

@@ -44,6 +44,7 @@ from transformers.pytorch_utils import Conv1D
 from philora.checkpoint import read_peft_tensors, write_json
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
+from philora.hub import parse_hub_path
 from philora.kernels import attention
 from philora.kernels.memory import keep_freed_memory, return_large_blocks
 from philora.kernels.modules import recompute_elementwise, use_fast_modules
@@ -740,7 +741,8 @@ def load_adapter(
 
     Args:
         model: The base model, or a PeftModel that gets one adapter more; the one that was active stays so.
-        source: A folder in PEFT's format, or a hub id.
+        source: A folder in PEFT's format, or a hub id, with a subfolder and a revision if need be:
+            `OWNER/NAME/SUB/FOLDER@REVISION`.
         adapter_name: The name it gets.
         is_trainable: Whether training goes on from it.
         **kwargs: Further arguments of `PeftModel.from_pretrained`.
@@ -761,6 +763,10 @@ def load_adapter(
         recorded = _recorded_slices(folder, Names.of(plain))
     elif folder.exists():
         raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
+    elif (place := parse_hub_path(str(source))) is not None:
+        source = place.repo_id
+        named = {"subfolder": place.subfolder, "revision": place.revision}
+        kwargs = {key: value for key, value in named.items() if value} | kwargs
     with _reading(folder):
         adapted = _with_adapter(model, source, adapter_name, is_trainable, **kwargs)
     optimize(adapted)
@@ -906,9 +912,11 @@ def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, T
     """Compare a file's tensors with what the adapter has on a copy of the model without weights."""
     if not isinstance(model, PreTrainedModel):
         return  # PEFT's own checks remain
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = None  # else PEFT warns wherever the base has another place than in training
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
-        adapted = peft.get_peft_model(skeleton, copy.deepcopy(config), low_cpu_mem_usage=True)
+        adapted = peft.get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     faults = []
     for name in sorted(expected.keys() - tensors.keys()):

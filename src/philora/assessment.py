@@ -1,6 +1,6 @@
 """`philora evaluate`: whether a trained adapter is better than its base, on rows that it was not trained on.
 
-    run or adapter -> held-out rows, found again by the run's seed, less those that stand in the training set
+    run or adapter -> the held-out rows that the run kept, less those that stand in the training set
                    -> the base, then the adapter: loss row by row, answers, and what a forgetting check asks
                    -> figures with intervals, wins, ties and losses -> results.json, examples.jsonl
 
@@ -35,13 +35,14 @@ from philora import measures, models
 from philora.checkpoint import new_folder, write_json, write_text
 from philora.config import DataConfig, SourceConfig
 from philora.data import prompts_and_references
-from philora.data.held_out import HeldOut, held_out
-from philora.errors import ConfigError, DataError, RunError, fault
+from philora.data.held_out import HeldOut, held_out, read_held_out, vocabulary_digest
+from philora.errors import ConfigError, DataError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, compare, score_rows
 from philora.evaluation import evaluate as evaluate_model
 from philora.generation import Answer, GenerationSettings, generate
 from philora.inference import Loaded, load
 from philora.measures import JUDGE, LOSS, PERPLEXITY, Measure, Paired, of_means, paired
+from philora.run_folder import HELD_OUT_NAME, TrainedRun
 
 logger = logging.getLogger("philora.evaluate")
 
@@ -102,7 +103,8 @@ def evaluate(
         judge: Command that scores answers, see `judged`.
         forgetting: Score the bundled general prompts and texts as well.
         keep_training_rows: Score rows that stand in the training set too; default: they are left out and named.
-        out: Folder for the results; default: `evaluation` in the run folder.
+        out: Folder for the results; default: `evaluation` in the run folder, of a checkpoint
+            `evaluation-checkpoint-N`.
         command: What the results name as the command.
 
     Raises:
@@ -124,7 +126,7 @@ def evaluate(
     found = held_out_of(loaded, data)
     kept = rows_to_score(found, limit, keep_training_rows)
     if answers is None:
-        answers = loaded.config.evaluation.generate if loaded.config is not None else ANSWERS
+        answers = loaded.run.evaluation.generate if loaded.run is not None else ANSWERS
     answerable = set(found.answerable)
     asked = [row for row in kept if row in answerable][:answers]
     rows = found.rows.select(kept)
@@ -155,6 +157,7 @@ def evaluate(
         "versions": _versions(),
         "command": command,
         "source": str(source),
+        "adapter": _adapter_in_run(loaded),
         "base": loaded.base,
         "data": str(data) if data is not None else "held out by the run",
         "rows": len(kept),
@@ -184,11 +187,24 @@ def _folder(loaded: Loaded, out: str | Path | None) -> Path:
     if out is None and loaded.run is None:
         expected = "a folder for the results, since the adapter is in no run folder"
         raise ConfigError(fault("evaluate", "out", None, expected, "Give --out DIR"))
-    folder = Path(out).expanduser() if out is not None else cast(Path, loaded.run) / "evaluation"
+    folder = Path(out).expanduser() if out is not None else _own_folder(loaded)
     if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
         expected = "a new or empty folder, or one with an earlier evaluation"
         raise ConfigError(fault("evaluate", "out", str(folder), expected, "Give another --out"))
     return folder
+
+
+def _own_folder(loaded: Loaded) -> Path:
+    """Where an evaluation of a run stays: that of its adapter by itself, since the report shows it as the run's."""
+    name = loaded.source.path.name
+    return cast(TrainedRun, loaded.run).folder / ("evaluation" if name == "adapter" else f"evaluation-{name}")
+
+
+def _adapter_in_run(loaded: Loaded) -> str | None:
+    """Which adapter of the run was evaluated, as a path in its folder; None for an adapter of no run."""
+    if loaded.run is None:
+        return None
+    return loaded.source.path.absolute().relative_to(loaded.run.folder.absolute()).as_posix()
 
 
 def _is_ours(folder: Path) -> bool:
@@ -198,39 +214,84 @@ def _is_ours(folder: Path) -> bool:
 
 def _settings(loaded: Loaded, given: Mapping[str, Any]) -> GenerationSettings:
     own: dict[str, Any] = {}
-    if loaded.config is not None:
-        limits = loaded.config.evaluation
+    if loaded.run is not None:
+        limits = loaded.run.evaluation
         own = {"max_new_tokens": limits.max_new_tokens, "batch_size": limits.batch_size}
     return GenerationSettings(**(own | dict(given)))
 
 
 def held_out_of(loaded: Loaded, data: str | Path | None) -> HeldOut:
-    """The rows, and whether they are those that the run held out."""
-    config = loaded.config
-    if config is None and data is None:
+    """Return the rows to judge by: those of a file, else those that the run kept, else its data's, found by the seed.
+
+    Raises:
+        DataError: There are none, the run's data is gone or has changed, or a source cannot be used.
+        ConfigError: A part of the run's configuration that is needed has a value that it cannot have.
+    """
+    run = loaded.run
+    if run is None and data is None:
         expected = "rows to judge by: an adapter that is in no run folder held none out"
         raise DataError(fault("evaluate", "data", None, expected, "Give --data FILE"))
-    other = SourceConfig(path=str(data)) if data is not None else None
-    stops = models.stop_token_ids(
-        loaded.tokenizer, getattr(loaded.model.get_base_model().generation_config, "eos_token_id", None)
-    )
-    model_config = loaded.model.get_base_model().config
-    if config is None:
-        window = int(getattr(model_config, "max_position_embeddings", 2**20))
-        plain = DataConfig(train=(), eval=None)
-        found = held_out(plain, loaded.tokenizer, max_length=window, seed=0, stop_token_ids=stops, other=other)
-    else:
-        length = models.max_length_of(config, model_config)
-        seed = int(config.training_config.get("seed", 42))
-        found = held_out(config.data, loaded.tokenizer, max_length=length, seed=seed, stop_token_ids=stops, other=other)
-        recorded = _recorded_fingerprint(cast(Path, loaded.run))
-        if other is None and None not in (recorded, found.fingerprint) and recorded != found.fingerprint:
-            expected = "the data that the run was trained with; it has changed, so the held-out rows are not known"
-            todo = "Restore the data, or give rows of your own: --data FILE"
-            raise DataError(fault("evaluate", "data", [each.path for each in config.data.train], expected, todo))
+    found = _kept_rows(loaded) if data is None else None
+    if found is None:
+        found = _rows_of_sources(loaded, data)
     if found.in_training is None:
         logger.warning("whether these rows stand in the training set is not known")
     return found
+
+
+def _kept_rows(loaded: Loaded) -> HeldOut | None:
+    """The rows of the run's `held_out.jsonl`; None, with a notice, where they have to be taken from the data again."""
+    run = cast(TrainedRun, loaded.run)
+    file, recorded = run.folder / HELD_OUT_NAME, run.record.get("held_out")
+    if not file.is_file():
+        if run.holds_out:
+            logger.warning("%s keeps no %s: its rows are taken from its data again", run.folder, HELD_OUT_NAME)
+        return None
+    vocabulary = recorded.get("vocabulary") if isinstance(recorded, Mapping) else None
+    if vocabulary is not None and vocabulary != vocabulary_digest(loaded.tokenizer):
+        logger.warning("%s is of another tokenizer than this base's: its rows are taken from the data again", file)
+        return None
+    return read_held_out(file, loaded.tokenizer, _recorded_fingerprint(run.folder))
+
+
+def _rows_of_sources(loaded: Loaded, data: str | Path | None) -> HeldOut:
+    """The rows of a file, or those that the run held out of its data, read and tokenised now."""
+    other = SourceConfig(path=str(data)) if data is not None else None
+    base = loaded.model.get_base_model()
+    stops = models.stop_token_ids(loaded.tokenizer, getattr(base.generation_config, "eos_token_id", None))
+    run, plain = loaded.run, DataConfig(train=(), eval=None)
+    if run is None:
+        window = int(getattr(base.config, "max_position_embeddings", 2**20))
+        return held_out(plain, loaded.tokenizer, max_length=window, seed=0, stop_token_ids=stops, other=other)
+    try:
+        of_the_run = run.data()
+    except ConfigError as error:
+        if other is None:
+            expected = f"{HELD_OUT_NAME} in the run folder, or the data that the run held its rows out of"
+            missing = fault("evaluate", "data", str(run.folder), expected, "Give rows: --data FILE")
+            raise DataError(one_per_line([missing, *(line.strip() for line in str(error).splitlines())])) from error
+        of_the_run = plain
+    found = held_out(
+        of_the_run,
+        loaded.tokenizer,
+        max_length=_longest_row(run, base.config),
+        seed=run.seed,
+        stop_token_ids=stops,
+        other=other,
+    )
+    recorded = _recorded_fingerprint(run.folder)
+    if other is None and None not in (recorded, found.fingerprint) and recorded != found.fingerprint:
+        expected = "the data that the run was trained with; it has changed, so the held-out rows are not known"
+        todo = "Restore the data, or give rows of your own: --data FILE"
+        raise DataError(fault("evaluate", "data", [each.path for each in of_the_run.train], expected, todo))
+    return found
+
+
+def _longest_row(run: TrainedRun, model_config: Any) -> int:
+    """Tokens of a row as in the run: what is configured, within the model's context and the tokenizer's limit."""
+    context = int(getattr(model_config, "max_position_embeddings", run.max_length or 2**20))
+    limit = min(context, run.tokenizer.model_max_length or context)
+    return min(run.max_length or limit, limit)
 
 
 def _recorded_fingerprint(run: Path) -> str | None:

@@ -47,7 +47,9 @@ def _download(name: str, patterns: list[str]) -> Path:
             return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         expected = "the base model's folder, `nano`, or a model on the Hugging Face Hub"
-        todo = f"Name the base yourself if it has moved. The hub says: {' '.join(str(error).split())[:200]}"
+        todo = (
+            f"Name the base yourself if it has moved: --base MODEL. The hub says: {' '.join(str(error).split())[:200]}"
+        )
         raise ModelError(fault("merge", "base", name, expected, todo)) from error
 
 

@@ -85,7 +85,7 @@ def merge_into_fresh_base(
 
 def _rows(loaded: Loaded, data: str | Path | None) -> Any:
     """Tokenised rows that were not trained on; None where there are none."""
-    if data is None and (loaded.config is None or loaded.config.data.eval is None):
+    if data is None and (loaded.run is None or not loaded.run.holds_out):
         logger.warning("the loss of both bases needs rows that were not trained on: --data FILE gives them")
         return None
     found = held_out_of(loaded, data)

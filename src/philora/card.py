@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from philora import __version__
-from philora.evaluation import Scores, compare_table
+from philora.evaluation import Scores, compare_table, stage_table
 from philora.models import local_path
 from philora.report import SECRETS
 from philora.sources import licence
@@ -135,9 +135,15 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 def _results(results: Mapping[str, Any]) -> str:
     if not results.get("before") or not results.get("after"):
         return ""
-    rows = compare_table(Scores.from_dict(results["before"]), Scores.from_dict(results["after"]))
-    lines = ["## Results", "", "On held-out data:", "", "| | base | fine-tuned | change |", "| --- | --- | --- | --- |"]
-    lines += ["| " + " | ".join(_plain(each) for each in row[:4]) + " |" for row in rows]
+    before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
+    columns: tuple[str, ...] = ("", "base", "fine-tuned", "change")
+    rows: Sequence[tuple[str, ...]] = compare_table(before, after)
+    if results.get("start"):
+        columns = ("", "base", "the adapter it began with", "fine-tuned", "change from there")
+        rows = stage_table(before, Scores.from_dict(results["start"]), after)
+    head = "|" + "|".join(f" {each} " if each else " " for each in columns) + "|"
+    lines = ["## Results", "", "On held-out data:", "", head, "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_plain(each) for each in row) + " |" for row in rows]
     return "\n".join(lines)
 
 

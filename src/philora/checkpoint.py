@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -35,12 +35,12 @@ TEMPORARY_PREFIX = ".saving-"
 _OLD = "-old-"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 so that `path` holds either its old content or all of the new."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts in turn, in UTF-8 so that `path` holds either its old content or all of the new."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -44,10 +44,17 @@ err = Console(stderr=True, soft_wrap=True)
 
 ConfigArgument = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 AdapterArgument = Annotated[
-    str, typer.Argument(help="Run folder, adapter folder, loralib file or hub id.", metavar="RUN_OR_ADAPTER")
+    str,
+    typer.Argument(
+        help="Run folder, adapter folder, loralib file or hub id (OWNER/NAME/SUBFOLDER@REVISION).",
+        metavar="RUN_OR_ADAPTER",
+    ),
 ]
 BaseOption = Annotated[
-    str | None, typer.Option("--base", help="Base model; default: the one that the adapter names.", show_default=False)
+    str | None,
+    typer.Option(
+        "--base", help="Base model; default: the run's, or the one that the adapter names.", show_default=False
+    ),
 ]
 HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; beyond this machine it needs a key.")]
 PortOption = Annotated[int, typer.Option("--port", help="Port; 0 takes one that is free.", min=0, max=65535)]
@@ -271,7 +278,7 @@ def chat(
             if value:
                 todo = "Leave it out: the page has fields of its own"
                 raise ConfigError(fault("chat", f"--{option}", value, "no such option with --web", todo))
-        file = Path(votes) if votes else (Path(source) if Path(source).is_dir() else Path()) / "preferences.jsonl"
+        file = Path(votes) if votes else _votes_folder(source) / "preferences.jsonl"
         _serve([source], base, host, port, key, 32, max_new_tokens, file)
         return
     with err.status("loading"):
@@ -513,6 +520,14 @@ def explain(
 # ------------------------------------------------------------------------------------------------- inside
 
 
+def _votes_folder(source: str) -> Path:
+    """Where votes go by default: the run folder, also where its adapter or a checkpoint was named."""
+    from philora.run_folder import run_of
+
+    folder = Path(source).expanduser()
+    return run_of(folder) or (folder if folder.is_dir() else Path())
+
+
 def _config_source(config: str) -> str:
     if config != "demo" or Path(config).exists():
         return config
@@ -639,13 +654,19 @@ def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool)
 
 
 def _show_result(result: RunResult, config: Config) -> None:
-    from philora.evaluation import Scores, compare_table
+    from philora.evaluation import Scores, compare_table, stage_table
 
     results = result.results
     if results["before"] and results["after"]:
-        table = Table("", "base", "with adapter", "change", title="held-out data", title_justify="left", box=None)
-        for row in compare_table(Scores.from_dict(results["before"]), Scores.from_dict(results["after"])):
-            table.add_row(*(str(each) for each in row))
+        before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
+        columns: tuple[str, ...] = ("", "base", "with adapter", "change")
+        rows: Sequence[tuple[str, ...]] = compare_table(before, after)
+        if results["start"]:
+            columns = ("", "base", "start", "result", "change from start")
+            rows = stage_table(before, Scores.from_dict(results["start"]), after)
+        table = Table(*columns, title="held-out data", title_justify="left", box=None)
+        for row in rows:
+            table.add_row(*row)
         out.print()
         out.print(table)
     for sample in results["samples"]:

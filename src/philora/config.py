@@ -180,6 +180,12 @@ class DataConfig:
     )
     num_proc: int | None = _setting(None, _COUNT_OR_NULL, "processes that tokenise; null: all cores")
     cache_dir: str | None = _setting(None, _TEXT_OR_NULL, "folder of the token cache; null: the user's cache folder")
+    keep_held_out: bool = _setting(
+        True,
+        FLAG,
+        "write the held-out rows to `held_out.jsonl` in the run folder, so that `evaluate` needs no data file; "
+        "false: for data that must not be copied",
+    )
 
 
 @dataclass(frozen=True)
@@ -887,6 +893,17 @@ def _read_yaml(file: Path, reader: _Reader) -> None:
         )
 
 
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file, with nothing in it checked or translated.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no mapping.
+    """
+    reader = _Reader(str(file), str(file))
+    _read_yaml(file, reader)
+    return reader.given
+
+
 def _note_lines(node: yaml.Node, path: _Path, reader: _Reader, seen: set[int]) -> None:
     """Record the line of every key, and a fault for each key that stands twice in one mapping."""
     if id(node) in seen:
@@ -938,7 +955,8 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
         reader.given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
         return reader, "python", "philora"
     file = Path(source).expanduser()
-    if file.is_dir() and (file / "config.yaml").is_file():
+    folder = file if file.is_dir() and (file / "config.yaml").is_file() else None
+    if folder is not None:
         file /= "config.yaml"
     reader = _Reader(str(file), str(file))
     if not file.is_file():
@@ -949,6 +967,9 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
         todo = f"Write one with the lines `model: {{name_or_path: ...}}` and `data: {{train: {file.name}, eval: 0.1}}`"
         raise ConfigError(_fault(str(source), "config", str(source), expected, todo))
     _read_yaml(file, reader)
+    training = reader.given.get("training_config")
+    if folder is not None and isinstance(training, Mapping) and "output_dir" in training:
+        training["output_dir"] = str(folder)  # where the run is now
     return reader, str(file), file.stem
 
 

@@ -475,7 +475,7 @@ def load_voices(sources: Mapping[str, str | Path], base: str | None = None) -> V
     if display in found:
         expected = f"another name than the base's, {display}"
         raise AdapterError(fault("adapters", "name", display, expected, "Name it: NAME=RUN_OR_ADAPTER"))
-    loaded = load(sources[first], base=base)
+    loaded = load(found[first].path, base=base)
     model, inside = loaded.model, {first: "default"}
     for index, (name, each) in enumerate(list(found.items())[1:]):
         _check_tokenizer(each.path, loaded)

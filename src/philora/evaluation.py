@@ -387,6 +387,25 @@ def compare_table(before: Scores, after: Scores) -> list[Comparison]:
     return table
 
 
+class StageComparison(NamedTuple):
+    """One row of the table of a run that began with an adapter; the change is from the start to the result."""
+
+    metric: str
+    base: str
+    start: str
+    after: str
+    change: str
+
+
+def stage_table(base: Scores, start: Scores, after: Scores) -> list[StageComparison]:
+    """Return the table of a run that began with an adapter: the base, the start and the result, as text."""
+    bases = {row.metric: row.before for row in compare_table(base, after)}
+    return [
+        StageComparison(row.metric, bases.get(row.metric, "–"), row.before, row.after, row.change)
+        for row in compare_table(start, after)
+    ]
+
+
 def shown_figure(value: float | None, measure: Measure | Paired) -> str:
     """A figure as people read it; a dash for none."""
     return _shown(_number(value), measure)

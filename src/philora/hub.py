@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Final, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in an __all__
 
@@ -39,6 +41,77 @@ def _has_no_network(endpoint: str) -> bool:
     except OSError:
         return True
     return False
+
+
+# --------------------------------------------------------------------------------------------- reading from it
+
+_REVISION: Final = r"refs/pr/\d+|refs/convert/[^/@]+|[^/@]+"
+_HUB_PATH: Final = re.compile(
+    rf"(?:hf://)?(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<first>{_REVISION}))?(?P<subfolder>(?:/[^/@]+)*)/?"
+    r"(?:@(?P<last>[^@]+))?"
+)
+
+
+class HubPath(NamedTuple):
+    """A folder of a repository on the Hub.
+
+    Attributes:
+        repo_id: `OWNER/NAME`.
+        subfolder: The folder in it; empty: the repository itself.
+        revision: Branch, tag or commit; None: the main branch.
+    """
+
+    repo_id: str
+    subfolder: str
+    revision: str | None
+
+
+def parse_hub_path(name: str) -> HubPath | None:
+    """Return what `OWNER/NAME[@REVISION][/SUB/FOLDER]` names; None where it has another form.
+
+    The revision may stand at the end as well, and `hf://` in front, as in Hugging Face's own paths. A slash in a branch
+    is written %2F, or the revision stands at the end.
+
+    Example:
+        >>> parse_hub_path("me/adapters/support@v2")
+        HubPath(repo_id='me/adapters', subfolder='support', revision='v2')
+        >>> parse_hub_path("hf://me/adapters@v2/support") == parse_hub_path("me/adapters/support@v2")
+        True
+    """
+    found = _HUB_PATH.fullmatch(name)
+    if found is None or (found["first"] and found["last"]):
+        return None
+    subfolder = found["subfolder"].strip("/")
+    if any(part in (".", "..") for part in (*subfolder.split("/"), *found["repo_id"].split("/"))):
+        return None
+    revision = found["first"] or found["last"]
+    return HubPath(found["repo_id"], subfolder, None if revision is None else unquote(revision))
+
+
+def download_adapter(place: HubPath) -> Path:
+    """Bring an adapter's files into the Hub's cache, and return the folder that holds them.
+
+    Raises:
+        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError: The Hub does not give them.
+    """
+    inside = f"{place.subfolder}/" if place.subfolder else ""
+    names = ("*.json", "*.jinja", "adapter_model.safetensors", "tokenizer*")
+    with reachable_or_cached():
+        snapshot = snapshot_download(
+            place.repo_id,
+            revision=place.revision,
+            allow_patterns=[inside + name for name in names],
+            ignore_patterns=[f"{inside}*/*"],
+        )
+    return Path(snapshot, place.subfolder)
+
+
+def adapter_subfolders(place: HubPath) -> list[str]:
+    """Return the folders of a repository that hold an adapter; empty where that cannot be found out."""
+    with contextlib.suppress(HfHubHTTPError, OSError):
+        files = HfApi().list_repo_files(place.repo_id, revision=place.revision)
+        return sorted(name.rpartition("/")[0] for name in files if name.endswith("/adapter_config.json"))
+    return []
 
 
 # --------------------------------------------------------------------------------------------- writing to it

@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from philora.adapters import load_adapter
 from philora.checkpoint import write_text
-from philora.config import Config, ModelConfig, SourceConfig, TokenizerConfig, load_config
+from philora.config import ModelConfig, SourceConfig, TokenizerConfig
 from philora.data.read import Fault, parse_line, resolve
 from philora.data.shapes import TEXT_ROLE, detect
-from philora.errors import AdapterError, DataError, fault, one_per_line
+from philora.errors import AdapterError, DataError, ModelError, fault, one_per_line
 from philora.generation import GenerationSettings, generate
 from philora.models import load_model, load_tokenizer
-from philora.sources import AdapterSource, find_adapter
+from philora.run_folder import TrainedRun
+from philora.sources import AdapterSource, find_adapter, require_base
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,14 @@ class Loaded:
         model: In eval mode; `model.disable_adapter()` makes it the base.
         tokenizer: As in training.
         source: Where the adapter is.
-        run: The run folder it belongs to, if any.
-        config: The configuration of that run, if any.
-        base: Name of the base model.
+        run: The run that it belongs to, if any.
+        base: Name of the base model, as the person or the run has it.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     source: AdapterSource
-    run: Path | None
-    config: Config | None
+    run: TrainedRun | None
     base: str
 
 
@@ -49,54 +48,51 @@ def load(source: str | Path, *, base: str | None = None, dtype: str | None = Non
     """Load base, adapter and tokenizer for inference.
 
     The run's configuration decides precision, quantisation and attention, where the adapter lies in a run folder; an
-    adapter alone is loaded onto the base it names in that base's own precision. On a GPU, where there is one.
+    adapter alone is loaded onto the base it names in that base's own precision. On a GPU, where there is one. Of a
+    run's configuration only the sections `model` and `tokenizer` are read.
 
     Args:
-        source: A run folder, a checkpoint in it, an adapter folder or a hub id.
+        source: A run folder, a checkpoint in it, an adapter folder or a hub id. Of a run that has not ended the newest
+            whole checkpoint is taken, with a notice.
         base: Base model; default: the run's, or the one that the adapter names.
         dtype: Precision of the base; default: the run's.
 
     Raises:
         AdapterError: There is no adapter, it is a file of loralib's, or nothing says which base it belongs to.
-        ModelError: The base or its tokenizer cannot be loaded.
+        ConfigError: What is read of the run's configuration has a value that it cannot have.
+        ModelError: The base or its tokenizer cannot be found or loaded.
     """
     found = find_adapter(source, base)
     if found.path.is_file():
         todo = "Convert it first: philora export FILE --format peft --base MODEL --out DIR"
         raise AdapterError(fault("adapter", "source", str(source), "a run or a folder in PEFT's format", todo))
-    run = run_of(found.path)
-    config = load_config(run / "config.yaml") if run is not None else None
-    settings = config.model if config is not None else ModelConfig()
-    name = base or (config.model.name_or_path if config is not None else found.base)
-    if name is None:
-        expected = "the name of the base model, which the adapter does not say"
-        raise AdapterError(fault(str(found.path), "base_model_name_or_path", None, expected, "Give --base MODEL"))
-    settings = dataclasses.replace(settings, name_or_path=name, use_cache=True, dtype=dtype or settings.dtype)
-    tokenizer = load_tokenizer(_tokenizer_of(found.path, settings, config), _tokenizer_settings(config))
-    model = load_model(settings, tokenizer)
+    place = require_base(found)
+    run = TrainedRun(found.run) if found.run is not None else None
+    settings = run.model if run is not None else ModelConfig()
+    name = base or (settings.name_or_path if run is not None else place)
+    settings = dataclasses.replace(settings, name_or_path=place, use_cache=True, dtype=dtype or settings.dtype)
+    if base is not None:
+        settings = dataclasses.replace(settings, revision=None)  # of the base that the run names
+    try:
+        tokenizer = load_tokenizer(
+            _tokenizer_of(found, settings), run.tokenizer if run is not None else TokenizerConfig()
+        )
+        model = load_model(settings, tokenizer)
+    except ModelError as error:
+        if base is not None:
+            raise
+        raise ModelError(f"{error} If the base is somewhere else, name it: --base MODEL.") from error
     if torch.cuda.is_available() and settings.device_map is None and getattr(model, "hf_quantizer", None) is None:
         model = model.to("cuda")
     adapted = load_adapter(model, found.path)
-    return Loaded(adapted.eval(), tokenizer, found, run, config, name)
+    return Loaded(adapted.eval(), tokenizer, found, run, name)
 
 
-def run_of(adapter: Path) -> Path | None:
-    """The run folder that an `adapter/` or a checkpoint stands in."""
-    for folder in (adapter.parent, adapter.parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder
-    return None
-
-
-def _tokenizer_of(adapter: Path, model: ModelConfig, config: Config | None) -> ModelConfig:
+def _tokenizer_of(found: AdapterSource, model: ModelConfig) -> ModelConfig:
     """Whose tokenizer: the base's as the run had it, or the one beside an adapter that came alone."""
-    if config is None and (adapter / "tokenizer_config.json").is_file():
-        return dataclasses.replace(model, name_or_path=str(adapter), revision=None)
+    if found.run is None and (found.path / "tokenizer_config.json").is_file():
+        return dataclasses.replace(model, name_or_path=str(found.path), revision=None)
     return model
-
-
-def _tokenizer_settings(config: Config | None) -> TokenizerConfig:
-    return config.tokenizer if config is not None else TokenizerConfig()
 
 
 def answer_file(

@@ -61,7 +61,7 @@ from philora.merging import (
 )
 from philora.models import load_skeleton, local_path
 from philora.quantization import quantized_names, rounded_weights, stored_weights
-from philora.sources import find_adapter
+from philora.sources import find_adapter, require_base
 from philora.verify import Agreement, agreement, logits_of
 from philora.verify import probe as probe_tokens
 
@@ -135,11 +135,9 @@ def merge_to_folder(
     if not adapter.path.is_dir():
         expected, todo = "an adapter in PEFT's format", "Convert it first"
         raise AdapterError(fault("merge", "source", str(source), expected, todo))
-    if adapter.base is None:
-        todo = "Name it: base='microsoft/Phi-4-mini-instruct', or a folder"
-        raise AdapterError(fault("merge", "base", None, "the model that the adapter belongs to", todo))
-    folder = base_folder(adapter.base)
-    trained_over = read_trained_over(folder, adapter.base, adapter.path, fresh_base)
+    place = require_base(adapter)
+    folder = base_folder(place)
+    trained_over = read_trained_over(folder, place, adapter.path, fresh_base)
     weights = _Weights(folder, adapter.path, trained_over)
     shards = _shards(weights.like, max_shard_size)
     needed = sum(each.nbytes for each in weights.like.values())
@@ -150,7 +148,7 @@ def merge_to_folder(
             _write_companions(folder, adapter.path, temporary, untied=weights.untied)
             companions = Companions(temporary, temporary, weights.config)
             companions.write(temporary, files=False)
-            write_text(temporary / "README.md", _card(out.name, source, adapter.base, companions))
+            write_text(temporary / "README.md", _card(out.name, source, place, companions))
             result = _compare(folder, adapter.path, temporary, trained_over) if verify else None
     except Exception as error:
         if not disk_full(error):

@@ -21,7 +21,7 @@ from philora.errors import AdapterError, ConfigError, fault
 from philora.links import refuse_leading_out
 from philora.merged_folder import merge_to_folder
 from philora.models import local_path
-from philora.sources import AdapterSource, find_adapter
+from philora.sources import AdapterSource, find_adapter, require_base
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def push(
         >>> push("runs/helpdesk", "me/helpdesk", dry_run=True)  # doctest: +SKIP
     """
     hub.check_repo_id(repo_id, "push")
-    found = find_adapter(source, base)
+    found = find_adapter(source, base, unfinished=False)
     if not found.path.is_dir():
         todo = "Convert it first: philora export"
         raise AdapterError(fault("push", "source", str(source), "an adapter in PEFT's format", todo))
@@ -98,14 +98,14 @@ def push(
         folder = Path(temporary) / "files"
         name = _base_name(found, base)
         if merged:
-            merge_to_folder(found.path, folder, base=found.base)
+            merge_to_folder(found.path, folder, base=require_base(found))
         else:
             folder.mkdir()
             _copy_adapter(found, folder, name)
         config = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
         text = model_card(
             repo_id,
-            run=_run_of(found),
+            run=found.run if found.path.name == "adapter" else None,  # a checkpoint has not the run's results
             base=name,
             adapter_config=config,
             merged=merged,
@@ -177,13 +177,6 @@ def target_of(config: Config) -> Target | None:
     repo_id = hub.create_repository(repo_id, token, private, config.source)
     _require_one_kind(repo_id, token, config.source, merged=False)
     return Target(repo_id, private, token)
-
-
-def _run_of(found: AdapterSource) -> Path | None:
-    """The run that an adapter belongs to, also where its own folder was named."""
-    if found.run is not None:
-        return found.run
-    return found.path.parent if (found.path.parent / "results.json").is_file() else None
 
 
 def _base_name(found: AdapterSource, base: str | None) -> str | None:

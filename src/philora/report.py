@@ -151,8 +151,14 @@ def read_run(folder: Path) -> Run:
         _text(folder / "config.yaml"),
         sorted(metrics, key=lambda entry: float(entry["step"])),
         _object(folder / "results.json"),
-        _object(folder / "evaluation" / "results.json"),
+        _of_the_run(_object(folder / "evaluation" / "results.json")),
     )
+
+
+def _of_the_run(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation of the run's adapter; one of a checkpoint, which stood in the same place once, is passed over."""
+    adapter = str(evaluation.get("adapter") or evaluation.get("source") or "")
+    return {} if re.fullmatch(r"checkpoint-\d+", re.split(r"[/\\]", adapter.rstrip("/\\"))[-1]) else evaluation
 
 
 def _text(path: Path) -> str:
@@ -307,17 +313,20 @@ def _view(run: Run) -> dict[str, Any]:
     """What the template shows, formatted; a part that the run lacks is None or empty."""
     results = run.results
     model = _mapping(results.get("model"))
-    scored = run.evaluation if run.evaluation.get("after") else results
+    start = _mapping(results.get("start"))
+    evaluated = bool(run.evaluation.get("after"))
+    scored = run.evaluation if evaluated and not start else results
     before, after = (_mapping(scored.get(each)) for each in ("before", "after"))
     return {
         "name": str(model.get("name") or run.folder.resolve().name),
         "folder": run.folder.resolve().name,
         "state": None if results else _unfinished(run),
         "when": _when(results),
-        "summary": _summary(before, after) if before and after else None,
+        "summary": _summary(start or before, after, "the start" if start else "the base") if before and after else None,
         "facts": _facts(run),
         "warnings": _warnings(run),
-        "table": _table(before, after, _figures(run)),
+        "table": _stage_table(run, before, start, after) if start else _table(before, after, _figures(run)),
+        "later_table": _paired_rows(_paired(run.evaluation.get("comparison"))) if start and evaluated else [],
         "forgetting": _paired_rows(_paired(run.evaluation.get("forgetting"))),
         "evaluated": _evaluated(run),
         "answers": int(_real(after.get("answers")) or 0),
@@ -355,7 +364,7 @@ def _when(results: Mapping[str, Any]) -> str:
     return f"{started.day} {started:%B %Y, %H:%M}{zone}" + (f" · took {_duration(took)}" if took >= 0 else "")
 
 
-def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+def _summary(before: Mapping[str, Any], after: Mapping[str, Any], beside: str) -> str | None:
     """The outcome in one sentence."""
     by_field = {metric.field: metric for metric in METRICS}
     for name, subject in (("exact_match", "Answers that equal the reference"), ("loss", "Loss on held-out data")):
@@ -367,7 +376,7 @@ def _summary(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
             return f"{subject}: no change."
         texts = {row.metric: row for row in compare_table(Scores.from_dict(before), Scores.from_dict(after))}
         row, verb = texts[by_field[name].title], "rose" if new > old else "fell"
-        return f"{subject} {verb} from {row.before} to {row.after}{'.' if way else ': worse than the base.'}"
+        return f"{subject} {verb} from {row.before} to {row.after}{'.' if way else f': worse than {beside}.'}"
     return None
 
 
@@ -446,6 +455,15 @@ def _table(before: Mapping[str, Any], after: Mapping[str, Any], figures: Sequenc
             }
         )
     return rows
+
+
+def _stage_table(
+    run: Run, before: Mapping[str, Any], start: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The table of a run that began with an adapter: as from the start to the result, with the base beside them."""
+    bases = {row.metric: row.before for row in compare_table(Scores.from_dict(before), Scores.from_dict(after))}
+    rows = _table(start, after, _paired(run.results.get("comparison_with_start")))
+    return [row | {"base": bases.get(row["metric"], "–")} for row in rows]
 
 
 def _paired_rows(figures: Sequence[Paired]) -> list[dict[str, Any]]:

@@ -22,11 +22,11 @@ from philora import checkpoint, models, native, processes
 from philora.config import Config, dump_yaml, load_config, without_secrets
 from philora.data import PreparedData
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
+from philora.run_folder import RECORD_NAME
 from philora.sources import find_adapter
 
 logger = logging.getLogger("philora.run")
 
-FACTS_NAME = "run.json"
 _HASHED_WHOLE_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -64,7 +64,7 @@ class Continued:
 
 _FOREIGN = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.directory|Thumbs\.db|desktop\.ini|lost\+found", re.IGNORECASE)
 """Files that file managers and file systems leave in any folder."""
-_OF_A_RUN = ("config.yaml", FACTS_NAME, "train.log", "metrics.jsonl")
+_OF_A_RUN = ("config.yaml", RECORD_NAME, "train.log", "metrics.jsonl")
 
 
 class Claim:
@@ -208,11 +208,12 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     held.enter_context(checkpoint.run_lock(folder))
     checkpoint.remove_leftovers(folder)
     checkpoint.remove_leftovers(folder / "checkpoints")
-    then = without_secrets(load_config(folder / "config.yaml").to_dict())
-    differences = _differences(then, without_secrets(config.to_dict()))
+    then, now = (without_secrets(each.to_dict()) for each in (load_config(folder / "config.yaml"), config))
+    now["training_config"]["output_dir"] = then["training_config"]["output_dir"]  # the run may have moved
+    differences = _differences(then, now)
     _refuse(config.source, differences, force)
     found = _newest(folder, config)
-    facts = checkpoint.read_json(folder / FACTS_NAME)
+    facts = checkpoint.read_json(folder / RECORD_NAME)
     passed_over = tuple(path for path, _ in found.passed_over)
     return Continued(found.folder, facts, force, bool(differences), passed_over)
 
@@ -366,7 +367,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 def write_facts(folder: Path, facts: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     """Write `run.json`."""
-    checkpoint.write_json(folder / FACTS_NAME, {**facts, "chosen": dict(chosen)})
+    checkpoint.write_json(folder / RECORD_NAME, {**facts, "chosen": dict(chosen)})
 
 
 __all__ = [

@@ -38,13 +38,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, native, planning, processes, pushing, readiness
+from philora import checkpoint, models, native, planning, processes, pushing, readiness, run_folder
 from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
 from philora.callbacks import MetricsFile, peak_memory_bytes
 from philora.card import model_card
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, places_of, prepare, preview, prompts_and_references
+from philora.data.held_out import vocabulary_digest, write_held_out
 from philora.data.lengths import sequence_lengths
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, compare, evaluate, joined, pick_samples
@@ -366,7 +367,7 @@ class _Run:
     def go(self, resume_from: Path | None, facts: Mapping[str, Any]) -> RunResult:
         """Evaluate the base, train, save, evaluate again, write everything down."""
         if processes.is_main():
-            resuming.write_facts(self.folder, facts, chosen_of(self.arguments))
+            resuming.write_facts(self.folder, {**facts, **self._record()}, chosen_of(self.arguments))
             checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))  # may have been forced
         logger.info("%s", coverage(self.model))
         each = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
@@ -376,7 +377,9 @@ class _Run:
         if self.model.device.type == "cpu":
             logger.info("between the products: %s", native.describe())
         with self._placed(self.model).disable_adapter():
-            before = self._evaluate("before", self.model)
+            before = self._evaluate("before training", self.model)
+        begins_with = self.config.model.adapter
+        start = None if begins_with is None else self._evaluate("the adapter it begins with", self.model)
         trainer = self._trainer()
         with self.stop.finishing():
             output = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -395,10 +398,20 @@ class _Run:
         processes.on_main(functools.partial(self._save_adapter, weights))
         del weights
         whole = self._saved() if sharded else self.model
-        after = self._evaluate("after", whole)
+        after = self._evaluate("after training", whole)
         self.stop.check()
         peak = max(processes.gathered(peak_memory_bytes()))
-        return processes.on_main(lambda: self._finish(trainer, output, before, after, peak, whole))
+        return processes.on_main(lambda: self._finish(trainer, output, before, start, after, peak, whole))
+
+    def _record(self) -> dict[str, Any]:
+        """What the users of the run need besides: where its paths lead. Its held-out rows are written with it."""
+        record: dict[str, Any] = {"paths": run_folder.paths_of(self.config, self.folder)}
+        file = self.folder / run_folder.HELD_OUT_NAME
+        if self.config.data.keep_held_out and (rows := write_held_out(file, self.prepared)):
+            record["held_out"] = {"rows": rows, "vocabulary": vocabulary_digest(self.tokenizer)}
+        else:
+            file.unlink(missing_ok=True)
+        return record
 
     def _trainer(self) -> SFTTrainer:
         callbacks: list[TrainerCallback] = [MetricsFile(self.folder / "metrics.jsonl"), *self.callbacks]
@@ -498,7 +511,7 @@ class _Run:
             return None
         rows = self.prepared.eval
         conversations = [prompts_and_references(each) for each in self.prepared.eval_conversations[: settings.generate]]
-        logger.info("evaluating %s training: %d rows, %d answers", when, len(rows), len(conversations))
+        logger.info("evaluating %s: %d rows, %d answers", when, len(rows), len(conversations))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.arguments.bf16)):
             part = evaluate(
                 model,
@@ -510,7 +523,8 @@ class _Run:
             )
         result = joined(processes.gathered(part))
         scores = result.scores
-        logger.info("%s: loss %.4f, token accuracy %.3f", when, scores.loss, scores.token_accuracy)
+        name = when.removesuffix(" training")
+        logger.info("%s: loss %.4f, token accuracy %.3f", name, scores.loss, scores.token_accuracy)
         return result
 
     def _data_facts(self) -> dict[str, Any]:
@@ -535,6 +549,7 @@ class _Run:
         trainer: SFTTrainer,
         output: Any,
         before: Evaluation | None,
+        start: Evaluation | None,  # with the adapter that the run began with, if it began with one
         after: Evaluation | None,
         peak_bytes: int,
         whole: PeftModel,  # what was trained, with nothing of it sharded
@@ -562,8 +577,10 @@ class _Run:
             "data": self.prepared.report.to_dict() | self._data_facts(),
             "updates": [each._asdict() for each in update_norms(whole)],
             "before": before.scores.to_dict() if before else None,
+            "start": start.scores.to_dict() if start else None,
             "after": after.scores.to_dict() if after else None,
             "comparison": [each.to_dict() for each in compare(before, after)] if before and after else [],
+            "comparison_with_start": _since_the_start(start, after) if start and after else [],
             "samples": pick_samples(before, after, self.config.evaluation.samples) if before and after else [],
             "throughput": {
                 "tokens": tokens,
@@ -585,6 +602,9 @@ class _Run:
         logger.info("the run is complete: %s", self.folder)
         self._push()
         return RunResult(self.folder, results)
+
+
+from philora import checkpoint, models, native, planning, processes, pushing, readiness, run_folder
 
 
 def versions() -> dict[str, str]:

@@ -334,7 +334,7 @@ def test_arguments_are_checked(saved, tmp_path):
     with pytest.raises(AdapterError, match=r"expected a run folder, or a folder with adapter_config.json. Train one"):
         export(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "x.pt").touch()
-    with pytest.raises(ConfigError, match=r"base=None - expected the base model, which the adapter does not name"):
+    with pytest.raises(AdapterError, match=r"base=None - expected the base model, which the adapter does not name"):
         export(tmp_path / "x.pt", tmp_path / "out")
 
 

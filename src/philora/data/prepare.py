@@ -192,6 +192,8 @@ class PreparedData:
 
     `train_conversations[i]` is the conversation of row i of `train`; of a streaming set they are its first ones.
     `eval_conversations` are those of `eval` that can be asked for: with an assistant turn that follows something.
+    `all_eval_conversations[i]` is the conversation of row i of `eval`; `eval_in_training` are the rows of `eval` that
+    also stand in the training set, None where a stream keeps that unknown.
     """
 
     train: Any
@@ -200,6 +202,8 @@ class PreparedData:
     eval_conversations: Conversations | None
     fingerprint: str
     report: DataReport
+    all_eval_conversations: Conversations | None = None
+    eval_in_training: list[int] | None = None
 
 
 def prepare(
@@ -254,15 +258,18 @@ def prepare(
     report.splits["train"] = _split_report(entries, train_indices, kept, count_dropped=True)
     fingerprint = _fingerprint(entries, train_indices, eval_entries, eval_indices)
     train, train_conversations = _assemble(entries, train_indices, seed if len(entries) > 1 else None)
-    eval_rows = eval_conversations = None
+    eval_rows = eval_conversations = all_eval = eval_in_training = None
     if eval_entries:
         own = eval_entries is not entries
         report.splits["eval"] = _split_report(eval_entries, eval_indices, eval_indices, count_dropped=own)
         report.in_both = _in_both(entries, train_indices, eval_entries, eval_indices)
-        eval_rows, eval_conversations = _assemble_eval(eval_entries, eval_indices)
+        eval_rows, all_eval, eval_conversations = _assemble_eval(eval_entries, eval_indices)
+        eval_in_training = rows_in_training(eval_entries, eval_indices, entries, kept)
     _require_rows(report)
     _notice(report, max_length)
-    return PreparedData(train, eval_rows, train_conversations, eval_conversations, fingerprint, report)
+    return PreparedData(
+        train, eval_rows, train_conversations, eval_conversations, fingerprint, report, all_eval, eval_in_training
+    )
 
 
 def _check_arguments(data: DataConfig, max_length: int) -> None:
@@ -392,6 +399,13 @@ def _in_both(
     return int(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, indices)).sum())
 
 
+def rows_in_training(
+    eval_entries: Sequence[Entry], eval_indices: Sequence[Indices], entries: Sequence[Entry], kept: Sequence[Indices]
+) -> list[int]:
+    """Return the places of the evaluation rows that also stand in the training set, before weights apply."""
+    return [int(each) for each in np.flatnonzero(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, kept)))]
+
+
 def _fingerprint(
     entries: Sequence[Entry], indices: Sequence[Indices], eval_entries: Sequence[Entry], eval_indices: Sequence[Indices]
 ) -> str:
@@ -421,11 +435,12 @@ def _assemble(
     return tokens, Conversations(conversations)
 
 
-def _assemble_eval(entries: Sequence[Entry], indices: Sequence[Indices]) -> tuple[Any, Conversations]:
-    rows, _ = _assemble(entries, indices, None)
+def _assemble_eval(entries: Sequence[Entry], indices: Sequence[Indices]) -> tuple[Any, Conversations, Conversations]:
+    """Rows, the conversation of each, and the conversations that can be asked for."""
+    rows, every = _assemble(entries, indices, None)
     asked = [each[(entry.rows["flags"][each] & ANSWERS) > 0] for entry, each in zip(entries, indices, strict=True)]
     _, conversations = _assemble(entries, asked, None)
-    return rows, conversations
+    return rows, every, conversations
 
 
 def _require_rows(report: DataReport) -> None:
@@ -527,21 +542,20 @@ def _prepare_stream(data: DataConfig, loader: _Loader, report: DataReport, seed:
         train = train.shuffle(seed=seed, buffer_size=_STREAM_SHUFFLE_ROWS)
     report.streaming = True
     report.splits["train"] = SplitReport()
-    eval_rows = eval_conversations = None
+    eval_rows = eval_conversations = all_eval = None
     entries: list[Entry] = []
     indices: list[Indices] = []
     if data.eval:
         entries = [loader.load(source, "eval", report) for source in data.eval]
         indices = [np.arange(len(entry.rows)) for entry in entries]
         report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
-        eval_rows, eval_conversations = _assemble_eval(entries, indices)
+        eval_rows, all_eval, eval_conversations = _assemble_eval(entries, indices)
     add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
     _notice(report, loader.settings.max_length)
     names = [f"{source.path}:{source.limit}:{source.weight}" for source in data.train]
     fingerprint = hashlib.sha256(f"{loader.key}{names}{_fingerprint([], [], entries, indices)}".encode()).hexdigest()
-    return PreparedData(
-        train, eval_rows, Conversations(first[:_STREAM_PREVIEW_ROWS]), eval_conversations, fingerprint, report
-    )
+    first_ones = Conversations(first[:_STREAM_PREVIEW_ROWS])
+    return PreparedData(train, eval_rows, first_ones, eval_conversations, fingerprint, report, all_eval)
 
 
 def _stream_shape(source: Source) -> Shape:

@@ -22,7 +22,7 @@ from philora.formats.adapter import Adapter, as_fused, as_slices, check_updates,
 from philora.formats.loralib_file import WEIGHTS_NAME, read_loralib, write_loralib
 from philora.formats.peft_folder import read_peft, write_peft
 from philora.models import load_model, load_skeleton, local_path
-from philora.sources import AdapterSource, find_adapter
+from philora.sources import AdapterSource, find_adapter, require_base
 from philora.verify import ROUNDED_ONCE, Agreement, Divergence, agreement, logits_of, probe
 
 logger = logging.getLogger(__name__)
@@ -95,13 +95,11 @@ def export(
     layout = layout or next(iter(FORMATS.get(format, ())), "")
     _check_arguments(format, layout, dtype, out)
     found = find_adapter(source, base)
-    if found.base is None:
-        todo = "Name it: --base MODEL"
-        raise ConfigError(fault("export", "base", None, "the base model, which the adapter does not name", todo))
+    place = require_base(found)
     name = base or _base_name(found)
     if format in ("gguf", "ollama"):
         return _export_gguf(found, out, layout, dtype, name, lora_alpha, ollama=format == "ollama")
-    model = load_base(found.base)
+    model = load_base(place)
     tokens = probe(model.config.get_text_config().vocab_size, model.device)
     plain = logits_of(model, tokens)
     with restored(model):
@@ -122,7 +120,7 @@ def export(
             check_updates(adapter, again)
             bound = ROUNDED_ONCE[next(model.parameters()).dtype]
             result = agreement(f"export to {format}", reference, logits_of(applied, tokens), bound, plain)
-        companions = Companions(found.path, Path(found.base), model.config)
+        companions = Companions(found.path, Path(place), model.config)
         companions.write(folder, files=format == "peft")
         if format == "peft":
             write_text(folder / "README.md", _readme(name, layout, wanted, companions))
