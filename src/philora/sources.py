@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from philora.errors import AdapterError, fault, nearest
 from philora.families import find
-from philora.hub import reachable_or_cached
+from philora.hub import reach
 from philora.models import local_path
 
 
@@ -69,8 +69,8 @@ def _download(name: str) -> Path:
         here = [each.name for each in Path(name).expanduser().parent.glob("*")]
         raise AdapterError(fault("adapter", "source", name, expected, nearest(Path(name).name, here)))
     try:
-        with reachable_or_cached():
-            return Path(snapshot_download(name, allow_patterns=["*.json", "adapter_model.safetensors", "tokenizer*"]))
+        wanted = ["*.json", "adapter_model.safetensors", "tokenizer*"]
+        return Path(snapshot_download(name, allow_patterns=wanted, **reach()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         todo = f"Check the path, or your login. The hub says: {' '.join(str(error).split())[:200]}"
         raise AdapterError(fault("adapter", "source", name, expected, todo)) from error

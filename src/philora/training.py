@@ -38,7 +38,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, native, planning, processes, pushing
+from philora import checkpoint, models, native, planning, process_state, processes, pushing
 from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
 from philora.callbacks import MetricsFile, peak_memory_bytes
@@ -50,6 +50,7 @@ from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_l
 from philora.evaluation import Evaluation, compare, evaluate, joined, pick_samples
 from philora.families import generic_notice
 from philora.generation import GenerationSettings
+from philora.kernels.attention import onednn_products
 from philora.kernels.memory import out_of_memory
 from philora.report import SECRETS, write_report
 from philora.signals import Interrupted, StopOnSignal
@@ -104,7 +105,8 @@ def train(
     Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
     """
     command = SECRETS.sub("***", command or " ".join(sys.argv))
-    with StopOnSignal("before training", f"Nothing was written; start it again with: {command}") as stop:
+    nothing = f"Nothing was written; start it again with: {command}"
+    with process_state.run(), onednn_products(), StopOnSignal("before training", nothing) as stop:
         config = load_config(source, overrides)
         _check_processes(config)
         return _train(config, resume, list(callbacks), command, stop)

@@ -17,6 +17,7 @@ ROOT = Path(philora.__file__).parent
 # From the bottom up: a module may import what stands before it.
 ORDER = [
     "errors",
+    "process_state",
     "processes",
     "families",
     "schema",
@@ -65,7 +66,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-TORCH_FREE = ["errors", "processes", "families", "schema", "signals", "config", "cli"]
+TORCH_FREE = ["errors", "process_state", "processes", "families", "schema", "signals", "config", "cli"]
 
 
 def unit(path: Path) -> str:

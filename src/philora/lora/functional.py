@@ -208,7 +208,8 @@ def _keep_mask(x: Tensor, p: float, packed: bool) -> tuple[Tensor, float]:
         packed: What `_packs(x)` says, or said when the same mask was drawn before.
 
     Returns:
-        Packed, one bit for each element (16 in an int16); else one byte, 1 or 0 (PyTorch multiplies by it three times faster than by a bool). And the factor.
+        Packed, one bit for each element (16 in an int16); else one byte, 1 or 0 (PyTorch multiplies by it three times
+        faster than by a bool). And the factor.
 
     Numerics:
         On the CPU 16 bits are drawn for each element, so p is rounded to a multiple of 2^-16. `bernoulli_`, which draws
