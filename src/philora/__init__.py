@@ -5,14 +5,10 @@ Names are imported when they are first used, so that `import philora` and the co
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-# PEFT imports bitsandbytes, which warns of a kernel on the Hub that it works without.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda each: "gemm_4bit_forward" not in str(each.msg))
 
 _HOME = {
     "SFTConfig": "philora.trainer",

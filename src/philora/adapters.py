@@ -28,6 +28,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
@@ -35,6 +36,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -49,7 +51,8 @@ from philora.kernels import attention
 from philora.kernels.memory import keep_freed_memory, return_large_blocks
 from philora.kernels.modules import recompute_elementwise, use_fast_modules
 from philora.kernels.rotary import use_document_rotary
-from philora.lora.functional import fused_enabled, lora_linear, lora_sliced_linear
+from philora.lora.functional import fused_enabled, lora_linear, lora_sliced_linear, records
+from philora.lora.hooks import all_are_hooked, is_hooked, is_of, is_patched
 from philora.quantization import QuantizedWeight, is_quantized, keep_layout, parameters_in, shares_memory
 from philora.quantization import record as quantization_record
 
@@ -57,6 +60,10 @@ logger = logging.getLogger(__name__)
 
 RECORD_NAME = "philora.json"
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D, BaseTunerLayer)
+
+
+class MissingTargetError(TargetError, NoMatchingPeftModuleError):  # type: ignore[misc]
+    """A name in `target_modules` matches nothing; PEFT's error of that case, too, and it begins with PEFT's words."""
 
 
 class Slice(NamedTuple):
@@ -173,7 +180,11 @@ def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config
     faults: list[str] = []
     config = copy.deepcopy(peft_config)
 
+    not_found: list[str] = []
+
     def missing(key: str, name: str, pool: Iterable[str], what: str) -> None:
+        if key == "target_modules":
+            not_found.append(name)
         known = sorted(set(pool))
         todo = nearest(name, known) or f"Known: {', '.join(known[:30])}{', ...' if len(known) > 30 else ''}"
         faults.append(fault(where, key, name, f"the name of {what}", todo))
@@ -197,8 +208,13 @@ def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config
                 missing(key, pattern, (each.rpartition(".")[2] for each in [*real, *wanted]), "a targeted module")
 
     slices = _resolve_slices(config, names, real, wanted, faults, where)
+    text = one_per_line(list(dict.fromkeys(faults)))
+    if not_found:
+        said = peft_config.target_modules if isinstance(peft_config.target_modules, str) else set(not_found)
+        words = f"Target modules {said} not found in the base model. Please check the target modules and try again."
+        raise MissingTargetError(f"{words}\n{text}")
     if faults:
-        raise TargetError(one_per_line(list(dict.fromkeys(faults))))
+        raise TargetError(text)
     return Resolution(config, slices)
 
 
@@ -398,13 +414,16 @@ class _FastForward:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's. Shapes: x (..., in); returns (..., out)."""
-        adapter = None if args or kwargs else self._plain_adapter()
-        if adapter is None:
+        why = "arguments" if args or kwargs else not_plain(cast(LoraLayer, self))
+        if why is not None:
+            if why == _SHARDED_ALONE:
+                _say_sharded_alone()
             if self.disable_adapters and not (self.merged or args or kwargs) and _evaluates_quantized(self.base_layer):
                 # bitsandbytes would round the activations to 8 bits here, and in training it would not.
                 return QuantizedWeight(self.base_layer).product(x, self.base_layer.bias)
             _keep_zeros(cast(LoraLayer, self))
             return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
+        adapter = next(each for each in self.active_adapters if each in self.lora_A)
         base, dropout = self.base_layer, self.lora_dropout[adapter]
         up = self.lora_B[adapter]
         adapters = (self.lora_A[adapter].weight, up.weight)
@@ -425,22 +444,52 @@ class _FastForward:
 
     def _plain_adapter(self) -> str | None:
         """Name of the one adapter that the fused function can compute, or None."""
-        active = [each for each in self.active_adapters if each in self.lora_A]
-        if self.disable_adapters or self.merged or len(active) != 1:
-            return None
-        adapter: str = active[0]
-        if adapter in self.lora_variant or self.lora_bias.get(adapter):
-            return None
-        inner = (self.base_layer, self.lora_A[adapter], self.lora_B[adapter])
-        if not _is_plain_base(self.base_layer) or any(type(each) is not nn.Linear for each in inner[1:]):
-            if any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in inner):
-                _say_sharded_alone()
-            return None
-        if not isinstance(self.lora_dropout[adapter], nn.Dropout | nn.Identity):
-            return None
-        if any("forward" in each.__dict__ or each._forward_hooks or each._forward_pre_hooks for each in inner):
-            return None
-        return adapter
+        layer = cast(LoraLayer, self)
+        return None if not_plain(layer) else next(each for each in layer.active_adapters if each in layer.lora_A)
+
+
+_SHARDED_ALONE = "FSDP shards its parts by themselves"
+
+
+def not_plain(layer: LoraLayer) -> str | None:
+    """Say why a LoRA layer needs PEFT's own forward; None where it is the plain case.
+
+    Plain is what one function of the weights computes alike: one active adapter without a variant (DoRA, ...), not
+    merged, not disabled, no bias of B, a scaling that is a number, and nobody who takes part in the calls of the inner
+    modules, which the function does not make: hooks, a replaced forward, parametrizations, weights of other classes.
+
+    Args:
+        layer: PEFT's layer of a linear layer, or one that stands in for it.
+    """
+    if layer.disable_adapters or layer.merged:
+        return "its adapters are disabled or merged"
+    active = [each for each in layer.active_adapters if each in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active"
+    adapter: str = active[0]
+    if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
+        return "it is a variant of LoRA, or B has a bias"
+    if type(layer.scaling[adapter]) not in (float, int):
+        return "its scaling is no plain number"
+    base, dropout = layer.base_layer, layer.lora_dropout[adapter]
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    if not _is_plain_base(base) or type(down) is not nn.Linear or type(up) is not nn.Linear:
+        sharded = any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in (base, down, up))
+        return _SHARDED_ALONE if sharded else "its parts are no plain linear layers"
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return "its dropout is another module"
+    weights = (down.weight, up.weight, base.weight) if type(base) is nn.Linear else (down.weight, up.weight)
+    if any(type(each) not in (nn.Parameter, Tensor) for each in weights) or down.bias is not None:
+        return "its weights are of a class of their own, or A has a bias"
+    if is_hooked(base) or is_hooked(down) or is_hooked(up) or is_hooked(dropout):
+        return "its parts have hooks"
+    if torch.compiler.is_compiling():
+        return None  # torch.compile looks after what is patched
+    if all_are_hooked():
+        return "there are hooks for all modules"
+    if is_patched() or not is_of(PeftLinear.forward, peft_layer.__file__):
+        return "a forward of PyTorch's or PEFT's was replaced"
+    return None
 
 
 @cache
@@ -453,8 +502,7 @@ def _say_sharded_alone() -> None:
 
 
 def _evaluates_quantized(layer: nn.Module) -> bool:
-    hooked = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    return not torch.is_grad_enabled() and not hooked and is_quantized(layer)
+    return not torch.is_grad_enabled() and not is_hooked(layer) and not all_are_hooked() and is_quantized(layer)
 
 
 def _is_plain_base(layer: nn.Module) -> bool:
@@ -465,10 +513,9 @@ def _is_plain_base(layer: nn.Module) -> bool:
 class FastLinear(_FastForward, PeftLinear):  # type: ignore[misc]
     """PEFT's LoRA layer of a `torch.nn.Linear`, computed as one autograd node where the case is the plain one.
 
-    Plain: one active adapter without a variant (DoRA, ...), not merged, not disabled, no adapter names per sample,
-    no bias of B, no hooks on the inner modules, none of which FSDP shards by itself. All else runs PEFT's own forward.
-    `optimize` sets the class of existing layers; nothing else about them changes, so state dicts, saving and PEFT's
-    methods stay PEFT's.
+    `not_plain` says what is not plain; that runs PEFT's own forward. `optimize` sets the class of existing layers;
+    nothing else about them changes, so state dicts, saving and PEFT's methods stay PEFT's, and it goes by the name of
+    PEFT's class in `print(model)` and wherever a tool reads it.
     """
 
 
@@ -486,6 +533,9 @@ if is_bnb_4bit_available():
 
     FAST |= {Linear4bit: FastLinear4bit, Linear8bitLt: FastLinear8bitLt}
 
+for _plain, _fast in FAST.items():
+    _fast.__name__ = _plain.__name__  # pickle and `repr` of the class go by the qualified name, which stays
+
 
 def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | None = None) -> nn.Module:
     """Switch on the fast paths of a model that somebody else made, in place.
@@ -494,9 +544,9 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
     for `FastLinear` or its like, transformers' `sdpa` attention for the one that treats the documents of a packed row
     on their own, and Phi-3's attention and feed-forward modules and the family's RMSNorm for those of
     `kernels.modules`. LongRoPE's factors are chosen for each document by itself (`kernels.rotary`). Quantised weights
-    keep their layout (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. For a
-    model on a CPU the process keeps freed memory; it gives large blocks back where products over a quantised base
-    allocate a matrix each (`kernels.memory`).
+    keep their layout (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. In
+    a run of philora's with a model on a CPU the process keeps freed memory, or gives large blocks back where products
+    over a quantised base allocate a matrix each (`kernels.memory`); elsewhere the process stays as it is.
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.
@@ -600,7 +650,7 @@ def _keep_zeros(layer: LoraLayer, *_: Any) -> None:
 
     A B that did not train yet could not have one, and copying or pickling a layer drops it.
     """
-    if torch.compiler.is_compiling():
+    if records():
         return
     for up in layer.lora_B.values():
         if not hasattr(up, "slice_layout") or not up.weight.requires_grad:
@@ -682,6 +732,10 @@ class SlicedPeftModel(_RecordsSlices, PeftModel):  # type: ignore[misc]
 
 class SlicedPeftModelForCausalLM(_RecordsSlices, PeftModelForCausalLM):  # type: ignore[misc]
     """`peft.PeftModelForCausalLM` that records slices when it is saved."""
+
+
+SlicedPeftModel.__name__ = PeftModel.__name__
+SlicedPeftModelForCausalLM.__name__ = PeftModelForCausalLM.__name__
 
 
 def _remember_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_name: str) -> None:

@@ -17,7 +17,7 @@ from philora.adapters import RECORD_NAME
 from philora.checkpoint import indexed_files
 from philora.companions import GENERATION_FILE, TOKENIZER_FILES
 from philora.errors import ModelError, fault, one_per_line
-from philora.hub import reachable_or_cached
+from philora.hub import reach
 from philora.quantization import check_folder, keep_layout, require_bitsandbytes, scheme_of
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,8 +43,7 @@ def base_folder(base: str) -> Path:
 
 def _download(name: str, patterns: list[str]) -> Path:
     try:
-        with reachable_or_cached():
-            return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, **reach()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         expected = "the base model's folder, `nano`, or a model on the Hugging Face Hub"
         todo = (

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from philora import __version__, processes
+from philora import __version__, process_state, processes
 from philora.errors import ConfigError, PhiloraError, fault
 from philora.signals import StopOnSignal
 
@@ -719,8 +719,9 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        if app(args=_arguments(sys.argv[1:]), standalone_mode=False) == 130:  # what typer makes of KeyboardInterrupt
-            raise KeyboardInterrupt
+        with process_state.run():
+            if app(args=_arguments(sys.argv[1:]), standalone_mode=False) == 130:  # what typer makes of Ctrl-C
+                raise KeyboardInterrupt
     except PhiloraError as error:
         _fail(str(error), error.exit_code, error)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import httpx2
@@ -18,14 +18,29 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in an __all__
 
 from philora.errors import ConfigError, RunError, fault
+from philora.process_state import is_run
+
+
+def reach() -> dict[str, Any]:
+    """Options of a download: without a network, the hub's cache alone.
+
+    The hub's own retries take a minute before they give up.
+    """
+    return {"local_files_only": True} if constants.HF_HUB_OFFLINE or _has_no_network(constants.ENDPOINT) else {}
 
 
 @contextlib.contextmanager
-def reachable_or_cached() -> Iterator[None]:
-    """Without a network, go to the hub's cache at once: the hub's own retries take a minute before they give up."""
+def datasets_from_cache() -> Iterator[None]:
+    """In this block of a run datasets are read from the hub's cache where there is no network.
+
+    `datasets` takes no option for it, so it is set for the whole process, and only in a run's.
+    """
     import datasets
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not is_run():
+        yield
+        return
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = before[0] or _has_no_network(constants.ENDPOINT)
     try:
         yield
@@ -96,13 +111,13 @@ def download_adapter(place: HubPath) -> Path:
     """
     inside = f"{place.subfolder}/" if place.subfolder else ""
     names = ("*.json", "*.jinja", "adapter_model.safetensors", "tokenizer*")
-    with reachable_or_cached():
-        snapshot = snapshot_download(
-            place.repo_id,
-            revision=place.revision,
-            allow_patterns=[inside + name for name in names],
-            ignore_patterns=[f"{inside}*/*"],
-        )
+    snapshot = snapshot_download(
+        place.repo_id,
+        revision=place.revision,
+        allow_patterns=[inside + name for name in names],
+        ignore_patterns=[f"{inside}*/*"],
+        **reach(),
+    )
     return Path(snapshot, place.subfolder)
 
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from philora.errors import RunError, fault
 from philora.kernels.memory import out_of_memory
+from philora.lora.recomputation import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -119,18 +120,24 @@ def label_tokens(inputs: Inputs) -> int:
     return int((inputs["labels"][:, 1:] != -100).sum())
 
 
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """The devices whose generators a step of the model may draw from: the CPU, and each that holds a part of it."""
+    held = {each.device for each in (*model.parameters(), *model.buffers())}
+    return {torch.device("cpu")} | {each for each in held if each.type != "meta"}
+
+
 class _Step(NamedTuple):
     """What an optimizer step began with, and its micro-batches so far: enough to begin it again.
 
     Attributes:
         batches: The micro-batches.
-        random: States of the generators.
+        random: States of the generators of the CPU and of each device that the model is on.
         entries: Entries of each of TRL's metrics.
         tokens: TRL's count of tokens.
     """
 
     batches: list[Inputs]
-    random: tuple[Tensor, Tensor | None]
+    random: dict[torch.device, Tensor]
     entries: dict[str, int]
     tokens: int
 
@@ -170,7 +177,8 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             return loss
         if self._step is None:
             entries = {name: len(values) for name, values in self._metrics["train"].items()}
-            self._step = _Step([], self._random_state(), entries, self._total_train_tokens)
+            states = {each: random_state(each) for each in devices_of(model)}
+            self._step = _Step([], states, entries, self._total_train_tokens)
         step = self._step
         step.batches.append(inputs)
         todo = [inputs]
@@ -273,15 +281,11 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     def _rewind(self, step: _Step) -> None:
         """Random state and counts as the step began with them."""
-        torch.set_rng_state(step.random[0])
-        if step.random[1] is not None:
-            torch.cuda.set_rng_state(step.random[1])
+        for device, state in step.random.items():
+            set_random_state(device, state)
         for name, values in self._metrics["train"].items():
             del values[step.entries.get(name, 0) :]
         self._total_train_tokens = step.tokens
-
-    def _random_state(self) -> tuple[Tensor, Tensor | None]:
-        return torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device.type == "cuda" else None
 
     def _as_one(self, mode: str, begun: dict[str, int], weights: list[int]) -> None:
         """Let TRL's metrics of several parts count as those of one micro-batch: means over their labels."""

@@ -18,7 +18,7 @@ from philora.checkpoint import indexed_files
 from philora.config import Config, ModelConfig, TokenizerConfig
 from philora.errors import ConfigError, ModelError, fault, one_per_line
 from philora.families import stop_tokens_in
-from philora.hub import reachable_or_cached
+from philora.hub import reach
 from philora.kernels.memory import return_large_blocks
 from philora.quantization import (
     check_folder,
@@ -102,8 +102,8 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
     """
     path = local_path(model.name_or_path)
     try:
-        with reachable_or_cached():
-            tokenizer = read_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        tokenizer = read_tokenizer(path, **options, **reach())
     except Exception as error:  # what a damaged file leads transformers to is of any class
         raise _explain(model.name_or_path, error, "a tokenizer") from error
     if settings.model_max_length:
@@ -183,10 +183,9 @@ def _load_config(model: ModelConfig) -> Any:
     """The model's config, once it is clear that its weights can be trained over."""
     _check_shards(Path(local_path(model.name_or_path)))
     try:
-        with reachable_or_cached():
-            config = AutoConfig.from_pretrained(
-                local_path(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code
-            )
+        path = local_path(model.name_or_path)
+        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        config = AutoConfig.from_pretrained(path, **options, **reach())
     except Exception as error:  # what a damaged file leads transformers to is of any class
         raise _explain(model.name_or_path, error, "a causal language model") from error
     _check_sizes(config, model.name_or_path)
@@ -199,8 +198,8 @@ def _load_config(model: ModelConfig) -> Any:
 def has_file(model: ModelConfig, names: Sequence[str]) -> bool:
     """Whether a model on the hub has one of these files, as far as that is known; without a network, the cache."""
     try:
-        with reachable_or_cached():
-            return any(hub_has_file(model.name_or_path, each, revision=model.revision) for each in names)
+        where = {"revision": model.revision, **reach()}
+        return any(hub_has_file(model.name_or_path, name, **where) for name in names)
     except (OSError, ValueError):
         return False
 
@@ -286,8 +285,9 @@ def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = N
     if model.device_map is not None:
         options["device_map"] = model.device_map
     try:
-        with reachable_or_cached(), reading:
-            loaded = AutoModelForCausalLM.from_pretrained(path, **{k: v for k, v in options.items() if v is not None})
+        given = {key: value for key, value in options.items() if value is not None}
+        with reading:
+            loaded = AutoModelForCausalLM.from_pretrained(path, **given, **reach())
     except ImportError as error:
         expected = "an attention implementation whose package is installed"
         todo = f"Set model.attn_implementation: sdpa. transformers says: {str(error)[:200]}"

@@ -206,6 +206,31 @@ def _wait(key: str, seconds: float = float("inf")) -> bytes | None:
 
 _FAILED = b"failed"
 
+PART_BYTES = 1 << 20
+"""Of a value that goes through the store at a time: PyTorch's closes the connection at values above 8 MiB."""
+
+
+def _give(key: str, value: object) -> None:
+    """Put a value into the store, in parts; the key itself comes last, with their number."""
+    whole = pickle.dumps(value)
+    parts = range(0, len(whole), PART_BYTES)
+    for number, start in enumerate(parts):
+        _shared().set(f"{key}/{number}", whole[start : start + PART_BYTES])
+    _shared().set(key, str(len(parts)))
+
+
+def _take(key: str, which: int) -> Any:
+    """The value that a process has given, however long it takes.
+
+    Raises:
+        Elsewhere: The process has failed.
+    """
+    said = _wait(key)
+    if said is None or said == _FAILED:
+        _end_with(f"process {which}")
+    # Written by a process of this run, for this run.
+    return pickle.loads(b"".join(bytes(_shared().get(f"{key}/{number}")) for number in range(int(said))))
+
 
 def on_main(work: Callable[[], T]) -> T:
     """Do something in the main process only, and give its result to all; the others wait for as long as it takes.
@@ -217,25 +242,18 @@ def on_main(work: Callable[[], T]) -> T:
         return work()
     key = _next_key()
     if not is_main():
-        return cast("T", _result(key))
+        return cast("T", _take(key, 0))
     try:
         result = work()
     except BaseException:
         _shared().set(key, _FAILED)
         raise
-    _shared().set(key, pickle.dumps(result))
+    _give(key, result)
     return result
 
 
-def _result(key: str) -> Any:
-    said = _wait(key)
-    if said is None or said == _FAILED:
-        _end_with("main")
-    return pickle.loads(said)  # written by the main process of this run, for this run
-
-
 def _end_with(which: str) -> NoReturn:
-    raise Elsewhere(fault("run", "process", rank(), f"the {which} process to go on", "It says why it did not"))
+    raise Elsewhere(fault("run", "process", rank(), f"{which} to go on", "It says why it did not"))
 
 
 @contextlib.contextmanager
@@ -248,10 +266,11 @@ def main_first() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    key = f"{_next_key()}-{rank() - local_rank()}"
+    first = rank() - local_rank()
+    key = f"{_next_key()}-{first}"
     if local_rank() > 0:
         if _wait(key) == _FAILED:
-            _end_with("first")
+            _end_with(f"process {first}")
         yield
         return
     try:
@@ -282,8 +301,8 @@ def gathered(value: T) -> list[T]:
     if count() == 1:
         return [value]
     key = _next_key()
-    _shared().set(f"{key}-{rank()}", pickle.dumps(value))
-    return [_result(f"{key}-{each}") for each in range(count())]
+    _give(f"{key}-{rank()}", value)
+    return [value if each == rank() else cast("T", _take(f"{key}-{each}", each)) for each in range(count())]
 
 
 def share(length: int) -> range:

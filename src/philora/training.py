@@ -38,7 +38,17 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, models, native, planning, processes, pushing, readiness, run_folder
+from philora import (
+    checkpoint,
+    models,
+    native,
+    planning,
+    process_state,
+    processes,
+    pushing,
+    readiness,
+    run_folder,
+)
 from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
 from philora.callbacks import MetricsFile, peak_memory_bytes
@@ -51,6 +61,7 @@ from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_l
 from philora.evaluation import Evaluation, compare, evaluate, joined, pick_samples
 from philora.families import generic_notice
 from philora.generation import GenerationSettings
+from philora.kernels.attention import onednn_products
 from philora.kernels.memory import out_of_memory
 from philora.report import SECRETS, write_report
 from philora.signals import Interrupted, StopOnSignal
@@ -106,7 +117,7 @@ def train(
     Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
     """
     command = SECRETS.sub("***", command or " ".join(sys.argv))
-    with StopOnSignal("before training", command) as stop:
+    with process_state.run(), onednn_products(), StopOnSignal("before training", command) as stop:
         config = load_config(source, overrides)
         _check_processes(config)
         return _train(config, resume, list(callbacks), command, stop)
@@ -604,7 +615,13 @@ class _Run:
         return RunResult(self.folder, results)
 
 
-from philora import checkpoint, models, native, planning, processes, pushing, readiness, run_folder
+def _since_the_start(start: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """Compare a run with the adapter that it began with, and warn of what got worse."""
+    figures = compare(start, after)
+    worse = [each.title for each in figures if each.verdict == "worse"]
+    if worse:
+        logger.warning("worse than the adapter that the run began with: %s", ", ".join(worse))
+    return [each.to_dict() for each in figures]
 
 
 def versions() -> dict[str, str]:

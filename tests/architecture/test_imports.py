@@ -21,6 +21,7 @@ ORDER = [
     "template_process",
     "untrusted",
     "user_cache",
+    "process_state",
     "processes",
     "families",
     "schema",
@@ -71,7 +72,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-TORCH_FREE = ["errors", "links", "processes", "families", "schema", "signals", "config", "cli"]
+TORCH_FREE = ["errors", "links", "process_state", "processes", "families", "schema", "signals", "config", "cli"]
 
 
 def unit(path: Path) -> str:

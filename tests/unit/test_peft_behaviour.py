@@ -662,7 +662,7 @@ def test_slices_over_a_quantised_base(phi3, tmp_path):
     base = Phi3ForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
     model = philora.get_peft_model(base, config_of("some slices"))
     layer = model.base_model.model.model.layers[0].self_attn.qkv_proj
-    assert type(layer).__name__ == "FastLinear4bit"
+    assert type(layer).__qualname__ == "FastLinear4bit"
     for each in (model, copy.deepcopy(model)):
         layer = each.base_model.model.model.layers[0].self_attn.qkv_proj
         step(each)

@@ -156,7 +156,7 @@ def test_parameters_count_what_they_stand_for(folder):
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 def test_forward_and_gradients_equal_those_over_the_dequantised_weights(folder, how):
     model = trained(loaded(folder, how))
-    assert {type(each).__name__ for each in model.modules() if hasattr(each, "lora_A")} == {FAST[how]}
+    assert {type(each).__qualname__ for each in model.modules() if hasattr(each, "lora_A")} == {FAST[how]}
     assert {each.dtype for name, each in model.named_parameters() if "lora_" in name} == {torch.float32}
     outputs, gradients = logits(model), step(model)
     with fused(False):
@@ -334,7 +334,7 @@ def test_a_folder_that_is_quantised_already_is_loaded_as_it_is(folder, tmp_path,
     assert not caplog.text
     assert torch.equal(logits(first), logits(again))
     adapted = trained(again)
-    assert {type(each).__name__ for each in adapted.modules() if hasattr(each, "lora_A")} == {FAST[how]}
+    assert {type(each).__qualname__ for each in adapted.modules() if hasattr(each, "lora_A")} == {FAST[how]}
     loaded(tmp_path / "saved", "int8" if how == "nf4" else "nf4", "bfloat16")
     assert f"is quantised already ({how}): model.quantization is ignored" in caplog.text
 

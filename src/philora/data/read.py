@@ -587,10 +587,10 @@ def _require_files_inside(path: Path) -> None:
 def _hub_source(config: SourceConfig, role: Role) -> Source:
     import datasets
 
-    from philora.hub import reachable_or_cached
+    from philora.hub import datasets_from_cache
 
     arguments = (config.path, config.subset) if config.subset else (config.path,)
-    with quiet_datasets(), reachable_or_cached():
+    with quiet_datasets(), datasets_from_cache():
         try:
             split = config.split
             if split is None:

@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from philora import native
 from philora.lora.functional import fused_enabled, refuse_create_graph, without_autocast
+from philora.process_state import is_run
 
 NAME = "philora_sdpa"
 
@@ -152,16 +153,16 @@ def _compute_layout(position_ids: Tensor) -> Layout | None:
 
 
 @contextmanager
-def _onednn_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let the products of a bf16 model go to oneDNN: on small ones it is twice as fast as the default library.
+def onednn_products() -> Iterator[None]:
+    """Let a run's products of fp32 go to oneDNN, which is twice as fast as the default library on an attention's tiles.
 
-    oneDNN may then compute in bf16, and does where the processor has matrix units for it (AMX): the operands, already
-    rounded to bf16 once as the projections' output, are rounded again after the rotation and the softmax. An fp32
-    model keeps fp32 products.
+    The setting is the whole process's, so a run sets it once, and only where it changes no value: it permits oneDNN to
+    compute in bf16, which a processor without instructions for that cannot. With them, heads that `native` takes need
+    no tiles.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None or dtype is not torch.bfloat16:  # torch before 2.9 has no such setting
-        yield
+    if settings is None or not is_run() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        yield  # torch before 2.9 has no such setting
         return
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
@@ -388,8 +389,8 @@ class _TiledAttention(torch.autograd.Function):
             output = output.view(len(output), -1)
             ctx.save_for_backward(cos, sin, output, normaliser, *parts)
             return output
-        output = torch.empty(len(parts[0]), heads[0], views[0].shape[2], dtype=parts[0].dtype)
-        with _onednn_products(output.dtype), without_autocast("cpu"):
+        output = parts[0].new_empty(len(parts[0]), heads[0], views[0].shape[2])
+        with without_autocast("cpu"):
             for group in layout.groups:
                 query, key, value = _prepared(views, group, cos, sin)
                 _put_back(_attend(query, key, value, scaling, window), output, group, None, None)
@@ -409,7 +410,7 @@ class _TiledAttention(torch.autograd.Function):
             saved, places = (output, normaliser), _heads(results, ctx.heads)
             native.attend_backward(views, layout.starts, layout.lengths, *settings, saved, grad.contiguous(), places)
             return None, None, None, None, None, None, *results
-        with _onednn_products(grad.dtype), without_autocast("cpu"):
+        with without_autocast("cpu"):
             for group in ctx.layout.groups:
                 query, key, value = _prepared(views, group, cos, sin)
                 d_output = _gather(grad, group, None, None)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
+
+from philora.process_state import is_run
+
+logger = logging.getLogger(__name__)
 
 # glibc's mallopt(3): blocks above the threshold are mapped by themselves, and memory at the end of the heap above the
 # other is given back. The second is an int in C.
@@ -26,7 +32,8 @@ def keep_freed_memory() -> bool:
     By default a block above 32 MiB goes back to the system when it is freed, and the system clears its pages again, one
     fault each, when the next tensor of that size is made: several times the cost of an element-wise operation. The
     peak stays what it was; between steps the memory stays with the process. `PHILORA_FUSED=0`, or an allocator chosen
-    in the environment (`MALLOC_*`, `GLIBC_TUNABLES`, `LD_PRELOAD`), leaves everything as it is.
+    in the environment (`MALLOC_*`, `GLIBC_TUNABLES`, `LD_PRELOAD`), leaves everything as it is, and so does a process
+    that belongs to no run (`process_state`): the setting is the whole process's, and stays.
 
     Returns:
         Whether it is so now.
@@ -59,13 +66,23 @@ def give_back_freed_memory() -> None:
 
 def _set(mmap_threshold: int, trim_threshold: int) -> bool:
     chosen = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
-    if not sys.platform.startswith("linux") or chosen or os.environ.get("PHILORA_FUSED") == "0":
+    off = chosen or os.environ.get("PHILORA_FUSED") == "0" or not is_run()
+    if off or not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, mmap_threshold)) and bool(mallopt(_M_TRIM_THRESHOLD, trim_threshold))
+    if not (mallopt(_M_MMAP_THRESHOLD, mmap_threshold) and mallopt(_M_TRIM_THRESHOLD, trim_threshold)):
+        return False
+    _say_once(mmap_threshold)
+    return True
+
+
+@cache
+def _say_once(mmap_threshold: int) -> None:
+    what = "keeps freed memory" if mmap_threshold == _LARGEST_BLOCK else "gives large blocks back"
+    logger.info("this process %s from here on; MALLOC_ARENA_MAX=... or another of malloc's variables leaves it", what)
 
 
 def available_bytes(device: str) -> int:

@@ -24,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from philora.kernels.attention import NAME, layout_of, layout_of_rows, rotary_attention
 from philora.kernels.elementwise import rms_norm, swiglu
 from philora.lora.functional import fused_enabled
+from philora.lora.hooks import all_are_hooked, is_hooked
 from philora.lora.recomputation import mark
 
 # A product's row count is rounded up to this, since each new count costs the preparation of a product.
@@ -112,7 +113,13 @@ class FastPhi3MLP(Phi3MLP):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shapes: hidden_states (B, T, C); returns the same."""
-        if not fused_enabled() or not isinstance(self.activation_fn, SiLUActivation | nn.SiLU):
+        activation = self.activation_fn
+        if (
+            not fused_enabled()
+            or type(activation) not in (SiLUActivation, nn.SiLU)
+            or is_hooked(activation)
+            or all_are_hooked()
+        ):
             return cast(Tensor, super().forward(hidden_states))
         return _on_wanted(self._feed_forward, hidden_states, self.is_last)
 
@@ -158,7 +165,10 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     Qwen2RMSNorm: FastQwen2RMSNorm,
     Qwen3RMSNorm: FastQwen3RMSNorm,
 }
-"""transformers' classes and those that stand in for them."""
+"""transformers' classes and those that stand in for them, which go by the same names."""
+
+for _plain, _fast in FAST.items():
+    _fast.__name__ = _plain.__name__  # pickle and `repr` of the class go by the qualified name, which stays
 
 
 def use_fast_modules(model: nn.Module) -> None:

@@ -64,6 +64,9 @@ class DocumentRotaryEmbedding(PlainPhi3RotaryEmbedding):  # type: ignore[misc]
         return known
 
 
+DocumentRotaryEmbedding.__name__ = PlainPhi3RotaryEmbedding.__name__
+
+
 def document_tokens(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """For each token the length of the document that it belongs to.
 

@@ -48,15 +48,33 @@ class LoRALayer:
         self.merge_weights = merge_weights
 
 
+def _holds(module: Any, name: str) -> bool:
+    """Whether a module has a tensor of this name: a Parameter, a plain tensor, or the value of a parametrization."""
+    return module._parameters.get(name) is not None or name in module.__dict__ or _is_parametrized(module, name)
+
+
+def _is_parametrized(module: Any, name: str) -> bool:
+    """Whether torch.nn.utils.parametrize computes the tensor of this name."""
+    computed = module._modules.get("parametrizations")
+    return computed is not None and name in computed
+
+
 class ShowsMerged:
-    """A module whose `weight` reads as the merged value while there is one, else as its Parameter."""
+    """A module whose `weight` reads as the merged value while there is one, else as its own.
+
+    Its own is a Parameter, or, as PyTorch's utilities for modules have it: a plain tensor that a hook puts there before
+    each forward pass (`weight_norm`, `spectral_norm`, pruning; FSDP), or what a parametrization computes.
+    """
 
     _merged_weight: Tensor | None = None
 
     @property
     def base_weight(self) -> Tensor:
-        """The Parameter, whatever the mode."""
+        """The module's own weight, whatever the mode."""
         held: Tensor | None = self.__dict__.get("weight", self.__dict__["_parameters"].get("weight"))
+        if held is None and _is_parametrized(self, "weight"):
+            # The class that parametrize made has a property of this name in front of ours.
+            held = getattr(self, "weight")  # noqa: B009
         if held is None:
             raise AttributeError(f"{type(self).__name__} has no weight yet")
         return held
@@ -70,6 +88,17 @@ class ShowsMerged:
     def weight(self, value: Tensor) -> None:
         # Parameters are caught by nn.Module; plain tensors come from FSDP, pruning and the like.
         self.__dict__["weight"] = value
+
+    def __delattr__(self, name: str) -> None:
+        """As nn.Module's; with the weight goes what was merged from it."""
+        if name != "weight":
+            super().__delattr__(name)
+            return
+        self._merged_weight = None
+        if "weight" in self.__dict__:
+            del self.__dict__["weight"]
+        else:
+            super().__delattr__(name)
 
 
 class AdaptedLayer(LoRALayer, nn.Module):
@@ -146,7 +175,13 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def _has_update(self) -> bool:
-        return hasattr(self, "lora_A")
+        return _holds(self, "lora_A")
+
+    @property
+    def _can_merge(self) -> bool:
+        """Whether base, A and B are Parameters, and not computed anew from others for each forward pass."""
+        owners = ((self._holder, "weight"), (self, "lora_A"), (self, "lora_B"))
+        return all(owner._parameters.get(name) is not None for owner, name in owners)
 
     def _adds_update(self) -> bool:
         """Whether forward adds the update itself.
@@ -164,6 +199,8 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def _settle(self) -> None:
         """Merge from what base, A and B hold now if the mode asks for it, else drop the merged value."""
         self.merged = not self.training and self.merge_weights and not self.disable_adapters
+        if self._has_update and not self._can_merge:
+            self.merged = False
         if self.merged and self._has_update:
             self._merged_from = (self.base_weight, self.lora_A, self.lora_B)
             self._holder._merged_weight = self.merged_weight()

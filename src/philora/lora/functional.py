@@ -26,10 +26,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from philora import native
 from philora.errors import ConfigError, fault
-from philora.lora.recomputation import Recipe, recipe_of
+from philora.lora.recomputation import Recipe, random_state, recipe_of, set_random_state
 
 
 class Quantized(Protocol):
@@ -79,12 +80,26 @@ _fused: bool | None = None
 def fused_enabled() -> bool:
     """Whether the fused autograd function is used: what `fused` says, else `PHILORA_FUSED` (anything but 0).
 
-    Never in a graph that torch.compile makes (it fuses, and chooses what to save, by itself, and could read neither
-    switch), nor inside a transform of torch.func, such as vmap, for which the function has no rule.
+    Never while a graph is made (`records`).
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if records():
         return False
     return os.environ.get("PHILORA_FUSED", "1") != "0" if _fused is None else _fused
+
+
+def records() -> bool:
+    """Whether PyTorch's operations are being recorded or transformed, so that only they may be used.
+
+    torch.compile and torch.export fuse, and choose what to save, by themselves; torch.jit.trace and torch.fx keep what
+    they have seen, and hand over sizes or inputs that are no numbers and tensors; torch.func's transforms, such as
+    vmap, know no rule for the fused functions.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or is_fx_symbolic_tracing()
+    )
 
 
 def refuse_create_graph() -> None:
@@ -179,12 +194,22 @@ def _pieces(x: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+def _packs(x: Tensor) -> bool:
+    """Whether the mask of x is drawn by the functions of `philora.native`, one bit for each element."""
+    return native.usable(x[:0])
+
+
+def _keep_mask(x: Tensor, p: float, packed: bool) -> tuple[Tensor, float]:
     """Which elements dropout keeps, and what the kept ones are multiplied by.
 
+    Args:
+        x: Activations.
+        p: Probability of dropping an element.
+        packed: What `_packs(x)` says, or said when the same mask was drawn before.
+
     Returns:
-        On the CPU, where the functions of `philora.native` are there, one bit for each element (16 in an int16);
-        else one byte, 1 or 0 (PyTorch multiplies by it three times faster than by a bool). And the factor.
+        Packed, one bit for each element (16 in an int16); else one byte, 1 or 0 (PyTorch multiplies by it three times
+        faster than by a bool). And the factor.
 
     Numerics:
         On the CPU 16 bits are drawn for each element, so p is rounded to a multiple of 2^-16. `bernoulli_`, which draws
@@ -195,40 +220,32 @@ def _keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
         return mask.view(torch.uint8), 0.0 if p >= 1 else 1.0 / (1.0 - p)
     dropped = round(p * 2**16)
     factor = 0.0 if dropped == 2**16 else 2**16 / (2**16 - dropped)
-    if x.dtype in (torch.bfloat16, torch.float32) and native.available():
+    if packed:
         return native.keep_bits(x.shape[0], x.shape[1], dropped), factor
-    mask = torch.empty(x.shape, dtype=torch.bool)
+    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     for rows in _pieces(x):
         piece = mask[rows]
-        words = torch.empty((piece.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        words = piece.new_empty((piece.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         halves = words.view(torch.int16)[: piece.numel()].view(piece.shape)
         torch.ge(halves, dropped - 2**15, out=piece)
     return mask.view(torch.uint8), factor
 
 
 class _Redraw(NamedTuple):
-    """A mask that is drawn again in backward: the state of torch's generator before it was drawn."""
+    """A mask that is drawn again in backward: the generator's state before it was drawn, and how it was drawn."""
 
     state: Tensor
     p: float
+    packed: bool
 
     def mask(self, x: Tensor) -> Tensor:
-        """The mask, from a generator that is put back afterwards. Shape: as `_keep_mask`."""
-        now = _generator_state(x.device)
+        """The mask, from the generator of x's device, which is put back afterwards. Shape: as `_keep_mask`."""
+        now = random_state(x.device)
         try:
-            _set_generator_state(self.state, x.device)
-            return _keep_mask(x, self.p)[0]
+            set_random_state(x.device, self.state)
+            return _keep_mask(x, self.p, self.packed)[0]
         finally:
-            _set_generator_state(now, x.device)
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    state: Tensor = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def _set_generator_state(state: Tensor, device: torch.device) -> None:
-    (torch if device.type == "cpu" else torch.get_device_module(device)).set_rng_state(state)
+            set_random_state(x.device, now)
 
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
@@ -237,7 +254,7 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor:
         return x * mask
     if native.usable(x) and not (torch.is_grad_enabled() and x.requires_grad):
         return native.keep(x, mask)
-    bits = (mask[..., None] >> torch.arange(16, dtype=torch.int16)) & 1
+    bits = (mask[..., None] >> torch.arange(16, dtype=torch.int16, device=mask.device)) & 1
     return x * bits.view(len(x), -1)[:, : x.shape[1]]
 
 
@@ -254,12 +271,12 @@ def _add_kept(y: Tensor, x: Tensor, mask: Tensor) -> None:
 def _dropout(x: Tensor, p: float) -> Tensor:
     """Dropout with the masks of the fused function.
 
-    In a graph of torch.compile and within torch.func it is PyTorch's own, whose draws both know how to handle.
+    While a graph is made (`records`) it is PyTorch's own, whose draws are known there.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if records():
         return F.dropout(x, p)
     flat = x.reshape(-1, x.shape[-1])
-    mask, factor = _keep_mask(flat, p)
+    mask, factor = _keep_mask(flat, p, _packs(flat))
     return _kept(flat, mask).view(x.shape) * factor
 
 
@@ -305,8 +322,9 @@ class _LoRALinear(torch.autograd.Function):
         matrix = _matrix(weight, x.dtype)
         y = x @ matrix.t() if bias is None else torch.addmm(bias, x, matrix.t())
         del matrix
-        drawn = _Redraw(_generator_state(x.device), dropout_p) if redraw and dropout_p > 0 else None
-        mask, factor = _keep_mask(x, dropout_p) if dropout_p > 0 else (None, 1.0)
+        packed = dropout_p > 0 and _packs(x)
+        drawn = _Redraw(random_state(x.device), dropout_p, packed) if redraw and dropout_p > 0 else None
+        mask, factor = _keep_mask(x, dropout_p, packed) if dropout_p > 0 else (None, 1.0)
         scale = scaling * factor
         down = _down(x, mask, lora_A)
         for block in blocks:
@@ -479,9 +497,10 @@ def lora_linear(
         >>> lora_linear(x, weight, None, torch.ones(1, 3), torch.ones(4, 1), scaling=0.5)[0]
         tensor([1.5000, 1.5000, 1.5000, 1.5000])
     """
+    if not fused_enabled():
+        return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, dropout_p, training)
     blocks = [Block(0, weight.shape[0], 0, lora_A.shape[0], 0, 0)]
-    compute = _low_rank if fused_enabled() else _low_rank_reference
-    return compute(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0, redraw)
+    return _low_rank(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0, redraw)
 
 
 def lora_linear_reference(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from philora.errors import ConfigError, fault
 from philora.lora.base import AdaptedLayer, LoRALayer, ShowsMerged
 from philora.lora.functional import autocast_dtype, lora_linear, lora_merged_linear, merged_blocks, without_autocast
+from philora.lora.hooks import is_hooked
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"]
 
@@ -385,17 +386,36 @@ class ConvLoRA(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: as the convolution."""
         conv, dropout = self.conv, self.lora_dropout
+        y: Tensor | None
         if not self._adds_update():
-            y: Tensor = conv(x)
-            return y
-        with without_autocast(x.device.type):
-            delta = (self.merge_AB() * self.scaling).to(self.base_weight.dtype)
-        exact = delta.dtype in (torch.float32, torch.float64) and autocast_dtype(x.device.type) is None
-        if exact and not (dropout.p > 0 and dropout.training):
-            y = conv._conv_forward(x, self.base_weight + delta, conv.bias)
+            return cast(Tensor, conv(x))
+        # Hooks of weight_norm, pruning and the like compute the convolution's weight when it is called.
+        y = conv(x) if is_hooked(conv) and conv._merged_weight is None else None
+        base = self.base_weight
+        device = base.device.type
+        with without_autocast(device):
+            delta = (self.merge_AB() * self.scaling).to(base.dtype)
+        exact = base.dtype in (torch.float32, torch.float64) and autocast_dtype(device) is None
+        if y is None and exact and not (dropout.p > 0 and dropout.training):
+            y = conv._conv_forward(x, base + delta, conv.bias)
         else:
-            y = conv._conv_forward(x, self.base_weight, conv.bias) + conv._conv_forward(dropout(x), delta, None)
+            y = conv._conv_forward(x, base, conv.bias) if y is None else y
+            y = y + conv._conv_forward(dropout(x), delta, None)
         return y
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As nn.Module's; `weight` and `bias` are the convolution's."""
+        if name in ("weight", "bias"):
+            setattr(self.conv, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """As nn.Module's; `weight` and `bias` are the convolution's."""
+        if name in ("weight", "bias"):
+            delattr(self.conv, name)
+        else:
+            super().__delattr__(name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # loralib 0.1.2 writes `conv.weight`, its main branch `weight` beside it, older releases `weight` alone.

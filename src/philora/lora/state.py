@@ -118,10 +118,17 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 name.replace(f"{path}conv.", path, 1) if name.startswith(f"{path}conv.") else name: value
                 for name, value in state.items()
             }
-        if state.pop(f"{path}lora_A", None) is not None:
-            del state[f"{path}lora_B"]
+        if module._has_update:
+            merged = _computed(path)
+            state = {name: value for name, value in state.items() if not merged.match(name)}
             state[f"{path}weight"] = module.merged_weight()
     return state
+
+
+def _computed(path: str) -> re.Pattern[str]:
+    """Names of all that a layer's weight and update are made of, also where PyTorch's utilities compute them."""
+    of = r"(weight|lora_A|lora_B)"
+    return re.compile(rf"{re.escape(path)}(parametrizations\.{of}\..*|{of}(_orig|_mask|_g|_v|_u)?)$")
 
 
 def load_lora(model: nn.Module, source: str | Path | Mapping[str, Any]) -> None:

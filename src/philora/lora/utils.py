@@ -1,0 +1,6 @@
+"""The names of `loralib.utils`, for scripts that import them from there; they are defined in `state`."""
+
+from philora.lora.base import LoRALayer
+from philora.lora.state import lora_state_dict, mark_only_lora_as_trainable
+
+__all__ = ["LoRALayer", "lora_state_dict", "mark_only_lora_as_trainable"]
