@@ -24,12 +24,14 @@ from typing import Any, Literal, NamedTuple, cast
 
 import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
 from peft.import_utils import is_bnb_4bit_available
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import (
+    BaseTuner,
     BaseTunerLayer,
     _ExcludedModule,
     _maybe_include_all_linear_layers,
@@ -84,6 +86,22 @@ class Resolution(NamedTuple):
 
     config: LoraConfig
     slices: dict[str, Slices]
+
+    def for_peft(self, given: LoraConfig) -> LoraConfig:
+        """Return the config that PEFT gets, which it fills in.
+
+        It is the caller's own object, as with PEFT. Only slices have a copy: the caller's config keeps their names,
+        so that it means the same on the next model.
+        """
+        if self.slices:
+            return self.config
+        given.target_modules = self.config.target_modules
+        return given
+
+
+def is_lora(config: object) -> bool:
+    """Return whether a config is LoRA's and of no method built on it, such as AdaLoRA, whose layers differ."""
+    return isinstance(config, LoraConfig) and config.peft_type == PeftType.LORA
 
 
 # ---------------------------------------------------------------------------------------------------- names
@@ -247,7 +265,7 @@ def _resolve_targets(
         if config.target_parameters:
             _check_target_parameters(model, config, missing)
             return [], []
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        model_type = BaseTuner.get_model_config(model).get("model_type")
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
         if targets is None:
             todo = f"Give 'all-linear' or names out of: {', '.join(names.adaptable())}"
@@ -608,7 +626,12 @@ def _set_recomputation(model: nn.Module, on: bool) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers by the name that their module has in the base model."""
+    """PEFT's LoRA layers by the name that their module has in the base model; AdaLoRA's are no such layers."""
+    return {name: each for name, each in _low_rank_layers(model).items() if not isinstance(each, AdaLoraLayer)}
+
+
+def _low_rank_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return LoRA's layers and AdaLoRA's, whose A and B are parameters and no modules, by their name in the base."""
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""
     return {name.removeprefix(prefix): each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
 
@@ -766,9 +789,10 @@ def get_peft_model(
     Args:
         model: The base model; changed in place, as by PEFT.
         peft_config: Any PEFT config. For LoRA, every name must match something, and `target_modules` may name
-            slices of fused projections (`q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`).
+            slices of fused projections (`q_proj`, `k_proj`, `v_proj`, `gate_proj`, `up_proj`). PEFT fills it in, as
+            it always does; a config with slices stays as it is.
         adapter_name: Name of the adapter.
-        **kwargs: PEFT's further arguments.
+        **kwargs: PEFT's further arguments. Methods other than LoRA, and `mixed=True`, go to PEFT as they are.
 
     Returns:
         The PeftModel; adapters are fp32 unless `autocast_adapter_dtype=False` is given.
@@ -779,10 +803,11 @@ def get_peft_model(
     Example:
         >>> model = get_peft_model(base, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))  # doctest: +SKIP
     """
-    if not isinstance(peft_config, LoraConfig):
+    if not is_lora(peft_config) or kwargs.get("mixed"):
         return cast(PeftModel, peft.get_peft_model(model, peft_config, adapter_name, **kwargs))
-    resolution = resolve(model, peft_config)
-    adapted = peft.get_peft_model(model, resolution.config, adapter_name, **kwargs)
+    given = cast(LoraConfig, peft_config)
+    resolution = resolve(model, given)
+    adapted = peft.get_peft_model(model, resolution.for_peft(given), adapter_name, **kwargs)
     optimize(adapted)
     apply_slices(adapted, resolution.slices, adapter_name)
     return cast(PeftModel, adapted)
@@ -841,7 +866,7 @@ def check_adapter(model: nn.Module, folder: Path) -> None:
     tensors = read_peft_tensors(folder)
     with _reading(folder):
         config = PeftConfig.from_pretrained(str(folder))
-        if isinstance(config, LoraConfig):
+        if is_lora(config):
             _check_harmless(config, folder)
             resolve(model, config, where=str(folder / "adapter_config.json"))
         _check_tensors(model, config, tensors, folder)
@@ -1100,13 +1125,16 @@ class Coverage:
 def coverage(model: nn.Module) -> Coverage:
     """Which modules and slices have an adapter, of which rank, and how many parameters that trains."""
     rows: dict[tuple[str, str, int, float], list[int]] = {}
-    layers = lora_layers(model)
+    layers = _low_rank_layers(model)
     adapted_parameters: set[int] = set()
     for name, layer in layers.items():
         pattern = re.sub(r"\.\d+\.", ".*.", name)
         adapted_parameters.update(id(each) for key, each in layer.named_parameters() if "lora_" in key)
         for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
+            extra = 0
+            if isinstance(layer, AdaLoraLayer) and adapter in layer.lora_A:
+                down, up, extra = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_E[adapter].numel()
+            elif adapter in layer.lora_A:
                 down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             elif adapter in layer.lora_embedding_A:
                 down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
@@ -1115,7 +1143,7 @@ def coverage(model: nn.Module) -> Coverage:
             slices = getattr(layer.lora_B[adapter], "slice_layout", ()) if adapter in layer.lora_B else ()
             scaling = float(layer.scaling[adapter])
             if not slices:
-                rows.setdefault((pattern, "", layer.r[adapter], scaling), []).append(down.numel() + up.numel())
+                rows.setdefault((pattern, "", layer.r[adapter], scaling), []).append(down.numel() + up.numel() + extra)
             for each in slices:
                 r = each.rank_stop - each.rank_start
                 count = r * (down.shape[1] + each.row_stop - each.row_start)

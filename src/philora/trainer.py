@@ -20,14 +20,21 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import transformers
 import trl
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState, TrainerControl
 from trl.trainer import sft_trainer
 
-from philora.adapters import apply_slices, keep_zeros_in_steps, optimize, resolve_for_training
+from philora.adapters import apply_slices, is_lora, keep_zeros_in_steps, optimize, resolve_for_training
 from philora.callbacks import StepWatch
 from philora.checkpoint import (
     STATE_NAME,
@@ -45,6 +52,7 @@ from philora.checkpoint import (
 )
 from philora.config import FIELDS, ONE_RATE_OPTIMIZERS, translate_trainer_keywords, translate_training_arguments
 from philora.data import length_notices
+from philora.data.labelled import keep_labelled, refuse_empty
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
@@ -163,6 +171,7 @@ class SFTTrainer(MicroBatchTrainer):
         ConfigError: `loraplus_lr_ratio` is given and no B trains.
         TargetError: A name in `peft_config` matches nothing, or `lm_head` is a target (TRL computes the loss from
             the head's weight, so an adapter there would get no gradient).
+        DataError: A table has no rows, or no label is left in any of them within `max_length`.
         RunError: A checkpoint cannot be written; older ones are untouched.
         NonFiniteError: `SFTConfig.max_nonfinite_steps` steps in a row were not finite.
 
@@ -200,17 +209,21 @@ class SFTTrainer(MicroBatchTrainer):
         given = inspect.signature(trl.SFTTrainer.__init__).bind_partial(self, model, *args, **keywords).arguments
         given.pop("self")
         given.pop("model")
-        if settings:
+        if settings or not isinstance(given.get("args"), trl.SFTConfig):
             given["args"] = _with_settings(given.get("args"), model, settings)
         if getattr(given.get("args"), "activation_offloading", False) and not torch.accelerator.is_available():
             logger.warning("activation_offloading is left out: without a GPU activations are in this memory already")
             given["args"] = copy.copy(given["args"])
             given["args"].activation_offloading = False
+        for name in ("train_dataset", "eval_dataset"):
+            several = given.get(name) if isinstance(given.get(name), dict) else {name: given.get(name)}
+            for each, rows in several.items():
+                refuse_empty(f"SFTTrainer: {each}", rows)
         resolution = None
-        if isinstance(given.get("peft_config"), LoraConfig):
+        if is_lora(given.get("peft_config")):
             skeleton = model if isinstance(model, nn.Module) else _skeleton(model, given.get("args"))
             resolution = resolve_for_training(skeleton, given["peft_config"])
-            given["peft_config"] = resolution.config
+            given["peft_config"] = resolution.for_peft(given["peft_config"])
         with _as_made(model) as made:
             super().__init__(model, **given)
         self._set_adapter_dtype(made)
@@ -231,6 +244,10 @@ class SFTTrainer(MicroBatchTrainer):
         if resolution is not None:
             apply_slices(self.model, resolution.slices)
         several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        if self._skip_prepare_dataset:
+            self.train_dataset = keep_labelled(self.train_dataset, "SFTTrainer: the train dataset", None)
+            several = {name: keep_labelled(rows, f"SFTTrainer: {name}", None) for name, rows in several.items()}
+            self.eval_dataset = several if isinstance(self.eval_dataset, dict) else several["eval"]
         for notice in length_notices(self.model.config, {"train": self.train_dataset, **several}):
             logger.warning("%s", notice)
         if self._shares_rows():
@@ -242,6 +259,16 @@ class SFTTrainer(MicroBatchTrainer):
         if ratio is not None and not loraplus_fast_parameters(self.model):
             expected = "an adapter of which some B trains"
             raise ConfigError(fault("SFTTrainer", "loraplus_lr_ratio", ratio, expected, "Give a peft_config"))
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """As TRL's; rows that have no label are left out with their count, and a table without any is refused."""
+        where = f"SFTTrainer: the {dataset_name} dataset"
+        refuse_empty(where, dataset)
+        given = len(dataset) if hasattr(dataset, "__len__") else None
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        return keep_labelled(prepared, where, args.max_length, given)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """With several processes the rows that one would take, balanced between them by tokens."""
@@ -800,9 +827,20 @@ def _with_settings(args: Any, model: Any, settings: dict[str, Any]) -> trl.SFTCo
 
 
 def _skeleton(name: str, args: Any) -> nn.Module:
-    """The model that TRL will load, without weights, so that names are checked before gigabytes are read."""
+    """Return the model that TRL will load, without weights, so that names are checked before gigabytes are read.
+
+    As in TRL, the class is the one that the model's config names, else the one that its own code offers. Its own code
+    runs only where `trust_remote_code` says so.
+    """
     options = dict(getattr(args, "model_init_kwargs", None) or {})
-    chosen = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
-    config = AutoConfig.from_pretrained(name, **chosen)
+    trusts = bool(options.get("trust_remote_code", getattr(args, "trust_remote_code", False)))
+    revision = {"revision": options["revision"]} if "revision" in options else {}
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trusts, **revision)
+    own = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        return cast(nn.Module, AutoModelForCausalLM.from_config(config))
+        if own is not None:
+            return cast(nn.Module, own(config))
+        offered = getattr(config, "auto_map", None) or {}
+        kinds = (AutoModelForImageTextToText, AutoModelForCausalLM)
+        kind = next((each for each in kinds if each.__name__ in offered), AutoModelForCausalLM)
+        return cast(nn.Module, kind.from_config(config, trust_remote_code=trusts))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from trl.trainer.utils import add_fused_lm_head
 
 import philora
@@ -123,3 +124,79 @@ def test_packed_rows_of_any_length(phi3, lengths):
     mine.model.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
     outputs(mine, ids, labels, position_ids=positions)
     assert seen == [-(-sum(lengths) // loss.EVEN_TOKENS) * loss.EVEN_TOKENS]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of another device, as a machine without one can have it: it does not mix with tensors of the CPU.
+
+    It calls itself a meta tensor, for which autograd needs no device, and computes on the CPU.
+    """
+
+    inside: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inside):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inside.shape, strides=inside.stride(), dtype=inside.dtype, device="meta"
+        )
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        on_cpu = [each for each in leaves if isinstance(each, torch.Tensor) and not isinstance(each, cls) and each.ndim]
+        copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if on_cpu and not copies and any(isinstance(each, cls) for each in leaves):
+            raise RuntimeError(f"Expected all tensors to be on the same device: {function}")
+        device = kwargs.get("device")
+        stays = device is None or torch.device(device).type == "meta"
+        if device is not None:
+            kwargs["device"] = "cpu"
+        strip = lambda each: each.inside if isinstance(each, cls) else each  # noqa: E731
+        args, kwargs = torch.utils._pytree.tree_map(strip, (args, kwargs))
+        result = function(*args, **kwargs)
+        if function is torch.ops.aten.copy_.default or not stays:
+            return result
+        return torch.utils._pytree.tree_map(lambda each: cls(each) if isinstance(each, torch.Tensor) else each, result)
+
+
+@pytest.mark.parametrize("labels_are", ["with the head", "with the last norm"])
+def test_a_head_on_another_device_than_the_last_norm(labels_are, phi3):
+    trl, mine = phi3(), phi3()
+    for model in (trl, mine):
+        model.lm_head.weight.requires_grad_(False)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_label_head(mine)
+    last_norm = mine.model.norm
+    mine.model.norm.forward = lambda x: Elsewhere(type(last_norm).forward(last_norm, x))
+    ids = torch.randint(3, 97, (2, 15), generator=torch.Generator().manual_seed(3))
+    labels = torch.where(torch.arange(15)[None] % 3 == 0, -100, ids)
+    given = Elsewhere(labels) if labels_are == "with the last norm" else labels
+    expected = trl(input_ids=ids, labels=labels, fused_lm_head=True)
+    output = mine(input_ids=ids, labels=given, fused_lm_head=True)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_head_that_accelerate_keeps_elsewhere_until_it_runs(place, tied, phi3, tmp_path):
+    trl, mine = (philora.optimize(phi3(tie_word_embeddings=tied)) for _ in range(2))
+    for model in (trl, mine):
+        model.requires_grad_(False)
+    where = {"": "cpu", "lm_head": place, **({"model.embed_tokens": place} if tied else {})}
+    parts = {"model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"}
+    device_map = {name: where.get(name, "cpu") for name in sorted(parts)}
+    dispatch_model(mine, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    if place == "cpu":
+        cpu_offload(mine.lm_head, execution_device=torch.device("cpu"))
+    assert mine.lm_head.weight.is_meta
+    for model in (trl, mine):
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        add_label_head(model)
+    ids = torch.randint(3, 97, (2, 15), generator=torch.Generator().manual_seed(3))
+    a, b = (model(input_ids=ids, labels=ids, fused_lm_head=True) for model in (trl, mine))
+    torch.testing.assert_close(b.loss, a.loss, rtol=1e-6, atol=1e-6)
+    assert mine.lm_head.weight.is_meta, "it is put away again"

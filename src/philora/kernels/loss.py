@@ -10,8 +10,9 @@ backward; what it does not cover goes on to TRL's.
 from __future__ import annotations
 
 import types
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,24 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
     return nn.functional.pad(labels, (0, missing), value=-100)
 
 
+@contextmanager
+def _loaded(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of the output head, whole and where it computes.
+
+    FSDP2 shards the head, alone or with the last norm; read after the norm has run, which gathers both. accelerate
+    keeps a head that its `device_map` puts on the disk or into the computer's memory on the meta device until it runs.
+    """
+    hook: Any = getattr(head, "_hf_hook", None) if cast(Tensor, head.weight).is_meta else None
+    if hook is not None:
+        hook.pre_forward(head)
+    weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
+    try:
+        yield cast(Tensor, weight), cast("Tensor | None", bias)
+    finally:
+        if hook is not None:
+            hook.post_forward(head, None)
+
+
 def _class_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module; FSDP2 puts one of its own over that of each that it shards."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
@@ -215,12 +234,12 @@ def add_label_head(model: PreTrainedModel) -> None:
         skips = nullcontext() if self.training and _recomputes(self) else only_rows(wanted)
         with skips:
             hidden = self.base_model(*args, **kwargs).last_hidden_state
-        if hidden.shape[:2] != labels.shape or hidden.device != head.weight.device:
+        if hidden.shape[:2] != labels.shape:
             raise RuntimeError(f"labels of shape {tuple(labels.shape)} do not fit the model's output")
-        hidden, labels, mask = hidden[:, :-1], labels[:, 1:], wanted[:, :-1]
-        # FSDP2 shards the head, alone or with the last norm; read after the norm has run, which gathers both.
-        weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
-        scores = label_scores(hidden[mask], weight, bias, labels[mask])
+        with _loaded(head) as (weight, bias):
+            # Under a `device_map` the head may be elsewhere than the last norm, as with embeddings that it shares.
+            hidden, labels, mask = (each.to(weight.device) for each in (hidden[:, :-1], labels[:, 1:], wanted[:, :-1]))
+            scores = label_scores(hidden[mask], weight, bias, labels[mask])
         mask = mask[:, : tokens - 1]  # what was added has no label
         # masked_scatter keeps the graph when no label is there
         filled = [each.new_zeros(mask.shape).masked_scatter(mask, each) for each in scores]

@@ -58,6 +58,7 @@ def _on_wanted(function: Callable[[Tensor], Tensor], x: Tensor, is_last: bool) -
     rows = _wanted.get() if is_last else None
     if rows is None:
         return function(x)
+    rows = rows.to(x.device)  # a `device_map` may have put the last layer elsewhere than the labels
     count = len(rows)
     padded = nn.functional.pad(rows, (0, -max(1, count) % ROWS_STEP + (count == 0)))
     y = function(x.reshape(-1, x.shape[-1]).index_select(0, padded)[None])[0]
