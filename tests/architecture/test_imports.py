@@ -30,6 +30,7 @@ ORDER = [
     "adapters",
     "hub",
     "models",
+    "arrangement",
     "sources",
     "verify",
     "companions",
