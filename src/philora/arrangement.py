@@ -320,7 +320,8 @@ class _Renamed:
         ]
         content["post_processor"] = None  # it names tokens, and nothing is added to what the template writes
         self.backend = Backend.from_str(json.dumps(content))
-        self.ids = {int(self.backend.token_to_id(name)): control_ids[text] for text, name in self.names.items()}
+        ids = self.backend.get_vocab(with_added_tokens=True)
+        self.ids = {ids[name]: control_ids[text] for text, name in self.names.items()}
         self.stand_in_pattern = re.compile(rf"zq{secret}s(\d+)qz")
         self._secret = secret
 

@@ -15,6 +15,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -222,17 +223,17 @@ class Voices:
         found = self._step_together(adapter, shared)
         for each in replies:
             if each not in found:
-                found[each] = _tried(lambda each=each: next(each))
+                found[each] = _tried(partial(next, each))
         return [found[each] for each in replies]
 
     def _step_together(self, adapter: str | None, replies: Sequence[Reply]) -> dict[Reply, str | BaseException]:
         """The step of answers that share a forward pass; one by one where that fails, to find whose fault it is."""
         if not replies:
             return {}
-        logits = _tried(lambda: self._logits_together(adapter, replies))
+        logits = _tried(partial(self._logits_together, adapter, replies))
         if not isinstance(logits, BaseException):
             rows = zip(replies, logits, strict=True)
-            return {each: _tried(lambda each=each, row=row: each.take(row)) for each, row in rows}
+            return {each: _tried(partial(each.take, row)) for each, row in rows}
         if len(replies) == 1 or out_of_memory(logits):
             return dict.fromkeys(replies, logits)
         found: dict[Reply, str | BaseException] = {}
