@@ -148,7 +148,13 @@ class Arrangement:
         return Arranged(folded, tools, [None if each is None else places[each] for each in sources], folded=True)
 
     def _keeps_system(self, messages: list[Message], tools: list[Any] | None) -> bool:
-        """Whether the template renders every system turn; of plain messages their roles decide, tried once each."""
+        """Whether the template renders every system turn, and one at the beginning of any conversation.
+
+        Of plain messages their roles decide, tried once each.
+        """
+        usual = [{"role": "system", "content": ""}, {"role": "user", "content": ""}]
+        if len(messages) != 2 and not self._keeps_system(usual, None):
+            return False
         plain = tools is None and all(len(each) == 2 for each in messages)
         roles = tuple([each["role"] for each in messages])
         if not plain or roles not in self._kept_orders:
