@@ -41,6 +41,13 @@ TEMPLATES = {
         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
+    "phi4-reasoning": (
+        "<|im_start|>system<|im_sep|>You are Phi, a language model trained by Microsoft.<|im_end|>"
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>user<|im_sep|>' + "
+        "message['content'] + '<|im_end|>' }}{% elif message['role'] == 'assistant' %}"
+        "{{ '<|im_start|>assistant<|im_sep|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+    ),
     "no system": (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         + (_TRL / "phi3.jinja").read_text()
@@ -144,7 +151,7 @@ def save_adapter(base: Path, folder: Path, **changes: Any) -> None:
 
 
 def go_template(text: str, data: dict[str, Any]) -> str:
-    """Execute a template: text, strings, `.Field`, range, if, else if, eq, and trimming by `{{-` and `-}}`."""
+    """Execute a template: text, strings, `.Field`, `$name`, range, if, else, eq, printf, trimming (`{{-`)."""
     parts = re.split(r"({{.*?}})", text, flags=re.DOTALL)
     nodes: list[tuple[str, str]] = []
     for index, part in enumerate(parts):
@@ -156,12 +163,22 @@ def go_template(text: str, data: dict[str, Any]) -> str:
             nodes.append(("text", part))
         else:
             nodes.append(("action", part[2:-2].removeprefix("-").removesuffix("-").strip()))
-    out, rest = _list(nodes, data)
+    out, rest = _list(nodes, _Dot(data, {}))
     assert not rest, rest[:2]
     return out
 
 
-def _list(nodes: list[tuple[str, str]], dot: Any) -> tuple[str, list[tuple[str, str]]]:
+class _Dot:
+    """What `.` is, and the variables; a dot of nothing is for finding where a body ends, and changes none."""
+
+    def __init__(self, value: Any, variables: dict[str, Any]) -> None:
+        self.value, self.variables = value, variables
+
+    def skipped(self) -> _Dot:
+        return _Dot(None, dict(self.variables))
+
+
+def _list(nodes: list[tuple[str, str]], dot: _Dot) -> tuple[str, list[tuple[str, str]]]:
     out = ""
     while nodes:
         kind, value = nodes[0]
@@ -171,42 +188,48 @@ def _list(nodes: list[tuple[str, str]], dot: Any) -> tuple[str, list[tuple[str, 
             break
         elif value.startswith("range "):
             body, items = nodes[1:], _value(value[6:], dot)
-            rest = _list(body, _Nothing())[1]
-            for each in items:
-                out += _list(body, each)[0]
+            rest = _list(body, dot.skipped())[1]
+            for each in items or []:
+                out += _list(body, _Dot(each, dot.variables))[0]
             assert rest[0][1] == "end"
             nodes = rest[1:]
         elif value.startswith("if "):
             piece, nodes = _if(nodes, dot)
             out += piece
+        elif assigned := re.match(r"(\$\w+) :?= (.*)", value, re.DOTALL):
+            assert (assigned[1] in dot.variables) == (":=" not in value), value
+            dot.variables[assigned[1]] = _value(assigned[2], dot)
+            nodes = nodes[1:]
         else:
             out, nodes = out + str(_value(value, dot)), nodes[1:]
     return out, nodes
 
 
-def _if(nodes: list[tuple[str, str]], dot: Any) -> tuple[str, list[tuple[str, str]]]:
+def _if(nodes: list[tuple[str, str]], dot: _Dot) -> tuple[str, list[tuple[str, str]]]:
     condition = nodes[0][1].removeprefix("else ").removeprefix("if ")
     chosen = bool(_value(condition, dot))
-    body, rest = _list(nodes[1:], dot)
+    body, rest = _list(nodes[1:], dot if chosen else dot.skipped())
+    after = dot.skipped() if chosen else dot
+    other = ""
     if rest[0][1].startswith("else if "):
-        other, rest = _if(rest, dot)
+        other, rest = _if(rest, after)
         return (body if chosen else other), rest
+    if rest[0][1] == "else":
+        other, rest = _list(rest[1:], after)
     assert rest[0][1] == "end", rest[0]
-    return (body if chosen else ""), rest[1:]
+    return (body if chosen else other), rest[1:]
 
 
-class _Nothing:
-    """A dot of which every field is empty: to find where a body ends."""
-
-    def __getitem__(self, key: str) -> str:
-        return ""
-
-
-def _value(expression: str, dot: Any) -> Any:
+def _value(expression: str, dot: _Dot) -> Any:
     if expression.startswith("eq "):
         left, right = expression[3:].split(" ", 1)
         return _value(left, dot) == _value(right, dot)
+    if expression.startswith("printf "):
+        form, *values = re.findall(r'"(?:[^"\\]|\\.)*"|\S+', expression[7:])
+        return json.loads(form) % tuple(_value(each, dot) for each in values)
     if expression.startswith('"'):
         return json.loads(expression)
+    if expression.startswith("$"):
+        return dot.variables[expression]
     assert re.fullmatch(r"\.\w+", expression), expression
-    return dot[expression[1:]]
+    return "" if dot.value is None else dot.value[expression[1:]]

@@ -11,22 +11,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import openai
-import uvicorn
 
-from philora import serving
+from philora import connections, serving
 from philora.conversation import Voices
+from philora.scheduler import Scheduler
 
 
 class Served:
     """A server in a thread of this process."""
 
-    def __init__(self, voices: Voices, **options: Any) -> None:
-        self.bound = serving.listen("127.0.0.1", 0)
-        self.address = serving.address_of(self.bound)
-        self.scheduler = options.setdefault("scheduler", serving.Scheduler(voices))
-        options.setdefault("hosts", serving.hosts_of("127.0.0.1"))
+    def __init__(self, voices: Voices, limits: Any = None, **options: Any) -> None:
+        self.bound = connections.listen("127.0.0.1", 0)
+        self.address = connections.address_of(self.bound)
+        self.scheduler = options.setdefault("scheduler", Scheduler(voices))
+        options.setdefault("hosts", connections.hosts_of("127.0.0.1"))
         app = serving.build_app(voices, **options)
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        self.server = connections.Server(app, self.scheduler, **(limits or {}))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.bound]})
 
     def client(self, key: str = "none") -> openai.OpenAI:

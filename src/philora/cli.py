@@ -605,27 +605,30 @@ def _serve(
         except ModuleNotFoundError as error:
             todo = "Install them: pip install 'philora[serve]'"
             raise ConfigError(fault("philora", "serve", error.name, "uvicorn and starlette", todo)) from error
-        from philora import serving
+        from philora import connections, serving
+        from philora.scheduler import Scheduler
 
-        serving.check_key(host, key)
-        bound = serving.listen(host, port)
+        connections.check_key(host, key)
+        if votes is not None:
+            serving.check_votes(votes)
+        bound = connections.listen(host, port)
         from philora.conversation import chat_settings, load_named
 
         _quiet()
         voices = load_named(sources, base)
     defaults = chat_settings(max_new_tokens)
-    scheduler = serving.Scheduler(voices, limit=max_requests)
+    scheduler = Scheduler(voices, limit=max_requests)
     app = serving.build_app(
-        voices, defaults=defaults, scheduler=scheduler, key=key, hosts=serving.hosts_of(host), votes=votes
+        voices, defaults=defaults, scheduler=scheduler, key=key, hosts=connections.hosts_of(host), votes=votes
     )
-    address = serving.address_of(bound)
+    address = connections.address_of(bound)
     if votes is not None:
         out.print(f"page:   {address}/{f'#key={key}' if key else ''}", highlight=False)
         out.print(f"votes:  {votes}", highlight=False)
     out.print(f"models: {', '.join((*voices.adapters, voices.base))}", highlight=False)
     out.print(f"API:    {address}/v1\nCtrl-C ends it", highlight=False)
     with contextlib.suppress(KeyboardInterrupt):  # as it was told to end; uvicorn raises it again when it has ended
-        serving.run(app, bound)
+        connections.run(app, scheduler, bound)
 
 
 def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool) -> None:

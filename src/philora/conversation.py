@@ -13,30 +13,34 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from philora import decoding
 from philora.adapters import load_adapter
+from philora.arrangement import Arrangement, PromptTooLong
 from philora.config import ModelConfig, TokenizerConfig
 from philora.errors import AdapterError, ConfigError, DataError, fault, nearest
 from philora.families import longrope_switch_tokens
-from philora.generation import GenerationSettings, Sampler, device_of, prompt_tokens, stop_token_ids, window_tokens
+from philora.generation import GenerationSettings, Sampler, device_of, stop_token_ids, window_tokens
 from philora.inference import Loaded, load
+from philora.kernels.memory import out_of_memory
 from philora.models import load_tokenizer, local_path
 from philora.sources import AdapterSource, find_adapter
 
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, str]
+
+_Result = TypeVar("_Result")
 
 USUAL_ROWS = 8
 """Answers in a step that weights are laid out for; any other number is computed as well."""
@@ -74,14 +78,17 @@ class ContextError(DataError):
     """A prompt leaves the model no room for an answer.
 
     Attributes:
-        tokens: Of the prompt.
+        tokens: Of the prompt, as far as it was read.
+        count: The same in words; a prompt that is far too long is not read to its end.
         window: Positions of the model, prompt and answer together.
     """
 
-    def __init__(self, tokens: int, window: int) -> None:
+    def __init__(self, tokens: int, window: int, *, exact: bool = True) -> None:
         expected = f"fewer than the model's {window}"
-        super().__init__(fault("conversation", "prompt", f"{tokens} tokens", expected, "Shorten the messages"))
+        count = f"{tokens} tokens" if exact else f"over {tokens} tokens"
+        super().__init__(fault("conversation", "prompt", count, expected, "Shorten the messages"))
         self.tokens = tokens
+        self.count = count
         self.window = window
 
 
@@ -109,6 +116,7 @@ class Voices:
         model: The PeftModel that holds them all.
         tokenizer: Theirs and the base's.
         window: Positions of the model; None where its config does not say.
+        control_tokens: Read a control token's text inside a message as that token; else it is text.
     """
 
     def __init__(
@@ -117,6 +125,8 @@ class Voices:
         """`adapters` maps the names that people use to those that the PeftModel has."""
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.arrangement = Arrangement(tokenizer)
+        self.control_tokens = False
         self.base = base
         self.adapters = tuple(adapters)
         self.window = window_tokens(model)
@@ -162,14 +172,16 @@ class Voices:
             except UnicodeEncodeError as error:
                 expected = "text that UTF-8 can hold"
                 raise DataError(fault(f"messages[{index}]", "content", message["content"], expected)) from error
+        window = self.window
+        if window is not None and len(messages) >= window:  # each has a token at least
+            raise ContextError(len(messages), window, exact=False)
         try:
-            ids = prompt_tokens(self.tokenizer, [messages])[0]
-        except TemplateError as error:
-            expected = "messages that the model's chat template takes"
-            roles = [message["role"] for message in messages]
-            raise DataError(fault("conversation", "roles", roles, expected, f"It says: {error}")) from error
-        if self.window is not None and len(ids) >= self.window:
-            raise ContextError(len(ids), self.window)
+            (ids,) = self.arrangement.prompt_ids([messages], control_tokens=self.control_tokens, limit_tokens=window)
+        except PromptTooLong as error:
+            assert window is not None
+            raise ContextError(error.tokens, window, exact=False) from error
+        if window is not None and len(ids) >= window:
+            raise ContextError(len(ids), window)
         return ids
 
     def answer(
@@ -191,33 +203,53 @@ class Voices:
         return Reply(self, prompt, settings, adapter, memory)
 
     @torch.inference_mode()
-    def step(self, adapter: str | None, replies: Sequence[Reply]) -> list[str]:
+    def step(self, adapter: str | None, replies: Sequence[Reply]) -> list[str | BaseException]:
         """One token of each of an adapter's answers, in one forward pass where `philora.decoding` covers the model.
 
         Answers come and go between two steps. Keys and values of one that is not there any more are let go, and of one
-        that comes back are computed again.
+        that comes back are computed again. What goes wrong with an answer is its own: the others get their token. Where
+        memory was refused (`philora.kernels.memory.out_of_memory`) an answer is as it was, and can be stepped again.
 
         Numerics:
             Each row has its own positions and sees its own tokens only. How many rows there are changes the order of
             sums: nothing in fp32 but the last digits, and in bf16 the choice between tokens that are all but equal.
 
         Returns:
-            The text that each token settled.
+            For each the text that its token settled, or what went wrong.
         """
         shared = [each for each in replies if each.limit_tokens <= self._shared_tokens]
-        alone = {each: next(each) for each in replies if each.limit_tokens > self._shared_tokens}
         if not shared:
             self._together.pop(adapter, None)
-            return list(alone.values())
+        found = self._step_together(adapter, shared)
+        for each in replies:
+            if each not in found:
+                found[each] = _tried(partial(next, each))
+        return [found[each] for each in replies]
+
+    def _step_together(self, adapter: str | None, replies: Sequence[Reply]) -> dict[Reply, str | BaseException]:
+        """The step of answers that share a forward pass; one by one where that fails, to find whose fault it is."""
+        if not replies:
+            return {}
+        logits = _tried(partial(self._logits_together, adapter, replies))
+        if not isinstance(logits, BaseException):
+            rows = zip(replies, logits, strict=True)
+            return {each: _tried(partial(each.take, row)) for each, row in rows}
+        if len(replies) == 1 or out_of_memory(logits):
+            return dict.fromkeys(replies, logits)
+        found: dict[Reply, str | BaseException] = {}
+        for each in replies:
+            found |= self._step_together(adapter, [each])
+        return found
+
+    def _logits_together(self, adapter: str | None, replies: Sequence[Reply]) -> list[Tensor]:
         self.switch(adapter)
         together = self._together.pop(adapter, None)  # what fails in the middle is not gone on from
         if together is None:
             self._packing = self._packing or decoding.Packing(self.model, USUAL_ROWS)
             together = _Together(decoding.Decoder(self.model, 0, self._shared_tokens, self._packing))
-        logits = together.logits(shared)
+        logits = together.logits(replies)
         self._together[adapter] = together
-        pieces = alone | {each: each.take(row) for each, row in zip(shared, logits, strict=True)}
-        return [pieces[each] for each in replies]
+        return logits
 
     @torch.inference_mode()
     def next_logits(self, ids: Sequence[int], memory: Memory) -> Tensor:
@@ -261,6 +293,18 @@ class Voices:
             except (RuntimeError, AttributeError):  # a sliding window has let go of them, or no cache of keys
                 return fresh
         return Memory(list(prompt[:shared]), adapter, memory.cache)
+
+
+def _tried(compute: Callable[[], _Result]) -> _Result | BaseException:
+    """What a function returns, or what it raises but for a wish to stop; a panic of the tokenizer's is no Exception."""
+    try:
+        return compute()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - told to whom it belongs
+        if out_of_memory(error):
+            error.__traceback__ = None  # its frames hold the memory that the next try needs
+        return error
 
 
 class _Together:
@@ -325,7 +369,7 @@ class Reply:
         self._voices = voices
         self._settings = settings
         self._sampler = Sampler(voices.model, settings)
-        self._random = torch.Generator().manual_seed(settings.seed)
+        self._random = torch.Generator().manual_seed(settings.seed % 2**63)
 
     def __iter__(self) -> Reply:
         return self
@@ -338,10 +382,19 @@ class Reply:
     def take(self, logits: Tensor) -> str:
         """Choose the next token; the text that it settled.
 
+        Raises:
+            NotFiniteError: The logits say nothing.
+
         Shapes:
             logits (V), behind `ids`.
         """
-        (token,) = self._sampler(logits[None], [self._random])
+        before = None if self._sampler.greedy else self._random.get_state()
+        try:
+            (token,) = self._sampler(logits[None], [self._random])
+        except BaseException:
+            if before is not None:
+                self._random.set_state(before)  # a second try draws the same
+            raise
         self.tokens += 1
         if token in self._voices.stops:
             self.finish = "stop"

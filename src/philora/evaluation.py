@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from philora.families import longrope_switch_tokens
 from philora.generation import (
     Answer,
     GenerationSettings,
+    NotFiniteError,
     device_of,
     evaluating,
     generate,
@@ -316,14 +317,31 @@ def evaluate(
     row_scores = score_rows(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
     give_back_freed_memory()
     window = window_tokens(model)
-    lengths = [len(ids) for ids in prompt_tokens(tokenizer, [prompt for prompt, _ in conversations])]
+    # What is asked is the beginning of what was trained, where a control token in a message is that token.
+    settings = replace(settings or GenerationSettings(), control_tokens=True)
+    prompts = prompt_tokens(tokenizer, [prompt for prompt, _ in conversations], control_tokens=True)
+    lengths = [len(ids) for ids in prompts]
     fitting = [pair for pair, length in zip(conversations, lengths, strict=True) if window is None or length < window]
-    answers = generate(model, tokenizer, [prompt for prompt, _ in fitting], settings)
+    answers = _answers(model, tokenizer, [prompt for prompt, _ in fitting], settings)
     give_back_freed_memory()
     samples = [_sample(prompt, reference, answer) for (prompt, reference), answer in zip(fitting, answers, strict=True)]
     seconds = time.perf_counter() - started
     too_long = len(conversations) - len(fitting)
     return Evaluation(_scores(row_scores, samples), samples, seconds, too_long, row_scores)
+
+
+def _answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Mapping[str, Any]]],
+    settings: GenerationSettings,
+) -> list[Answer]:
+    """As `generate`; a model of NaN gives empty answers, so that its evaluation says what became of it."""
+    try:
+        return generate(model, tokenizer, prompts, settings)
+    except NotFiniteError as error:
+        logger.warning("no answers: %s", error)
+        return [Answer("", 0, stopped=False) for _ in prompts]
 
 
 def _scores(rows: Sequence[RowScores], samples: Sequence[Sample]) -> Scores:

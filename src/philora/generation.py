@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from philora import decoding, models
+from philora.arrangement import Arrangement
 from philora.errors import ConfigError, DataError, ModelError, fault, one_per_line
 from philora.families import longrope_switch_tokens
 from philora.kernels.memory import out_of_memory
@@ -42,6 +44,8 @@ class GenerationSettings:
         seed: Of sampling; a Phi-3 model's answer follows from it and the prompt's place in the list, whatever the
             batch. The random state of the caller stays as it is.
         stop_strings: Texts that end an answer as a stop token does; they are cut from it.
+        control_tokens: Read a control token's text inside a message, such as `<|end|>`, as that token; else it is
+            text like any other, and cannot end a message or begin another.
 
     Raises:
         ConfigError: A value is out of its bounds, or belongs to sampling while `do_sample` is False.
@@ -55,12 +59,13 @@ class GenerationSettings:
     top_k: int | None = None
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
+    control_tokens: bool = False
 
     def __post_init__(self) -> None:
         rules = [
             ("max_new_tokens", self.max_new_tokens >= 1, "a whole number of at least 1"),
             ("batch_size", self.batch_size >= 1, "a whole number of at least 1"),
-            ("temperature", self.temperature is None or self.temperature > 0, "a number above 0"),
+            ("temperature", self.temperature is None or 0 < self.temperature < math.inf, "a number above 0"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number above 0 and at most 1"),
             ("top_k", self.top_k is None or self.top_k >= 1, "a whole number of at least 1"),
             ("stop_strings", all(self.stop_strings), "texts that are not empty"),
@@ -87,6 +92,14 @@ class Answer:
     text: str
     tokens: int
     stopped: bool
+
+
+class NotFiniteError(ModelError):
+    """A model computes NaN or infinity, so that it has no next token."""
+
+
+LEAST_TEMPERATURE = 1e-6
+"""Smaller ones are computed as this one: by it, too, only tokens that are all but equal to the likeliest are drawn."""
 
 
 def stop_token_ids(model_or_generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -120,7 +133,7 @@ def generate(
         ModelError: The tokenizer has no chat template.
     """
     settings = settings or GenerationSettings()
-    prompts = prompt_tokens(tokenizer, conversations)
+    prompts = prompt_tokens(tokenizer, conversations, control_tokens=settings.control_tokens)
     window = window_tokens(model)
     faults = [
         fault(
@@ -156,26 +169,18 @@ def _room(length: int, window: int | None, settings: GenerationSettings) -> int:
 
 
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Mapping[str, Any]]]
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    control_tokens: bool = False,
 ) -> list[list[int]]:
-    """Token ids of each conversation, up to and with the header of the assistant's next turn.
+    """Token ids of each conversation, arranged as in training, up to and with the header of the assistant's next turn.
 
     Raises:
+        DataError: The chat template refuses a conversation.
         ModelError: The tokenizer has no chat template.
     """
-    if not conversations:
-        return []
-    if tokenizer.chat_template is None:
-        expected = "a template in the tokenizer, which turns messages into text"
-        todo = "Use an instruct model's tokenizer, or set tokenizer.chat_template"
-        raise ModelError(fault("tokenizer", "chat_template", None, expected, todo))
-    texts = [
-        tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False, add_generation_prompt=True)
-        for messages in conversations
-    ]
-    # The template writes the special tokens, <s> of Phi-3 included where it wants one.
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return ids
+    return Arrangement(tokenizer).prompt_ids(conversations, control_tokens=control_tokens) if conversations else []
 
 
 def window_tokens(model: nn.Module) -> int | None:
@@ -226,7 +231,7 @@ def _seeded(model: nn.Module, settings: GenerationSettings) -> Iterator[None]:
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed % 2**63)
         yield
 
 
@@ -396,9 +401,18 @@ class Sampler:
         self.top_k = int(value("top_k", top_k))
 
     def __call__(self, logits: Tensor, randoms: Sequence[torch.Generator | None]) -> list[int]:
-        """Shapes: logits (B, V), a generator for each row; None for one that is not in use."""
+        """Choose a token for each row.
+
+        Raises:
+            NotFiniteError: A row in use has no logit that is a number, or one that is infinite.
+
+        Shapes:
+            logits (B, V), a generator for each row; None for one that is not in use.
+        """
+        top, likeliest = logits.max(-1)
+        check_finite(top, [each is not None for each in randoms])
         if self.greedy:
-            return [int(each) for each in logits.argmax(-1).tolist()]
+            return [int(each) for each in likeliest.tolist()]
         numbers = [0.0 if each is None else float(torch.rand((), generator=each)) for each in randoms]
         return [int(each) for each in self.draw(logits, torch.tensor(numbers, device=logits.device)).tolist()]
 
@@ -411,7 +425,9 @@ class Sampler:
         Numerics:
             fp32, as transformers' warpers.
         """
-        scores = logits.float() / self.temperature
+        # Less the largest, so that neither a large logit nor a small temperature overflows: the likeliest has 0.
+        scores = logits.float()
+        scores = (scores - scores.amax(-1, keepdim=True)) / max(self.temperature, LEAST_TEMPERATURE)
         kept = min(self.top_k or scores.shape[-1], scores.shape[-1])
         if kept < scores.shape[-1] or self.top_p < 1:
             scores, tokens = scores.topk(kept, sorted=True)
@@ -419,12 +435,28 @@ class Sampler:
             tokens = torch.arange(kept, device=logits.device).expand_as(scores)
         chances = scores.softmax(-1)
         if self.top_p < 1:
-            before = chances.cumsum(-1) - chances
-            chances = chances.masked_fill(before >= self.top_p, 0.0)  # the likeliest has nothing before it
+            left_out = chances.cumsum(-1) - chances >= self.top_p
+            left_out[..., 0] = False  # the likeliest stays, however small top_p is
+            chances = chances.masked_fill(left_out, 0.0)
         sums = chances.cumsum(-1)
         place = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)
         last = (chances > 0).sum(-1, keepdim=True) - 1 if self.top_p < 1 else place.new_full((1, 1), kept - 1)
         return tokens.gather(-1, torch.minimum(place, last))[:, 0]
+
+
+def check_finite(top: Tensor, in_use: Sequence[bool]) -> None:
+    """Raise where nothing can be chosen.
+
+    Shapes:
+        top (B), the largest logit of each row, NaN where there is one in the row.
+
+    Raises:
+        NotFiniteError: A row in use has NaN, infinity, or nothing above minus infinity.
+    """
+    bad = ~torch.isfinite(top.float())
+    if bool(bad.any()) and any(used for used, fails in zip(in_use, bad.tolist(), strict=True) if fails):
+        todo = "Look for NaN and infinity in the base's weights, in the adapter's, and in its lora_alpha"
+        raise NotFiniteError(fault("model", "logits", float(top[bad][0]), "numbers to choose the next token by", todo))
 
 
 # -- any other model
@@ -450,7 +482,8 @@ def _generate_batch(
         "pad_token_id": filler,
     }
     if settings.do_sample:
-        chosen = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        temperature = settings.temperature and max(settings.temperature, LEAST_TEMPERATURE)
+        chosen = {"temperature": temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         options |= {name: value for name, value in chosen.items() if value is not None}
     else:  # what a model's own generation config may set, and what has no part in a greedy answer
         options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
@@ -463,6 +496,7 @@ def _generate_batch(
             input_ids=pad(prompts, filler, "left", device),
             attention_mask=pad([[1] * len(ids) for ids in prompts], 0, "left", device),
             generation_config=GenerationConfig(**options),
+            logits_processor=LogitsProcessorList([_refuse_not_finite]),
             **extra,
         )
     except (MemoryError, RuntimeError) as error:
@@ -479,6 +513,12 @@ def _generate_batch(
         torch.cuda.empty_cache()
     parts = (prompts[:half], prompts[half:])
     return [each for part in parts for each in _generate_batch(model, tokenizer, part, settings, max_new_tokens)]
+
+
+def _refuse_not_finite(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A processor of transformers that changes nothing, and raises as `check_finite`."""
+    check_finite(scores.amax(-1), [True] * len(scores))
+    return scores
 
 
 def _unpadded(ids: list[int], stops: Collection[int], filler: int) -> list[int]:

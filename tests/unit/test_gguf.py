@@ -20,6 +20,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import philora
+from philora.arrangement import Arrangement
 from philora.config import ModelConfig
 from philora.errors import AdapterError, ConfigError, ModelError
 from philora.formats import export, gguf_export, gguf_file, held_out
@@ -404,6 +405,26 @@ def modelfile(text):
     return found
 
 
+FOLDING = ("no system", "phi4-reasoning")
+"""Templates that drop or refuse system turns."""
+
+
+@pytest.mark.parametrize("name", FOLDING)
+def test_ollama_gets_system_turns_as_training_does(name):
+    """In every place, as the arrangement of training folds them; the control leaves them out, as before."""
+    tokenizer = phi_tokenizer("Phi-4")
+    tokenizer.chat_template = TEMPLATES[name]
+    roles = ["system", "system", "user", "assistant", "system", "user"]
+    messages = [{"role": role, "content": f"{role} {number}\n"} for number, role in enumerate(roles)]
+    arrangement = Arrangement(tokenizer)
+    want = arrangement.render(arrangement.arranged(messages).messages, generation=True)
+    assert all(each["content"] in want for each in messages)
+    found = markup(tokenizer).go()
+    given = [{k.title(): v for k, v in each.items()} for each in messages]
+    assert go_template(found, {"Messages": given}) == want
+    assert go_template(found, {"Messages": [each for each in given if each["Role"] != "system"]}) != want
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_template_of_ollama_writes_what_the_tokenizer_does(name):
     tokenizer = phi_tokenizer("Phi-4")
@@ -411,9 +432,13 @@ def test_the_template_of_ollama_writes_what_the_tokenizer_does(name):
     found = markup(tokenizer).go()
     for talk in TALKS:
         messages = [{"role": role, "content": content} for role, content in talk]
-        if name == "no system" and messages[0]["role"] == "system":
-            messages = messages[1:]
-        want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        arranged = messages
+        if name in FOLDING and messages[0]["role"] == "system":
+            arranged = [
+                {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"},
+                *messages[2:],
+            ]
+        want = tokenizer.apply_chat_template(arranged, tokenize=False, add_generation_prompt=True)
         assert go_template(found, {"Messages": [{k.title(): v for k, v in each.items()} for each in messages]}) == want
         assert go_template(found.replace("|>", "|]", 1), {"Messages": []}) != want
 

@@ -18,16 +18,16 @@ places. A text with any other added token in it takes the way over offsets.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from philora.arrangement import TEMPLATE_ERRORS, Arrangement
 from philora.data.read import Fault
 from philora.data.shapes import Conversation, Message
 from philora.errors import DataError, fault
@@ -139,6 +139,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
+        self.arrangement = Arrangement(tokenizer)
         self.backend = backend_of(tokenizer)
         self.added = {index: str(token.content) for index, token in self.backend.get_added_tokens_decoder().items()}
         self.stops: dict[str, int] = {}
@@ -161,8 +162,6 @@ class Encoder:
         self._plans: dict[tuple[str, ...], _Plan | None] = {}
         self._tails: dict[str, list[int]] = {}
         self._opening: tuple[str, str] | None = None
-        self._keeps_system: bool | None = None
-        self._reads_tools: bool | None = None
 
     def ends_in_stop_number(self, conversation: Conversation) -> bool:
         """Whether the last turn ends in the number of a stop token, as when `eos_token_id` was put for `eos_token`."""
@@ -177,8 +176,6 @@ class Encoder:
             Fault: the template refuses these messages.
             TemplateFault: there is no template.
         """
-        import jinja2
-
         if self.tokenizer.chat_template is None:
             raise TemplateFault(
                 fault(
@@ -190,10 +187,8 @@ class Encoder:
                 )
             )
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=generation
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            text = self.arrangement.render(messages, tools=tools, generation=generation)
+        except TEMPLATE_ERRORS as error:
             roles = ", ".join(message["role"] for message in messages)
             raise Fault("roles", roles, f"turns that the chat template renders, but it says: {error}") from error
         return text
@@ -293,39 +288,13 @@ class Encoder:
 
     # ---------------------------------------------------------------------------------------------- system turns
 
-    def keeps_system(self) -> bool:
-        """Whether the template renders a system turn, tried once."""
-        if self._keeps_system is None:
-            probe = [{"role": "system", "content": "zq0qz"}, {"role": "user", "content": "zq1qz"}]
-            try:
-                self._keeps_system = "zq0qz" in self.render(probe)
-            except Fault:
-                self._keeps_system = False
-        return self._keeps_system
-
     def adapt(self, conversation: Conversation) -> tuple[Conversation, bool]:
-        """What of a conversation the template can render, and whether a system turn had to be folded.
-
-        A system turn that the template drops becomes the beginning of the next user turn. Tool descriptions that
-        the template does not read as `tools` go where Phi-4-mini's looks: the `tools` of the system turn.
-        """
-        if conversation.tools is not None and not self._reads_tool_argument(conversation.tools):
-            conversation = _tools_into_system(conversation)
-        if all(message["role"] != "system" for message in conversation.messages):
+        """What of a conversation the template can render, and whether a system turn had to be folded."""
+        if conversation.tools is None and all(message["role"] != "system" for message in conversation.messages):
             return conversation, False
-        if self.keeps_system() and _kept(self, conversation):
-            return conversation, False
-        return _folded(conversation), True
-
-    def _reads_tool_argument(self, tools: list[Any]) -> bool:
-        if self._reads_tools is None:
-            probe = [{"role": "user", "content": "zq0qz"}]
-            described = [{"type": "function", "function": {"name": "zq1qz", "description": "", "parameters": {}}}]
-            try:
-                self._reads_tools = "zq1qz" in self.render(probe, tools=described)
-            except Fault:
-                self._reads_tools = False
-        return self._reads_tools
+        found = self.arrangement.arranged(conversation.messages, conversation.tools)
+        untrained = frozenset(place for place, before in enumerate(found.places) if before in conversation.untrained)
+        return replace(conversation, messages=found.messages, tools=found.tools, untrained=untrained), found.folded
 
     # ------------------------------------------------------------------------------------------------- encoding
 
@@ -436,14 +405,12 @@ class Encoder:
             )
 
     def _render_all(self, chats: list[_Chat], results: list[Encoded | Fault | None]) -> list[str | None]:
-        import jinja2
-
         if self.tokenizer.chat_template is not None and all(chat.conversation.tools is None for chat in chats):
             try:
                 return list(
                     self.tokenizer.apply_chat_template([chat.conversation.messages for chat in chats], tokenize=False)
                 )
-            except (jinja2.TemplateError, TypeError, KeyError, AttributeError):
+            except TEMPLATE_ERRORS:
                 pass  # one of them cannot be rendered: find it
         rendered: list[str | None] = []
         for chat in chats:
@@ -687,47 +654,3 @@ def _inconsistent(text: str, prefix: str, index: int) -> str:
         "This template renders a turn differently once others follow, so its answers cannot be told from the prompt: "
         "use a template that renders each turn the same wherever it stands",
     )
-
-
-def _kept(encoder: Encoder, conversation: Conversation) -> bool:
-    roles = tuple([message["role"] for message in conversation.messages])
-    if conversation.is_plain and encoder._plan(roles) is not None:
-        return True  # the plan has a place for each content, and the rendering is compared with it
-    text = encoder.render(conversation.messages, tools=conversation.tools)
-    return all(message["content"].strip() in text for message in conversation.messages if message["role"] == "system")
-
-
-def _folded(conversation: Conversation) -> Conversation:
-    """System turns as the beginning of the user turn that follows (or of the first, when none does)."""
-    messages: list[Message] = []
-    untrained: set[int] = set()
-    waiting = ""
-    for index, message in enumerate(conversation.messages):
-        if message["role"] == "system":
-            waiting = f"{waiting}\n\n{message['content']}" if waiting else message["content"]
-            continue
-        if waiting and message["role"] == "user":
-            message = {**message, "content": f"{waiting}\n\n{message['content']}"}
-            waiting = ""
-        if index in conversation.untrained:
-            untrained.add(len(messages))
-        messages.append(message)
-    if waiting:
-        first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
-        if first is None:
-            messages.insert(0, {"role": "user", "content": waiting})
-            untrained = {index + 1 for index in untrained}
-        else:
-            messages[first] = {**messages[first], "content": f"{waiting}\n\n{messages[first]['content']}"}
-    return Conversation(messages, conversation.tools, conversation.two_user_turns, frozenset(untrained))
-
-
-def _tools_into_system(conversation: Conversation) -> Conversation:
-    described = json.dumps(conversation.tools, ensure_ascii=False)
-    first = conversation.messages[0]
-    if first["role"] == "system":
-        messages = [{"tools": described, **first}, *conversation.messages[1:]]
-        return Conversation(messages, None, conversation.two_user_turns, conversation.untrained)
-    messages = [{"role": "system", "content": "", "tools": described}, *conversation.messages]
-    untrained = frozenset(index + 1 for index in conversation.untrained)
-    return Conversation(messages, None, conversation.two_user_turns, untrained)

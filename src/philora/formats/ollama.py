@@ -1,8 +1,9 @@
 """Ollama's Modelfile: which file, how messages become a prompt, where an answer ends.
 
 Ollama writes prompts by a template of Go's `text/template`, not by the tokenizer's. It is derived here from what the
-tokenizer's template does: text before and after the content of each role, and text that asks for an answer. What the
-two give is compared on conversations before anything is written.
+tokenizer's template does: text before and after the content of each role, and text that asks for an answer. Where the
+tokenizer's template drops system turns, they begin the next user turn, as in training. What the two give is compared on
+conversations, with system turns and without, before anything is written.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from philora.arrangement import Arrangement, fold_system
 from philora.checkpoint import write_text
 from philora.companions import Companions
 from philora.errors import ModelError, fault
 from philora.families import longrope_switch_tokens
 
 ROLES = ("system", "user", "assistant")
+_FOLDED = "\n\n"
+"""What stands between a folded system turn and the user's; a template that keeps system turns writes a role there."""
 _MARKS = ("\x02one\x03", "\x02two\x03", "\x02three\x03")
 
 
@@ -30,7 +33,7 @@ class Markup(NamedTuple):
 
     Attributes:
         opening: Before everything.
-        before: Text before the content, by role; a role that the template leaves out is missing.
+        before: Text before the content, by role; `system` is missing where its turns are folded into the user's.
         after: Text after the content, by role.
         asking: What asks for an answer.
     """
@@ -42,21 +45,27 @@ class Markup(NamedTuple):
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt that asks for an answer to the messages."""
-        body = "".join(
-            self.before[each["role"]] + each["content"] + self.after[each["role"]]
-            for each in messages
-            if each["role"] in self.before
-        )
+        arranged = messages if "system" in self.before else fold_system(messages)[0]
+        body = "".join(self.before[each["role"]] + each["content"] + self.after[each["role"]] for each in arranged)
         return self.opening + body + self.asking
 
     def go(self) -> str:
         """The same in Go's `text/template`, for Ollama's `.Messages`."""
-        branches = ""
-        for number, role in enumerate(self.before):
-            branches += f'{{{{- {"else " if number else ""}if eq .Role "{role}" }}}}'
-            branches += f"{_literal(self.before[role])}{{{{ .Content }}}}{_literal(self.after[role])}\n"
-        opening = _literal(self.opening)
+        folds = "system" not in self.before
+        branches = _FOLD_SYSTEM if folds else ""
+        for role in self.before:
+            branches += f'{{{{- {"else " if branches else ""}if eq .Role "{role}" }}}}'
+            content = _FOLDED_CONTENT if folds and role == "user" else "{{ .Content }}"
+            branches += f"{_literal(self.before[role])}{content}{_literal(self.after[role])}\n"
+        opening = ('{{- $system := "" }}' if folds else "") + _literal(self.opening)
         return f"{opening}{{{{- range .Messages }}}}\n{branches}{{{{- end }}}}\n{{{{- end }}}}{_literal(self.asking)}"
+
+
+_FOLD_SYSTEM = (
+    '{{- if eq .Role "system" }}'
+    '{{- if $system }}{{ $system = printf "%s\\n\\n%s" $system .Content }}{{ else }}{{ $system = .Content }}{{ end }}\n'
+)
+_FOLDED_CONTENT = '{{ if $system }}{{ $system }}{{ "\\n\\n" }}{{ $system = "" }}{{ end }}{{ .Content }}'
 
 
 def _literal(text: str) -> str:
@@ -78,13 +87,15 @@ def markup(tokenizer: PreTrainedTokenizerBase, *, writes_bos: bool = True) -> Ma
     if not isinstance(tokenizer.chat_template, str):
         raise ModelError(fault(where, "chat_template", None, "a tokenizer with one chat template"))
 
+    arrangement = Arrangement(tokenizer)
+
     def prompt(messages: Sequence[Mapping[str, str]]) -> str:
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        text = arrangement.render(arrangement.arranged(messages).messages, generation=True)
         bos = tokenizer.bos_token or ""
         return text if writes_bos or not bos else text.removeprefix(str(bos))
 
     found = _derive(prompt, [str(each) for each in tokenizer.get_added_vocab()])
-    for messages in _trials(found):
+    for messages in _trials():
         if prompt(messages) != found.render(messages):
             expected = "a template that writes the same text around every content of a role"
             todo = "Export to gguf and write TEMPLATE yourself: Ollama's documentation, template.md"
@@ -115,23 +126,20 @@ def _derive(prompt: Any, special: Sequence[str]) -> Markup:
     before = {"user": before_user, "assistant": to_answer.removeprefix(after_user)}
     after = {"user": after_user, "assistant": after_answer}
     opening = first.removesuffix(before_user)
-    try:
-        ordered = prompt([message("system", one), message("user", two)])
-    except jinja2.TemplateError:  # raise_exception in the template: it takes no system message
-        ordered = ""
-    if one in ordered:
+    ordered = prompt([message("system", one), message("user", two)])
+    if between(ordered, one, two) != _FOLDED:
         before = {"system": ordered.partition(one)[0].removeprefix(opening), **before}
         after["system"] = between(ordered, one, two).removesuffix(before_user)
     return Markup(opening, before, after, last.removeprefix(after_user))
 
 
-def _trials(found: Markup) -> list[list[dict[str, str]]]:
+def _trials() -> list[list[dict[str, str]]]:
     question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because:\n1. so"}
     again = {**question, "content": "é 1\n"}
     talks = [[question], [question, answer, question], [question, answer, question, answer, again]]
-    if "system" in found.before:
-        talks += [[{"role": "system", "content": "Be brief."}, *each] for each in talks]
-    return talks
+    system, later = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "In French."}
+    talks += [[system, *each] for each in talks]
+    return [*talks, [question, answer, later, again], [system, later, question, answer, system, again]]
 
 
 def _common_suffix(a: str, b: str) -> str:

@@ -1,0 +1,352 @@
+"""How a conversation becomes a prompt, in one place: training, evaluation, chat, serving and exports arrange it alike.
+
+    messages -> `arranged`: a system turn that the template would drop begins the next user turn
+             -> `render`: the chat template's text
+             -> `prompt_ids`: token ids, in which the control tokens are the template's own
+
+A control token's text inside a message, such as `<|end|>`, is text: whoever writes a message cannot end it or begin
+another role's turn. The template is rendered with a stand-in for each such text, and the result is tokenised by a copy
+of the tokenizer that knows its control tokens under names that nobody can guess; so the template's tokens are found,
+and everything else is tokenised as it would be in any other place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jinja2
+from tokenizers import Tokenizer as Backend
+
+from philora.errors import DataError, ModelError, fault
+
+Message = dict[str, Any]
+
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, AttributeError)
+"""What a chat template may raise for messages that it does not take."""
+
+_ORDERS_KEPT = 4096
+_PART_CHARACTERS = 1 << 16
+_CUT_TOKENS = 32
+
+
+class PromptTooLong(DataError):
+    """A prompt has more tokens than it may have; how many more is not known.
+
+    Attributes:
+        tokens: How many were found before the rest was left unread.
+    """
+
+    def __init__(self, tokens: int, limit_tokens: int) -> None:
+        expected = f"at most {limit_tokens}"
+        super().__init__(fault("conversation", "prompt", f"over {tokens} tokens", expected, "Shorten the messages"))
+        self.tokens = tokens
+
+
+class Arranged(NamedTuple):
+    """Messages as the template can render them.
+
+    Attributes:
+        messages: With system turns folded into user turns where the template would drop them.
+        tools: Tool descriptions for the template's `tools`; None where they stand in a message, or there are none.
+        places: For each of `messages`, which one it was before; None for one that is new.
+        folded: Whether a system turn was folded.
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None
+    places: list[int | None]
+    folded: bool
+
+
+def fold_system(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[int | None]]:
+    """Put system turns at the beginning of the user turn that follows, or of the first when none does.
+
+    Returns:
+        The messages, and for each its place before; None for a user turn that had to be made.
+    """
+    folded: list[Message] = []
+    places: list[int | None] = []
+    waiting = ""
+    for place, message in enumerate(messages):
+        if message["role"] == "system":
+            waiting = f"{waiting}\n\n{message['content']}" if waiting else str(message["content"])
+            continue
+        if waiting and message["role"] == "user":
+            message = {**message, "content": f"{waiting}\n\n{message['content']}"}
+            waiting = ""
+        folded.append(dict(message))
+        places.append(place)
+    if waiting:
+        first = next((place for place, message in enumerate(folded) if message["role"] == "user"), None)
+        if first is None:
+            folded.insert(0, {"role": "user", "content": waiting})
+            places.insert(0, None)
+        else:
+            folded[first]["content"] = f"{waiting}\n\n{folded[first]['content']}"
+    return folded, places
+
+
+class Arrangement:
+    """What one tokenizer's chat template makes of conversations.
+
+    Args:
+        tokenizer: A `transformers.PreTrainedTokenizerBase`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._kept_orders: dict[tuple[str, ...], bool] = {}
+        self._reads_tools: bool | None = None
+
+    # -- messages to text
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: list[Any] | None = None, generation: bool = False
+    ) -> str:
+        """Return the text of the chat template.
+
+        Raises:
+            ModelError: There is no template.
+            jinja2.TemplateError, TypeError, KeyError, AttributeError: The template refuses the messages.
+        """
+        self._check_template()
+        text: str = self.tokenizer.apply_chat_template(
+            [dict(each) for each in messages], tools=tools, tokenize=False, add_generation_prompt=generation
+        )
+        return text
+
+    def _check_template(self) -> None:
+        if self.tokenizer.chat_template is None:
+            expected = "a template in the tokenizer, which turns messages into text"
+            todo = "Use an instruct model's tokenizer, or set tokenizer.chat_template"
+            raise ModelError(fault("tokenizer", "chat_template", None, expected, todo))
+
+    def arranged(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> Arranged:
+        """Return what of a conversation the template can render.
+
+        A system turn that the template drops, or refuses, becomes the beginning of a user turn. Tool descriptions that
+        the template does not read as `tools` go where Phi-4-mini's looks: the `tools` of the system turn.
+        """
+        found = [dict(each) for each in messages]
+        places: list[int | None] = list(range(len(found)))
+        if tools is not None and not self._reads_tool_argument():
+            described = json.dumps(tools, ensure_ascii=False)
+            if found[0]["role"] == "system":
+                found[0] = {"tools": described, **found[0]}
+            else:
+                found.insert(0, {"role": "system", "content": "", "tools": described})
+                places.insert(0, None)
+            tools = None
+        if all(each["role"] != "system" for each in found) or self._keeps_system(found, tools):
+            return Arranged(found, tools, places, folded=False)
+        folded, sources = fold_system(found)
+        return Arranged(folded, tools, [None if each is None else places[each] for each in sources], folded=True)
+
+    def _keeps_system(self, messages: list[Message], tools: list[Any] | None) -> bool:
+        """Whether the template renders every system turn, and one at the beginning of any conversation.
+
+        Of plain messages their roles decide, tried once each.
+        """
+        usual = [{"role": "system", "content": ""}, {"role": "user", "content": ""}]
+        if len(messages) != 2 and not self._keeps_system(usual, None):
+            return False
+        plain = tools is None and all(len(each) == 2 for each in messages)
+        roles = tuple([each["role"] for each in messages])
+        if not plain or roles not in self._kept_orders:
+            # Contents that no template writes by itself, so that none of them is found by chance.
+            marks = {place: f"zq{place}qz" for place, each in enumerate(messages) if plain or each["role"] == "system"}
+            probe = [{**each, "content": marks.get(place, each["content"])} for place, each in enumerate(messages)]
+            try:
+                text = self.render(probe, tools=tools)
+            except TEMPLATE_ERRORS:
+                text = ""
+            kept = all(mark in text for place, mark in marks.items() if messages[place]["role"] == "system")
+            if not plain or len(self._kept_orders) >= _ORDERS_KEPT:
+                return kept
+            self._kept_orders[roles] = kept
+        return self._kept_orders[roles]
+
+    def _reads_tool_argument(self) -> bool:
+        if self._reads_tools is None:
+            described = [{"type": "function", "function": {"name": "zq1qz", "description": "", "parameters": {}}}]
+            try:
+                self._reads_tools = "zq1qz" in self.render([{"role": "user", "content": "zq0qz"}], tools=described)
+            except TEMPLATE_ERRORS:
+                self._reads_tools = False
+        return self._reads_tools
+
+    # -- text to tokens
+
+    def prompt_ids(
+        self,
+        conversations: Iterable[Sequence[Mapping[str, Any]]],
+        *,
+        control_tokens: bool = False,
+        limit_tokens: int | None = None,
+    ) -> list[list[int]]:
+        """Return the token ids of each conversation, up to and with the header of the assistant's next turn.
+
+        Args:
+            conversations: Messages with `role` and `content`.
+            control_tokens: Read a control token's text inside a message as that token, as training reads its data.
+            limit_tokens: A text that surely has more tokens than this is not tokenised to its end.
+
+        Raises:
+            ModelError: There is no chat template.
+            DataError: The template refuses a conversation, or a message holds a control token's text that this
+                tokenizer cannot write as text.
+            PromptTooLong: A prompt has more than `limit_tokens`.
+        """
+        self._check_template()
+        ids: list[list[int]] = []
+        for conversation in conversations:
+            messages, tools = self.arranged(conversation)[:2]
+            try:
+                text = self.render(messages, tools=tools, generation=True)
+            except TEMPLATE_ERRORS as error:
+                expected = "messages that the model's chat template takes"
+                roles = [each["role"] for each in messages]
+                raise DataError(fault("conversation", "roles", roles, expected, f"It says: {error}")) from error
+            if limit_tokens is not None:
+                self._check_length(text, limit_tokens)
+            forged = not control_tokens and any(self._has_control(each) for each in messages)
+            ids.append(self._ids_without_forgery(messages) if forged else self._ids(text))
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        # The template writes the special tokens, <s> of Phi-3 included where it wants one.
+        if self._backend is None:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids
+        return _encode(self._backend, text)
+
+    @cached_property
+    def _backend(self) -> Any:
+        """The tokenizer of the tokenizers library, without padding and truncation; None where there is none."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None and (backend.truncation is not None or backend.padding is not None):
+            backend = Backend.from_str(backend.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+        return backend
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        return {str(text): int(index) for text, index in self.tokenizer.get_added_vocab().items() if text}
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return _any_of(self._control_ids)
+
+    def _has_control(self, value: Any) -> bool:
+        """Whether a message, or anything in one, holds a control token's text, before or after normalisation."""
+        if isinstance(value, Mapping):
+            return any(self._has_control(each) for name, each in value.items() if name != "role")
+        if isinstance(value, list | tuple):
+            return any(self._has_control(each) for each in value)
+        if not isinstance(value, str) or not self._control_ids:
+            return False
+        if self._control_pattern.search(value):
+            return True
+        normalizer = getattr(self._backend, "normalizer", None)
+        return normalizer is not None and bool(self._control_pattern.search(normalizer.normalize_str(value)))
+
+    def _check_length(self, text: str, limit_tokens: int) -> None:
+        """Read a long text in parts, until there are too many tokens: a cut between two parts adds at most a few."""
+        part_characters = max(_PART_CHARACTERS, 4 * limit_tokens)
+        if len(text) <= part_characters:
+            return
+        tokens = 0
+        for cuts, begin in enumerate(range(0, len(text), part_characters)):
+            tokens += len(self._ids(text[begin : begin + part_characters]))
+            if tokens > limit_tokens + cuts * _CUT_TOKENS:
+                raise PromptTooLong(tokens, limit_tokens)
+
+    def _ids_without_forgery(self, messages: list[Message]) -> list[int]:
+        """The ids of a prompt whose messages hold control tokens' texts: those are tokenised as any text is."""
+        renamed = self._renamed
+        if renamed is None:
+            expected = "messages without control tokens, which this kind of tokenizer cannot write as text"
+            raise DataError(fault("conversation", "content", _first_control(self._control_pattern, messages), expected))
+        stand_ins: list[str] = []
+
+        def mask(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: each if name == "role" else mask(each) for name, each in value.items()}
+            if isinstance(value, list | tuple):
+                return [mask(each) for each in value]
+            return self._control_pattern.sub(stand_in, value) if isinstance(value, str) else value
+
+        def stand_in(match: re.Match[str]) -> str:
+            stand_ins.append(match.group())
+            return renamed.stand_in(len(stand_ins) - 1)
+
+        text = self.render([mask(each) for each in messages], generation=True)
+        written = self._control_pattern.findall(text)
+        text = self._control_pattern.sub(lambda match: renamed.names[match.group()], text)
+        text = renamed.stand_in_pattern.sub(lambda match: stand_ins[int(match.group(1))], text)
+        ids = [renamed.ids.get(each, each) for each in _encode(renamed.backend, text)]
+        unknown = self.tokenizer.unk_token_id
+        controls = set(self._control_ids.values()) - {unknown}
+        if [each for each in ids if each in controls] != [
+            self._control_ids[each] for each in written if self._control_ids[each] in controls
+        ]:
+            expected = "messages without control tokens, which this tokenizer cannot write as text"
+            raise DataError(fault("conversation", "content", stand_ins[:3], expected, "Leave them out"))
+        return ids
+
+    @cached_property
+    def _renamed(self) -> _Renamed | None:
+        return None if self._backend is None else _Renamed(self._backend, self._control_ids)
+
+
+class _Renamed:
+    """A copy of a tokenizer that knows its added tokens under other names, which nobody can guess.
+
+    Attributes:
+        backend: The copy.
+        names: What each added token is called in it.
+        ids: The copy's ids of added tokens to the original's.
+        stand_in_pattern: Finds what `stand_in` gives.
+    """
+
+    def __init__(self, backend: Any, control_ids: Mapping[str, int]) -> None:
+        secret = secrets.token_hex(16)
+        content = json.loads(backend.to_str())
+        self.names = {text: f"zq{secret}t{number}qz" for number, text in enumerate(control_ids)}
+        content["added_tokens"] = [
+            {**each, "content": self.names[each["content"]]}
+            for each in content["added_tokens"]
+            if each["content"] in self.names
+        ]
+        content["post_processor"] = None  # it names tokens, and nothing is added to what the template writes
+        self.backend = Backend.from_str(json.dumps(content))
+        ids = self.backend.get_vocab(with_added_tokens=True)
+        self.ids = {ids[name]: control_ids[text] for text, name in self.names.items()}
+        self.stand_in_pattern = re.compile(rf"zq{secret}s(\d+)qz")
+        self._secret = secret
+
+    def stand_in(self, number: int) -> str:
+        """Text that stands for a part of a message while the template is rendered."""
+        return f"zq{self._secret}s{number}qz"
+
+
+def _encode(backend: Any, text: str) -> list[int]:
+    # As a batch: the library lets other threads run meanwhile.
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of the texts, the longest where several begin at one place."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _first_control(pattern: re.Pattern[str], messages: Sequence[Mapping[str, Any]]) -> str:
+    found = pattern.search(json.dumps(list(messages), ensure_ascii=False))
+    return found.group() if found else ""
