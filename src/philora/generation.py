@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from philora import decoding, models
+from philora.data.template import prompt_text
 from philora.errors import ConfigError, DataError, ModelError, fault, one_per_line
 from philora.families import longrope_switch_tokens
 from philora.kernels.memory import out_of_memory
@@ -169,10 +170,7 @@ def prompt_tokens(
         expected = "a template in the tokenizer, which turns messages into text"
         todo = "Use an instruct model's tokenizer, or set tokenizer.chat_template"
         raise ModelError(fault("tokenizer", "chat_template", None, expected, todo))
-    texts = [
-        tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False, add_generation_prompt=True)
-        for messages in conversations
-    ]
+    texts = [prompt_text(tokenizer, messages) for messages in conversations]
     # The template writes the special tokens, <s> of Phi-3 included where it wants one.
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids

@@ -19,8 +19,7 @@ from philora.adapters import load_adapter
 from philora.checkpoint import write_text
 from philora.config import Config, ModelConfig, SourceConfig, TokenizerConfig, load_config
 from philora.data.read import Fault, resolve, text_lines
-from philora.data.shapes import prompt_of
-from philora.data.template import with_tools
+from philora.data.shapes import prompt_of, with_tools
 from philora.errors import AdapterError, DataError, fault, one_per_line
 from philora.generation import GenerationSettings, generate
 from philora.models import load_model, load_tokenizer
@@ -144,6 +143,7 @@ def answer_file(
 
 
 # -- prompts
+
 
 def read_prompts(file: str | Path) -> list[list[dict[str, Any]]]:
     """Conversations to answer, each up to where the assistant is to speak.

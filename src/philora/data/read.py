@@ -652,8 +652,10 @@ def _wanted_list(file: Path, reading: _Reading) -> str | None:
         _ends(text, "nothing after the object with the list of records")
     names = list(lists)
     # A list that stands alone is the records, whatever its name; of several the name says which.
-    wanted = names[0] if len(names) == 1 and reading.split is None else choose_split(
-        str(file), reading.split, reading.role, names
+    wanted = (
+        names[0]
+        if len(names) == 1 and reading.split is None
+        else choose_split(str(file), reading.split, reading.role, names)
     )
     for name in names:
         if name != wanted:

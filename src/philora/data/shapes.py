@@ -257,8 +257,10 @@ def detect(records: Sequence[Record], where: str) -> Shape:
         return Shape("messages")
     names = ", ".join(sorted(map(str, seen))[:20])
     if "chosen" in seen:
-        column = '{messages: "{chosen}"}' if isinstance(seen["chosen"], list) else (
-            '{user: "{prompt}", assistant: "{chosen}"}' if "prompt" in seen else '{text: "{chosen}"}'
+        column = (
+            '{messages: "{chosen}"}'
+            if isinstance(seen["chosen"], list)
+            else ('{user: "{prompt}", assistant: "{chosen}"}' if "prompt" in seen else '{text: "{chosen}"}')
         )
         todo = f"To train on the chosen ones say columns: {column}"
         raise DataError(fault(where, "fields", names, "one answer a record, not a better and a worse one", todo))
@@ -349,7 +351,11 @@ def _from_messages(fields: _Fields, shape: Shape) -> Conversation:
 
 
 def _from_sharegpt(fields: _Fields, shape: Shape) -> Conversation:
-    name = "conversations" if fields.filled(["conversations"]) or "conversation" not in fields.values else "conversation"
+    name = (
+        "conversation"
+        if fields.values.get("conversations") is None and "conversation" in fields.values
+        else ("conversations")
+    )
     return _with_system(_from_list(fields.needed(name), name, fields), fields)
 
 
@@ -443,6 +449,8 @@ def _message(each: Any, name: str, unread: set[str]) -> Message:
     calls = len(each) > 2 and each.get("tool_calls")
     if len(each) > 2:
         _refuse_what_changes_the_meaning(_Fields(each), name)
+        if calls:
+            each = {**each, "tool_calls": _calls(calls, role, f"{name}.tool_calls")}
     if content is None:
         if not calls:
             raise Fault(f"{name}.{content_name}", None, "the text of the turn", "Add it or remove the record")
@@ -457,10 +465,46 @@ def _message(each: Any, name: str, unread: set[str]) -> Message:
     if len(each) > 2:
         for key in _EXTRA_KEYS:
             if not _is_empty(each.get(key)):
-                message[key] = each[key]
+                listed = key == "tools" and not isinstance(each[key], str)  # templates write it as it is
+                message[key] = json.dumps(each[key], ensure_ascii=False) if listed else each[key]
         known = (role_name, content_name, *_EXTRA_KEYS, *_LOSS_FLAGS, *_MASK_FLAGS)
         unread.update(f"{key} of turns" for key, value in each.items() if key not in known and not _is_empty(value))
     return message
+
+
+def _calls(calls: Any, role: str, name: str) -> list[Any]:
+    """The tool calls of a turn; Parquet and CSV often hold them as JSON."""
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except ValueError as error:
+            raise Fault(name, calls, f"a list of tool calls ({error})") from None
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Fault(name, calls, f"a list of tool calls, not {_type_name(calls)}")
+    if role != "assistant":
+        raise Fault(name, calls, "tool calls in turns of the assistant alone", "Move them to the turn that makes them")
+    return calls
+
+
+def function_names(described: Sequence[Any]) -> list[str]:
+    """Names of the functions in tool calls or tool descriptions, with or without an object `function` around them."""
+    inner = [each.get("function") or each for each in described if isinstance(each, Mapping)]
+    return [str(each["name"]) for each in inner if isinstance(each, Mapping) and each.get("name")]
+
+
+def with_tools(messages: list[Message], tools: list[Any] | None) -> list[Message]:
+    """Messages that bring their tool descriptions along: as a list, in the `tools` of the first turn.
+
+    (As text, in the `tools` of a system turn, they are what Phi-4-mini's template reads.)
+    """
+    return messages if tools is None else [{**messages[0], "tools": tools}, *messages[1:]]
+
+
+def split_tools(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[Any] | None]:
+    """The messages and the tool descriptions that `with_tools` put together."""
+    turns = [dict(message) for message in messages]
+    tools = turns[0].pop("tools") if turns and isinstance(turns[0].get("tools"), list) else None
+    return turns, tools
 
 
 def _joined_parts(parts: list[Any], name: str, unread: set[str]) -> str:

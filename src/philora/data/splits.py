@@ -16,9 +16,7 @@ _NAMES = {
 }
 
 
-def choose_split(
-    where: str, given: str | None, role: Literal["train", "eval"], names: Sequence[str]
-) -> str:
+def choose_split(where: str, given: str | None, role: Literal["train", "eval"], names: Sequence[str]) -> str:
     """The split that is asked for by name, or the one that training or evaluation reads by default.
 
     Args:
