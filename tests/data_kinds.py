@@ -264,7 +264,7 @@ def pair_kinds() -> Iterator[Kind]:
     row = {"instruction": "Who?", "context": "Ann came.", "response": "Ann.", "category": "closed_qa"}
     yield Kind("dolly", (jsonl(row),), ("Ann.",), ("category (1)",))
     row = {"id": "t1", "system_prompt": "Be brief.", "question": Q, "response": A}
-    yield Kind("OpenOrca, its columns named", (jsonl(row),), (A,), ("id (1)",), settings={"columns": {"system": "{system_prompt}", "user": "{question}", "assistant": "{response}"}})  # fmt: skip
+    yield Kind("OpenOrca", (jsonl(row),), (A,), ("id (1)",))
     row = {"question": "Who?", "context": "Ann came.", "answer": "Ann.", "title": "Visits"}
     yield Kind("questions about a text", (jsonl(row),), ("Ann.",), ("title (1)",))
     yield Kind(

@@ -50,7 +50,7 @@ _KINDS: dict[str, Kind] = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-_NOT_DATA = {"dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json"}
+_NOT_DATA = {"dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json", "README.md"}
 _RECORD_KEYS = (
     "messages", "conversations", "conversation", "instruction", "prompt", "text", "question", "query", "user", "chosen",
 )  # fmt: skip
@@ -402,7 +402,7 @@ def _as_utf8(stream: IO[bytes], encoding: str, file: Path) -> IO[bytes]:
         made.write(decoder.decode(b"", final=True).encode())
     except UnicodeError as error:
         made.close()
-        expected = f"{encoding.upper()} to its end, as its byte order mark says ({error.args[-1]})"
+        expected = f"text to its end in {encoding.upper()}, as its byte order mark says ({error.args[-1]})"
         raise DataError(fault(str(file), "file", file.name, expected, "Is the file whole?")) from None
     made.seek(0)
     return made
@@ -597,7 +597,7 @@ def _json_values(file: Path, reading: _Reading) -> Iterator[tuple[int, Record]]:
         if text.peek() == "[":
             _refuse_split(file, reading)
             yield from _array_values(text)
-            _ends(text, "nothing after the list of records")
+            _ends(text, "the list of records")
             return
     wanted = _wanted_list(file, reading)
     text = _JsonText(file)
@@ -611,10 +611,10 @@ def _json_values(file: Path, reading: _Reading) -> Iterator[tuple[int, Record]]:
             yield line, value if isinstance(value, dict) else json.dumps(value).encode()
 
 
-def _ends(text: _JsonText, expected: str) -> None:
+def _ends(text: _JsonText, what: str) -> None:
     if text.peek():
         around = text.text[text.position : text.position + 40]
-        raise DataError(fault(text.where(), "text", around, expected, "Correct or remove what follows"))
+        raise DataError(fault(text.where(), "text", around, f"nothing after {what}", "Correct or remove what follows"))
 
 
 def _members(text: _JsonText) -> Iterator[str]:
@@ -649,7 +649,7 @@ def _wanted_list(file: Path, reading: _Reading) -> str | None:
                 others.append(key)
         if not lists:
             return None
-        _ends(text, "nothing after the object with the list of records")
+        _ends(text, "the object with the list of records")
     names = list(lists)
     # A list that stands alone is the records, whatever its name; of several the name says which.
     wanted = (

@@ -66,6 +66,7 @@ _PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("question", "answer"),
+    ("question", "response"),
     ("query", "response"),
     ("instruction", "response"),
     ("user", "assistant"),
