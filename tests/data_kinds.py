@@ -1,8 +1,8 @@
 """Kinds of record files that people have, each tiny, and what becomes of every text in them.
 
-`KINDS` is the table of the tests and of docs/data.md. A kind is written from Python values, so that the texts in its files
-are known without any reader of the package; `result` prepares it as a run would, and `lost` names the texts that are then
-neither in a row nor said to be unread.
+`KINDS` is the table of the tests and of docs/data.md. A kind is written from Python values, so that the texts in its
+files are known without any reader of the package; `result` prepares it as a run would, and `lost` names the texts that
+are then neither in a row nor said to be unread.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def chat_kinds() -> Iterator[Kind]:
         refused="the same text as the system turn",
     )
     yield Kind("messages with ids", (jsonl({"id": "a1", "source": "web", **CHAT}),), (A,), ("id (1)", "source (1)"))
-    yield Kind("messages, the role `developer`", (jsonl({"messages": [{"role": "developer", "content": "Be brief."}, *CHAT["messages"]]}),), (A,))  # fmt: skip
+    turns = [{"role": "developer", "content": "Be brief."}, *CHAT["messages"]]
+    yield Kind("messages, the role `developer`", (jsonl({"messages": turns}),), (A,))
     turns = [user(Q), assistant("Turn right.", weight=0), user("Sure?"), assistant(A, weight=1)]
     yield Kind("a turn with `weight: 0`", (jsonl({"messages": turns}),), (A,))
     turns = [user(Q), assistant("Turn right.", loss=False), user("Sure?"), assistant(A, loss="true")]
@@ -389,13 +390,14 @@ def layout_kinds() -> Iterator[Kind]:
 
 
 def folder_kinds() -> Iterator[Kind]:
+    far = {"question": "Far?", "answer": "A mile."}
     yield Kind(
         "a folder of the Hub's form",
-        (arrow(ASKED, name="data/train-00000-of-00001.parquet"), arrow({"question": "Far?", "answer": "A mile."}, name="data/test-00000-of-00001.parquet")),
+        (arrow(ASKED, name="data/train-00000-of-00001.parquet"), arrow(far, name="data/test-00000-of-00001.parquet")),
         (A,),
         ("split test (data/test-00000-of-00001.parquet)",),
         folder=True,
-    )  # fmt: skip
+    )
     files = (jsonl(CHAT, name="train.jsonl"), jsonl(OTHER, name="valid.jsonl"), jsonl(THIRD, name="more.jsonl"))
     yield Kind(
         "a folder with files named as splits",
@@ -431,7 +433,8 @@ def folder_kinds() -> Iterator[Kind]:
         ("files of other kinds (notes.md)",),
         folder=True,
     )
-    card = b"---\nconfigs:\n- config_name: easy\n  data_files: easy/*.jsonl\n- config_name: hard\n  data_files: hard/*.jsonl\n---\n"
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("easy", "hard"))
+    card = f"---\nconfigs:\n{configs}---\n".encode()
     subsets = (jsonl(CHAT, name="easy/a.jsonl"), jsonl(OTHER, name="hard/a.jsonl"), raw("README.md", card))
     yield Kind(
         "a folder with subsets, one given",

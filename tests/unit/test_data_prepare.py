@@ -149,6 +149,29 @@ def test_kinds_in_one_run(run, tmp_path):
     assert {"Add\n1 2", "Add\n Input: 1 2", "Once."} <= set(contents)
 
 
+def test_a_prompt_with_an_earlier_answer_is_trained_as_trl_does(run, tokenizer, stops, phi3, tmp_path):
+    """Only the completion has labels; TRL's mask goes on to the end of the text behind the stop token."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    record = {
+        "prompt": [*chat("Hi.", "Hello."), {"role": "user", "content": "What is the way?"}],
+        "completion": [{"role": "assistant", "content": "Turn left."}],
+    }
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    ours = run(file).train[0]
+    settings = SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
+    trainer = SFTTrainer(phi3(), args=settings, train_dataset=Dataset.from_list([record]), processing_class=tokenizer)
+    theirs = trainer.train_dataset[0]
+    assert ours["input_ids"] == theirs["input_ids"]
+    mask = [int(label != IGNORED) for label in ours["labels"]]
+    stop = ours["input_ids"].index(stops[0], theirs["completion_mask"].index(1))
+    assert mask == [each if place <= stop else 0 for place, each in enumerate(theirs["completion_mask"])]
+    whole = encode_conversation(tokenizer, [*record["prompt"], *record["completion"]], stop_token_ids=stops)
+    assert sum(label != IGNORED for label in whole.labels) > sum(mask)  # as messages, both answers are trained
+
+
 # ------------------------------------------------------------------------------------------------- lengths
 
 

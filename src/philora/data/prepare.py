@@ -500,8 +500,8 @@ def _notice_source(report: DataReport, role: str, source: SourceReport) -> None:
         "well, so it is trained twice. Remove it from the data",
         "own": "{text} is written out inside messages of {count:,} records and becomes the control token. Remove it, "
         "unless it is meant",
-        "foreign": "{text} is written out in {count:,} records. It belongs to another model; this one has no such token "
-        "and learns it as letters. Remove it: the chat template marks the turns",
+        "foreign": "{text} is written out in {count:,} records. It belongs to another model; this one has no such "
+        "token and learns it as letters. Remove it: the chat template marks the turns",
     }
     for key, count in source.spelled.items():
         kind, _, text = key.partition(" ")

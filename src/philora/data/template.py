@@ -4,10 +4,10 @@ For every assistant turn i, the rendering of the turns before it with the genera
 the complete rendering: what follows is what the model has to write, up to and with the first stop token. No marker
 string is searched for, so any template that is consistent works and one that is not is refused.
 
-Most templates put literal text around the contents, so the proof is made once for a sequence of roles, on contents that
-cannot be mistaken, and gives a `_Plan`: the literal pieces between contents. A conversation then needs one rendering: if
-it equals the pieces and its contents joined, all places are known; if not (a template that trims or rewrites), the full
-proof is made for this conversation.
+Most templates put literal text around the contents, so the proof is made once for a sequence of roles, on contents
+that cannot be mistaken, and gives a `_Plan`: the literal pieces between contents. A conversation then needs one
+rendering: if it equals the pieces and its contents joined, all places are known; if not (a template that trims or
+rewrites), the full proof is made for this conversation.
 
 The proof itself costs a time linear in the turns. The text that a template writes between one answer and the next is
 learned once for each order of roles that stands there, from a rendering with marks. Where it is found again, the answer
