@@ -155,7 +155,7 @@ def read_prompts(file: str | Path) -> list[list[dict[str, Any]]]:
         DataError: The file is missing or empty, or records cannot be used (all of them are named).
     """
     path = Path(file).expanduser()
-    if path.suffix == ".txt" and path.is_file():
+    if path.suffix.lower() == ".txt" and path.is_file():
         prompts = [[{"role": "user", "content": line.strip()}] for _, line in text_lines(path) if line.strip()]
         if not prompts:
             raise DataError(fault(str(path), "prompts", 0, "at least one line"))

@@ -24,7 +24,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from philora.data.splits import choose_split, folder_splits
+from philora.data.splits import DEFAULT_SPLITS, choose_split, folder_splits
 from philora.errors import DataError, fault, nearest
 
 if TYPE_CHECKING:
@@ -252,8 +252,8 @@ def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
     splits = folder_splits(folder, config.subset, files)
     in_some = {file for each in splits.values() for file in each}
     lost = [file for file in files if file not in in_some]
-    if config.split is None and len(splits) == 1 and lost and role not in splits:
-        # One split whose name is another's, and files beside it: which of them is meant is not for us to guess.
+    if config.split is None and len(splits) == 1 and lost and not splits.keys() & set(DEFAULT_SPLITS[role]):
+        # One split of another purpose, and files beside it: which of them is meant is not for us to guess.
         names = ", ".join(splits)
         expected = f"the name of a split, since this folder has {names} alone and {len(lost)} more files"
         raise DataError(fault(str(folder), "split", None, expected, "Give split, or a folder with the files to read"))

@@ -218,7 +218,7 @@ def _read_flags_of_record(fields: _Fields, shape: Shape) -> None:
     elif label == 0 and not isinstance(label, bool):
         return  # a class by its number
     if "label" not in fields.read and isinstance(label, bool | str | int) and label in bad:
-        todo = "Remove the records whose label is false: they would be trained as good answers"
+        todo = "Remove the records whose label is false, or the field if it says something else of them"
         raise Fault("label", label, "an answer that is good", todo)
     if label is True:
         fields.get("label")

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from philora.errors import DataError, fault, nearest
 
-_NAMES = {
+DEFAULT_SPLITS = {
     "train": ("train", "train_sft"),
     "eval": ("validation", "test", "test_sft", "eval", "dev", "valid", "val"),
 }
+"""The splits that are read for training and for evaluation where none is named, the first of them that exists."""
 
 
 def choose_split(where: str, given: str | None, role: Literal["train", "eval"], names: Sequence[str]) -> str:
@@ -28,7 +29,7 @@ def choose_split(where: str, given: str | None, role: Literal["train", "eval"], 
     Raises:
         DataError: None of them has that name, or there are several and none is meant by default.
     """
-    for name in (given,) if given else _NAMES[role]:
+    for name in (given,) if given else DEFAULT_SPLITS[role]:
         if name in names:
             return name
     if given is None and len(names) == 1:
