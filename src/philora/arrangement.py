@@ -63,6 +63,49 @@ class Arranged(NamedTuple):
     folded: bool
 
 
+def function_names(described: Sequence[Any]) -> list[str]:
+    """Return the names of functions in tool calls or descriptions, with or without an object `function` around them."""
+    inner = [each.get("function") or each for each in described if isinstance(each, Mapping)]
+    return [str(each["name"]) for each in inner if isinstance(each, Mapping) and each.get("name")]
+
+
+def with_tools(messages: list[Message], tools: list[Any] | None) -> list[Message]:
+    """Return messages that carry their tool descriptions, as a list in the `tools` of the first turn.
+
+    (As text, in the `tools` of a system turn, they are what Phi-4-mini's template reads.)
+    """
+    return messages if tools is None else [{**messages[0], "tools": tools}, *messages[1:]]
+
+
+def split_tools(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[Any] | None]:
+    """Return the messages and the tool descriptions that `with_tools` put together."""
+    turns = [dict(message) for message in messages]
+    tools = turns[0].pop("tools") if turns and isinstance(turns[0].get("tools"), list) else None
+    return turns, tools
+
+
+def tools_not_shown(text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[str]:
+    """Return the names of described tools that a rendering does not show."""
+    described: list[Any] = list(tools or ())
+    for message in messages:
+        own = message.get("tools")
+        if isinstance(own, str):
+            try:
+                own = json.loads(own)
+            except ValueError:
+                own = [{"name": own}]
+        described += own if isinstance(own, list) else []
+    return [name for name in function_names(described) if name not in text]
+
+
+TOOLS_LEFT_OUT = (
+    "tool descriptions that the chat template shows",
+    "This model's template leaves them out: describe the tools in the text of the system turn, use a model whose "
+    "template shows them, or remove the field",
+)
+"""What is expected, and what to do, where a template leaves tool descriptions out."""
+
+
 def fold_system(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[int | None]]:
     """Put system turns at the beginning of the user turn that follows, or of the first when none does.
 
@@ -198,24 +241,26 @@ class Arrangement:
 
         Raises:
             ModelError: There is no chat template.
-            DataError: The template refuses a conversation, or a message holds a control token's text that this
-                tokenizer cannot write as text.
+            DataError: The template refuses a conversation or leaves out its tools, or a message holds a control
+                token's text that this tokenizer cannot write as text.
             PromptTooLong: A prompt has more than `limit_tokens`.
         """
         self._check_template()
         ids: list[list[int]] = []
         for conversation in conversations:
-            messages, tools = self.arranged(conversation)[:2]
+            messages, tools = self.arranged(*split_tools(conversation))[:2]
             try:
                 text = self.render(messages, tools=tools, generation=True)
             except TEMPLATE_ERRORS as error:
                 expected = "messages that the model's chat template takes"
                 roles = [each["role"] for each in messages]
                 raise DataError(fault("conversation", "roles", roles, expected, f"It says: {error}")) from error
+            if lost := tools_not_shown(text, messages, tools):
+                raise DataError(fault("conversation", "tools", ", ".join(lost), *TOOLS_LEFT_OUT))
             if limit_tokens is not None:
                 self._check_length(text, limit_tokens)
-            forged = not control_tokens and any(self._has_control(each) for each in messages)
-            ids.append(self._ids_without_forgery(messages) if forged else self._ids(text))
+            forged = not control_tokens and any(self._has_control(each) for each in (*messages, {"tools": tools}))
+            ids.append(self._ids_without_forgery(messages, tools) if forged else self._ids(text))
         return ids
 
     def _ids(self, text: str) -> list[int]:
@@ -267,7 +312,7 @@ class Arrangement:
             if tokens > limit_tokens + cuts * _CUT_TOKENS:
                 raise PromptTooLong(tokens, limit_tokens)
 
-    def _ids_without_forgery(self, messages: list[Message]) -> list[int]:
+    def _ids_without_forgery(self, messages: list[Message], tools: list[Any] | None) -> list[int]:
         """The ids of a prompt whose messages hold control tokens' texts: those are tokenised as any text is."""
         renamed = self._renamed
         if renamed is None:
@@ -286,7 +331,8 @@ class Arrangement:
             stand_ins.append(match.group())
             return renamed.stand_in(len(stand_ins) - 1)
 
-        text = self.render([mask(each) for each in messages], generation=True)
+        described = None if tools is None else [mask(each) for each in tools]
+        text = self.render([mask(each) for each in messages], tools=described, generation=True)
         written = self._control_pattern.findall(text)
         text = self._control_pattern.sub(lambda match: renamed.names[match.group()], text)
         text = renamed.stand_in_pattern.sub(lambda match: stand_ins[int(match.group(1))], text)

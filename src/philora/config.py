@@ -101,8 +101,12 @@ class SourceConfig:
     path: str = dataclasses.field(
         metadata={"rule": TEXT, "doc": "file, folder or hub id; `helpdesk` is the bundled chat set"}
     )
-    subset: str | None = _setting(None, _TEXT_OR_NULL, "subset (configuration) of a hub dataset")
-    split: str | None = _setting(None, _TEXT_OR_NULL, "split to read, such as `train_sft`")
+    subset: str | None = _setting(
+        None, _TEXT_OR_NULL, "subset (configuration) of a hub dataset, or of a folder with a dataset card"
+    )
+    split: str | None = _setting(
+        None, _TEXT_OR_NULL, "split to read, such as `train_sft`; of a JSON object with several lists, one of them"
+    )
     limit: int | None = _setting(None, _COUNT_OR_NULL, "read this many records at most")
     columns: Mapping[str, str] | None = _setting(
         None,
@@ -1258,13 +1262,21 @@ _TEMPLATE: Final = Rule("a template such as '{instruction}'", _template)
 
 def _check_columns(path: _Path, columns: Mapping[str, Any], reader: _Reader) -> None:
     for key, value in columns.items():
-        reader.read((*path, key), value, _TEMPLATE)
+        read = reader.read((*path, key), value, _TEMPLATE)
+        if key in COLUMN_ROLES[1:] and isinstance(read, str) and "{" not in read:
+            hint = f"Write '{{{read}}}' if that is the column's name"
+            reader.fault((*path, key), value, "a template with the name of a column in braces", hint)
         if key not in COLUMN_ROLES:
             reader.fault((*path, key), value, "one of " + ", ".join(COLUMN_ROLES), nearest(key, COLUMN_ROLES))
-    for needed in ({"user", "assistant"}, {"prompt", "completion"}, {"text"}):
-        if needed <= set(columns):
+    if "messages" in columns and not set(columns) - {"messages", "system"}:
+        return
+    if "text" in columns and len(columns) == 1:
+        return
+    for needed in ({"user", "assistant"}, {"prompt", "completion"}):
+        if needed <= set(columns) and not {"text", "messages"} & set(columns):
             return
-    reader.fault(path, dict(columns), "user and assistant, prompt and completion, or text among its keys")
+    expected = "user and assistant, prompt and completion, text alone, or messages (with or without system)"
+    reader.fault(path, dict(columns), expected)
 
 
 def _local(path: _Path, text: str, reader: _Reader) -> str:

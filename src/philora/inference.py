@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,18 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from philora.adapters import load_adapter
+from philora.arrangement import with_tools
 from philora.checkpoint import write_text
 from philora.config import ModelConfig, SourceConfig, TokenizerConfig
-from philora.data.read import Fault, parse_line, resolve
-from philora.data.shapes import TEXT_ROLE, detect
+from philora.data.read import Fault, resolve, text_lines
+from philora.data.shapes import prompt_of
 from philora.errors import AdapterError, DataError, ModelError, fault, one_per_line
 from philora.generation import GenerationSettings, generate
 from philora.models import load_model, load_tokenizer
 from philora.run_folder import TrainedRun
 from philora.sources import AdapterSource, find_adapter, require_base
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,6 @@ def answer_file(
 
 # -- prompts
 
-PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-"""Fields of a question and its answer, where a record has no list of messages."""
-
 
 def read_prompts(file: str | Path) -> list[list[dict[str, Any]]]:
     """Conversations to answer, each up to where the assistant is to speak.
@@ -150,46 +152,29 @@ def read_prompts(file: str | Path) -> list[list[dict[str, Any]]]:
         DataError: The file is missing or empty, or records cannot be used (all of them are named).
     """
     path = Path(file).expanduser()
-    if path.suffix == ".txt" and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        prompts = [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]
+    if path.suffix.lower() == ".txt" and path.is_file():
+        prompts = [[{"role": "user", "content": line.strip()}] for _, line in text_lines(path) if line.strip()]
         if not prompts:
             raise DataError(fault(str(path), "prompts", 0, "at least one line"))
         return prompts
     prompts, faults = [], []
+    unread: Counter[str] = Counter()
     for batch in resolve(SourceConfig(path=str(file)), "eval").open():
         for index, record in enumerate(batch.records):
             try:
-                prompts.append(_prompt(record, batch.where(index)))
+                conversation = prompt_of(record, batch.where(index))
             except Fault as error:
                 faults.append(error.at(batch.where(index)))
+                continue
             except DataError as error:  # of `detect`, with its place
                 faults.append(str(error))
+                continue
+            unread.update(conversation.unread)
+            prompts.append(with_tools(conversation.messages, conversation.tools))
     if faults:
         raise DataError(one_per_line(faults[:20]))
     if not prompts:
         raise DataError(fault(str(path), "records", 0, "at least one record"))
+    for name, count in unread.items():
+        logger.warning("%s: %s is not read (in %d of %d records)", file, name, count, len(prompts))
     return prompts
-
-
-def _prompt(record: Any, where: str) -> list[dict[str, Any]]:
-    """The messages of a record up to its last user turn or tool result, by the readers of training data.
-
-    Those want an answer at the end, so one without it gets an empty one's stand-in, which goes again.
-    """
-    fields = parse_line(record) if isinstance(record, bytes) else record
-    if not isinstance(fields, dict):
-        raise Fault("record", fields, "an object with named fields")
-    completed = dict(fields)
-    for name in ("messages", "conversations", "conversation"):
-        if isinstance(fields.get(name), list) and fields[name]:
-            completed[name] = [*fields[name], {"role": "assistant", "content": "-"}]
-    for asked, answer in PAIRS:
-        if fields.get(asked) is not None and fields.get(answer) is None:
-            completed[answer] = "-"
-    messages = detect([completed], where).read(completed).messages
-    if messages[0]["role"] == TEXT_ROLE:
-        raise Fault("record", "text", "messages, conversations, instruction, or a prompt")
-    while messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return [dict(each) for each in messages]

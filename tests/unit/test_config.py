@@ -607,7 +607,7 @@ def test_all_faults_are_reported_at_once(write: Callable[..., Path]) -> None:
         ),
         (
             {"data": {"train": {"path": "a/b", "columns": {"user": "{q}"}}}},
-            "expected user and assistant, prompt and completion, or text among its keys",
+            "expected user and assistant, prompt and completion, text alone, or messages (with or without system)",
         ),
     ],
 )

@@ -116,19 +116,16 @@ def test_conversations_read_like_a_list(run, tmp_path):
 
 def test_records_of_different_fields_never_fight(run, tmp_path):
     file = tmp_path / "a.jsonl"
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
-    tools = [{"type": "function", "function": {"name": "f"}}]
     records = [
         {"messages": chat("q"), "id": 1, "score": None},
-        {"messages": chat("r"), "id": "two", "score": {"x": [1]}, "tools": tools},
-        {"messages": [chat("s")[0], call, {"role": "tool", "content": "4"}, chat("s", "four")[1]], "id": [3]},
+        {"messages": chat("r"), "id": "two", "score": {"x": [1]}},
+        {"messages": [{**chat("s")[0], "name": "Ann"}, chat("s", "four")[1]], "id": [3]},
     ]
-    # The nano template ignores tool calls, so the second kind needs an answer in words as well.
-    call["content"] = "calling"
     file.write_text("\n".join(map(json.dumps, records)))
     data = run(file)
     assert len(data.train) == 3
-    assert data.train_conversations[2][1]["tool_calls"] == call["tool_calls"]
+    assert data.train_conversations[2][0]["name"] == "Ann"
+    assert data.report.sources["train"][0].unread_fields == {"id": 3, "score": 1, "name of turns": 1}
 
 
 def test_kinds_in_one_run(run, tmp_path):
@@ -150,6 +147,29 @@ def test_kinds_in_one_run(run, tmp_path):
     assert found == [("messages", 3), ("alpaca", 1), ("columns", 1), ("text", 1)]
     contents = sorted(each[0]["content"] for each in data.train_conversations)
     assert {"Add\n1 2", "Add\n Input: 1 2", "Once."} <= set(contents)
+
+
+def test_a_prompt_with_an_earlier_answer_is_trained_as_trl_does(run, tokenizer, stops, phi3, tmp_path):
+    """Only the completion has labels; TRL's mask goes on to the end of the text behind the stop token."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    record = {
+        "prompt": [*chat("Hi.", "Hello."), {"role": "user", "content": "What is the way?"}],
+        "completion": [{"role": "assistant", "content": "Turn left."}],
+    }
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    ours = run(file).train[0]
+    settings = SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
+    trainer = SFTTrainer(phi3(), args=settings, train_dataset=Dataset.from_list([record]), processing_class=tokenizer)
+    theirs = trainer.train_dataset[0]
+    assert ours["input_ids"] == theirs["input_ids"]
+    mask = [int(label != IGNORED) for label in ours["labels"]]
+    stop = ours["input_ids"].index(stops[0], theirs["completion_mask"].index(1))
+    assert mask == [each if place <= stop else 0 for place, each in enumerate(theirs["completion_mask"])]
+    whole = encode_conversation(tokenizer, [*record["prompt"], *record["completion"]], stop_token_ids=stops)
+    assert sum(label != IGNORED for label in whole.labels) > sum(mask)  # as messages, both answers are trained
 
 
 # ------------------------------------------------------------------------------------------------- lengths
@@ -253,7 +273,7 @@ def test_boundaries_and_control_tokens_are_noticed(tokenizer, run, tmp_path):
     finally:
         tokenizer.chat_template = template
     assert report.train.control_tokens == 1
-    assert any("1 rows spell out control tokens (such as <|end|>) inside a message" in each for each in report.notices)
+    assert any("<|end|> is written out inside messages of 1 records" in each for each in report.notices)
     expected = tokenizer("<|assistant|> The")["input_ids"] != tokenizer("<|assistant|> Theanswer")["input_ids"][:2]
     assert report.train.boundary_mismatches == (2 if expected else 0)
 
@@ -287,6 +307,33 @@ def test_equal_conversations_stay_on_one_side(run, tmp_path):
         assert not set(questions(data.eval_conversations)) & set(questions(data.train_conversations))
         assert len(data.eval) % 5 == 0
         assert 0 < len(data.eval) < 50
+
+
+def test_a_group_larger_than_the_share_is_not_drawn(run, tmp_path):
+    file = write(tmp_path / "a.jsonl", [chat("again")] * 900 + many(100))
+    for seed in range(5):
+        data = run(file, 0.05, seed=seed)
+        assert len(data.eval) == 50
+        assert "again" not in questions(data.eval_conversations)
+    assert not any("are held out" in each for each in data.report.notices)
+
+
+def test_a_share_that_equal_conversations_do_not_allow_is_said(run, tmp_path):
+    file = write(tmp_path / "a.jsonl", [chat("one")] * 40 + [chat("two")] * 60)
+    data = run(file, 0.05)
+    assert questions(data.eval_conversations) == ["one"] * 40
+    assert any(
+        "eval: 40 of 100 rows are held out, not 5 as data.eval=0.05 asks" in each for each in data.report.notices
+    )
+
+
+def test_the_draw_of_different_conversations_is_as_it_was():
+    """Older runs find their held-out rows again by the seed."""
+    hashes = np.random.default_rng(1).integers(0, 2**63, 1000).astype(np.uint64)
+    groups = np.unique(hashes)
+    for seed in range(3):
+        expected = set(groups[np.random.default_rng(seed).permutation(len(groups))[:50]])
+        assert set(hashes[hold_out([hashes], 0.05, seed)[0]]) == expected
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 0.999999])

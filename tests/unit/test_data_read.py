@@ -95,6 +95,133 @@ def test_one_record_as_a_json_document(tmp_path):
     assert values(file) == [talk, talk]
 
 
+@pytest.mark.parametrize("between", ["\n", "", "\n\n  "])
+def test_json_objects_one_after_another_are_read_to_the_end(tmp_path, monkeypatch, between):
+    """As `jq .` writes them."""
+    file = tmp_path / "a.json"
+    file.write_text(between.join(json.dumps(each, indent=2, ensure_ascii=False) for each in RECORDS), encoding="utf-8")
+    assert values(file) == RECORDS
+    monkeypatch.setattr(read, "_JSON_BLOCK", 50)
+    assert values(file) == RECORDS
+    places = [int(where.rsplit(":")[-1]) for where, _ in records(file)]
+    assert places[0] == 1
+    assert places == sorted(places)
+    for more, message in (("more", ":{}: record="), ("[1", ":{}: record=")):
+        file.write_text(json.dumps(RECORDS[0], indent=2) + "\n" + more)
+        lines_before = json.dumps(RECORDS[0], indent=2).count("\n") + 2
+        assert f"{file}{message.format(lines_before)}" in refusal(file)
+    file.write_text(json.dumps(RECORDS[0], indent=2) + "\n5\n")
+    assert "expected a JSON object with named fields" in refusal(file)
+
+
+def test_nothing_stands_behind_an_object_with_a_list(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"data": RECORDS}, indent=1) + '{"data": []}')
+    assert "expected nothing after the object with the list of records" in refusal(file)
+
+
+def test_lists_of_an_object_are_chosen_by_name(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"version": 1, "test": RECORDS[:1], "train": RECORDS[1:]}, indent=1))
+    assert values(file) == RECORDS[1:]
+    assert [each for _, each in records(file, "eval")] == RECORDS[:1]
+    assert values(file, split="test") == RECORDS[:1]
+    source = resolve(SourceConfig(str(file)), "train")
+    list(source.open())
+    assert list(source.unread) == ["list test of a.json (1 records)", "fields beside the list of a.json (version)"]
+    assert source.fingerprint != resolve(SourceConfig(str(file), split="test"), "train").fingerprint
+    assert refusal(file, split="tests").endswith("split='tests' - expected one of test, train. Did you mean 'test'?")
+    file.write_text(json.dumps({"easy": RECORDS[:1], "hard": RECORDS[1:]}))
+    assert refusal(file).endswith("split=None - expected one of easy, hard. Name one of them.")
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.csv", "a.parquet"])
+def test_split_and_subset_of_a_file_are_refused(tmp_path, kind):
+    file = tmp_path / kind
+    if kind == "a.parquet":
+        parquet.write_table(pa.Table.from_pylist(RECORDS), file)
+    else:
+        file.write_text('{"text": "x"}\n' if kind == "a.jsonl" else "text\nx\n")
+    assert "expected null, since this file is one list of records" in refusal(file, split="train")
+    assert "expected null: a file has no subsets" in refusal(file, subset="x")
+
+
+@pytest.mark.parametrize("folder", ["plain", "with [brackets] and *"])
+def test_the_splits_of_a_folder_are_those_of_the_hub(tmp_path, folder):
+    import datasets
+
+    place = tmp_path / folder
+    (place / "data").mkdir(parents=True)
+    for name, row in (("train", 0), ("validation", 1), ("test", 2)):
+        for shard in (0, 1):
+            table = pa.Table.from_pylist([{"text": f"{name} {shard} {row}"}])
+            parquet.write_table(table, place / "data" / f"{name}-0000{shard}-of-00002.parquet")
+    assert [each["text"] for each in values(place)] == ["train 0 0", "train 1 0"]
+    assert [each["text"] for _, each in records(place, "eval")] == ["validation 0 1", "validation 1 1"]
+    assert [each["text"] for each in values(place, split="test")] == ["test 0 2", "test 1 2"]
+    if folder == "plain":
+        with read.quiet_datasets():
+            loaded = datasets.load_dataset(str(place), cache_dir=str(tmp_path / "cache"))
+        for name, rows in loaded.items():
+            assert rows["text"] == [each["text"] for each in values(place, split=name)]
+    assert "expected one of train, validation, test" in refusal(place, split="tset")
+
+
+def test_subsets_of_a_folder(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        lines(tmp_path / name / "train.jsonl", [{"text": name}])
+        lines(tmp_path / name / "test.jsonl", [{"text": f"{name} test"}])
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_dir: one\n- config_name: two\n  default: true\n  data_files:\n"
+        "  - split: train\n    path: two/train.jsonl\n  - split: test\n    path: two/test.jsonl\n---\nText.\n"
+    )
+    assert values(tmp_path, subset="one") == [{"text": "one"}]
+    assert values(tmp_path) == [{"text": "two"}]
+    assert values(tmp_path, subset="two", split="test") == [{"text": "two test"}]
+    assert "expected one of one, two. Did you mean 'two'?" in refusal(tmp_path, subset="twoo")
+    (tmp_path / "README.md").write_text("No card here.\n")
+    assert "the folder has no README.md that describes subsets" in refusal(tmp_path, subset="one")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_encodings_with_a_byte_order_mark_are_read(tmp_path, encoding, name):
+    file = tmp_path / name
+    content = "på\u2028sjøen 😀"
+    if name == "a.csv":
+        text = f"text\r\n{content}\r\n"
+    else:
+        text = json.dumps([{"text": content}] if name == "a.json" else {"text": content}, ensure_ascii=False)
+    data = text.encode(encoding)
+    file.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert values(file) == [{"text": content}]
+    if encoding == "utf-16":
+        file.write_bytes(gzip.compress(data[:-1]) if name.endswith("gz") else data[:-1])
+        assert "expected text to its end in UTF-16" in refusal(file)
+        file.write_bytes(gzip.compress(data[2:]) if name.endswith("gz") else data[2:])
+        assert "UTF-16 with a byte order mark, but zeros stand" in refusal(file)
+
+
+def test_lines_of_a_text_end_at_newlines_alone(tmp_path):
+    file = tmp_path / "a.txt"
+    said = ["one\u2028still one", "two\x85still two\x0cand", "", "three"]
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n"), ("utf-16", "\n")):
+        file.write_bytes(end.join(said).encode(encoding))
+        assert [text for _, text in read.text_lines(file)] == said
+    file.write_bytes("en\npå\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"a.txt:2: byte='0xe5' - expected UTF-8 text.*windows-1252"):
+        list(read.text_lines(file))
+
+
+def test_names_that_stand_twice_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer,answer\na,b,c\n")
+    assert "a.csv:1: columns='answer' - expected names of columns that differ" in refusal(tmp_path / "a.csv")
+    for name, text in (("a.jsonl", '{"text": "a", "text": "b"}'), ("a.json", '[\n{"text": "a", "text": "b"}\n]')):
+        (tmp_path / name).write_text(text)
+        assert "names that stand once in a JSON object" in refusal(tmp_path / name)
+
+
 def test_json_lines_under_the_name_json(tmp_path):
     assert values(lines(tmp_path / "a.json")) == RECORDS
 

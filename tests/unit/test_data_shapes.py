@@ -5,7 +5,7 @@ import json
 import pytest
 
 from philora.data.read import Fault
-from philora.data.shapes import Shape, detect, shape_from_config
+from philora.data.shapes import Shape, detect, prompt_of, shape_from_config
 from philora.errors import DataError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -111,6 +111,154 @@ def test_weight_zero_takes_a_turn_out_of_the_loss():
     assert Shape("messages").read({"messages": [S, Q, quiet, Q, {**A, "weight": 1}]}).untrained == {2}
 
 
+@pytest.mark.parametrize(
+    ("flags", "trained"),
+    [
+        ({"weight": 1}, True),
+        ({"weight": 0.0}, False),
+        ({"weight": "1"}, True),
+        ({"weight": "0"}, False),
+        ({"weight": False}, False),
+        ({"weight": None}, True),
+        ({"loss": True}, True),
+        ({"loss": False}, False),
+        ({"loss": "False"}, False),
+        ({"train": 0}, False),
+        ({"training": "true"}, True),
+        ({"trainable": False}, False),
+        ({"mask": True}, False),
+        ({"masked": 0}, True),
+        ({"weight": 1, "loss": False}, False),
+    ],
+)
+def test_flags_of_a_turn_mean_what_they_say(flags, trained):
+    read = Shape("messages").read({"messages": [Q, A, Q, {**A, **flags}]})
+    assert read.untrained == (set() if trained else {3})
+    assert read.unread == ()
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train", "mask"])
+@pytest.mark.parametrize("value", [0.5, 2, -1, "half", "", [1], float("nan")])
+def test_flags_that_say_neither_are_refused(key, value):
+    with pytest.raises(Fault) as caught:
+        Shape("messages").read({"messages": [Q, {**A, key: value}]})
+    assert caught.value.name == f"messages[1].{key}"
+
+
+def test_flags_of_other_turns():
+    quiet = {**Q, "loss": False, "weight": 0}
+    assert Shape("messages").read({"messages": [quiet, A]}).untrained == set()
+    with pytest.raises(Fault, match="") as caught:
+        Shape("messages").read({"messages": [{**Q, "loss": True}, A]})
+    assert "loss on turns of the assistant alone" in caught.value.at("f:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("messages", {"messages": [Q, A]}),
+        ("prompt_completion", {"prompt": "q", "completion": "a"}),
+        ("alpaca", {"instruction": "q", "output": "a"}),
+        ("text", {"text": "q a"}),
+    ],
+)
+def test_what_changes_the_meaning_is_refused_in_every_shape(name, record):
+    more = {"images": ["a.png"], "audio": {"path": "a.wav"}, "function_call": {"name": "f"}, "loss_mask": [0, 1]}
+    for key, value in more.items():
+        with pytest.raises(Fault) as caught:
+            Shape(name).read({**record, key: value})
+        assert caught.value.name == key
+        assert Shape(name).read({**record, key: None}).unread == ()
+
+
+@pytest.mark.parametrize(
+    "flags", [{"label": False}, {"label": "false"}, {"weight": 0}, {"loss": False}, {"mask": True}]
+)
+def test_records_that_say_not_to_be_trained_are_refused(flags):
+    for record in ({"messages": [Q, A]}, {"prompt": "q", "completion": "a"}):
+        shape = detect([record], "f")
+        assert shape.read(record)
+        with pytest.raises(Fault):
+            shape.read({**record, **flags})
+    # As a text to be trained whole, a record may have a label of a class.
+    assert Shape("text").read({"text": "x", "label": 0}).unread == ("label",)
+
+
+def test_fields_that_are_read_with_a_pair():
+    read = Shape("prompt_completion").read
+    record = {"instruction": "Who?", "context": "Ann came.", "response": "Ann.", "category": "qa", "id": 0, "empty": ""}
+    found = read(record)
+    assert found.messages[0]["content"] == "Who?\nAnn came."
+    assert set(found.unread) == {"category", "id"}
+    inside = read({"prompt": "Ann came. Who?", "completion": "Ann.", "context": "Ann came."})
+    assert inside.messages[0]["content"] == "Ann came. Who?"  # the context stands in the prompt already
+    assert inside.unread == ()
+    full = read(
+        {"system_prompt": "s", "question": "q", "response": "a", "history": [["q", "a"]], "tools": [{"name": "f"}]}
+    )
+    assert full.messages == [S, Q, A, Q, A]
+    assert full.tools == [{"name": "f"}]
+
+
+def test_a_prompt_of_turns_has_no_loss_on_any_of_them():
+    found = Shape("prompt_completion").read({"prompt": [S, Q, A, Q], "completion": [A], "system": "s"})
+    assert found.messages == [S, Q, A, Q, A]
+    assert found.untrained == {2}
+    folded = Shape("prompt_completion").read({"prompt": [Q, A, Q], "completion": "a", "system": "s"})
+    assert (folded.messages, folded.untrained) == ([S, Q, A, Q, A], {2})
+
+
+def test_two_system_texts():
+    for name in ("messages", "conversations"):
+        shape = detect([{name: [Q, A]}], "f")
+        assert shape.read({name: [Q, A], "system": "s"}).messages == [S, Q, A]
+        assert shape.read({name: [S, Q, A], "system": " s "}).messages == [S, Q, A]
+        with pytest.raises(Fault, match=""):
+            shape.read({name: [S, Q, A], "system": "another"})
+        with pytest.raises(Fault, match=""):
+            shape.read({name: [Q, A], "system": ["s"]})
+
+
+def test_one_row_a_message_is_no_text():
+    for names in (("ticket_id", "role", "text"), ("speaker", "message"), ("from", "body", "date")):
+        with pytest.raises(DataError, match="a whole conversation in each record"):
+            detect([dict.fromkeys(names, "x")], "f")
+    assert detect([{"text": "x", "url": "u"}], "f").name == "text"
+
+
+@pytest.mark.parametrize(
+    ("record", "asked"),
+    [
+        ({"query": "q"}, [Q]),
+        ({"user": "q"}, [Q]),
+        ({"input": "q"}, [Q]),
+        ({"question": "q"}, [Q]),
+        ({"prompt": "q"}, [Q]),
+        ({"instruction": "q"}, [Q]),
+        ({"instruction": "q", "context": "c"}, [{"role": "user", "content": "q\nc"}]),
+        ({"instruction": "q", "input": "c"}, [{"role": "user", "content": "q\nc"}]),
+        ({"user": "q", "system": "s"}, [S, Q]),
+        ({"prompt": [S, Q]}, [S, Q]),
+        ({"prompt": [Q, A, Q], "completion": [A], "label": False}, [Q, A, Q]),
+        ({"question": "q", "answer": "a", "weight": 0}, [Q]),
+        ({"messages": [Q, A, Q]}, [Q, A, Q]),
+        ({"messages": [Q, {**A, "weight": 0}], "system": "s"}, [S, Q]),
+        ({"conversations": [{"from": "human", "value": "q"}]}, [Q]),
+    ],
+)
+def test_prompts_are_read_by_the_readers_of_training(record, asked):
+    assert prompt_of(record, "f:1").messages == asked
+    assert prompt_of(json.dumps(record).encode(), "f:1").messages == asked
+
+
+def test_prompts_that_cannot_be_asked():
+    for record in ({"text": "x"}, {"messages": [A]}):
+        with pytest.raises(Fault):
+            prompt_of(record, "f:1")
+    with pytest.raises(DataError):
+        prompt_of({"utterance": "x"}, "f:1")
+
+
 def test_fields_that_are_null_do_not_count():
     assert detect([{"text": None, "prompt": "q", "completion": "a", "messages": None}], "f").name == "prompt_completion"
 
@@ -140,6 +288,27 @@ def test_columns():
     assert columns({"dialog": [Q, A]}, messages="{dialog}").messages == [Q, A]
 
 
+def test_columns_with_a_list_of_turns_and_a_system_text():
+    record = {"dialog": [Q, A], "who": "Ann", "id": 3}
+    found = columns(record, messages="{dialog}", system="You are {who}.")
+    assert found.messages == [{"role": "system", "content": "You are Ann."}, Q, A]
+    assert found.unread == ("id",)
+
+
+def test_a_template_that_names_no_column_is_refused_with_the_columns():
+    record = {"Customer message": "q", "Reply": "a"}
+    with pytest.raises(DataError) as caught:
+        columns(record, user="Customer message", assistant="{Reply}")
+    assert str(caught.value) == (
+        "data: columns.user='Customer message' - expected a template with the name of a column in braces (the columns "
+        "are Customer message, Reply). Did you mean '{Customer message}'?"
+    )
+    assert columns(record, user="{Customer message}", assistant="{Reply}", system="Be brief.").messages[0] == {
+        "role": "system",
+        "content": "Be brief.",
+    }
+
+
 def test_columns_decide_the_shape_even_where_another_would_fit():
     assert columns({"messages": [Q, A], "x": "b"}, user="{x}", assistant="{x}").messages[0]["content"] == "b"
 
@@ -148,6 +317,8 @@ def test_columns_decide_the_shape_even_where_another_would_fit():
     ("templates", "message"),
     [
         ({"asistant": "{a}"}, "data: columns.asistant='{a}' - expected one of system, user, assistant"),
+        ({"text": "{a}", "system": "{b}"}, "expected text alone. Remove the other keys"),
+        ({"messages": "{a}", "user": "{b}"}, "expected messages alone, or with system"),
         ({"asistant": "{a}"}, "Did you mean 'assistant'?"),
         ({"user": "{a}"}, "expected a template for assistant (or completion, text or messages). Add one."),
         ({"assistant": "{a"}, "columns.assistant='{a' - expected a template such as '{instruction}'"),

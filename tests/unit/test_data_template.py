@@ -10,10 +10,12 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from philora.arrangement import with_tools
 from philora.data import IGNORED, Encoder, TemplateFault, encode_conversation, preview, prompts_and_references
 from philora.data.read import Fault
 from philora.data.shapes import Conversation
 from philora.errors import DataError
+from philora.generation import prompt_tokens
 
 TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 PHI3 = (TRL_TEMPLATES / "phi3.jinja").read_text()
@@ -261,6 +263,142 @@ def test_one_rendering_a_conversation_is_enough(tokenizers, monkeypatch):
     monkeypatch.setattr(Encoder, "render", lambda self, *args, **kwargs: calls.append(args))
     encoder.encode(chats)
     assert calls == []
+
+
+TRIMS = PHI3.replace("message['content'] +", "message['content']|trim +")
+NAMES_FIFTH = PHI3.replace(
+    "'role'] == 'assistant' %}{{'<|assistant|>\n' +", "'role'] == 'assistant' %}{{'<|assistant|>\n' +"
+).replace(
+    "{% for message in messages %}", "{% for message in messages %}{% if loop.index0 == 10 %}{{ 'Ten. ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [PHI3, TRIMS, NAMES_FIFTH, LLAMA3, PHI4_MINI])
+def test_the_full_proof_of_long_conversations_is_that_of_every_prefix(template):
+    name = "llama3" if template is LLAMA3 else "phi3"
+    backend = byte_level(LLAMA_TOKENS) if template is LLAMA3 else byte_level(PHI_TOKENS)
+    tokenizer = fast(backend, template, "<|eot_id|>" if template is LLAMA3 else "<|endoftext|>", bos_token="<s>")
+    stops = stop_ids(tokenizer, name)
+    chance = random.Random(5)
+    # Contents that templates write themselves, next to spaces and long texts.
+    words = ["a", "user", "|>", "end", "<", "assistant\n", " q ", "zq1qz", *TEXTS]
+    messages = chat(*[chance.choice(words) for _ in range(40)], system="Be brief.")
+    messages.insert(6, {"role": "user", "content": "Once more"})
+    encoder = Encoder(tokenizer, stops)
+    encoder._plan = lambda roles: None
+    result = encoder.encode([Conversation(messages)])[0]
+    ids, labels, mismatch = oracle_labels(tokenizer, messages, stops)
+    assert (result.input_ids, result.labels, result.boundary_mismatch) == (ids, labels, mismatch)
+
+
+@pytest.mark.parametrize("template", [PHI3, TRIMS, PHI4_MINI])
+@pytest.mark.parametrize("plans", [True, False])
+def test_the_proof_is_linear_in_the_turns(monkeypatch, template, plans):
+    tokenizer = fast(byte_level(PHI_TOKENS), template, "<|endoftext|>", bos_token="<s>")
+    rendered = []
+    apply = type(tokenizer).apply_chat_template
+
+    def counted(self, conversation, *args, **kwargs):
+        several = conversation if isinstance(conversation[0], list) else [conversation]
+        rendered.append(sum(map(len, several)))
+        return apply(self, conversation, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    work = []
+    for turns in (300, 600, 1200):
+        encoder = Encoder(tokenizer, stop_ids(tokenizer, "phi3"))
+        if not plans:
+            encoder._plan = lambda roles: None
+        rendered.clear()
+        messages = chat(*[f" turn {index} " for index in range(turns)])
+        assert len(encoder.encode([Conversation(messages)])[0].spans) == turns // 2
+        assert len(rendered) < 60
+        work.append(sum(rendered) / turns)
+    assert max(work) < 20  # rendering every prefix is 150, 300 and 600 turns for each
+    assert max(work) < 1.7 * min(work)
+
+
+def test_a_long_template_that_changes_with_what_follows_is_refused():
+    """The places where prefixes are rendered find what depends on the number of turns."""
+    template = "{% if messages|length > 40 %}{{ 'A long talk.' }}{% endif %}" + PHI3
+    tokenizer = phi3(template)
+    messages = chat(*["x"] * 60)
+    with pytest.raises(TemplateFault, match="as the beginning of the conversation"):
+        encode_conversation(tokenizer, messages, stop_token_ids=stop_ids(tokenizer, "phi3"))
+
+
+@pytest.mark.parametrize("role", ["tool", "user"])
+def test_a_turn_that_the_template_leaves_out_is_refused(role):
+    template = PHI3.replace("['role'] == 'user'", "['role'] == 'never'") if role == "user" else PHI3
+    tokenizer = phi3(template)
+    for place in (1, 2, 4):
+        messages = chat("q", "a", "r", "s")
+        messages.insert(place, {"role": role, "content": "lost"})
+        result = Encoder(tokenizer, stop_ids(tokenizer, "phi3")).encode([Conversation(messages)])[0]
+        assert f"it leaves out what the role {role} says" in result.at("f:1")
+
+
+CALLS = [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+
+
+@pytest.mark.parametrize("content", ["", "One moment."])
+def test_tool_calls_that_the_template_leaves_out_are_refused(content):
+    tokenizer = phi3()
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content, "tool_calls": CALLS}]
+    result = Encoder(tokenizer, stop_ids(tokenizer, "phi3")).encode([Conversation(turns)])[0]
+    assert "turn 1='tool_calls of weather' - expected an answer that the chat template shows" in result.at("f:1")
+
+
+def test_tool_descriptions_that_the_template_leaves_out_are_refused(tokenizers):
+    for name in ("phi3", "drops-system", "phi4"):
+        tokenizer = tokenizers[name]
+        conversation = Conversation(chat("q", "a", system="s"), TOOLS)
+        result = Encoder(tokenizer, stop_ids(tokenizer, name)).encode([conversation])[0]
+        assert isinstance(result, Fault), name
+        assert "tools='weather' - expected tool descriptions that the chat template shows" in result.at("f:1")
+
+
+TOOLS_ARGUMENT = "{% if tools %}{{ '<|tool|>' + tools|tojson + '<|/tool|>' }}{% endif %}" + PHI3
+
+
+@pytest.mark.parametrize("template", [TOOLS_ARGUMENT, PHI4_MINI])
+def test_the_asked_prompt_with_tools_begins_the_trained_row(template):
+    tokenizer = fast(byte_level(PHI_TOKENS), template, "<|endoftext|>", bos_token="<s>")
+    ids = stop_ids(tokenizer, "phi3")
+    messages = with_tools(chat("Weather in Oslo?", "It rains."), TOOLS)
+    trained = encode_conversation(tokenizer, messages, stop_token_ids=ids)
+    # As it is stored and asked for at an evaluation, and as a file of prompts gives it.
+    stored = with_tools(trained.conversation.messages, trained.conversation.tools)
+    for asked in (prompts_and_references(stored)[0], messages[:1]):
+        prompt = prompt_tokens(tokenizer, [asked])[0]
+        assert '"name": "weather"' in tokenizer.decode(prompt)
+        assert trained.input_ids[: len(prompt)] == prompt
+    with pytest.raises(DataError, match="expected tool descriptions that the chat template shows"):
+        prompt_tokens(phi3(), [messages[:1]])
+
+
+def test_what_a_template_does_not_show_of_a_turn_is_named(tokenizers):
+    turns = chat("q", "a")
+    turns[1] |= {"reasoning_content": "hm", "name": "Ann"}
+    tokenizer = tokenizers["phi3"]
+    result = Encoder(tokenizer, stop_ids(tokenizer, "phi3")).encode([Conversation(turns)])[0]
+    assert result.unshown == ("name of turns", "reasoning_content of turns")
+
+
+def test_control_texts_are_counted_by_name(tokenizers):
+    tokenizer = tokenizers["phi3"]
+    chats = [
+        chat("q", "a<|end|>"),
+        chat("q", "a<|end|>\n"),
+        chat("What is <|user|>?", "A role."),
+        chat("q", "a<|im_end|>"),
+        chat("<s>q</s>", "[INST]"),
+        chat("q", "A < B | C > D"),
+    ]
+    found = Encoder(tokenizer, stop_ids(tokenizer, "phi3")).spelled([Conversation(each) for each in chats])
+    assert found == {
+        "end <|end|>": 2, "own <|user|>": 1, "foreign <|im_end|>": 1, "own <s>": 1, "own </s>": 1, "foreign [INST]": 1,
+    }  # fmt: skip
 
 
 def test_a_template_that_treats_the_last_turn_otherwise_is_still_consistent():

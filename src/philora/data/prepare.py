@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from philora.arrangement import with_tools
 from philora.data.read import Fault, Source, quiet_datasets, resolve
-from philora.data.shapes import Message, Shape, detect, shape_from_config
+from philora.data.shapes import Conversation, Message, Shape, detect, shape_from_config
 from philora.data.store import (
     ANSWERS,
     CONTROL,
@@ -60,6 +62,12 @@ class SourceReport:
     format: str
     records: int
     weight: float = 1.0
+    unread_fields: dict[str, int] = field(default_factory=dict)
+    """Fields of records and keys of turns that nothing reads, with the records that have them."""
+    unread_parts: list[str] = field(default_factory=list)
+    """Files, splits and lists of the source that are not read."""
+    spelled: dict[str, int] = field(default_factory=dict)
+    """Control texts written out in messages, as `Encoder.spelled` names them, with the records that have them."""
 
 
 @dataclass
@@ -141,7 +149,7 @@ class Conversations(Sequence[list[Message]]):
                 return Conversations([self._stored[each] for each in chosen])
             with quiet_datasets():
                 return Conversations(self._stored.select(chosen))
-        return self._parsed(index)[0]
+        return with_tools(*self._parsed(index))
 
     def stored(self, index: int) -> str:
         """A conversation as the JSON that is stored and hashed."""
@@ -246,6 +254,7 @@ def prepare(
     if isinstance(data.eval, float | int):
         held_out = hold_out([entry.rows["hash"] for entry in entries], float(data.eval), seed)
         eval_entries, eval_indices = entries, held_out
+        _notice_share(report, float(data.eval), sum(len(entry.rows) for entry in entries), sum(map(len, held_out)))
     elif data.eval:
         eval_entries = [loader.load(source, "eval", report) for source in data.eval]
         eval_indices = [np.arange(len(entry.rows)) for entry in eval_entries]
@@ -316,7 +325,15 @@ class _Loader:
             processes=process_count(self.processes, source.size_bytes),
         )
         weight = config.weight if role == "train" else 1.0
-        found = SourceReport(source.name, str(entry.meta["shape"]), int(entry.meta["records"]), weight)
+        found = SourceReport(
+            source.name,
+            str(entry.meta["shape"]),
+            int(entry.meta["records"]),
+            weight,
+            dict(entry.meta["unread_fields"]),
+            list(entry.meta["unread_parts"]),
+            dict(entry.meta["spelled"]),
+        )
         report.sources.setdefault(role, []).append(found)
         logger.info("%s: %d records read as %s", found.name, found.records, found.format)
         return entry
@@ -324,6 +341,9 @@ class _Loader:
 
 def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], fraction: float, seed: int) -> list[Indices]:
     """Rows to hold out of each source: whole groups of equal conversations, at least one row, never all.
+
+    The groups come in a random order, and one that would make the part larger than `wanted_rows` is passed over; where
+    all are larger, the smallest is taken.
 
     Raises:
         DataError: all conversations are equal.
@@ -340,14 +360,26 @@ def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], fraction: float, seed: in
                 "Add conversations, or give data.eval a file of its own",
             )
         )
-    wanted = max(1, round(fraction * len(joined)))
+    wanted = wanted_rows(fraction, len(joined))
     order = np.random.default_rng(seed).permutation(len(groups))
-    taken = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
     chosen = np.zeros(len(groups), bool)
-    chosen[order[: min(taken, len(groups) - 1)]] = True
+    taken = 0
+    for group, size in zip(order[: len(groups) - 1].tolist(), sizes[order].tolist(), strict=False):
+        if taken + size <= wanted:
+            chosen[group] = True
+            taken += size
+            if taken == wanted:
+                break
+    if not taken:
+        chosen[order[np.argmin(sizes[order])]] = True
     is_out = chosen[group_of.reshape(-1)]
     starts = np.cumsum([0, *(len(each) for each in hashes)])
     return [np.flatnonzero(is_out[start:end]) for start, end in itertools.pairwise(starts)]
+
+
+def wanted_rows(fraction: float, rows: int) -> int:
+    """Rows that a fraction stands for, at least one."""
+    return max(1, round(fraction * rows))
 
 
 def _weighted(indices: Indices, weight: float, seed: int, position: int) -> Indices:
@@ -458,8 +490,45 @@ def _require_rows(report: DataReport) -> None:
             )
 
 
+def _notice_share(report: DataReport, fraction: float, rows: int, held_out: int) -> None:
+    wanted = wanted_rows(fraction, rows)
+    if held_out != wanted:
+        add_notice(
+            report,
+            f"eval: {held_out:,} of {rows:,} rows are held out, not {wanted:,} as data.eval={fraction:g} asks: equal "
+            "conversations stay on one side, and there are many of them. Remove duplicates, or give data.eval a file.",
+        )
+
+
+def _notice_source(report: DataReport, role: str, source: SourceReport) -> None:
+    """Name what of a source is not read, and the control texts in it."""
+    if source.unread_parts:
+        add_notice(report, f"{role}: of {source.name} is not read: {'; '.join(source.unread_parts)}.")
+    if source.unread_fields:
+        fields = ", ".join(f"{name} ({count:,})" for name, count in source.unread_fields.items())
+        add_notice(
+            report,
+            f"{role}: fields of {source.name} that are not read, with the records that have them: {fields}. If the "
+            "model needs what they say, map them with columns; if not, nothing is to be done.",
+        )
+    said = {
+        "end": "{text} is written out at the end of answers in {count:,} records, and the chat template writes it as "
+        "well, so it is trained twice. Remove it from the data",
+        "own": "{text} is written out inside messages of {count:,} records and becomes the control token. Remove it, "
+        "unless it is meant",
+        "foreign": "{text} is written out in {count:,} records. It belongs to another model; this one has no such "
+        "token and learns it as letters. Remove it: the chat template marks the turns",
+    }
+    for key, count in source.spelled.items():
+        kind, _, text = key.partition(" ")
+        add_notice(report, f"{role}: {source.name}: {said[kind].format(text=text, count=count)}.")
+
+
 def _notice(report: DataReport, max_length: int) -> None:
     """Say once what the data has that people would want to know."""
+    for role, sources in report.sources.items():
+        for source in sources:
+            _notice_source(report, role, source)
     for name, split in report.splits.items():
         found = [
             (
@@ -486,11 +555,6 @@ def _notice(report: DataReport, max_length: int) -> None:
                 split.boundary_mismatches,
                 f"{split.boundary_mismatches} rows are tokenised differently where the answer begins than their "
                 "prompt alone: generation will start from other tokens than training saw",
-            ),
-            (
-                split.control_tokens,
-                f"{split.control_tokens} rows spell out control tokens (such as <|end|>) inside a message; they become "
-                "control tokens",
             ),
             (
                 split.stop_numbers if 2 * split.stop_numbers > split.rows else 0,  # else it may be part of the answer
@@ -531,9 +595,11 @@ def _prepare_stream(data: DataConfig, loader: _Loader, report: DataReport, seed:
     for config in data.train:
         source = resolve(config, "train")
         shape = loader.shape(config) or _stream_shape(source)
-        first += _first_conversations(source, shape)
+        found = SourceReport(source.name, shape.name, 0, config.weight)
+        first += _first_conversations(source, shape, loader.encoder, found)
+        found.unread_parts = list(source.unread)
         streams.append(_stream(source, shape, loader))
-        report.sources.setdefault("train", []).append(SourceReport(source.name, shape.name, 0, config.weight))
+        report.sources.setdefault("train", []).append(found)
     with quiet_datasets():
         train = streams[0]
         if len(streams) > 1:
@@ -565,17 +631,20 @@ def _stream_shape(source: Source) -> Shape:
     return detect(batch.records[:DETECT_RECORDS], batch.file)
 
 
-def _first_conversations(source: Source, shape: Shape) -> list[bytes]:
+def _first_conversations(source: Source, shape: Shape, encoder: Encoder, found: SourceReport) -> list[bytes]:
+    """The first conversations of a stream; what is not read in them is counted in its report."""
     batch = next(source.open(), None)
     if batch is None:
         return []
-    conversations: list[bytes] = []
+    conversations: list[Conversation] = []
     for index, record in enumerate(batch.records[:_STREAM_PREVIEW_ROWS]):
         try:
-            conversations.append(serialise(shape.read(record)))
+            conversations.append(shape.read(record))
         except Fault as error:
             raise DataError(error.at(batch.where(index))) from None
-    return conversations
+    found.unread_fields = dict(Counter(itertools.chain.from_iterable(each.unread for each in conversations)))
+    found.spelled = dict(encoder.spelled(conversations))
+    return [serialise(each) for each in conversations]
 
 
 def _stream(source: Source, shape: Shape, loader: _Loader) -> Any:

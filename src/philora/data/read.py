@@ -16,13 +16,15 @@ import io
 import json
 import re
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
+from philora.data.splits import DEFAULT_SPLITS, choose_split, folder_splits
 from philora.errors import DataError, fault, nearest
 from philora.links import refuse_leading_out
 
@@ -49,8 +51,17 @@ _KINDS: dict[str, Kind] = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-_NOT_DATA = {"dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json"}
-_RECORD_KEYS = ("messages", "conversations", "conversation", "instruction", "prompt", "text")
+_NOT_DATA = {"dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json", "README.md"}
+_RECORD_KEYS = (
+    "messages", "conversations", "conversation", "instruction", "prompt", "text", "question", "query", "user", "chosen",
+)  # fmt: skip
+_UTF16_OR_32 = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_FILES_NAMED = 5
 _JSON_BLOCK = 1 << 20
 
 
@@ -86,12 +97,26 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source:
-    """A source after its path has been resolved; `open` may be called again and again."""
+    """A source after its path has been resolved; `open` may be called again and again.
+
+    `unread` names files, splits and lists of the source that are not read. What stands inside a file is known once
+    `open` has been read to its end.
+    """
 
     name: str
     fingerprint: str
     open: Callable[[], Iterator[Batch]]
     size_bytes: int | None = None
+    unread: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the files of a source are read: for what, which of several lists, and where to say what was left."""
+
+    role: Role
+    split: str | None
+    unread: dict[str, None]
 
 
 def resolve(config: SourceConfig, role: Role) -> Source:
@@ -108,18 +133,31 @@ def resolve(config: SourceConfig, role: Role) -> Source:
         DataError: nothing is there, it is of a kind philora does not read, or the hub cannot be reached.
     """
     if config.path == BUNDLED:
-        file = Path(str(resources.files("philora"))) / "nano" / "helpdesk" / f"{role}.jsonl"
-        return _files_source(config, [file], f"{BUNDLED}/{role}.jsonl")
+        return _bundled_source(config, role)
     path = Path(config.path).expanduser()
     if path.is_file():
-        return _files_source(config, [path], config.path)
+        _refuse_subset(config, "a file has no subsets")
+        return _files_source(config, [path], config.path, _Reading(role, config.split, {}))
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            _refuse_subset(config, "a saved dataset has no subsets")
             return _saved_source(config, path, role)
-        return _files_source(config, _folder_files(path), config.path)
+        return _folder_source(config, path, role)
     if _looks_local(config.path):
         raise DataError(_missing_file(path))
     return _hub_source(config, role)
+
+
+def _refuse_subset(config: SourceConfig, why: str) -> None:
+    if config.subset is not None:
+        raise DataError(fault(config.path, "subset", config.subset, f"null: {why}", "Leave subset out"))
+
+
+def _bundled_source(config: SourceConfig, role: Role) -> Source:
+    _refuse_subset(config, "the bundled set has none")
+    split = choose_split(BUNDLED, config.split, role, ["train", "eval"])
+    file = Path(str(resources.files("philora"))) / "nano" / "helpdesk" / f"{split}.jsonl"
+    return _files_source(config, [file], f"{BUNDLED}/{split}.jsonl", _Reading(role, None, {}))
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:
@@ -133,12 +171,25 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise encoding_fault(raw, error) from None
     try:
-        value = json.loads(text)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise _json_fault(text, error) from None
     except RecursionError:
         raise Fault("record", text, "JSON that is not nested a thousand levels deep") from None
     return _as_record(value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names differ: of two equal ones, JSON would keep the last without a word."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Fault("record", twice, "names that stand once in a JSON object", "Rename or remove one of the two")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def encoding_fault(raw: bytes, error: UnicodeDecodeError, offset: int = 0) -> Fault:
@@ -197,15 +248,40 @@ def _missing_file(path: Path) -> str:
     return fault("data", "path", str(path), "a file or folder that exists", hint or f"Its folder is {str(parent)!r}")
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    files = [
-        each
-        for each in sorted(folder.rglob("*"))
-        if each.is_file() and _kind(each) is not None and each.name not in _NOT_DATA and not _hidden(each, folder)
-    ]
+def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
+    files, unread = _folder_files(folder)
+    splits = folder_splits(folder, config.subset, files)
+    in_some = {file for each in splits.values() for file in each}
+    lost = [file for file in files if file not in in_some]
+    if config.split is None and len(splits) == 1 and lost and not splits.keys() & set(DEFAULT_SPLITS[role]):
+        # One split of another purpose, and files beside it: which of them is meant is not for us to guess.
+        names = ", ".join(splits)
+        expected = f"the name of a split, since this folder has {names} alone and {len(lost)} more files"
+        raise DataError(fault(str(folder), "split", None, expected, "Give split, or a folder with the files to read"))
+    split = choose_split(str(folder), config.split, role, list(splits))
+    for name, others in splits.items():
+        if name != split:
+            unread[f"split {name} ({_names(others, folder)})"] = None
+    if lost:
+        unread[f"files in no split ({_names(lost, folder)})"] = None
+    name = config.path if len(splits) == 1 else f"{config.path}[{split}]"
+    return _files_source(config, splits[split], name, _Reading(role, None, unread))
+
+
+def _folder_files(folder: Path) -> tuple[list[Path], dict[str, None]]:
+    """The files of a folder that a reader is for, and the others, by name."""
+    found = [each for each in sorted(folder.rglob("*")) if each.is_file() and not _hidden(each, folder)]
+    files = [each for each in found if _kind(each) is not None and each.name not in _NOT_DATA]
     if not files:
         raise DataError(fault("data", "path", str(folder), f"a folder with files of the kinds {', '.join(_KINDS)}"))
-    return files
+    others = [each for each in found if each not in set(files) and each.name not in _NOT_DATA]
+    return files, {f"files of other kinds ({_names(others, folder)})": None} if others else {}
+
+
+def _names(files: list[Path], folder: Path) -> str:
+    names = [str(each.relative_to(folder)) for each in files]
+    more = f" and {len(names) - _FILES_NAMED} more" if len(names) > _FILES_NAMED else ""
+    return ", ".join(names[:_FILES_NAMED]) + more
 
 
 def _hidden(path: Path, folder: Path) -> bool:
@@ -221,7 +297,7 @@ def _kind(path: Path) -> Kind | None:
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def _files_source(config: SourceConfig, files: list[Path], name: str) -> Source:
+def _files_source(config: SourceConfig, files: list[Path], name: str, reading: _Reading) -> Source:
     for file in files:
         if _kind(file) is None:
             raise DataError(fault("data", "path", str(file), f"a file of the kinds {', '.join(_KINDS)}"))
@@ -229,12 +305,14 @@ def _files_source(config: SourceConfig, files: list[Path], name: str) -> Source:
     for file in files:
         digest.update(_kind_bytes(file))
         digest.update(_sha256(file))
+        if reading.split is not None or _kind(file) == "json":
+            digest.update(f"{reading.role} {reading.split}".encode())  # they choose among the lists of a file
 
     def batches() -> Iterator[Batch]:
-        return _limited(_read_files(files), config.limit)
+        return _limited(_read_files(files, reading), config.limit)
 
     size = sum(file.stat().st_size for file in files)
-    return Source(name=name, fingerprint=digest.hexdigest(), open=batches, size_bytes=size)
+    return Source(name=name, fingerprint=digest.hexdigest(), open=batches, size_bytes=size, unread=reading.unread)
 
 
 def _kind_bytes(file: Path) -> bytes:
@@ -249,16 +327,25 @@ def _sha256(file: Path) -> bytes:
         raise DataError(fault("data", "path", str(file), f"a file that can be read ({error.strerror})")) from error
 
 
-def _read_files(files: list[Path]) -> Iterator[Batch]:
+def _read_files(files: list[Path], reading: _Reading) -> Iterator[Batch]:
     for file in files:
         kind = _kind(file)
+        if kind != "json":
+            _refuse_split(file, reading)
         with _located(file):
             if kind == "json":
-                yield from _read_json(file)
+                yield from _read_json(file, reading)
             elif kind == "csv":
                 yield from _read_csv(file)
             else:
                 yield from _read_parquet(file)
+
+
+def _refuse_split(file: Path, reading: _Reading) -> None:
+    if reading.split is not None:
+        expected = "null, since this file is one list of records"
+        todo = "Leave split out, or give the file or folder of that split as path"
+        raise DataError(fault(str(file), "split", reading.split, expected, todo))
 
 
 @contextlib.contextmanager
@@ -281,11 +368,62 @@ def _limited(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
 
 
 def _open(file: Path) -> IO[bytes]:
+    """The bytes of a file as UTF-8 without a byte order mark; of UTF-16 and UTF-32 the mark says which it is.
+
+    Raises:
+        DataError: it has zeros among its first bytes and no mark, so its encoding is another.
+    """
     opened = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # noqa: SIM115 (callers close it)
     stream = cast("IO[bytes]", opened)
-    if stream.read(3) != codecs.BOM_UTF8:
+    start = stream.read(200)
+    if start.startswith(codecs.BOM_UTF8):
+        stream.seek(len(codecs.BOM_UTF8))
+        return stream
+    encoding = next((name for mark, name in _UTF16_OR_32 if start.startswith(mark)), None)
+    if encoding is not None:
         stream.seek(0)
+        with stream:
+            return _as_utf8(stream, encoding, file)
+    if b"\0" in start:
+        stream.close()
+        todo = f"Convert the file to UTF-8, for instance with `iconv -f {_likely_encoding(start)}LE -t UTF-8`"
+        expected = "UTF-8 text, or UTF-16 with a byte order mark, but zeros stand among its first bytes"
+        raise DataError(fault(str(file), "file", file.name, expected, todo))
+    stream.seek(0)
     return stream
+
+
+def _as_utf8(stream: IO[bytes], encoding: str, file: Path) -> IO[bytes]:
+    """What a stream says in another encoding, in a temporary file: lines then end where they do in every file."""
+    made = cast("IO[bytes]", tempfile.TemporaryFile())  # noqa: SIM115 (callers close it)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        while block := stream.read(_JSON_BLOCK):
+            made.write(decoder.decode(block).encode())
+        made.write(decoder.decode(b"", final=True).encode())
+    except UnicodeError as error:
+        made.close()
+        expected = f"text to its end in {encoding.upper()}, as its byte order mark says ({error.args[-1]})"
+        raise DataError(fault(str(file), "file", file.name, expected, "Is the file whole?")) from None
+    made.seek(0)
+    return made
+
+
+def text_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text file with their numbers; they end at a newline, with or without a carriage return before it.
+
+    Raises:
+        DataError: the file cannot be read, or is no UTF-8 text.
+    """
+    try:
+        with _located(file), _open(file) as stream:
+            for number, raw in enumerate(stream, start=1):
+                try:
+                    yield number, raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                except UnicodeDecodeError as error:
+                    raise DataError(encoding_fault(raw, error).at(f"{file}:{number}")) from None
+    except OSError as error:
+        raise DataError(fault(str(file), "file", file.name, f"a file that can be read ({error.strerror})")) from error
 
 
 def _group(
@@ -316,12 +454,14 @@ def _rough_size(record: dict[str, Any]) -> int:
     return size
 
 
-def _read_json(file: Path) -> Iterator[Batch]:
+def _read_json(file: Path, reading: _Reading) -> Iterator[Batch]:
     with _open(file) as stream:
         style, skipped = _json_style(stream)
     if style is None:
         raise DataError(fault(str(file), "file", file.name, "at least one record, but the file is empty"))
-    records = _json_values(file) if style == "document" else _json_lines(file, skipped)
+    if style == "lines":
+        _refuse_split(file, reading)
+    records = _json_values(file, reading) if style == "document" else _json_lines(file, skipped)
     yield from _group(str(file), "line", records)
 
 
@@ -369,7 +509,7 @@ class _JsonText:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.stream = io.TextIOWrapper(_open(file), encoding="utf-8", newline="")
-        self.decoder = json.JSONDecoder()
+        self.decoder = _DECODER
         self.text = ""
         self.position = 0
         self.ended = False
@@ -438,6 +578,8 @@ class _JsonText:
                     block *= 2
                     continue
                 raise DataError(_json_fault(self.text, error).at(self.where(error.pos))) from None
+            except Fault as error:
+                raise DataError(error.at(self.where())) from None
             except RecursionError:
                 deep = "JSON that is not nested a thousand levels deep"
                 raise DataError(fault(self.where(), "record", "[[[...", deep)) from None
@@ -449,17 +591,105 @@ class _JsonText:
             return line, value
 
 
-def _json_values(file: Path) -> Iterator[tuple[int, Record]]:
-    """Records of a JSON array, or of the first list of objects in a JSON object."""
+def _json_values(file: Path, reading: _Reading) -> Iterator[tuple[int, Record]]:
+    """Records of a JSON document: a list; an object with lists of them; or objects one after another."""
     text = _JsonText(file)
     with text.stream:
-        if text.peek() == "{":
-            yield from _wrapped_values(text)
+        if text.peek() == "[":
+            _refuse_split(file, reading)
+            yield from _array_values(text)
+            _ends(text, "the list of records")
             return
-        yield from _array_values(text)
-        if text.peek():
-            around = text.text[text.position : text.position + 40]
-            raise DataError(fault(text.where(), "text", around, "nothing after the list of records"))
+    wanted = _wanted_list(file, reading)
+    text = _JsonText(file)
+    with text.stream:
+        if wanted is not None:
+            yield from _named_list(text, wanted)
+            return
+        _refuse_split(file, reading)
+        while text.peek():
+            line, value = text.value()
+            yield line, value if isinstance(value, dict) else json.dumps(value).encode()
+
+
+def _ends(text: _JsonText, what: str) -> None:
+    if text.peek():
+        around = text.text[text.position : text.position + 40]
+        raise DataError(fault(text.where(), "text", around, f"nothing after {what}", "Correct or remove what follows"))
+
+
+def _members(text: _JsonText) -> Iterator[str]:
+    """The names of an object's members, each when its value comes next."""
+    text.take("{")
+    while text.peek() == '"':
+        _, key = text.value()
+        text.take(":")
+        yield str(key)
+        if text.peek() != ",":
+            break
+        text.take(",")
+    text.take("}")
+
+
+def _wanted_list(file: Path, reading: _Reading) -> str | None:
+    """The name of the list of records in a JSON object; None where the object is itself a record.
+
+    The object is read once for its names and again for its records, so that no list is taken for being the first.
+    """
+    text = _JsonText(file)
+    lists: dict[str, int] = {}
+    others: list[str] = []
+    with text.stream:
+        for key in _members(text):
+            records = _skipped_list(text) if text.peek() == "[" else (text.value(), 0)[1]
+            if key in _RECORD_KEYS and not (key == "conversations" and records):
+                return None
+            if records:
+                lists[key] = records
+            else:
+                others.append(key)
+        if not lists:
+            return None
+        _ends(text, "the object with the list of records")
+    names = list(lists)
+    # A list that stands alone is the records, whatever its name; of several the name says which.
+    wanted = (
+        names[0]
+        if len(names) == 1 and reading.split is None
+        else choose_split(str(file), reading.split, reading.role, names)
+    )
+    for name in names:
+        if name != wanted:
+            reading.unread[f"list {name} of {file.name} ({lists[name]:,} records)"] = None
+    if others:
+        reading.unread[f"fields beside the list of {file.name} ({', '.join(others)})"] = None
+    return wanted
+
+
+def _skipped_list(text: _JsonText) -> int:
+    """Step over a list; how many objects it has, 0 where it holds turns or anything else."""
+    count = 0
+    text.take("[")
+    while text.peek() != "]":
+        _, value = text.value()
+        if not isinstance(value, dict) or {"from", "role"} & set(value) or count < 0:
+            count = -1
+        else:
+            count += 1
+        if text.peek() == ",":
+            text.take(",")
+        elif text.peek() != "]":
+            text.take("]")
+    text.take("]")
+    return max(count, 0)
+
+
+def _named_list(text: _JsonText, wanted: str) -> Iterator[tuple[int, Record]]:
+    for key in _members(text):
+        if key == wanted:
+            yield from _array_values(text)
+            return
+        text.value()
 
 
 def _array_values(text: _JsonText) -> Iterator[tuple[int, Record]]:
@@ -475,28 +705,6 @@ def _array_values(text: _JsonText) -> Iterator[tuple[int, Record]]:
             text.take("]")
             return
         text.take(",")
-
-
-def _wrapped_values(text: _JsonText) -> Iterator[tuple[int, Record]]:
-    text.take("{")
-    record: dict[str, Any] = {}
-    first = text.line
-    while text.peek() == '"':
-        _, key = text.value()
-        text.take(":")
-        if text.peek() == "[" and key not in _RECORD_KEYS:
-            yield from _array_values(text)
-            return
-        record[key] = text.value()[1]
-        if text.peek() != ",":
-            break
-        text.take(",")
-    text.take("}")
-    many = record.get("conversations")
-    if isinstance(many, list) and many and isinstance(many[0], dict) and not {"from", "role"} & set(many[0]):
-        yield from ((first, each) for each in many)
-    else:
-        yield first, record
 
 
 def _read_csv(file: Path) -> Iterator[Batch]:
@@ -523,6 +731,10 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record]]:
         header = next(reader, None)
         if header is None:
             raise DataError(fault(str(file), "file", file.name, "a line of column names, but the file is empty"))
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            expected = "names of columns that differ"
+            raise DataError(fault(f"{file}:1", "columns", ", ".join(twice), expected, "Rename or remove one of them"))
         first = line_number + 1
         for row in reader:
             if len(row) == len(header):
@@ -564,8 +776,15 @@ def _saved_source(config: SourceConfig, path: Path, role: Role) -> Source:
     with quiet_datasets():
         loaded = load_from_disk(str(path))
     if isinstance(loaded, DatasetDict):
-        loaded = loaded[_choose_split(str(path), config.split, role, list(loaded))]
-    return _dataset_source(config, loaded, config.path)
+        names = list(loaded)
+        split = choose_split(str(path), config.split, role, names)
+        others = {f"split {name} ({len(loaded[name]):,} records)": None for name in names if name != split}
+        return _dataset_source(config, loaded[split], config.path, others)
+    if config.split is not None:
+        raise DataError(
+            fault(str(path), "split", config.split, "null, since this saved dataset is one split", "Leave split out")
+        )
+    return _dataset_source(config, loaded, config.path, {})
 
 
 def _require_files_inside(path: Path) -> None:
@@ -593,32 +812,17 @@ def _hub_source(config: SourceConfig, role: Role) -> Source:
     with quiet_datasets(), datasets_from_cache():
         try:
             split = config.split
+            others: dict[str, None] = {}
             if split is None:
-                split = _choose_split(config.path, None, role, datasets.get_dataset_split_names(*arguments))
+                names = datasets.get_dataset_split_names(*arguments)
+                split = choose_split(config.path, None, role, names)
+                others = {f"split {name}": None for name in names if name != split}
             loaded = datasets.load_dataset(*arguments, split=split, streaming=config.streaming)
+        except DataError:
+            raise
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(_hub_message(config, error)) from error
-    return _dataset_source(config, loaded, f"{config.path}[{split}]")
-
-
-def _choose_split(where: str, given: str | None, role: Role, names: list[str]) -> str:
-    wanted = (
-        [given]
-        if given
-        else ["train", "train_sft"]
-        if role == "train"
-        else ["validation", "test", "test_sft", "eval", "dev"]
-    )
-    for name in wanted:
-        if name in names:
-            return name
-    if given is None and len(names) == 1:
-        return names[0]
-    raise DataError(
-        fault(
-            where, "split", given, f"one of {', '.join(names)}", (given and nearest(given, names)) or "Name one of them"
-        )
-    )
+    return _dataset_source(config, loaded, f"{config.path}[{split}]", others)
 
 
 def _hub_message(config: SourceConfig, error: Exception) -> str:
@@ -643,7 +847,7 @@ def _hub_message(config: SourceConfig, error: Exception) -> str:
     )
 
 
-def _dataset_source(config: SourceConfig, dataset: Any, name: str) -> Source:
+def _dataset_source(config: SourceConfig, dataset: Any, name: str, unread: dict[str, None]) -> Source:
     def rows() -> Iterator[tuple[int, Record]]:
         number = 0
         for columns in dataset.iter(batch_size=BATCH_ROWS):
@@ -657,7 +861,7 @@ def _dataset_source(config: SourceConfig, dataset: Any, name: str) -> Source:
 
     fingerprint = hashlib.sha256(f"{name}:{getattr(dataset, '_fingerprint', '')}".encode()).hexdigest()
     size = None if config.streaming else getattr(dataset, "size_in_bytes", None)
-    return Source(name=name, fingerprint=fingerprint, open=batches, size_bytes=size)
+    return Source(name=name, fingerprint=fingerprint, open=batches, size_bytes=size, unread=unread)
 
 
 @contextlib.contextmanager

@@ -46,11 +46,27 @@ _PLAIN_ROLES = ("system", "user", "assistant", "tool")
 # What a template may read besides role and content; ids and scores of a dataset's own are left behind.
 _EXTRA_KEYS = ("name", "tool_calls", "tool_call_id", "tools", "reasoning_content", "thinking")
 
+# Names of a record's own system turn, in the order in which one is looked for.
+_SYSTEM_NAMES = ("system", "system_prompt", "system_message")
+# What is asked about stands in these, beside the question.
+_MATERIAL_NAMES = ("input", "context")
+# Whether the loss is on a turn; of the second kind, true means that it is not.
+_LOSS_FLAGS = ("weight", "loss", "train", "training", "trainable")
+_MASK_FLAGS = ("mask", "masked")
+# What a text model cannot be given; leaving it out would change what the text speaks of.
+_MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios", "input_audio")
+# Older spellings of calls that no chat template reads.
+_OLD_CALLS = ("function_call", "functions")
+_PARTS_OF_LOSS = ("train_detail", "loss_mask", "loss_weight")
+_SPEAKER_NAMES = frozenset(("role", "from", "speaker", "author", "sender"))
+_WORDS_NAMES = frozenset(("text", "content", "message", "value", "body"))
+
 # Pairs of names that stand for a question and its answer, most telling first.
 _PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("question", "answer"),
+    ("question", "response"),
     ("query", "response"),
     ("instruction", "response"),
     ("user", "assistant"),
@@ -75,7 +91,9 @@ class Conversation:
     two_user_turns: bool = False
     """Two user turns stand in a row somewhere."""
     untrained: frozenset[int] = field(default_factory=frozenset)
-    """Assistant turns whose `weight` is 0: context without loss."""
+    """Assistant turns without loss: their `weight` is 0, or they stand in the prompt of a pair."""
+    unread: tuple[str, ...] = ()
+    """Fields of the record, and keys of its turns, that have a value and were not read."""
 
     @property
     def is_text(self) -> bool:
@@ -110,10 +128,111 @@ class Shape:
         fields = parse_line(record) if isinstance(record, bytes) else record
         if not isinstance(fields, dict):
             raise Fault("record", fields, "an object with named fields")
-        conversation = _READERS[self.name](fields, self) if not self.columns else _from_columns(fields, self)
+        conversation = self._read(_Fields(fields))
         if not conversation.is_text:
             _check(conversation)
         return conversation
+
+    def _read(self, fields: _Fields) -> Conversation:
+        _refuse_what_changes_the_meaning(fields, "")
+        conversation = _from_columns(fields, self) if self.columns else _READERS[self.name](fields, self)
+        if self.columns or not conversation.is_text:
+            _read_flags_of_record(fields, self)
+        conversation.unread += fields.unread()
+        return conversation
+
+
+class _Fields:
+    """The fields of one record, and which of them a reader has read."""
+
+    __slots__ = ("read", "values")
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+        self.read: set[str] = set()
+
+    def get(self, name: str) -> Any:
+        """The value of a field, which counts as read; None where there is none."""
+        self.read.add(name)
+        return self.values.get(name)
+
+    def needed(self, name: str) -> Any:
+        """The value of a field that has to be there.
+
+        Raises:
+            Fault: It is missing or null.
+        """
+        value = self.get(name)
+        if value is None:
+            names = ", ".join(str(key) for key, each in self.values.items() if each is not None)
+            raise Fault("record", names, f"a field {name!r}", nearest(name, map(str, self.values)))
+        return value
+
+    def filled(self, names: Sequence[str]) -> bool:
+        """Whether all of these have a value; it does not count as reading them."""
+        return all(self.values.get(name) is not None for name in names)
+
+    def unread(self) -> tuple[str, ...]:
+        """Fields with a value that nobody read."""
+        if len(self.values) <= len(self.read) and self.values.keys() <= self.read:
+            return ()
+        return tuple(str(key) for key, value in self.values.items() if key not in self.read and not _is_empty(value))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ("", [], {}) or (isinstance(value, str) and not value.strip())
+
+
+def _refuse_what_changes_the_meaning(values: _Fields, where: str) -> None:
+    for name in values.values.keys() & _REFUSED:
+        if _is_empty(values.values[name]):
+            continue
+        place = f"{where}.{name}" if where else name
+        if name in _MEDIA_NAMES:
+            todo = "Remove the field if the text is meant to be trained without it, or the record if it is not"
+            raise Fault(place, values.values[name], "no pictures, video or sound beside the text", todo)
+        if name in _OLD_CALLS:
+            todo = "Write the calls as tool_calls of the turn and the descriptions as tools of the record"
+            raise Fault(place, values.values[name], "tool calls in today's form", todo)
+        todo = "Remove it, or say with weight: 0 which whole turns have no loss"
+        raise Fault(place, values.values[name], "whole turns with or without loss, not parts of them", todo)
+
+
+_REFUSED = frozenset((*_MEDIA_NAMES, *_OLD_CALLS, *_PARTS_OF_LOSS))
+
+
+def _read_flags_of_record(fields: _Fields, shape: Shape) -> None:
+    """Refuse a record that says of itself that it is not to be trained on."""
+    for name in _LOSS_FLAGS + _MASK_FLAGS:
+        value = fields.values.get(name)
+        if value is None or name in fields.read:
+            continue
+        if not isinstance(value, bool) and name not in ("weight", "loss"):
+            continue  # a name such as `train` may hold anything; it is named as not read
+        if _flag(name, fields.get(name)) == (name in _MASK_FLAGS):
+            raise Fault(name, value, "a record that is trained on", "Remove the records that have no loss")
+    label = fields.values.get("label")
+    bad: tuple[Any, ...] = (False, "false", "False", "FALSE")
+    if shape.name == "prompt_completion":
+        bad += ("0",)
+    elif label == 0 and not isinstance(label, bool):
+        return  # a class by its number
+    if "label" not in fields.read and isinstance(label, bool | str | int) and label in bad:
+        todo = "Remove the records whose label is false, or the field if it says something else of them"
+        raise Fault("label", label, "an answer that is good", todo)
+    if label is True:
+        fields.get("label")
+
+
+def _flag(name: str, value: Any) -> bool:
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    said = str(value).strip().lower()
+    if said not in known:
+        expected = "0 (no loss on this turn) or 1" if name.endswith("weight") else "true or false (false: no loss)"
+        if name.rpartition(".")[2] in _MASK_FLAGS:
+            expected = "true or false (true: no loss)"
+        raise Fault(name, value, expected, "A turn counts in full or not at all")
+    return known[said]
 
 
 def detect(records: Sequence[Record], where: str) -> Shape:
@@ -130,12 +249,22 @@ def detect(records: Sequence[Record], where: str) -> Shape:
             continue
         seen = seen or fields
         name = _shape_of(fields)
+        if name in (None, "text") and _SPEAKER_NAMES & fields.keys() and _WORDS_NAMES & fields.keys():
+            raise DataError(_one_turn_a_record(fields, where))
         if name:
             return Shape(name)
     if not seen:
         # Nothing could be parsed: reading in any shape reports each line.
         return Shape("messages")
     names = ", ".join(sorted(map(str, seen))[:20])
+    if "chosen" in seen:
+        column = (
+            '{messages: "{chosen}"}'
+            if isinstance(seen["chosen"], list)
+            else ('{user: "{prompt}", assistant: "{chosen}"}' if "prompt" in seen else '{text: "{chosen}"}')
+        )
+        todo = f"To train on the chosen ones say columns: {column}"
+        raise DataError(fault(where, "fields", names, "one answer a record, not a better and a worse one", todo))
     raise DataError(
         fault(
             where,
@@ -145,6 +274,16 @@ def detect(records: Sequence[Record], where: str) -> Shape:
             'Say which column is which with columns, such as {user: "{question}", assistant: "{answer}"}, '
             "if the names are others",
         )
+    )
+
+
+def _one_turn_a_record(fields: Mapping[str, Any], where: str) -> str:
+    return fault(
+        where,
+        "fields",
+        ", ".join(map(str, fields)),
+        "a whole conversation in each record, but these look like one turn each",
+        "Group the turns of a conversation into one record with messages (role and content of each), in their order",
     )
 
 
@@ -177,6 +316,10 @@ def shape_from_config(format_name: str | None, columns: Mapping[str, str] | None
             except (ValueError, TypeError) as error:
                 expected = f"a template such as '{{instruction}}' ({error})"
                 raise DataError(fault(where, f"columns.{key}", template, expected)) from None
+        alone = next((key for key in ("text", "messages") if key in columns), None)
+        if alone and set(columns) - {alone, *(("system",) if alone == "messages" else ())}:
+            expected = f"{alone} alone" if alone == "text" else "messages alone, or with system"
+            raise DataError(fault(where, "columns", dict(columns), expected, "Remove the other keys"))
         if not {"assistant", "completion", "text", "messages"} & set(columns):
             expected = "a template for assistant (or completion, text or messages)"
             raise DataError(fault(where, "columns", dict(columns), expected, "Add one"))
@@ -193,14 +336,6 @@ def shape_from_config(format_name: str | None, columns: Mapping[str, str] | None
 # ---------------------------------------------------------------------------------------------------- readers
 
 
-def _needed(fields: Mapping[str, Any], name: str) -> Any:
-    value = fields.get(name)
-    if value is None:
-        names = ", ".join(str(key) for key in fields if fields[key] is not None)
-        raise Fault("record", names, f"a field {name!r}", nearest(name, map(str, fields)))
-    return value
-
-
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise Fault(name, value, f"text, not {_type_name(value)}")
@@ -212,21 +347,43 @@ def _type_name(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _from_messages(fields: Mapping[str, Any], shape: Shape) -> Conversation:
-    return _from_list(_needed(fields, "messages"), "messages", fields)
+def _from_messages(fields: _Fields, shape: Shape) -> Conversation:
+    return _with_system(_from_list(fields.needed("messages"), "messages", fields), fields)
 
 
-def _from_sharegpt(fields: Mapping[str, Any], shape: Shape) -> Conversation:
-    name = "conversation" if fields.get("conversations") is None and "conversation" in fields else "conversations"
-    conversation = _from_list(_needed(fields, name), name, fields)
-    system = fields.get("system")
-    if isinstance(system, str) and system.strip() and conversation.messages[0]["role"] != "system":
+def _from_sharegpt(fields: _Fields, shape: Shape) -> Conversation:
+    name = (
+        "conversation"
+        if fields.values.get("conversations") is None and "conversation" in fields.values
+        else ("conversations")
+    )
+    return _with_system(_from_list(fields.needed(name), name, fields), fields)
+
+
+def _system_of(fields: _Fields) -> str | None:
+    """The system turn that stands in a field of its own."""
+    for name in _SYSTEM_NAMES:
+        if not _is_empty(fields.values.get(name)):
+            return _string(fields.get(name), name)
+    return None
+
+
+def _with_system(conversation: Conversation, fields: _Fields, system: str | None = None) -> Conversation:
+    """The conversation with the system turn of the record's own field in front."""
+    system = system or _system_of(fields)
+    if system is None or not system.strip():
+        return conversation
+    first = conversation.messages[0]
+    if first["role"] != "system":
         conversation.messages.insert(0, {"role": "system", "content": system})
         conversation.untrained = frozenset(index + 1 for index in conversation.untrained)
+    elif first["content"].strip() != system.strip():
+        todo = "Keep one of the two, or join them"
+        raise Fault("system", system, "the same text as the system turn among the messages", todo)
     return conversation
 
 
-def _from_list(value: Any, name: str, fields: Mapping[str, Any]) -> Conversation:
+def _from_list(value: Any, name: str, fields: _Fields, prompt_turns: int = 0) -> Conversation:
     if isinstance(value, str):  # CSV cells and some Parquet columns hold the list as JSON
         try:
             value = json.loads(value)
@@ -236,36 +393,52 @@ def _from_list(value: Any, name: str, fields: Mapping[str, Any]) -> Conversation
         raise Fault(name, value, f"a list of messages, not {_type_name(value)}")
     messages: list[Message] = []
     untrained: set[int] = set()
+    unread: set[str] = set()
     previous = None
     two_user_turns = False
     for index, each in enumerate(value):
-        message = _message(each, f"{name}[{index}]")
+        message = _message(each, f"{name}[{index}]", unread)
         role = message["role"]
         if role == "user" and previous == "user":
             two_user_turns = True
         if role == "system" and not message["content"].strip() and "tools" not in message:
             continue
-        if role == "assistant" and "weight" in each and each["weight"] is not None:
-            if each["weight"] not in (0, 1):
-                raise Fault(f"{name}[{index}].weight", each["weight"], "0 (no loss on this turn) or 1")
-            if each["weight"] == 0:
-                untrained.add(len(messages))
+        trained = len(each) == 2 or _has_loss(each, role, f"{name}[{index}]")
+        if role == "assistant" and (index < prompt_turns or not trained):
+            untrained.add(len(messages))
         previous = role
         messages.append(message)
     if not messages:
         raise Fault(name, value, "at least one turn of the user and one of the assistant")
-    return Conversation(messages, _tools(fields), two_user_turns, frozenset(untrained))
+    return Conversation(messages, _tools(fields), two_user_turns, frozenset(untrained), tuple(sorted(unread)))
 
 
-def _message(each: Any, name: str) -> Message:
+def _has_loss(each: Mapping[str, Any], role: str, name: str) -> bool:
+    """Whether a turn's own flags leave the loss on it.
+
+    Raises:
+        Fault: A flag says neither yes nor no, or asks for loss on a turn that is not the assistant's.
+    """
+    trained = True
+    for key in (*_LOSS_FLAGS, *_MASK_FLAGS):
+        if each.get(key) is None:
+            continue
+        wanted = _flag(f"{name}.{key}", each[key]) != (key in _MASK_FLAGS)
+        if wanted and role != "assistant" and key != "weight" and key not in _MASK_FLAGS:
+            raise Fault(f"{name}.{key}", each[key], "loss on turns of the assistant alone", "Set it to false here")
+        trained = trained and wanted
+    return trained
+
+
+def _message(each: Any, name: str, unread: set[str]) -> Message:
     if not isinstance(each, dict):
         raise Fault(name, each, "an object with role and content")
     if "role" in each and each["role"] is not None:
         given, content = each["role"], each.get("content")
-        content_name = "content"
+        role_name, content_name = "role", "content"
     elif "from" in each and each["from"] is not None:
         given, content = each["from"], each.get("value")
-        content_name = "value"
+        role_name, content_name = "from", "value"
     else:
         raise Fault(name, ", ".join(map(str, each)), "role and content, or from and value", "Add the role")
     role = given if given in _PLAIN_ROLES else _ROLES.get(given.strip().lower()) if isinstance(given, str) else None
@@ -273,8 +446,12 @@ def _message(each: Any, name: str) -> Message:
         hint = nearest(given.lower(), _ROLES) if isinstance(given, str) else ""
         raise Fault(f"{name}.role", given, f"one of {', '.join(_PLAIN_ROLES)} or an alias of theirs", hint)
     if isinstance(content, list):
-        content = _joined_parts(content, f"{name}.{content_name}")
+        content = _joined_parts(content, f"{name}.{content_name}", unread)
     calls = len(each) > 2 and each.get("tool_calls")
+    if len(each) > 2:
+        _refuse_what_changes_the_meaning(_Fields(each), name)
+        if calls:
+            each = {**each, "tool_calls": _calls(calls, role, f"{name}.tool_calls")}
     if content is None:
         if not calls:
             raise Fault(f"{name}.{content_name}", None, "the text of the turn", "Add it or remove the record")
@@ -288,21 +465,39 @@ def _message(each: Any, name: str) -> Message:
     message = {"role": role, "content": content}
     if len(each) > 2:
         for key in _EXTRA_KEYS:
-            if each.get(key) is not None:
-                message[key] = each[key]
+            if not _is_empty(each.get(key)):
+                listed = key == "tools" and not isinstance(each[key], str)  # templates write it as it is
+                message[key] = json.dumps(each[key], ensure_ascii=False) if listed else each[key]
+        known = (role_name, content_name, *_EXTRA_KEYS, *_LOSS_FLAGS, *_MASK_FLAGS)
+        unread.update(f"{key} of turns" for key, value in each.items() if key not in known and not _is_empty(value))
     return message
 
 
-def _joined_parts(parts: list[Any], name: str) -> str:
+def _calls(calls: Any, role: str, name: str) -> list[Any]:
+    """The tool calls of a turn; Parquet and CSV often hold them as JSON."""
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except ValueError as error:
+            raise Fault(name, calls, f"a list of tool calls ({error})") from None
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Fault(name, calls, f"a list of tool calls, not {_type_name(calls)}")
+    if role != "assistant":
+        raise Fault(name, calls, "tool calls in turns of the assistant alone", "Move them to the turn that makes them")
+    return calls
+
+
+def _joined_parts(parts: list[Any], name: str, unread: set[str]) -> str:
     texts: list[str] = []
     for part in parts:
         if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
             raise Fault(name, part, "text, or a list of parts of type text", "Pictures and sound are not trained on")
         texts.append(part["text"])
+        unread.update(f"{key} of parts of turns" for key in part if key not in ("type", "text") and part[key])
     return "".join(texts)
 
 
-def _tools(fields: Mapping[str, Any]) -> list[Any] | None:
+def _tools(fields: _Fields) -> list[Any] | None:
     tools = fields.get("tools")
     if not tools:
         return None
@@ -316,9 +511,9 @@ def _tools(fields: Mapping[str, Any]) -> list[Any] | None:
     return tools or None
 
 
-def _pair(user: str, assistant: Any, name: str, system: Any = None, history: Any = None) -> Conversation:
+def _pair(user: str, assistant: Any, name: str, system: str | None = None, history: Any = None) -> Conversation:
     messages: list[Message] = []
-    if isinstance(system, str) and system.strip():
+    if system is not None and system.strip():
         messages.append({"role": "system", "content": system})
     for past in history or ():
         if not (isinstance(past, list | tuple) and len(past) == 2):
@@ -338,30 +533,37 @@ def _answer(value: Any, name: str) -> str:
     return text
 
 
-def _from_alpaca(fields: Mapping[str, Any], shape: Shape) -> Conversation:
-    user = _string(_needed(fields, "instruction"), "instruction")
-    extra = fields.get("input")
-    if extra is not None and _string(extra, "input").strip():
-        user = f"{user}\n{extra}"
-    return _pair(user, _needed(fields, "output"), "output", fields.get("system"), fields.get("history"))
+def _from_alpaca(fields: _Fields, shape: Shape) -> Conversation:
+    return _from_names(fields, "instruction", "output")
 
 
-def _from_prompt_completion(fields: Mapping[str, Any], shape: Shape) -> Conversation:
-    first, second = next((pair for pair in _PAIRS if all(fields.get(name) is not None for name in pair)), _PAIRS[0])
-    prompt, completion = _needed(fields, first), _needed(fields, second)
+def _from_prompt_completion(fields: _Fields, shape: Shape) -> Conversation:
+    first, second = next((pair for pair in _PAIRS if fields.filled(pair)), _PAIRS[0])
+    prompt, completion = fields.needed(first), fields.needed(second)
     if isinstance(prompt, list) or isinstance(completion, list):
-        as_list = [
-            value if isinstance(value, list) else [{"role": role, "content": value}]
-            for value, role in ((prompt, "user"), (completion, "assistant"))
-        ]
-        return _from_list(as_list[0] + as_list[1], f"{first}+{second}", fields)
-    conversation = _pair(_string(prompt, first), completion, second, fields.get("system"))
+        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        answered = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+        both = _from_list(asked + answered, f"{first}+{second}", fields, prompt_turns=len(asked))
+        return _with_system(both, fields)
+    return _from_names(fields, first, second)
+
+
+def _from_names(fields: _Fields, first: str, second: str) -> Conversation:
+    """A question and its answer, with what the record has beside them: material, system turn, earlier turns, tools."""
+    user = _string(fields.needed(first), first)
+    for name in _MATERIAL_NAMES:
+        if name in (first, second) or _is_empty(fields.values.get(name)):
+            continue
+        material = _string(fields.get(name), name)
+        if material.strip() not in user:
+            user = f"{user}\n{material}"
+    conversation = _pair(user, fields.needed(second), second, _system_of(fields), fields.get("history"))
     conversation.tools = _tools(fields)
     return conversation
 
 
-def _from_text(fields: Mapping[str, Any], shape: Shape) -> Conversation:
-    return _text(_string(_needed(fields, "text"), "text"))
+def _from_text(fields: _Fields, shape: Shape) -> Conversation:
+    return _text(_string(fields.needed("text"), "text"))
 
 
 def _text(text: str) -> Conversation:
@@ -370,40 +572,54 @@ def _text(text: str) -> Conversation:
     return Conversation([{"role": TEXT_ROLE, "content": text}])
 
 
-def _from_columns(fields: Mapping[str, Any], shape: Shape) -> Conversation:
+def _from_columns(fields: _Fields, shape: Shape) -> Conversation:
     columns = dict(shape.columns)
+    system = _fill("system", columns["system"], fields) if "system" in columns else None
     if "messages" in columns:
         name = columns["messages"].strip("{}")
-        return _from_list(_needed(fields, name), name, fields)
+        if name not in fields.values:
+            raise DataError(_names_no_column("messages", columns["messages"], fields))
+        return _with_system(_from_list(fields.needed(name), name, fields), fields, system)
     if "text" in columns:
-        return _text(_fill(columns["text"], fields))
-    user = _fill(columns["user"], fields) if "user" in columns else ""
-    system = _fill(columns["system"], fields) if "system" in columns else None
-    conversation = _pair(user, _fill(columns["assistant"], fields), "assistant", system)
+        return _text(_fill("text", columns["text"], fields))
+    user = _fill("user", columns["user"], fields) if "user" in columns else ""
+    system = system or _system_of(fields)
+    conversation = _pair(user, _fill("assistant", columns["assistant"], fields), "assistant", system)
     if "user" not in columns:
         conversation.messages = [message for message in conversation.messages if message["role"] != "user"]
     conversation.tools = _tools(fields)
     return conversation
 
 
-def _fill(template: str, fields: Mapping[str, Any]) -> str:
+def _names_no_column(role: str, template: str, fields: _Fields) -> str:
+    known = [str(key) for key in fields.values]
+    hint = f"Did you mean '{{{template}}}'?" if template in known else nearest(template.strip("{}"), known)
+    expected = f"a template with the name of a column in braces (the columns are {', '.join(known)})"
+    return fault("data", f"columns.{role}", template, expected, hint or "Put the column's name in braces")
+
+
+def _fill(role: str, template: str, fields: _Fields) -> str:
     parts: list[str] = []
+    names = 0
     for literal, name, _, _ in string.Formatter().parse(template):
         parts.append(literal)
         if name is None:
             continue
-        if name not in fields:
-            known = ", ".join(map(str, fields))
-            hint = nearest(name, map(str, fields))
+        names += 1
+        if name not in fields.values:
+            known = ", ".join(map(str, fields.values))
+            hint = nearest(name, map(str, fields.values))
             raise Fault("columns", template, f"names of this record's columns ({known}), not {name!r}", hint)
-        value = fields[name]
+        value = fields.get(name)
         if isinstance(value, dict | list):
             raise Fault(name, value, f"text or a number for a template, not {_type_name(value)}")
         parts.append("" if value is None else str(value))
+    if not names and role != "system":  # every record would say the same words
+        raise DataError(_names_no_column(role, template, fields))
     return "".join(parts)
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], Shape], Conversation]] = {
+_READERS: dict[str, Callable[[_Fields, Shape], Conversation]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
@@ -419,3 +635,41 @@ def _check(conversation: Conversation) -> None:
         raise Fault("roles", roles, "at least one turn of the assistant", "Add an answer or remove the record")
     if len(conversation.untrained) == len(answers):
         raise Fault("weight", 0, "at least one turn of the assistant with weight 1", "Remove the record")
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+
+def prompt_of(record: Record, where: str) -> Conversation:
+    """The turns of a record up to where the assistant is to speak, by the readers of training data.
+
+    Those want an answer at the end, so a record without one gets a stand-in, which is taken off again. What says
+    whether a record is trained on does not matter here.
+
+    Raises:
+        Fault: The record cannot be read.
+        DataError: It has none of the shapes.
+    """
+    given = parse_line(record) if isinstance(record, bytes) else record
+    if not isinstance(given, dict):
+        raise Fault("record", given, "an object with named fields")
+    fields = {key: value for key, value in given.items() if key not in ("label", *_LOSS_FLAGS, *_MASK_FLAGS)}
+    for name in ("messages", "conversations", "conversation"):
+        if isinstance(fields.get(name), list) and fields[name]:
+            fields[name] = [*fields[name], {"role": "assistant", "content": _STAND_IN}]
+    if _shape_of(fields) in (None, "text"):
+        for asked, answer in (*_PAIRS[:1], ("instruction", "output"), *_PAIRS):
+            if fields.get(asked) is not None and fields.get(answer) is None:
+                fields[answer] = _STAND_IN
+                break
+    conversation = detect([fields], where)._read(_Fields(fields))
+    if conversation.is_text:
+        raise Fault("record", "text", "messages, conversations, instruction, or a prompt")
+    while conversation.messages and conversation.messages[-1]["role"] == "assistant":
+        conversation.messages.pop()
+    if not conversation.messages:
+        raise Fault("roles", "assistant", "a turn of the user, a tool or the system to answer", "Add the question")
+    return conversation
+
+
+_STAND_IN = "-"

@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from philora.data.template import Encoder
 from philora.errors import DataError, RunError, fault
 from philora.user_cache import user_cache
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every key: raise it when the meaning or the layout of an entry changes."""
 
 FAULTS_SHOWN = 20
@@ -80,6 +80,10 @@ class Chunk:
     dropped_unlabelled: int = 0
     faults: list[str] = field(default_factory=list)
     fault_count: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+    """Fields and keys of turns that were not read, with the records that have them."""
+    spelled: Counter[str] = field(default_factory=Counter)
+    """As `Encoder.spelled` gives them."""
 
 
 @dataclass(frozen=True)
@@ -173,12 +177,17 @@ def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Setti
     label_parts: list[npt.NDArray[np.int32]] = []
     count = 0
     encoded = encoder.encode(conversations)
+    chunk.spelled = encoder.spelled(conversations)
+    for conversation in conversations:
+        if conversation.unread:
+            chunk.unread.update(conversation.unread)
     for place, conversation, blob, result in zip(places, conversations, blobs, encoded, strict=True):
         if isinstance(result, Fault):
             chunk.fault_count += 1
             if len(chunk.faults) < FAULTS_SHOWN:
                 chunk.faults.append(result.at(batch.where(place)))
             continue
+        chunk.unread.update(result.unshown)
         full_length = len(result.ids)
         overlong = full_length > settings.max_length
         if overlong and settings.drop_overlong:
@@ -379,6 +388,8 @@ def _write_entry(folder: Path, done: Iterator[Chunk], source: Source, shape: Sha
     faults: list[str] = []
     counts = {"records": 0, "dropped_overlong": 0, "dropped_unlabelled": 0}
     fault_count = 0
+    unread: Counter[str] = Counter()
+    spelled: Counter[str] = Counter()
     with (
         _synced(folder / "tokens.arrow") as tokens_sink,
         _synced(folder / "conversations.arrow") as conversations_sink,
@@ -388,6 +399,8 @@ def _write_entry(folder: Path, done: Iterator[Chunk], source: Source, shape: Sha
         for chunk in done:
             fault_count += chunk.fault_count
             faults += chunk.faults[: FAULTS_SHOWN - len(faults)]
+            unread.update(chunk.unread)
+            spelled.update(chunk.spelled)
             counts["records"] += chunk.records
             counts["dropped_overlong"] += chunk.dropped_overlong
             counts["dropped_unlabelled"] += chunk.dropped_unlabelled
@@ -410,7 +423,17 @@ def _write_entry(folder: Path, done: Iterator[Chunk], source: Source, shape: Sha
         stream.flush()
         os.fsync(stream.fileno())
     digests = {path.name: _digest(path) for path in folder.iterdir()}
-    meta = {"key": described, "name": source.name, "shape": shape.name, "rows": len(rows), "digests": digests, **counts}
+    meta = {
+        "key": described,
+        "name": source.name,
+        "shape": shape.name,
+        "rows": len(rows),
+        "digests": digests,
+        "unread_fields": dict(unread.most_common()),
+        "unread_parts": list(source.unread),
+        "spelled": dict(spelled.most_common()),
+        **counts,
+    }
     with (folder / "meta.json").open("w", encoding="utf-8") as text:
         json.dump(meta, text, indent=1)
         text.flush()

@@ -4,11 +4,15 @@ For every assistant turn i, the rendering of the turns before it with the genera
 the complete rendering: what follows is what the model has to write, up to and with the first stop token. No marker
 string is searched for, so any template that is consistent works and one that is not is refused.
 
-Rendering each prefix of each conversation would cost a quadratic number of Jinja runs. Most templates put literal text
-around the contents, so the proof is made once for a sequence of roles, on contents that cannot be mistaken, and
-gives a `_Plan`: the literal pieces between contents. A conversation then needs one rendering: if it equals the
-pieces and its contents joined, all places are known; if not (a template that trims or rewrites), the full proof is
-made for this conversation.
+Most templates put literal text around the contents, so the proof is made once for a sequence of roles, on contents
+that cannot be mistaken, and gives a `_Plan`: the literal pieces between contents. A conversation then needs one
+rendering: if it equals the pieces and its contents joined, all places are known; if not (a template that trims or
+rewrites), the full proof is made for this conversation.
+
+The proof itself costs a time linear in the turns. The text that a template writes between one answer and the next is
+learned once for each order of roles that stands there, from a rendering with marks. Where it is found again, the answer
+begins behind it; prefixes are rendered for the answers number 1, 2, 4, 8, ... and the last, and wherever the text is
+another.
 
 Characters become tokens through the offsets of one tokenisation of the complete rendering. Offsets cost a third of
 the tokenizer's time, and with templates such as Phi's they say nothing new: where an added token stands right before
@@ -19,6 +23,7 @@ places. A text with any other added token in it takes the way over offsets.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -27,10 +32,25 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from philora.arrangement import TEMPLATE_ERRORS, Arrangement
+from philora.arrangement import (
+    TEMPLATE_ERRORS,
+    TOOLS_LEFT_OUT,
+    Arrangement,
+    function_names,
+    split_tools,
+    tools_not_shown,
+)
 from philora.data.read import Fault
 from philora.data.shapes import Conversation, Message
 from philora.errors import DataError, fault
+
+FOREIGN_CONTROLS = (
+    "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|begin_of_text|>", "<|end_of_text|>", "<|end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>",
+    "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>",
+    "<|EOT|>", "<|return|>", "<|end_of_turn|>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+)  # fmt: skip
+"""Control texts of the models that chat data is usually written for: a model without such a token learns letters."""
 
 Ids: TypeAlias = "npt.NDArray[np.int32]"
 
@@ -41,6 +61,9 @@ Tokenizer: TypeAlias = Any
 """A `transformers.PreTrainedTokenizerBase` backed by the tokenizers library."""
 
 _PLANS_KEPT = 4096
+_MARK = re.compile(r"zq\d+qz")
+_READ_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")
+"""Keys of a turn that a template may show or not, without a word of the conversation being refused."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +80,8 @@ class Encoded:
     boundary_mismatch: bool = False
     folded_system: bool = False
     control_tokens: bool = False
+    unshown: tuple[str, ...] = ()
+    """Keys of turns that have text of which the template shows nothing."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -120,6 +145,7 @@ class _Chat:
     place: int
     conversation: Conversation
     folded: bool
+    given: Conversation
 
 
 class TemplateFault(DataError):
@@ -163,6 +189,29 @@ class Encoder:
         self._tails: dict[str, list[int]] = {}
         self._opening: tuple[str, str] | None = None
 
+    def spelled(self, conversations: Sequence[Conversation]) -> Counter[str]:
+        """Control texts that are written out in messages: how many conversations have each.
+
+        The keys say what they are: `end TEXT` for the model's own stop token behind an answer, `own TEXT` for other
+        control tokens of its tokenizer, `foreign TEXT` for those of other models, which are letters to this one.
+        """
+        joined = "\n".join([message["content"] for each in conversations for message in each.messages])
+        own = [text for text in self.added.values() if text and text in joined]
+        foreign = [text for text in FOREIGN_CONTROLS if text in joined and text not in self.added.values()]
+        found: Counter[str] = Counter()
+        for conversation in conversations if own or foreign else ():
+            contents = [message["content"] for message in conversation.messages]
+            ends = {
+                stop
+                for message in conversation.messages
+                for stop in self.stops
+                if message["role"] == "assistant" and message["content"].rstrip().endswith(stop)
+            }
+            found.update(f"end {text}" for text in ends)
+            found.update(f"own {text}" for text in own if text not in ends and any(text in each for each in contents))
+            found.update(f"foreign {text}" for text in foreign if any(text in each for each in contents))
+        return found
+
     def ends_in_stop_number(self, conversation: Conversation) -> bool:
         """Whether the last turn ends in the number of a stop token, as when `eos_token_id` was put for `eos_token`."""
         return self._stop_number.search(conversation.messages[-1]["content"][-32:]) is not None
@@ -194,36 +243,106 @@ class Encoder:
         return text
 
     def _prove(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, list[_Turn]]:
-        """Render a conversation and find each assistant turn by rendering what stands before it."""
+        """Render a conversation and find each assistant turn in it, as the beginning of this module says."""
         text = self.render(messages, tools=tools)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        headers: dict[Any, tuple[str, ...]] = {}
         turns: list[_Turn] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        after = first = 0  # the end of the answer before, and the message behind it
+        stop_is_proved = True
+        for number, index in enumerate(answers, start=1):
+            message, between = messages[index], messages[first:index]
+            key = (first == 0, tuple([(each["role"], len(each)) for each in between]))
+            start = _behind(text, after, headers[key], between) if key in headers else None
+            exact = number & (number - 1) == 0 or index == answers[-1]
+            if start is None and not stop_is_proved:
+                after = self._stop_end(text, messages, turns, tools)
             if index == 0:
                 start = self._opening_length(text, message["content"])
-            else:
-                prefix = self.render(messages[:index], tools=tools, generation=True)
-                if not text.startswith(prefix):
-                    raise TemplateFault(_inconsistent(text, prefix, index))
-                start = len(prefix)
+            elif start is None or exact:
+                start = self._answer_start(text, messages, index, tools)
+                if key not in headers:
+                    headers[key] = self._header(text[:after], messages, first, index, tools)
             end = _content_end(text, start, message, index)
-            upto = text if index + 1 == len(messages) else self.render(messages[: index + 1], tools=tools)
-            limit = _common_length(text, upto, end)
-            stop = self._stop_pattern.search(text, end, limit)
-            if stop is None:
-                raise TemplateFault(
-                    fault(
-                        "tokenizer",
-                        "chat_template",
-                        text[end : max(limit, end + 20)],
-                        f"a stop token ({', '.join(self.stops)}) behind the answer of turn {index}",
-                        "A model trained this way never learns to stop: use the template of the model, or add the "
-                        "token that its template writes there to the stop tokens",
-                    )
-                )
-            turns.append(_Turn(index, start, end, stop.start()))
+            stop = self._stop_pattern.search(text, end)
+            turns.append(_Turn(index, start, end, stop.start() if stop else end))
+            stop_is_proved = exact or stop is None
+            after = self._stop_end(text, messages, turns, tools) if stop_is_proved or stop is None else stop.end()
+            self._check_answer(text, turns[-1], message)
+            first = index + 1
+        self._check_shown(text, after, messages, first, tools)
         return text, turns
+
+    def _answer_start(self, text: str, messages: list[Message], index: int, tools: list[Any] | None) -> int:
+        """Where an answer begins: behind what stands before it, rendered alone."""
+        prefix = self.render(messages[:index], tools=tools, generation=True)
+        if not text.startswith(prefix):
+            raise TemplateFault(_inconsistent(text, prefix, index))
+        return len(prefix)
+
+    def _header(
+        self, before: str, messages: list[Message], first: int, index: int, tools: list[Any] | None
+    ) -> tuple[str, ...]:
+        """The text around the contents of the turns between two answers, the second one's header included."""
+        marks = [f"zq{place}qz" for place in range(first, index)]
+        marked = [{**each, "content": mark} for each, mark in zip(messages[first:index], marks, strict=True)]
+        rest = self.render([*messages[:first], *marked], tools=tools, generation=True)
+        rest = rest[len(before) :] if rest.startswith(before) else rest
+        pieces: list[str] = []
+        for message, mark in zip(messages[first:index], marks, strict=True):
+            piece, found, behind = rest.partition(mark)
+            if not found and message["content"].strip():
+                raise _left_out(messages, first + len(pieces))
+            pieces.append(piece if found else "")
+            rest = behind if found else rest
+        return (*pieces, rest)
+
+    def _stop_end(self, text: str, messages: list[Message], turns: list[_Turn], tools: list[Any] | None) -> int:
+        """Prove the stop token of the last turn found: it stands there before anything follows. Gives its end."""
+        turn = turns[-1]
+        upto = text
+        if turn.message + 1 < len(messages):
+            upto = self.render(messages[: turn.message + 1], tools=tools)
+        limit = _common_length(text, upto, turn.end)
+        stop = self._stop_pattern.search(text, turn.end, limit)
+        if stop is None:
+            raise TemplateFault(
+                fault(
+                    "tokenizer",
+                    "chat_template",
+                    text[turn.end : max(limit, turn.end + 20)],
+                    f"a stop token ({', '.join(self.stops)}) behind the answer of turn {turn.message}",
+                    "A model trained this way never learns to stop: use the template of the model, or add the "
+                    "token that its template writes there to the stop tokens",
+                )
+            )
+        turns[-1] = _Turn(turn.message, turn.start, turn.end, stop.start())
+        return stop.end()
+
+    def _check_answer(self, text: str, turn: _Turn, message: Message) -> None:
+        """Refuse an answer of which the template shows nothing, or not its tool calls."""
+        shown = text[turn.start : turn.stop]
+        calls = message.get("tool_calls")
+        lost = [name for name in function_names(calls or ()) if name not in shown]
+        if lost or not shown.strip():
+            raise Fault(
+                f"turn {turn.message}",
+                f"tool_calls of {', '.join(lost)}" if lost else message["content"],
+                "an answer that the chat template shows",
+                "This model's template leaves tool calls out, so an answer without them would be learned: write the "
+                "calls into the content, use a model whose template shows them, or remove the record",
+            )
+
+    def _check_shown(self, text: str, after: int, messages: list[Message], first: int, tools: list[Any] | None) -> None:
+        """Refuse turns behind the last answer that the template leaves out."""
+        for index in range(first, len(messages)):
+            content = messages[index]["content"].strip()
+            if not content or content in text[after:]:
+                continue
+            mark = f"zq{index}qz"
+            marked = [*messages[:index], {**messages[index], "content": mark}, *messages[index + 1 :]]
+            if mark not in self.render(marked, tools=tools):
+                raise _left_out(messages, index)
 
     def _opening_length(self, text: str, content: str) -> int:
         """Where the content of an assistant turn begins that nothing precedes: templates render no empty list."""
@@ -250,29 +369,21 @@ class Encoder:
             )
         except (Fault, TemplateFault):
             turns, text = [], ""
-        pieces: list[str] = []
-        rest = text
-        for mark in marks:
-            before, found, rest = rest.partition(mark)
-            if not found or mark in rest:
-                break
-            pieces.append(before)
-        else:
-            pieces.append(rest)
-            plan = self._plan_of(text, turns, pieces, marks)
+        if _MARK.findall(text) == marks:  # each content once, in its order
+            plan = self._plan_of(text, turns, _MARK.split(text), marks)
         if len(self._plans) < _PLANS_KEPT:
             self._plans[roles] = plan
         return plan
 
     def _plan_of(self, text: str, turns: list[_Turn], pieces: list[str], marks: list[str]) -> _Plan | None:
-        for turn in turns:
-            before = sum(map(len, pieces[: turn.message + 1])) + sum(map(len, marks[: turn.message]))
-            if turn.start != before:
-                return None
+        places = np.cumsum([len(piece) for piece in pieces[:-1]])
+        places[1:] += np.cumsum([len(mark) for mark in marks[:-1]])
+        if any(turn.start != places[turn.message] for turn in turns):
+            return None
         encoding = self.backend.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
-        places = np.flatnonzero(self._is_added[ids])
-        order = {int(place): number for number, place in enumerate(places)}
+        controls = np.flatnonzero(self._is_added[ids])
+        order = {int(place): number for number, place in enumerate(controls)}
         brackets: list[tuple[int, int]] = []
         for turn in turns:
             first, after = self._token_span(encoding, encoding.ids, turn)
@@ -282,7 +393,7 @@ class Encoder:
             tuple(pieces),
             tuple(turn.message for turn in turns),
             tuple(turn.stop - turn.end for turn in turns),
-            ids[places],
+            ids[controls],
             tuple(brackets) if len(brackets) == len(turns) else (),
         )
 
@@ -312,7 +423,7 @@ class Encoder:
                 texts.append(index)
                 continue
             try:
-                chats.append(_Chat(index, *self.adapt(conversation)))
+                chats.append(_Chat(index, *self.adapt(conversation), given=conversation))
             except Fault as error:
                 results[index] = error
         if texts:
@@ -342,6 +453,10 @@ class Encoder:
         for chat, text in zip(chats, rendered, strict=True):
             if text is None:
                 continue
+            lost = tools_left_out(text, chat.given)
+            if lost is not None:
+                results[chat.place] = lost
+                continue
             plan = self._plan_for(chat.conversation, text)
             if plan is not None and plan.brackets:
                 direct.append((chat, text, plan))
@@ -349,6 +464,10 @@ class Encoder:
                 others.append((chat, text))
         others += self._encode_by_brackets(direct, results)
         self._encode_by_offsets(others, results)
+        for chat, text in zip(chats, rendered, strict=True):
+            result = results[chat.place]
+            if isinstance(result, Encoded) and text is not None and not chat.given.is_plain:
+                result.unshown = _unshown(text, chat.given)
 
     def _encode_by_brackets(
         self, chats: list[tuple[_Chat, str, _Plan]], results: list[Encoded | Fault | None]
@@ -509,7 +628,8 @@ def encode_conversation(
         DataError: the template cannot render this, or cannot be trained with.
     """
     encoder = Encoder(tokenizer, stop_token_ids)
-    result = encoder.encode([Conversation([dict(message) for message in messages], tools)])[0]
+    turns, brought = split_tools(messages)
+    result = encoder.encode([Conversation(turns, tools if tools is not None else brought)])[0]
     if isinstance(result, Fault):
         raise DataError(result.at("conversation"))
     return result
@@ -612,6 +732,47 @@ def _first_token_from(encoding: Any, start: int) -> int:
     while place > 0 and (encoding.token_to_chars(place - 1) or (-1, -1))[0] >= start:
         place -= 1
     return int(place)
+
+
+def _behind(text: str, position: int, pieces: tuple[str, ...], messages: list[Message]) -> int | None:
+    """Where the text goes on behind these pieces with the contents between them; None where it says something else."""
+    if not text.startswith(pieces[0], position):
+        return None
+    position += len(pieces[0])
+    for message, piece in zip(messages, pieces[1:], strict=True):
+        content = message["content"]
+        for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if text.startswith(form, position) and text.startswith(piece, position + len(form)):
+                position += len(form) + len(piece)
+                break
+        else:
+            return None
+    return position
+
+
+def _left_out(messages: list[Message], index: int) -> Fault:
+    role = messages[index]["role"]
+    return Fault(
+        f"turn {index}",
+        messages[index]["content"],
+        f"a turn that the chat template shows, but it leaves out what the role {role} says",
+        "Use a model whose template knows this role, write the turn as one of the user, or remove the record",
+    )
+
+
+def tools_left_out(text: str, conversation: Conversation) -> Fault | None:
+    """Return the fault of a rendering that shows not all of the conversation's tool descriptions."""
+    messages = () if conversation.is_plain else conversation.messages
+    lost = tools_not_shown(text, messages, conversation.tools)
+    return Fault("tools", ", ".join(lost), *TOOLS_LEFT_OUT) if lost else None
+
+
+def _unshown(text: str, conversation: Conversation) -> tuple[str, ...]:
+    values = {
+        key: [message[key].strip() for message in conversation.messages if isinstance(message.get(key), str)]
+        for key in _READ_KEYS
+    }
+    return tuple(f"{key} of turns" for key, each in values.items() if any(value not in text for value in each))
 
 
 def _content_end(text: str, start: int, message: Message, index: int) -> int:
