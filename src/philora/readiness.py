@@ -44,6 +44,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     config = load_config(source, overrides)
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     skeleton = models.load_skeleton(config.model)
+    config = planning.with_learning_rate(config, skeleton.config)
     max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
     adapted = planning.weightless(config, skeleton)  # a wrong target ends here, before the data

@@ -126,6 +126,7 @@ def _train(
 
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)
         skeleton = models.load_skeleton(config.model)
+        config = planning.with_learning_rate(config, skeleton.config)
         generic = generic_notice(skeleton.config)
         if generic is not None:
             logger.warning("%s", generic)
