@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
 
 import philora
+from philora.models import local_path
 from benchmarks.results import RESULTS, append, commit, now
 
 TABLE = RESULTS / "rates.csv"
@@ -183,7 +184,7 @@ def run(task: str, model: str, what: str, seed: int) -> dict[str, str | int | fl
             },
         }  # fmt: skip
         results = philora.train(source, overrides(what, model, train)).results
-    width = json.loads((Path(philora.models.local_path(model)) / "config.json").read_text())["hidden_size"]
+    width = json.loads((Path(local_path(model)) / "config.json").read_text())["hidden_size"]
     return {
         "commit": commit(Path(__file__).parents[1]),
         "date": now(),
@@ -243,7 +244,7 @@ def main() -> None:
         return
     for seed in given.seeds:
         for model in given.models:
-            width = json.loads((Path(philora.models.local_path(model)) / "config.json").read_text())["hidden_size"]
+            width = json.loads((Path(local_path(model)) / "config.json").read_text())["hidden_size"]
             for task in given.tasks:
                 for what in given.only:
                     key = (task, str(width), what, str(seed))

@@ -273,9 +273,15 @@ def rows(corpus: Corpus, tokenizer: Tokenizer, row_tokens: int) -> Iterator[tupl
 
 
 def pretrain(
-    config: Phi3Config, tokenizer: Tokenizer, *, minutes: float, row_tokens: int = 512, batch_rows: int = 8
+    config: Phi3Config,
+    tokenizer: Tokenizer,
+    *,
+    minutes: float,
+    row_tokens: int = 512,
+    batch_rows: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Phi3ForCausalLM, dict[str, float]]:
-    """Train from random weights for a time, with bf16 compute over fp32 weights.
+    """Train from random weights for a time, with compute in `dtype` over fp32 weights.
 
     Matrices inside the layers are trained by Muon, embeddings, head and norms by AdamW; learning rates rise over the
     first 2 percent of the time and fall to zero along a cosine.
@@ -291,7 +297,7 @@ def pretrain(
                 parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     master = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():  # the weights only: rotary frequencies stay fp32, as when the model is loaded
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(dtype)
     compute = dict(model.named_parameters())
     hidden = [p for n, p in master.items() if p.ndim == 2 and "layers" in n]
     tables = [p for n, p in master.items() if p.ndim == 2 and "layers" not in n]
@@ -345,6 +351,8 @@ def pretrain(
             )
     seconds = time.monotonic() - start
     model.eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
     return model, {
         "steps": steps,
         "tokens": steps * batch_rows * row_tokens,
@@ -396,6 +404,9 @@ def main() -> int:
         "--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")), help="cores to use (default 2)"
     )
     parser.add_argument("--width", type=int, default=WIDTH, help=f"hidden size, a multiple of 64 (default {WIDTH})")
+    parser.add_argument(
+        "--float32", action="store_true", help="compute in float32, for a CPU without instructions for bfloat16"
+    )
     parser.add_argument("--tokenizer-only", action="store_true", help="write tokenizer and configuration, no weights")
     options = parser.parse_args()
     if options.width % 64 or options.width < 64:
@@ -418,7 +429,10 @@ def main() -> int:
     if options.tokenizer_only:
         return 0
     model, measured = pretrain(
-        config, Tokenizer.from_file(str(options.out / "tokenizer.json")), minutes=options.minutes
+        config,
+        Tokenizer.from_file(str(options.out / "tokenizer.json")),
+        minutes=options.minutes,
+        dtype=torch.float32 if options.float32 else torch.bfloat16,
     )
     model.generation_config = generation_config()
     model.save_pretrained(options.out)
