@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from philora import models, planning, processes
+from philora import models, outlook, planning, processes
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
@@ -54,6 +54,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     covered = coverage(adapted)
     dtype = str(models.resolve_dtype(config.model.dtype)).removeprefix("torch.")
     plan = planning.plan(config, adapted, prepared.report, max_length=max_length)
+    outlook.check(config, plan)
     splits = prepared.report.to_dict()
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
@@ -67,6 +68,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
             *filter(None, [plan.warning]),
+            *outlook.notices(config, plan),
             *(
                 f"a run here would be refused: {each}"
                 for each in processes.not_here(config.training_config, config.source)

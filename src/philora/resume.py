@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from philora.errors import ConfigError, fault, one_per_line
 logger = logging.getLogger("philora.run")
 
 FACTS_NAME = "run.json"
+EARLIER_LEARNING_RATE = 2e-4
+"""The default of runs whose record does not say which settings philora chose."""
 _HASHED_WHOLE_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -38,12 +40,14 @@ class Continued:
         facts: What `run.json` says; empty where there is none.
         forced: Whether differences are to be passed over.
         changed: Whether the configuration differs, so that what was chosen for the old one does not hold.
+        config: The configuration to go on with.
     """
 
     checkpoint: Path | None
     facts: Mapping[str, Any]
     forced: bool
     changed: bool
+    config: Config
 
     @property
     def chosen(self) -> Mapping[str, Any]:
@@ -99,16 +103,31 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     held.enter_context(checkpoint.run_lock(folder))
     checkpoint.remove_leftovers(folder)
     checkpoint.remove_leftovers(folder / "checkpoints")
-    then = without_secrets(load_config(folder / "config.yaml").to_dict())
-    differences = _differences(then, without_secrets(config.to_dict()))
+    facts = checkpoint.read_json(folder / FACTS_NAME)
+    then = load_config(folder / "config.yaml")
+    config = _with_recorded_rate(config, then, facts)
+    differences = _differences(without_secrets(then.to_dict()), without_secrets(config.to_dict()))
     _refuse(config.source, differences, force)
     found = checkpoint.newest_whole(folder / "checkpoints")
     for path, why in found.passed_over:
         logger.warning("%s is passed over: %s", path, why)
     if found.folder is None:
         logger.warning("%s has no whole checkpoint; the run begins again.", folder)
-    facts = checkpoint.read_json(folder / FACTS_NAME)
-    return Continued(found.folder, facts, force, bool(differences))
+    return Continued(found.folder, facts, force, bool(differences), config)
+
+
+def _with_recorded_rate(config: Config, then: Config, facts: Mapping[str, Any]) -> Config:
+    """Return the configuration with the run's learning rate, where philora chose it then and is to choose it now."""
+    name, key = "learning_rate", "training_config.learning_rate"
+    recorded = then.training_config.get(name)
+    chosen = key in facts.get("automatic", {}) if "automatic" in facts else recorded == EARLIER_LEARNING_RATE
+    if config.training_config.get(name) != "auto" or not (chosen or not facts):
+        return config
+    return replace(
+        config,
+        training_config=config.training_config | {name: recorded},
+        origins={**config.origins, key: facts.get("automatic", {}).get(key, "auto: as the run was started with")},
+    )
 
 
 def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) -> None:
@@ -170,6 +189,7 @@ def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData)
             "rows": {name: report[name]["rows"] for name in ("train", "eval") if report.get(name)},
             "tokens": {name: report[name]["tokens"] for name in ("train", "eval") if report.get(name)},
         },
+        "automatic": {key: origin for key, origin in config.origins.items() if origin.startswith("auto: ")},
         "processes": processes.count(),
         "computes": _computes(),
     }

@@ -43,6 +43,7 @@ ORDER = [
     "planning",
     "callbacks",
     "sampling",
+    "schedule",
     "microbatches",
     "trainer",
     "generation",
@@ -57,15 +58,17 @@ ORDER = [
     "report",
     "card",
     "pushing",
+    "progress",
+    "display",
+    "outlook",
     "readiness",
     "resume",
     "training",
-    "progress",
     "troubleshooting",
     "cli",
     "__main__",
 ]
-TORCH_FREE = ["errors", "processes", "families", "schema", "signals", "config", "cli"]
+TORCH_FREE = ["errors", "processes", "families", "schema", "signals", "config", "display", "cli"]
 
 
 def unit(path: Path) -> str:
