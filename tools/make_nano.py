@@ -3,6 +3,7 @@
     python tools/make_nano.py --out src/philora/nano/model   # everything, about half an hour on two cores
     python tools/make_nano.py --out DIR --minutes 3          # a quick one
     python tools/make_nano.py --out DIR --tokenizer-only     # tokenizer and configuration files only
+    python tools/make_nano.py --out DIR --width 512          # another hidden size, for benchmarks/rates.py
 
 The corpus (`nano_corpus.py`, `corpus/`) and the tokenizer are deterministic. The weights are reproducible in kind, not
 to the bit, since the number of optimizer steps follows from the minutes and the machine. Needs `sentencepiece` beside
@@ -37,6 +38,7 @@ HELPDESK_DIR = ROOT / "src" / "philora" / "nano" / "helpdesk"
 
 VOCABULARY_TOKENS = 4096
 CONTEXT_TOKENS = 2048
+WIDTH = 256  # hidden size of the bundled model
 # Phi-3's own, in its order, after the base vocabulary.
 ADDED_TOKENS = [
     "<|endoftext|>",
@@ -182,16 +184,20 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_config() -> Phi3Config:
-    """Return the configuration: Phi-3's architecture, small, with two query heads to each key/value head."""
+def model_config(width: int = WIDTH) -> Phi3Config:
+    """Return the configuration: Phi-3's architecture, small, with two query heads to each key/value head.
+
+    Args:
+        width: Hidden size, a multiple of 64; a head keeps 32 dimensions, and the other sizes follow in proportion.
+    """
     eos = BASE_TOKENS + ADDED_TOKENS.index("<|endoftext|>")
     return Phi3Config(
         vocab_size=VOCABULARY_TOKENS,
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
         max_position_embeddings=CONTEXT_TOKENS,
         original_max_position_embeddings=CONTEXT_TOKENS,
         sliding_window=None,
@@ -267,9 +273,15 @@ def rows(corpus: Corpus, tokenizer: Tokenizer, row_tokens: int) -> Iterator[tupl
 
 
 def pretrain(
-    config: Phi3Config, tokenizer: Tokenizer, *, minutes: float, row_tokens: int = 512, batch_rows: int = 8
+    config: Phi3Config,
+    tokenizer: Tokenizer,
+    *,
+    minutes: float,
+    row_tokens: int = 512,
+    batch_rows: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Phi3ForCausalLM, dict[str, float]]:
-    """Train from random weights for a time, with bf16 compute over fp32 weights.
+    """Train from random weights for a time, with compute in `dtype` over fp32 weights.
 
     Matrices inside the layers are trained by Muon, embeddings, head and norms by AdamW; learning rates rise over the
     first 2 percent of the time and fall to zero along a cosine.
@@ -285,7 +297,7 @@ def pretrain(
                 parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     master = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():  # the weights only: rotary frequencies stay fp32, as when the model is loaded
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(dtype)
     compute = dict(model.named_parameters())
     hidden = [p for n, p in master.items() if p.ndim == 2 and "layers" in n]
     tables = [p for n, p in master.items() if p.ndim == 2 and "layers" not in n]
@@ -339,6 +351,8 @@ def pretrain(
             )
     seconds = time.monotonic() - start
     model.eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
     return model, {
         "steps": steps,
         "tokens": steps * batch_rows * row_tokens,
@@ -389,8 +403,14 @@ def main() -> int:
     parser.add_argument(
         "--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")), help="cores to use (default 2)"
     )
+    parser.add_argument("--width", type=int, default=WIDTH, help=f"hidden size, a multiple of 64 (default {WIDTH})")
+    parser.add_argument(
+        "--float32", action="store_true", help="compute in float32, for a CPU without instructions for bfloat16"
+    )
     parser.add_argument("--tokenizer-only", action="store_true", help="write tokenizer and configuration, no weights")
     options = parser.parse_args()
+    if options.width % 64 or options.width < 64:
+        parser.error(f"--width={options.width} - expected a multiple of 64, because a head has 32 dimensions.")
     torch.set_num_threads(options.threads)
     random.seed(SEED)
     shared = overlaps_helpdesk()
@@ -402,14 +422,17 @@ def main() -> int:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(options.out, train_sentencepiece(tokenizer_text()))
-    config = model_config()
+    config = model_config(options.width)
     config.architectures = ["Phi3ForCausalLM"]
     config.save_pretrained(options.out)
     generation_config().save_pretrained(options.out)
     if options.tokenizer_only:
         return 0
     model, measured = pretrain(
-        config, Tokenizer.from_file(str(options.out / "tokenizer.json")), minutes=options.minutes
+        config,
+        Tokenizer.from_file(str(options.out / "tokenizer.json")),
+        minutes=options.minutes,
+        dtype=torch.float32 if options.float32 else torch.bfloat16,
     )
     model.generation_config = generation_config()
     model.save_pretrained(options.out)

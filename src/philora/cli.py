@@ -1,4 +1,4 @@
-"""The command line: the only module that prints or exits.
+"""The command line: the only module that exits. What a run shows is printed by `philora.display`.
 
 Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 a run was stopped by a signal, has saved what it
 had done and says how to go on; 130 (Ctrl-C) and 143 (SIGTERM) where nothing is saved to go on from. With --json
@@ -13,7 +13,6 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,14 +22,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from philora import __version__, process_state, processes
+from philora import __version__, display, process_state, processes
 from philora.errors import ConfigError, PhiloraError, fault
 from philora.signals import StopOnSignal
 
 if TYPE_CHECKING:
-    from philora.config import Config
-    from philora.measures import Paired
-    from philora.training import RunResult
+    pass
 
 app = typer.Typer(
     name="philora",
@@ -214,7 +211,7 @@ def evaluate_adapter(
         return
     for title, figures in (("held-out data", found.figures), ("general prompts and texts", found.forgetting)):
         if figures:
-            _show_figures(title, figures)
+            display.show_figures(out, title, figures)
     out.print(
         f"\nresults: {found.folder / 'results.json'}\nby row:  {found.folder / 'examples.jsonl'}", highlight=False
     )
@@ -549,28 +546,19 @@ def _plain(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
-class _Lines(logging.Handler):
-    """Log records as plain lines on standard error; a warning of philora's is a notice to the person."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = escape(record.getMessage())
-        err.print(f"[yellow]notice:[/] {text}" if record.levelno >= logging.WARNING else text, highlight=False)
-
-
 def _logging(level: str) -> None:
     """Show philora's log lines from `level` on, and keep the libraries' chatter off the terminal."""
     import warnings
 
-    lines = _Lines(getattr(logging, "WARNING" if level == "passive" else level.upper()))
+    lines = display.log_lines(err, level)
     if not processes.is_main():  # what the first process says, it says for all
-        lines.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-    root = logging.getLogger("philora")
+    root = logging.getLogger(display.ROOT)
     root.handlers[:] = [lines]
     root.propagate = False
     root.setLevel(min(logging.INFO, lines.level))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of optional kernels on import
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
+    display.ignore_future_warnings()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -645,69 +633,16 @@ def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool)
     ):
         from philora.progress import ProgressBar
         from philora.training import train as run_training
-    bar = ProgressBar(err if as_json else out)
+    if not as_json:
+        run_training(config, resume=resume, command=command)
+        return
+    bar = ProgressBar(err)
     try:
-        result = run_training(config, resume=resume, callbacks=[bar], command=command)
+        result = run_training(config, resume=resume, callbacks=[bar], command=command, quiet=True)
     finally:
         bar.close()
-    if processes.is_main() and as_json:
+    if processes.is_main():
         _print_json({"folder": str(result.folder), "adapter": str(result.adapter), **result.results})
-    elif processes.is_main():
-        _show_result(result, config)
-
-
-def _show_result(result: RunResult, config: Config) -> None:
-    from philora.evaluation import Scores, compare_table, stage_table
-
-    results = result.results
-    if results["before"] and results["after"]:
-        before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
-        columns: tuple[str, ...] = ("", "base", "with adapter", "change")
-        rows: Sequence[tuple[str, ...]] = compare_table(before, after)
-        if results["start"]:
-            columns = ("", "base", "start", "result", "change from start")
-            rows = stage_table(before, Scores.from_dict(results["start"]), after)
-        table = Table(*columns, title="held-out data", title_justify="left", box=None)
-        for row in rows:
-            table.add_row(*row)
-        out.print()
-        out.print(table)
-    for sample in results["samples"]:
-        out.print()
-        for message in sample["prompt"]:
-            out.print(f"[bold]{escape(message['role'])}:[/] {escape(message['content'])}", highlight=False)
-        out.print(f"  [dim]base:   [/] {escape(_short(sample['base']))}", highlight=False)
-        mark = "[green]matches the reference[/]" if sample["adapter_matched"] else "[yellow]differs[/]"
-        out.print(f"  [dim]adapter:[/] {escape(_short(sample['adapter']))}  {mark}", highlight=False)
-    speed = results["throughput"]
-    out.print()
-    out.print(
-        f"{speed['tokens']:,} tokens in {speed['seconds']:.0f} s ({speed['tokens_per_second']:,.0f} tokens/s), "
-        f"peak memory {results['memory']['peak_bytes'] / 1e9:.1f} GB",
-        highlight=False,
-    )
-    out.print(f"adapter: {result.adapter}\nreport:  {result.folder / 'report.html'}", highlight=False)
-
-
-def _show_figures(title: str, figures: Sequence[Paired]) -> None:
-    """The base beside the adapter, with the interval of the difference and on how many rows which one is better."""
-    from philora.evaluation import interval_of, shown_figure
-
-    table = Table(title=title, title_justify="left", box=None)
-    for name in ("", "base", "adapter", "change, 95%", "better/same/worse"):
-        table.add_column(name, no_wrap=True)
-    for each in figures:
-        colour = {"better": "green", "worse": "red", "unclear": "dim"}[each.verdict]
-        cells = (shown_figure(each.before, each), shown_figure(each.after, each), f"[{colour}]{interval_of(each)}[/]")
-        table.add_row(each.title, *cells, f"{each.wins:,}/{each.ties:,}/{each.losses:,}")
-    out.print()
-    wide = table.__rich_measure__(out, out.options.update(max_width=1000)).maximum
-    out.print(table, width=max(out.width, wide), crop=False)  # figures that are cut cannot be read
-
-
-def _short(text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _arguments(arguments: list[str]) -> list[str]:

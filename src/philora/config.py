@@ -299,7 +299,12 @@ _LIBRARY_FIELDS: Final = (
         dataclasses.replace(union(_COUNT, exactly(-1)), text="a whole number of at least 1, or -1 for no limit"),
         "optimizer steps; when given it replaces num_train_epochs",
     ),
-    Field("training_config.learning_rate", 2.0e-4, number(above=0), "peak learning rate"),
+    Field(
+        "training_config.learning_rate",
+        "auto",
+        union(number(above=0), _AUTO),
+        "peak learning rate; auto: 2e-4 * 3072 / the model's hidden size",
+    ),
     Field(
         "training_config.lr_scheduler_type",
         "cosine",

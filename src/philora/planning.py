@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from philora.adapters import apply_slices, check_adapter, optimize, resolve_for_training
 from philora.config import Config
@@ -29,8 +29,12 @@ from philora.processes import idle_gpus
 from philora.quantization import QuantizedWeight, bitsandbytes_is_here, empty_layer
 from philora.sources import find_adapter
 
-TOKENS_PER_STEP = 8192  # default number of tokens in one optimizer step, where the data allows STEPS_AT_LEAST
-STEPS_AT_LEAST = 100  # fewer optimizer steps than this teach an adapter little, however good the data
+# Most tokens that `tokens_per_step: auto` puts into one optimizer step, on a CPU and on an accelerator.
+TOKENS_PER_STEP = 8192
+TOKENS_PER_STEP_ACCELERATOR = 16384
+STEPS_PER_EPOCH = 100  # what `tokens_per_step: auto` aims at where the data is small
+# `learning_rate: auto`: the usual rate of LoRA for a model of this hidden size, in inverse proportion for others.
+LEARNING_RATE, LEARNING_RATE_HIDDEN_SIZE = 2e-4, 3072
 # Share of the memory that a plan fills; the rest is for what no formula knows.
 FILLED = 0.9
 # A product of fewer rows than this reads its weight more than it computes: rather more recomputation than that.
@@ -91,6 +95,8 @@ class Plan:
         available_bytes: Memory that the run may take.
         rate: Of this machine.
         step_seconds: Estimated time of an optimizer step.
+        learning_rate: At its peak.
+        learning_rate_origin: Where it comes from: a file, the command line, or the rule of `auto`.
         changes: What would save memory, the best first; empty where the run fits.
         idle_gpus: GPUs that are visible and that the run does not use.
     """
@@ -110,6 +116,8 @@ class Plan:
     available_bytes: int
     rate: Rate
     step_seconds: float
+    learning_rate: float
+    learning_rate_origin: str
     changes: tuple[Change, ...]
     idle_gpus: int = 0
 
@@ -167,6 +175,7 @@ class Plan:
             *((name, f"{size / 1e9:.2f} GB") for name, size in phases if size),
             ("peak", f"{estimate.peak / 1e9:.2f} GB{pages}; {self.available_bytes / 1e9:.2f} GB free on {self.device}"),
             ("steps", f"{'?' if self.steps is None else self.steps} of {self.step_tokens:,} tokens"),
+            ("learning rate", f"{self.learning_rate:.4g} ({self.learning_rate_origin})"),
             ("time", f"about {time_text}, at {self.rate.flops_per_second / 1e9:,.0f} GFLOP/s as measured now"),
         ]
 
@@ -226,12 +235,13 @@ def plan(
         processes: Processes that share a step.
         sharing: Processes that share this machine's memory.
     """
+    config = with_learning_rate(config, adapted.get_base_model().config)
     given = {**config.training_config, **(chosen or {})}
     device = _device(given)
     optim = str(given.get("optim") or "adamw_torch_fused")
     trained_bytes = 2 if given.get("adapter_dtype") == "bfloat16" else 4
     counted = footprint(adapted, config.model, optim, device, trained_bytes)
-    max_length, tokens_per_step = _lengths(config, report, max_length, chosen)
+    max_length, tokens_per_step = _lengths(config, report, max_length, chosen, device)
     packing = bool(given.get("packing", True))
     train = None if report.streaming else report.train
     mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
@@ -279,6 +289,8 @@ def plan(
         available_bytes=memory,
         rate=rate,
         step_seconds=seconds * batch.accumulation,
+        learning_rate=float(given["learning_rate"]),
+        learning_rate_origin=config.origins.get("training_config.learning_rate", "default"),
         changes=changes,
         idle_gpus=idle_gpus(config),
     )
@@ -292,25 +304,61 @@ def _device(training: Mapping[str, Any]) -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
-def step_tokens(total_tokens: float) -> int:
-    """Default tokens of an optimizer step for a run over `total_tokens`, all epochs together: fewer for small data."""
-    return max(1, min(TOKENS_PER_STEP, int(total_tokens / STEPS_AT_LEAST)))
+def step_tokens(epoch_tokens: int, conversation_tokens: int = 1, device: str = "cpu") -> int:
+    """Return the tokens of an optimizer step under `tokens_per_step: auto`.
+
+    A hundredth of one epoch, so that three epochs of small data make about 300 steps and more epochs make more; at
+    least one conversation; at most what an accelerator, or a CPU, is kept busy by.
+
+    Args:
+        epoch_tokens: Tokens of the training data.
+        conversation_tokens: Of a mean conversation.
+        device: Where the run computes, `cpu` or the accelerator's name.
+    """
+    most = TOKENS_PER_STEP if device == "cpu" else TOKENS_PER_STEP_ACCELERATOR
+    return min(most, max(1, conversation_tokens, round(epoch_tokens / STEPS_PER_EPOCH)))
+
+
+def with_learning_rate(config: Config, model_config: PretrainedConfig) -> Config:
+    """Return the configuration with the number that `learning_rate: auto` stands for, and the rule as its origin.
+
+    The rate that suits an adapter falls with the model's width: docs/settings.md has what was measured.
+
+    Args:
+        config: The configuration.
+        model_config: Of the model.
+    """
+    key = "learning_rate"
+    if config.training_config.get(key) != "auto":
+        return config
+    hidden_size = int(model_config.get_text_config().hidden_size)
+    rate = float(f"{LEARNING_RATE * LEARNING_RATE_HIDDEN_SIZE / hidden_size:.4g}")
+    rule = f"auto: {LEARNING_RATE:g} * {LEARNING_RATE_HIDDEN_SIZE} / hidden size {hidden_size}"
+    return replace(
+        config,
+        training_config=config.training_config | {key: rate},
+        origins={**config.origins, f"training_config.{key}": rule},
+    )
 
 
 def _lengths(
-    config: Config, report: DataReport, max_length: int, chosen: Mapping[str, Any] | None
+    config: Config, report: DataReport, max_length: int, chosen: Mapping[str, Any] | None, device: str
 ) -> tuple[int, int | None]:
-    """Tokens of a row, and of a step where that is not left to the batch."""
+    """Return the tokens of a row, and of a step where that is not left to the batch."""
     tokens = config.training_config.get("tokens_per_step", "auto")
     if chosen:
         return int(chosen.get("max_length", max_length)), None if tokens == "auto" else tokens
     if tokens == "auto":
-        epochs = float(config.training_config.get("num_train_epochs", 3))
-        tokens = TOKENS_PER_STEP if report.streaming else step_tokens(report.train.tokens * epochs)
-        if config.origins.get("training_config.max_length", "default") == "default":
-            # Long rows would swallow a small dataset whole and leave a handful of steps.
-            longest = max((each.longest_tokens for each in report.splits.values()), default=0)
-            max_length = min(max_length, max(tokens, longest, 8))
+        if report.streaming:
+            tokens = TOKENS_PER_STEP if device == "cpu" else TOKENS_PER_STEP_ACCELERATOR
+        else:
+            mean = round(report.train.tokens / max(1, report.train.rows))
+            tokens = step_tokens(report.train.tokens, mean, device)
+    if tokens is not None and not report.streaming:
+        # A pack is one row, and a step has at least one: a pack longer than the step would make larger steps than
+        # were asked for. Conversations stay whole.
+        longest = max((each.longest_tokens for each in report.splits.values()), default=0)
+        max_length = min(max_length, max(tokens, longest, 8))
     return max_length, tokens
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from philora import checkpoint, hub, models, planning, processes, resume
+from philora import checkpoint, hub, models, outlook, planning, processes, resume
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
@@ -50,6 +50,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     require(config)
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     skeleton = models.load_skeleton(config.model)
+    config = planning.with_learning_rate(config, skeleton.config)
     max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
     adapted = planning.weightless(config, skeleton)  # a wrong target ends here, before the data
@@ -61,6 +62,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     plan = planning.plan(config, adapted, prepared.report, max_length=max_length)
     folder = Path(config.training_config["output_dir"]).expanduser()
     require_room(folder, checkpoint_bytes(adapted), config.training_config.get("save_total_limit"))
+    outlook.check(config, plan)
     splits = prepared.report.to_dict()
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
@@ -74,6 +76,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
             *filter(None, [plan.warning, processes.idle_gpus_notice(config), _taken(folder, config)]),
+            *outlook.notices(config, plan),
             *(
                 f"a run here would be refused: {each}"
                 for each in processes.not_here(config.training_config, config.source)

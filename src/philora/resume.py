@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from philora.sources import find_adapter
 
 logger = logging.getLogger("philora.run")
 
+EARLIER_LEARNING_RATE = 2e-4
+"""The default of runs whose record does not say which settings philora chose."""
 _HASHED_WHOLE_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -40,6 +42,7 @@ class Continued:
         facts: What `run.json` says; empty where there is none.
         forced: Whether differences are to be passed over.
         changed: Whether the configuration differs, so that what was chosen for the old one does not hold.
+        config: The configuration to go on with.
         passed_over: Checkpoints that are newer and not whole.
     """
 
@@ -47,6 +50,7 @@ class Continued:
     facts: Mapping[str, Any]
     forced: bool
     changed: bool
+    config: Config
     passed_over: tuple[Path, ...] = ()
 
     @property
@@ -208,14 +212,16 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     held.enter_context(checkpoint.run_lock(folder))
     checkpoint.remove_leftovers(folder)
     checkpoint.remove_leftovers(folder / "checkpoints")
-    then, now = (without_secrets(each.to_dict()) for each in (load_config(folder / "config.yaml"), config))
-    now["training_config"]["output_dir"] = then["training_config"]["output_dir"]  # the run may have moved
-    differences = _differences(then, now)
+    facts = checkpoint.read_json(folder / RECORD_NAME)
+    then = load_config(folder / "config.yaml")
+    config = _with_recorded_rate(config, then, facts)
+    before, now = (without_secrets(each.to_dict()) for each in (then, config))
+    now["training_config"]["output_dir"] = before["training_config"]["output_dir"]  # the run may have moved
+    differences = _differences(before, now)
     _refuse(config.source, differences, force)
     found = _newest(folder, config)
-    facts = checkpoint.read_json(folder / RECORD_NAME)
     passed_over = tuple(path for path, _ in found.passed_over)
-    return Continued(found.folder, facts, force, bool(differences), passed_over)
+    return Continued(found.folder, facts, force, bool(differences), config, passed_over)
 
 
 def _newest(folder: Path, config: Config) -> checkpoint.Found:
@@ -252,6 +258,20 @@ def keep_passed_over(continued: Continued) -> None:
     for path in continued.passed_over:
         aside = checkpoint.set_aside(path)
         logger.warning("%s stays as %s; delete it when you do not need it.", path, aside.name)
+
+
+def _with_recorded_rate(config: Config, then: Config, facts: Mapping[str, Any]) -> Config:
+    """Return the configuration with the run's learning rate, where philora chose it then and is to choose it now."""
+    name, key = "learning_rate", "training_config.learning_rate"
+    recorded = then.training_config.get(name)
+    chosen = key in facts.get("automatic", {}) if "automatic" in facts else recorded == EARLIER_LEARNING_RATE
+    if config.training_config.get(name) != "auto" or not (chosen or not facts):
+        return config
+    return replace(
+        config,
+        training_config=config.training_config | {name: recorded},
+        origins={**config.origins, key: facts.get("automatic", {}).get(key, "auto: as the run was started with")},
+    )
 
 
 def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) -> None:
@@ -313,6 +333,7 @@ def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData)
             "rows": {name: report[name]["rows"] for name in ("train", "eval") if report.get(name)},
             "tokens": {name: report[name]["tokens"] for name in ("train", "eval") if report.get(name)},
         },
+        "automatic": {key: origin for key, origin in config.origins.items() if origin.startswith("auto: ")},
         "processes": processes.count(),
         "computes": _computes(),
     }

@@ -58,6 +58,7 @@ from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 from philora.microbatches import MicroBatchTrainer
 from philora.sampling import SharedSampler, can_share, with_empty_rows
+from philora.schedule import FEW_STEPS, check_schedule, few_steps
 from philora.schema import Misfit
 from philora.signals import Signalled, StopOnSignal
 
@@ -392,6 +393,22 @@ class SFTTrainer(MicroBatchTrainer):
             "epoch_generator": None if generator is None else bytes(generator.tolist()).hex(),
             "left": self._left(),
         }
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As transformers', and a run that would train nothing, or hardly anything, is refused or named.
+
+        Raises:
+            ConfigError: The learning rate is 0 at every step.
+        """
+        if self.lr_scheduler is None and not self.is_deepspeed_enabled:
+            settings = {
+                key: getattr(self.args, key) for key in ("learning_rate", "warmup_steps", "lr_scheduler_kwargs")
+            }
+            settings["lr_scheduler_type"] = self.args.lr_scheduler_type
+            check_schedule(settings, num_training_steps, "SFTConfig")
+            if num_training_steps < FEW_STEPS and self.stop is None:  # `philora.train` has said so before the weights
+                logger.warning(few_steps(num_training_steps))
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As transformers', and callbacks with a state go on with the one that the checkpoint has."""

@@ -16,6 +16,7 @@ import logging
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +27,7 @@ import datasets
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
+from rich.console import Console
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
@@ -40,8 +42,10 @@ from transformers.utils import logging as transformers_logging
 import philora
 from philora import (
     checkpoint,
+    display,
     models,
     native,
+    outlook,
     planning,
     process_state,
     processes,
@@ -94,8 +98,9 @@ def train(
     resume: bool | str = False,
     callbacks: Sequence[TrainerCallback] = (),
     command: str | None = None,
+    quiet: bool = False,
 ) -> RunResult:
-    """Fine-tune as a configuration says, and leave a run folder.
+    """Fine-tune as a configuration says, show how it goes, and leave a run folder.
 
     Args:
         source: A YAML file, the same as a dict, or a Config.
@@ -103,6 +108,7 @@ def train(
         resume: Go on from the newest whole checkpoint of the run folder; "force" also when the configuration changed.
         callbacks: Further callbacks of transformers' Trainer.
         command: What the report names as the command; default: the process's own.
+        quiet: Show nothing but warnings; default: what `philora train` shows, as `training_config.log_level` says.
 
     Returns:
         The run folder and its results.
@@ -120,7 +126,15 @@ def train(
     with process_state.run(), onednn_products(), StopOnSignal("before training", command) as stop:
         config = load_config(source, overrides)
         _check_processes(config)
-        return _train(config, resume, list(callbacks), command, stop)
+        with warnings.catch_warnings():
+            display.ignore_future_warnings()
+            if quiet:
+                return _train(config, resume, list(callbacks), command, stop)
+            with display.shown(str(config.training_config.get("log_level", "info"))) as bar:
+                result = _train(config, resume, [bar, *callbacks], command, stop)
+            if processes.is_main():
+                display.show_result(Console(soft_wrap=True), result.folder, result.results)
+            return result
 
 
 def _train(
@@ -134,12 +148,15 @@ def _train(
         claim = resuming.Claim(folder)
         continued = processes.on_main(lambda: _open(claim, config, resume, held))
         stop.saved = lambda: checkpoint.newest_whole(folder / "checkpoints").folder is not None
+        if continued is not None:
+            config = continued.config
         processes.on_main(lambda: readiness.require(config))
         for notice in filter(None, [*config.notices, processes.idle_gpus_notice(config)]):
             logger.warning("%s", notice)
 
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)
         skeleton = models.load_skeleton(config.model)
+        config = planning.with_learning_rate(config, skeleton.config)
         generic = generic_notice(skeleton.config)
         if generic is not None:
             logger.warning("%s", generic)
@@ -158,6 +175,7 @@ def _train(
         stop.check()
 
         plan = _plan(config, skeleton, prepared, max_length, chosen)
+        outlook.check(config, plan)
         run = _Run(config, folder, tokenizer, prepared, plan, command, callbacks, stop)
         processes.on_main(run.aim)
         try:
@@ -346,6 +364,7 @@ class _Run:
             "gradient_accumulation_steps": plan.accumulation,
             "gradient_checkpointing": planning.gradient_checkpointing_of(plan.recomputation),
             "bf16": self._needs_autocast(base.dtype) if bf16 == "auto" else bf16,
+            "warmup_steps": outlook.warmup_steps(self.config, plan),
         }
         if not any(hasattr(base.config, name) for name in ("num_experts", "num_local_experts")):
             given.setdefault("ddp_find_unused_parameters", False)  # each step gives every parameter its gradient
@@ -383,8 +402,8 @@ class _Run:
         logger.info("%s", coverage(self.model))
         each = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
         logger.info("the plan%s:\n%s", each, self.plan)
-        if self.plan.warning is not None:
-            logger.warning("%s", self.plan.warning)
+        for notice in (*filter(None, [self.plan.warning]), *outlook.notices(self.config, self.plan)):
+            logger.warning("%s", notice)
         if self.model.device.type == "cpu":
             logger.info("between the products: %s", native.describe())
         with self._placed(self.model).disable_adapter():
@@ -438,9 +457,8 @@ class _Run:
             callbacks=callbacks,
         )
         trainer.stop, trainer.places = self.stop, self._places
-        if self.callbacks:  # somebody else shows the progress
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)  # `display` shows the progress
+        trainer.remove_callback(ProgressCallback)
         # TRL and the callbacks of transformers see the metrics after our file has added to them.
         handler = trainer.callback_handler
         handler.callbacks.sort(key=lambda each: not isinstance(each, MetricsFile))
@@ -567,7 +585,12 @@ class _Run:
     ) -> RunResult:
         metrics = dict(output.metrics)
         tokens, seconds = trainer.trained_tokens, float(metrics["train_runtime"])
-        covered = coverage(self.model)
+        covered, updates = coverage(self.model), [each._asdict() for each in update_norms(whole)]
+        comparison = compare(before, after) if before and after else []
+        steps = trainer.state.global_step
+        judgement = outlook.judge(comparison, trainer.state.log_history, steps=steps, updates=updates)
+        for sentence in judgement.sentences:
+            logger.warning("%s", sentence)
         results: dict[str, Any] = {
             "philora": philora.__version__,
             "versions": versions(),
@@ -586,18 +609,19 @@ class _Run:
                 "total_parameters": covered.total_parameters,
             },
             "data": self.prepared.report.to_dict() | self._data_facts(),
-            "updates": [each._asdict() for each in update_norms(whole)],
+            "updates": updates,
             "before": before.scores.to_dict() if before else None,
             "start": start.scores.to_dict() if start else None,
             "after": after.scores.to_dict() if after else None,
-            "comparison": [each.to_dict() for each in compare(before, after)] if before and after else [],
+            "comparison": [each.to_dict() for each in comparison],
             "comparison_with_start": _since_the_start(start, after) if start and after else [],
+            "judgement": judgement.to_dict(),
             "samples": pick_samples(before, after, self.config.evaluation.samples) if before and after else [],
             "throughput": {
                 "tokens": tokens,
                 "seconds": round(seconds, 3),
                 "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-                "steps": trainer.state.global_step,
+                "steps": steps,
             },
             "processes": processes.count(),
             "plan": self.plan.to_dict(),

@@ -51,6 +51,7 @@ ORDER = [
     "planning",
     "callbacks",
     "sampling",
+    "schedule",
     "microbatches",
     "trainer",
     "generation",
@@ -68,15 +69,19 @@ ORDER = [
     "report",
     "card",
     "pushing",
+    "progress",
+    "display",
+    "outlook",
     "resume",
     "readiness",
     "training",
-    "progress",
     "troubleshooting",
     "cli",
     "__main__",
 ]
-TORCH_FREE = ["errors", "links", "process_state", "processes", "families", "schema", "signals", "config", "cli"]
+TORCH_FREE = [
+    "errors", "links", "process_state", "processes", "families", "schema", "signals", "config", "display", "cli",
+]  # fmt: skip
 
 
 def unit(path: Path) -> str:

@@ -1,0 +1,81 @@
+"""The learning rate of each optimizer step, and whether a run of so few steps trains at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from philora.errors import ConfigError, fault
+
+FEW_STEPS = 20
+"""Below so many optimizer steps an adapter, which starts as no change at all, learns little."""
+
+
+def rates(settings: Mapping[str, Any], steps: int) -> list[float] | None:
+    """Return the learning rate of each optimizer step, or None where it depends on the run's losses.
+
+    Args:
+        settings: `learning_rate`, `lr_scheduler_type`, `lr_scheduler_kwargs` and `warmup_steps`, as `SFTConfig` takes
+            them.
+        steps: Optimizer steps of the run.
+    """
+    warmup = float(settings.get("warmup_steps") or 0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=float(settings["learning_rate"]))
+    found = []
+    try:
+        scheduler = get_scheduler(
+            settings.get("lr_scheduler_type") or "linear",
+            optimizer,
+            num_warmup_steps=int(warmup) if warmup >= 1 else math.ceil(steps * warmup),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(settings.get("lr_scheduler_kwargs") or {}),
+        )
+        for _ in range(steps):
+            found.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            scheduler.step()
+    except (TypeError, ValueError, AssertionError):
+        return None  # it asks for a loss, or the trainer refuses it in words of its own
+    return found
+
+
+def trains_nothing(settings: Mapping[str, Any], steps: int | None) -> bool:
+    """Return whether the learning rate is 0 at every step, as where the warm-up is the whole run.
+
+    Args:
+        settings: As for `rates`.
+        steps: Optimizer steps of the run; None where that is not known.
+    """
+    if steps is None or not 0 < steps <= FEW_STEPS:
+        return False
+    found = rates(settings, steps)
+    return found is not None and not any(found)
+
+
+def check_schedule(settings: Mapping[str, Any], steps: int | None, where: str) -> None:
+    """Refuse a run whose learning rate is 0 at every step.
+
+    Args:
+        settings: As for `rates`.
+        steps: Optimizer steps of the run; None where that is not known.
+        where: What the message begins with.
+
+    Raises:
+        ConfigError: The rate is 0 at every step, so that the adapter would stay as it is.
+    """
+    if trains_nothing(settings, steps):
+        expected = f"a learning rate above 0 at some step of the run, which has {steps}"
+        todo = "Set warmup_steps to 0, or train for more steps: more rows, more epochs or smaller steps"
+        raise ConfigError(fault(where, "warmup_steps", settings.get("warmup_steps"), expected, todo))
+
+
+def few_steps(steps: int) -> str:
+    """Return what is said of a run of fewer than `FEW_STEPS` optimizer steps."""
+    return (
+        f"the run makes {steps} optimizer steps: below about {FEW_STEPS} an adapter learns little or nothing. Give more "
+        f"rows, more epochs, or smaller steps (fewer rows of a batch, less accumulation)."
+    )
