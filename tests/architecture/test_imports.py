@@ -27,6 +27,7 @@ ORDER = [
     "kernels",
     "checkpoint",
     "quantization",
+    "decoder_stack",
     "adapters",
     "hub",
     "models",
