@@ -1,9 +1,9 @@
 """What base products in fp8 do to the result of a training: the demo's, with fp8 emulated by PyTorch's casts on a CPU.
 
-    python -m benchmarks.fp8 [--only NAME ...] [--seeds 42 1 2]
+    python -m benchmarks.fp8 [--only NAME ...] [--seeds 42 1 2] [--epochs 3]
     python -m benchmarks.fp8 --table            # the rows as docs/performance.md shows them
 
-The bundled model and help desk, six epochs, as in `benchmarks.settings`. In training, the frozen weights' products
+The bundled model and help desk, the demo's settings. In training, the frozen weights' products
 take operands that are rounded as a GPU would round them, one scale a row; sums are fp32. Adapters, norms, attention and
 head stay in bf16, and so does all of the evaluation: the adapter is scored on the base that it will be used with. Rows
 go to results/fp8.csv; they hold scores, not times.
@@ -33,7 +33,7 @@ from philora import adapters
 from philora.decoder_stack.products import Fp8Product, PlainProduct, scaled_product
 from philora.decoder_stack.rows import Rows
 
-BASE = ["training_config.num_train_epochs=6", "training_config.eval_strategy=no", "training_config.save_strategy=no"]
+BASE = ["training_config.eval_strategy=no", "training_config.save_strategy=no"]
 FORMATS = {
     "bf16": (None, None),
     "fp8, backward in e4m3": ("e4m3", "e4m3"),
@@ -121,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Scores of the demo's training with base products in fp8.")
     parser.add_argument("--only", nargs="*", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[42, 1, 2])
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="print the rows and train nothing")
     given = parser.parse_args()
     if given.table:
@@ -131,12 +132,14 @@ def main() -> None:
         for name in given.only:
             with tempfile.TemporaryDirectory() as folder, emulated(name):
                 place = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
+                place.append(f"training_config.num_train_epochs={given.epochs}")
                 results = philora.train(source, [*BASE, *place]).results
             row = {
                 "commit": commit(Path(__file__).parents[1]),
                 "date": now(),
                 "what": name,
                 "seed": seed,
+                "epochs": given.epochs,
                 "steps": results["throughput"]["steps"],
                 "train_loss": round(results["train_loss"], 5),
                 "eval_loss": round(results["after"]["loss"], 5),

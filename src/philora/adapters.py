@@ -493,10 +493,11 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
     Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear`, or over a quantised layer of bitsandbytes,
     for `FastLinear` or its like, transformers' `sdpa` attention for the one that treats the documents of a packed row
     on their own, and Phi-3's attention and feed-forward modules and the family's RMSNorm for those of
-    `kernels.modules`. LongRoPE's factors are chosen for each document by itself (`kernels.rotary`). On a GPU the decoder
-    layers of packed training batches become one autograd node each (`decoder_stack`). Quantised weights keep their layout (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. For a
-    model on a CPU the process keeps freed memory; it gives large blocks back where products over a quantised base
-    allocate a matrix each (`kernels.memory`).
+    `kernels.modules`. LongRoPE's factors are chosen for each document by itself (`kernels.rotary`). On a GPU the layers
+    of packed training batches become one autograd node each (`decoder_stack`). Quantised weights keep their layout
+    (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. For a model on a CPU
+    the process keeps freed memory; it gives large blocks back where products over a quantised base allocate a matrix
+    each (`kernels.memory`).
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.

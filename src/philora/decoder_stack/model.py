@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -59,15 +60,20 @@ class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'."""
-        inputs = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
-        keep = keep_of(self)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _possible(self.embed_tokens):
             return super().forward(*args, **kwargs)
+        inputs, keep = dict(zip(_PARAMETERS, args, strict=False)) | kwargs, keep_of(self)
         choice = choose(self, inputs, keep)
         if choice.path != "stack":
             _say(choice, self)
             return super().forward(*args, **kwargs)
         return _stacked(self, inputs, keep)
+
+
+def _possible(embedding: nn.Module) -> bool:
+    """Whether the device is one on which the stack is thought of at all: a GPU, or a CPU under Triton's interpreter."""
+    on_gpu = next(embedding.parameters()).device.type == "cuda"
+    return on_gpu or (os.environ.get("TRITON_INTERPRET"), os.environ.get("PHILORA_STACK")) == ("1", "all")
 
 
 def keep_of(model: Any) -> Keep:

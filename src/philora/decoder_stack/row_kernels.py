@@ -356,9 +356,7 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, size: int) -> Non
     _rotate[(len(qkv),)](qkv, cos, sin, qkv.stride(0), heads, size, half, **blocks, num_warps=4)
 
 
-def rotate_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, quantize: bool = False
-) -> Rows:
+def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, quantize: bool = False) -> Rows:
     """Return the gradient of the fused projection's output from those of the rotated heads.
 
     Shapes:
