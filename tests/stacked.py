@@ -18,6 +18,7 @@ from philora.decoder_stack.stack import seeds_of
 from philora.decoder_stack.trial import SameMasks
 from tests.conftest import make_phi3
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CPU through Triton's interpreter
 LENGTHS = (1, 5, 3)  # every token of every kernel is a program of the interpreter: few tokens
 SEED = 5
 
@@ -37,20 +38,20 @@ def make(
     base = make_phi3(num_hidden_layers=layers, **config) if base is None else base
     settings = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, "lora_dropout": dropout} | (lora or {})
     model = peft.get_peft_model(base, LoraConfig(**settings, init_lora_weights=False))
-    return model.train()
+    return model.to(DEVICE).train()
 
 
 def inputs(model: Any, lengths: Sequence[int] = LENGTHS, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Embeddings of the documents, and a gradient of the output. Shapes: both (1, T, C)."""
     generator = torch.Generator().manual_seed(2)
     shape = 1, sum(lengths), model.config.hidden_size
-    x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    x, grad = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
     return x, grad
 
 
 def positions(lengths: Sequence[int] = LENGTHS) -> Tensor:
     """Positions of a packed row. Shape: (1, T)."""
-    return torch.cat([torch.arange(each) for each in lengths])[None]
+    return torch.cat([torch.arange(each) for each in lengths])[None].to(DEVICE)
 
 
 def by_peft(model: Any, lengths: Sequence[int] = LENGTHS, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ def by_peft(model: Any, lengths: Sequence[int] = LENGTHS, dtype: torch.dtype = t
     """
     decoder = model.get_base_model().model
     linears = [each for layer in decoder.layers for each in linears_of(layer)]
-    seeds = seeds_of(torch.tensor([SEED]), len(linears))
+    seeds = seeds_of(torch.tensor([SEED], device=DEVICE), len(linears))
     before = {}
     for index, linear in enumerate(linears):
         drop = getattr(linear, "lora_dropout", {})

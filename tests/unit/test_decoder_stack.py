@@ -11,12 +11,13 @@ import torch
 pytest.importorskip("triton")
 
 import philora
-from philora.decoder_stack import attention, layer, model, stack
+from philora.decoder_stack import attention, layer, model, stack, trial
 from philora.decoder_stack.model import StackedPhi3Model, choose, configure, dropout_state, set_dropout_state
 from tests.conftest import make_phi3
-from tests.stacked import LENGTHS, by_peft, by_stack, inputs, largest_difference, make, positions
+from tests.stacked import DEVICE, LENGTHS, by_peft, by_stack, inputs, largest_difference, make, positions
 from tests.tolerances import GRADIENTS_FP32
 
+NEEDS_CARD = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU")
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 
@@ -130,7 +131,9 @@ def _another_mask_in_backward(monkeypatch):
 
 def _one_document(monkeypatch):
     of_positions = model.PackedLayout.of_positions
-    monkeypatch.setattr(model.PackedLayout, "of_positions", lambda each: of_positions(torch.arange(each.numel())[None]))
+    monkeypatch.setattr(
+        model.PackedLayout, "of_positions", lambda each: of_positions(torch.arange(each.numel(), device=DEVICE)[None])
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_the_factors_of_the_longest_document_for_all_are_found(monkeypatch):
 def test_bounds_from_the_batch_are_taken_and_nothing_is_read_from_the_device(monkeypatch, nodes):
     made = philora.optimize(make())
     decoder = made.get_base_model().model
-    bounds = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
+    bounds = torch.tensor([0, 1, 6, 9], dtype=torch.int32, device=DEVICE)
     x, _ = inputs(made)
     packed = {"inputs_embeds": x, "position_ids": positions(), "use_cache": False}
     with_positions = decoder(**packed)[0]
@@ -177,7 +180,7 @@ def test_what_the_stack_does_not_cover_runs_the_modules(nodes):
     with torch.no_grad():
         decoder(**packed)
     assert len(decoder(**packed, output_hidden_states=True).hidden_states) == 2
-    decoder(inputs_embeds=x, attention_mask=torch.ones(1, sum(LENGTHS)), use_cache=False)
+    decoder(inputs_embeds=x, attention_mask=torch.ones(1, sum(LENGTHS), device=DEVICE), use_cache=False)
     handle = decoder.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
     decoder(**packed)
     handle.remove()
@@ -189,6 +192,7 @@ def test_what_the_stack_does_not_cover_runs_the_modules(nodes):
     assert nodes == [0]
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="about a CPU")
 def test_without_the_switch_a_cpu_runs_the_modules(monkeypatch, nodes):
     monkeypatch.delenv("PHILORA_STACK")
     made = philora.optimize(make())
@@ -272,3 +276,33 @@ def test_a_second_derivative_is_refused():
 def test_a_plain_phi3_has_no_adapter_for_the_stack():
     plain = philora.optimize(make_phi3())
     assert "there is no adapter" in str(choose(plain.model, {"inputs_embeds": torch.ones(1, 3, 32)}, "everything"))
+
+
+# ------------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@NEEDS_CARD
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_in_bf16_the_card_agrees_with_peft(dropout):
+    found = trial.compare(torch.device("cuda"), torch.bfloat16, 96, dropout)
+    assert max(found) < trial.LARGEST_DIFFERENCE["bfloat16"]
+
+
+@pytest.mark.gpu
+@NEEDS_CARD
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_repeated_steps_have_the_same_bits(deterministic):
+    made = make(layers=2, hidden_size=128, head_dim=32).to(torch.bfloat16)
+    lengths = (300, 700, 24)
+    runs = [by_stack(made, lengths, torch.bfloat16, deterministic=deterministic) for _ in range(4)]
+    same = all(torch.equal(runs[0][name], run[name]) for run in runs[1:] for name in runs[0])
+    assert same or not deterministic
+
+
+@pytest.mark.gpu
+@NEEDS_CARD
+def test_inputs_in_pinned_memory_come_back_whole():
+    made = make(layers=4, hidden_size=128, head_dim=32)
+    kept = by_stack(made, (300, 700), recomputation="full")
+    assert largest_difference(by_stack(made, (300, 700), recomputation="full", inputs_on_host=True), kept) == 0

@@ -13,6 +13,7 @@ import philora
 from philora.decoder_stack.choice import UNTRIED, BatchFacts, DeviceFacts, ModelFacts, stack_for
 from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model
 from philora.decoder_stack.layout import PackedLayout
+from philora.kernels.loss import _even_rows
 from tests.conftest import make_phi3
 
 MODEL, BATCH, H200 = ModelFacts(), BatchFacts(), DeviceFacts(name="NVIDIA H200")
@@ -229,3 +230,13 @@ def test_the_layout_travels_under_the_names_of_transformers():
     moved = layout.to("meta")
     assert moved.bounds.device.type == "meta"
     assert moved.lengths == (2, 3)
+
+
+def test_rows_that_are_padded_for_the_products_keep_their_bounds_true():
+    layout = PackedLayout.of_lengths([2, 3])
+    batch = {"input_ids": torch.ones(1, 5, dtype=torch.long), "position_ids": layout.position_ids[None]}
+    inputs = batch | layout.keywords()
+    assert _even_rows(inputs, torch.ones(1, 5)).shape == (1, 16)
+    expected = PackedLayout.of_positions(inputs["position_ids"])
+    assert inputs["cu_seq_lens_q"].tolist() == expected.bounds.tolist() == [0, 2, 5, 16]
+    assert inputs["max_length_k"] == expected.longest_tokens == 11

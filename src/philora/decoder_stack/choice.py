@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 Path = Literal["stack", "modules", "plain"]
 
 LEAST_CAPABILITY = (8, 0)  # bf16 and flash attention
-LEAST_CAPABILITY_FP8 = (8, 9)
 LARGEST_HEAD_SIZE = 256  # of flash attention
 
 UNTRIED = {

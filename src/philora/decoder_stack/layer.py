@@ -247,7 +247,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, layer: DecoderLayer, shared: Pass, x: Tensor, h: Tensor | None, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
         """trained: the weights of the norms, then A and B of each linear layer, None where there is none."""
-        with without_autocast(x.device.type):
+        with without_autocast(x.device.type), torch.cuda.device_of(x):  # Triton launches on the current device
             h2, kept = layer.run(shared, x, h)
         x2 = kept.x2
         ctx.layer, ctx.shared = layer, shared
@@ -267,7 +267,7 @@ class _Layer(torch.autograd.Function):
         refuse_create_graph()
         layer, shared = ctx.layer, ctx.shared
         needed = ctx.needs_input_grad
-        with without_autocast(grads[0].device.type):
+        with without_autocast(grads[0].device.type), torch.cuda.device_of(grads[0]):
             if shared.keep in ("input", "host"):
                 x1 = shared.host.fetch(layer.index) if shared.keep == "host" else ctx.saved_tensors[0]
                 kept = layer.run(shared, x1, None)[1]

@@ -152,8 +152,8 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
     """Let packed rows on a CPU end with a document of padding, so that their length suits the products.
 
     Args:
-        inputs: The model's keyword arguments; `input_ids` and `position_ids` are replaced by longer ones, and the bounds
-            of the documents, where they are given, by those with one document more.
+        inputs: The model's keyword arguments; `input_ids`, `position_ids` and the bounds of documents, where they are
+            given, are replaced by longer ones.
         labels: The labels; returned with none for what was added.
     """
     ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
