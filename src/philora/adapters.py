@@ -46,6 +46,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from philora.checkpoint import read_peft_tensors, write_json
+from philora.decoder_stack.model import use_decoder_stack
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
 from philora.hub import parse_hub_path
@@ -561,10 +562,11 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
     Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear`, or over a quantised layer of bitsandbytes,
     for `FastLinear` or its like, transformers' `sdpa` attention for the one that treats the documents of a packed row
     on their own, and Phi-3's attention and feed-forward modules and the family's RMSNorm for those of
-    `kernels.modules`. LongRoPE's factors are chosen for each document by itself (`kernels.rotary`). Quantised weights
-    keep their layout (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. In
-    a run of philora's with a model on a CPU the process keeps freed memory, or gives large blocks back where products
-    over a quantised base allocate a matrix each (`kernels.memory`); elsewhere the process stays as it is.
+    `kernels.modules`. LongRoPE's factors are chosen for each document by itself (`kernels.rotary`). On a GPU the layers
+    of packed training batches become one autograd node each (`decoder_stack`). Quantised weights keep their layout
+    (`quantization.keep_layout`). Idempotent; where none is found the model stays as it is. In a run of philora's with a
+    model on a CPU the process keeps freed memory, or gives large blocks back where products over a quantised base
+    allocate a matrix each (`kernels.memory`); elsewhere the process stays as it is.
 
     Args:
         model: A PeftModel, or any model; packed rows are recognised by `position_ids` that start again.
@@ -595,6 +597,7 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
         attention.register()
         base.set_attn_implementation(attention.NAME)
     use_fast_modules(model)
+    use_decoder_stack(model)
     use_document_rotary(model)
     if recomputation is not None:
         _set_recomputation(model, recomputation == "elementwise")

@@ -143,6 +143,7 @@ def check(
         return
     out.print(f"[bold]model[/]      {escape(found.model)}")
     out.print(f"[bold]stops[/]      {escape(', '.join(found.stop_tokens))}   padding {escape(found.padding_token)}")
+    out.print(f"[bold]device[/]     {escape(str(found.hardware))}")
     table = Table("data", "rows", "tokens", "labels", "longest", "truncated", "dropped", "duplicates", box=None)
     for name, figures in found.data.items():
         keys = ("rows", "tokens", "labels", "longest_tokens", "truncated", "dropped", "duplicates")

@@ -43,6 +43,7 @@ OWN_TRAINING_KEYS: Final = (
     "loraplus_lr_ratio",
     "max_nonfinite_steps",
     "adapter_dtype",
+    "deterministic",
 )
 """Keys of `training_config` that are philora's own, not TRL's."""
 ONE_RATE_OPTIMIZERS: Final = (
@@ -146,6 +147,11 @@ class ModelConfig:
             Rule("a mapping of BitsAndBytesConfig's keys", mapping_of(schema.ANYTHING).read),
         ),
         "quantised base: none, nf4 (with double quantisation), int8, or a BitsAndBytesConfig as a mapping",
+    )
+    base_products: str | None = _setting(
+        None,
+        union(one_of("auto", "int8", "fp8"), NULL),
+        "how the frozen weights' products are computed in training: null or auto: in their dtype; fp8: on a CUDA GPU",
     )
     revision: str | None = _setting(None, _TEXT_OR_NULL, "branch, tag or commit on the hub")
     trust_remote_code: bool = _setting(False, FLAG, "run Python code that the model's repository ships")
@@ -322,6 +328,12 @@ _LIBRARY_FIELDS: Final = (
         None,
         union(one_of("float32", "bfloat16"), NULL),
         "dtype of A and B (philora's own key); null: as PEFT makes them, float32, over quantised bases too",
+    ),
+    Field(
+        "training_config.deterministic",
+        True,
+        FLAG,
+        "whether the decoder stack on a GPU gives the same bits when repeated or resumed (philora's own key)",
     ),
     Field("training_config.warmup_steps", 0.03, _RATIO_OR_STEPS, "warm-up: fraction of the run, or optimizer steps"),
     Field("training_config.weight_decay", LIBRARY, number(least=0), "decoupled weight decay"),

@@ -192,6 +192,7 @@ def _load_config(model: ModelConfig) -> Any:
     scheme = check_folder(config, model.name_or_path, model.quantization)
     if scheme is None and model.quantization not in (None, "none"):
         require_bitsandbytes("quantization", model.quantization)
+    _check_base_products(model, scheme is not None or model.quantization not in (None, "none"))
     return config
 
 
@@ -202,6 +203,29 @@ def has_file(model: ModelConfig, names: Sequence[str]) -> bool:
         return any(hub_has_file(model.name_or_path, name, **where) for name in names)
     except (OSError, ValueError):
         return False
+
+
+def _check_base_products(model: ModelConfig, quantized: bool) -> None:
+    """See to it that the base's products can be computed as asked for.
+
+    A GPU without fp8 is no fault: its products stay in the weights' dtype, with a notice.
+
+    Raises:
+        ModelError: fp8 without a CUDA GPU or over a quantised base; int8, which is not there yet.
+    """
+    asked = model.base_products
+    if asked in (None, "auto"):
+        return
+    expected, todo = "", "Leave model.base_products out"
+    if asked == "int8":
+        expected = "null, auto or fp8, because int8 products on a CPU are not a part of this version"
+    elif not torch.cuda.is_available():
+        expected = "null or auto on this machine, because fp8 products need a CUDA GPU"
+    elif quantized:
+        expected = "null or auto over a quantised base, whose weights are dequantised to 16 bits for each product"
+        todo = "Leave it out, or set model.quantization: none"
+    if expected:
+        raise ModelError(fault("model", "base_products", asked, expected, todo))
 
 
 def _check_shards(folder: Path) -> None:

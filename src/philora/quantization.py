@@ -296,6 +296,29 @@ def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     return cast(Tensor, matrix.mul_(scale.unsqueeze(1) * (1 / 127)))
 
 
+def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
+    """The same, written into memory that is there already; returns it.
+
+    Args:
+        layer: A layer of which `is_quantized` says so.
+        out: Memory for the matrix, on the weight's device. Another dtype than that of the weight that was quantised
+            costs a second matrix for a moment.
+
+    Shapes:
+        out (out, in).
+    """
+    weight: Any = layer.weight
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+        if out.dtype == weight.quant_state.dtype:
+            bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state, out=out)
+            return out
+        return out.copy_(bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
+    state: Any = layer.state
+    scale = state.SCB if state.SCB is not None else weight.SCB
+    return torch.mul(weight.data, (scale * (1 / 127)).unsqueeze(1), out=out)
+
+
 if bitsandbytes is not None:
 
     class _AsInTraining(bitsandbytes.MatmulLtState):  # type: ignore[misc]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -16,9 +17,34 @@ from philora import checkpoint, hub, models, outlook, planning, processes, resum
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
+from philora.decoder_stack.choice import BatchFacts, ModelFacts, stack_for
+from philora.decoder_stack.facts import facts_of_device
+from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
 from philora.families import generic_notice
+from philora.quantization import scheme_of
 from philora.trainer import checkpoint_bytes
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run computes on, and how.
+
+    Attributes:
+        device: Its name, with the compute capability of a GPU.
+        memory_bytes: What it has; of a CPU's machine what a run can have.
+        decoder_layers: `stack`, `modules` or `plain`; see `decoder_stack.choice`.
+        reasons: Why.
+    """
+
+    device: str
+    memory_bytes: int
+    decoder_layers: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        why = "; ".join(self.reasons)
+        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; decoder layers: {self.decoder_layers} ({why})"
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,7 @@ class Preflight:
     """What `philora check` shows."""
 
     model: str
+    hardware: Hardware
     stop_tokens: list[str]
     padding_token: str
     data: dict[str, dict[str, Any]]
@@ -66,6 +93,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     splits = prepared.report.to_dict()
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
+        hardware=_hardware(config, adapted, dtype, plan.recomputation),
         stop_tokens=[str(each) for each in tokenizer.convert_ids_to_tokens(stops)],
         padding_token=str(tokenizer.pad_token),
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
@@ -201,6 +229,23 @@ def _taken(folder: Path, config: Config) -> str | None:
     except ConfigError as error:
         return f"a run here would be refused: {error}"
     return None
+
+
+def _hardware(config: Config, adapted: nn.Module, dtype: str, recomputation: str) -> Hardware:
+    """Say what the run would compute on and which way its decoder layers would go, by the model without weights."""
+    device = facts_of_device()
+    facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
+    given = config.model.quantization
+    scheme = scheme_of(getattr(adapted, "config", None)) or (given if isinstance(given, str) else "nf4")
+    base = "plain" if scheme == "none" else scheme
+    if base == "plain" and config.model.base_products == "fp8":
+        base = "fp8"
+    packed = bool(config.training_config.get("packing", True))
+    keep = {"full": "input", "elementwise": "elementwise"}.get(recomputation, "everything")
+    choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(mask=not packed, keep=keep), device)
+    capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
+    reasons = choice.reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
+    return Hardware(f"{device.name}{capability}", device.memory_bytes, choice.path, reasons)
 
 
 def _notices(

@@ -61,6 +61,7 @@ from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, places_of, prepare, preview, prompts_and_references
 from philora.data.held_out import vocabulary_digest, write_held_out
 from philora.data.lengths import sequence_lengths
+from philora.decoder_stack.model import configure as configure_stack
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.evaluation import Evaluation, compare, evaluate, joined, pick_samples
 from philora.families import generic_notice
@@ -331,6 +332,7 @@ class _Run:
             self.model = load_adapter(base, find_adapter(config.model.adapter).path, is_trainable=True)
         else:
             self.model = get_peft_model(base, _lora_config(config))
+        configure_stack(self.model, fp8=config.model.base_products == "fp8")
         self.arguments = self._resolve_arguments(base, chosen)
         readiness.require_room(self.folder, checkpoint_bytes(self.model), self.arguments.save_total_limit)
         self.stop.check()
@@ -343,7 +345,7 @@ class _Run:
             for key, value in self.config.training_config.items()
             if key not in OWN_TRAINING_KEYS
         }
-        for own in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype"):
+        for own in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic"):
             given[own] = self.config.training_config[own]
         given |= {key: chosen[key] for key in CHOSEN if key in chosen}
         # transformers would push each checkpoint, and keep the token in the training_args.bin of each; the run pushes

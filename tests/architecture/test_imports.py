@@ -34,6 +34,7 @@ ORDER = [
     "checkpoint",
     "run_folder",
     "quantization",
+    "decoder_stack",
     "hub",
     "adapters",
     "models",

@@ -119,3 +119,50 @@ def test_the_page_on_performance_has_the_rows_of_generation():
         same = [f"{float(last[f'philora, {how}']['answers_as_the_pipeline']):.0%}" for how in ("adapter", "merged")]
         shown = {"nano": "nano", "a": "187 M"}[work], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
         assert f"| {', '.join(shown)} | {' / '.join(over)} | {' / '.join(same)} |" in text
+
+
+CONTESTANTS = {
+    "philora": "philora",
+    "trl": "TRL + PEFT",
+    "plain": "a plain loop with PEFT",
+    "liger": "the same with Liger's kernels",
+}
+
+
+def first_on_a_gpu():
+    """The first measurement of a GPU as docs/performance.md shows it."""
+    lines = ["| contestant | base | tokens/s | share of the limit | peak GB |", "| --- | --- | --- | --- | --- |"]
+    for row in [row for row in rows("gpu.csv") if row["commit"] == "38c5060" and row["status"] == "ok"]:
+        speed, share = float(row["tokens_per_second"]), float(row["share_of_limit"])
+        peak = float(row["max_memory_allocated"]) / 1e9
+        name = CONTESTANTS[row["contestant"]]
+        lines.append(f"| {name} | {row['base']} | {speed:,.0f} | {100 * share:.1f}% | {peak:.1f} |")
+    return "\n".join(lines)
+
+
+def prototype_on_a_gpu():
+    """The prototype's rows whose loss is that of the other rows of their size."""
+    lines = [
+        "| base products | kept | tokens a row | CUDA graph | tokens/s | peak GB | training loss |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows("gpu_prototype.csv"):
+        if row["longest_document_in_graph"] == "1024":
+            continue
+        size, speed = int(row["row_tokens"]), int(row["tokens_per_second"])
+        rest = f"{speed:,} | {row['peak_gigabytes']} | {row['train_loss']}"
+        lines.append(f"| {row['base']} | {row['kept']} | {size:,} | {row['cuda_graph']} | {rest} |")
+    return "\n".join(lines)
+
+
+def test_the_page_on_performance_has_the_rows_of_a_gpu():
+    text = page("docs/performance.md")
+    assert f"<!-- table: gpu.csv -->\n\n{first_on_a_gpu()}\n\n<!-- end -->" in text
+    assert f"<!-- table: gpu_prototype.csv -->\n\n{prototype_on_a_gpu()}\n\n<!-- end -->" in text
+    assert prototype_on_a_gpu().count("\n") == 22
+
+
+def test_the_page_on_performance_has_the_rows_of_fp8():
+    from benchmarks.fp8 import table
+
+    assert f"<!-- table: fp8.csv -->\n\n{table()}\n<!-- end -->" in page("docs/performance.md")

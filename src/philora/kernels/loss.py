@@ -153,7 +153,8 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
     """Let packed rows on a CPU end with a document of padding, so that their length suits the products.
 
     Args:
-        inputs: The model's keyword arguments; `input_ids` and `position_ids` are replaced by longer ones.
+        inputs: The model's keyword arguments; `input_ids`, `position_ids` and the bounds of documents, where they are
+            given, are replaced by longer ones.
         labels: The labels; returned with none for what was added.
     """
     ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
@@ -165,6 +166,12 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
         return labels
     inputs["input_ids"] = nn.functional.pad(ids, (0, missing))
     inputs["position_ids"] = torch.cat([positions, torch.arange(missing)[None].to(positions)], 1)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if isinstance(bounds := inputs.get(name), Tensor):
+            inputs[name] = torch.cat([bounds, bounds[-1:] + missing])
+    for name in ("max_length_q", "max_length_k"):
+        if inputs.get(name) is not None:
+            inputs[name] = max(inputs[name], missing)
     return nn.functional.pad(labels, (0, missing), value=-100)
 
 

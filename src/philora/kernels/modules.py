@@ -192,3 +192,8 @@ def recompute_elementwise(model: nn.Module, on: bool) -> list[str]:
             module.recomputes = on
             found.add("SwiGLU" if isinstance(module, FastPhi3MLP) else "RMSNorm")
     return sorted(found)
+
+
+def recomputes_elementwise(model: nn.Module) -> bool:
+    """Return what `recompute_elementwise` has set last; False where it found nothing."""
+    return any(each.recomputes for each in model.modules() if isinstance(each, _FastNorm | FastPhi3MLP))

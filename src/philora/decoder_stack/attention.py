@@ -1,0 +1,147 @@
+"""Causal attention of each document of a packed batch to itself, forward and backward, without an autograd node.
+
+On a GPU one call of PyTorch's flash attention for documents of any lengths; the operators of ATen stand under
+`torch.nn.attention.varlen` and are called here because a backward pass written by hand needs both. They take bf16 and
+fp16. Elsewhere, and for fp32, `attend` goes document by document in plain PyTorch: the reference of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from philora.decoder_stack.layout import PackedLayout
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How the heads of one batch attend.
+
+    Attributes:
+        layout: The documents.
+        scaling: Multiplier of the scores.
+        window_tokens: A token attends to this many tokens at most, itself included; None: to all before it.
+        deterministic: Whether repeated backward passes give the same bits. Flash attention adds the parts of the
+            gradient of q in any order otherwise.
+    """
+
+    layout: PackedLayout
+    scaling: float
+    window_tokens: int | None = None
+    deterministic: bool = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return the heads' output, and what `gradients` wants of the forward pass.
+
+        Shapes:
+            query (T, H, D), key and value (T, K, D) with K dividing H; returns (T, H, D).
+
+        Cost:
+            4·H·D·(sum of squared lengths) FLOPs, half of it below the diagonal alone; T·H fp32 numbers are kept.
+        """
+        if not _flash(query):
+            return self._document_by_document(query, key, value), (None, None, None)
+        output, normaliser, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *self._documents(), 0.0, True, False, **self._settings()
+        )
+        return output, (normaliser, state, unused)
+
+    def gradients(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, kept: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of query, key and value. Shapes: as `attend`; grad (T, H, D)."""
+        if not _flash(query):
+            return self._gradients_document_by_document(grad, query, key, value)
+        normaliser, state, unused = kept
+        with deterministic_kernels() if self.deterministic else nullcontext():
+            dq, dk, dv = torch.ops.aten._flash_attention_backward(
+                grad, query, key, value, output, normaliser, *self._documents(), 0.0, True, state, unused,
+                **self._settings(),
+            )  # fmt: skip
+        return dq, dk, dv
+
+    # -- for the flash operators
+
+    def _documents(self) -> tuple[Tensor, Tensor, int, int]:
+        bounds, longest = self.layout.bounds, self.layout.longest_tokens
+        return bounds, bounds, longest, longest
+
+    def _settings(self) -> dict[str, float | int | None]:
+        """The window counts the tokens before a token, so one fewer; none where no document is longer than it."""
+        limited = self.window_tokens is not None and self.window_tokens < self.layout.longest_tokens
+        left = self.window_tokens - 1 if limited and self.window_tokens is not None else None
+        return {"scale": self.scaling, "window_size_left": left, "window_size_right": 0 if limited else None}
+
+    # -- the reference
+
+    def _ranges(self) -> Iterator[slice]:
+        lengths = self.layout.lengths
+        start = 0
+        for length in tuple(self.layout.bounds.diff().tolist()) if lengths is None else lengths:
+            yield slice(start, start + length)
+            start += length
+
+    def _weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Softmax of one document's scores. Shapes: (L, H, D) and (L, H, D); returns (H, L, L)."""
+        scores = torch.einsum("ihd,jhd->hij", query, key) * self.scaling
+        places = torch.arange(len(query), device=query.device)
+        distance = places[:, None] - places
+        hidden = distance < 0
+        if self.window_tokens is not None:
+            hidden |= distance >= self.window_tokens
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+
+    def _document_by_document(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, groups = torch.empty_like(query), query.shape[1] // key.shape[1]
+        for part in self._ranges():
+            q, k, v = _wide(query[part]), _wide(key[part], groups), _wide(value[part], groups)
+            output[part] = torch.einsum("hij,jhd->ihd", self._weights(q, k), v).to(output.dtype)
+        return output
+
+    def _gradients_document_by_document(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """With P the weights and dP = dO V^T: dV = P^T dO, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q."""
+        groups = query.shape[1] // key.shape[1]
+        results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        for part in self._ranges():
+            q, k, v = _wide(query[part]), _wide(key[part], groups), _wide(value[part], groups)
+            weights, d = self._weights(q, k), _wide(grad[part])
+            of_weights = torch.einsum("ihd,jhd->hij", d, v)
+            of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * self.scaling
+            found = (
+                torch.einsum("hij,jhd->ihd", of_scores, k),
+                torch.einsum("hij,ihd->jhd", of_scores, q),
+                torch.einsum("hij,ihd->jhd", weights, d),
+            )
+            for result, each in zip(results, found, strict=True):
+                heads = result.shape[1]
+                result[part] = each.view(len(each), heads, -1, each.shape[-1]).sum(2).to(result.dtype)
+        return results
+
+
+def _flash(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _wide(heads: Tensor, copies: int = 1) -> Tensor:
+    """Heads in fp32 or wider, each `copies` times. Shapes: (L, heads, D); returns (L, heads · copies, D)."""
+    return heads.to(torch.promote_types(heads.dtype, torch.float32)).repeat_interleave(copies, 1)
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Have PyTorch take kernels that repeat their bits in this block, and what was set before after it.
+
+    Only for the call of a kernel: with this on, PyTorch also fills new memory, and refuses some operations.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,281 @@
+"""Reads from a model, a call and a device what `choice.stack_for` decides by. Nothing here waits for a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.modules import module as nn_module
+
+from philora.decoder_stack.choice import BatchFacts, DeviceFacts, ModelFacts
+from philora.families import longrope_switch_tokens
+from philora.kernels.memory import available_bytes
+from philora.lora.functional import autocast_dtype, fused_enabled
+from philora.quantization import is_quantized, scheme_of
+
+LINEARS = (("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_proj"), ("mlp", "down_proj"))
+"""Where the linear layers of a decoder layer are, in the order in which they are computed."""
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+_GLOBAL_HOOKS = tuple(
+    name
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+    if hasattr(nn_module, name)
+)
+
+
+def linears_of(layer: nn.Module) -> list[Any]:
+    """Return the four linear layers of a decoder layer, or the LoRA layers around them."""
+    return [getattr(getattr(layer, parent), name) for parent, name in LINEARS]
+
+
+def norm_of(layer: nn.Module, name: str) -> Any:
+    """Return a norm of a decoder layer, or the copy of it that an adapter trains."""
+    norm = getattr(layer, name)
+    if isinstance(norm, ModulesToSaveWrapper):
+        active = norm.active_adapters
+        if len(active) == 1 and not norm.disable_adapters and active[0] in norm.modules_to_save:
+            return norm.modules_to_save[active[0]]
+        return norm.original_module
+    return norm
+
+
+def base_of(linear: nn.Module) -> Any:
+    """Return the linear layer itself, without the adapter around it."""
+    return linear.base_layer if isinstance(linear, LoraLayer) else linear
+
+
+def adapter_name_of(linear: Any) -> str | None:
+    """Return the name of the one plain LoRA adapter of a linear layer; None: it has none, or none that is plain.
+
+    Plain: one active adapter without a variant (DoRA, ...), not merged, not disabled, no bias of B, whose A and B are
+    linear layers and whose dropout is PyTorch's or none.
+    """
+    if not isinstance(linear, LoraLayer) or linear.disable_adapters or linear.merged:
+        return None
+    active = [each for each in linear.active_adapters if each in linear.lora_A]
+    if len(active) != 1:
+        return None
+    name: str = active[0]
+    if name in linear.lora_variant or linear.lora_bias.get(name) or getattr(linear.lora_B[name], "slice_layout", None):
+        return None
+    plain = type(linear.lora_A[name]) is nn.Linear and type(linear.lora_B[name]) is nn.Linear
+    return name if plain and isinstance(linear.lora_dropout[name], nn.Dropout | nn.Identity) else None
+
+
+# ---------------------------------------------------------------------------------------------------- the model
+
+
+def facts_of_model(model: Any) -> ModelFacts:
+    """Return the facts of a decoder (`Phi3Model` and its like), with or without weights.
+
+    Cost:
+        One walk over the modules of its layers: about a millisecond for 32 layers.
+    """
+    config = model.config
+    architecture = next((each.__name__ for each in type(model).__mro__ if each.__name__.endswith("Model")), "")
+    if architecture == "StackedPhi3Model":
+        architecture = "Phi3Model"
+    if architecture != "Phi3Model":
+        return ModelFacts(architecture=type(model).__name__)
+    layers = list(model.layers)[: config.num_hidden_layers]
+    linears = [each for layer in layers for each in linears_of(layer)]
+    norms = [norm_of(layer, name) for layer in layers for name in NORMS]
+    adapted = [each for each in linears if isinstance(each, LoraLayer)]
+    dropouts = [drop.p for each in adapted for drop in each.lora_dropout.values() if isinstance(drop, nn.Dropout)]
+    heads = config.num_attention_heads
+    return ModelFacts(
+        architecture=architecture,
+        dtype=_dtype(model, linears, norms),
+        base=_base(model, linears),
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        activation=str(config.hidden_act),
+        attention_dropout=float(config.attention_dropout),
+        residual_dropout=float(config.resid_pdrop),
+        lora_dropout=max(dropouts, default=0.0),
+        adapters=tuple(dict.fromkeys(_adapter_reasons(linears))),
+        hooks=tuple(_hooked(layers)),
+        trains_base=tuple(_trains_base(layers, linears, norms)),
+        trains_norms=any(each.weight.requires_grad for each in norms),
+        unadapted=len(adapted) < len(linears),
+        longrope=longrope_switch_tokens(config) is not None,
+        sharded=any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in (model, *layers)),
+        devices=len({base_of(each).weight.device for each in linears}),
+    )
+
+
+def _dtype(model: Any, linears: list[Any], norms: list[Any]) -> str:
+    """The dtype that all products are in; "mixed" where activations would change theirs on the way."""
+    embedding = model.embed_tokens
+    embedding = embedding.original_module if isinstance(embedding, ModulesToSaveWrapper) else embedding
+    own = getattr(embedding, "base_layer", embedding).weight.dtype
+    found = {own}
+    for each in map(base_of, linears):
+        quantized = is_quantized(each)
+        found.add((getattr(each, "compute_dtype", None) or own) if quantized else each.weight.dtype)
+    found |= {each.weight.dtype for each in norms if not each.weight.requires_grad}
+    return str(own).removeprefix("torch.") if len(found) == 1 else "mixed"
+
+
+def _base(model: Any, linears: list[Any]) -> str:
+    kinds = {is_quantized(base_of(each)) for each in linears}
+    if kinds == {False}:
+        return "plain"
+    return (scheme_of(model.config) or "mixed") if kinds == {True} else "mixed"
+
+
+def _adapter_reasons(linears: list[Any]) -> Iterator[str]:
+    """Why PEFT's or philora's layers have to compute an adapter themselves."""
+    names = set()
+    for each in linears:
+        if isinstance(each, LoraLayer):
+            yield from _reasons_of_one(each)
+            names.update(name for name in each.active_adapters if name in each.lora_A)
+        elif not isinstance(each, nn.Linear):
+            yield f"{type(each).__name__} is no LoRA layer of a linear layer"
+        if getattr(base_of(each), "bias", None) is not None:
+            yield "a linear layer has a bias"
+    if len(names) > 1:
+        yield f"several adapters are active: {', '.join(sorted(names))}"
+    if not any(isinstance(each, LoraLayer) for each in linears):
+        yield "there is no adapter"
+
+
+def _reasons_of_one(layer: Any) -> Iterator[str]:
+    active = [each for each in layer.active_adapters if each in layer.lora_A]
+    if layer.disable_adapters or layer.merged:
+        yield "adapters are off" if layer.disable_adapters else "adapters are merged"
+    if len(active) > 1:
+        yield f"several adapters are active: {', '.join(sorted(active))}"
+    for name in active:
+        if name in layer.lora_variant:
+            yield f"a variant of LoRA ({type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')})"
+        if layer.lora_bias.get(name):
+            yield "B has a bias"
+        if getattr(layer.lora_B[name], "slice_layout", None):
+            yield "slices of fused projections have adapters of their own"
+    if len(active) == 1 and adapter_name_of(layer) is None and not (layer.disable_adapters or layer.merged):
+        yield "an adapter that philora's fast layers do not take"
+
+
+def _hooked(layers: list[nn.Module]) -> Iterator[str]:
+    if any(getattr(nn_module, name) for name in _GLOBAL_HOOKS):
+        yield "every module (a global hook)"
+    for layer in layers:
+        for module in layer.modules():
+            state = module.__dict__
+            if (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+                or "forward" in state
+            ):
+                yield type(module).__name__
+
+
+def _trains_base(layers: list[nn.Module], linears: list[Any], norms: list[Any]) -> Iterator[str]:
+    covered = {id(each.weight) for each in norms}
+    for each in linears:
+        if isinstance(each, LoraLayer) and (name := adapter_name_of(each)) is not None:
+            covered |= {id(each.lora_A[name].weight), id(each.lora_B[name].weight)}
+    for layer in layers:
+        for name, each in layer.named_parameters():
+            if each.requires_grad and id(each) not in covered and ".lora_" not in name:
+                yield name
+
+
+# ---------------------------------------------------------------------------------------- the call, the device
+
+
+def facts_of_call(model: nn.Module, inputs: Mapping[str, Any], keep: str) -> BatchFacts:
+    """Return the facts of a call of a decoder with these keyword arguments."""
+    config: Any = model.config
+    use_cache = inputs.get("use_cache")
+    use_cache = config.use_cache if use_cache is None else use_cache
+    asked = tuple(
+        name
+        for name in ("output_hidden_states", "output_attentions")
+        if (inputs[name] if inputs.get(name) is not None else getattr(config, name, False))
+    )
+    tuples = ("return_dict=False",) if inputs.get("return_dict", True) is False else ()
+    given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    autocast = None if given is None else autocast_dtype(given.device.type)
+    return BatchFacts(
+        gradients=torch.is_grad_enabled(),
+        training=model.training,
+        mask=inputs.get("attention_mask") is not None,
+        positions=isinstance(inputs.get("position_ids"), Tensor),
+        cache=bool(use_cache) or inputs.get("past_key_values") is not None,
+        outputs=asked + tuples,
+        autocast=None if autocast is None else str(autocast).removeprefix("torch."),
+        keep=keep,
+    )
+
+
+def facts_of_device(device: torch.device | None = None) -> DeviceFacts:
+    """Return the facts of a device; default: the first GPU where there is one, else the CPU."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {
+        "switch": os.environ.get("PHILORA_STACK", ""),
+        "fused": fused_enabled(),
+        "triton": triton_version(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceFacts(
+            kind="cuda",
+            name=properties.name,
+            capability=(properties.major, properties.minor),
+            memory_bytes=properties.total_memory,
+            flash=torch.backends.cuda.is_flash_attention_available()
+            and hasattr(torch.ops.aten, "_flash_attention_forward"),
+            **settings,
+        )
+    return DeviceFacts(
+        kind=device.type,
+        name="a CPU" if device.type == "cpu" else device.type,
+        capability=None,
+        memory_bytes=available_bytes("cpu") if device.type == "cpu" else 0,
+        interpreted=os.environ.get("TRITON_INTERPRET") == "1" and settings["switch"] == "all",
+        flash=False,
+        problem=_unusable_gpu(),
+        **settings,
+    )
+
+
+@cache
+def triton_version() -> str | None:
+    """Return the version of Triton, or None where it is not installed. It is not imported."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # AMD's and Intel's builds of PyTorch bring it under another name
+        return "of unknown version"
+
+
+def _unusable_gpu() -> str | None:
+    """Why a GPU that seems to be there cannot be used, in PyTorch's own words."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return None

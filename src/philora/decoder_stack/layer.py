@@ -1,0 +1,345 @@
+"""One decoder layer as one autograd node: forward and backward written by hand.
+
+With `x` the residual stream and `h` what is still to be added to it, a layer computes
+
+    x1 = x + h            y1 = norm(x1)     heads = attention(rotate(qkv(y1)))     h1 = o(heads)
+    x2 = x1 + h1          y2 = norm(x2)     product = swiglu(gate_up(y2))          h2 = down(product)
+
+and hands on `(x2, h2)`, so that each sum rides on the pass of the norm that follows it. In place of some 40 nodes
+of autograd, each with a launch and a saved copy or two, there is one.
+
+What is kept for backward (`Keep`):
+
+| word           | kept                                              | computed again                        |
+| -------------- | ------------------------------------------------- | ------------------------------------- |
+| `everything`   | all intermediate results                          | dropout's masks                       |
+| `elementwise`  | all but the outputs of the norms and of SwiGLU    | those                                 |
+| `input`        | x1                                                | the layer                             |
+| `host`         | x1, in the computer's pinned memory               | the layer                             |
+
+Letters in the shapes: T tokens, C hidden size, H query heads, K key heads, D head size, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from philora.decoder_stack import row_kernels as kernels
+from philora.decoder_stack.attention import Attention
+from philora.decoder_stack.host_inputs import HostInputs
+from philora.decoder_stack.products import Product
+from philora.decoder_stack.rows import Dropout, Rows
+from philora.lora.functional import refuse_create_graph, without_autocast
+
+Keep = Literal["everything", "elementwise", "input", "host"]
+
+
+class Adapter(NamedTuple):
+    """The low-rank update of one linear layer.
+
+    Attributes:
+        down: A, as it trains.
+        up: B, as it trains.
+        working_down: A in the dtype of the products.
+        working_up: scaling · B in the dtype of the products.
+        scaling: Multiplier of the update.
+        dropout: The module that drops elements of what A sees.
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+    working_down: Tensor
+    working_up: Tensor
+    scaling: float
+    dropout: nn.Module
+
+
+@dataclass
+class Pass:
+    """What the layers share in one forward pass and its backward pass.
+
+    Attributes:
+        attention: How heads attend.
+        cos: Cosines of the rotary embedding.
+        sin: Sines.
+        keep: What is kept for backward.
+        seeds: One for each linear layer of the stack, on the device; None without dropout.
+        host: Where inputs are kept, for `keep == "host"`.
+        handed_down: The gradient that a layer's backward pass has handed to the layer before it, with its fp8 copy.
+
+    Shapes:
+        cos and sin (T, half of the rotated columns), fp32; seeds (linear layers).
+    """
+
+    attention: Attention
+    cos: Tensor
+    sin: Tensor
+    keep: Keep = "everything"
+    seeds: Tensor | None = None
+    host: HostInputs | None = None
+    handed_down: Rows | None = None
+
+    def taken_up(self, grad: Tensor) -> Rows | None:
+        """Return the fp8 copy that belongs to a gradient, if it is the one that was handed down and unchanged."""
+        handed, self.handed_down = self.handed_down, None
+        same = handed is not None and handed.values.data_ptr() == grad.data_ptr() and handed.values._version == 0
+        return handed if same else None
+
+
+class AdaptedLinear:
+    """A linear layer with a frozen weight, and its adapter if it has one.
+
+    With `u` what A sees (x, or x after dropout) and s the scaling:
+
+        y = x W^T + (u A^T) (s B)^T        g = dy (s B)
+        dx = dy W + mask(g A)              dA = g^T u        dB = s dy^T (u A^T)
+    """
+
+    def __init__(self, index: int, product: Product, adapter: Adapter | None) -> None:
+        self.index, self.product, self.adapter = index, product, adapter
+
+    def dropout(self, shared: Pass) -> Dropout | None:
+        """Return the dropout of this pass, or None where it does not act."""
+        module = None if self.adapter is None else self.adapter.dropout
+        p = float(getattr(module, "p", 0.0))
+        if module is None or not module.training or p == 0 or shared.seeds is None:
+            return None
+        return Dropout(shared.seeds[self.index : self.index + 1], p)
+
+    def forward(self, x: Rows, dropped: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return y and `u A^T`. Shapes: x and dropped (T, in); returns (T, out) and (T, r)."""
+        y = self.product.forward(x)
+        if self.adapter is None:
+            return y, None
+        down = (x.values if dropped is None else dropped) @ self.adapter.working_down.t()
+        return y.addmm_(down, self.adapter.working_up.t()), down
+
+    def backward(
+        self, dy: Rows, x: Tensor, down: Tensor | None, dropout: Dropout | None, needs_x: bool = True
+    ) -> Gradients:
+        """Return the gradients. Shapes: dy (T, out), x (T, in) before dropout, down (T, r)."""
+        dx = self.product.backward(dy) if needs_x else None
+        if self.adapter is None or down is None:
+            return Gradients(dx, None, None, None)
+        g = dy.values @ self.adapter.working_up
+        of_down = _sum_over_tokens(g, kernels.drop(x, dropout))
+        of_up = _sum_over_tokens(dy.values, down).mul_(self.adapter.scaling)
+        if dx is None or dropout is None:
+            dx = None if dx is None else dx.addmm_(g, self.adapter.working_down)
+            return Gradients(dx, None, of_down, of_up)
+        return Gradients(dx, g @ self.adapter.working_down, of_down, of_up)
+
+
+class Gradients(NamedTuple):
+    """Gradients of one linear layer.
+
+    Attributes:
+        x: Of the input; without the adapter's part where dropout acts; None where it is not asked for.
+        adapter: The adapter's part, before dropout's mask; None where x has it.
+        down: Of A.
+        up: Of B.
+    """
+
+    x: Any
+    adapter: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+
+
+def _sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a^T b`, on a GPU with an fp32 result. Shapes: a (T, m), b (T, n); returns (m, n)."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return a.t() @ b
+
+
+class Kept(NamedTuple):
+    """What backward needs of the forward pass of one layer; None is computed again."""
+
+    x1: Tensor
+    y1: Tensor | None
+    inverse1: Tensor
+    down1: Tensor | None
+    qkv: Tensor
+    heads: Tensor
+    attention1: Tensor | None
+    attention2: Tensor | None
+    attention3: Tensor | None
+    down2: Tensor | None
+    x2: Tensor
+    y2: Tensor | None
+    inverse2: Tensor
+    down3: Tensor | None
+    gate_up: Tensor
+    product: Tensor | None
+    down4: Tensor | None
+
+
+@dataclass
+class DecoderLayer:
+    """The parts of one decoder layer.
+
+    Attributes:
+        index: Its number in the stack.
+        norms: Weights of the two norms.
+        eps: Of the norms.
+        linears: The fused q, k, v projection, the output projection, the fused gate and up projection, the down
+            projection.
+        heads: Numbers of query heads and of key heads.
+        head_size: Columns of a head.
+    """
+
+    index: int
+    norms: tuple[Tensor, Tensor]
+    eps: float
+    linears: tuple[AdaptedLinear, AdaptedLinear, AdaptedLinear, AdaptedLinear]
+    heads: tuple[int, int]
+    head_size: int
+
+    def __call__(self, shared: Pass, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the residual stream before the last sum, and what is to be added to it.
+
+        Shapes:
+            x and h (T, C); returns (T, C) twice.
+        """
+        adapters = [each.adapter for each in self.linears]
+        trained = [each for one in adapters for each in ((None, None) if one is None else one[:2])]
+        found: tuple[Tensor, Tensor] = _Layer.apply(self, shared, x, h, *self.norms, *trained)  # type: ignore[no-untyped-call]
+        return found
+
+    def split(self, qkv: Tensor) -> Sequence[Tensor]:
+        """Return views of the heads. Shapes: qkv (T, (H + 2 K) D); returns (T, H, D), (T, K, D), (T, K, D)."""
+        query, key = self.heads
+        return qkv.view(len(qkv), -1, self.head_size).split((query, key, key), 1)
+
+    def run(self, shared: Pass, x: Tensor, h: Tensor | None) -> tuple[Tensor, Kept]:
+        """Compute the layer; return h2 and all intermediate results. Shapes: x and h (T, C)."""
+        qkv_proj, o_proj, gate_up_proj, down_proj = self.linears
+        fp8 = [each.product.takes_fp8 for each in self.linears]
+        dropouts = [each.dropout(shared) for each in self.linears]
+        x1, y1, inverse1, dropped = kernels.add_norm(x, h, self.norms[0], self.eps, dropouts[0], fp8[0])
+        qkv, down1 = qkv_proj.forward(y1, dropped)
+        kernels.rotate_(qkv, shared.cos, shared.sin, sum(self.heads), self.head_size)
+        heads, context = shared.attention.attend(*self.split(qkv))
+        flat = heads.reshape(len(heads), -1)
+        rows = kernels.quantize(flat) if fp8[1] else Rows(flat)
+        h1, down2 = o_proj.forward(rows, None if dropouts[1] is None else kernels.drop(flat, dropouts[1]))
+        x2, y2, inverse2, dropped = kernels.add_norm(x1, h1, self.norms[1], self.eps, dropouts[2], fp8[2])
+        gate_up, down3 = gate_up_proj.forward(y2, dropped)
+        product, dropped = kernels.swiglu(gate_up, dropouts[3], fp8[3])
+        h2, down4 = down_proj.forward(product, dropped)
+        return h2, Kept(
+            x1, y1.values, inverse1, down1, qkv, heads, *context, down2,
+            x2, y2.values, inverse2, down3, gate_up, product.values, down4,
+        )  # fmt: skip
+
+
+class _Layer(torch.autograd.Function):
+    """`DecoderLayer` between the residual stream before and after it, with what trains in it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: DecoderLayer, shared: Pass, x: Tensor, h: Tensor | None, *trained: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """trained: the weights of the norms, then A and B of each linear layer, None where there is none."""
+        with without_autocast(x.device.type), torch.cuda.device_of(x):  # Triton launches on the current device
+            h2, kept = layer.run(shared, x, h)
+        x2 = kept.x2
+        ctx.layer, ctx.shared = layer, shared
+        if shared.keep == "host":
+            assert shared.host is not None
+            shared.host.store(layer.index, kept.x1)
+            ctx.save_for_backward()
+        elif shared.keep == "input":
+            ctx.save_for_backward(kept.x1)
+        else:
+            ctx.save_for_backward(*(kept if shared.keep == "everything" else _without_elementwise(kept)))
+        return x2, h2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, h and what trains."""
+        refuse_create_graph()
+        layer, shared = ctx.layer, ctx.shared
+        needed = ctx.needs_input_grad
+        with without_autocast(grads[0].device.type), torch.cuda.device_of(grads[0]):
+            if shared.keep in ("input", "host"):
+                x1 = shared.host.fetch(layer.index) if shared.keep == "host" else ctx.saved_tensors[0]
+                kept = layer.run(shared, x1, None)[1]
+            else:
+                kept = Kept(*ctx.saved_tensors)
+            dx, trained = _gradients(layer, shared, kept, *grads, needs_x=needed[2] or needed[3], norms=needed[4:6])
+        return None, None, dx, dx if needed[3] else None, *trained
+
+
+def _without_elementwise(kept: Kept) -> Kept:
+    return kept._replace(y1=None, y2=None, product=None)
+
+
+def _gradients(
+    layer: DecoderLayer, shared: Pass, kept: Kept, dx: Tensor, dh: Tensor, needs_x: bool, norms: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of the residual stream, and of the norms, A and B in the order of `_Layer.forward`.
+
+    Shapes:
+        dx and dh (T, C), of the residual stream and of what is to be added to it; returns (T, C).
+    """
+    qkv_proj, o_proj, gate_up_proj, down_proj = layer.linears
+    fp8 = [each.product.takes_fp8 for each in layer.linears]
+    dropouts = [each.dropout(shared) for each in layer.linears]
+    k = kept
+
+    rows = shared.taken_up(dh) or (kernels.quantize(dh.contiguous()) if fp8[3] else Rows(dh.contiguous()))
+    product = kernels.swiglu(k.gate_up)[0].values if k.product is None else k.product
+    down = down_proj.backward(rows, product, k.down4, dropouts[3])
+    of_gate_up = kernels.swiglu_backward(down.x, k.gate_up, down.adapter, dropouts[3], fp8[2])
+
+    y2 = kernels.norm_again(k.x2, layer.norms[1], k.inverse2) if k.y2 is None else k.y2
+    gate_up = gate_up_proj.backward(of_gate_up, y2, k.down3, dropouts[2])
+    gate_up, of_norm2 = _norm_weight(gate_up, layer.norms[1], dropouts[2], norms[1], k.x2, k.inverse2)
+    of_x2 = kernels.norm_backward(
+        gate_up.x, k.x2, k.inverse2, layer.norms[1], dx.contiguous(), gate_up.adapter, dropouts[2], fp8[1]
+    )
+
+    flat = k.heads.reshape(len(k.heads), -1)
+    o = o_proj.backward(of_x2, flat, k.down2, dropouts[1])
+    of_heads = o.x if o.adapter is None or dropouts[1] is None else kernels.add_dropped_(o.x, o.adapter, dropouts[1])
+    context = (k.attention1, k.attention2, k.attention3)
+    of_qkv = kernels.rotate_backward(
+        *shared.attention.gradients(of_heads.view_as(k.heads), *layer.split(k.qkv), k.heads, context),
+        shared.cos, shared.sin, fp8[0],
+    )  # fmt: skip
+
+    y1 = kernels.norm_again(k.x1, layer.norms[0], k.inverse1) if k.y1 is None else k.y1
+    qkv = qkv_proj.backward(of_qkv, y1, k.down1, dropouts[0], needs_x or norms[0])
+    qkv, of_norm1 = _norm_weight(qkv, layer.norms[0], dropouts[0], norms[0], k.x1, k.inverse1)
+    of_x1 = None
+    if needs_x:
+        takes_fp8 = fp8[3]  # the layer before this one is like it
+        of_x1 = kernels.norm_backward(
+            qkv.x, k.x1, k.inverse1, layer.norms[0], of_x2.values, qkv.adapter, dropouts[0], takes_fp8
+        )
+        shared.handed_down = of_x1 if takes_fp8 else None
+    adapters = [each for one in (qkv, o, gate_up, down) for each in (one.down, one.up)]
+    return None if of_x1 is None else of_x1.values, [of_norm1, of_norm2, *adapters]
+
+
+def _norm_weight(
+    linear: Gradients, weight: Tensor, dropout: Dropout | None, wanted: bool, x: Tensor, inverse: Tensor
+) -> tuple[Gradients, Tensor | None]:
+    """Return the gradient of a norm's weight where it trains; the adapter's part is in that of the input then.
+
+    Shapes:
+        x (T, C), weight (C), inverse (T); returns (C).
+    """
+    if not wanted:
+        return linear, None
+    if linear.adapter is not None and dropout is not None:
+        linear = linear._replace(x=kernels.add_dropped_(linear.x, linear.adapter, dropout), adapter=None)
+    normal = (x.float() * inverse[:, None]).to(x.dtype)
+    return linear, (linear.x.float() * normal.float()).sum(0).to(weight.dtype)

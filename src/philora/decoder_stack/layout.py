@@ -1,0 +1,101 @@
+"""Where the documents of a packed batch begin: made once for a batch, on the host, and carried with it.
+
+Nothing in the decoder stack asks the device for a length. The lengths are known where the batch is put together; they
+travel as keyword arguments under transformers' names (`KEYWORDS`), as TRL's collator sends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""transformers' names: the bounds of the documents and the longest length, for queries and for keys."""
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """The documents of a batch whose rows are laid one after another.
+
+    Attributes:
+        bounds: First token of each document, and the number of tokens at the end, int32. On the batch's device.
+        longest_tokens: Tokens of the longest document.
+        lengths: Tokens of each document, on the host; None where only the device knows them.
+        position_ids: Position of each token in its document, on the batch's device; None: as the batch has them.
+        label_rows: Tokens whose next token is a label, on the batch's device; None: not made.
+        label_ids: Those labels.
+
+    Shapes:
+        bounds (documents + 1), position_ids (T), label_rows and label_ids (labels).
+    """
+
+    bounds: Tensor
+    longest_tokens: int
+    lengths: tuple[int, ...] | None = None
+    position_ids: Tensor | None = None
+    label_rows: Tensor | None = None
+    label_ids: Tensor | None = None
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], labels: Tensor | None = None) -> PackedLayout:
+        """Return the layout of documents of these lengths, on the CPU.
+
+        Args:
+            lengths: Tokens of each document.
+            labels: -100 where there is none; the first token of a document is no label of the document before it.
+
+        Shapes:
+            labels (T).
+        """
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        positions = torch.cat([torch.arange(each) for each in lengths])
+        rows = ids = None
+        if labels is not None:
+            wanted = labels.clone()
+            wanted[positions == 0] = -100
+            rows = (wanted[1:] != -100).nonzero().flatten()
+            ids = wanted[rows + 1]
+        return cls(bounds, max(lengths), tuple(lengths), positions, rows, ids)
+
+    @classmethod
+    def of_positions(cls, position_ids: Tensor) -> PackedLayout:
+        """Return the layout of a batch in which a document begins wherever a position is not the one before plus one.
+
+        Positions on a GPU are copied to the host, which waits for the device: let the collator send the bounds.
+
+        Shapes:
+            position_ids (B, T); rows are laid one after another.
+        """
+        positions = position_ids.cpu()
+        begins = torch.ones_like(positions, dtype=torch.bool)
+        begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        starts = begins.flatten().nonzero().flatten().tolist()
+        lengths = [stop - start for start, stop in zip(starts, [*starts[1:], positions.numel()], strict=True)]
+        layout = cls.of_lengths(lengths)
+        return replace(layout, bounds=layout.bounds.to(position_ids.device), position_ids=position_ids.flatten())
+
+    @classmethod
+    def of_keywords(cls, keywords: Mapping[str, Any]) -> PackedLayout | None:
+        """Return the layout that a batch carries under transformers' names, or None where it carries none."""
+        bounds, longest = keywords.get("cu_seq_lens_q"), keywords.get("max_length_q")
+        if not isinstance(bounds, Tensor) or not isinstance(longest, int):
+            return None
+        lengths = None if bounds.device.type != "cpu" else tuple(bounds.diff().tolist())
+        return cls(bounds.to(torch.int32), longest, lengths)
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the layout under transformers' names, as a batch carries it."""
+        values = (self.bounds, self.bounds, self.longest_tokens, self.longest_tokens)
+        return dict(zip(KEYWORDS, values, strict=True))
+
+    def to(self, device: torch.device | str) -> PackedLayout:
+        """Return the same layout with its tensors on a device; copied without waiting where they are pinned."""
+        names = ("bounds", "position_ids", "label_rows", "label_ids")
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {name: None if each is None else each.to(device, non_blocking=True) for name, each in tensors.items()}
+        return replace(self, **moved)

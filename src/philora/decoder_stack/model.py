@@ -1,0 +1,224 @@
+"""`Phi3Model` with the decoder stack inside: a class that `optimize` gives to existing models.
+
+Only the class changes; parameters, names and state dicts are transformers'. A call that the stack does not cover runs
+the forward that transformers wrote, over philora's modules; the first such call on a GPU says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.phi3.modeling_phi3 import Phi3Model
+
+from philora.decoder_stack.choice import Choice, stack_for
+from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model
+from philora.decoder_stack.layout import PackedLayout
+from philora.decoder_stack.products import Scaling, fp8_scaling
+from philora.decoder_stack.trial import disagreement
+from philora.kernels.modules import recomputes_elementwise
+
+if TYPE_CHECKING:
+    from philora.decoder_stack.layer import Keep
+    from philora.decoder_stack.stack import DecoderStack
+
+logger = logging.getLogger(__name__)
+
+_PARAMETERS = tuple(inspect.signature(Phi3Model.forward).parameters)[1:]
+
+
+@dataclass
+class StackSettings:
+    """What is asked of a model's decoder stack.
+
+    Attributes:
+        deterministic: Whether repeated steps give the same bits.
+        fp8: Whether the base's products are to be in fp8, where the device has it.
+        inputs_on_host: Whether inputs of layers are kept in the computer's memory, where layers are recomputed.
+        counter: Forward passes with dropout so far; with the seed, it decides the masks. Part of what a run resumes.
+        seed: Of the masks; None: PyTorch's initial seed.
+    """
+
+    deterministic: bool = True
+    fp8: bool = False
+    inputs_on_host: bool = False
+    counter: int = 0
+    seed: int | None = None
+
+
+class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
+    """Phi-3's decoder, whose layers are one autograd node each where `choice.stack_for` says so."""
+
+    stack_settings = StackSettings()  # a model's own replaces it
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _possible(self.embed_tokens):
+            return super().forward(*args, **kwargs)
+        inputs, keep = dict(zip(_PARAMETERS, args, strict=False)) | kwargs, keep_of(self)
+        choice = choose(self, inputs, keep)
+        if choice.path != "stack":
+            _say(choice, self)
+            return super().forward(*args, **kwargs)
+        return _stacked(self, inputs, keep)
+
+
+def _possible(embedding: nn.Module) -> bool:
+    """Whether the device is one on which the stack is thought of at all: a GPU, or a CPU under Triton's interpreter."""
+    on_gpu = next(embedding.parameters()).device.type == "cuda"
+    return on_gpu or (os.environ.get("TRITON_INTERPRET"), os.environ.get("PHILORA_STACK")) == ("1", "all")
+
+
+def keep_of(model: Any) -> Keep:
+    """Return what the stack keeps for backward, by the settings of recomputation that the model has already."""
+    settings: StackSettings = model.stack_settings
+    if model.training and any(getattr(each, "gradient_checkpointing", False) for each in model.layers):
+        return "host" if settings.inputs_on_host else "input"
+    return "elementwise" if recomputes_elementwise(model) else "everything"
+
+
+def choose(model: Any, inputs: dict[str, Any], keep: Keep) -> Choice:
+    """Return how a call of a decoder is computed; on a GPU the stack is compared with plain PEFT first, once."""
+    given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if given is None:
+        return Choice("modules", ("there is no input",))
+    device = facts_of_device(given.device)
+    facts, batch = facts_of_model(model), facts_of_call(model, inputs, keep)
+    if model.stack_settings.fp8 and facts.base == "plain":
+        facts = replace(facts, base="fp8")
+    choice = stack_for(facts, batch, device)
+    if choice.path == "stack" and given.device.type == "cuda":
+        found = disagreement(given.device, facts)
+        choice = choice if found is None else stack_for(facts, batch, replace(device, disagreement=found))
+    return choice
+
+
+_said: set[Choice] = set()
+
+
+def _say(choice: Choice, model: nn.Module) -> None:
+    """Say once, of a model on a GPU that trains, why the stack does not run."""
+    if choice in _said or not model.training or next(model.parameters()).device.type != "cuda":
+        return
+    _said.add(choice)
+    logger.warning("decoder layers run without the stack of one node a layer: %s", "; ".join(choice.reasons))
+
+
+_stacks: WeakKeyDictionary[nn.Module, DecoderStack] = WeakKeyDictionary()
+_counters: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+
+def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputWithPast:
+    """Compute a packed batch with the stack. Shapes: ids (B, T); returns (B, T, C)."""
+    embeddings = inputs.get("inputs_embeds")
+    embeddings = model.embed_tokens(inputs["input_ids"]) if embeddings is None else embeddings
+    rows, tokens, width = embeddings.shape
+    positions = inputs["position_ids"].expand(rows, -1)
+    cos, sin = model.rotary_emb(embeddings, position_ids=inputs["position_ids"])
+    half = cos.shape[-1] // 2
+    cos, sin = (each[..., :half].expand(rows, tokens, half).reshape(-1, half).float() for each in (cos, sin))
+    layout = PackedLayout.of_keywords(inputs) if rows == 1 else None
+    x, h = stack_of(model, embeddings)(
+        embeddings.reshape(-1, width), cos, sin, layout or PackedLayout.of_positions(positions), keep=keep,
+        counter=_next_counter(model, embeddings.device) if model.training else None,
+        deterministic=model.stack_settings.deterministic,
+    )  # fmt: skip
+    hidden = model.norm((x + h).view(rows, tokens, width))
+    return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+
+def stack_of(model: Any, embeddings: Tensor) -> DecoderStack:
+    """Return the stack of a model, made when it is first wanted and again when a part of the model is another."""
+    from philora.decoder_stack.stack import DecoderStack  # needs Triton
+
+    fp8: Scaling | None = fp8_scaling(embeddings.device, embeddings.dtype) if model.stack_settings.fp8 else None
+    stack = _stacks.get(model)
+    if stack is None or not stack.is_for(model, embeddings.dtype, fp8):
+        _stacks.pop(model, None)  # freed before the next one is made
+        stack = _stacks[model] = DecoderStack(model, embeddings.dtype, fp8)
+    return stack
+
+
+# ------------------------------------------------------------------------------------------- dropout's counter
+
+
+def _next_counter(model: Any, device: torch.device) -> Tensor:
+    """Return the number of this pass on the device, and count it. A new tensor, since backward reads it again."""
+    settings: StackSettings = model.stack_settings
+    counter = _counters.get(model)
+    if counter is None or counter.device != device:
+        first = (settings.seed if settings.seed is not None else _own_seed()) + settings.counter
+        counter = _counters[model] = torch.tensor([first], dtype=torch.int64, device=device)
+    settings.counter += 1
+    now = counter.clone()
+    counter.add_(1)
+    return now
+
+
+def _own_seed() -> int:
+    """A seed for each process: PyTorch's, and far from those of the other processes."""
+    distributed = torch.distributed
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return (torch.initial_seed() + rank * 1_000_000_007) % (1 << 31)
+
+
+def dropout_state(model: nn.Module) -> dict[str, int] | None:
+    """Return what a run has to keep so that dropout's masks go on, or None where no stack has drawn any."""
+    for decoder in _decoders(model):
+        if decoder.stack_settings.counter:
+            settings = decoder.stack_settings
+            return {"seed": _own_seed() if settings.seed is None else settings.seed, "counter": settings.counter}
+    return None
+
+
+def set_dropout_state(model: nn.Module, state: dict[str, int]) -> None:
+    """Let dropout's masks go on where `dropout_state` was."""
+    for decoder in _decoders(model):
+        configure(decoder, seed=int(state["seed"]), counter=int(state["counter"]))
+        _counters.pop(decoder, None)
+
+
+# ---------------------------------------------------------------------------------------------------- switching
+
+
+def _decoders(model: nn.Module) -> list[StackedPhi3Model]:
+    return [each for each in model.modules() if isinstance(each, StackedPhi3Model)]
+
+
+def use_decoder_stack(model: nn.Module) -> None:
+    """Give every `Phi3Model` inside `model` the class with the stack, in place. Idempotent."""
+    for module in model.modules():
+        if type(module) is Phi3Model:
+            module.__class__ = StackedPhi3Model
+            module.stack_settings = StackSettings()
+            _let_record(module)
+
+
+def _let_record(model: Any) -> None:
+    """Tell transformers, which looks it up by the class, what a decoder can record (output_hidden_states)."""
+    try:
+        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+    except ImportError:  # before transformers 5 it stands with the class
+        return
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+
+
+def configure(model: nn.Module, **settings: Any) -> None:
+    """Change settings of the decoder stacks inside a model, by the names of `StackSettings`."""
+    for decoder in _decoders(model):
+        decoder.stack_settings = replace(decoder.stack_settings, **settings)
+
+
+def facts_for(model: nn.Module) -> Any:
+    """Return the facts of the first decoder inside a model, or None where there is none of the family."""
+    for module in model.modules():
+        if isinstance(module, Phi3Model):
+            return facts_of_model(cast(Any, module))
+    return None

@@ -1,0 +1,147 @@
+"""All decoder layers of a model, ready to compute: products of the frozen weights, working copies of the adapters.
+
+`DecoderStack` needs Triton. It takes tensors and gives tensors, and reads nothing from the device, so that a CUDA
+graph can hold it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from philora.decoder_stack.attention import Attention
+from philora.decoder_stack.facts import NORMS, adapter_name_of, base_of, linears_of, norm_of
+from philora.decoder_stack.host_inputs import HostInputs
+from philora.decoder_stack.layer import AdaptedLinear, Adapter, DecoderLayer, Keep, Pass
+from philora.decoder_stack.layout import PackedLayout
+from philora.decoder_stack.products import Buffer, Scaling, product_of
+
+_SEED_OF_LAYER, _SEED_OF_PASS = 2654435761, 1000003
+
+
+def parts_of(model: Any) -> list[tuple[Any, ...]]:
+    """Return what a stack is made of, in an order of its own: it is to be made anew when one of these is another."""
+    found = []
+    for layer in list(model.layers)[: model.config.num_hidden_layers]:
+        found += [(norm_of(layer, name).weight,) for name in NORMS]
+        for linear in linears_of(layer):
+            name = adapter_name_of(linear)
+            if name is None:
+                found.append((base_of(linear).weight,))
+            else:
+                own = linear.lora_A[name].weight, linear.lora_B[name].weight, linear.lora_dropout[name]
+                found.append((base_of(linear).weight, *own, float(linear.scaling[name])))
+    return found
+
+
+def seeds_of(counter: Tensor, linears: int) -> Tensor:
+    """Return a seed for each linear layer from the number of a forward pass. Shapes: (1); returns (linears)."""
+    return torch.arange(linears, device=counter.device) * _SEED_OF_LAYER + counter * _SEED_OF_PASS
+
+
+def _same(mine: tuple[Any, ...], theirs: tuple[Any, ...]) -> bool:
+    """Whether the parts are the same tensors and modules, and the scaling an equal number."""
+    return len(mine) == len(theirs) and all(
+        a == b if isinstance(a, float) else a is b for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+class DecoderStack:
+    """The decoder layers of a `Phi3Model` that `choice.stack_for` lets through.
+
+    Args:
+        model: The decoder; its modules keep their parameters, and stay as they are.
+        dtype: Of the activations.
+        fp8: The scaling of the base's products in fp8; None: they are in `dtype`, or dequantised to it.
+
+    Cost:
+        A copy of each adapter in `dtype`; with fp8 what `Fp8Product` says; over a quantised base one matrix.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, fp8: Scaling | None = None) -> None:
+        config = model.config
+        self.dtype, self.fp8, self.parts = dtype, fp8, parts_of(model)
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
+        self._scaling = size**-0.5
+        self._window: int | None = getattr(config, "sliding_window", None)
+        self._buffer, self._adapters, self._layers = Buffer(), list[Adapter](), list[DecoderLayer]()
+        for index, layer in enumerate(list(model.layers)[: config.num_hidden_layers]):
+            norms = norm_of(layer, NORMS[0]), norm_of(layer, NORMS[1])
+            q, o, g, d = (self._linear(4 * index + at, each) for at, each in enumerate(linears_of(layer)))
+            weights = norms[0].weight, norms[1].weight
+            self._layers.append(DecoderLayer(index, weights, norms[0].variance_epsilon, (q, o, g, d), heads, size))
+
+    def _linear(self, index: int, linear: Any) -> AdaptedLinear:
+        product = product_of(base_of(linear), self._buffer, self.fp8)
+        name = adapter_name_of(linear)
+        if name is None:
+            return AdaptedLinear(index, product, None)
+        down, up = linear.lora_A[name].weight, linear.lora_B[name].weight
+        working = (torch.empty_like(each, dtype=self.dtype, requires_grad=False) for each in (down, up))
+        adapter = Adapter(down, up, *working, float(linear.scaling[name]), linear.lora_dropout[name])
+        self._adapters.append(adapter)
+        return AdaptedLinear(index, product, adapter)
+
+    def is_for(self, model: Any, dtype: torch.dtype, fp8: Scaling | None) -> bool:
+        """Return whether the stack is still what it would be if it was made now."""
+        if self.dtype != dtype or self.fp8 != fp8:
+            return False
+        now = parts_of(model)
+        return len(now) == len(self.parts) and all(map(_same, self.parts, now))
+
+    @torch.no_grad()
+    def _cast_adapters(self) -> None:
+        """Round A and scaling · B to the dtype of the products, all at once."""
+        if not self._adapters:
+            return
+        working = [each.working_down for each in self._adapters] + [each.working_up for each in self._adapters]
+        torch._foreach_copy_(working, [e.down for e in self._adapters] + [e.up for e in self._adapters])
+        up = working[len(self._adapters) :]
+        torch._foreach_mul_(up, [each.scaling for each in self._adapters])
+
+    def seeds(self, counter: Tensor) -> Tensor | None:
+        """Return a seed for the dropout of each linear layer; None where no adapter has dropout.
+
+        Shapes:
+            counter (1) of int64 on the device; returns (linear layers).
+        """
+        if not any(getattr(each.dropout, "p", 0.0) > 0 for each in self._adapters):
+            return None
+        return seeds_of(counter, 4 * len(self._layers))
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *,
+        keep: Keep = "everything", counter: Tensor | None = None, deterministic: bool = True,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return the residual stream before the last sum, and what is to be added to it.
+
+        Args:
+            x: Embeddings of the tokens.
+            cos: Cosines of the rotary embedding, the first of the two halves, which are alike.
+            sin: Sines.
+            layout: The documents.
+            keep: What is kept for backward.
+            counter: Number of this forward pass, for dropout's masks; None: no dropout.
+            deterministic: Whether backward repeats its bits.
+
+        Shapes:
+            x (T, C), cos and sin (T, half of the rotated columns) in fp32, counter (1); returns (T, C) twice.
+        """
+        self._cast_adapters()
+        window = self._window if self._window is not None and self._window < layout.longest_tokens else None
+        shared = Pass(
+            Attention(layout, self._scaling, window, deterministic),
+            cos,
+            sin,
+            keep,
+            None if counter is None else self.seeds(counter),
+            HostInputs(x.device) if keep == "host" else None,
+        )
+        h: Tensor | None = None
+        for layer in self._layers:
+            x, h = layer(shared, x, h)
+        assert h is not None
+        return x, h

@@ -1,0 +1,188 @@
+"""One decoder layer beside plain PEFT, before a machine's first use of the stack.
+
+Drivers, compilers and cards differ, and a kernel that is wrong there trains wrongly in silence. So the layer is run
+once on a few tokens and compared with transformers' and PEFT's own code in the same dtype. That it agrees is
+remembered for this card and these versions; where it does not, the stack stays off, with one notice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from philora.checkpoint import read_json, write_json
+from philora.decoder_stack.choice import ModelFacts
+from philora.decoder_stack.facts import linears_of, triton_version
+from philora.decoder_stack.layout import PackedLayout
+from philora.decoder_stack.rows import Dropout, kept_by_dropout
+
+logger = logging.getLogger(__name__)
+
+LENGTHS = (3, 17, 1, 30)  # tokens of the documents, some shorter and some longer than the window
+WINDOW_TOKENS = 13
+LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Relative to the norm of what is compared. bf16 itself moves gradients by 0.023 (measured on an H200)."""
+
+
+class Differences(NamedTuple):
+    """Relative differences of the stack from plain PEFT.
+
+    Attributes:
+        output: Of the layer's output.
+        gradients: The largest, of A, B and the input.
+    """
+
+    output: float
+    gradients: float
+
+
+def disagreement(device: torch.device, facts: ModelFacts) -> str | None:
+    """Return how the stack differs from plain PEFT on this device, in words, or None where it agrees."""
+    return _disagreement(device, facts.dtype, facts.head_size, facts.lora_dropout > 0)
+
+
+@cache
+def _disagreement(device: torch.device, dtype: str, head_size: int, with_dropout: bool) -> str | None:
+    properties = torch.cuda.get_device_properties(device)
+    versions = (torch.__version__, triton_version(), transformers.__version__, peft.__version__, _own_digest())
+    key = "; ".join(map(str, (properties.name, *versions, dtype, head_size, with_dropout)))
+    path = Path(os.environ.get("PHILORA_CACHE") or "~/.cache/philora").expanduser() / "decoder_stack.json"
+    known = read_json(path)
+    if key in known:
+        return None
+    try:
+        found = compare(device, getattr(torch, dtype), head_size, 0.25 if with_dropout else 0.0)
+    except (RuntimeError, OSError, ImportError, ValueError, TypeError, subprocess.SubprocessError) as error:
+        return f"the decoder stack does not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    largest = LARGEST_DIFFERENCE[dtype]
+    if not max(found) < largest:
+        return f"the decoder stack differs from plain PEFT here by {max(found):.2g} (at most {largest:g} is rounding)"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known | {key: max(found)})
+    except OSError:
+        logger.info("that the decoder stack agrees with plain PEFT is not remembered: %s cannot be written", path)
+    return None
+
+
+@cache
+def _own_digest() -> str:
+    """A digest of the stack's own files, so that a changed kernel is compared anew."""
+    import hashlib
+
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()[:16]
+
+
+def compare(device: torch.device, dtype: torch.dtype, head_size: int = 16, dropout: float = 0.0) -> Differences:
+    """Compute one layer of random weights by the stack and by plain PEFT.
+
+    The weights are small and the same each time; random generators are left as they were.
+    """
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        torch.manual_seed(0)
+        model = _model(device, dtype, head_size, dropout)
+        tokens = sum(LENGTHS)
+        x, grad = (torch.randn(tokens, model.config.hidden_size, device=device).to(dtype) for _ in range(2))
+        mine = _by_stack(model, x, grad)
+        theirs = _by_peft(model, x, grad)
+    relative = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(mine, theirs, strict=True)]
+    return Differences(relative[0], max(relative[1:]))
+
+
+def _model(device: torch.device, dtype: torch.dtype, head_size: int, dropout: float) -> Any:
+    heads = 4
+    config = Phi3Config(
+        vocab_size=32, hidden_size=heads * head_size, intermediate_size=2 * heads * head_size, num_hidden_layers=1,
+        num_attention_heads=heads, num_key_value_heads=2, sliding_window=WINDOW_TOKENS, max_position_embeddings=128,
+        original_max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        attn_implementation="eager",
+    )  # fmt: skip
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(Phi3ForCausalLM(config).to(dtype), lora).to(device)
+    for name, each in model.named_parameters():
+        each.data = each.data.float() if "lora_" in name else each.data
+    return model.get_base_model().model.train()
+
+
+_COUNTER = 7
+
+
+def _by_stack(model: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
+    from philora.decoder_stack.stack import DecoderStack  # needs Triton
+
+    layout = PackedLayout.of_lengths(LENGTHS).to(x.device)
+    assert layout.position_ids is not None
+    cos, sin = model.rotary_emb(x, position_ids=layout.position_ids[None])
+    half = cos.shape[-1] // 2
+    leaf = x.clone().requires_grad_()
+    counter = torch.tensor([_COUNTER], device=x.device)
+    angles = (each[0, :, :half].float().contiguous() for each in (cos, sin))
+    residual, added = DecoderStack(model, x.dtype)(leaf, *angles, layout, counter=counter)
+    return _gradients(model, leaf, residual + added, grad)
+
+
+def _by_peft(model: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Document by document, as transformers and PEFT compute it, under the masks that the stack's hash gives."""
+    from philora.decoder_stack.stack import seeds_of  # needs Triton
+
+    linears = linears_of(model.layers[0])
+    seeds = seeds_of(torch.tensor([_COUNTER], device=x.device), len(linears))
+    for index, linear in enumerate(linears):
+        p = getattr(linear.lora_dropout["default"], "p", 0.0)
+        if p:
+            linear.lora_dropout["default"] = SameMasks(Dropout(seeds[index : index + 1], p))
+    leaf, outputs, start = x.clone().requires_grad_(), [], 0
+    for length in LENGTHS:
+        part = leaf[start : start + length]
+        for linear in linears:
+            if isinstance(linear.lora_dropout["default"], SameMasks):
+                linear.lora_dropout["default"].first = start
+        places = torch.arange(length, device=x.device)
+        distance = places[:, None] - places
+        mask = torch.zeros(length, length, device=x.device, dtype=x.dtype)
+        mask.masked_fill_((distance < 0) | (distance >= WINDOW_TOKENS), torch.finfo(x.dtype).min)
+        angles = model.rotary_emb(x, position_ids=places[None])
+        outputs.append(model.layers[0](part[None], attention_mask=mask[None, None], position_embeddings=angles)[0])
+        start += length
+    return _gradients(model, leaf, torch.cat(outputs), grad)
+
+
+class SameMasks(nn.Module):
+    """Dropout by the masks of the kernels, for rows of a packed batch that begin at row `first`.
+
+    Attributes:
+        dropout: Seed and probability.
+        first: The row.
+    """
+
+    def __init__(self, dropout: Dropout, first: int = 0) -> None:
+        super().__init__()
+        self.dropout, self.first = dropout, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (..., T, columns); returns the same."""
+        kept = kept_by_dropout(self.first + x.shape[-2], x.shape[-1], self.dropout)[self.first :]
+        return x * kept.to(x.dtype) / (1.0 - self.dropout.p)
+
+
+def _gradients(model: Any, leaf: Tensor, output: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output, and the gradients of the input, of A and of B."""
+    output.backward(grad)  # type: ignore[no-untyped-call]
+    trained = [each for name, each in model.named_parameters() if "lora_" in name]
+    found = [output.detach(), leaf.grad, *(each.grad for each in trained)]
+    for each in trained:
+        each.grad = None
+    return found
