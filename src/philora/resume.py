@@ -65,7 +65,7 @@ class Continued:
 _FOREIGN = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.directory|Thumbs\.db|desktop\.ini|lost\+found", re.IGNORECASE)
 """Files that file managers and file systems leave in any folder."""
 _ATTEMPTS = 20
-_OF_A_RUN = ("config.yaml", FACTS_NAME, "train.log", "metrics.jsonl")
+_OF_A_RUN = ("config.yaml", FACTS_NAME, "train.log", "metrics.jsonl", "trainer_state.json")
 
 
 class Claim:
