@@ -738,12 +738,12 @@ class _RecordsSlices:
                 continue
             folder = Path(save_directory) if adapter == "default" else Path(save_directory, adapter)
             if folder.is_dir():
-                _sort_names(folder / "adapter_config.json")
+                sort_names(folder / "adapter_config.json")
                 base = self.get_base_model()  # type: ignore[attr-defined]
                 write_json(folder / RECORD_NAME, slice_record(slices) | quantization_record(base))
 
 
-def _sort_names(config: Path) -> None:
+def sort_names(config: Path) -> None:
     """Sort the lists of names in `adapter_config.json`, which PEFT keeps as sets: their order changes by process."""
     content = json.loads(config.read_text(encoding="utf-8"))
     for key in ("target_modules", "exclude_modules", "modules_to_save"):

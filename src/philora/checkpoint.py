@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -151,10 +152,11 @@ def not_writable(where: str, name: str, path: Path, error: OSError | ValueError)
 
 
 def unwritable(folder: Path) -> OSError | ValueError | None:
-    """Why a folder cannot be made or written to, as far as that shows without writing; None: nothing speaks against it.
+    """Why a folder cannot be made or written to; None: it can.
 
     Args:
-        folder: It need not exist; then the nearest folder above it that does is looked at.
+        folder: It need not exist; then the nearest folder above it that does is tried, with an empty folder that is
+            removed again.
     """
     deepest = folder / "checkpoints" / f"{TEMPORARY_PREFIX}checkpoints" / "checkpoint-1000000" / MANIFEST_NAME
     try:
@@ -172,6 +174,7 @@ def unwritable(folder: Path) -> OSError | ValueError | None:
                 if os.statvfs(place).f_flag & os.ST_RDONLY:
                     return OSError(errno.EROFS, f"{place} is read-only")
             return PermissionError(errno.EACCES, f"{place} may not be written to")
+        Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=place)).rmdir()
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         return error
     return None

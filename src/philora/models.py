@@ -140,7 +140,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Any = None) 
     ids = [vocabulary[token] for token in stop_tokens_in(vocabulary)]
     ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids += [model_stops] if isinstance(model_stops, int) else list(model_stops or [])
-    return list(dict.fromkeys(ids))
+    return [each for each in dict.fromkeys(ids) if 0 <= each < 1 << 31]  # some configurations have -1 for none
 
 
 def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> None:
@@ -245,8 +245,8 @@ def _check_shards(folder: Path) -> None:
 
 # Far above any model; with a size beyond them even the model without weights would never be made.
 _LARGEST: Final = {
-    "num_hidden_layers": 2_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 26,
-    "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16, "max_position_embeddings": 1 << 30,
+    "num_hidden_layers": 2_000, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "vocab_size": 1 << 26,
+    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 30,
 }  # fmt: skip
 
 

@@ -158,7 +158,8 @@ def require(config: Config) -> None:
 def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
     """A fault for each package that the training imports only when it begins."""
     optim = str(given.get("optim") or "")
-    needed = [("optim", optim, (module,)) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]
+    needed: list[tuple[str, str, tuple[str, ...]]] = []
+    needed += [("optim", optim, (module,)) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]
     trackers = given.get("report_to") or []
     for each in [trackers] if isinstance(trackers, str) else trackers:
         if each in _TRACKERS:

@@ -68,7 +68,8 @@ class Continued:
 
 _FOREIGN = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.directory|Thumbs\.db|desktop\.ini|lost\+found", re.IGNORECASE)
 """Files that file managers and file systems leave in any folder."""
-_OF_A_RUN = ("config.yaml", RECORD_NAME, "train.log", "metrics.jsonl")
+_ATTEMPTS = 20
+_OF_A_RUN = ("config.yaml", RECORD_NAME, "train.log", "metrics.jsonl", "trainer_state.json")
 
 
 class Claim:
@@ -96,13 +97,7 @@ class Claim:
         """
         open_fresh(self.folder, config)
         try:
-            while True:
-                self._make()
-                try:
-                    held.enter_context(checkpoint.run_lock(self.folder))
-                    break
-                except FileNotFoundError:
-                    continue  # another process has just removed the folder, which was its own
+            self._lock(held)
         except PhiloraError:
             raise
         except (OSError, ValueError) as error:
@@ -116,6 +111,17 @@ class Claim:
             ) from error
         open_fresh(self.folder, config)  # another run may have come and gone meanwhile
         held.callback(self._undo)
+
+    def _lock(self, held: contextlib.ExitStack) -> None:
+        """Make the folder and lock it, once more where another process has just removed it, which was its own."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._make()
+                held.enter_context(checkpoint.run_lock(self.folder))
+                return
+            except FileNotFoundError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
 
     def begin(self, config: Config) -> None:
         """Write `config.yaml`, by which the run can be resumed, over what a run left that saved nothing."""

@@ -54,7 +54,16 @@ from philora import (
     run_folder,
 )
 from philora import resume as resuming
-from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
+from philora.adapters import (
+    RECORD_NAME,
+    check_adapter,
+    coverage,
+    get_peft_model,
+    load_adapter,
+    resolve_for_training,
+    sort_names,
+    update_norms,
+)
 from philora.callbacks import MetricsFile, peak_memory_bytes
 from philora.card import model_card
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
@@ -163,6 +172,8 @@ def _train(
             logger.warning("%s", generic)
         if config.model.adapter is None:
             resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
+        else:
+            check_adapter(skeleton, find_adapter(config.model.adapter).path)
         seed = int(config.training_config.get("seed", 42))
         max_length = models.max_length_of(config, skeleton.config)
         stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
@@ -492,6 +503,7 @@ class _Run:
         """Write `adapter/` whole: weights, config, slices, tokenizer, generation config, card."""
         with checkpoint.whole_folder(self.folder / "adapter") as folder:
             self.model.save_pretrained(str(folder), state_dict=weights)
+            sort_names(folder / "adapter_config.json")
             if not (folder / RECORD_NAME).exists():
                 checkpoint.write_json(folder / RECORD_NAME, {"format": 1, "slices": {}})
             self.tokenizer.save_pretrained(str(folder))

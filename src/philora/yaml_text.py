@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import yaml
 
@@ -34,14 +34,9 @@ NOT_YAML: Final = (
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the numbers of YAML 1.2; nothing is executed."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """The text of a scalar; JSON writes a sign beyond 16 bits as two escapes, which are joined."""
-        text = super().construct_scalar(node)
+        text = str(super().construct_scalar(node))
         try:
             return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
@@ -63,6 +58,10 @@ class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which quotes what would be a number by YAML 1.1 or by 1.2."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _tag, _pattern, _first in _NUMBERS:
     _whole = re.compile(f"(?:{_pattern.pattern})$")
     for _class in (_Loader, _Dumper):

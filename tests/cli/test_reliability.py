@@ -597,15 +597,15 @@ def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, name):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 def test_the_short_form_of_the_torture(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "tools" / "torture.py"), "--kills", "2", "--signals", "2", "--races", "2",
-               "--foreign", "2", "--disks", "1", "--damage", "--fuzz", "25",
+    command = [sys.executable, str(ROOT / "tools" / "torture.py"), "--kills", "2", "--signals", "2", "--races", "1",
+               "--foreign", "1", "--disks", "1", "--damage", "--fuzz", "25",
                "--seed", str(int(time.time()) % 1000)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["killed with SIGKILL, resumed"]["number"] == 2
     assert found["stopped with SIGTERM or SIGINT"]["number"] == 2
-    assert found["two runs in one folder"]["number"] == 2
-    assert found["foreign files in checkpoints"]["number"] > 0
+    assert found["two runs in one folder"]["number"] == 1
+    assert found["foreign files in checkpoints"]["number"] == 1
     assert found["checkpoint files damaged"]["number"] > 50
     assert found["adapter reader fuzzed"]["number"] >= 25
