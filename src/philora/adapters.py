@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import peft
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.adalora import AdaLoraLayer
@@ -49,7 +50,7 @@ from philora.checkpoint import read_peft_tensors, write_json
 from philora.decoder_stack.model import use_decoder_stack
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
-from philora.hub import parse_hub_path
+from philora.hub import download_adapter, parse_hub_path
 from philora.kernels import attention
 from philora.kernels.memory import keep_freed_memory, return_large_blocks
 from philora.kernels.modules import recompute_elementwise, use_fast_modules
@@ -837,7 +838,7 @@ def load_adapter(
         AdapterError: The folder is no adapter, a file is torn, or tensors are missing, unexpected or mis-shaped.
         TargetError: The adapter names modules that the model does not have.
     """
-    folder = Path(source)
+    folder = _named_place(source)
     recorded: Mapping[str, Any] | None = None
     if folder.is_dir():
         plain = _without_adapters(model) if isinstance(model, PeftModel) else model
@@ -845,12 +846,8 @@ def load_adapter(
         recorded = _recorded_slices(folder, Names.of(plain))
     elif folder.exists():
         raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
-    elif (place := parse_hub_path(str(source))) is not None:
-        source = place.repo_id
-        named = {"subfolder": place.subfolder, "revision": place.revision}
-        kwargs = {key: value for key, value in named.items() if value} | kwargs
     with _reading(folder):
-        adapted = _with_adapter(model, source, adapter_name, is_trainable, **kwargs)
+        adapted = _with_adapter(model, folder if folder.is_dir() else source, adapter_name, is_trainable, **kwargs)
     optimize(adapted)
     apply_slices(adapted, _saved_slices(adapted, recorded, folder, adapter_name), adapter_name)
     return cast(PeftModel, adapted)
@@ -873,6 +870,18 @@ def check_adapter(model: nn.Module, folder: Path) -> None:
             _check_harmless(config, folder)
             resolve(model, config, where=str(folder / "adapter_config.json"))
         _check_tensors(model, config, tensors, folder)
+
+
+def _named_place(source: str | Path) -> Path:
+    """The folder of an adapter, downloaded where a folder or revision of the Hub is named; a plain id is PEFT's."""
+    place = None if Path(source).exists() else parse_hub_path(str(source))
+    if place is None or not (place.subfolder or place.revision):
+        return Path(source)
+    try:
+        return download_adapter(place)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        expected, said = "an adapter on the Hugging Face Hub", " ".join(str(error).split())[:200]
+        raise AdapterError(fault("load_adapter", "source", str(source), expected, f"The hub says: {said}")) from error
 
 
 def _with_adapter(

@@ -196,7 +196,7 @@ def _folder(loaded: Loaded, out: str | Path | None) -> Path:
 
 def _own_folder(loaded: Loaded) -> Path:
     """Where an evaluation of a run stays: that of its adapter by itself, since the report shows it as the run's."""
-    name = loaded.source.path.name
+    name = loaded.source.path.absolute().name
     return cast(TrainedRun, loaded.run).folder / ("evaluation" if name == "adapter" else f"evaluation-{name}")
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from philora import __version__
+from philora.config import read_yaml
+from philora.errors import ConfigError
 from philora.evaluation import Scores, compare_table, stage_table
 from philora.models import local_path
 from philora.report import SECRETS
 from philora.sources import licence
+
+logger = logging.getLogger("philora.run")
 
 _TAGS: Final = ("philora", "lora", "sft", "trl")
 # Settings that somebody needs who wants to train the same again, as far as a card goes; config.yaml has them all.
@@ -84,8 +88,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _settings(run: Path | None) -> dict[str, Any]:
+    """The sections of a run's configuration; a card is written without those that cannot be read."""
     path = run / "config.yaml" if run is not None else None
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path is not None and path.is_file() else {}
+    if path is None or not path.is_file():
+        return {}
+    try:
+        given = read_yaml(path)
+    except ConfigError as error:
+        logger.warning("the card has no settings: %s", error)
+        return {}
+    return {name: section for name, section in given.items() if isinstance(section, Mapping)}
 
 
 def _on_hub(name: str) -> bool:

@@ -990,7 +990,7 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
     _read_yaml(file, reader)
     training = reader.given.get("training_config")
     if folder is not None and isinstance(training, Mapping) and "output_dir" in training:
-        training["output_dir"] = str(folder)  # where the run is now
+        reader.given["training_config"] = {**training, "output_dir": str(folder)}  # where the run is now
     return reader, str(file), file.stem
 
 

@@ -103,9 +103,10 @@ def push(
             folder.mkdir()
             _copy_adapter(found, folder, name)
         config = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
+        is_result = found.path.absolute().name == "adapter"
         text = model_card(
             repo_id,
-            run=found.run if found.path.name == "adapter" else None,  # a checkpoint has not the run's results
+            run=found.run if is_result else None,  # the run's scores are not those of a checkpoint
             base=name,
             adapter_config=config,
             merged=merged,

@@ -200,7 +200,8 @@ class TrainedRun:
             try:
                 values[str(key)] = known[key].read(value)
             except Misfit as misfit:
-                faults.append(fault(where, f"{name}.{key}", value, known[key].text, misfit.hint))
+                setting = ".".join((name, str(key)))
+                faults.append(fault(where, setting, value, known[key].text, misfit.hint))
         if faults:
             raise ConfigError(one_per_line(faults))
         return values

@@ -193,6 +193,25 @@ def test_a_run_that_has_not_ended_is_used_by_its_newest_checkpoint(cli, project)
     assert f"it has not ended, and no whole checkpoint of it is there. Go on with it: philora train {run}" in none.err
 
 
+def test_votes_of_a_run_go_to_its_folder(project, monkeypatch):
+    from philora.cli import _votes_folder
+
+    run = project / "runs" / "first"
+    for source in (run, run / "adapter", run / "checkpoints" / "checkpoint-12"):
+        assert _votes_folder(str(source)) == run
+    assert _votes_folder("me/adapters") == Path()
+
+
+def test_a_card_is_written_without_what_cannot_be_read(project, cli):
+    run = project / "runs" / "first"
+    (run / "config.yaml").write_text("model: [\n")
+    refused = cli("push", run, "me/first", "--dry-run")
+    assert (refused.code, "config.yaml" in refused.err) == (2, True), refused.err
+    done = cli("push", run, "me/first", "--dry-run", "--base", project / "models" / "tiny")
+    assert done.code == 0, done.err
+    assert "the card has no settings" in done.err
+
+
 def test_a_hint_names_the_run(project):
     run = project / "runs" / "first"
     for folder in (project, project / "runs", run / "checkpoints"):

@@ -20,6 +20,7 @@ from philora.run_folder import TrainedRun, paths_of
 from philora.sources import find_adapter, require_base
 from tests.hub_server import TOKEN, hub_server
 
+FILE = "/{repo_id}/resolve/{revision}/{filename}"
 NANO = ModelConfig(name_or_path="nano", dtype="float32")
 
 
@@ -66,6 +67,7 @@ def hub(monkeypatch, adapters, tmp_path):
 
     with hub_server() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + FILE)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -160,7 +162,7 @@ RECORDS = [
         {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Not this.", "weight": 0},
         {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Yes, zwölf \u2028 of them."},
     ]},
-    {"messages": [{"role": "system", "content": "Short."}, {"role": "user", "content": "Three " * 60},
+    {"messages": [{"role": "system", "content": "Short."}, {"role": "user", "content": "Three " * 10},
                   {"role": "assistant", "content": "A long answer. " * 40}]},
     {"messages": [{"role": "user", "content": "Four?"}, {"role": "assistant", "content": "Four."}]},
 ]  # fmt: skip
