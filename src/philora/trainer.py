@@ -43,6 +43,7 @@ from philora.checkpoint import (
 )
 from philora.config import FIELDS, ONE_RATE_OPTIMIZERS, translate_trainer_keywords, translate_training_arguments
 from philora.data import length_notices
+from philora.data.ids import check_rows
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
@@ -228,6 +229,8 @@ class SFTTrainer(MicroBatchTrainer):
         if resolution is not None:
             apply_slices(self.model, resolution.slices)
         several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        named = {"train_dataset": self.train_dataset, **{f"eval_dataset ({k})": each for k, each in several.items()}}
+        check_rows(named, self._vocabulary)
         for notice in length_notices(self.model.config, {"train": self.train_dataset, **several}):
             logger.warning("%s", notice)
         if self._shares_rows():

@@ -1,4 +1,4 @@
-"""PyTorch's utilities for modules on philora's layers: the values and gradients are those on PyTorch's own, plus LoRA."""
+"""PyTorch's utilities for modules on philora's layers: values and gradients are those on PyTorch's own, plus LoRA."""
 
 from __future__ import annotations
 
