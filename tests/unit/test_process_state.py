@@ -54,7 +54,7 @@ def unchanged(what, call):
     after = state()
     for key, value in before.items():
         if key == "loggers":
-            changed = {name: (value[name], after[key].get(name)) for name in value if after[key].get(name) != value[name]}
+            changed = {name: each for name, each in value.items() if after[key].get(name) != each}
             assert not changed, (what, changed)
         elif key != "random" or "get_peft_model" not in what:
             assert after[key] == value, (what, key, value, after[key])
