@@ -40,6 +40,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -482,8 +483,8 @@ def not_plain(layer: LoraLayer) -> str | None:
         return "its weights are of a class of their own, or A has a bias"
     if is_hooked(base) or is_hooked(down) or is_hooked(up) or is_hooked(dropout):
         return "its parts have hooks"
-    if torch.compiler.is_compiling():
-        return None  # torch.compile looks after what is patched
+    if torch.compiler.is_compiling() or is_fx_symbolic_tracing():
+        return None  # the one looks after such things by itself; the other replaces every module's call
     if all_are_hooked():
         return "there are hooks for all modules"
     if is_patched() or not is_of(PeftLinear.forward, peft_layer.__file__):
