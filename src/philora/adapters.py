@@ -43,6 +43,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -449,6 +450,8 @@ class _FastForward:
         adapters = (self.lora_A[adapter].weight, up.weight)
         p = float(getattr(dropout, "p", 0.0))
         scaling = float(self.scaling[adapter])
+        if is_fx_symbolic_tracing():  # PEFT's own forward branches on the dtype of x, which is not known there
+            return cast(Tensor, base(x) + up(self.lora_A[adapter](dropout(x))) * scaling)
         slices = getattr(up, "slice_layout", None)
         weight, bias, dtype = base.weight, base.bias, x.dtype
         if type(base) is not nn.Linear:
@@ -498,6 +501,8 @@ def not_plain(layer: LoraLayer) -> str | None:
         return _SHARDED_ALONE if sharded else "its parts are no plain linear layers"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return "its dropout is another module"
+    if is_fx_symbolic_tracing():
+        return None  # it replaces every module's call, and hands over stand-ins for weights
     weights = (down.weight, up.weight, base.weight) if type(base) is nn.Linear else (down.weight, up.weight)
     if any(type(each) not in (nn.Parameter, Tensor) for each in weights) or down.bias is not None:
         return "its weights are of a class of their own, or A has a bias"

@@ -42,6 +42,7 @@ from philora.evaluation import evaluate as evaluate_model
 from philora.generation import Answer, GenerationSettings, generate
 from philora.inference import Loaded, load
 from philora.measures import JUDGE, LOSS, PERPLEXITY, Measure, Paired, of_means, paired
+from philora.process_state import is_run
 from philora.run_folder import HELD_OUT_NAME, TrainedRun
 
 logger = logging.getLogger("philora.evaluate")
@@ -114,9 +115,10 @@ def evaluate(
         RunError: The judge failed.
     """
     started = time.monotonic()
-    transformers_logging.set_verbosity_warning()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if is_run():
+        transformers_logging.set_verbosity_warning()
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     names, missing = measures.choose(metrics)
     for name in missing:
         logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)

@@ -322,7 +322,7 @@ def _norm(module: nn.Module) -> Product:
     weight, eps = cast(Tensor, module.weight), float(cast(float, module.variance_epsilon))
     if not native.usable(weight):
         return module
-    return lambda x: native.rms_norm(x, weight, eps)[0]
+    return lambda x: native.rms_norm(x.contiguous(), weight, eps)[0]
 
 
 class Packing:

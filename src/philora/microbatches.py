@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import torch
 import trl
 from accelerate.utils.memory import clear_device_cache
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
+from philora.data.ids import check_batch, vocabulary_of
 from philora.errors import RunError, fault
 from philora.kernels.memory import out_of_memory
 from philora.lora.recomputation import random_state, set_random_state
@@ -154,11 +156,22 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
     """
 
     current_gradient_accumulation_steps: int
+    train_dataset: Any
     _step: _Step | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(MicroBatchParts())
+        self._vocabulary = vocabulary_of(self.model)
+
+    def _check_ids(self, inputs: Inputs) -> None:
+        """Hold a batch against the vocabulary, where that takes no waiting for a GPU or its rows were not looked at.
+
+        Raises:
+            DataError: An id or label is none of the vocabulary's.
+        """
+        if self.args.device.type == "cpu" or not isinstance(self.train_dataset, datasets.Dataset):
+            check_batch(inputs, self._vocabulary, f"step {self.state.global_step + 1}, batch")
 
     @property
     def _micro_batch_parts(self) -> MicroBatchParts:
@@ -172,6 +185,7 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
         """As transformers'; in parts where memory did not suffice before, or does not now."""
+        self._check_ids(inputs)
         if num_items_in_batch is None or not self._may_split():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
@@ -222,6 +236,7 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """As TRL's; in parts where memory did not suffice before, or does not now."""
+        self._check_ids(inputs)
         if not self._may_split() or "labels" not in inputs:
             whole: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             return whole

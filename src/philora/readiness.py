@@ -17,6 +17,7 @@ from philora import checkpoint, hub, models, outlook, planning, processes, resum
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
+from philora.data.ids import check_rows, vocabulary_of
 from philora.decoder_stack.choice import BatchFacts, ModelFacts, stack_for
 from philora.decoder_stack.facts import facts_of_device
 from philora.decoder_stack.model import facts_for
@@ -83,6 +84,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     adapted = planning.weightless(config, skeleton)  # a wrong target ends here, before the data
     seed = int(config.training_config.get("seed", 42))
     prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
+    check_rows({"data.train": prepared.train, "data.eval": prepared.eval}, vocabulary_of(skeleton))
     model_config = skeleton.config
     covered = coverage(adapted)
     dtype = str(models.resolve_dtype(config.model.dtype)).removeprefix("torch.")

@@ -52,6 +52,7 @@ from philora.checkpoint import (
 )
 from philora.config import FIELDS, ONE_RATE_OPTIMIZERS, translate_trainer_keywords, translate_training_arguments
 from philora.data import length_notices
+from philora.data.ids import check_rows
 from philora.data.labelled import keep_labelled, refuse_empty
 from philora.decoder_stack.model import configure as configure_stack
 from philora.decoder_stack.model import dropout_state, set_dropout_state
@@ -259,6 +260,8 @@ class SFTTrainer(MicroBatchTrainer):
             self.train_dataset = keep_labelled(self.train_dataset, "SFTTrainer: the train dataset", None)
             several = {name: keep_labelled(rows, f"SFTTrainer: {name}", None) for name, rows in several.items()}
             self.eval_dataset = several if isinstance(self.eval_dataset, dict) else several["eval"]
+        named = {"train_dataset": self.train_dataset, **{f"eval_dataset ({k})": each for k, each in several.items()}}
+        check_rows(named, self._vocabulary)
         for notice in length_notices(self.model.config, {"train": self.train_dataset, **several}):
             logger.warning("%s", notice)
         if self._shares_rows():

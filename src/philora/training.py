@@ -69,6 +69,7 @@ from philora.card import model_card
 from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
 from philora.data import PreparedData, places_of, prepare, preview, prompts_and_references
 from philora.data.held_out import vocabulary_digest, write_held_out
+from philora.data.ids import check_rows, vocabulary_of
 from philora.data.lengths import sequence_lengths
 from philora.decoder_stack.model import configure as configure_stack
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
@@ -179,6 +180,7 @@ def _train(
         stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
         with processes.main_first():
             prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
+        check_rows({"data.train": prepared.train, "data.eval": prepared.eval}, vocabulary_of(skeleton))
         facts = processes.on_main(lambda: resuming.facts_of(config, skeleton.config, prepared))
         chosen: Mapping[str, Any] = {}
         if continued is not None:

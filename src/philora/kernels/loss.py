@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from philora import native
+from philora.errors import DataError, fault
 from philora.kernels.modules import only_rows
-from philora.lora.functional import fused_enabled, refuse_create_graph
+from philora.lora.functional import fused_enabled, records, refuse_create_graph
 
 # Logits that are there at a time, and the fewest rows of a product, below which reading the weight would dominate.
 CHUNK_BYTES = 32 << 20
@@ -121,6 +122,9 @@ def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     Shapes:
         hidden (N, C), weight (V, C), bias (V), labels (N) of token ids; returns three of (N), fp32.
 
+    Raises:
+        DataError: On a CPU, a label is no row of the weight.
+
     Numerics:
         Logits are a product in hidden's dtype (under autocast: autocast's), everything after it in fp32; the gradient
         of hidden is a product in that dtype, rounded once.
@@ -130,6 +134,8 @@ def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         backward.
     """
     device, count = hidden.device.type, len(labels)
+    if device == "cpu" and not records():
+        _check_labels(labels, len(weight))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     missing = -count % EVEN_TOKENS if device == "cpu" else 0
     hidden, labels = nn.functional.pad(hidden, (0, 0, 0, missing)), nn.functional.pad(labels, (0, missing))
@@ -138,6 +144,23 @@ def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
             hidden.to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach().float(), labels
         )
     return LabelScores(*(each[:count] for each in scores))
+
+
+def _check_labels(labels: Tensor, vocabulary: int) -> None:
+    """See to it that each label is a row of the head. On a GPU PyTorch's own products do.
+
+    Shapes:
+        labels (...).
+
+    Raises:
+        DataError: One is not; it names the place, the value and the vocabulary's size.
+    """
+    wrong = (labels < 0) | (labels >= vocabulary)
+    if bool(wrong.any()):
+        place = [int(each) for each in wrong.nonzero()[0]]
+        expected = f"a token id from 0 to {vocabulary - 1:,}: the vocabulary has {vocabulary:,}"
+        todo = "Tokens without loss have the label -100"
+        raise DataError(fault("loss", f"labels{place}", int(labels[tuple(place)]), expected, todo))
 
 
 def label_scores_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> LabelScores:
@@ -236,6 +259,8 @@ def add_label_head(model: PreTrainedModel) -> None:
         count = kwargs.pop("num_items_in_batch", None)
         kwargs["use_cache"] = False
         tokens = labels.shape[1]
+        if labels.device.type == "cpu":
+            _check_labels(labels.masked_fill(labels == -100, 0), head.out_features)
         labels = _even_rows(kwargs, labels)
         wanted = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
         skips = nullcontext() if self.training and _recomputes(self) else only_rows(wanted)

@@ -10,6 +10,7 @@ adapted weight while the model is in eval mode; `merge_weights=False` avoids it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -48,9 +49,20 @@ class LoRALayer:
         self.merge_weights = merge_weights
 
 
+def _registered(module: Any, name: str) -> Tensor | None:
+    """A module's Parameter of this name, or its buffer: that is what a parametrization of a frozen one leaves."""
+    found: Tensor | None = module.__dict__["_parameters"].get(name)
+    return module.__dict__["_buffers"].get(name) if found is None else found
+
+
 def _holds(module: Any, name: str) -> bool:
-    """Whether a module has a tensor of this name: a Parameter, a plain tensor, or the value of a parametrization."""
-    return module._parameters.get(name) is not None or name in module.__dict__ or _is_parametrized(module, name)
+    """Whether a module has a tensor of this name: registered, a plain one, or the value of a parametrization."""
+    return _registered(module, name) is not None or name in module.__dict__ or _is_parametrized(module, name)
+
+
+def _asked_by_a_utility() -> bool:
+    """Whether one of torch.nn.utils reads the property that calls this."""
+    return str(sys._getframe(2).f_globals.get("__name__")).startswith("torch.nn.utils.")
 
 
 def _is_parametrized(module: Any, name: str) -> bool:
@@ -71,7 +83,8 @@ class ShowsMerged:
     @property
     def base_weight(self) -> Tensor:
         """The module's own weight, whatever the mode."""
-        held: Tensor | None = self.__dict__.get("weight", self.__dict__["_parameters"].get("weight"))
+        held: Tensor | None = self.__dict__.get("weight")
+        held = _registered(self, "weight") if held is None else held
         if held is None and _is_parametrized(self, "weight"):
             # The class that parametrize made has a property of this name in front of ours.
             held = getattr(self, "weight")  # noqa: B009
@@ -81,8 +94,13 @@ class ShowsMerged:
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight while merged, else the base weight; what is written to it while merged is lost."""
-        return self.base_weight if self._merged_weight is None else self._merged_weight
+        """The merged weight while merged, else the base weight; what is written to it while merged is lost.
+
+        PyTorch's utilities for modules, which put another weight in its place, are given the base weight in any mode.
+        """
+        if self._merged_weight is None or (not torch.compiler.is_compiling() and _asked_by_a_utility()):
+            return self.base_weight
+        return self._merged_weight
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -179,9 +197,9 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def _can_merge(self) -> bool:
-        """Whether base, A and B are Parameters, and not computed anew from others for each forward pass."""
+        """Whether base, A and B are registered, and not computed anew from others for each forward pass."""
         owners = ((self._holder, "weight"), (self, "lora_A"), (self, "lora_B"))
-        return all(owner._parameters.get(name) is not None for owner, name in owners)
+        return all(_registered(owner, name) is not None for owner, name in owners)
 
     def _adds_update(self) -> bool:
         """Whether forward adds the update itself.
