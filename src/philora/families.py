@@ -25,6 +25,13 @@ Source: the `generation_config.json` and chat templates of the models below.
 """
 
 
+SHIPPED_TOKENS: Final[Mapping[tuple[str, int], int]] = {("phi3", 32064): 32011}
+"""Tokens that a tokenizer ships with, by model type and rows of the embedding; the rows behind them are spare.
+
+Source: Phi-3's special tokens end at 32010 (torchtune/models/phi3/_tokenizer.py), and its embedding has 32,064 rows.
+"""
+
+
 @dataclass(frozen=True)
 class PhiModel:
     """One size of the family, with the attribute names of `Phi3Config`.
@@ -362,6 +369,11 @@ def _rows(config: Any) -> dict[str, int]:
         "gate_proj": int(config.intermediate_size),
         "up_proj": int(config.intermediate_size),
     }
+
+
+def tokens_that_ship(config: object) -> int | None:
+    """Return how many tokens the model's own tokenizer has; None where that is not known."""
+    return SHIPPED_TOKENS.get((str(getattr(config, "model_type", "")), int(getattr(config, "vocab_size", None) or 0)))
 
 
 def longrope_switch_tokens(config: Any) -> int | None:

@@ -63,6 +63,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *config.notices,
             *_notices(config, tokenizer, stops, covered),
             *filter(None, [generic_notice(model_config)]),
+            *filter(None, [_spare_rows(config, tokenizer, skeleton)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
             *filter(None, [plan.warning]),
@@ -75,6 +76,15 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         coverage=covered,
         plan=plan,
     )
+
+
+def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> str | None:
+    """Return which tokens have no trained row, by the files of a local model, or by their ids alone."""
+    folder = Path(models.local_path(config.model.name_or_path))
+    weight = stored_embedding(folder, skeleton) if folder.is_dir() else None
+    rows = int(cast(Any, skeleton.get_input_embeddings()).weight.shape[0])
+    found = untrained_tokens(tokenizer, rows, skeleton.config, weight)
+    return notice(found, rows, config.peft_config)
 
 
 def _notices(

@@ -647,6 +647,22 @@ class SFTTrainer(MicroBatchTrainer):
 
     # -- checkpoints
 
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """Put together the weights that processes share, for saving; every process has to call it.
+
+        Under ZeRO-3 those that train, whatever `stage3_gather_16bit_weights_on_model_save` says: it stands for the
+        whole model, and an adapter is small. The frozen base is not gathered.
+
+        Returns:
+            Tensors by name, in the first process; with ZeRO-3 None in the others.
+        """
+        if self.is_deepspeed_enabled and isinstance(self.model, PeftModel):
+            stage = self.accelerator.deepspeed_config.get("zero_optimization", {}).get("stage")
+            if stage == 3:
+                gathered = self.model_wrapped._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+                return cast("dict[str, torch.Tensor] | None", gathered)
+        return cast("dict[str, torch.Tensor]", self.accelerator.get_state_dict(self.model_wrapped))
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else cast(str, super()._get_output_dir(trial))
 

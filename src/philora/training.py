@@ -52,6 +52,7 @@ from philora.families import generic_notice
 from philora.generation import GenerationSettings
 from philora.kernels.memory import out_of_memory
 from philora.report import SECRETS, write_report
+from philora.spare_rows import notice, untrained_tokens
 from philora.signals import Interrupted, StopOnSignal
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
@@ -299,6 +300,10 @@ class _Run:
         config = self.config
         set_seed(int(config.training_config.get("seed", 42)))
         base = models.load_model(config.model, self.tokenizer)
+        weight = base.get_input_embeddings().weight
+        spare = notice(untrained_tokens(self.tokenizer, len(weight), base.config, weight), len(weight), config.peft_config)
+        if spare is not None:
+            logger.warning("%s", spare)
         if config.model.adapter is not None:
             self.model = load_adapter(base, config.model.adapter, is_trainable=True)
         else:
@@ -391,7 +396,7 @@ class _Run:
         self.stop.doing = "after training"
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         # All processes take part in putting the shards together; one writes.
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        weights = trainer.whole_weights() if sharded else None
         processes.on_main(functools.partial(self._save_adapter, weights))
         del weights
         whole = self._saved() if sharded else self.model
