@@ -280,6 +280,12 @@ OTHER: Final = (
         "a multimodal model that is not in transformers: it needs trust_remote_code",
     ),
     OtherModel(
+        "Phi-4-mini-flash",
+        ("microsoft/Phi-4-mini-flash-reasoning",),
+        ("phi4flash",),
+        "Phi4FlashForCausalLM is not in transformers: it needs trust_remote_code and the packages of its own kernels",
+    ),
+    OtherModel(
         "Phi-4-multimodal",
         ("microsoft/Phi-4-multimodal-instruct",),
         ("phi4mm", "phi4_multimodal"),
@@ -308,6 +314,16 @@ def find_other(name_or_model_type: str) -> OtherModel | None:
         if last in each.model_types or last in (hub.partition("/")[2].lower() for hub in each.hub_ids):
             return each
     return None
+
+
+NOT_IN_TRANSFORMERS: Final[Mapping[str, str]] = {
+    "phi3small": "train microsoft/Phi-3-mini-4k-instruct or microsoft/Phi-3-medium-4k-instruct in its place",
+    "phi3_v": "for text alone, train microsoft/Phi-3.5-mini-instruct, whose language model it has",
+    "phi4mm": "for text alone, train microsoft/Phi-4-mini-instruct, whose language model it has; transformers' own "
+    "form of it has model_type phi4_multimodal",
+    "phi4flash": "train microsoft/Phi-4-mini-reasoning in its place",
+}
+"""Model types of Phi models whose code is on the Hub alone, and what to do instead."""
 
 
 def generic_notice(config: object) -> str | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from philora import models, planning, processes
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
 from philora.families import generic_notice
+from philora.spare_rows import notice, stored_embedding, untrained_tokens
 
 
 @dataclass(frozen=True)

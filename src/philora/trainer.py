@@ -55,6 +55,7 @@ from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 from philora.microbatches import MicroBatchTrainer
+from philora.models import refuse_adapter
 from philora.sampling import SharedSampler, can_share, with_empty_rows
 from philora.schema import Misfit
 from philora.signals import Signalled, StopOnSignal
@@ -218,6 +219,9 @@ class SFTTrainer(MicroBatchTrainer):
                 refuse_empty(f"SFTTrainer: {each}", rows)
         resolution = None
         if is_lora(given.get("peft_config")):
+            if isinstance(model, str):
+                options = getattr(given["args"], "model_init_kwargs", None) or {}
+                refuse_adapter(model, options.get("revision"), "SFTTrainer", "model")
             skeleton = model if isinstance(model, nn.Module) else _skeleton(model, given.get("args"))
             resolution = resolve_for_training(skeleton, given["peft_config"])
             given["peft_config"] = resolution.for_peft(given["peft_config"])

@@ -52,8 +52,8 @@ from philora.families import generic_notice
 from philora.generation import GenerationSettings
 from philora.kernels.memory import out_of_memory
 from philora.report import SECRETS, write_report
-from philora.spare_rows import notice, untrained_tokens
 from philora.signals import Interrupted, StopOnSignal
+from philora.spare_rows import notice, untrained_tokens
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
 logger = logging.getLogger("philora.run")
@@ -301,7 +301,8 @@ class _Run:
         set_seed(int(config.training_config.get("seed", 42)))
         base = models.load_model(config.model, self.tokenizer)
         weight = base.get_input_embeddings().weight
-        spare = notice(untrained_tokens(self.tokenizer, len(weight), base.config, weight), len(weight), config.peft_config)
+        untrained = untrained_tokens(self.tokenizer, len(weight), base.config, weight)
+        spare = notice(untrained, len(weight), config.peft_config)
         if spare is not None:
             logger.warning("%s", spare)
         if config.model.adapter is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,9 +49,9 @@ def base(request, tmp_path_factory):
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 1.01)
     model.save_pretrained(folder)
-    for path in (os.scandir(local_path("nano"))):
+    for path in Path(local_path("nano")).iterdir():
         if path.name.startswith(("token", "special", "chat", "generation")):
-            (folder / path.name).write_bytes(open(path.path, "rb").read())
+            shutil.copy(path, folder)
     return str(folder)
 
 
@@ -104,5 +106,6 @@ def test_a_script_under_zero_3_saves_what_it_trained(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
     saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
-    assert saved and all(each.any() for each in saved.values())
+    assert saved
+    assert all(each.any() for each in saved.values())
     assert (tmp_path / "saved" / "philora.json").is_file()

@@ -243,8 +243,9 @@ def test_a_changed_base_under_lora_is_told_and_not_exported(base, tmp_path, capl
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["qkv_proj", "embed_tokens"])
     want = of_peft(base, adapter)
     assert_same(logits(philora.load_adapter(of_base(base), adapter)), want)
-    assert "model.embed_tokens" in caplog.text and "take the base's place" in caplog.text
-    with pytest.raises(AdapterError, match="model.embed_tokens"):
+    assert "model.embed_tokens" in caplog.text
+    assert "take the base's place" in caplog.text
+    with pytest.raises(AdapterError, match=r"model\.embed_tokens"):
         philora.export(adapter, tmp_path / "out", layout="fused", base=str(base))
     plain = make_adapter(tmp_path / "plain", base, whole=False)
     for first, second in ((adapter, plain), (plain, adapter)):
@@ -277,7 +278,7 @@ def test_an_adapter_for_classification_is_loaded_again(modules, tmp_path):
     config = LoraConfig(r=2, target_modules=["qkv_proj"], task_type="SEQ_CLS", modules_to_save=modules)
     model = philora.get_peft_model(classifier(), config)
     with torch.no_grad():
-        for name, each in model.named_parameters():
+        for _name, each in model.named_parameters():
             if each.requires_grad:
                 each.normal_(std=0.2)
     model.save_pretrained(tmp_path / "adapter")

@@ -172,8 +172,9 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
 def _loaded(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Weight and bias of the output head, whole and where it computes.
 
-    ZeRO-3 gathers a module's weights when it runs, and the head does not run here: they are gathered now. FSDP2 shards the head, alone or with the last norm; read after the norm has run, which gathers both. accelerate
-    keeps a head that its `device_map` puts on the disk or into the computer's memory on the meta device until it runs.
+    ZeRO-3 gathers a module's weights when it runs, and the head does not run here: they are gathered now. FSDP2 shards
+    the head, alone or with the last norm; read after the norm has run, which gathers both. accelerate keeps a head that
+    its `device_map` puts on the disk or into the computer's memory on the meta device until it runs.
     """
     hook: Any = getattr(head, "_hf_hook", None) if cast(Tensor, head.weight).is_meta else None
     if hook is not None:
