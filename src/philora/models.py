@@ -256,7 +256,8 @@ def refuse_adapter(name: str, revision: str | None = None, where: str = "model",
         base = json.loads(found.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
-    expected = "a base model; this is an adapter" + ("" if found.parent == folder or not folder.is_dir() else "'s run")
+    kind = "the run of an adapter" if folder.is_dir() and found.parent != folder else "an adapter"
+    expected = f"a base model; this is {kind}"
     todo = f"Its base is {base}. An adapter to go on from is given as model.adapter"
     raise ModelError(fault(where, key, name, expected, todo if base else "Give the model that it was trained on"))
 
