@@ -1,4 +1,4 @@
-"""What is given as a base: one that holds an adapter, an adapter, models whose code is elsewhere, tokens without rows."""
+"""What is given as a base: one that holds an adapter, an adapter, code from elsewhere, tokens without rows."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_base_that_holds_or_is_an_adapter_is_refused_by_name(kind, command, ba
         given, expected = Path(shutil.copytree(adapter, tmp_path / "given")), f"this is an adapter. Its base is {base}"
     else:
         shutil.copytree(adapter, tmp_path / "run" / "adapter")
-        given, expected = tmp_path / "run", "this is an adapter's run"
+        given, expected = tmp_path / "run", "this is the run of an adapter"
         if command in ("train", "check"):
             expected = ""  # a run folder has no tokenizer, which is looked for first
     with pytest.raises(ModelError, match=expected) as caught:
