@@ -53,11 +53,12 @@ llama: $(VENV)/.dev
 	CMAKE_BUILD_PARALLEL_LEVEL=2 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 	  llama-cpp-python
 
-# Its kernels are compiled when they are first used, on a CPU one small file; where it fails, its tests are skipped.
+# In a folder that only its own tests put on the path: where it is installed, other libraries load it. Its kernels are
+# compiled when they are first used, on a CPU one small file; where it fails, its tests are skipped and say so.
 deepspeed: $(VENV)/.dev
-	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check setuptools wheel
+	$(BIN)/python -m pip install -q --disable-pip-version-check setuptools wheel
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation \
-	  -c constraints.txt 'deepspeed==0.19.8'
+	  --no-deps --upgrade --target $(VENV)/deepspeed deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
 
 test-slow: $(VENV)/.dev
 	-$(MAKE) llama

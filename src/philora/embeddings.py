@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -51,7 +51,7 @@ class Whole:
 
     Attributes:
         own: Weights by the full name of their module in the base, of those that share one under each of their names.
-        under_lora: Names of modules that the adapter also has a LoRA update for.
+        under_lora: Names of modules that this adapter, or one on the model, also has a LoRA update for.
     """
 
     def __init__(self, base: nn.Module, config: PeftConfig, names: Iterable[str], folder: Path) -> None:
@@ -94,7 +94,7 @@ class Whole:
         for name, value in values.items():
             if torch.equal(value, embeddings[name].detach().cpu()):
                 continue
-            if updated.intersection(values):
+            if updated.intersection(values) or isinstance(_plain(base).get_submodule(name), BaseTunerLayer):
                 self.under_lora.append(name)
             else:
                 self.own[name] = value
@@ -130,9 +130,13 @@ class Whole:
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *self.own})
 
 
+def _plain(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
 def _embeddings(model: nn.Module) -> dict[str, Tensor]:
     """The base's own weights of input and output embeddings, by the full name of their module."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _plain(model)
     if not isinstance(base, PreTrainedModel):
         return {}
     own = [each for each in (base.get_input_embeddings(), base.get_output_embeddings()) if each is not None]

@@ -124,7 +124,8 @@ def _refuse_unknown(model: ModelConfig, keys: Mapping[str, Any]) -> None:
     if kind not in NOT_IN_TRANSFORMERS or model.trust_remote_code:
         return
     expected = f"a model whose code is in transformers; model_type={kind} has it on the Hub alone (docs/family.md)"
-    todo = f"{NOT_IN_TRANSFORMERS[kind].capitalize()}, or set model.trust_remote_code: true to run that code, untested"
+    instead = NOT_IN_TRANSFORMERS[kind]
+    todo = f"{instead[0].upper()}{instead[1:]}. model.trust_remote_code: true runs that code, which nothing here tests"
     raise ModelError(fault("model", "name_or_path", model.name_or_path, expected, todo))
 
 
@@ -242,8 +243,11 @@ def refuse_adapter(name: str, revision: str | None = None, where: str = "model",
             return  # a base whose subfolder nothing reads
         whole = (folder / "config.json").is_file()
     else:
-        with reachable_or_cached():
-            path = find_adapter_config_file(name, revision=revision)
+        try:
+            with reachable_or_cached():
+                path = find_adapter_config_file(name, revision=revision)
+        except (OSError, ValueError):  # no such repository, or none that may be read: loading it says so
+            return
         found = None if path is None else Path(path)
         whole = found is not None and (found.parent / "config.json").is_file()
     if found is None:
