@@ -101,7 +101,10 @@ def _explain(name: str, error: Exception, what: str) -> ModelError:
 
 
 # What transformers raises for a folder or repository that it cannot make a tokenizer, a config or a model of.
-_UNREADABLE = (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RecursionError)
+_UNREADABLE = (
+    OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, AssertionError, RuntimeError,
+    ArithmeticError,
+)  # fmt: skip
 
 
 def _config_keys(model: ModelConfig) -> dict[str, Any]:
@@ -142,6 +145,7 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
         with reachable_or_cached():
             tokenizer = read_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except _UNREADABLE as error:
+        refuse_adapter(model.name_or_path, model.revision)
         raise _explain(model.name_or_path, error, "a tokenizer") from error
     if settings.model_max_length:
         tokenizer.model_max_length = settings.model_max_length
