@@ -151,8 +151,8 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
         tokenizer.model_max_length = settings.model_max_length
     if settings.padding_side:
         tokenizer.padding_side = settings.padding_side
-    text = keys.get("text_config") if isinstance(keys.get("text_config"), dict) else {}
-    rows = keys.get("vocab_size") or text.get("vocab_size")
+    text = keys.get("text_config")
+    rows = keys.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
     set_padding(tokenizer, settings.pad_token, rows if isinstance(rows, int) else 0)
     return tokenizer
 

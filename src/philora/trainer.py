@@ -185,6 +185,7 @@ class SFTTrainer(MicroBatchTrainer):
 
     _staging: Path | None = None  # where a checkpoint is being written, while it is
     train_dataset: Any
+    eval_dataset: Any
     _shared_lengths: list[int] | None = None  # tokens of each row, where this trainer deals them to processes
     _loraplus_settled = False  # whether an optimizer was split, or it was said that a given one is not
     _saved_step: int | None = None  # of the newest checkpoint
@@ -214,8 +215,8 @@ class SFTTrainer(MicroBatchTrainer):
             given["args"] = copy.copy(given["args"])
             given["args"].activation_offloading = False
         for name in ("train_dataset", "eval_dataset"):
-            several = given.get(name) if isinstance(given.get(name), dict) else {name: given.get(name)}
-            for each, rows in several.items():
+            table = given.get(name)
+            for each, rows in (table if isinstance(table, dict) else {name: table}).items():
                 refuse_empty(f"SFTTrainer: {each}", rows)
         resolution = None
         if is_lora(given.get("peft_config")):
