@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit llama format docs bench bench-peers clean
+.PHONY: help demo test test-slow lint types unit llama deepspeed format docs bench bench-peers clean
 
 help:
 	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
@@ -54,8 +54,16 @@ llama: $(VENV)/.dev
 	CMAKE_BUILD_PARALLEL_LEVEL=2 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 	  --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 
+# In a folder that only its own tests put on the path: where it is installed, other libraries load it. Its kernels are
+# compiled when they are first used, on a CPU one small file; where it fails, its tests are skipped and say so.
+deepspeed: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check setuptools wheel
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation \
+	  --no-deps --upgrade --target $(VENV)/deepspeed deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
+
 test-slow: $(VENV)/.dev
 	-$(MAKE) llama
+	-$(MAKE) deepspeed
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 
 format: $(VENV)/.dev

@@ -49,6 +49,7 @@ from transformers.pytorch_utils import Conv1D
 
 from philora.checkpoint import read_peft_tensors, write_json
 from philora.decoder_stack.model import use_decoder_stack
+from philora.embeddings import Whole
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
 from philora.hub import download_adapter, parse_hub_path
@@ -181,6 +182,14 @@ def _matches_pattern(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
+# Names that PEFT puts into modules_to_save by itself for a task, whichever of them the model has.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
 def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config") -> Resolution:
     """Check every name of a LoraConfig against a model, and turn slices into PEFT's terms. Changes neither.
 
@@ -218,8 +227,9 @@ def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config
             kind = type(names.modules[name]).__name__
             expected = "a linear, embedding or convolution layer"
             faults.append(fault(where, "target_modules", name, expected, f"It is a {kind}"))
+    heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     for name in _as_list(config.modules_to_save):
-        if not names.matching(name, names.modules):
+        if name not in heads and not names.matching(name, names.modules):
             missing("modules_to_save", name, (each.rpartition(".")[2] for each in names.modules), "a module")
     if config.layers_to_transform is not None:
         _check_layers(config, names, faults, where)
@@ -845,21 +855,30 @@ def load_adapter(
     """
     folder = _named_place(source)
     recorded: Mapping[str, Any] | None = None
+    whole: Whole | None = None
     if folder.is_dir():
         plain = _without_adapters(model) if isinstance(model, PeftModel) else model
-        check_adapter(plain, folder)
+        config, tensors = check_adapter(plain, folder)
+        with _reading(folder):
+            whole = Whole(model, config, tensors, folder)
+        _say_changed_base(model, whole, folder)
         recorded = _recorded_slices(folder, Names.of(plain))
     elif folder.exists():
         raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
     with _reading(folder):
-        adapted = _with_adapter(model, folder if folder.is_dir() else source, adapter_name, is_trainable, **kwargs)
+        before = {} if whole is None else whole.copies(model)
+        place = folder if folder.is_dir() else source
+        adapted = _with_adapter(model, place, adapter_name, is_trainable, **kwargs)
+        if whole is not None:
+            whole.put(adapted, adapter_name, before)
+            adapted.changed_base = [*getattr(adapted, "changed_base", ()), *whole.under_lora]
     optimize(adapted)
     apply_slices(adapted, _saved_slices(adapted, recorded, folder, adapter_name), adapter_name)
     return cast(PeftModel, adapted)
 
 
-def check_adapter(model: nn.Module, folder: Path) -> None:
-    """See to it that a saved adapter fits a model, from its configuration and the header of its weights.
+def check_adapter(model: nn.Module, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Check that a saved adapter fits a model, by its configuration and the header of its weights; return both.
 
     Args:
         model: The base; its weights are not looked at.
@@ -875,6 +894,7 @@ def check_adapter(model: nn.Module, folder: Path) -> None:
             _check_harmless(config, folder)
             resolve(model, config, where=str(folder / "adapter_config.json"))
         _check_tensors(model, config, tensors, folder)
+    return config, tensors
 
 
 def _named_place(source: str | Path) -> Path:
@@ -887,6 +907,25 @@ def _named_place(source: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         expected, said = "an adapter on the Hugging Face Hub", " ".join(str(error).split())[:200]
         raise AdapterError(fault("load_adapter", "source", str(source), expected, f"The hub says: {said}")) from error
+
+
+def _say_changed_base(model: nn.Module, whole: Whole, folder: Path) -> None:
+    """Refuse an adapter that changes a base which others compute with; say so of one that comes alone.
+
+    Raises:
+        AdapterError: The model has an adapter already, and this one or that one changes the base itself.
+    """
+    changed = [*getattr(model, "changed_base", ()), *whole.under_lora]
+    if changed and isinstance(model, PeftModel):
+        expected = "the base's own weights under LoRA, beside another adapter"
+        raise AdapterError(fault(str(folder), "embeddings", changed, expected, "Use it by itself, or merge it"))
+    if changed:
+        logger.warning(
+            "%s holds whole weights of %s under its LoRA update, other than the base's: they take the base's place, "
+            "so what is computed without the adapter has them too.",
+            folder,
+            ", ".join(changed),
+        )
 
 
 def _with_adapter(

@@ -18,6 +18,7 @@ from philora.checkpoint import indexed_files
 from philora.companions import GENERATION_FILE, TOKENIZER_FILES
 from philora.errors import ModelError, fault, one_per_line
 from philora.hub import reach
+from philora.models import refuse_adapter
 from philora.quantization import check_folder, keep_layout, require_bitsandbytes, scheme_of
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,6 +32,7 @@ def base_folder(base: str) -> Path:
     Raises:
         ModelError: There is no such model, or another scheme than bitsandbytes' quantised its weights.
     """
+    refuse_adapter(base, where="base", key="name")
     folder = Path(base)
     if not folder.is_dir():
         small = ["config.json", INDEX_NAME, GENERATION_FILE, *TOKENIZER_FILES, *COMPANION_FILES]

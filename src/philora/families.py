@@ -25,6 +25,13 @@ Source: the `generation_config.json` and chat templates of the models below.
 """
 
 
+SHIPPED_TOKENS: Final[Mapping[tuple[str, int], int]] = {("phi3", 32064): 32011}
+"""Tokens that a tokenizer ships with, by model type and rows of the embedding; the rows behind them are spare.
+
+Source: Phi-3's special tokens end at 32010 (torchtune/models/phi3/_tokenizer.py), and its embedding has 32,064 rows.
+"""
+
+
 @dataclass(frozen=True)
 class PhiModel:
     """One size of the family, with the attribute names of `Phi3Config`.
@@ -273,6 +280,12 @@ OTHER: Final = (
         "a multimodal model that is not in transformers: it needs trust_remote_code",
     ),
     OtherModel(
+        "Phi-4-mini-flash",
+        ("microsoft/Phi-4-mini-flash-reasoning",),
+        ("phi4flash",),
+        "Phi4FlashForCausalLM is not in transformers: it needs trust_remote_code and the packages of its own kernels",
+    ),
+    OtherModel(
         "Phi-4-multimodal",
         ("microsoft/Phi-4-multimodal-instruct",),
         ("phi4mm", "phi4_multimodal"),
@@ -301,6 +314,16 @@ def find_other(name_or_model_type: str) -> OtherModel | None:
         if last in each.model_types or last in (hub.partition("/")[2].lower() for hub in each.hub_ids):
             return each
     return None
+
+
+NOT_IN_TRANSFORMERS: Final[Mapping[str, str]] = {
+    "phi3small": "train microsoft/Phi-3-mini-4k-instruct or microsoft/Phi-3-medium-4k-instruct in its place",
+    "phi3_v": "for text alone, train microsoft/Phi-3.5-mini-instruct, whose language model it has",
+    "phi4mm": "for text alone, train microsoft/Phi-4-mini-instruct, whose language model it has; transformers' own "
+    "form of it has model_type phi4_multimodal",
+    "phi4flash": "train microsoft/Phi-4-mini-reasoning in its place",
+}
+"""Model types of Phi models whose code is on the Hub alone, and what to do instead."""
 
 
 def generic_notice(config: object) -> str | None:
@@ -362,6 +385,11 @@ def _rows(config: Any) -> dict[str, int]:
         "gate_proj": int(config.intermediate_size),
         "up_proj": int(config.intermediate_size),
     }
+
+
+def tokens_that_ship(config: object) -> int | None:
+    """Return how many tokens the model's own tokenizer has; None where that is not known."""
+    return SHIPPED_TOKENS.get((str(getattr(config, "model_type", "")), int(getattr(config, "vocab_size", None) or 0)))
 
 
 def longrope_switch_tokens(config: Any) -> int | None:

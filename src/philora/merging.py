@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from philora.adapters import FastLinear
+from philora.embeddings import stay_tied
 from philora.errors import AdapterError, fault, one_per_line
 from philora.quantization import dequantize_, is_quantized
 from philora.verify import ROUNDED_ONCE, agreement, logits_of
@@ -238,6 +239,8 @@ def _round_whole_modules(model: nn.Module) -> None:
 def stays_tied(model: PeftModel) -> bool:
     """Whether the adapter changes shared embeddings alike, if it changes them."""
     if any(getattr(each, "ensure_weight_tying", False) for each in model.peft_config.values()):
+        return True
+    if stay_tied(model):
         return True
     base = model.get_base_model()
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None

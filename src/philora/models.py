@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,14 +11,21 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils.hub import has_file as hub_has_file
 
 from philora.checkpoint import indexed_files
 from philora.config import Config, ModelConfig, TokenizerConfig
 from philora.errors import ConfigError, ModelError, fault, one_per_line
-from philora.families import stop_tokens_in
+from philora.families import NOT_IN_TRANSFORMERS, stop_tokens_in
 from philora.hub import reach
 from philora.kernels.memory import return_large_blocks
 from philora.quantization import (
@@ -45,6 +53,9 @@ PADDING_CANDIDATES = (
     "<|fim_pad|>",  # Qwen 2.5 and 3, whose own padding token ends a text
     "<|endofprompt|>",  # Phi-4-mini: of its vocabulary, in none of its templates
 )
+
+
+_ADDED_PADDING = "<|pad|>"
 
 
 def local_path(name: str) -> str:
@@ -94,6 +105,38 @@ def _explain(name: str, error: Exception, what: str) -> ModelError:
     return ModelError(fault("model", "name_or_path", name, expected, todo))
 
 
+# What transformers raises for a folder or repository that it cannot make a tokenizer, a config or a model of.
+_UNREADABLE = (
+    OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, AssertionError, RuntimeError,
+    ArithmeticError,
+)  # fmt: skip
+
+
+def _config_keys(model: ModelConfig) -> dict[str, Any]:
+    """Return what a model's config.json says, before anything interprets it; nothing where there is none."""
+    try:
+        options = {"revision": model.revision, **reach()}
+        keys, _ = PreTrainedConfig.get_config_dict(local_path(model.name_or_path), **options)
+    except _UNREADABLE:  # loading it says what is wrong
+        return {}
+    return dict(keys)
+
+
+def _refuse_unknown(model: ModelConfig, keys: Mapping[str, Any]) -> None:
+    """Refuse a Phi model whose code is not in transformers, unless code from elsewhere is trusted.
+
+    Raises:
+        ModelError: It is one.
+    """
+    kind = str(keys.get("model_type", ""))
+    if kind not in NOT_IN_TRANSFORMERS or model.trust_remote_code:
+        return
+    expected = f"a model whose code is in transformers; model_type={kind} has it on the Hub alone (docs/family.md)"
+    instead = NOT_IN_TRANSFORMERS[kind]
+    todo = f"{instead[0].upper()}{instead[1:]}. model.trust_remote_code: true runs that code, which nothing here tests"
+    raise ModelError(fault("model", "name_or_path", model.name_or_path, expected, todo))
+
+
 def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token that does not stop generation.
 
@@ -101,16 +144,21 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
         ModelError: It cannot be found or loaded, or no token can serve as padding.
     """
     path = local_path(model.name_or_path)
+    keys = _config_keys(model)
+    _refuse_unknown(model, keys)
     try:
         options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         tokenizer = read_tokenizer(path, **options, **reach())
     except Exception as error:  # what a damaged file leads transformers to is of any class
+        refuse_adapter(model.name_or_path, model.revision)
         raise _explain(model.name_or_path, error, "a tokenizer") from error
     if settings.model_max_length:
         tokenizer.model_max_length = settings.model_max_length
     if settings.padding_side:
         tokenizer.padding_side = settings.padding_side
-    set_padding(tokenizer, settings.pad_token)
+    text = keys.get("text_config")
+    rows = keys.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    set_padding(tokenizer, settings.pad_token, rows if isinstance(rows, int) else 0)
     return tokenizer
 
 
@@ -143,8 +191,14 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Any = None) 
     return [each for each in dict.fromkeys(ids) if 0 <= each < 1 << 31]  # some configurations have -1 for none
 
 
-def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> None:
+def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None, rows: int = 0) -> None:
     """Give a tokenizer a padding token that is no stop token: with one, the end of an answer would never be learned.
+
+    Args:
+        tokenizer: Changed in place.
+        wanted: The token that was asked for.
+        rows: Of the model's embedding. Where the vocabulary has nothing to pad with, as that of Phi-1.5 and Phi-2, and
+            the embedding has a row behind it, `<|pad|>` takes that row: what pads is masked, and the row never used.
 
     Raises:
         ModelError: `wanted` is not in the vocabulary or stops generation, or nothing in the vocabulary can serve.
@@ -166,6 +220,11 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -
                 logger.info("padding token: %s in place of %s, which is a stop token", token, tokenizer.pad_token)
             tokenizer.pad_token = token
             return
+    if max(vocabulary.values(), default=rows) + 1 < rows:
+        tokenizer.add_special_tokens({"pad_token": _ADDED_PADDING})
+        if tokenizer.pad_token_id < rows:
+            logger.info("padding token: %s, in a spare row of the embedding", _ADDED_PADDING)
+            return
     expected = "a padding token that is no stop token; the vocabulary has none of the usual ones"
     raise ModelError(fault("tokenizer", "pad_token", tokenizer.pad_token, expected, "Name one: tokenizer.pad_token"))
 
@@ -179,8 +238,52 @@ def load_skeleton(model: ModelConfig) -> PreTrainedModel:
     return _skeleton(model, _load_config(model))
 
 
+def refuse_adapter(name: str, revision: str | None = None, where: str = "model", key: str = "name_or_path") -> None:
+    """Refuse a base that is an adapter, or holds one: transformers would put it on the base without a word.
+
+    Args:
+        name: Folder or hub id of a base.
+        revision: Of a hub id.
+        where: What the message calls the place where it was given.
+        key: What it is called there.
+
+    Raises:
+        ModelError: There is an `adapter_config.json`.
+    """
+    folder = Path(local_path(name))
+    if folder.is_dir():
+        run = folder / "adapter" / "adapter_config.json"
+        found: Path | None = next((each for each in (folder / "adapter_config.json", run) if each.is_file()), None)
+        if found == run and (folder / "config.json").is_file():
+            return  # a base whose subfolder nothing reads
+        whole = (folder / "config.json").is_file()
+    else:
+        try:
+            path = find_adapter_config_file(name, revision=revision, **reach())
+        except (OSError, ValueError):  # no such repository, or none that may be read: loading it says so
+            return
+        found = None if path is None else Path(path)
+        whole = found is not None and (found.parent / "config.json").is_file()
+    if found is None:
+        return
+    if whole:
+        expected = "a base model alone; it also holds an adapter (adapter_config.json), which would be put on it unsaid"
+        todo = "Move adapter_config.json and adapter_model.safetensors into a folder of their own"
+        raise ModelError(fault(where, key, name, expected, todo))
+    try:
+        base = json.loads(found.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    kind = "the run of an adapter" if folder.is_dir() and found.parent != folder else "an adapter"
+    expected = f"a base model; this is {kind}"
+    todo = f"Its base is {base}. An adapter to go on from is given as model.adapter"
+    raise ModelError(fault(where, key, name, expected, todo if base else "Give the model that it was trained on"))
+
+
 def _load_config(model: ModelConfig) -> Any:
     """The model's config, once it is clear that its weights can be trained over."""
+    refuse_adapter(model.name_or_path, model.revision)
+    _refuse_unknown(model, _config_keys(model))
     _check_shards(Path(local_path(model.name_or_path)))
     try:
         path = local_path(model.name_or_path)
@@ -316,7 +419,7 @@ def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = N
         expected = "an attention implementation whose package is installed"
         todo = f"Set model.attn_implementation: sdpa. transformers says: {str(error)[:200]}"
         raise ModelError(fault("model", "attn_implementation", model.attn_implementation, expected, todo)) from error
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise _explain(model.name_or_path, error, "a causal language model") from error
     loaded.config.use_cache = model.use_cache
     keep_layout(loaded)

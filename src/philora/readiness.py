@@ -6,11 +6,11 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from philora import checkpoint, hub, models, outlook, planning, processes, resume
@@ -24,6 +24,7 @@ from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
 from philora.families import generic_notice
 from philora.quantization import scheme_of
+from philora.spare_rows import notice, stored_embedding, untrained_tokens
 from philora.trainer import checkpoint_bytes
 
 
@@ -103,6 +104,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *config.notices,
             *_notices(config, tokenizer, stops, covered),
             *filter(None, [generic_notice(model_config)]),
+            *filter(None, [_spare_rows(config, tokenizer, skeleton)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
             *filter(None, [plan.warning, processes.idle_gpus_notice(config), _taken(folder, config)]),
@@ -249,6 +251,15 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, recomputation: str
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
     reasons = choice.reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
     return Hardware(f"{device.name}{capability}", device.memory_bytes, choice.path, reasons)
+
+
+def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> str | None:
+    """Return which tokens have no trained row, by the files of a local model, or by their ids alone."""
+    folder = Path(models.local_path(config.model.name_or_path))
+    weight = stored_embedding(folder, skeleton) if folder.is_dir() else None
+    rows = int(cast(Any, skeleton.get_input_embeddings()).weight.shape[0])
+    found = untrained_tokens(tokenizer, rows, skeleton.config, weight)
+    return notice(found, rows, config.peft_config)
 
 
 def _notices(

@@ -60,6 +60,7 @@ from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 from philora.microbatches import MicroBatchTrainer
+from philora.models import refuse_adapter
 from philora.sampling import SharedSampler, can_share, with_empty_rows
 from philora.schedule import FEW_STEPS, check_schedule, few_steps
 from philora.schema import Misfit
@@ -197,6 +198,7 @@ class SFTTrainer(MicroBatchTrainer):
 
     _staging: Path | None = None  # where a checkpoint is being written, while it is
     train_dataset: Any
+    eval_dataset: Any
     _shared_lengths: list[int] | None = None  # tokens of each row, where this trainer deals them to processes
     _loraplus_settled = False  # whether an optimizer was split, or it was said that a given one is not
     _saved_step: int | None = None  # of the newest checkpoint
@@ -227,11 +229,14 @@ class SFTTrainer(MicroBatchTrainer):
             given["args"] = copy.copy(given["args"])
             given["args"].activation_offloading = False
         for name in ("train_dataset", "eval_dataset"):
-            several = given.get(name) if isinstance(given.get(name), dict) else {name: given.get(name)}
-            for each, rows in several.items():
+            table = given.get(name)
+            for each, rows in (table if isinstance(table, dict) else {name: table}).items():
                 refuse_empty(f"SFTTrainer: {each}", rows)
         resolution = None
         if is_lora(given.get("peft_config")):
+            if isinstance(model, str):
+                options = getattr(given["args"], "model_init_kwargs", None) or {}
+                refuse_adapter(model, options.get("revision"), "SFTTrainer", "model")
             skeleton = model if isinstance(model, nn.Module) else _skeleton(model, given.get("args"))
             resolution = resolve_for_training(skeleton, given["peft_config"])
             given["peft_config"] = resolution.for_peft(given["peft_config"])
@@ -706,6 +711,22 @@ class SFTTrainer(MicroBatchTrainer):
         return output
 
     # -- checkpoints
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """Put together the weights that processes share, for saving; every process has to call it.
+
+        Under ZeRO-3 those that train, whatever `stage3_gather_16bit_weights_on_model_save` says: it stands for the
+        whole model, and an adapter is small. The frozen base is not gathered.
+
+        Returns:
+            Tensors by name, in the first process; with ZeRO-3 None in the others.
+        """
+        if self.is_deepspeed_enabled and isinstance(self.model, PeftModel):
+            stage = self.accelerator.deepspeed_config.get("zero_optimization", {}).get("stage")
+            if stage == 3:
+                gathered = self.model_wrapped._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+                return cast("dict[str, torch.Tensor] | None", gathered)
+        return cast("dict[str, torch.Tensor]", self.accelerator.get_state_dict(self.model_wrapped))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else cast(str, super()._get_output_dir(trial))

@@ -81,6 +81,7 @@ from philora.kernels.memory import out_of_memory
 from philora.report import SECRETS, write_report
 from philora.signals import Interrupted, StopOnSignal
 from philora.sources import find_adapter
+from philora.spare_rows import notice, untrained_tokens
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
 logger = logging.getLogger("philora.run")
@@ -341,6 +342,11 @@ class _Run:
         config = self.config
         set_seed(int(config.training_config.get("seed", 42)))
         base = models.load_model(config.model, self.tokenizer)
+        weight = base.get_input_embeddings().weight
+        untrained = untrained_tokens(self.tokenizer, len(weight), base.config, weight)
+        spare = notice(untrained, len(weight), config.peft_config)
+        if spare is not None:
+            logger.warning("%s", spare)
         if config.model.adapter is not None:
             self.model = load_adapter(base, find_adapter(config.model.adapter).path, is_trainable=True)
         else:
@@ -417,8 +423,8 @@ class _Run:
         logger.info("%s", coverage(self.model))
         each = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
         logger.info("the plan%s:\n%s", each, self.plan)
-        for notice in (*filter(None, [self.plan.warning]), *outlook.notices(self.config, self.plan)):
-            logger.warning("%s", notice)
+        for text in (*filter(None, [self.plan.warning]), *outlook.notices(self.config, self.plan)):
+            logger.warning("%s", text)
         if self.model.device.type == "cpu":
             logger.info("between the products: %s", native.describe())
         with self._placed(self.model).disable_adapter():
@@ -439,7 +445,7 @@ class _Run:
         self.stop.doing = "after training"
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         # All processes take part in putting the shards together; one writes.
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        weights = trainer.whole_weights() if sharded else None
         processes.on_main(functools.partial(self._save_adapter, weights))
         del weights
         whole = self._saved() if sharded else self.model

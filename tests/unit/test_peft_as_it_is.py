@@ -194,4 +194,5 @@ def test_a_config_with_slices_can_be_used_again(phi3):
     assert set(config.target_modules) == {"q_proj", "v_proj"}
     for model in (first, second):
         layers = [each for each in model.modules() if isinstance(each, FastLinear)]
-        assert layers and all([part.name for part in each.slices["default"]] == ["q_proj", "v_proj"] for each in layers)
+        assert layers
+        assert all([part.name for part in each.slices["default"]] == ["q_proj", "v_proj"] for each in layers)

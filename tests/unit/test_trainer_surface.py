@@ -61,7 +61,8 @@ def test_a_vision_language_model_by_its_name(vision_folder, tmp_path):
     )
     assert type(trainer.model.get_base_model()) is transformers.LlavaForConditionalGeneration
     trained = [name for name, each in trainer.model.named_parameters() if each.requires_grad]
-    assert trained and all("language_model" in name for name in trained)
+    assert trained
+    assert all("language_model" in name for name in trained)
     assert trainer.train().training_loss > 0
 
 
@@ -244,7 +245,8 @@ def test_rows_without_any_label_are_refused(split, rows, packing, phi3, tmp_path
 
 def test_rows_that_lose_their_labels_are_left_out_and_counted(phi3, tmp_path, caplog):
     trainer = trainer_of(phi3, tmp_path, pairs(long=3, short=2), pairs(long=1, short=1))
-    assert len(trainer.train_dataset) == 2 and len(trainer.eval_dataset) == 1
+    assert len(trainer.train_dataset) == 2
+    assert len(trainer.eval_dataset) == 1
     assert "the train dataset: 3 of 5 rows have no label and are left out" in caplog.text
     assert "the eval dataset: 1 of 2 rows have no label and are left out" in caplog.text
     assert "max_length=64" in caplog.text

@@ -1,4 +1,4 @@
-"""Which tokenised rows have a label to learn from: a row without one is left out and counted, never trained in silence."""
+"""Which tokenised rows have a label to learn from: a row without one is left out and counted."""
 
 from __future__ import annotations
 

@@ -91,6 +91,10 @@ def read_peft(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, Adapter]
     _check_plain(folder)
     dtypes = {each.dtype for name, each in read_peft_tensors(folder).items() if "lora_" in name}
     adapted = load_adapter(model, folder)
+    if adapted.changed_base:
+        expected = "the base's own weights under LoRA"
+        todo = "Merge it in its place: philora merge"
+        raise AdapterError(fault(str(folder), "embeddings", adapted.changed_base, expected, todo))
     return adapted, _of_peft(adapted, dtypes.pop() if len(dtypes) == 1 else torch.float32)
 
 

@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from philora import native
 from philora.errors import DataError, fault
@@ -202,15 +202,17 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
 def _loaded(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Weight and bias of the output head, whole and where it computes.
 
-    FSDP2 shards the head, alone or with the last norm; read after the norm has run, which gathers both. accelerate
-    keeps a head that its `device_map` puts on the disk or into the computer's memory on the meta device until it runs.
+    ZeRO-3 gathers a module's weights when it runs, and the head does not run here: they are gathered now. FSDP2 shards
+    the head, alone or with the last norm; read after the norm has run, which gathers both. accelerate keeps a head that
+    its `device_map` puts on the disk or into the computer's memory on the meta device until it runs.
     """
     hook: Any = getattr(head, "_hf_hook", None) if cast(Tensor, head.weight).is_meta else None
     if hook is not None:
         hook.pre_forward(head)
     weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
     try:
-        yield cast(Tensor, weight), cast("Tensor | None", bias)
+        with maybe_gather_lm_head_ctx(weight, bias):
+            yield cast(Tensor, weight), cast("Tensor | None", bias)
     finally:
         if hook is not None:
             hook.post_forward(head, None)
