@@ -508,7 +508,7 @@ def test_beyond_this_machine_a_key_is_needed():
         {"temperature": 1, "top_p": 1e-46},
         {"temperature": 1e-40},
         {"temperature": 5e-324, "top_p": 1e-300},
-        {"temperature": 1, "extra_body": {"top_k": 10**40}, "seed": 10**60},
+        {"temperature": 1, "top_p": 1e-46, "extra_body": {"top_k": 10**40}, "seed": 10**60},
         {"temperature": 1e-40, "seed": -(10**60), "max_tokens": 10**40},
     ],
 )
@@ -526,6 +526,7 @@ def test_the_fault_of_one_ends_that_one_alone(served, voices, monkeypatch):
     def broken(logits, randoms):
         raise ValueError("planted")
 
+    broken.greedy = True
     replies[0]._sampler = broken
     take = replies[1].take
     monkeypatch.setattr(replies[1], "take", lambda logits: take(logits * math.nan))
@@ -594,7 +595,7 @@ def test_each_adapters_step_knows_how_many_there_may_be(voices, monkeypatch):
     assert [job.reply.text for job in jobs] == want
     assert all("".join(event.piece for event in events) == text for events, text in zip(told, want, strict=True))
     assert not any(event.error for events in told for event in events)
-    assert scheduler.parallel == 1
+    assert scheduler.parallel == 3
 
 
 def test_more_answers_are_tried_again_after_good_steps(voices, monkeypatch):
@@ -623,7 +624,7 @@ def test_a_long_answers_token_survives_the_others_lack_of_memory(voices, monkeyp
     failures = []
 
     def small(adapter, replies):
-        if len(failures) < 2:
+        if not failures:
             failures.append(len(replies))
             raise torch.OutOfMemoryError("planted")
         return logits(adapter, replies)
@@ -703,11 +704,11 @@ def test_what_is_asked_for_and_not_there_is_refused_by_name(served, change, para
 @pytest.mark.parametrize(
     ("messages", "code"),
     [
-        ([1] * 1_500_000, "context_length_exceeded"),
+        ([1] * 1_000_000, "context_length_exceeded"),
         ([{"role": "user", "content": ""}] * 100_000, "context_length_exceeded"),
         ([{"role": "user", "content": "a" * 3_900_000}], "context_length_exceeded"),
         ([{"role": "user", "content": "<|end|>" * 500_000}], "context_length_exceeded"),
-        ([{"role": "user", "content": [1] * 1_500_000}], "invalid_value"),
+        ([{"role": "user", "content": [1] * 1_000_000}], "invalid_value"),
     ],
 )
 def test_a_body_below_the_limit_costs_little(served, voices, monkeypatch, messages, code):
@@ -797,6 +798,11 @@ def test_a_body_has_a_deadline(served, monkeypatch):
 # -- the end of the server
 
 
+def uploading(cycle):
+    """Whether a request's header has come, and its body has not."""
+    return cycle is not None and cycle.more_body and not cycle.response_started
+
+
 def test_the_end_of_the_server_is_told_to_everybody(voices, caplog):
     scheduler = Scheduler(voices, parallel=1)
     with serve(voices, scheduler=scheduler) as served, ThreadPoolExecutor(2) as pool:
@@ -806,8 +812,10 @@ def test_the_end_of_the_server_is_told_to_everybody(voices, caplog):
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         halfway = opened(served, f"{head}Content-Length: 100\r\n\r\n{{".encode())
         deadline = time.monotonic() + 60
-        while scheduler.load < 2 and time.monotonic() < deadline:
+        cycles = [each.cycle for each in served.server.server_state.connections]
+        while (scheduler.load < 2 or not any(map(uploading, cycles))) and time.monotonic() < deadline:
             time.sleep(0.01)
+            cycles = [each.cycle for each in list(served.server.server_state.connections)]
         served.server.should_exit = True
         with pytest.raises(openai.APIError, match="server is stopping"):
             list(stream)
