@@ -13,17 +13,19 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from philora import __version__, display, process_state, processes
-from philora.errors import ConfigError, PhiloraError, fault
+from philora.errors import ConfigError, PhiloraError, fault, printable
 from philora.signals import StopOnSignal
 
 if TYPE_CHECKING:
@@ -36,8 +38,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+
+
+class _SafeConsole(Console):
+    """A console in which text of data, names and models cannot set the terminal: only rich's own styles do."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Render without control characters."""
+        for each in super().render(renderable, options):
+            yield each if each.control else each._replace(text=printable(each.text))
+
+
+out = _SafeConsole(soft_wrap=True)
+err = _SafeConsole(stderr=True, soft_wrap=True)
 
 ConfigArgument = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 AdapterArgument = Annotated[
@@ -63,6 +76,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings that go over the file's.", metavar="[KEY=VALUE]...")
 ]
 
+PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+PRODUCTS_KEPT = 256
+"""A server's prompts have every length, and oneDNN and PyTorch keep compiled code for each: 1,024 by default."""
+
 # For completion, which must not load torch; `philora.formats` has the same words.
 FORMATS = ("peft", "loralib", "gguf", "ollama")
 LAYOUTS = ("server", "fused", "slices", "merged", "adapter", "base+adapter")
@@ -74,6 +91,10 @@ TemperatureOption = Annotated[float | None, typer.Option(help="Of sampling; defa
 TopPOption = Annotated[float | None, typer.Option(help="Of sampling; default: the model's own.")]
 TopKOption = Annotated[int | None, typer.Option(help="Of sampling; default: the model's own.")]
 SeedOption = Annotated[int, typer.Option(help="Of sampling.")]
+ControlTokensOption = Annotated[
+    bool,
+    typer.Option("--control-tokens", help="Read control tokens inside messages as such; default: as text."),
+]
 
 
 def _version(shown: bool) -> None:
@@ -233,6 +254,7 @@ def generate_answers(
     top_p: TopPOption = None,
     top_k: TopKOption = None,
     seed: SeedOption = 0,
+    control_tokens: ControlTokensOption = False,
 ) -> None:
     """Answer a file of prompts in batches, as JSONL."""
     _logging("warning")
@@ -240,7 +262,15 @@ def generate_answers(
     from philora.inference import answer_file
 
     settings = GenerationSettings(
-        max_new_tokens, batch_size, sample, temperature, top_p, top_k, seed, stop_strings=tuple(stop or ())
+        max_new_tokens,
+        batch_size,
+        sample,
+        temperature,
+        top_p,
+        top_k,
+        seed,
+        stop_strings=tuple(stop or ()),
+        control_tokens=control_tokens,
     )
     lines = answer_file(source, prompts, settings, base=base, adapter=adapter, out=output)
     if output is None:
@@ -267,6 +297,7 @@ def chat(
     votes: Annotated[
         str | None, typer.Option("--votes", help="File of the page's votes; default: preferences.jsonl in the run.")
     ] = None,
+    control_tokens: ControlTokensOption = False,
 ) -> None:
     """Talk to an adapter, here or in the browser beside its base."""
     _logging("warning")
@@ -277,7 +308,7 @@ def chat(
                 todo = "Leave it out: the page has fields of its own"
                 raise ConfigError(fault("chat", f"--{option}", value, "no such option with --web", todo))
         file = Path(votes) if votes else _votes_folder(source) / "preferences.jsonl"
-        _serve([source], base, host, port, key, 32, max_new_tokens, file)
+        _serve([source], base, host, port, key, 32, max_new_tokens, file, control_tokens)
         return
     with err.status("loading"):
         from philora.conversation import Conversation, chat_settings, load_voices, name_of
@@ -287,6 +318,7 @@ def chat(
         settings = chat_settings(max_new_tokens, temperature, top_p, top_k, _seed(seed), stop or ())
         name = name_of(source)
         voices = load_voices({name: source}, base)
+        voices.control_tokens = control_tokens
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ModuleNotFoundError):  # Windows' console edits lines by itself
@@ -331,10 +363,11 @@ def serve(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Longest answer where a request does not say.")
     ] = 512,
+    control_tokens: ControlTokensOption = False,
 ) -> None:
     """Answer OpenAI's clients: the base and each adapter is a model of its own."""
     _logging("warning")
-    _serve(sources, base, host, port, key, max_requests, max_new_tokens, None)
+    _serve(sources, base, host, port, key, max_requests, max_new_tokens, None, control_tokens)
 
 
 @app.command()
@@ -586,8 +619,11 @@ def _serve(
     max_requests: int,
     max_new_tokens: int,
     votes: Path | None,
+    control_tokens: bool,
 ) -> None:
     """Load the adapters and serve them until a signal; with `votes`, the page too."""
+    for name in PRODUCT_CACHES:
+        os.environ.setdefault(name, str(PRODUCTS_KEPT))
     with err.status("loading"):
         try:
             import uvicorn  # noqa: F401
@@ -605,6 +641,7 @@ def _serve(
 
         _quiet()
         voices = load_named(sources, base)
+        voices.control_tokens = control_tokens
     defaults = chat_settings(max_new_tokens)
     scheduler = Scheduler(voices, limit=max_requests)
     app = serving.build_app(

@@ -8,6 +8,7 @@ sees all of them at once.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 
@@ -53,6 +54,15 @@ def shorten(value: object, limit: int = 80) -> str:
         return text
     half = (limit - 3) // 2
     return f"{text[:half]}...{text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Text without control characters: what comes from data or a model must not move the cursor or set the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each in "\n\t" or unicodedata.category(each) != "Cc" else "\N{REPLACEMENT CHARACTER}" for each in text
+    )
 
 
 def fault(where: str, name: str, value: object, expected: str, todo: str = "") -> str:

@@ -133,10 +133,14 @@ def answer_file(
         {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
         for prompt, answer in zip(conversations, answers, strict=True)
     ]
-    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in entries)
+    lines = "".join(json.dumps(each, ensure_ascii=False).translate(_CONTROLS) + "\n" for each in entries)
     if out is not None:
         write_text(Path(out).expanduser(), lines)
     return lines
+
+
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
+"""Control characters that JSON lets stand as they are, and that a terminal would obey."""
 
 
 # -- prompts

@@ -10,6 +10,7 @@ own generator. Some answers are made at a time, the others wait; past the bound 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -286,7 +287,8 @@ def append_vote(path: Path, record: Mapping[str, Any]) -> None:
                     written += file.write(line[written:])
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(size)
+                with contextlib.suppress(OSError):  # of a device, which has no size
+                    file.truncate(size)
                 raise
 
 

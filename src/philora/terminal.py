@@ -9,14 +9,13 @@ import contextlib
 import json
 import signal
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from philora.checkpoint import write_text
 from philora.conversation import Conversation, chat_settings, known
-from philora.errors import ConfigError, PhiloraError, fault
+from philora.errors import ConfigError, PhiloraError, fault, printable
 
 HELP = """\
 /reset            begin a new conversation
@@ -207,10 +206,3 @@ def stoppable() -> Iterator[threading.Event]:
         yield stopped
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def printable(text: str) -> str:
-    """Text without control characters: what a model writes must not move the cursor or set the terminal."""
-    return "".join(
-        each if each in "\n\t" or unicodedata.category(each) != "Cc" else "\N{REPLACEMENT CHARACTER}" for each in text
-    )

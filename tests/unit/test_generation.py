@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from transformers.generation import (
 from philora import decoding, generation
 from philora.adapters import optimize
 from philora.errors import ConfigError, DataError, ModelError
-from philora.generation import Answer, GenerationSettings, generate, stop_token_ids
+from philora.evaluation import evaluate
+from philora.generation import Answer, GenerationSettings, Sampler, generate, stop_token_ids
 from tests.tolerances import LOGITS_BF16
 
 SPECIAL = ["<unk>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -449,3 +451,45 @@ def test_settings_report_all_faults_at_once():
     assert (
         "generation: top_p=1.5 - expected null without do_sample. Set do_sample to true, or leave top_p out." in message
     )
+
+
+# -- numbers that are none, and extreme ones
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_model_of_nan_is_told_and_gives_no_answer(tokenizer, monkeypatch, fast, sampled):
+    monkeypatch.setenv("PHILORA_FUSED", "1" if fast else "0")
+    broken = tiny(tokenizer).eval()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(generation.NotFiniteError, match=r"model: logits=nan - expected numbers"):
+        generate(broken, tokenizer, PROMPTS[:2], GenerationSettings(max_new_tokens=4, do_sample=sampled))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 5e-324},
+        {"top_p": 1e-46},
+        {"top_p": 5e-324, "temperature": 1e30},
+        {"top_k": 10**30, "temperature": 1e-40},
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e4, 3e37])
+def test_a_draw_is_always_a_token_and_tends_to_the_likeliest(values, scale):
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * scale
+    logits[:, ::7] = -torch.inf  # tokens that are not allowed
+    randoms = [torch.Generator().manual_seed(seed) for seed in range(len(logits))]
+    drawn = Sampler(None, GenerationSettings(do_sample=True, **values))(logits, randoms)
+    assert drawn == logits.argmax(-1).tolist()
+
+
+def test_evaluation_of_a_model_of_nan_goes_on_without_answers(tokenizer):
+    """The report of a run whose loss became NaN is what says so."""
+    broken = tiny(tokenizer).eval()
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = math.nan
+    found = evaluate(broken, tokenizer, [], [(PROMPTS[0], "a")], pad_token_id=0)
+    assert [each.answer for each in found.samples] == [""]

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from philora import cli, inference
 from philora.conversation import Conversation, chat_settings, load_voices
 from philora.terminal import Terminal, printable
 from tests.conftest import COLOURS
@@ -179,3 +180,20 @@ def test_save_writes_a_line_of_training_data(voices, tmp_path):
 
 def test_control_characters_do_not_reach_the_terminal():
     assert printable("a\x1b[2Jb\x07\n\tc\x9bd") == "a\ufffd[2Jb\ufffd\n\tc\ufffdd"
+
+
+def test_data_in_the_command_lines_own_words_cannot_set_the_terminal(capsys, monkeypatch):
+    """rich's styles stay; what stands in a message, a name or a log line does not become an escape sequence."""
+    monkeypatch.setattr(cli.out, "_force_terminal", True)
+    cli.out.print("[red]name[/]: \x1b]0;owned\x07\x1b[2J\x9bm", highlight=False)
+    shown = capsys.readouterr().out
+    assert "name" in shown
+    assert "\x1b]0" not in shown
+    assert "\x1b[2J" not in shown
+    assert not {"\x07", "\x9b"} & set(shown)
+
+
+def test_lines_of_answers_hold_no_control_characters():
+    line = json.dumps({"a": "\x9b2J\x7f\x1b"}, ensure_ascii=False).translate(inference._CONTROLS)
+    assert line.isprintable()
+    assert json.loads(line) == {"a": "\x9b2J\x7f\x1b"}
