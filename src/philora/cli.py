@@ -13,23 +13,17 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from philora import __version__, display, process_state, processes
-from philora.errors import ConfigError, PhiloraError, fault, printable
+from philora.errors import ConfigError, PhiloraError, fault
 from philora.signals import StopOnSignal
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="philora",
@@ -40,17 +34,8 @@ app = typer.Typer(
 )
 
 
-class _SafeConsole(Console):
-    """A console in which text of data, names and models cannot set the terminal: only rich's own styles do."""
-
-    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
-        """Render without control characters."""
-        for each in super().render(renderable, options):
-            yield each if each.control else each._replace(text=printable(each.text))
-
-
-out = _SafeConsole(soft_wrap=True)
-err = _SafeConsole(stderr=True, soft_wrap=True)
+out = display.SafeConsole(soft_wrap=True)
+err = display.SafeConsole(stderr=True, soft_wrap=True)
 
 ConfigArgument = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
 AdapterArgument = Annotated[

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 
 from philora import processes
+from philora.errors import printable
 
 if TYPE_CHECKING:
     from philora.measures import Paired
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
 
 ROOT = "philora"
 """Name of the logger above all of philora's."""
+
+
+class SafeConsole(Console):
+    """A console in which text of data, names and models cannot set the terminal: only rich's own styles do."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Render without control characters."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 class LogLines(logging.Handler):
@@ -74,12 +85,12 @@ def shown(level: str) -> Iterator[ProgressBar]:
 
     logger = logging.getLogger(ROOT)
     before = logger.level
-    lines = log_lines(Console(stderr=True, soft_wrap=True), level)
+    lines = log_lines(SafeConsole(stderr=True, soft_wrap=True), level)
     handlers = [*logger.handlers, *logging.getLogger().handlers]
     if not any(type(each) in (LogLines, logging.StreamHandler) for each in handlers):
         logger.addHandler(lines)
         logger.setLevel(min(logging.INFO, lines.level))
-    bar = ProgressBar(Console(soft_wrap=True))
+    bar = ProgressBar(SafeConsole(soft_wrap=True))
     try:
         yield bar
     finally:
