@@ -381,12 +381,13 @@ class Encoder:
         if any(turn.start != places[turn.message] for turn in turns):
             return None
         encoding = self.backend.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, np.int32)
+        listed = encoding.ids  # made anew each time it is asked for
+        ids = np.array(listed, np.int32)
         controls = np.flatnonzero(self._is_added[ids])
         order = {int(place): number for number, place in enumerate(controls)}
         brackets: list[tuple[int, int]] = []
         for turn in turns:
-            first, after = self._token_span(encoding, encoding.ids, turn)
+            first, after = self._token_span(encoding, listed, turn)
             if first - 1 in order and after - 1 in order:
                 brackets.append((order[first - 1], order[after - 1]))
         return _Plan(
