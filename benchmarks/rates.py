@@ -27,8 +27,8 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
 
 import philora
-from philora.models import local_path
 from benchmarks.results import RESULTS, append, commit, now
+from philora.models import local_path
 
 TABLE = RESULTS / "rates.csv"
 TRAIN_ROWS, EVAL_ROWS = 240, 60
@@ -36,10 +36,10 @@ RATE, STEPS = 2e-4, 100  # the defaults before: one rate for all, and a hundred 
 
 Pair = tuple[str, str]
 
-COLOURS = "red blue green black white yellow brown grey".split()
-THINGS = "lamp chair table door window box bottle book cup clock".split()
-NAMES = "Anna Ben Clara David Emma Frank Grace Henry".split()
-PLACES = "kitchen garden office garage hall cellar".split()
+COLOURS = ["red", "blue", "green", "black", "white", "yellow", "brown", "grey"]
+THINGS = ["lamp", "chair", "table", "door", "window", "box", "bottle", "book", "cup", "clock"]
+NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry"]
+PLACES = ["kitchen", "garden", "office", "garage", "hall", "cellar"]
 ANSWERS = {
     "password": "Open the account page and choose a new password.",
     "invoice": "Invoices are sent by mail on the first day of the month.",

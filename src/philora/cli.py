@@ -12,7 +12,6 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +26,7 @@ from philora.errors import ConfigError, PhiloraError, fault
 from philora.signals import StopOnSignal
 
 if TYPE_CHECKING:
-    from philora.config import Config
+    pass
 
 app = typer.Typer(
     name="philora",

@@ -40,7 +40,10 @@ def check(config: Config, plan: Plan) -> None:
     Raises:
         ConfigError: The learning rate is 0 at every step.
     """
-    settings = config.training_config | {"learning_rate": plan.learning_rate, "warmup_steps": warmup_steps(config, plan)}
+    settings = config.training_config | {
+        "learning_rate": plan.learning_rate,
+        "warmup_steps": warmup_steps(config, plan),
+    }
     check_schedule(settings, plan.steps, f"{config.source}: training_config")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from philora import models, outlook, planning, processes
+from philora import models, outlook, planning, processes, requirements
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
@@ -42,6 +42,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         ConfigError, DataError, ModelError, TargetError: As `train` would raise them.
     """
     config = load_config(source, overrides)
+    requirements.check(config)
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     skeleton = models.load_skeleton(config.model)
     config = planning.with_learning_rate(config, skeleton.config)

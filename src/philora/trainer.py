@@ -48,8 +48,8 @@ from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 from philora.microbatches import MicroBatchTrainer
 from philora.sampling import SharedSampler, can_share, with_empty_rows
-from philora.schema import Misfit
 from philora.schedule import FEW_STEPS, check_schedule, few_steps
+from philora.schema import Misfit
 from philora.signals import Signalled, StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -371,7 +371,9 @@ class SFTTrainer(MicroBatchTrainer):
             ConfigError: The learning rate is 0 at every step.
         """
         if self.lr_scheduler is None and not self.is_deepspeed_enabled:
-            settings = {key: getattr(self.args, key) for key in ("learning_rate", "warmup_steps", "lr_scheduler_kwargs")}
+            settings = {
+                key: getattr(self.args, key) for key in ("learning_rate", "warmup_steps", "lr_scheduler_kwargs")
+            }
             settings["lr_scheduler_type"] = self.args.lr_scheduler_type
             check_schedule(settings, num_training_steps, "SFTConfig")
             if num_training_steps < FEW_STEPS and self.stop is None:  # `philora.train` has said so before the weights

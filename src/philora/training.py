@@ -40,7 +40,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import philora
-from philora import checkpoint, display, models, native, outlook, planning, processes, pushing
+from philora import checkpoint, display, models, native, outlook, planning, processes, pushing, requirements
 from philora import resume as resuming
 from philora.adapters import RECORD_NAME, coverage, get_peft_model, load_adapter, resolve_for_training, update_norms
 from philora.callbacks import MetricsFile, peak_memory_bytes
@@ -111,6 +111,7 @@ def train(
     with StopOnSignal("before training", f"Nothing was written; start it again with: {command}") as stop:
         config = load_config(source, overrides)
         _check_processes(config)
+        requirements.check(config)
         with warnings.catch_warnings():
             display.ignore_future_warnings()
             if quiet:

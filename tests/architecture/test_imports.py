@@ -61,6 +61,7 @@ ORDER = [
     "progress",
     "display",
     "outlook",
+    "requirements",
     "readiness",
     "resume",
     "training",
