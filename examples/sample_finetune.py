@@ -1,7 +1,8 @@
 """The Phi-3 model card's script, with its trainer and arguments from philora.
 
     accelerate launch examples/sample_finetune.py                                           # needs a GPU and the Hub
-    python examples/sample_finetune.py --model nano --data src/philora/nano/helpdesk/train.jsonl --epochs 6 --rate 2.4e-3
+    python examples/sample_finetune.py --model nano --data src/philora/nano/helpdesk/train.jsonl \\
+        --epochs 6 --rate 2.4e-3
 
 A step takes 4 x 2048 tokens, and the published rate is one for 3.8 billion parameters and 200,000 conversations. The
 bundled help desk makes 8 steps an epoch: nano learns it in more epochs and with a higher rate.

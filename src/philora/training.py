@@ -27,7 +27,6 @@ import datasets
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
-from rich.console import Console
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
@@ -119,7 +118,7 @@ def train(
             with display.shown(str(config.training_config.get("log_level", "info"))) as bar:
                 result = _train(config, resume, [bar, *callbacks], command, stop)
             if processes.is_main():
-                display.show_result(Console(soft_wrap=True), result.folder, result.results)
+                display.show_result(result.folder, result.results)
             return result
 
 
