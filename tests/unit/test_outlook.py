@@ -107,6 +107,8 @@ def test_an_earlier_run_goes_on_with_the_rate_of_its_record():
     found = _with_recorded_rate(now, other, chosen)
     assert found.training_config["learning_rate"] == 5e-4
     assert found.origins["training_config.learning_rate"] == "auto: a rule"
+    assert _with_recorded_rate(other, other, chosen).origins["training_config.learning_rate"] == "auto: a rule"
+    assert _with_recorded_rate(then, other, chosen) is then, "another rate: the difference is refused"
 
 
 # -- runs that train nothing
