@@ -25,7 +25,7 @@ def main(seeds: list[int]) -> None:
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             overrides = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
-            results = philora.train(source, overrides).results
+            results = philora.train(source, overrides, quiet=True).results
         row = {
             "commit": commit(REPOSITORY),
             "machine": f"{os.cpu_count()} cores {platform.machine()}",

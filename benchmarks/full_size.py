@@ -160,6 +160,7 @@ def train(folder: Path, quantization: str, steps: int, work: Path) -> dict[str, 
             "peft_config": {"r": 16, "lora_alpha": 32},
         },
         callbacks=[Clock()],
+        quiet=True,
     )
     memory.sample()
     losses = [json.loads(line).get("loss") for line in (work / "metrics.jsonl").read_text().splitlines()]

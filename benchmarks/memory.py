@@ -144,7 +144,8 @@ def child(cell: Cell, folder: Path, work: Path) -> dict[str, Any]:
                 "save_strategy": "no",
                 "log_level": "error",
             },
-        }
+        },
+        quiet=True,
     )
     status = _status()
     return {

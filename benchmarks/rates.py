@@ -183,7 +183,7 @@ def run(task: str, model: str, what: str, seed: int) -> dict[str, str | int | fl
                 "output_dir": f"{folder}/run", "seed": seed, "eval_strategy": "no", "save_strategy": "no",
             },
         }  # fmt: skip
-        results = philora.train(source, overrides(what, model, train)).results
+        results = philora.train(source, overrides(what, model, train), quiet=True).results
     width = json.loads((Path(local_path(model)) / "config.json").read_text())["hidden_size"]
     return {
         "commit": commit(Path(__file__).parents[1]),

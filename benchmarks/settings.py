@@ -101,7 +101,7 @@ def main() -> None:
                 place = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
                 texts = as_texts(Path(folder) / "texts.jsonl") if "data.train=TEXTS" in VARIANTS[name] else ""
                 changed = [each.replace("TEXTS", str(texts)) for each in VARIANTS[name]]
-                results = philora.train(source, [*BASE, *place, *changed]).results
+                results = philora.train(source, [*BASE, *place, *changed], quiet=True).results
             row = {
                 "commit": commit(Path(__file__).parents[1]),
                 "date": now(),

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from python_code import COLUMNS, DATASET, rouge_of, split
+from python_code import COLUMNS, DATASET, look_for_needs, rouge_of, split
 
 import philora
 
@@ -30,6 +30,7 @@ TRAINING = {
     "eval_steps": 100,
     "logging_steps": 100,
     "save_strategy": "epoch",
+    "save_total_limit": None,  # a checkpoint of each epoch stays, as published; philora's default keeps two
     "max_length": 512,
     "packing": False,  # so that 8 x 4 rows are 32 examples, as published
     "seed": 42,
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     out = Path(options.out)
     os.environ.setdefault("WANDB_PROJECT", "Phi3-mini-ft-python-code")
+    look_for_needs(options.push)
 
     # 1. Train. Mended by philora's defaults: the loss is on the assistant's answers, not on the user's words.
     train, test = split(options.data, out / "data", options.limit)

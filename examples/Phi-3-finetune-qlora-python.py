@@ -2,13 +2,18 @@
 
 python examples/Phi-3-finetune-qlora-python.py                                          # needs a GPU and the Hub
 python examples/Phi-3-finetune-qlora-python.py --model nano --data examples/data/python_code.jsonl
+
+Weights & Biases logs the run where `wandb` is installed; WANDB_MODE=offline keeps that on this machine.
 """
 
 import argparse
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from python_code import COLUMNS, DATASET, rouge_of, split
+from huggingface_hub import HfApi
+from python_code import COLUMNS, DATASET, look_for_needs, rouge_of, split
 
 import philora
 
@@ -27,6 +32,7 @@ TRAINING = {
     "eval_steps": 100,
     "logging_steps": 100,
     "save_strategy": "epoch",
+    "save_total_limit": None,  # a checkpoint of each epoch stays, as published; philora's default keeps two
     "max_length": 512,
     "packing": False,  # so that 4 x 8 rows are 32 examples, as published
     "seed": 42,
@@ -49,8 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answers", type=int, default=500, help="held-out rows for ROUGE")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--out", default="runs/phi-3-mini-QLoRA", help="folder for everything, new or empty")
+    parser.add_argument(
+        "--push", metavar="USER/NAME", help="repository for the merged model; the adapter's is NAME-LoRA"
+    )
     options = parser.parse_args(arguments)
     out = Path(options.out)
+    os.environ.setdefault("WANDB_PROJECT", "Phi3-mini-ft-python-code")
+    look_for_needs(options.push)
 
     # 1. Train over 4-bit weights: nf4 means NF4 with double quantisation, each product in `dtype`.
     train, test = split(options.data, out / "data", options.limit)
@@ -62,7 +73,13 @@ def main(arguments: list[str] | None = None) -> None:
                 "device_map": "cuda" if torch.cuda.is_available() else None,
             },
             "data": {"train": {"path": train, "columns": COLUMNS}, "eval": {"path": test, "columns": COLUMNS}},
-            "training_config": TRAINING | {"output_dir": str(out / "run"), "max_steps": options.max_steps},
+            "training_config": TRAINING
+            | {
+                "output_dir": str(out / "run"),
+                "max_steps": options.max_steps,
+                "report_to": ["wandb"] if find_spec("wandb") else "none",
+                "run_name": out.name,
+            },
             "peft_config": LORA,
         }
     )
@@ -72,7 +89,14 @@ def main(arguments: list[str] | None = None) -> None:
     merged = philora.merge_to_folder(run.folder, out / "merged", fresh_base=True)
     print(f"\nmerged: {merged.folder}\n{merged.agreement}")
 
-    # 3. Ask the merged model what it was not trained on, many questions at a time.
+    # 3. Publish, if asked to: the adapter, then the model that was merged into the fresh base, with its tokenizer.
+    if options.push:
+        print(philora.push(run.folder, f"{options.push}-LoRA").url)
+        hub = HfApi()
+        hub.create_repo(options.push, exist_ok=True)
+        print(hub.upload_folder(repo_id=options.push, folder_path=merged.folder).commit_url)
+
+    # 4. Ask the merged model what it was not trained on, many questions at a time.
     scores = rouge_of(merged.folder, test, options.answers, options.max_new_tokens, batch_size=32)
     print("\n" + "  ".join(f"{kind} {score:.1f}" for kind, score in scores.items()))
 

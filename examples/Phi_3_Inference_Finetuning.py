@@ -34,6 +34,8 @@ TRAINING = {
     "eval_steps": 10,
     "logging_steps": 10,
     "save_strategy": "epoch",
+    "save_total_limit": None,  # a checkpoint of each epoch stays, as published; philora's default keeps two
+    "max_length": 128,  # as published: longer conversations are cut there
     "packing": False,  # so that 7 x 4 rows are 28 conversations, as published
 }
 

@@ -6,10 +6,19 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from philora.generation import GenerationSettings, generate
-from philora.measures import overlap
+from philora.hub import check_repo_id, require_token
+from philora.measures import choose, overlap
 
 DATASET = "iamtarun/python_code_instructions_18k_alpaca"  # 18,612 records {instruction, input, output, prompt}
 COLUMNS = {"user": "{instruction} Input: {input}", "assistant": "{output}"}
+
+
+def look_for_needs(push: str | None) -> None:
+    """Look for what the end of the sample needs before its start: the ROUGE package, and a token to publish with."""
+    choose(["rouge"])
+    if push:
+        check_repo_id(push, "--push")
+        require_token("--push")
 
 
 def split(source: str, folder: Path, limit: int | None) -> tuple[Path, Path]:

@@ -1,7 +1,11 @@
 """The Phi-3 model card's script, with its trainer and arguments from philora.
 
     accelerate launch examples/sample_finetune.py                                           # needs a GPU and the Hub
-    python examples/sample_finetune.py --model nano --data src/philora/nano/helpdesk/train.jsonl --limit 200
+    python examples/sample_finetune.py --model nano --data src/philora/nano/helpdesk/train.jsonl \\
+        --epochs 6 --rate 2.4e-3
+
+A step takes 4 x 2048 tokens, and the published rate is one for 3.8 billion parameters and 200,000 conversations. The
+bundled help desk makes 8 steps an epoch: nano learns it in more epochs and with a higher rate.
 
 The two dicts are as published: what is spelled otherwise today is translated, with a notice each. The same settings
 for `philora train` stand in sample_finetune.yaml.
@@ -60,11 +64,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", default="HuggingFaceH4/ultrachat_200k", help="hub id, or JSON lines with messages")
     parser.add_argument("--limit", type=int, help="conversations to read of each split; all by default")
     parser.add_argument("--max-steps", type=int, default=training_config["max_steps"])
+    parser.add_argument("--epochs", type=float, default=training_config["num_train_epochs"])
+    parser.add_argument("--rate", type=float, default=training_config["learning_rate"], help="learning rate")
     parser.add_argument("--out", default=training_config["output_dir"], help="folder for checkpoints and adapter")
     options = parser.parse_args(arguments)
 
     train_conf = TrainingArguments(
-        **training_config | {"output_dir": options.out, "max_steps": options.max_steps},
+        **training_config
+        | {
+            "output_dir": options.out,
+            "max_steps": options.max_steps,
+            "num_train_epochs": options.epochs,
+            "learning_rate": options.rate,
+        },
         # Mended: the loss is on the assistant's turns; the sample spends it on the user's words too.
         assistant_only_loss=True,
     )

@@ -18,6 +18,7 @@ import math
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,8 @@ def evaluate(
         RunError: The judge failed.
     """
     started = time.monotonic()
+    if judge is not None:
+        _check_judge(judge)
     if is_run():
         transformers_logging.set_verbosity_warning()
         transformers_logging.disable_progress_bar()
@@ -435,6 +438,16 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
         expected = f"a score for each of {len(wanted)} answers"
         raise RunError(fault("evaluate", "judge", len(scores), expected, f"Without one: {min(wanted - scores.keys())}"))
     return scores
+
+
+def _check_judge(command: str) -> None:
+    """Refuse a judge that cannot be started, before the models answer."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    if not words or shutil.which(words[0]) is None:
+        raise ConfigError(fault("evaluate", "judge", command, "a command that can be started"))
 
 
 def _judged(command: str, examples: Sequence[dict[str, Any]]) -> Paired:

@@ -78,6 +78,11 @@ def _init_lora_weights(value: Any) -> bool | str:
     return str(one_of(*words).read(value))
 
 
+def _task_type(value: Any) -> str:
+    # A Python caller may pass PEFT's enumeration.
+    return str(exactly("CAUSAL_LM").read(getattr(value, "value", value)))
+
+
 def _template(value: Any) -> str:
     text = str(TEXT.read(value))
     try:
@@ -447,7 +452,7 @@ _LIBRARY_FIELDS: Final = (
     Field("peft_config.lora_alpha", 32, number(above=0), "numerator of the multiplier: alpha/r, or alpha/sqrt(r)"),
     Field("peft_config.lora_dropout", 0.05, _SMALL_BETA, "dropout on the input of the adapters"),
     Field("peft_config.bias", "none", Rule("", lambda value: value), "which biases train"),
-    Field("peft_config.task_type", "CAUSAL_LM", Rule("", lambda value: value), "PEFT's task"),
+    Field("peft_config.task_type", "CAUSAL_LM", Rule("CAUSAL_LM", _task_type, ("CAUSAL_LM",)), "PEFT's task"),
     Field("peft_config.peft_type", LIBRARY, union(one_of("LORA"), NULL), "PEFT's method; the configuration is LoRA's"),
     Field("peft_config.inference_mode", LIBRARY, exactly(False), "true would freeze the adapters"),
     Field(
@@ -1436,8 +1441,6 @@ def _check_lora(given: Mapping[str, Any], reader: _Reader) -> None:
     target = given.get("target_modules", "all-linear")
     if target in ([], "") and not given.get("target_parameters"):
         refuse("target_modules", "at least one module", "Use all-linear for every linear layer of the model")
-    if given.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
-        refuse("task_type", "CAUSAL_LM, because philora trains causal language models")
     if isinstance(target, str):
         for key in ("layers_to_transform", "layers_pattern"):
             if given.get(key) is not None:

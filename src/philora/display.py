@@ -100,16 +100,16 @@ def shown(level: str) -> Iterator[ProgressBar]:
             logger.setLevel(before)
 
 
-def show_result(console: Console, folder: Path, results: Mapping[str, Any]) -> None:
+def show_result(folder: Path, results: Mapping[str, Any]) -> None:
     """Show what came of a run: the held-out data before and after, a few answers, speed and files.
 
     Args:
-        console: Where to.
         folder: The run folder.
         results: The content of its `results.json`.
     """
     from philora.evaluation import Scores, compare_table, stage_table
 
+    console = SafeConsole(soft_wrap=True)
     if results["before"] and results["after"]:
         before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
         columns: tuple[str, ...] = ("", "base", "with adapter", "change")

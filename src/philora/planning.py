@@ -246,6 +246,8 @@ def plan(
     train = None if report.streaming else report.train
     mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
     row_tokens = max_length if packing else min(mean, max_length)
+    # Rows that are not packed are filled up to the longest of their batch, and some batch has the longest of all.
+    longest = max_length if packing or train is None else min(max(train.longest_tokens, mean), max_length)
     label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
     memory = available_bytes(device) // sharing
     evaluated = _evaluated(config, report, max_length, counted, memory)
@@ -253,6 +255,7 @@ def plan(
     batch = choose(
         counted,
         row_tokens=row_tokens,
+        longest_row_tokens=longest,
         tokens_per_step=tokens_per_step,
         rows=wanted["per_device_train_batch_size"],
         accumulation=wanted["gradient_accumulation_steps"],
@@ -263,7 +266,7 @@ def plan(
         evaluation=evaluated,
     )
 
-    situation = _Situation(config, adapted, counted, batch, max_length, row_tokens, packing, label_share, evaluated)
+    situation = _Situation(config, adapted, counted, batch, max_length, longest, packing, label_share, evaluated)
     changes = situation.changes(optim, memory) if batch.estimate.peak > FILLED * memory else ()
     rate = measure_rate(counted, batch.rows * row_tokens)
     document = min(mean, max_length)
@@ -409,6 +412,7 @@ def choose(
     processes: int = 1,
     label_share: float = 1.0,
     evaluation: Evaluated = NOT_EVALUATED,
+    longest_row_tokens: int | None = None,
 ) -> Batch:
     """Fill in what the person left open: the largest micro-batch, with the least recomputation that lets one fit.
 
@@ -424,7 +428,9 @@ def choose(
             number of rows that can.
         label_share: Of the tokens, those with a label.
         evaluation: What is evaluated at once.
+        longest_row_tokens: Tokens of the longest row, for which there must be memory; default: `row_tokens`.
     """
+    longest = longest_row_tokens or row_tokens
     in_a_step = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
     wanted = max(1, round(math.ceil(in_a_step / processes) / (accumulation or 1)))
     grades = GRADES if recomputation is None else (recomputation,)
@@ -433,7 +439,7 @@ def choose(
     options = [(micro, grade) for grade in grades for micro in sizes]
     options.sort(key=lambda each: each[0] * row_tokens < enough)  # stable: small ones last
     found = [
-        (micro, grade, counted.estimate(micro * row_tokens, grade, label_share=label_share, evaluation=evaluation))
+        (micro, grade, counted.estimate(micro * longest, grade, label_share=label_share, evaluation=evaluation))
         for micro, grade in options
     ]
     # Evaluation and loading are what they are, whatever the batch.

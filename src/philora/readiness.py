@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from philora import checkpoint, hub, models, outlook, planning, processes, resume
+from philora import checkpoint, hub, models, outlook, planning, processes, requirements, resume
 from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
@@ -129,13 +129,6 @@ _OPTIMIZERS = {
     "adamw_bnb_8bit": "bitsandbytes", "adamw_8bit": "bitsandbytes", "paged_": "bitsandbytes", "lion": "bitsandbytes",
     "ademamix": "bitsandbytes", "rmsprop_bnb": "bitsandbytes",
 }  # fmt: skip
-# Of trackers, the modules of which one is needed.
-_TRACKERS = {
-    "azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
-    "dagshub": ("dagshub",), "dvclive": ("dvclive",), "flyte": ("flytekit",), "mlflow": ("mlflow",),
-    "neptune": ("neptune",), "swanlab": ("swanlab",), "tensorboard": ("tensorboard", "tensorboardX"),
-    "trackio": ("trackio",), "wandb": ("wandb",),
-}  # fmt: skip
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -148,7 +141,7 @@ def require(config: Config) -> None:
     """
     given = config.training_config
     folder = Path(given["output_dir"]).expanduser()
-    faults = [*_missing_packages(given, config.source)]
+    faults = [*requirements.faults(config), *_missing_packages(given, config.source)]
     refused = checkpoint.unwritable(folder)
     if refused is not None:
         faults.append(checkpoint.not_writable(config.source, "training_config.output_dir", folder, refused))
@@ -164,10 +157,6 @@ def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
     optim = str(given.get("optim") or "")
     needed: list[tuple[str, str, tuple[str, ...]]] = []
     needed += [("optim", optim, (module,)) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]
-    trackers = given.get("report_to") or []
-    for each in [trackers] if isinstance(trackers, str) else trackers:
-        if each in _TRACKERS:
-            needed.append(("report_to", each, _TRACKERS[each]))
     if given.get("use_liger_kernel"):
         needed.append(("use_liger_kernel", "true", ("liger_kernel",)))
     for key, value, modules in needed:

@@ -406,6 +406,8 @@ def _warnings(run: Run) -> list[str]:
         warnings.append(f"The loss was not a finite number at {len(broken)} logged steps, first at step {broken[0]:,}.")
     if shared := _real(_mapping(run.results.get("data")).get("in_both")):
         warnings.append(f"{shared:,.0f} held-out rows also stand in the training data: the figures below flatter.")
+    sentences = _mapping(run.results.get("judgement")).get("sentences")
+    warnings += [f"{each[:1].upper()}{each[1:]}" for each in sentences or () if isinstance(each, str)]
     return warnings
 
 

@@ -269,14 +269,16 @@ def keep_passed_over(continued: Continued) -> None:
 def _with_recorded_rate(config: Config, then: Config, facts: Mapping[str, Any]) -> Config:
     """Return the configuration with the run's learning rate, where philora chose it then and is to choose it now."""
     name, key = "learning_rate", "training_config.learning_rate"
-    recorded = then.training_config.get(name)
-    chosen = key in facts.get("automatic", {}) if "automatic" in facts else recorded == EARLIER_LEARNING_RATE
-    if config.training_config.get(name) != "auto" or not (chosen or not facts):
+    recorded, rule = then.training_config.get(name), facts.get("automatic", {}).get(key)
+    given = config.training_config.get(name)
+    # Of a run without a record of it the earlier default tells; one that was killed before it wrote any has no facts.
+    chosen = rule is not None or ("automatic" not in facts and (not facts or recorded == EARLIER_LEARNING_RATE))
+    if not chosen or given not in (("auto", recorded) if rule else ("auto",)):
         return config
     return replace(
         config,
         training_config=config.training_config | {name: recorded},
-        origins={**config.origins, key: facts.get("automatic", {}).get(key, "auto: as the run was started with")},
+        origins={**config.origins, key: rule or "auto: as the run was started with"},
     )
 
 

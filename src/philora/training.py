@@ -144,7 +144,7 @@ def train(
             with display.shown(str(config.training_config.get("log_level", "info"))) as bar:
                 result = _train(config, resume, [bar, *callbacks], command, stop)
             if processes.is_main():
-                display.show_result(display.SafeConsole(soft_wrap=True), result.folder, result.results)
+                display.show_result(result.folder, result.results)
             return result
 
 

@@ -1,4 +1,4 @@
-"""Imports point one way, the top modules need no torch, and only the command line prints."""
+"""Imports point one way, the top modules need no torch, and two modules write to the terminal."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ ORDER = [
     "progress",
     "display",
     "outlook",
+    "requirements",
     "resume",
     "readiness",
     "training",
@@ -138,6 +139,19 @@ def test_only_the_command_line_prints_or_exits():
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit", "exit"):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong
+
+
+def test_only_the_command_line_and_the_display_have_a_terminal():
+    """A console, or a write to a standard stream, anywhere else would be a second way in which things are shown."""
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        if path.name in ("cli.py", "display.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("Console", "rich.print", "sys.stdout.write", "sys.stderr.write"):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not wrong
 

@@ -448,7 +448,7 @@ def dangling(path):
         (lambda s, m, t: s["training_config"].update(optim="schedule_free_adamw"),
          ConfigError, r"training_config.optim='schedule_free_adamw' - expected the package schedulefree"),
         (lambda s, m, t: s["training_config"].update(report_to=["mlflow"]),
-         ConfigError, r"training_config.report_to='mlflow' - expected the package mlflow"),
+         ConfigError, r"training_config.report_to='mlflow' - expected a tracker whose package is installed"),
         (lambda s, m, t: s["model"].update(adapter=str(t)), AdapterError,
          r"expected a run folder, or a folder with adapter_config.json"),
         (lambda s, m, t: s["training_config"].update(output_dir="/proc/run"), ConfigError,

@@ -109,6 +109,13 @@ def test_the_page_on_settings_has_the_rows_of_settings():
     assert table().count("\n") > 12
 
 
+def test_the_page_on_settings_has_the_rows_of_rates():
+    from benchmarks.rates import table
+
+    assert f"<!-- table: rates.csv -->\n\n{table()}\n<!-- end -->" in page("docs/settings.md")
+    assert table().count("\n") > 8
+
+
 def test_the_page_on_performance_has_the_rows_of_generation():
     text = page("docs/performance.md")
     for work, dtype in (("nano", "bfloat16"), ("a", "bfloat16"), ("nano", "float32"), ("a", "float32")):

@@ -232,7 +232,6 @@ def test_the_defaults_of_a_run() -> None:
     assert config.model.name_or_path == "nano"
     assert config.data.train == (SourceConfig("helpdesk"),)
     assert config.data.eval == 0.05
-    assert training["learning_rate"] == 2.0e-4
     assert training["warmup_steps"] == 0.03
     assert training["packing"] is True
     assert training["max_length"] == 2048
@@ -244,6 +243,7 @@ def test_the_defaults_of_a_run() -> None:
         "gradient_checkpointing",
         "bf16",
         "tokens_per_step",
+        "learning_rate",
     }
     assert config.peft_config == {key: value for key, value in S4_PEFT.items() if value is not None}
     assert not config.notices
@@ -283,7 +283,7 @@ def test_each_value_has_its_origin(write: Callable[..., Path]) -> None:
     rows = {key: (value, origin) for key, value, origin in explain(config)}
     assert rows["training_config.seed"] == (2, "command line")
     assert rows["training_config.eval_strategy"] == ("epoch", str(path))
-    assert rows["training_config.learning_rate"] == (2.0e-4, "default")
+    assert rows["training_config.learning_rate"] == ("auto", "default")
     assert rows["model.dtype"] == ("float32", "command line")
     assert rows["data.train"] == ({"path": "helpdesk", "limit": 5}, "command line")
     assert set(rows) == set(config.origins)
@@ -423,6 +423,7 @@ def test_anchors_and_merges_are_read(write: Callable[..., Path]) -> None:
 
 FINITE = "expected a finite number"
 VALUES = [
+    ("training_config.learning_rate", "automatic", f"{FINITE} above 0 or auto"),
     ("training_config.learning_rate", ".nan", f"{FINITE} above 0"),
     ("training_config.learning_rate", ".inf", f"{FINITE} above 0"),
     ("training_config.learning_rate", "0", f"{FINITE} above 0"),
@@ -431,7 +432,6 @@ VALUES = [
     ("training_config.learning_rate", "true", f"{FINITE} above 0"),
     ("training_config.learning_rate", "fast", f"{FINITE} above 0"),
     ("training_config.learning_rate", "'0.1'", f"{FINITE} above 0. Write the number without quotes."),
-    ("training_config.learning_rate", "auto", f"{FINITE} above 0"),
     ("training_config.num_train_epochs", "0", f"{FINITE} above 0"),
     ("training_config.max_steps", "0", "expected a whole number of at least 1, or -1 for no limit"),
     ("training_config.max_steps", "1.5", "expected a whole number of at least 1, or -1 for no limit"),
@@ -483,8 +483,9 @@ VALUES = [
     ("peft_config.bias", "lora-only", "expected one of none, all, lora_only. Did you mean 'lora_only'?"),
     ("peft_config.rank_pattern", "{o_proj: 0}", "expected a mapping of names to a whole number of at least 1 or null"),
     ("peft_config.alpha_pattern", "{o_proj: 0}", "expected a mapping of names to a finite number above 0 or null"),
-    ("peft_config.task_type", "SEQ_CLS", "expected CAUSAL_LM, because philora trains causal language models"),
-    ("peft_config.task_type", "CAUSAL", "expected one of SEQ_CLS"),
+    ("peft_config.task_type", "SEQ_CLS", "expected CAUSAL_LM"),
+    ("peft_config.task_type", "null", "expected CAUSAL_LM"),
+    ("peft_config.task_type", "CAUSAL", "expected CAUSAL_LM"),
     ("peft_config.peft_type", "LOHA", "expected one of LORA or null"),
     ("peft_config.inference_mode", "true", "expected false"),
     ("peft_config.target_modules", "[]", "expected at least one module. Use all-linear for every linear layer"),

@@ -19,7 +19,7 @@ from philora.data import prepare
 from philora.errors import ConfigError
 from philora.footprint import PARTS, Evaluated, footprint
 from philora.models import load_skeleton, load_tokenizer, local_path, max_length_of, stop_token_ids
-from philora.planning import TOKENS_PER_STEP, choose, measure_rate, step_tokens
+from philora.planning import choose, measure_rate
 from philora.readiness import preflight
 
 GIB = 2**30
@@ -75,9 +75,11 @@ def test_what_is_given_stays(mini):
     assert plan(mini, 500 * GIB, processes=2)[:2] == (2, 1)
 
 
-@pytest.mark.parametrize(("total", "tokens"), [(10, 1), (100_000, 1000), (10**9, TOKENS_PER_STEP)])
-def test_small_data_gets_small_steps(total, tokens):
-    assert step_tokens(total) == tokens
+def test_rows_that_are_not_packed_need_the_memory_of_the_longest(mini):
+    packed, padded = (plan(mini, 500 * GIB, row_tokens=100, longest_row_tokens=each) for each in (None, 700))
+    assert packed[:2] == padded[:2] == (82, 1), "the step has as many rows"
+    assert padded.estimate == mini.estimate(82 * 700, "none")
+    assert padded.estimate.activations > 6 * packed.estimate.activations
 
 
 def test_the_rate_is_measured_quickly_and_without_a_trace(mini):
