@@ -313,6 +313,7 @@ for capability, fp8 in ((80, False), (90, True)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings NVIDIA's assembler on Linux")
 def test_every_kernel_compiles_for_gpus_with_and_without_fp8(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

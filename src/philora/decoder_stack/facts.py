@@ -26,6 +26,9 @@ LINEARS = (("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_
 """Where the linear layers of a decoder layer are, in the order in which they are computed."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
+_RECORDING = "transformers.utils.output_capturing"
+"""Where transformers' hooks for output_hidden_states are from: once asked for they stay, and do nothing afterwards."""
+
 _GLOBAL_HOOKS = tuple(
     name
     for name in (
@@ -180,8 +183,9 @@ def _hooked(layers: list[nn.Module]) -> Iterator[str]:
     for layer in layers:
         for module in layer.modules():
             state = module.__dict__
+            hooks = state["_forward_hooks"].values()
             if (
-                state["_forward_hooks"]
+                any(getattr(each, "__module__", "") != _RECORDING for each in hooks)
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]
                 or state["_backward_pre_hooks"]
