@@ -15,7 +15,7 @@ from philora.decoder_stack import attention, layer, model, stack, trial
 from philora.decoder_stack.model import StackedPhi3Model, choose, configure, dropout_state, set_dropout_state
 from tests.conftest import make_phi3
 from tests.stacked import DEVICE, LENGTHS, by_peft, by_stack, inputs, largest_difference, make, positions
-from tests.tolerances import GRADIENTS_FP32
+from tests.tolerances import GRADIENTS_FP32, QUANTIZED_FP32
 
 NEEDS_CARD = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU")
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -95,6 +95,22 @@ def test_adapters_in_bf16_have_their_gradients_rounded_once(nodes):
         < GRADIENTS_FP32
     )
     assert 0 < largest_difference({n: mine[n] for n in own}, {n: theirs[n] for n in own}) < 2**-8
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_over_a_quantised_base(nodes, tmp_path, scheme):
+    pytest.importorskip("bitsandbytes")
+    from philora.config import ModelConfig
+    from philora.models import load_model
+
+    make_phi3(num_hidden_layers=1, hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
+    base = load_model(ModelConfig(name_or_path=str(tmp_path), quantization=scheme, dtype="float32"))
+    made = make(base=base)
+    theirs = by_peft(made)
+    mine = by_stack(made)
+    assert nodes == [0]
+    assert made.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight.dtype in (torch.uint8, torch.int8)
+    assert largest_difference(mine, theirs) < QUANTIZED_FP32
 
 
 def test_products_in_fp8_come_near_and_each_gradient_is_rounded_by_the_kernel_that_made_it(nodes, monkeypatch):
