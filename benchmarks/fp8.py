@@ -110,6 +110,8 @@ def table() -> str:
     lines = ["| base products in training | held-out loss | exact match |", "| --- | --- | --- |"]
     for name in FORMATS:
         same = sorted((row for row in rows if row["what"] == name), key=lambda row: row["seed"] != "42")
+        if not same:
+            continue
         losses = ", ".join(f"{float(row['eval_loss']):.4f}" for row in same)
         matches = ", ".join(f"{100 * float(row['exact_match']):.1f}%" for row in same)
         lines.append(f"| {name} | {losses} | {matches} |")

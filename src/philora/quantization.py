@@ -301,8 +301,8 @@ def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
 
     Args:
         layer: A layer of which `is_quantized` says so.
-        out: Memory for the matrix, on the weight's device. Another dtype than that of the weight that was quantised
-            costs a second matrix for a moment.
+        out: Memory for the matrix, on the weight's device. 4 bits: on a CPU, or where its dtype is not that of the
+            weight that was quantised, a second matrix is there for a moment.
 
     Shapes:
         out (out, in).
@@ -310,7 +310,7 @@ def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
     weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
-        if out.dtype == weight.quant_state.dtype:
+        if out.is_cuda and out.dtype == weight.quant_state.dtype:  # bitsandbytes has no such operator for a CPU
             bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state, out=out)
             return out
         return out.copy_(bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))

@@ -17,7 +17,7 @@ from philora.decoder_stack.attention import Attention, deterministic_kernels
 from philora.decoder_stack.host_inputs import HostInputs
 from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.products import Buffer, DequantizedProduct, Fp8Product, PlainProduct, fp8_scaling, to_fp8
-from philora.decoder_stack.rows import FP8_LARGEST, Dropout, Rows, kept_by_dropout
+from philora.decoder_stack.rows import FP8, FP8_LARGEST, Dropout, Rows, kept_by_dropout
 from philora.kernels.elementwise import rms_norm_reference, swiglu_reference
 
 T, C = 3, 24
@@ -33,18 +33,16 @@ def masked(x, dropout=DROPOUT):
     return x * kept_by_dropout(*x.shape, dropout) / (1 - dropout.p)
 
 
-def fp8_values(rows):
-    return rows.quantized.float() * rows.scales
-
-
 def assert_fp8_twin(rows):
-    """Within half of a step of e4m3, 2^-4 of the number; numbers near zero have steps of their own, and no less."""
+    """The bits of PyTorch's cast, but for powers of two, where Triton's interpreter loses the carry of the rounding."""
     wide = rows.values.float()
     largest = wide.abs().amax(1, keepdim=True)
-    torch.testing.assert_close(rows.scales, largest / FP8_LARGEST)
-    error = (fp8_values(rows) - wide).abs()
-    assert bool((error <= wide.abs() * 2**-3 + largest * 2**-9).all())
-    assert float(error.max()) > 0
+    torch.testing.assert_close(rows.scales, (largest.clamp(min=1e-12) / FP8_LARGEST))
+    expected = (wide / rows.scales).to(FP8).float()
+    found = rows.quantized.float()
+    carried = expected.abs().log2().frac() == 0
+    assert bool((found == expected)[~carried].all())
+    assert float((~carried).float().mean()) > 0.7
 
 
 def test_norm_with_sum_dropout_and_fp8():
@@ -149,7 +147,7 @@ def test_rows_in_fp8():
     rows = kernels.quantize(random(T, C))
     assert_fp8_twin(rows)
     zeros = kernels.quantize(torch.zeros(T, C))
-    assert float(fp8_values(zeros).abs().max()) == 0
+    assert float((zeros.quantized.float() * zeros.scales).abs().max()) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- attention
@@ -315,6 +313,7 @@ for capability, fp8 in ((80, False), (90, True)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings NVIDIA's assembler on Linux")
 def test_every_kernel_compiles_for_gpus_with_and_without_fp8(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -26,6 +26,9 @@ LINEARS = (("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_
 """Where the linear layers of a decoder layer are, in the order in which they are computed."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
+_RECORDING = "transformers.utils.output_capturing"
+"""Where transformers' hooks for output_hidden_states are from: once asked for they stay, and do nothing afterwards."""
+
 _GLOBAL_HOOKS = tuple(
     name
     for name in (
@@ -140,7 +143,7 @@ def _base(model: Any, linears: list[Any]) -> str:
 
 def _adapter_reasons(linears: list[Any]) -> Iterator[str]:
     """Why PEFT's or philora's layers have to compute an adapter themselves."""
-    names = set()
+    names: set[str] = set()
     for each in linears:
         if isinstance(each, LoraLayer):
             yield from _reasons_of_one(each)
@@ -155,21 +158,23 @@ def _adapter_reasons(linears: list[Any]) -> Iterator[str]:
         yield "there is no adapter"
 
 
-def _reasons_of_one(layer: Any) -> Iterator[str]:
+def _reasons_of_one(layer: Any) -> list[str]:
     active = [each for each in layer.active_adapters if each in layer.lora_A]
     if layer.disable_adapters or layer.merged:
-        yield "adapters are off" if layer.disable_adapters else "adapters are merged"
+        return ["adapters are off" if layer.disable_adapters else "adapters are merged"]
     if len(active) > 1:
-        yield f"several adapters are active: {', '.join(sorted(active))}"
+        return [f"several adapters are active: {', '.join(sorted(active))}"]
+    found = []
     for name in active:
         if name in layer.lora_variant:
-            yield f"a variant of LoRA ({type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')})"
+            found.append(f"a variant of LoRA ({type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')})")
         if layer.lora_bias.get(name):
-            yield "B has a bias"
+            found.append("B has a bias")
         if getattr(layer.lora_B[name], "slice_layout", None):
-            yield "slices of fused projections have adapters of their own"
-    if len(active) == 1 and adapter_name_of(layer) is None and not (layer.disable_adapters or layer.merged):
-        yield "an adapter that philora's fast layers do not take"
+            found.append("slices of fused projections have adapters of their own")
+        if not found and adapter_name_of(layer) is None:
+            found.append("an adapter whose A, B or dropout is no layer of PyTorch's own")
+    return found
 
 
 def _hooked(layers: list[nn.Module]) -> Iterator[str]:
@@ -178,8 +183,9 @@ def _hooked(layers: list[nn.Module]) -> Iterator[str]:
     for layer in layers:
         for module in layer.modules():
             state = module.__dict__
+            hooks = state["_forward_hooks"].values()
             if (
-                state["_forward_hooks"]
+                any(getattr(each, "__module__", "") != _RECORDING for each in hooks)
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]
                 or state["_backward_pre_hooks"]
@@ -231,7 +237,7 @@ def facts_of_device(device: torch.device | None = None) -> DeviceFacts:
     """Return the facts of a device; default: the first GPU where there is one, else the CPU."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {
+    settings: dict[str, Any] = {
         "switch": os.environ.get("PHILORA_STACK", ""),
         "fused": fused_enabled(),
         "triton": triton_version(),
@@ -275,7 +281,7 @@ def _unusable_gpu() -> str | None:
     if torch.version.cuda is None or torch.cuda.is_available():
         return None
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return str(error).partition("\n")[0]
     return None

@@ -23,7 +23,7 @@ class HostInputs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._kept: dict[int, Tensor] = {}
         self._buffers: dict[int, Tensor] = {}
         self._coming: dict[int, Any] = {}

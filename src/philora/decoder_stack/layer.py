@@ -22,7 +22,8 @@ Letters in the shapes: T tokens, C hidden size, H query heads, K key heads, D he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -68,19 +69,19 @@ class Pass:
         cos: Cosines of the rotary embedding.
         sin: Sines.
         keep: What is kept for backward.
-        seeds: One for each linear layer of the stack, on the device; None without dropout.
+        dropouts: Of each linear layer of the stack, by its index; None where none acts.
         host: Where inputs are kept, for `keep == "host"`.
         handed_down: The gradient that a layer's backward pass has handed to the layer before it, with its fp8 copy.
 
     Shapes:
-        cos and sin (T, half of the rotated columns), fp32; seeds (linear layers).
+        cos and sin (T, half of the rotated columns), fp32.
     """
 
     attention: Attention
     cos: Tensor
     sin: Tensor
+    dropouts: Sequence[Dropout | None]
     keep: Keep = "everything"
-    seeds: Tensor | None = None
     host: HostInputs | None = None
     handed_down: Rows | None = None
 
@@ -102,14 +103,6 @@ class AdaptedLinear:
 
     def __init__(self, index: int, product: Product, adapter: Adapter | None) -> None:
         self.index, self.product, self.adapter = index, product, adapter
-
-    def dropout(self, shared: Pass) -> Dropout | None:
-        """Return the dropout of this pass, or None where it does not act."""
-        module = None if self.adapter is None else self.adapter.dropout
-        p = float(getattr(module, "p", 0.0))
-        if module is None or not module.training or p == 0 or shared.seeds is None:
-            return None
-        return Dropout(shared.seeds[self.index : self.index + 1], p)
 
     def forward(self, x: Rows, dropped: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return y and `u A^T`. Shapes: x and dropped (T, in); returns (T, out) and (T, r)."""
@@ -215,13 +208,13 @@ class DecoderLayer:
     def split(self, qkv: Tensor) -> Sequence[Tensor]:
         """Return views of the heads. Shapes: qkv (T, (H + 2 K) D); returns (T, H, D), (T, K, D), (T, K, D)."""
         query, key = self.heads
-        return qkv.view(len(qkv), -1, self.head_size).split((query, key, key), 1)
+        return torch.split(qkv.view(len(qkv), -1, self.head_size), [query, key, key], 1)
 
     def run(self, shared: Pass, x: Tensor, h: Tensor | None) -> tuple[Tensor, Kept]:
         """Compute the layer; return h2 and all intermediate results. Shapes: x and h (T, C)."""
         qkv_proj, o_proj, gate_up_proj, down_proj = self.linears
         fp8 = [each.product.takes_fp8 for each in self.linears]
-        dropouts = [each.dropout(shared) for each in self.linears]
+        dropouts = [shared.dropouts[each.index] for each in self.linears]
         x1, y1, inverse1, dropped = kernels.add_norm(x, h, self.norms[0], self.eps, dropouts[0], fp8[0])
         qkv, down1 = qkv_proj.forward(y1, dropped)
         kernels.rotate_(qkv, shared.cos, shared.sin, sum(self.heads), self.head_size)
@@ -233,8 +226,9 @@ class DecoderLayer:
         gate_up, down3 = gate_up_proj.forward(y2, dropped)
         product, dropped = kernels.swiglu(gate_up, dropouts[3], fp8[3])
         h2, down4 = down_proj.forward(product, dropped)
+        first, second, third = context
         return h2, Kept(
-            x1, y1.values, inverse1, down1, qkv, heads, *context, down2,
+            x1, y1.values, inverse1, down1, qkv, heads, first, second, third, down2,
             x2, y2.values, inverse2, down3, gate_up, product.values, down4,
         )  # fmt: skip
 
@@ -247,7 +241,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, layer: DecoderLayer, shared: Pass, x: Tensor, h: Tensor | None, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
         """trained: the weights of the norms, then A and B of each linear layer, None where there is none."""
-        with without_autocast(x.device.type), torch.cuda.device_of(x):  # Triton launches on the current device
+        with _on_device_of(x):
             h2, kept = layer.run(shared, x, h)
         x2 = kept.x2
         ctx.layer, ctx.shared = layer, shared
@@ -267,14 +261,22 @@ class _Layer(torch.autograd.Function):
         refuse_create_graph()
         layer, shared = ctx.layer, ctx.shared
         needed = ctx.needs_input_grad
-        with without_autocast(grads[0].device.type), torch.cuda.device_of(grads[0]):
+        with _on_device_of(grads[0]):
             if shared.keep in ("input", "host"):
                 x1 = shared.host.fetch(layer.index) if shared.keep == "host" else ctx.saved_tensors[0]
                 kept = layer.run(shared, x1, None)[1]
             else:
                 kept = Kept(*ctx.saved_tensors)
-            dx, trained = _gradients(layer, shared, kept, *grads, needs_x=needed[2] or needed[3], norms=needed[4:6])
+            needs_x = needed[2] or needed[3]
+            dx, trained = _gradients(layer, shared, kept, grads[0], grads[1], needs_x, needed[4:6])
         return None, None, dx, dx if needed[3] else None, *trained
+
+
+@contextmanager
+def _on_device_of(x: Tensor) -> Iterator[None]:
+    """Launch Triton's kernels, which go to the current device, where the tensors are; leave dtypes alone."""
+    with without_autocast(x.device.type), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        yield
 
 
 def _without_elementwise(kept: Kept) -> Kept:
@@ -291,7 +293,7 @@ def _gradients(
     """
     qkv_proj, o_proj, gate_up_proj, down_proj = layer.linears
     fp8 = [each.product.takes_fp8 for each in layer.linears]
-    dropouts = [each.dropout(shared) for each in layer.linears]
+    dropouts = [shared.dropouts[each.index] for each in layer.linears]
     k = kept
 
     rows = shared.taken_up(dh) or (kernels.quantize(dh.contiguous()) if fp8[3] else Rows(dh.contiguous()))
@@ -310,10 +312,9 @@ def _gradients(
     o = o_proj.backward(of_x2, flat, k.down2, dropouts[1])
     of_heads = o.x if o.adapter is None or dropouts[1] is None else kernels.add_dropped_(o.x, o.adapter, dropouts[1])
     context = (k.attention1, k.attention2, k.attention3)
-    of_qkv = kernels.rotate_backward(
-        *shared.attention.gradients(of_heads.view_as(k.heads), *layer.split(k.qkv), k.heads, context),
-        shared.cos, shared.sin, fp8[0],
-    )  # fmt: skip
+    query, key, value = layer.split(k.qkv)
+    of_rotated = shared.attention.gradients(of_heads.view_as(k.heads), query, key, value, k.heads, context)
+    of_qkv = kernels.rotate_backward(*of_rotated, shared.cos, shared.sin, fp8[0])
 
     y1 = kernels.norm_again(k.x1, layer.norms[0], k.inverse1) if k.y1 is None else k.y1
     qkv = qkv_proj.backward(of_qkv, y1, k.down1, dropouts[0], needs_x or norms[0])

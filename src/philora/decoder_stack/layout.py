@@ -95,7 +95,14 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """Return the same layout with its tensors on a device; copied without waiting where they are pinned."""
-        names = ("bounds", "position_ids", "label_rows", "label_ids")
-        tensors = {name: getattr(self, name) for name in names}
-        moved = {name: None if each is None else each.to(device, non_blocking=True) for name, each in tensors.items()}
-        return replace(self, **moved)
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            bounds=self.bounds.to(device, non_blocking=True),
+            position_ids=moved(self.position_ids),
+            label_rows=moved(self.label_rows),
+            label_ids=moved(self.label_ids),
+        )

@@ -123,7 +123,9 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputW
     positions = inputs["position_ids"].expand(rows, -1)
     cos, sin = model.rotary_emb(embeddings, position_ids=inputs["position_ids"])
     half = cos.shape[-1] // 2
-    cos, sin = (each[..., :half].expand(rows, tokens, half).reshape(-1, half).float() for each in (cos, sin))
+    cos, sin = (
+        each[..., :half].expand(rows, tokens, half).reshape(-1, half).float().contiguous() for each in (cos, sin)
+    )
     layout = PackedLayout.of_keywords(inputs) if rows == 1 else None
     x, h = stack_of(model, embeddings)(
         embeddings.reshape(-1, width), cos, sin, layout or PackedLayout.of_positions(positions), keep=keep,
@@ -197,7 +199,7 @@ def use_decoder_stack(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is Phi3Model:
             module.__class__ = StackedPhi3Model
-            module.stack_settings = StackSettings()
+            cast(StackedPhi3Model, module).stack_settings = StackSettings()
             _let_record(module)
 
 

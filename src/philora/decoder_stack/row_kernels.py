@@ -272,7 +272,9 @@ def _copy_in_fp8(like: Tensor, columns: int, wanted: bool) -> tuple[Tensor, Tens
 
 def _dropout(dropout: Dropout | None, unused: Tensor) -> tuple[Tensor, float, float]:
     """Return what a kernel takes: seed, probability, and the factor of what is kept."""
-    return (unused, 0.0, 1.0) if dropout is None else (dropout.seed, dropout.p, 1.0 / (1.0 - dropout.p))
+    if dropout is None:
+        return unused, 0.0, 1.0
+    return dropout.seed, dropout.p, 1.0 / (1.0 - dropout.p) if dropout.p < 1 else 0.0
 
 
 def add_norm(

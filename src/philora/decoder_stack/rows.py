@@ -16,7 +16,7 @@ class Dropout(NamedTuple):
 
     Attributes:
         seed: One int64 on the device, of which 32 bits are used.
-        p: Probability of dropping an element, above 0 and below 1.
+        p: Probability of dropping an element, above 0 and up to 1.
     """
 
     seed: Tensor

@@ -17,13 +17,14 @@ from philora.decoder_stack.host_inputs import HostInputs
 from philora.decoder_stack.layer import AdaptedLinear, Adapter, DecoderLayer, Keep, Pass
 from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.products import Buffer, Scaling, product_of
+from philora.decoder_stack.rows import Dropout
 
 _SEED_OF_LAYER, _SEED_OF_PASS = 2654435761, 1000003
 
 
 def parts_of(model: Any) -> list[tuple[Any, ...]]:
     """Return what a stack is made of, in an order of its own: it is to be made anew when one of these is another."""
-    found = []
+    found: list[tuple[Any, ...]] = []
     for layer in list(model.layers)[: model.config.num_hidden_layers]:
         found += [(norm_of(layer, name).weight,) for name in NORMS]
         for linear in linears_of(layer):
@@ -80,8 +81,9 @@ class DecoderStack:
         if name is None:
             return AdaptedLinear(index, product, None)
         down, up = linear.lora_A[name].weight, linear.lora_B[name].weight
-        working = (torch.empty_like(each, dtype=self.dtype, requires_grad=False) for each in (down, up))
-        adapter = Adapter(down, up, *working, float(linear.scaling[name]), linear.lora_dropout[name])
+        working = [torch.empty_like(each, dtype=self.dtype, requires_grad=False) for each in (down, up)]
+        scaling = float(linear.scaling[name])
+        adapter = Adapter(down, up, working[0], working[1], scaling, linear.lora_dropout[name])
         self._adapters.append(adapter)
         return AdaptedLinear(index, product, adapter)
 
@@ -98,19 +100,21 @@ class DecoderStack:
         if not self._adapters:
             return
         working = [each.working_down for each in self._adapters] + [each.working_up for each in self._adapters]
-        torch._foreach_copy_(working, [e.down for e in self._adapters] + [e.up for e in self._adapters])
+        trained: list[Tensor] = [each.down for each in self._adapters]
+        torch._foreach_copy_(working, [*trained, *(each.up for each in self._adapters)])
         up = working[len(self._adapters) :]
         torch._foreach_mul_(up, [each.scaling for each in self._adapters])
 
-    def seeds(self, counter: Tensor) -> Tensor | None:
-        """Return a seed for the dropout of each linear layer; None where no adapter has dropout.
-
-        Shapes:
-            counter (1) of int64 on the device; returns (linear layers).
-        """
-        if not any(getattr(each.dropout, "p", 0.0) > 0 for each in self._adapters):
-            return None
-        return seeds_of(counter, 4 * len(self._layers))
+    def _dropouts(self, counter: Tensor | None) -> list[Dropout | None]:
+        """Return the dropout of each linear layer in this pass; none where it does not act. Shapes: counter (1)."""
+        modules = [
+            None if one.adapter is None else one.adapter.dropout for each in self._layers for one in each.linears
+        ]
+        chances = [float(getattr(each, "p", 0.0)) if each is not None and each.training else 0.0 for each in modules]
+        if counter is None or not any(chances):
+            return [None] * len(chances)
+        seeds = seeds_of(counter, len(chances))
+        return [Dropout(seeds[at : at + 1], p) if p > 0 else None for at, p in enumerate(chances)]
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *,
@@ -136,8 +140,8 @@ class DecoderStack:
             Attention(layout, self._scaling, window, deterministic),
             cos,
             sin,
+            self._dropouts(counter),
             keep,
-            None if counter is None else self.seeds(counter),
             HostInputs(x.device) if keep == "host" else None,
         )
         h: Tensor | None = None

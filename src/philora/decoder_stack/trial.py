@@ -129,8 +129,8 @@ def _by_stack(model: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
     half = cos.shape[-1] // 2
     leaf = x.clone().requires_grad_()
     counter = torch.tensor([_COUNTER], device=x.device)
-    angles = (each[0, :, :half].float().contiguous() for each in (cos, sin))
-    residual, added = DecoderStack(model, x.dtype)(leaf, *angles, layout, counter=counter)
+    cos, sin = (each[0, :, :half].float().contiguous() for each in (cos, sin))
+    residual, added = DecoderStack(model, x.dtype)(leaf, cos, sin, layout, counter=counter)
     return _gradients(model, leaf, residual + added, grad)
 
 
