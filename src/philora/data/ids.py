@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
@@ -20,7 +20,7 @@ _ROWS = 1000  # that are looked at together
 
 def vocabulary_of(model: nn.Module) -> int | None:
     """Tokens that a model has embeddings for, where they are in one table; with or without weights."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     count = getattr(table, "num_embeddings", None)
     return count if isinstance(count, int) else None
 
