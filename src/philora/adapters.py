@@ -483,7 +483,7 @@ def not_plain(layer: LoraLayer) -> str | None:
     if is_fx_symbolic_tracing():
         return None  # it replaces every module's call, and hands over stand-ins for weights
     weights = (down.weight, up.weight, base.weight) if type(base) is nn.Linear else (down.weight, up.weight)
-    if any(type(each) not in (nn.Parameter, Tensor) for each in weights) or down.bias is not None:
+    if any(type(each) not in (nn.Parameter, Tensor) for each in weights) or cast(Any, down).bias is not None:
         return "its weights are of a class of their own, or A has a bias"
     if is_hooked(base) or is_hooked(down) or is_hooked(up) or is_hooked(dropout):
         return "its parts have hooks"

@@ -104,7 +104,7 @@ def watched() -> bool:
     those of make_fx and of tensors without memory.
     """
     return (
-        torch._C._is_tracing()  # type: ignore[attr-defined]
+        torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -20,7 +20,8 @@ _ROWS = 1000  # that are looked at together
 
 def vocabulary_of(model: nn.Module) -> int | None:
     """Tokens that a model has embeddings for, where they are in one table; with or without weights."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    find: Any = getattr(model, "get_input_embeddings", None)
+    table = None if find is None else find()
     count = getattr(table, "num_embeddings", None)
     return count if isinstance(count, int) else None
 

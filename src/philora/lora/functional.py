@@ -96,7 +96,7 @@ def records() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()  # type: ignore[attr-defined]
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or is_fx_symbolic_tracing()
     )

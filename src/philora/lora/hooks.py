@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import dropout, linear
@@ -41,7 +42,7 @@ def is_patched() -> bool:
     )
 
 
-_LINEAR = base_module.torch._C._nn.linear
+_LINEAR = torch._C._nn.linear
 
 
 @cache
