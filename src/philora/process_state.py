@@ -50,6 +50,8 @@ class _Deferred(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name == "run" and sys.modules.get(self.__name__) is self:
             return None
+        if name.startswith("__") and name not in ("__path__", "__version__", "__all__"):
+            raise AttributeError(name)  # `inspect` and `warnings` look at every module there is
         return getattr(self._real(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -70,5 +72,5 @@ def defer_wandb() -> None:
     if spec is None:
         return
     module = _Deferred("wandb")
-    module.__spec__ = spec
+    module.__spec__, module.__file__ = spec, spec.origin
     sys.modules["wandb"] = module

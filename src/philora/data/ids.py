@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -20,7 +20,8 @@ _ROWS = 1000  # that are looked at together
 
 def vocabulary_of(model: nn.Module) -> int | None:
     """Tokens that a model has embeddings for, where they are in one table; with or without weights."""
-    table = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    find: Any = getattr(model, "get_input_embeddings", None)
+    table = None if find is None else find()
     count = getattr(table, "num_embeddings", None)
     return count if isinstance(count, int) else None
 
