@@ -6,11 +6,8 @@ and writing to it would overwrite it.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 from philora.errors import PhiloraError, fault, one_per_line
 
@@ -48,22 +45,3 @@ def refuse_leading_out(folder: Path, kind: type[PhiloraError], paths: Iterable[P
     ]
     if faults:
         raise kind(one_per_line(faults))
-
-
-def open_without_following(path: Path, flags: str) -> IO[str]:
-    """Open a text file in UTF-8 for writing; a link at its place is refused.
-
-    Args:
-        path: The file.
-        flags: A mode of `open`: "w", "a" or "x".
-
-    Raises:
-        OSError: With ELOOP where the path is a link.
-    """
-
-    def opener(name: str, given: int) -> int:
-        if not hasattr(os, "O_NOFOLLOW") and Path(name).is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
-        return os.open(name, given | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-    return open(path, flags, encoding="utf-8", opener=opener)

@@ -18,7 +18,6 @@ from philora.checkpoint import read_peft_tensors, write_json, write_text
 from philora.companions import Companions
 from philora.config import Config
 from philora.errors import AdapterError, ConfigError, fault
-from philora.links import refuse_leading_out
 from philora.merged_folder import merge_to_folder
 from philora.models import local_path
 from philora.sources import AdapterSource, find_adapter, require_base
@@ -89,7 +88,6 @@ def push(
     if not found.path.is_dir():
         todo = "Convert it first: philora export"
         raise AdapterError(fault("push", "source", str(source), "an adapter in PEFT's format", todo))
-    refuse_leading_out(found.path, AdapterError)
     if not dry_run:
         token = hub.require_token("push", token)
         repo_id = hub.create_repository(repo_id, token, private, "push")

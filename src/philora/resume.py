@@ -22,6 +22,7 @@ from philora import checkpoint, models, native, processes
 from philora.config import Config, dump_yaml, load_config, without_secrets
 from philora.data import PreparedData
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
+from philora.links import refuse_leading_out
 from philora.run_folder import RECORD_NAME
 from philora.sources import find_adapter
 
@@ -96,6 +97,8 @@ class Claim:
             RunError: The disk is full.
         """
         open_fresh(self.folder, config)
+        if self.folder.is_dir():
+            refuse_leading_out(self.folder, ConfigError)
         try:
             self._lock(held)
         except PhiloraError:
@@ -215,6 +218,7 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     if links:
         expected = f"a run whose files are its own; {', '.join(links)} leads out of it"
         raise ConfigError(fault(config.source, name, str(folder), expected, "Copy the run without links"))
+    refuse_leading_out(folder, ConfigError)
     held.enter_context(checkpoint.run_lock(folder))
     checkpoint.remove_leftovers(folder)
     checkpoint.remove_leftovers(folder / "checkpoints")

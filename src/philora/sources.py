@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from philora.errors import AdapterError, ModelError, fault, nearest
 from philora.families import find
 from philora.hub import HubPath, adapter_subfolders, download_adapter, parse_hub_path
+from philora.links import refuse_leading_out
 from philora.models import local_path
 from philora.run_folder import Place, TrainedRun, is_path, is_run, resume_command, run_of
 
@@ -45,7 +46,7 @@ def find_adapter(source: str | Path, base: str | None = None, *, unfinished: boo
         unfinished: Of a run that has not ended, take the newest whole checkpoint and say so; else it is refused.
 
     Raises:
-        AdapterError: There is no adapter.
+        AdapterError: There is no adapter, or its folder has a link that leads out of it.
         ConfigError: The model section of the run's configuration cannot be read.
     """
     path = Path(source).expanduser()
@@ -53,6 +54,8 @@ def find_adapter(source: str | Path, base: str | None = None, *, unfinished: boo
         path = _adapter_in(path, unfinished)
     elif not path.exists():
         path = _download(str(source))
+    if path.is_dir():
+        refuse_leading_out(path, AdapterError)
     run = run_of(path) if path.is_dir() else None
     if base is not None:
         place = Place(local_path(base))

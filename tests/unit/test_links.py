@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import pytest
@@ -16,7 +15,7 @@ from philora.config import SourceConfig
 from philora.data.read import resolve
 from philora.errors import AdapterError, DataError, ModelError
 from philora.formats import export
-from philora.links import leads_out, open_without_following
+from philora.links import leads_out
 from philora.merged_folder import merge_to_folder
 from philora.models import local_path
 from philora.pushing import push
@@ -99,14 +98,22 @@ def test_a_saved_dataset_names_its_own_files_only(tmp_path):
         resolve(SourceConfig(path=str(tmp_path / "mine")), "train")
 
 
-@pytest.mark.parametrize("flags", ["w", "a"])
-def test_nothing_is_written_through_a_link(flags, tmp_path):
-    target = tmp_path / "target"
-    target.write_text(SECRET)
-    (tmp_path / "train.log").symlink_to(target)
-    with pytest.raises(OSError, match=os.strerror(40)):
-        open_without_following(tmp_path / "train.log", flags)
-    assert target.read_text() == SECRET
-    with open_without_following(tmp_path / "own", flags) as file:
-        file.write("ü")
-    assert (tmp_path / "own").read_bytes() == "ü".encode()
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", ".lock", "checkpoints", "config.yaml"])
+def test_a_run_is_not_written_through_a_link(name, tmp_path, cli):
+    """Neither a new run in a folder that only has the link, nor one that goes on."""
+    outside = tmp_path / "outside"
+    outside.write_text(SECRET)
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "a.yaml").write_text(
+        f"data: {{train: helpdesk}}\ntraining_config: {{output_dir: {run}, max_steps: 1}}\n"
+    )
+    (run / name).symlink_to(outside)
+    for option in ([], ["--resume"]):
+        if name != "config.yaml" and option:
+            (run / "config.yaml").write_bytes((tmp_path / "a.yaml").read_bytes())
+            (run / "run.json").write_text("{}")
+        result = cli("train", tmp_path / "a.yaml", *option)
+        assert result.code == 2
+        assert outside.read_text() == SECRET
+    assert f"link='{name}' - expected a file inside the folder" in result.err
