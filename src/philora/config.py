@@ -101,8 +101,12 @@ class SourceConfig:
     path: str = dataclasses.field(
         metadata={"rule": TEXT, "doc": "file, folder or hub id; `helpdesk` is the bundled chat set"}
     )
-    subset: str | None = _setting(None, _TEXT_OR_NULL, "subset (configuration) of a hub dataset, or of a folder with a dataset card")
-    split: str | None = _setting(None, _TEXT_OR_NULL, "split to read, such as `train_sft`; of a JSON object with several lists, one of them")
+    subset: str | None = _setting(
+        None, _TEXT_OR_NULL, "subset (configuration) of a hub dataset, or of a folder with a dataset card"
+    )
+    split: str | None = _setting(
+        None, _TEXT_OR_NULL, "split to read, such as `train_sft`; of a JSON object with several lists, one of them"
+    )
     limit: int | None = _setting(None, _COUNT_OR_NULL, "read this many records at most")
     columns: Mapping[str, str] | None = _setting(
         None,
