@@ -166,8 +166,9 @@ def test_a_prompt_with_an_earlier_answer_is_trained_as_trl_does(run, tokenizer, 
     theirs = trainer.train_dataset[0]
     assert ours["input_ids"] == theirs["input_ids"]
     mask = [int(label != IGNORED) for label in ours["labels"]]
-    stop = ours["input_ids"].index(stops[0], theirs["completion_mask"].index(1))
-    assert mask == [each if place <= stop else 0 for place, each in enumerate(theirs["completion_mask"])]
+    completion = [int(label != IGNORED) for label in theirs["labels"]]
+    stop = ours["input_ids"].index(stops[0], completion.index(1))
+    assert mask == [each if place <= stop else 0 for place, each in enumerate(completion)]
     whole = encode_conversation(tokenizer, [*record["prompt"], *record["completion"]], stop_token_ids=stops)
     assert sum(label != IGNORED for label in whole.labels) > sum(mask)  # as messages, both answers are trained
 

@@ -148,7 +148,7 @@ def test_flags_that_say_neither_are_refused(key, value):
 def test_flags_of_other_turns():
     quiet = {**Q, "loss": False, "weight": 0}
     assert Shape("messages").read({"messages": [quiet, A]}).untrained == set()
-    with pytest.raises(Fault, match="") as caught:
+    with pytest.raises(Fault) as caught:
         Shape("messages").read({"messages": [{**Q, "loss": True}, A]})
     assert "loss on turns of the assistant alone" in caught.value.at("f:1")
 
@@ -213,9 +213,9 @@ def test_two_system_texts():
         shape = detect([{name: [Q, A]}], "f")
         assert shape.read({name: [Q, A], "system": "s"}).messages == [S, Q, A]
         assert shape.read({name: [S, Q, A], "system": " s "}).messages == [S, Q, A]
-        with pytest.raises(Fault, match=""):
+        with pytest.raises(Fault):
             shape.read({name: [S, Q, A], "system": "another"})
-        with pytest.raises(Fault, match=""):
+        with pytest.raises(Fault):
             shape.read({name: [Q, A], "system": ["s"]})
 
 
