@@ -87,7 +87,8 @@ def facts_of_model(model: Any) -> ModelFacts:
     """Return the facts of a decoder (`Phi3Model` and its like), with or without weights.
 
     Cost:
-        One walk over the modules of its layers: about a millisecond for 32 layers.
+        Walks over all modules and parameters of its layers: 31 ms of processor time for 32 layers, measured on two busy
+        cores. It is done in each forward pass.
     """
     config = model.config
     architecture = next((each.__name__ for each in type(model).__mro__ if each.__name__.endswith("Model")), "")
