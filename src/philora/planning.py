@@ -295,7 +295,7 @@ def plan(
         learning_rate=float(given["learning_rate"]),
         learning_rate_origin=config.origins.get("training_config.learning_rate", "default"),
         changes=changes,
-        idle_gpus=idle_gpus(config),
+        idle_gpus=idle_gpus(config.training_config, config.model.device_map),
     )
 
 

@@ -18,12 +18,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from philora.errors import PhiloraError, RunError, fault
-
-if TYPE_CHECKING:
-    from philora.config import Config
 
 T = TypeVar("T")
 
@@ -146,19 +143,23 @@ def not_here(given: Mapping[str, Any], source: str) -> list[str]:
     return faults
 
 
-def idle_gpus(config: Config) -> int:
-    """GPUs that are visible and that a run leaves alone: without a launcher a process trains on one."""
+def idle_gpus(given: Mapping[str, Any], device_map: Any) -> int:
+    """Return how many visible GPUs a run leaves alone: without a launcher a process trains on one.
+
+    Args:
+        given: The run's `training_config`.
+        device_map: The run's `model.device_map`.
+    """
     import torch
 
-    given = config.training_config
-    if count() > 1 or given.get("use_cpu") or given.get("deepspeed") or config.model.device_map is not None:
+    if count() > 1 or given.get("use_cpu") or given.get("deepspeed") or device_map is not None:
         return 0
     return max(0, torch.cuda.device_count() - 1)
 
 
-def idle_gpus_notice(config: Config) -> str | None:
-    """What to say of them, with the command that uses them all."""
-    idle = idle_gpus(config)
+def idle_gpus_notice(given: Mapping[str, Any], device_map: Any) -> str | None:
+    """Return a notice about GPUs that the run leaves alone, with the command that uses them all; None without any."""
+    idle = idle_gpus(given, device_map)
     if not idle:
         return None
     return (

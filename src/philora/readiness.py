@@ -94,6 +94,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     require_room(folder, checkpoint_bytes(adapted), config.training_config.get("save_total_limit"))
     outlook.check(config, plan)
     splits = prepared.report.to_dict()
+    idle = processes.idle_gpus_notice(config.training_config, config.model.device_map)
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
         hardware=_hardware(config, adapted, dtype, plan.recomputation),
@@ -107,7 +108,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *filter(None, [_spare_rows(config, tokenizer, skeleton)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
-            *filter(None, [plan.warning, processes.idle_gpus_notice(config), _taken(folder, config)]),
+            *filter(None, [plan.warning, idle, _taken(folder, config)]),
             *outlook.notices(config, plan),
             *(
                 f"a run here would be refused: {each}"

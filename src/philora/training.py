@@ -162,7 +162,9 @@ def _train(
         if continued is not None:
             config = continued.config
         processes.on_main(lambda: readiness.require(config))
-        for notice in filter(None, [*config.notices, processes.idle_gpus_notice(config)]):
+        for notice in filter(
+            None, [*config.notices, processes.idle_gpus_notice(config.training_config, config.model.device_map)]
+        ):
             logger.warning("%s", notice)
 
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)

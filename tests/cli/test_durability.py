@@ -347,8 +347,7 @@ def test_of_several_gpus_one_is_taken_and_said(settings, monkeypatch, caplog):
     assert ("devices", "one of 2 GPUs") in found.plan.rows()
     assert philora.train(settings).results["throughput"]["steps"] == 2  # TRL ends here with a ValueError otherwise
     assert said in caplog.text
-    settings["model"]["device_map"] = "auto"
-    assert planning.idle_gpus(load_config(settings)) == 0
+    assert planning.idle_gpus(settings["training_config"], "auto") == 0
 
 
 # ------------------------------------------------------------------------------------------ odd machines, odd clocks
