@@ -8,11 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from philora.process_state import defer_wandb
-
 __version__ = "0.1.0"
-
-defer_wandb()  # before TRL is imported
 
 _HOME = {
     "SFTConfig": "philora.trainer",

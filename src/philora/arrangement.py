@@ -312,7 +312,7 @@ class Arrangement:
             if tokens > limit_tokens + cuts * _CUT_TOKENS:
                 raise PromptTooLong(tokens, limit_tokens)
 
-    def _ids_without_forgery(self, messages: list[Message], tools: list[Any] | None) -> list[int]:
+    def _ids_without_forgery(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """The ids of a prompt whose messages hold control tokens' texts: those are tokenised as any text is."""
         renamed = self._renamed
         if renamed is None:

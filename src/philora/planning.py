@@ -535,10 +535,14 @@ class _Situation:
 # ------------------------------------------------------------------------------------------- this machine
 
 
+_SLOW_SECONDS = 0.25
+
+
 def measure_rate(counted: Footprint, tokens: int) -> Rate:
     """How fast products of the model's largest linear layer are at this moment, with the run's threads.
 
-    Rows are added until a product takes 20 ms or has the micro-batch's rows; forward and backward count alike.
+    Rows are added, from one on, until a product takes 20 ms or has the micro-batch's rows; forward and backward count
+    alike. A processor without instructions for the dtype, which is a hundred times slower, is measured in a second too.
 
     Args:
         counted: Of the model.
@@ -562,7 +566,7 @@ def measure_rate(counted: Footprint, tokens: int) -> Rate:
     weight = torch.full(shape, 0.01, dtype=dtype, device=device)
     if device != "cpu":  # a GPU draws more power, and is slower, with numbers that are not all alike
         weight.normal_(generator=torch.Generator(device).manual_seed(0))
-    rows = min(64, tokens)
+    rows = 1
     with torch.no_grad():
         while True:
             x, dy = (torch.full((rows, each), 0.01, dtype=dtype, device=device) for each in reversed(shape))
@@ -571,12 +575,14 @@ def measure_rate(counted: Footprint, tokens: int) -> Rate:
                 torch.mm(x, weight.t())
                 torch.mm(dy, weight)
 
-            seconds_of(both)  # makes the kernels
-            seconds = seconds_of(both)
+            seconds = seconds_of(both)  # makes the kernels
+            if seconds < _SLOW_SECONDS:
+                seconds = seconds_of(both)
             if seconds >= 0.04 or rows >= tokens:
                 break
             rows = min(4 * rows, tokens)
-        seconds = statistics.median([seconds, *(seconds_of(both) for _ in range(2))])
+        if seconds < _SLOW_SECONDS:
+            seconds = statistics.median([seconds, *(seconds_of(both) for _ in range(2))])
     dequantized = _dequantized_per_second(counted, seconds_of) if counted.quantized_matrix else None
     return Rate(4 * rows * shape[0] * shape[1] / seconds, dequantized, time.perf_counter() - begun)
 

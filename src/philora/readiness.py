@@ -173,6 +173,7 @@ def _require_weights(config: Config) -> None:
         ModelError: There are none, or a file is damaged.
     """
     name = config.model.name_or_path
+    models.refuse_adapter(name, config.model.revision)
     folder = Path(models.local_path(name))
     expected = f"a model with its weights: {SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME} and the files it names"
     if not folder.is_dir():

@@ -23,7 +23,7 @@ from philora.config import Config, dump_yaml, load_config, without_secrets
 from philora.data import PreparedData
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.links import refuse_leading_out
-from philora.run_folder import RECORD_NAME
+from philora.run_folder import HELD_OUT_NAME, RECORD_NAME
 from philora.sources import find_adapter
 
 logger = logging.getLogger("philora.run")
@@ -70,7 +70,7 @@ class Continued:
 _FOREIGN = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.directory|Thumbs\.db|desktop\.ini|lost\+found", re.IGNORECASE)
 """Files that file managers and file systems leave in any folder."""
 _ATTEMPTS = 20
-_OF_A_RUN = ("config.yaml", RECORD_NAME, "train.log", "metrics.jsonl", "trainer_state.json")
+_OF_A_RUN = ("config.yaml", RECORD_NAME, "train.log", "metrics.jsonl", "trainer_state.json", HELD_OUT_NAME)
 
 
 class Claim:
@@ -214,10 +214,6 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     if not (folder / "config.yaml").is_file():
         expected = "a folder with a run to go on with"
         raise ConfigError(fault(config.source, name, str(folder), expected, "Start it without --resume"))
-    links = [each for each in (*_OF_A_RUN, checkpoint.LOCK_NAME, "checkpoints") if (folder / each).is_symlink()]
-    if links:
-        expected = f"a run whose files are its own; {', '.join(links)} leads out of it"
-        raise ConfigError(fault(config.source, name, str(folder), expected, "Copy the run without links"))
     refuse_leading_out(folder, ConfigError)
     held.enter_context(checkpoint.run_lock(folder))
     checkpoint.remove_leftovers(folder)

@@ -114,7 +114,8 @@ class TrainedRun:
         Raises:
             ConfigError: The section has a value that it cannot have.
         """
-        return ModelConfig(**self._section("model", ModelConfig))
+        # How the frozen products were computed is of the device that trained; here it may be another.
+        return ModelConfig(**(self._section("model", ModelConfig) | {"base_products": None}))
 
     @cached_property
     def tokenizer(self) -> TokenizerConfig:

@@ -322,6 +322,7 @@ def test_a_signal_after_a_checkpoint_goes_on(settings, tmp_path):
 @pytest.mark.parametrize("place", ["load_model", "evaluate"])
 def test_a_kill_before_anything_is_saved_blocks_nothing(settings, tmp_path, monkeypatch, place):
     def killed():
+        torch.set_num_threads(1)  # OpenMP's threads of the parent do not exist in a forked child
         monkeypatch.setattr(
             training.models if place == "load_model" else training, place, lambda *_, **__: stop(signal.SIGKILL)
         )

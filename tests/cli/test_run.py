@@ -302,7 +302,7 @@ def test_scripts_with_the_import_changed_run(script, tmp_path):
     data = resources.files("philora") / "nano" / "helpdesk" / "train.jsonl"
     given = [local_path("nano"), str(data), str(tmp_path / "out")]
     if script.startswith("examples"):
-        given = ["--model", given[0], "--data", given[1], "--out", given[2], "--limit", "200"]
+        given = ["--model", given[0], "--data", given[1], "--out", given[2], "--limit", "200", "--epochs", "3"]
     command = [sys.executable, str(Path(__file__).parents[2] / script), *given]
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

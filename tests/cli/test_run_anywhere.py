@@ -138,9 +138,9 @@ def changed(run, **sections):
 def test_what_a_command_does_not_use_cannot_stop_it(project, caplog):
     run = project / "runs" / "first"
     changed(run, training_config={"optim": "paged_lion_9bit", "gone": 1}, data={"train": 7, "shape": "new"},
-            peft_config={"r": "many"}, hints={"a": 1}, model={"base_products": "int8"})  # fmt: skip
+            peft_config={"r": "many"}, hints={"a": 1}, model={"base_products": "fp8", "future": 1})  # fmt: skip
     philora.evaluate(run, forgetting=False)
-    assert "model.base_products is not known to this release and is not used" in caplog.text
+    assert "model.future is not known to this release and is not used" in caplog.text
     changed(run, model={"dtype": "float23"})
     with pytest.raises(ConfigError, match=r"config.yaml: model.dtype='float23' - expected one of auto, float32"):
         load(run)

@@ -164,7 +164,7 @@ def test_an_adapter_alone_needs_rows_and_a_folder(run, tmp_path, caplog):
     alone = tmp_path / "alone"
     alone.mkdir()
     for each in (run / "adapter").iterdir():
-        (alone / each.name).symlink_to(each)
+        (alone / each.name).write_bytes(each.read_bytes())
     with pytest.raises(ConfigError, match=r"out=None - expected a folder for the results.*Give --out DIR"):
         evaluate(alone, base="nano", **QUICK)
     with pytest.raises(DataError, match=r"data=None - expected rows to judge by.*Give --data FILE"):

@@ -170,7 +170,7 @@ def test_the_facts_of_weights_that_train_and_of_hooks():
     decoder.layers[1].mlp.down_proj.base_layer.weight.requires_grad_()
     assert facts(model).trains_base == ("mlp.down_proj.base_layer.weight",)
     decoder.layers[0].mlp.register_full_backward_hook(lambda *_: None)
-    assert facts(model).hooks == ("FastPhi3MLP",)
+    assert facts(model).hooks == ("Phi3MLP",)
     decoder.layers[0].self_attn.o_proj.to(torch.bfloat16)
     assert facts(model).dtype == "mixed"
 

@@ -62,6 +62,8 @@ def test_log_level_says_what_is_shown(level, shows):
 
 def test_lines_that_somebody_shows_already_are_not_shown_twice():
     logger = logging.getLogger("philora")
+    for left in [each for each in logger.handlers if isinstance(each, LogLines)]:  # by a command in this process
+        logger.removeHandler(left)
     own = LogLines(Console(stderr=True))
     logger.addHandler(own)
     try:

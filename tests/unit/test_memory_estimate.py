@@ -8,8 +8,12 @@ import pytest
 
 from benchmarks.memory import CELLS, EVALUATED, QUICK, measure
 from philora.footprint import PARTS
+from philora.models import bf16_is_fast
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+    pytest.mark.skipif(not bf16_is_fast(), reason="without bf16 instructions a cell takes a quarter of an hour"),
+]
 
 CLOSE = 0.1
 

@@ -28,6 +28,10 @@ GUARDED = {
     "callbacks.py": {"resource"},
     "checkpoint.py": {"fcntl", "os.register_at_fork"},
     "cli.py": {"readline"},
+    "connections.py": {"resource"},
+    "kernels/memory.py": {"resource"},
+    "template_process.py": {"resource"},
+    "user_cache.py": {"os.getuid"},
     "data/store.py": {"os.sched_getaffinity"},
     "native.py": {"os.getuid"},
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 from transformers import Phi3Config
 
 from philora.config import load_config
@@ -122,7 +123,7 @@ END_NUMBER = "4085"  # of <|endoftext|> in the tokenizer below, 32000 in Phi-3's
 
 @pytest.fixture(scope="module")
 def phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shape of Phi-3-mini and no weights; as published, its tokenizer pads with the end token."""
+    """A folder with the shape of Phi-3-mini and a file without weights; its tokenizer pads with the end token."""
     folder = tmp_path_factory.mktemp("phi") / "phi-3-mini"
     shutil.copytree(local_path("nano"), folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     fact = find("microsoft/Phi-3-mini-4k-instruct")
@@ -132,6 +133,7 @@ def phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Phi3Config(
         **{name: getattr(fact, name) for name in names}, bos_token_id=1, eos_token_id=4085, pad_token_id=0
     ).save_pretrained(folder)
+    save_file({}, folder / "model.safetensors")  # looked for, and its header read, before anything else
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(settings | {"pad_token": "<|endoftext|>"}))

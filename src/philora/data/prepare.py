@@ -443,7 +443,7 @@ def _fingerprint(
 ) -> str:
     digest = hashlib.sha256()
     for entry, chosen in (*zip(entries, indices, strict=True), *zip(eval_entries, eval_indices, strict=True)):
-        digest.update(entry.folder.name.encode())
+        digest.update(entry.identity.encode())
         digest.update(chosen.tobytes())
         digest.update(b"\0")
     return digest.hexdigest()

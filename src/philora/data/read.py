@@ -297,6 +297,14 @@ def _kind(path: Path) -> Kind | None:
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
+def _is_object(file: Path) -> bool:
+    """Return whether a file is one JSON object, whose lists may be several; JSON lines are none."""
+    if not file.name.lower().removesuffix(".gz").endswith(".json"):
+        return False
+    with _open(file) as stream:
+        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+
+
 def _files_source(config: SourceConfig, files: list[Path], name: str, reading: _Reading) -> Source:
     for file in files:
         if _kind(file) is None:
@@ -305,7 +313,7 @@ def _files_source(config: SourceConfig, files: list[Path], name: str, reading: _
     for file in files:
         digest.update(_kind_bytes(file))
         digest.update(_sha256(file))
-        if reading.split is not None or _kind(file) == "json":
+        if reading.split is not None or _is_object(file):
             digest.update(f"{reading.role} {reading.split}".encode())  # they choose among the lists of a file
 
     def batches() -> Iterator[Batch]:

@@ -43,6 +43,9 @@ from philora.user_cache import user_cache
 FORMAT_VERSION = 3
 """Part of every key: raise it when the meaning or the layout of an entry changes."""
 
+_IDENTITY_VERSION = 2
+"""Part of what runs record of their rows: raise it when the same data gives other rows than before."""
+
 FAULTS_SHOWN = 20
 DETECT_RECORDS = 100
 
@@ -93,6 +96,12 @@ class Entry:
     folder: Path
     meta: dict[str, Any]
     rows: Rows
+
+    @property
+    def identity(self) -> str:
+        """A hash of what the rows are, which a run records: the same whatever the layout of the cache."""
+        described = {**self.meta["key"], "version": _IDENTITY_VERSION}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def tokens_file(self) -> Path:
