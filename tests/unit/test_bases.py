@@ -81,7 +81,7 @@ def test_a_base_that_holds_or_is_an_adapter_is_refused_by_name(kind, command, ba
         given, expected = tmp_path / "run", "this is the run of an adapter"
     with pytest.raises(ModelError, match=expected) as caught:
         TAKES_A_BASE[command](given, adapter, tmp_path / "out")
-    assert str(given) in str(caught.value)
+    assert str(given)[:30] in str(caught.value)  # a long path is shortened in the middle
     assert not (tmp_path / "out").exists()
 
 
