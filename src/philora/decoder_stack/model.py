@@ -70,6 +70,9 @@ class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
         return _stacked(self, inputs, keep)
 
 
+StackedPhi3Model.__name__ = Phi3Model.__name__  # as tools show it; pickle goes by the qualified name
+
+
 def _possible(embedding: nn.Module) -> bool:
     """Whether the device is one on which the stack is thought of at all: a GPU, or a CPU under Triton's interpreter."""
     on_gpu = next(embedding.parameters()).device.type == "cuda"
