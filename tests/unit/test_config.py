@@ -431,7 +431,7 @@ VALUES = [
     ("training_config.learning_rate", "-1e-4", f"{FINITE} above 0"),
     ("training_config.learning_rate", "true", f"{FINITE} above 0"),
     ("training_config.learning_rate", "fast", f"{FINITE} above 0"),
-    ("training_config.learning_rate", "'0.1'", f"{FINITE} above 0. Write the number without quotes."),
+    ("training_config.learning_rate", "'0.1'", f"{FINITE} above 0 or auto. Write the number without quotes."),
     ("training_config.num_train_epochs", "0", f"{FINITE} above 0"),
     ("training_config.max_steps", "0", "expected a whole number of at least 1, or -1 for no limit"),
     ("training_config.max_steps", "1.5", "expected a whole number of at least 1, or -1 for no limit"),
