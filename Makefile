@@ -64,7 +64,7 @@ deepspeed: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	-$(MAKE) llama
 	-$(MAKE) deepspeed
-	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'slow and not gpu'
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
