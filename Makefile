@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 help:
 	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
-	@echo "make test       install, then lint, types and tests (under 10 minutes on 2 cores)"
+	@echo "make test       install, then lint, types and tests"
 	@echo "make test-slow  the tests that take longer; builds llama.cpp for those of GGUF where it can"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make bench      training speed beside TRL+PEFT; BENCH='--help' lists the options"
