@@ -34,6 +34,8 @@ STATE_NAME = "philora_state.json"
 LOCK_NAME = ".lock"
 TEMPORARY_PREFIX = ".saving-"
 _OLD = "-old-"
+_NO_ROOM = ("No space left", "iostream error", "PytorchStreamWriter failed", "unexpected pos")
+"""What torch, safetensors and tokenizers say where a file cannot be written to its end."""
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
@@ -83,10 +85,20 @@ def _finite(value: Any) -> Any:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room; torch, safetensors and tokenizers each have a class of their own."""
-    text = str(error)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return full or any(each in text for each in ("No space left", "iostream error", "PytorchStreamWriter failed"))
+    """Whether an error says that there is no room; torch, safetensors and tokenizers each have a class of their own.
+
+    An error that was raised while another was handled counts too: `torch.save` fails once more when it closes the
+    archive that it could not write.
+    """
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        text = str(cause)
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(each in text for each in _NO_ROOM):
+            return True
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def sync_file(path: Path) -> None:

@@ -527,12 +527,30 @@ def test_a_worker_that_outlives_its_run_holds_no_lock(tmp_path):
         (OSError(122, "Disk quota exceeded"), True),
         (RuntimeError("basic_ios::clear: iostream error"), True),  # torch.save, where its archive met the full disk
         (RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), True),
         (OSError(13, "Permission denied"), False),
         (RuntimeError("shapes cannot be multiplied"), False),
     ],
 )
 def test_what_says_that_a_disk_is_full(error, full):
     assert checkpoint.disk_full(error) is full
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("numbers", [1, 1000, 1_000_000])
+def test_what_torch_says_of_a_full_disk_is_understood(numbers):
+    with pytest.raises(RuntimeError) as error:
+        torch.save({"state": torch.zeros(numbers)}, "/dev/full")
+    assert checkpoint.disk_full(error.value)
+
+
+def test_an_error_about_another_error_says_that_a_disk_is_full():
+    with pytest.raises(RuntimeError) as error:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("the file cannot be closed")  # noqa: B904 (as torch's archive does)
+    assert checkpoint.disk_full(error.value)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(model, tmp_path, monkeypatch):
