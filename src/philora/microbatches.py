@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
-import trl
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
+from philora.compat.trl import trl
 from philora.data.ids import check_batch, vocabulary_of
 from philora.errors import RunError, fault
 from philora.kernels.memory import out_of_memory

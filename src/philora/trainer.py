@@ -21,7 +21,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
-import trl
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -32,7 +31,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState, TrainerControl
-from trl.trainer import sft_trainer
 
 from philora.adapters import apply_slices, is_lora, keep_zeros_in_steps, optimize, resolve_for_training
 from philora.callbacks import StepWatch
@@ -50,6 +48,7 @@ from philora.checkpoint import (
     seal,
     write_json,
 )
+from philora.compat.trl import sft_trainer, trl
 from philora.config import FIELDS, ONE_RATE_OPTIMIZERS, translate_trainer_keywords, translate_training_arguments
 from philora.data import length_notices
 from philora.data.ids import check_rows

@@ -17,6 +17,7 @@ ROOT = Path(philora.__file__).parent
 # From the bottom up: a module may import what stands before it.
 ORDER = [
     "errors",
+    "compat",
     "links",
     "template_process",
     "untrusted",

@@ -545,12 +545,9 @@ def test_what_torch_says_of_a_full_disk_is_understood(numbers):
 
 
 def test_an_error_about_another_error_says_that_a_disk_is_full():
-    with pytest.raises(RuntimeError) as error:
-        try:
-            raise OSError(28, "No space left on device")
-        except OSError:
-            raise RuntimeError("the file cannot be closed")  # noqa: B904 (as torch's archive does)
-    assert checkpoint.disk_full(error.value)
+    error = RuntimeError("the file cannot be closed")
+    error.__context__ = OSError(28, "No space left on device")
+    assert checkpoint.disk_full(error)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(model, tmp_path, monkeypatch):

@@ -20,9 +20,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from philora import native
+from philora.compat.trl import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 from philora.errors import DataError, fault
 from philora.kernels.modules import only_rows
 from philora.lora.functional import fused_enabled, records, refuse_create_graph

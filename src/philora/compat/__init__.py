@@ -1,0 +1,1 @@
+"""One module for a library: how philora imports it, and the names of it that are not public."""
