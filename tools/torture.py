@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process whose OpenMP threads have run hangs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -368,8 +368,11 @@ def races(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         refused = [each for each in said if "no other run is writing to" in each or "this one holds" in each]
         what = "one killed" if any(each < 0 for each in codes) else "one whole"
         seen[what] += 1
+        gone = [name for name in ("config.yaml", "train.log") if not (folder / name).is_file()]
         if what == "one whole" and (sorted(codes) != [0, 1] or not refused or differences(outcome(folder), expected)):
             wrong.append(f"{codes}: {said}")
+        elif what == "one whole" and gone:
+            wrong.append(f"{codes}: the run that was kept has lost {', '.join(gone)}")
         elif what == "one killed" and not (folder / "results.json").exists():
             found = taken_up(settings, folder, notes[0], expected)
             if found is not None:

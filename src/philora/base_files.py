@@ -26,26 +26,30 @@ INDEX_NAME = "model.safetensors.index.json"
 COMPANION_FILES = ("*.py", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
 
 
-def base_folder(base: str) -> Path:
-    """The folder of a base whose config says that it can be merged into; from the hub, weights come after that check.
+def base_folder(base: str, revision: str | None = None) -> Path:
+    """Return the folder of a base whose config says that it can be merged into.
+
+    Args:
+        base: A folder or a hub id; of the latter the weights are downloaded after that check.
+        revision: Branch, tag or commit of a hub id; None: the main branch.
 
     Raises:
         ModelError: There is no such model, or another scheme than bitsandbytes' quantised its weights.
     """
-    refuse_adapter(base, where="base", key="name")
+    refuse_adapter(base, revision, where="base", key="name")
     folder = Path(base)
     if not folder.is_dir():
         small = ["config.json", INDEX_NAME, GENERATION_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
-        folder = _download(base, small)
+        folder = _download(base, revision, small)
         check_folder(read_config_file(folder / "config.json"), base)
-        return _download(base, _weight_files(folder))
+        return _download(base, revision, _weight_files(folder))
     check_folder(read_config_file(folder / "config.json"), base)
     return folder
 
 
-def _download(name: str, patterns: list[str]) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **reach()))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **reach()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         expected = "the base model's folder, `nano`, or a model on the Hugging Face Hub"
         todo = (

@@ -98,7 +98,7 @@ def _as_trained(loaded: Loaded) -> Any:
     Without the run's configuration the record beside the adapter says how it was.
     """
     named = loaded.source.base or loaded.base
-    folder = base_folder(named)
+    folder = base_folder(named, loaded.source.revision)
     trained_over = read_trained_over(folder, named, loaded.source.path, fresh_base=False)
     if trained_over is None:
         logger.warning("the adapter was not trained over a quantised base: there is only one base")

@@ -75,9 +75,9 @@ def load(source: str | Path, *, base: str | None = None, dtype: str | None = Non
     run = TrainedRun(found.run) if found.run is not None else None
     settings = run.model if run is not None else ModelConfig()
     name = base or (settings.name_or_path if run is not None else place)
-    settings = dataclasses.replace(settings, name_or_path=place, use_cache=True, dtype=dtype or settings.dtype)
-    if base is not None:
-        settings = dataclasses.replace(settings, revision=None)  # of the base that the run names
+    settings = dataclasses.replace(
+        settings, name_or_path=place, revision=found.revision, use_cache=True, dtype=dtype or settings.dtype
+    )
     try:
         tokenizer = load_tokenizer(
             _tokenizer_of(found, settings), run.tokenizer if run is not None else TokenizerConfig()

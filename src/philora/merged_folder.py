@@ -136,7 +136,7 @@ def merge_to_folder(
         expected, todo = "an adapter in PEFT's format", "Convert it first"
         raise AdapterError(fault("merge", "source", str(source), expected, todo))
     place = require_base(adapter)
-    folder = base_folder(place)
+    folder = base_folder(place, adapter.revision)
     trained_over = read_trained_over(folder, place, adapter.path, fresh_base)
     weights = _Weights(folder, adapter.path, trained_over)
     shards = _shards(weights.like, max_shard_size)

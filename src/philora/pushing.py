@@ -96,7 +96,8 @@ def push(
         folder = Path(temporary) / "files"
         name = _base_name(found, base)
         if merged:
-            merge_to_folder(found.path, folder, base=require_base(found))
+            require_base(found)
+            merge_to_folder(found.path, folder, base=base)
         else:
             folder.mkdir()
             _copy_adapter(found, folder, name)

@@ -28,12 +28,14 @@ class AdapterSource(NamedTuple):
         base: Folder or hub id of the base model; None: nothing says which.
         run: The run folder that the adapter belongs to, if any.
         tried: Where the base was looked for in vain; empty when there is one, or it is a hub id.
+        revision: Branch, tag or commit of a base on the Hub, as the run or PEFT's configuration names it.
     """
 
     path: Path
     base: str | None
     run: Path | None = None
     tried: tuple[str, ...] = ()
+    revision: str | None = None
 
 
 def find_adapter(source: str | Path, base: str | None = None, *, unfinished: bool = True) -> AdapterSource:
@@ -57,13 +59,15 @@ def find_adapter(source: str | Path, base: str | None = None, *, unfinished: boo
     if path.is_dir():
         refuse_leading_out(path, AdapterError)
     run = run_of(path) if path.is_dir() else None
+    revision = None
     if base is not None:
         place = Place(local_path(base))
     elif run is not None:
-        place = TrainedRun(run).base()
+        trained = TrainedRun(run)
+        place, revision = trained.base(), trained.model.revision
     else:
-        place = _named_base(path)
-    return AdapterSource(path, local_path(place.name) if place.name else None, run, place.tried)
+        place, revision = _named_base(path)
+    return AdapterSource(path, local_path(place.name) if place.name else None, run, place.tried, revision)
 
 
 def require_base(found: AdapterSource) -> str:
@@ -126,21 +130,22 @@ def _step_and_name(folder: Path) -> tuple[int, str]:
     return (int(step) if step.isdecimal() else -1, str(folder))
 
 
-def _named_base(path: Path) -> Place:
-    """The base that an adapter's configuration names; an empty name where it names none."""
+def _named_base(path: Path) -> tuple[Place, str | None]:
+    """Return the base that an adapter's configuration names, and its revision; an empty name where it names none."""
     if not path.is_dir():
-        return Place("")
+        return Place(""), None
     try:
-        named = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         expected = "JSON as PEFT writes it"
         raise AdapterError(fault(str(path / "adapter_config.json"), "content", str(error), expected)) from error
     name = str(named) if named else ""
     if not name or Path(name).expanduser().exists() or not is_path(name):
-        return Place(name)
+        return Place(name), str(revision) if revision else None
     if Path(name).parts[-3:] == ("philora", "nano", "model"):  # of another installation
-        return Place("nano")
-    return Place(name, (str(Path(name).expanduser().absolute()),))
+        return Place("nano"), None
+    return Place(name, (str(Path(name).expanduser().absolute()),)), None
 
 
 def _download(name: str) -> Path:

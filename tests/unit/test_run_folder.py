@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig
+from safetensors.torch import load_file, save
 
 import philora
 from philora.config import DataConfig, ModelConfig, SourceConfig, TokenizerConfig
 from philora.data import prepare
 from philora.data.held_out import held_out, read_held_out, spans_of, write_held_out
 from philora.errors import AdapterError, DataError
+from philora.formats.conversion import export
 from philora.hub import HubPath, parse_hub_path
+from philora.inference import load
+from philora.merged_folder import merge_to_folder
 from philora.models import load_model, load_tokenizer, local_path, stop_token_ids
 from philora.run_folder import TrainedRun, paths_of
 from philora.sources import find_adapter, require_base
@@ -96,6 +102,34 @@ def test_an_adapter_in_a_folder_or_at_a_revision(hub, adapters, source, name):
     expected = philora.load_adapter(load_model(NANO), adapters / name)
     tokens = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(input_ids=tokens).logits, expected(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("recorded_in", ["the run", "the adapter"])
+def test_a_base_on_the_hub_is_taken_at_the_revision_that_was_trained_on(hub, adapters, tmp_path, recorded_in):
+    nano = Path(local_path("nano"))
+    files = {file.name: file.read_bytes() for file in nano.iterdir() if file.is_file()}
+    other = {name: tensor + 1 for name, tensor in load_file(nano / "model.safetensors").items()}
+    hub.repositories["me/base"] = files | {"model.safetensors": save(other, {"format": "pt"})}
+    hub.branches["me/base", "v1"] = files
+    run = tmp_path / "run"
+    shutil.copytree(adapters / "new", run / "adapter")
+    config = run / "adapter" / "adapter_config.json"
+    named = {"base_model_name_or_path": "me/base", "revision": "v1" if recorded_in == "the adapter" else None}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    if recorded_in == "the run":
+        (run / "config.yaml").write_text("model: {name_or_path: me/base, revision: v1}\n")
+        (run / "run.json").write_text("{}")
+    source = run if recorded_in == "the run" else run / "adapter"
+    assert find_adapter(source).revision == "v1"
+    assert find_adapter(source, base="me/base").revision is None
+    merged = merge_to_folder(source, tmp_path / "merged").folder
+    kept = "model.embed_tokens.weight"
+    assert torch.equal(load_file(merged / "model.safetensors")[kept], load_file(nano / "model.safetensors")[kept])
+    loaded = load(source).model.get_base_model()
+    assert torch.equal(loaded.model.embed_tokens.weight, load_file(nano / "model.safetensors")[kept])
+    export(source, tmp_path / "exported", format="loralib")
+    wrong = merge_to_folder(source, tmp_path / "wrong", base="me/base").folder
+    assert torch.equal(load_file(wrong / "model.safetensors")[kept], other[kept]), "main's would have been seen"
 
 
 def test_a_folder_without_an_adapter_is_said_with_what_there_is(hub):

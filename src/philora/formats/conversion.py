@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -99,7 +100,7 @@ def export(
     name = base or _base_name(found)
     if format in ("gguf", "ollama"):
         return _export_gguf(found, out, layout, dtype, name, lora_alpha, ollama=format == "ollama")
-    model = load_base(place)
+    model = load_base(place, found.revision)
     tokens = probe(model.config.get_text_config().vocab_size, model.device)
     plain = logits_of(model, tokens)
     with restored(model):
@@ -206,11 +207,12 @@ model = PeftModel.from_pretrained(base, ".")
 {serve if layout == "server" else ""}"""
 
 
-def load_base(name: str) -> PreTrainedModel:
-    """The base in fp32 if twice that fits into free memory, so that the comparison is as sharp as it can be."""
-    parameters = sum(each.numel() for each in load_skeleton(ModelConfig(name_or_path=name)).parameters())
+def load_base(name: str, revision: str | None = None) -> PreTrainedModel:
+    """Return the base, in fp32 if twice that fits into free memory, so that the comparison is as sharp as it can be."""
+    base = ModelConfig(name_or_path=name, revision=revision)
+    parameters = sum(parameter.numel() for parameter in load_skeleton(base).parameters())
     dtype = "float32" if psutil.virtual_memory().available > 2 * 4 * parameters else "auto"
-    return load_model(ModelConfig(name_or_path=name, dtype=dtype)).eval()
+    return load_model(dataclasses.replace(base, dtype=dtype)).eval()
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def write_gguf(
             something else than was written.
         AdapterError: The adapter has parts that the layout cannot hold, or what was written is not what was trained.
     """
-    base = base_folder(cast(str, found.base))
+    base = base_folder(cast(str, found.base), found.revision)
     config = load_skeleton(ModelConfig(name_or_path=str(base))).config
     check_architecture(config)
     companions = Companions(found.path, base, config)
