@@ -285,7 +285,9 @@ def taken_up(settings: dict[str, Any], folder: Path, notes: Path, expected: dict
 
 
 def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
-    """Send SIGTERM or SIGINT at a random moment, and to every second run SIGKILL a moment later, as clusters do.
+    """Send SIGTERM or SIGINT, to every second run SIGKILL a moment later, as clusters do.
+
+    A third of the signals comes at a random moment, a third before the first checkpoint, a third in an evaluation.
 
     The exit code and the words must say what is on the disk, and the command that they ask for must end as a run that
     nothing happened to.
@@ -305,10 +307,12 @@ def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         settings = settings_of(model, folder)
         chosen = chance.choice([signal.SIGTERM, signal.SIGINT])
         child = forked(lambda s=settings, n=notes: run(s, False, n), notes)
-        time.sleep(chance.uniform(0.02, 1.0) * seconds)
-        if chance.random() < 0.5:  # in an evaluation, if one comes
-            end = time.monotonic() + seconds
-            while not waiting_for_evaluation(folder) and time.monotonic() < end:
+        moment = AIMS[number % len(AIMS)]
+        if moment is None:
+            time.sleep(chance.uniform(0.02, 1.0) * seconds)
+        else:
+            end = time.monotonic() + 2 * seconds
+            while not moment(folder) and time.monotonic() < end:
                 time.sleep(0.0002)
         os.kill(child, chosen)
         killed = number % 2 == 0
@@ -337,6 +341,15 @@ def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
 def waiting_for_evaluation(folder: Path) -> bool:
     """Whether the third step is logged or saved, after which the run evaluates."""
     return (folder / "checkpoints" / "checkpoint-2").is_dir() and not (folder / "checkpoints" / "checkpoint-3").is_dir()
+
+
+def begun_without_checkpoint(folder: Path) -> bool:
+    """Whether the run has its folder and has saved nothing."""
+    return (folder / "config.yaml").is_file() and not any((folder / "checkpoints").glob("checkpoint-*"))
+
+
+AIMS: tuple[Callable[[Path], bool] | None, ...] = (None, begun_without_checkpoint, waiting_for_evaluation)
+"""When a run gets its signal, in turn; None: at a random moment."""
 
 
 # ------------------------------------------------------------------------------------------------- races

@@ -28,9 +28,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
-from transformers.utils import logging as transformers_logging
-
 import philora
 from philora import measures, models
 from philora.checkpoint import new_folder, write_json, write_text
@@ -43,7 +40,6 @@ from philora.evaluation import evaluate as evaluate_model
 from philora.generation import Answer, GenerationSettings, generate
 from philora.inference import Loaded, load
 from philora.measures import JUDGE, LOSS, PERPLEXITY, Measure, Paired, of_means, paired
-from philora.process_state import is_run
 from philora.run_folder import HELD_OUT_NAME, TrainedRun
 
 logger = logging.getLogger("philora.evaluate")
@@ -118,10 +114,6 @@ def evaluate(
     started = time.monotonic()
     if judge is not None:
         _check_judge(judge)
-    if is_run():
-        transformers_logging.set_verbosity_warning()
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
     names, missing = measures.choose(metrics)
     for name in missing:
         logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)

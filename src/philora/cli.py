@@ -199,20 +199,21 @@ def evaluate_adapter(
 
     changed: dict[str, float | None] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     changed |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    found = evaluate(
-        source,
-        data=data,
-        base=base,
-        generation={"do_sample": sample, "seed": seed} | {k: v for k, v in changed.items() if v is not None},
-        answers=answers,
-        limit=limit,
-        metrics=None if metrics is None else [each.strip() for each in metrics.split(",") if each.strip()],
-        judge=judge,
-        forgetting=forgetting,
-        keep_training_rows=keep_training_rows,
-        out=output,
-        command=shlex.join(["philora", *sys.argv[1:]]),
-    )
+    with process_state.quiet_libraries():
+        found = evaluate(
+            source,
+            data=data,
+            base=base,
+            generation={"do_sample": sample, "seed": seed} | {k: v for k, v in changed.items() if v is not None},
+            answers=answers,
+            limit=limit,
+            metrics=None if metrics is None else [each.strip() for each in metrics.split(",") if each.strip()],
+            judge=judge,
+            forgetting=forgetting,
+            keep_training_rows=keep_training_rows,
+            out=output,
+            command=shlex.join(["philora", *sys.argv[1:]]),
+        )
     if as_json:
         _print_json(found.results)
         return

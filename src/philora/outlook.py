@@ -38,7 +38,7 @@ def check(config: Config, plan: Plan) -> None:
         plan: The plan of the run.
 
     Raises:
-        ConfigError: The learning rate is 0 at every step.
+        ConfigError: The learning rate is 0 at every step, or its schedule cannot be made.
     """
     settings = config.training_config | {
         "learning_rate": plan.learning_rate,

@@ -30,3 +30,32 @@ def run() -> Iterator[None]:
 def is_run() -> bool:
     """Whether the process belongs to a run now."""
     return _runs > 0
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """In this block transformers, datasets and the Hub's library show no progress bars, and transformers only warnings.
+
+    What was set before is set again afterwards.
+    """
+    import datasets
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers
+
+    level, bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+    no_hub_bars, no_dataset_bars = are_progress_bars_disabled(), datasets.are_progress_bars_disabled()
+    transformers.set_verbosity_warning()
+    transformers.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.set_verbosity(level)
+        if bars:
+            transformers.enable_progress_bar()
+            if no_hub_bars:
+                disable_progress_bars()
+        elif not no_hub_bars:
+            enable_progress_bars()
+        if not no_dataset_bars:
+            datasets.enable_progress_bars()

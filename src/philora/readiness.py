@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from philora import checkpoint, hub, models, outlook, planning, processes, requirements, resume
+from philora import checkpoint, hub, models, outlook, planning, process_state, processes, requirements, resume
 from philora.adapters import Coverage, coverage
-from philora.config import Config, load_config
+from philora.config import OWN_TRAINING_KEYS, Config, load_config
 from philora.data import length_notices, prepare, preview
 from philora.data.ids import check_rows, vocabulary_of
 from philora.decoder_stack.choice import BatchFacts, ModelFacts, stack_for
@@ -25,7 +27,7 @@ from philora.errors import ConfigError, ModelError, RunError, fault, one_per_lin
 from philora.families import generic_notice
 from philora.quantization import scheme_of
 from philora.spare_rows import notice, stored_embedding, untrained_tokens
-from philora.trainer import checkpoint_bytes
+from philora.trainer import SFTConfig, checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def require(config: Config) -> None:
     given = config.training_config
     folder = Path(given["output_dir"]).expanduser()
     faults = [*requirements.faults(config), *_missing_packages(given, config.source)]
+    if not faults:
+        _require_arguments(config)
     refused = checkpoint.unwritable(folder)
     if refused is not None:
         faults.append(checkpoint.not_writable(config.source, "training_config.output_dir", folder, refused))
@@ -151,6 +155,49 @@ def require(config: Config) -> None:
     if given.get("push_to_hub"):
         hub.require_token(config.source, given.get("hub_token"))
     _require_weights(config)
+
+
+def arguments(config: Config, **decided: Any) -> SFTConfig:
+    """Return TRL's arguments for a run.
+
+    Args:
+        config: Its section `training_config` is copied: transformers fills in dicts of its arguments.
+        decided: What takes the place of the section's values; an `auto` that is left becomes TRL's default.
+
+    Raises:
+        ConfigError: A value is not one that TRL and transformers take, or its package is missing.
+    """
+    own = ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic")
+    section = config.training_config
+    given = {key: copy.deepcopy(value) for key, value in section.items() if key not in OWN_TRAINING_KEYS or key in own}
+    # transformers would push each checkpoint, and keep the token in the training_args.bin of each; the run pushes its
+    # adapter when it is done.
+    given |= {"push_to_hub": False, "hub_token": None} | decided
+    given = {key: value for key, value in given.items() if value != "auto"}
+    given.setdefault("disable_tqdm", not sys.stderr.isatty())
+    if config.data.eval is None:
+        given["eval_strategy"] = "no"
+    if given.get("log_level") == "info":
+        given["log_level"] = "warning"  # of transformers, whose own lines would bury philora's
+    try:
+        return SFTConfig(**given)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise ConfigError(f"{config.source}: training_config - {' '.join(str(error).split())}") from error
+
+
+def _require_arguments(config: Config) -> None:
+    """Make TRL's arguments once, with what is known before the model is.
+
+    Not where that starts something that a run has to start in all of its processes.
+
+    Raises:
+        ConfigError: As `arguments`.
+    """
+    given = config.training_config
+    if processes.count() > 1 or given.get("deepspeed") or given.get("fsdp"):
+        return
+    with process_state.quiet_libraries():
+        arguments(config)
 
 
 def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:

@@ -9,9 +9,13 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from philora.config import Config
 from philora.errors import fault, nearest
+
+_ATTENTION = "model.attn_implementation"
+_FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 
 
 def faults(config: Config) -> list[str]:
@@ -42,8 +46,12 @@ def _trackers(config: Config) -> Sequence[str]:
 def _attention(config: Config) -> Sequence[str]:
     """Return a fault for an attention implementation that the device does not have for training."""
     cpu = bool(config.training_config.get("use_cpu")) or not torch.accelerator.is_available()
-    if config.model.attn_implementation == "flex_attention" and cpu:
+    given = config.model.attn_implementation
+    expected = None
+    if given == "flex_attention" and cpu:
         expected = "an implementation that trains on a CPU: PyTorch's flex_attention has no backward pass there"
-        todo = "Set auto, or sdpa"
-        return [fault(config.source, "model.attn_implementation", "flex_attention", expected, todo)]
-    return []
+    elif given in _FLASH and cpu:
+        expected = "an implementation that trains on a CPU: the flash kernels need a GPU"
+    elif given in _FLASH and not _FLASH[given]():
+        expected = f"an implementation whose package is installed: {given} needs flash-attn for this GPU and PyTorch"
+    return [] if expected is None else [fault(config.source, _ATTENTION, given, expected, "Set auto, or sdpa")]

@@ -23,17 +23,10 @@ def rates(settings: Mapping[str, Any], steps: int) -> list[float] | None:
             them.
         steps: Optimizer steps of the run.
     """
-    warmup = float(settings.get("warmup_steps") or 0)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=float(settings["learning_rate"]))
     found = []
     try:
-        scheduler = get_scheduler(
-            settings.get("lr_scheduler_type") or "linear",
-            optimizer,
-            num_warmup_steps=int(warmup) if warmup >= 1 else math.ceil(steps * warmup),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=dict(settings.get("lr_scheduler_kwargs") or {}),
-        )
+        scheduler = _scheduler(settings, steps, optimizer)
         for _ in range(steps):
             found.append(float(optimizer.param_groups[0]["lr"]))
             optimizer.step()
@@ -41,6 +34,17 @@ def rates(settings: Mapping[str, Any], steps: int) -> list[float] | None:
     except (TypeError, ValueError, AssertionError):
         return None  # it asks for a loss, or the trainer refuses it in words of its own
     return found
+
+
+def _scheduler(settings: Mapping[str, Any], steps: int, optimizer: torch.optim.Optimizer) -> Any:
+    warmup = float(settings.get("warmup_steps") or 0)
+    return get_scheduler(
+        settings.get("lr_scheduler_type") or "linear",
+        optimizer,
+        num_warmup_steps=int(warmup) if warmup >= 1 else math.ceil(steps * warmup),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=dict(settings.get("lr_scheduler_kwargs") or {}),
+    )
 
 
 def trains_nothing(settings: Mapping[str, Any], steps: int | None) -> bool:
@@ -57,7 +61,7 @@ def trains_nothing(settings: Mapping[str, Any], steps: int | None) -> bool:
 
 
 def check_schedule(settings: Mapping[str, Any], steps: int | None, where: str) -> None:
-    """Refuse a run whose learning rate is 0 at every step.
+    """Refuse a run whose learning rate is 0 at every step, or whose schedule cannot be made.
 
     Args:
         settings: As for `rates`.
@@ -65,8 +69,15 @@ def check_schedule(settings: Mapping[str, Any], steps: int | None, where: str) -
         where: What the message begins with.
 
     Raises:
-        ConfigError: The rate is 0 at every step, so that the adapter would stay as it is.
+        ConfigError: The rate is 0 at every step, so that the adapter would stay as it is; or the schedule does not
+            take `lr_scheduler_kwargs`.
     """
+    given = settings.get("lr_scheduler_kwargs")
+    try:
+        _scheduler(settings, steps or 100, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    except (TypeError, ValueError) as error:
+        expected = f"what lr_scheduler_type {settings.get('lr_scheduler_type') or 'linear'} takes: {error}"
+        raise ConfigError(fault(where, "lr_scheduler_kwargs", given, expected)) from error
     if trains_nothing(settings, steps):
         expected = f"a learning rate above 0 at some step of the run, which has {steps}"
         todo = "Set warmup_steps to 0, or train for more steps: more rows, more epochs or smaller steps"

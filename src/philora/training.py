@@ -7,7 +7,6 @@ config -> data (errors end here, before any weight) -> targets on a weightless m
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import datetime
 import functools
@@ -23,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
@@ -36,7 +34,6 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import logging as transformers_logging
 
 import philora
 from philora import (
@@ -65,7 +62,7 @@ from philora.adapters import (
 )
 from philora.callbacks import MetricsFile, peak_memory_bytes
 from philora.card import model_card
-from philora.config import OWN_TRAINING_KEYS, Config, dump_yaml, load_config
+from philora.config import Config, dump_yaml, load_config
 from philora.data import PreparedData, places_of, prepare, preview, prompts_and_references
 from philora.data.held_out import vocabulary_digest, write_held_out
 from philora.data.ids import check_rows, vocabulary_of
@@ -134,7 +131,12 @@ def train(
     Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
     """
     command = SECRETS.sub("***", command or " ".join(sys.argv))
-    with process_state.run(), onednn_products(), StopOnSignal("before training", command) as stop:
+    with (
+        process_state.run(),
+        process_state.quiet_libraries(),
+        onednn_products(),
+        StopOnSignal("before training", command) as stop,
+    ):
         config = load_config(source, overrides)
         _check_processes(config)
         with warnings.catch_warnings():
@@ -152,9 +154,6 @@ def _train(
     config: Config, resume: bool | str, callbacks: list[TrainerCallback], command: str, stop: StopOnSignal
 ) -> RunResult:
     folder = Path(config.training_config["output_dir"]).expanduser()
-    transformers_logging.set_verbosity_warning()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     with contextlib.ExitStack() as held:
         claim = resuming.Claim(folder)
         continued = processes.on_main(lambda: _open(claim, config, resume, held))
@@ -359,25 +358,14 @@ class _Run:
 
     def _resolve_arguments(self, base: Any, chosen: Mapping[str, Any]) -> SFTConfig:
         """TRL's arguments: every `auto` decided, everything written below the run folder."""
-        # A copy: transformers fills in dicts of its arguments, and what is written down is what was asked for.
-        given = {
-            key: copy.deepcopy(value)
-            for key, value in self.config.training_config.items()
-            if key not in OWN_TRAINING_KEYS
-        }
-        for own in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic"):
-            given[own] = self.config.training_config[own]
-        given |= {key: chosen[key] for key in CHOSEN if key in chosen}
-        # transformers would push each checkpoint, and keep the token in the training_args.bin of each; the run pushes
-        # its adapter when it is done.
-        given["push_to_hub"] = False
-        given.pop("hub_token", None)
+        decided: dict[str, Any] = {key: chosen[key] for key in CHOSEN if key in chosen}
+        given = self.config.training_config | decided
         plan = self.plan
-        eval_rows = given.get("per_device_eval_batch_size", "auto")
-        if eval_rows == "auto":
+        if (eval_rows := given.get("per_device_eval_batch_size", "auto")) == "auto":
             eval_rows = plan.micro_batch_rows
-        bf16 = given.get("bf16", "auto")
-        given |= {
+        if (bf16 := given.get("bf16", "auto")) == "auto":
+            bf16 = self._needs_autocast(base.dtype)
+        decided |= {
             "output_dir": str(self.folder / "checkpoints"),
             "max_length": plan.max_length,
             "packing": bool(given.get("packing", True)),
@@ -385,20 +373,15 @@ class _Run:
             "per_device_eval_batch_size": eval_rows,
             "gradient_accumulation_steps": plan.accumulation,
             "gradient_checkpointing": planning.gradient_checkpointing_of(plan.recomputation),
-            "bf16": self._needs_autocast(base.dtype) if bf16 == "auto" else bf16,
+            "bf16": bf16,
             "warmup_steps": outlook.warmup_steps(self.config, plan),
         }
         if not any(hasattr(base.config, name) for name in ("num_experts", "num_local_experts")):
-            given.setdefault("ddp_find_unused_parameters", False)  # each step gives every parameter its gradient
-        given.setdefault("disable_tqdm", not sys.stderr.isatty())
+            # Each step gives every parameter its gradient.
+            decided["ddp_find_unused_parameters"] = given.get("ddp_find_unused_parameters", False)
         if self.prepared.eval is None:
-            given["eval_strategy"] = "no"
-        if given.get("log_level") == "info":
-            given["log_level"] = "warning"  # of transformers, whose own lines would bury philora's
-        try:
-            arguments = SFTConfig(**given)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{self.config.source}: training_config - {' '.join(str(error).split())}") from error
+            decided["eval_strategy"] = "no"
+        arguments = readiness.arguments(self.config, **decided)
         if arguments.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, which TRL refuses
             arguments._n_gpu = 1
         return arguments

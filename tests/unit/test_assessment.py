@@ -148,6 +148,16 @@ def test_rows_that_were_trained_on_are_named_and_left_out(run, tmp_path, caplog)
         evaluate(run, data=only, out=tmp_path / "out", **QUICK)
 
 
+def test_fields_of_given_rows_that_are_not_read_are_named(run, tmp_path, caplog):
+    data = write_rows(tmp_path / "rows.jsonl", [chat("New?", "Yes.") | {"topic": "shop"}])
+    evaluate(run, data=data, out=tmp_path / "out", **QUICK)
+    assert "topic (1)" in caplog.text
+    caplog.clear()
+    data = write_rows(tmp_path / "rows.jsonl", [chat("New?", "Yes.")])
+    evaluate(run, data=data, out=tmp_path / "out", **QUICK)
+    assert "not read" not in caplog.text
+
+
 def test_changed_data_is_refused_because_the_held_out_rows_are_no_longer_known(run, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()

@@ -190,15 +190,31 @@ def test_a_loss_that_still_falls_is_told(middle, end, falling):
             "model.attn_implementation=flex_attention",
             r"expected an implementation that trains on a CPU.*Set auto",
         ),
+        ("model.attn_implementation=flash_attention_2", r"attn_implementation='flash_attention_2'.*need a GPU"),
+        ("training_config.tf32=true", r"training_config - --tf32 requires"),
+        (
+            "training_config.lr_scheduler_kwargs={waves: 1}",
+            r"lr_scheduler_kwargs=\{'waves': 1\} - expected what.*cosine",
+        ),
     ],
 )
 def test_what_is_missing_is_told_at_the_start(checked, tmp_path, setting, message):
     with pytest.raises(ConfigError, match=message):
         checked(setting, "training_config.use_cpu=true")
     config = load_config({"data": {"train": "helpdesk"}}, [setting, "training_config.use_cpu=true"])
+    config.training_config["output_dir"] = str(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
         philora.train(config, quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_flash_attention_is_told_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(requirements.torch.accelerator, "is_available", lambda: True)
+    given = {"data": {"train": "helpdesk"}, "model": {"attn_implementation": "flash_attention_2"}}
+    (message,) = requirements.faults(load_config(given))
+    assert "needs flash-attn" in message
+    monkeypatch.setitem(requirements._FLASH, "flash_attention_2", lambda: True)
+    assert requirements.faults(load_config(given)) == []
 
 
 def test_trackers_that_are_there_are_taken():

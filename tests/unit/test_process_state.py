@@ -5,9 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import datasets
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging as transformers_logging
 
+import philora
 from philora import hub, process_state
+from philora.errors import ConfigError
 from philora.kernels import memory
 
 # In a process of its own: what is looked at is the process.
@@ -137,3 +142,28 @@ def test_a_download_says_by_itself_that_there_is_no_network(monkeypatch):
     monkeypatch.setattr(hub, "_has_no_network", lambda _: False)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     assert hub.reach() == {}
+
+
+def libraries():
+    bars = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    return transformers_logging.get_verbosity(), *bars, datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_a_run_leaves_the_progress_bars_and_the_verbosity_of_libraries(bars):
+    before = libraries()
+    transformers_logging.set_verbosity_info()
+    (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
+    (datasets.enable_progress_bars if bars else datasets.disable_progress_bars)()
+    try:
+        mine = libraries()
+        with pytest.raises(ConfigError):
+            philora.train({"training_config": {"no_such_key": 1}})
+        assert libraries() == mine
+        with process_state.quiet_libraries():
+            assert libraries() == (transformers_logging.WARNING, False, True, True)
+        assert libraries() == mine
+    finally:
+        transformers_logging.set_verbosity(before[0])
+        (transformers_logging.enable_progress_bar if before[1] else transformers_logging.disable_progress_bar)()
+        (datasets.disable_progress_bars if before[3] else datasets.enable_progress_bars)()

@@ -32,6 +32,7 @@ from philora.data.prepare import (
     _Loader,
     _weighted,
     hold_out,
+    notice_source,
     rows_in_training,
 )
 from philora.data.read import quiet_datasets
@@ -113,6 +114,7 @@ def held_out(
     fingerprint = None
     if other is not None:
         chosen = [loader.load(other, "eval", report)]
+        notice_source(report, "data", report.sources["eval"][-1])
         indices = [np.arange(len(each.rows)) for each in chosen]
     else:
         if held is not None:

@@ -500,7 +500,7 @@ def _notice_share(report: DataReport, fraction: float, rows: int, held_out: int)
         )
 
 
-def _notice_source(report: DataReport, role: str, source: SourceReport) -> None:
+def notice_source(report: DataReport, role: str, source: SourceReport) -> None:
     """Name what of a source is not read, and the control texts in it."""
     if source.unread_parts:
         add_notice(report, f"{role}: of {source.name} is not read: {'; '.join(source.unread_parts)}.")
@@ -528,7 +528,7 @@ def _notice(report: DataReport, max_length: int) -> None:
     """Say once what the data has that people would want to know."""
     for role, sources in report.sources.items():
         for source in sources:
-            _notice_source(report, role, source)
+            notice_source(report, role, source)
     for name, split in report.splits.items():
         found = [
             (
