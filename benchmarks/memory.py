@@ -35,11 +35,12 @@ class Cell:
     Attributes:
         width: Of the model; heads of 64.
         layers: Decoder layers.
-        tokens: Of a row, of which a micro-batch has one.
-        base: `bf16` or `nf4`.
+        tokens: The most that a row may have.
+        base: `bf16`, `fp32` or `nf4`.
         recomputation: none, elementwise or full.
         steps: Optimizer steps: oneDNN's kernels and the heap grow in the first ones.
         answers: Answers that are generated before training and after it, of 32 tokens at most; 0: no evaluation.
+        rows: Of a micro-batch, one conversation in each, padded to the longest; 0: one row of packed conversations.
     """
 
     width: int
@@ -49,11 +50,13 @@ class Cell:
     recomputation: str
     steps: int = 6
     answers: int = 0
+    rows: int = 0
 
     @property
     def name(self) -> str:
         """For people and for `--only`."""
         name = f"{self.width}x{self.layers}/{self.tokens}/{self.base}/{self.recomputation}"
+        name += f"/{self.rows} rows" if self.rows else ""
         return f"{name}/{self.answers} answers" if self.answers else name
 
 
@@ -66,6 +69,7 @@ CELLS = tuple(
     if grade != "elementwise" or size[0] == 1536
 )
 EVALUATED = (Cell(1536, 6, 1024, "bf16", "full", 4, answers=64), Cell(1536, 6, 1024, "nf4", "full", 4, answers=64))
+UNPACKED = (Cell(512, 4, 512, "fp32", "none", 8, rows=16), Cell(512, 4, 512, "fp32", "full", 8, rows=32))
 QUICK = (Cell(1024, 4, 2048, "bf16", "none", 5), Cell(1024, 4, 2048, "nf4", "full", 5))
 
 
@@ -129,7 +133,7 @@ def child(cell: Cell, folder: Path, work: Path) -> dict[str, Any]:
         {
             "model": {
                 "name_or_path": str(folder),
-                "dtype": "bfloat16",
+                "dtype": "float32" if cell.base == "fp32" else "bfloat16",
                 "quantization": "nf4" if cell.base == "nf4" else "none",
             },
             "data": {"train": "helpdesk", "eval": "helpdesk" if cell.answers else None},
@@ -138,7 +142,8 @@ def child(cell: Cell, folder: Path, work: Path) -> dict[str, Any]:
                 "output_dir": str(work),
                 "max_length": cell.tokens,
                 "max_steps": cell.steps,
-                "per_device_train_batch_size": 1,
+                "packing": not cell.rows,
+                "per_device_train_batch_size": cell.rows or 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_checkpointing": grades[cell.recomputation],
                 "save_strategy": "no",
@@ -202,7 +207,7 @@ def main() -> None:
         return
     of_machine = machine(environment(given.threads))
     with tempfile.TemporaryDirectory() as root:
-        for cell in (*CELLS, *EVALUATED):
+        for cell in (*CELLS, *EVALUATED, *UNPACKED):
             if given.only in cell.name:
                 found = measure(cell, Path(root), given.threads)
                 facts = row(cell, found, given.threads, of_machine)

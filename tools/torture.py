@@ -287,7 +287,7 @@ def taken_up(settings: dict[str, Any], folder: Path, notes: Path, expected: dict
 def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
     """Send SIGTERM or SIGINT, to every second run SIGKILL a moment later, as clusters do.
 
-    A third of the signals comes at a random moment, a third before the first checkpoint, a third in an evaluation.
+    A third of the signals comes at a random moment, a third about the first step, a third about an evaluation.
 
     The exit code and the words must say what is on the disk, and the command that they ask for must end as a run that
     nothing happened to.
@@ -314,6 +314,7 @@ def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
             end = time.monotonic() + 2 * seconds
             while not moment(folder) and time.monotonic() < end:
                 time.sleep(0.0002)
+            time.sleep(chance.uniform(0.0, 0.04) * seconds)
         os.kill(child, chosen)
         killed = number % 2 == 0
         if killed:
@@ -344,8 +345,8 @@ def waiting_for_evaluation(folder: Path) -> bool:
 
 
 def begun_without_checkpoint(folder: Path) -> bool:
-    """Whether the run has its folder and has saved nothing."""
-    return (folder / "config.yaml").is_file() and not any((folder / "checkpoints").glob("checkpoint-*"))
+    """Whether the run has written its record, which it does when the model is loaded, and has saved nothing."""
+    return (folder / "run.json").is_file() and not any((folder / "checkpoints").glob("checkpoint-*"))
 
 
 AIMS: tuple[Callable[[Path], bool] | None, ...] = (None, begun_without_checkpoint, waiting_for_evaluation)

@@ -6,14 +6,12 @@ import sys
 
 import pytest
 
-from benchmarks.memory import CELLS, EVALUATED, QUICK, measure
+from benchmarks.memory import CELLS, EVALUATED, QUICK, UNPACKED, measure
 from philora.footprint import PARTS
 from philora.models import bf16_is_fast
 
-pytestmark = [
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
-    pytest.mark.skipif(not bf16_is_fast(), reason="without bf16 instructions a cell takes a quarter of an hour"),
-]
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+fast_bf16 = pytest.mark.skipif(not bf16_is_fast(), reason="without bf16 instructions a cell takes a quarter of an hour")
 
 CLOSE = 0.1
 
@@ -27,7 +25,7 @@ def check(cell, root):
     found = measure(cell, root)
     estimate, peak = found["plan"]["estimate"], found["peak_bytes"]
     assert found["plan"]["recomputation"] == cell.recomputation
-    assert found["plan"]["quantization"] == ("none" if cell.base == "bf16" else "nf4")
+    assert found["plan"]["quantization"] == ("nf4" if cell.base == "nf4" else "none")
     assert estimate["peak"] == pytest.approx(peak, rel=CLOSE)
     # Negative control: without a part that is larger than the tolerance allows for.
     for name in PARTS:
@@ -36,6 +34,7 @@ def check(cell, root):
     return estimate, peak
 
 
+@fast_bf16
 def test_bf16_keeps_its_activations(root):
     pytest.importorskip("bitsandbytes")
     estimate, peak = check(QUICK[0], root)
@@ -43,12 +42,14 @@ def test_bf16_keeps_its_activations(root):
     assert estimate["files"] == estimate["weights"]
 
 
+@fast_bf16
 def test_nf4_with_recomputation(root):
     pytest.importorskip("bitsandbytes")
     estimate, _ = check(QUICK[1], root)
     assert estimate["files"] == 0
 
 
+@fast_bf16
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_three_sizes_with_and_without(cell, root):
@@ -56,6 +57,7 @@ def test_three_sizes_with_and_without(cell, root):
     check(cell, root)
 
 
+@fast_bf16
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", EVALUATED, ids=lambda cell: cell.name)
 def test_answers_before_and_after(cell, root):
@@ -65,3 +67,9 @@ def test_answers_before_and_after(cell, root):
     estimate, peak = found["plan"]["estimate"], found["peak_bytes"]
     assert estimate["peak"] == estimate["evaluation"] == pytest.approx(peak, rel=CLOSE)
     assert estimate["training"] < (1 - 2 * CLOSE) * peak, "the control: the peak of training alone is not it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", UNPACKED, ids=lambda cell: cell.name)
+def test_conversations_that_are_not_packed(cell, root):
+    check(cell, root)
