@@ -50,6 +50,7 @@ ORDER = [
     "formats",
     "data",
     "decoding",
+    "static_decoding",
     "footprint",
     "planning",
     "callbacks",
