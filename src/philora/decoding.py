@@ -47,8 +47,9 @@ def covers(model: nn.Module) -> bool:
     It does for plain Phi-3 models on one device with SiLU and no autocast, whatever adapters and quantised layers stand
     in the place of their linear layers, and unless hooks watch their modules or `PHILORA_FUSED=0` turns fast paths off.
     """
-    devices = {each.device.type for each in _base(model).parameters()}
-    if len(devices) != 1 or "meta" in devices or torch.is_autocast_enabled(next(iter(devices))):
+    devices = {each.device for each in _base(model).parameters()}
+    types = {each.type for each in devices}
+    if len(devices) != 1 or "meta" in types or torch.is_autocast_enabled(next(iter(types))):
         return False
     return _plain(model)
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -178,6 +179,11 @@ def _reasons_of_one(layer: Any) -> list[str]:
     return found
 
 
+def only_moves(hook: Any) -> bool:
+    """Return whether a hook of accelerate's does nothing but move inputs to a module's device, as the stack does."""
+    return type(hook) is AlignDevicesHook and not hook.offload
+
+
 def _hooked(layers: list[nn.Module]) -> Iterator[str]:
     if any(getattr(nn_module, name) for name in _GLOBAL_HOOKS):
         yield "every module (a global hook)"
@@ -190,7 +196,7 @@ def _hooked(layers: list[nn.Module]) -> Iterator[str]:
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]
                 or state["_backward_pre_hooks"]
-                or "forward" in state
+                or ("forward" in state and not only_moves(state.get("_hf_hook")))
             ):
                 yield type(module).__name__
 

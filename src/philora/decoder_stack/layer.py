@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -84,6 +84,16 @@ class Pass:
     keep: Keep = "everything"
     host: HostInputs | None = None
     handed_down: Rows | None = None
+
+    def on(self, device: torch.device) -> Pass:
+        """Return the same for layers on another device, itself where it is there already."""
+        if self.cos.device == device:
+            return self
+        layout = self.attention.layout.to(device)
+        dropouts = [None if each is None else each._replace(seed=each.seed.to(device)) for each in self.dropouts]
+        host = None if self.host is None else HostInputs(device)
+        attention = replace(self.attention, layout=layout)
+        return Pass(attention, self.cos.to(device), self.sin.to(device), dropouts, self.keep, host)
 
     def taken_up(self, grad: Tensor) -> Rows | None:
         """Return the fp8 copy that belongs to a gradient, if it is the one that was handed down and unchanged."""
@@ -247,6 +257,11 @@ class DecoderLayer:
             else:
                 kept = Kept(*saved)  # type: ignore[arg-type]
             return _gradients(self, shared, kept, dx, dh, needs_x, norms)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.norms[0].device
 
     @property
     def trained(self) -> list[Tensor | None]:

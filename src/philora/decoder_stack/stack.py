@@ -152,9 +152,13 @@ class DecoderStack:
             x (T, C), cos and sin (T, half of the rotated columns) in fp32, counter (1); returns (T, C) twice.
         """
         shared = self._begin(x, cos, sin, layout, keep, counter, deterministic)
+        passes = {x.device: shared}  # under a `device_map` layers are on several devices
         h: Tensor | None = None
         for layer in self._layers:
-            x, h = layer(shared, x, h)
+            device = layer.device
+            if device not in passes:
+                passes[device] = shared.on(device)
+            x, h = layer(passes[device], x.to(device), None if h is None else h.to(device))
         assert h is not None
         return x, h
 
