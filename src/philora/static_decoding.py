@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from philora import decoding
+from philora.decoder_stack.choice import DeviceFacts
 from philora.decoder_stack.facts import facts_of_device
 from philora.kernels import graphs
-from philora.lora.functional import fused_enabled
 from philora.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -93,21 +93,27 @@ def against(facts: GraphFacts) -> list[str]:
     return found
 
 
-def facts_of(model: nn.Module) -> GraphFacts:
-    """Return the facts of a model and of the device that it is on."""
-    weight = next(each for each in model.parameters() if each.is_floating_point())
-    device = facts_of_device(weight.device)
+def facts_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) -> GraphFacts:
+    """Return the facts of a model on a device; the last three as in `GraphFacts`."""
     return GraphFacts(
         kind=device.kind,
         name=device.name,
         capability=device.capability,
         triton=device.triton,
         switch=graphs.switch(),
-        fused=fused_enabled(),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        quantized=any(is_quantized(each) for each in model.modules()),
-        covered=decoding.covers(model),
+        fused=device.fused,
+        dtype=dtype,
+        quantized=quantized,
+        covered=covered,
     )
+
+
+def facts_of(model: nn.Module) -> GraphFacts:
+    """Return the facts of a model and of the device that it is on."""
+    weight = next(each for each in model.parameters() if each.is_floating_point())
+    quantized = any(is_quantized(each) for each in model.modules())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return facts_on(facts_of_device(weight.device), dtype, quantized, decoding.covers(model))
 
 
 def decoder_for(

@@ -63,7 +63,11 @@ def test_other_hooks_of_accelerate_leave_it():
 
 
 def test_layers_on_several_gpus_wait_for_the_switch_and_shards_take_the_modules():
-    found = facts(make())
+    made = make()
+    found = facts(made)
+    assert not found.sharded
+    next(made.get_base_model().model.layers[0].parameters()).ds_id = 0  # as ZeRO-3 marks what it shards
+    assert facts(made).sharded
     for name, value, reason in (("devices", 2, "layers on several devices"), ("sharded", True, "in shards")):
         choice = stack_for(found.__class__(**{name: value}), BatchFacts(), DeviceFacts())
         assert choice.path == "modules"

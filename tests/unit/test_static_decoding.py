@@ -282,6 +282,18 @@ def test_which_answers_take_a_graph():
         assert against(replace(GraphFacts(), **{name: cases[name][0]}, switch="all")) == []
 
 
+def test_check_says_how_answers_are_computed():
+    from philora.decoder_stack.choice import DeviceFacts, ModelFacts
+    from philora.readiness import Hardware, _answers
+
+    card = DeviceFacts()
+    assert _answers(card, ModelFacts(), "bfloat16", "plain") == "a CUDA graph for each token"
+    assert "quantised layers" in _answers(card, ModelFacts(), "bfloat16", "nf4")
+    assert "generate" in _answers(card, ModelFacts(architecture="LlamaModel"), "bfloat16", "plain")
+    assert _answers(replace(card, kind="cpu"), ModelFacts(), "bfloat16", "plain") == ""
+    assert str(Hardware("a", 0, "stack", ("b",), "c")).endswith("decoder layers: stack (b); answers: c")
+
+
 def test_a_cpu_keeps_its_decoder(monkeypatch):
     model = make_phi3()
     monkeypatch.setenv("PHILORA_GRAPHS", "all")

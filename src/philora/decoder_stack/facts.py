@@ -118,7 +118,8 @@ def facts_of_model(model: Any) -> ModelFacts:
         trains_norms=any(each.weight.requires_grad for each in norms),
         unadapted=len(adapted) < len(linears),
         longrope=longrope_switch_tokens(config) is not None,
-        sharded=any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in (model, *layers)),
+        sharded=any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in (model, *layers))
+        or any(hasattr(each, "ds_id") for each in layers[0].parameters()),  # DeepSpeed's ZeRO-3
         devices=len({base_of(each).weight.device for each in linears}),
     )
 
