@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -303,7 +304,13 @@ class StaticDecoder(decoding.Decoder):
 
     def _leave(self, reason: str) -> None:
         self._off = True
-        logger.warning("answers are computed without a CUDA graph: %s", reason)
+        _say(reason)
+
+
+@cache
+def _say(reason: str) -> None:
+    """Say once why answers are computed without a graph: there is a decoder for each call of `generate`."""
+    logger.warning("answers are computed without a CUDA graph: %s", reason)
 
 
 def filled_up(rows: int) -> int:

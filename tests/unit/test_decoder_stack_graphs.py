@@ -18,6 +18,7 @@ from philora.decoder_stack import model as stacked
 from philora.decoder_stack.graphs import GraphFacts, GraphRunner, Size, against, size_for
 from philora.decoder_stack.model import configure
 from philora.kernels import graphs as cuda_graphs
+from tests.conftest import make_phi3
 from tests.stacked import DEVICE, inputs, largest_difference, make, positions
 from tests.tolerances import GRADIENTS_FP32
 
@@ -33,8 +34,8 @@ def _small_graphs(monkeypatch):
     monkeypatch.setattr(graphs, "EVEN_TOKENS", 4)
     monkeypatch.setattr(graphs, "LAYOUTS", ((3, 2), (3, 4)))
     stacked._runners.clear()
-    if DEVICE.type != "cuda":
-        monkeypatch.setattr(graphs, "against", lambda facts: [])
+    monkeypatch.setattr(graphs, "against", lambda facts: [])
+    monkeypatch.setattr(cuda_graphs, "capture_for", lambda device: cuda_graphs.repeat)
 
 
 @pytest.fixture
@@ -46,7 +47,9 @@ def replays(monkeypatch):
     return seen
 
 
-def run(model: Any, batches: Sequence[Sequence[int]], recomputation: str = "none") -> dict[str, Tensor]:
+def run(
+    model: Any, batches: Sequence[Sequence[int]], recomputation: str = "none", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Outputs, and the gradients that the batches have added up to."""
     optimize(model, recomputation="elementwise" if recomputation == "elementwise" else "none")
     decoder = model.get_base_model().model
@@ -56,7 +59,7 @@ def run(model: Any, batches: Sequence[Sequence[int]], recomputation: str = "none
     stacked._counters.clear()
     found = {}
     for index, lengths in enumerate(batches):
-        x, grad = inputs(model, lengths)
+        x, grad = inputs(model, lengths, dtype)
         leaf = x.requires_grad_()
         output = decoder(inputs_embeds=leaf, position_ids=positions(lengths), use_cache=False)[0]
         output.backward(grad * (index + 1))
@@ -73,7 +76,9 @@ def plainly(model: Any, batches: Sequence[Sequence[int]], monkeypatch: Any, **se
         return run(model, batches, **settings)
 
 
-@pytest.mark.parametrize("recomputation", ["none", "elementwise", "full"])
+@pytest.mark.parametrize(
+    "recomputation", ["none", *(pytest.param(each, marks=pytest.mark.slow) for each in ("elementwise", "full"))]
+)
 def test_two_micro_batches_add_up_as_without_a_graph(replays, monkeypatch, recomputation):
     made = make(layers=2 if recomputation == "none" else 1, dropout=0.25)
     expected = plainly(made, [FIRST, SECOND], monkeypatch, recomputation=recomputation)
@@ -232,7 +237,7 @@ def test_which_trainings_take_graphs(monkeypatch):
     monkeypatch.undo()
     assert against(GraphFacts()) == []
     assert against(GraphFacts(switch="")) == ["no GPU has run this yet, PHILORA_GRAPHS=all takes it"]
-    cases = {"kind": "cpu", "base": "int8", "keep": "host", "devices": 2, "autocast": True}
+    cases = {"kind": "cpu", "base": "int8", "dtype": "float32", "keep": "host", "devices": 2, "autocast": True}
     for name, value in cases.items():
         assert len(against(replace(GraphFacts(), **{name: value}))) == 1
     assert all(not against(GraphFacts(base=each)) for each in graphs.LARGEST_TOKENS)
@@ -250,3 +255,22 @@ def test_graphs_are_off_by_default(replays, monkeypatch):
     run(make(), [FIRST])
     assert not replays
     assert not any(isinstance(each, GraphRunner) for each in stacked._runners.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU")
+@pytest.mark.parametrize("recomputation", ["none", "elementwise", "full"])
+def test_on_a_gpu_micro_batches_by_cuda_graphs_add_up(replays, monkeypatch, recomputation):
+    """In bf16, over rows of a real length; what a replay does not do would leave the values of the one before."""
+    monkeypatch.undo()
+    monkeypatch.setenv("PHILORA_STACK", "all")
+    monkeypatch.setenv("PHILORA_GRAPHS", "all")
+    own, ran = graphs.StackGraph.forward, []
+    monkeypatch.setattr(graphs.StackGraph, "forward", lambda self, each: (ran.append(self.size), own(self, each))[1])
+    made = make(base=make_phi3(hidden_size=64, intermediate_size=128).bfloat16(), dropout=0.1)
+    batches = [(200, 40, 10), (30, 30, 120, 5), (250,), (60,) * 4]
+    settings = {"recomputation": recomputation, "dtype": torch.bfloat16}
+    expected = plainly(made, batches, monkeypatch, **settings)
+    assert largest_difference(run(made, batches, **settings), expected) < 5e-2
+    assert len(ran) == len(batches)
+    assert set(ran) == {Size(256, 24, 256)}

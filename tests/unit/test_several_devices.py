@@ -22,6 +22,7 @@ from philora.decoder_stack.layer import DecoderLayer, Pass
 from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.rows import Dropout
 from philora.decoder_stack.stack import DecoderStack
+from philora.kernels import graphs as cuda_graphs
 from tests.stacked import DEVICE, by_peft, by_stack, inputs, largest_difference, make, positions
 from tests.tolerances import GRADIENTS_FP32
 
@@ -115,8 +116,8 @@ def test_ddp_sums_the_gradients_of_graphs(monkeypatch):
     """One process: its gradients go through DDP's reducer and are what they are without it."""
     monkeypatch.setattr(graphs, "EVEN_TOKENS", 4)
     monkeypatch.setattr(graphs, "LAYOUTS", ((3, 2),))
-    if DEVICE.type != "cuda":
-        monkeypatch.setattr(graphs, "against", lambda each: [])
+    monkeypatch.setattr(graphs, "against", lambda each: [])
+    monkeypatch.setattr(cuda_graphs, "capture_for", lambda device: cuda_graphs.repeat)
     made = optimize(make())
     decoder = made.get_base_model().model
     x, grad = inputs(made, LENGTHS)

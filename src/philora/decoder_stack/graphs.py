@@ -78,6 +78,7 @@ class GraphFacts:
         switch: `PHILORA_GRAPHS`: "all" takes graphs in training.
         kind: Of the device.
         base: "plain", "nf4", "fp8" or another.
+        dtype: Of the activations.
         keep: What is kept for backward.
         devices: On how many devices the layers are.
         autocast: Whether autocast is on.
@@ -86,6 +87,7 @@ class GraphFacts:
     switch: str = "all"
     kind: str = "cuda"
     base: str = "plain"
+    dtype: str = "bfloat16"
     keep: str = "everything"
     devices: int = 1
     autocast: bool = False
@@ -100,6 +102,8 @@ def against(facts: GraphFacts) -> list[str]:
         found.append("a graph needs a CUDA GPU")
     if facts.base not in LARGEST_TOKENS:
         found.append(f"the base is {facts.base}")
+    if facts.dtype not in ("bfloat16", "float16"):
+        found.append(f"attention in {facts.dtype} reads lengths from the device")
     if facts.keep == "host":
         found.append("inputs of layers are kept in the computer's memory")
     if facts.devices > 1:

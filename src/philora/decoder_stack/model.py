@@ -171,7 +171,8 @@ def _runner_of(model: Any, stack: DecoderStack, x: Tensor, keep: Keep) -> graphs
     facts = facts_of_model(model)
     base = "fp8" if stack.fp8 is not None else facts.base
     autocast = autocast_dtype(x.device.type) is not None
-    reasons = graphs.against(graphs.GraphFacts(switch, x.device.type, base, keep, facts.devices, autocast))
+    dtype = str(x.dtype).removeprefix("torch.")
+    reasons = graphs.against(graphs.GraphFacts(switch, x.device.type, base, dtype, keep, facts.devices, autocast))
     if reasons:
         _say_of_graphs(tuple(reasons))
         return None

@@ -59,8 +59,10 @@ def record(work: Work, device: torch.device, pool: Any = None) -> Recorded:
         pool: Of `torch.cuda.graph_pool_handle`; graphs with the same one use each other's free memory.
     """
     graph = torch.cuda.CUDAGraph()
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     # Another thread (of a data loader, of NCCL) may call CUDA meanwhile; by default that would end the recording.
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    with torch.cuda.device(device), recording:
         results = work()
     return Recorded(graph.replay, results)
 
