@@ -1,7 +1,7 @@
 """Answers on a GPU: the step of `decoding.Decoder` in one CUDA graph.
 
 A step of one new token launches hundreds of small kernels, and on a GPU the launches take longer than the kernels. Here
-the shapes of a step stay the same: rows are filled up to 1, 8 or 64, the cache has a fixed size until it is full and
+the shapes of a step stay the same: rows are filled up to one of `ROWS`, the cache has a fixed size until it is full and
 then doubles, and tokens and positions stand on the device. So the step is recorded once and launched by one call, and
 the tokens of 16 steps are read back together.
 
@@ -28,7 +28,7 @@ from philora.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
 
-ROWS = (1, 8, 64)
+ROWS = (1, 8, 16, 32, 64)
 """Rows that a graph is made for; more are filled up to the next multiple of the last."""
 
 STEPS = 16

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from philora import conversation, decoding, static_decoding
 from philora.adapters import optimize
@@ -121,6 +123,66 @@ def test_the_kernels_of_the_stack_compute_the_same_step(static, monkeypatch):
     assert static[0][0]._recorded is not None
 
 
+class Tape(TorchDispatchMode):
+    """Records the operations of PyTorch with their tensors, as a CUDA graph records kernels with their addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default):
+            raise RuntimeError("a number is read from the device")
+        found = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, found))
+        return found
+
+    def replay(self) -> None:
+        for func, args, kwargs, old in self.calls:
+            for mine, new in zip(tree_leaves(old), tree_leaves(func(*args, **kwargs)), strict=True):
+                if mine.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    mine.copy_(new)
+
+
+def taped(work: Any, device: Any, pool: Any = None) -> graphs.Recorded:
+    """Stand for `graphs.record`: what the function decides in Python is decided once."""
+    with Tape() as tape:
+        results = work()
+    return graphs.Recorded(tape.replay, results)
+
+
+@pytest.mark.parametrize("family", ["window", "partial", "longrope long"])
+def test_nothing_of_a_step_is_decided_outside_the_device(static, monkeypatch, family):
+    monkeypatch.setenv("PHILORA_NATIVE", "0")  # compiled functions are no operations of PyTorch
+    monkeypatch.setattr(graphs, "capture_for", lambda device: taped)
+    lora = LoraConfig(target_modules="all-linear", r=4, lora_alpha=8, init_lora_weights=False)
+    model = optimize(get_peft_model(make_phi3(**FAMILIES[family]), lora)).eval()
+    assert answers(model, batch_size=3) == by_transformers(model)
+    assert all(each._recorded is not None for each, _ in static)
+
+
+def test_a_position_that_is_decided_once_shows(static, monkeypatch, caplog):
+    """The tape's own control: with the position as a number it repeats the first step, and reading one is refused."""
+    monkeypatch.setenv("PHILORA_NATIVE", "0")
+    monkeypatch.setattr(graphs, "capture_for", lambda device: taped)
+    model = make_phi3()
+    expected = answers(model)
+    compute = StaticDecoder.compute
+    fixed: list[Any] = []
+
+    def planted(self: Any, tokens: Any, at: Any, width: int, work: Any) -> Any:
+        fixed.append(at.clone())  # before the tape; what it records is a constant
+        return compute(self, tokens, fixed[0] if work is self._work else at, width, work)
+
+    monkeypatch.setattr(StaticDecoder, "compute", planted)
+    assert answers(model, PROMPTS[:1]) != expected[:1]
+    monkeypatch.setattr(
+        StaticDecoder, "compute", lambda self, tokens, at, *rest: compute(self, tokens, at + at[0].item() * 0, *rest)
+    )
+    assert answers(model) == expected
+    assert "a number is read from the device" in caplog.text
+
+
 def _position(decoder):
     compute = decoder.compute
     return lambda tokens, at, width, work: compute(tokens, at + (work is decoder._work), width, work)
@@ -224,7 +286,7 @@ def test_rows_move_in_place_while_their_number_filled_up_stays():
 
 
 def test_rows_are_filled_up():
-    assert [filled_up(each) for each in (0, 1, 2, 8, 9, 64, 65, 130)] == [1, 1, 8, 8, 64, 64, 128, 192]
+    assert [filled_up(each) for each in (0, 1, 2, 8, 9, 64, 65, 130)] == [1, 1, 8, 8, 16, 64, 128, 192]
 
 
 @torch.inference_mode()
