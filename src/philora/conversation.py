@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from philora import decoding
+from philora import decoding, static_decoding
 from philora.adapters import load_adapter
 from philora.arrangement import Arrangement, PromptTooLong
 from philora.config import ModelConfig, TokenizerConfig
@@ -140,6 +140,7 @@ class Voices:
         # With LongRoPE the longest row decides the factors of all: what goes beyond its boundary is computed alone.
         limits = [each for each in (self.window, self.longrope_switch) if each is not None]
         self._shared_tokens = min(limits) if limits and decoding.covers(model) else 0
+        self._by_graph = not static_decoding.against(static_decoding.facts_of(model))
         self._last_only = (
             {"logits_to_keep": 1}
             if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
@@ -226,6 +227,10 @@ class Voices:
                 found[each] = _tried(partial(next, each))
         return [found[each] for each in replies]
 
+    def by_graph(self, reply: Reply) -> bool:
+        """Return whether a single answer, too, is faster by `step`: on a GPU, where a step is one CUDA graph."""
+        return self._by_graph and reply.limit_tokens <= self._shared_tokens
+
     def _step_together(self, adapter: str | None, replies: Sequence[Reply]) -> dict[Reply, str | BaseException]:
         """The step of answers that share a forward pass; one by one where that fails, to find whose fault it is."""
         if not replies:
@@ -246,7 +251,7 @@ class Voices:
         together = self._together.pop(adapter, None)  # what fails in the middle is not gone on from
         if together is None:
             self._packing = self._packing or decoding.Packing(self.model, USUAL_ROWS)
-            together = _Together(decoding.Decoder(self.model, 0, self._shared_tokens, self._packing))
+            together = _Together(static_decoding.decoder_for(self.model, 0, self._shared_tokens, self._packing))
         logits = together.logits(replies)
         self._together[adapter] = together
         return logits
@@ -346,7 +351,8 @@ class Reply:
         adapter: Who answers; None: the base.
         ids: The prompt's tokens and those generated so far, without the stop token.
         limit_tokens: Most that these can become.
-        memory: What the model has read, for the next turn; of what `Voices.step` computes it holds nothing.
+        memory: What the model has read, for the next turn; of what `Voices.step` computes it holds nothing, so
+            that on a GPU, where a single answer takes it too, each prompt is read anew.
     """
 
     def __init__(
@@ -377,6 +383,11 @@ class Reply:
     def __next__(self) -> str:
         if self.finish is not None:
             raise StopIteration
+        if self._voices.by_graph(self):
+            (piece,) = self._voices.step(self.adapter, [self])
+            if isinstance(piece, BaseException):
+                raise piece
+            return piece
         return self.take(self._voices.next_logits(self.ids, self.memory))
 
     def take(self, logits: Tensor) -> str:

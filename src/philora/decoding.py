@@ -47,8 +47,9 @@ def covers(model: nn.Module) -> bool:
     It does for plain Phi-3 models on one device with SiLU and no autocast, whatever adapters and quantised layers stand
     in the place of their linear layers, and unless hooks watch their modules or `PHILORA_FUSED=0` turns fast paths off.
     """
-    devices = {each.device.type for each in _base(model).parameters()}
-    if len(devices) != 1 or "meta" in devices or torch.is_autocast_enabled(next(iter(devices))):
+    devices = {each.device for each in _base(model).parameters()}
+    types = {each.type for each in devices}
+    if len(devices) != 1 or "meta" in types or torch.is_autocast_enabled(next(iter(types))):
         return False
     return _plain(model)
 
@@ -102,15 +103,50 @@ def _decoder_modules(base: Any) -> list[nn.Module]:
     return [each for layer in base.model.layers for each in (layer, layer.self_attn, layer.mlp)]
 
 
+class Norm(NamedTuple):
+    """An RMSNorm without what autograd needs.
+
+    Attributes:
+        product: The norm of a matrix's rows.
+        weight: Its weight; None where it is no plain RMSNorm.
+        eps: Added to the mean square.
+    """
+
+    product: Product
+    weight: Tensor | None
+    eps: float
+
+
 class _Layer(NamedTuple):
     """A decoder layer's products and norms."""
 
-    before: Product
+    before: Norm
     qkv: Product
     output: Product
-    between: Product
+    between: Norm
     gate_up: Product
     down: Product
+
+
+class PlainRows:
+    """The element-wise work of a step in PyTorch's own operations."""
+
+    def add_norm(self, norm: Norm, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the sum of x and h, and its norm. Shapes: x and h (B, C); returns (B, C) twice."""
+        total = x if h is None else x + h
+        return total, norm.product(total)
+
+    def angles(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines as `rotate` takes them. Shapes: (B, rotated columns)."""
+        return cos[:, None], sin[:, None]
+
+    def rotate(self, states: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        """Return the first heads, rotated. Shapes: states (B, H + 2 K, D); returns (B, heads, D)."""
+        return _rotate(states[:, :heads], cos, sin)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """Return `silu(gate) * up`. Shapes: (B, 2 I), gate first; returns (B, I)."""
+        return _gated(gate_up)
 
 
 class Decoder:
@@ -166,11 +202,11 @@ class Decoder:
         # Zeros: what is not written yet is masked, and a masked NaN would still be one.
         return torch.zeros(rows, self.kv_heads, tokens, self.head_size, dtype=self.dtype, device=self.device)
 
-    def _reserve(self, tokens: int) -> None:
-        """Make room for rows of so many tokens."""
+    def reserve(self, tokens: int) -> None:
+        """See to it that rows have space for so many tokens."""
         if tokens <= self.capacity:
             return
-        grown = min(len(self.cos), max(tokens, self.capacity + max(ROOM_TOKENS, self.capacity // 4)))
+        grown = self.capacity_for(tokens)
         for index, pair in enumerate(self.cache):
             bigger = []
             for old in pair:
@@ -179,6 +215,10 @@ class Decoder:
                 bigger.append(new)
             self.cache[index] = (bigger[0], bigger[1])
         self.capacity = grown
+
+    def capacity_for(self, tokens: int) -> int:
+        """Return how many tokens a row of the cache gets when it needs so many, more than it has."""
+        return min(len(self.cos), max(tokens, self.capacity + max(ROOM_TOKENS, self.capacity // 4)))
 
     def keep(self, rows: Sequence[int], more: int = 0) -> None:
         """Go on with some rows only, at the places 0, 1, ... in the order given, and `more` empty ones behind them."""
@@ -220,7 +260,7 @@ class Decoder:
     def _prefill(self, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> Tensor:
         lengths = [len(each) for each in prompts]
         rows, tokens = len(prompts), max(lengths)
-        self._reserve(tokens)
+        self.reserve(tokens)
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
@@ -234,7 +274,7 @@ class Decoder:
         grouped = self.heads != self.kv_heads
         x = self.embed(ids.to(self.device).flatten())
         for index, layer in enumerate(self.layers):
-            states = layer.qkv(layer.before(x)).view(rows, tokens, -1, self.head_size)
+            states = layer.qkv(layer.before.product(x)).view(rows, tokens, -1, self.head_size)
             turned = _rotate(states[:, :, : self.heads + self.kv_heads], cos, sin).transpose(1, 2)
             query, key = turned[:, : self.heads], turned[:, self.heads :]
             value = states[:, :, self.heads + self.kv_heads :].transpose(1, 2)
@@ -254,8 +294,8 @@ class Decoder:
             if index == len(self.layers) - 1:
                 mixed, x = mixed[last], x[last]
             x = x + layer.output(mixed)
-            x = x + layer.down(_gated(layer.gate_up(layer.between(x))))
-        return self.head(self.norm(x))
+            x = x + layer.down(_gated(layer.gate_up(layer.between.product(x))))
+        return self.head(self.norm.product(x))
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Add a token to each row.
@@ -267,23 +307,39 @@ class Decoder:
         Shapes:
             Returns the logits after it, (B, V).
         """
-        rows, width = self.rows, max(positions) + 1
-        self._reserve(width)
+        width = max(positions) + 1
+        self.reserve(width)
         at = torch.tensor(positions, device=self.device)
-        slots = torch.arange(rows * self.kv_heads, device=self.device) * self.capacity
-        slots += at.repeat_interleave(self.kv_heads)
+        return self.compute(torch.tensor(tokens, device=self.device), at, width, PlainRows())
+
+    def compute(self, tokens: Tensor, at: Tensor, width: int, work: PlainRows) -> Tensor:
+        """Add a token to each row, with nothing read back from the device.
+
+        Args:
+            tokens: Of each row of the cache.
+            at: Where it stands in its row, below `width`.
+            width: How much of the cache is looked at.
+            work: Does what is between the products.
+
+        Shapes:
+            tokens and at (B); returns the logits after them, (B, V).
+        """
+        rows = self.rows
+        heads = torch.arange(rows * self.kv_heads, device=self.device).view(rows, -1)
+        slots = (heads * self.capacity + at[:, None]).flatten()
         apart = at[:, None] - torch.arange(width, device=self.device)
         hidden = apart < 0
         if self.window is not None and width > self.window:
             hidden |= apart >= self.window
         mask = torch.zeros(rows, 1, 1, width, dtype=self.dtype, device=self.device)
         mask.masked_fill_(hidden[:, None, None], -torch.inf)
-        cos, sin = self.cos[at][:, None], self.sin[at][:, None]
+        cos, sin = work.angles(self.cos[at], self.sin[at])
         turning = self.heads + self.kv_heads
-        x = self.embed(torch.tensor(tokens, device=self.device))
+        x, h = self.embed(tokens), None
         for (keys, values), layer in zip(self.cache, self.layers, strict=True):
-            states = layer.qkv(layer.before(x)).view(rows, -1, self.head_size)
-            turned = _rotate(states[:, :turning], cos, sin)
+            x, normed = work.add_norm(layer.before, x, h)
+            states = layer.qkv(normed).view(rows, -1, self.head_size)
+            turned = work.rotate(states, cos, sin, turning)
             keys.view(-1, self.head_size).index_copy_(0, slots, turned[:, self.heads :].flatten(0, 1))
             values.view(-1, self.head_size).index_copy_(0, slots, states[:, turning:].flatten(0, 1))
             # The query heads that share keys stand beside each other, like queries of one head.
@@ -291,9 +347,9 @@ class Decoder:
             mixed = F.scaled_dot_product_attention(
                 query, keys[:, :, :width], values[:, :, :width], mask, scale=self.scale
             )
-            x = x + layer.output(mixed.reshape(rows, -1))
-            x = x + layer.down(_gated(layer.gate_up(layer.between(x))))
-        return self.head(self.norm(x))
+            x, normed = work.add_norm(layer.between, x, layer.output(mixed.reshape(rows, -1)))
+            h = layer.down(work.gated(layer.gate_up(normed)))
+        return self.head(work.add_norm(self.norm, x, h)[1])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -315,14 +371,13 @@ def _gated(gate_up: Tensor) -> Tensor:
     return up * F.silu(gate)
 
 
-def _norm(module: nn.Module) -> Product:
-    """RMSNorm without what autograd needs."""
+def _norm(module: nn.Module) -> Norm:
     if type(module) not in (Phi3RMSNorm, FastPhi3RMSNorm):
-        return module
+        return Norm(module, None, 0.0)
     weight, eps = cast(Tensor, module.weight), float(cast(float, module.variance_epsilon))
     if not native.usable(weight):
-        return module
-    return lambda x: native.rms_norm(x.contiguous(), weight, eps)[0]
+        return Norm(module, weight, eps)
+    return Norm(lambda x: native.rms_norm(x.contiguous(), weight, eps)[0], weight, eps)
 
 
 class Packing:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
-from philora import decoding, models
+from philora import decoding, models, static_decoding
 from philora.arrangement import Arrangement
 from philora.errors import ConfigError, DataError, ModelError, fault, one_per_line
 from philora.families import longrope_switch_tokens
@@ -332,11 +332,11 @@ def _in_rows(
     stops = frozenset(stop_token_ids(model, tokenizer))
     ends = _stop_strings(tokenizer, settings)
     sampler = Sampler(model, settings, top_k=50)  # transformers' own default
-    decoder = decoding.Decoder(model, rows, max(len(each.prompt) + each.room for each in waiting))
+    decoder = static_decoding.decoder_for(model, rows, max(len(each.prompt) + each.room for each in waiting))
     working: list[_Row | None] = [None] * rows
     waiting = list(reversed(waiting))  # the longest is taken first, from the end
     while True:
-        chosen: list[tuple[int, int]] = []  # place, token
+        chosen: Iterable[tuple[int, int]]  # place, token
         free = [place for place, row in enumerate(working) if row is None]
         if waiting and len(free) >= min(len(waiting), -(-rows // 4)):
             places = free[: len(waiting)]
@@ -352,10 +352,7 @@ def _in_rows(
                     return
                 decoder.keep(kept)
                 working = [working[place] for place in kept]
-            tokens = [row.ids[-1] if row else 0 for row in working]
-            positions = [len(row.task.prompt) + len(row.ids) - 1 if row else 0 for row in working]
-            randoms = [row.random if row else None for row in working]
-            chosen = list(enumerate(sampler(decoder.step(tokens, positions), randoms)))
+            chosen = _next_tokens(decoder, sampler, working)
         for place, token in chosen:
             row = working[place]
             if row is None:
@@ -364,6 +361,27 @@ def _in_rows(
             if token in stops or len(row.ids) >= row.task.room or ends(row.ids):
                 yield row.task.place, _answer(row.ids, tokenizer, stops, settings)
                 working[place] = None
+
+
+def _next_tokens(
+    decoder: decoding.Decoder, sampler: Sampler, working: Sequence[_Row | None]
+) -> Iterator[tuple[int, int]]:
+    """Place and token of each row after a step; after several steps, one step after the other, on a GPU.
+
+    Rows of `working` that the caller sets to None have ended: nothing that is computed of them afterwards counts.
+    """
+    tokens = [row.ids[-1] if row else 0 for row in working]
+    positions = [len(row.task.prompt) + len(row.ids) - 1 if row else 0 for row in working]
+    randoms = [row.random if row else None for row in working]
+    if not isinstance(decoder, static_decoding.StaticDecoder):
+        yield from enumerate(sampler(decoder.step(tokens, positions), randoms))
+        return
+    steps = min(static_decoding.STEPS, max(row.task.room - len(row.ids) for row in working if row))
+    numbers = None if sampler.greedy else torch.stack([sampler.numbers(randoms) for _ in range(steps)])
+    answered = decoder.answer(tokens, positions, steps, sampler.choose, numbers)
+    for found, top in zip(answered.tokens.tolist(), answered.tops, strict=True):
+        check_finite(top, [row is not None for row in working])
+        yield from enumerate(found)
 
 
 def _stop_strings(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Callable[[list[int]], bool]:
@@ -409,12 +427,26 @@ class Sampler:
         Shapes:
             logits (B, V), a generator for each row; None for one that is not in use.
         """
+        check_finite(logits.amax(-1), [each is not None for each in randoms])
+        numbers = None if self.greedy else self.numbers(randoms).to(logits.device)
+        return [int(each) for each in self.choose(logits, numbers)[0].tolist()]
+
+    def numbers(self, randoms: Sequence[torch.Generator | None]) -> Tensor:
+        """Return a number in [0, 1) for each row, 0 for one that is not in use. Shapes: returns (B), on the CPU."""
+        return torch.tensor([0.0 if each is None else float(torch.rand((), generator=each)) for each in randoms])
+
+    def choose(self, logits: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the tokens and the largest logits, with nothing read back from the device.
+
+        Args:
+            logits: Of each row.
+            numbers: What the tokens are drawn by; None: the likeliest are taken.
+
+        Shapes:
+            logits (B, V), numbers (B); returns (B) twice.
+        """
         top, likeliest = logits.max(-1)
-        check_finite(top, [each is not None for each in randoms])
-        if self.greedy:
-            return [int(each) for each in likeliest.tolist()]
-        numbers = [0.0 if each is None else float(torch.rand((), generator=each)) for each in randoms]
-        return [int(each) for each in self.draw(logits, torch.tensor(numbers, device=logits.device)).tolist()]
+        return likeliest if numbers is None else self.draw(logits, numbers), top
 
     def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
         """Tokens by inverse transform sampling after temperature, top-k and top-p, in transformers' order.

@@ -15,12 +15,23 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from philora import checkpoint, hub, models, outlook, planning, process_state, processes, requirements, resume
+from philora import (
+    checkpoint,
+    hub,
+    models,
+    outlook,
+    planning,
+    process_state,
+    processes,
+    requirements,
+    resume,
+    static_decoding,
+)
 from philora.adapters import Coverage, coverage
 from philora.config import OWN_TRAINING_KEYS, Config, load_config
 from philora.data import length_notices, prepare, preview
 from philora.data.ids import check_rows, vocabulary_of
-from philora.decoder_stack.choice import BatchFacts, ModelFacts, stack_for
+from philora.decoder_stack.choice import BatchFacts, DeviceFacts, ModelFacts, stack_for
 from philora.decoder_stack.facts import facts_of_device
 from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
@@ -39,16 +50,19 @@ class Hardware:
         memory_bytes: What it has; of a CPU's machine what a run can have.
         decoder_layers: `stack`, `modules` or `plain`; see `decoder_stack.choice`.
         reasons: Why.
+        answers: How its tokens are computed on a GPU, and why; empty on a CPU.
     """
 
     device: str
     memory_bytes: int
     decoder_layers: str
     reasons: tuple[str, ...]
+    answers: str = ""
 
     def __str__(self) -> str:
         why = "; ".join(self.reasons)
-        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; decoder layers: {self.decoder_layers} ({why})"
+        layers = f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; decoder layers: {self.decoder_layers} ({why})"
+        return f"{layers}; answers: {self.answers}" if self.answers else layers
 
 
 @dataclass(frozen=True)
@@ -288,7 +302,18 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, recomputation: str
     choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(mask=not packed, keep=keep), device)
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
     reasons = choice.reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
-    return Hardware(f"{device.name}{capability}", device.memory_bytes, choice.path, reasons)
+    return Hardware(
+        f"{device.name}{capability}", device.memory_bytes, choice.path, reasons, _answers(device, facts, dtype, base)
+    )
+
+
+def _answers(device: DeviceFacts, model: ModelFacts, dtype: str, base: str) -> str:
+    """Say whether the steps of answers on a GPU are one CUDA graph each."""
+    if device.kind != "cuda":
+        return ""
+    covered, quantized = model.architecture == "Phi3Model", base not in ("plain", "fp8")
+    against = static_decoding.against(static_decoding.facts_on(device, dtype, quantized, covered))
+    return f"no CUDA graph ({'; '.join(against)})" if against else "a CUDA graph for each token"
 
 
 def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> str | None:

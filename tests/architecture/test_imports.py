@@ -51,6 +51,7 @@ ORDER = [
     "formats",
     "data",
     "decoding",
+    "static_decoding",
     "footprint",
     "planning",
     "callbacks",

@@ -82,7 +82,8 @@ class Attention:
         lengths = self.layout.lengths
         start = 0
         for length in tuple(self.layout.bounds.diff().tolist()) if lengths is None else lengths:
-            yield slice(start, start + length)
+            if length:  # bounds are filled up with documents of no length
+                yield slice(start, start + length)
             start += length
 
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -117,7 +118,8 @@ def facts_of_model(model: Any) -> ModelFacts:
         trains_norms=any(each.weight.requires_grad for each in norms),
         unadapted=len(adapted) < len(linears),
         longrope=longrope_switch_tokens(config) is not None,
-        sharded=any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in (model, *layers)),
+        sharded=any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in (model, *layers))
+        or any(hasattr(each, "ds_id") for each in layers[0].parameters()),  # DeepSpeed's ZeRO-3
         devices=len({base_of(each).weight.device for each in linears}),
     )
 
@@ -178,6 +180,11 @@ def _reasons_of_one(layer: Any) -> list[str]:
     return found
 
 
+def only_moves(hook: Any) -> bool:
+    """Return whether a hook of accelerate's does nothing but move inputs to a module's device, as the stack does."""
+    return type(hook) is AlignDevicesHook and not hook.offload
+
+
 def _hooked(layers: list[nn.Module]) -> Iterator[str]:
     if any(getattr(nn_module, name) for name in _GLOBAL_HOOKS):
         yield "every module (a global hook)"
@@ -190,7 +197,7 @@ def _hooked(layers: list[nn.Module]) -> Iterator[str]:
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]
                 or state["_backward_pre_hooks"]
-                or "forward" in state
+                or ("forward" in state and not only_moves(state.get("_hf_hook")))
             ):
                 yield type(module).__name__
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -84,6 +84,16 @@ class Pass:
     keep: Keep = "everything"
     host: HostInputs | None = None
     handed_down: Rows | None = None
+
+    def on(self, device: torch.device) -> Pass:
+        """Return the same for layers on another device, itself where it is there already."""
+        if self.cos.device == device:
+            return self
+        layout = self.attention.layout.to(device)
+        dropouts = [None if each is None else each._replace(seed=each.seed.to(device)) for each in self.dropouts]
+        host = None if self.host is None else HostInputs(device)
+        attention = replace(self.attention, layout=layout)
+        return Pass(attention, self.cos.to(device), self.sin.to(device), dropouts, self.keep, host)
 
     def taken_up(self, grad: Tensor) -> Rows | None:
         """Return the fp8 copy that belongs to a gradient, if it is the one that was handed down and unchanged."""
@@ -200,10 +210,64 @@ class DecoderLayer:
         Shapes:
             x and h (T, C); returns (T, C) twice.
         """
-        adapters = [each.adapter for each in self.linears]
-        trained = [each for one in adapters for each in ((None, None) if one is None else one[:2])]
-        found: tuple[Tensor, Tensor] = _Layer.apply(self, shared, x, h, *self.norms, *trained)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _Layer.apply(self, shared, x, h, *self.trained)  # type: ignore[no-untyped-call]
         return found
+
+    def forward(self, shared: Pass, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Return what `__call__` does, without autograd, and what is kept for `backward`. Shapes: as `__call__`."""
+        with _on_device_of(x):
+            h2, kept = self.run(shared, x, h)
+            saved: tuple[Tensor | None, ...] = kept
+            if shared.keep == "host":
+                assert shared.host is not None
+                shared.host.store(self.index, kept.x1)
+                saved = ()
+            elif shared.keep == "input":
+                saved = (kept.x1,)
+            elif shared.keep == "elementwise":
+                saved = _without_elementwise(kept)
+        return kept.x2, h2, saved
+
+    def backward(
+        self,
+        shared: Pass,
+        saved: Sequence[Tensor | None],
+        dx: Tensor,
+        dh: Tensor,
+        needs_x: bool,
+        norms: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gradient of x, which is that of h too, and of what trains, in the order of `trained`.
+
+        Args:
+            shared: As in `forward`.
+            saved: What `forward` has kept.
+            dx: Gradient of the residual stream.
+            dh: Gradient of what is to be added to it.
+            needs_x: Whether that of x is wanted.
+            norms: Whether those of the two norms are.
+
+        Shapes:
+            dx and dh (T, C); returns (T, C).
+        """
+        with _on_device_of(dx):
+            if shared.keep in ("input", "host"):
+                x1: Any = shared.host.fetch(self.index) if shared.host is not None else saved[0]
+                kept = self.run(shared, x1, None)[1]
+            else:
+                kept = Kept(*saved)  # type: ignore[arg-type]
+            return _gradients(self, shared, kept, dx, dh, needs_x, norms)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.norms[0].device
+
+    @property
+    def trained(self) -> list[Tensor | None]:
+        """The weights of the norms, then A and B of each linear layer, None where there is no adapter."""
+        adapters = [each.adapter for each in self.linears]
+        return [*self.norms, *(each for one in adapters for each in ((None, None) if one is None else one[:2]))]
 
     def split(self, qkv: Tensor) -> Sequence[Tensor]:
         """Return views of the heads. Shapes: qkv (T, (H + 2 K) D); returns (T, H, D), (T, K, D), (T, K, D)."""
@@ -240,35 +304,19 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, layer: DecoderLayer, shared: Pass, x: Tensor, h: Tensor | None, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """trained: the weights of the norms, then A and B of each linear layer, None where there is none."""
-        with _on_device_of(x):
-            h2, kept = layer.run(shared, x, h)
-        x2 = kept.x2
+        """trained: as `DecoderLayer.trained`."""
+        x2, h2, saved = layer.forward(shared, x, h)
         ctx.layer, ctx.shared = layer, shared
-        if shared.keep == "host":
-            assert shared.host is not None
-            shared.host.store(layer.index, kept.x1)
-            ctx.save_for_backward()
-        elif shared.keep == "input":
-            ctx.save_for_backward(kept.x1)
-        else:
-            ctx.save_for_backward(*(kept if shared.keep == "everything" else _without_elementwise(kept)))
+        ctx.save_for_backward(*saved)
         return x2, h2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, h and what trains."""
         refuse_create_graph()
-        layer, shared = ctx.layer, ctx.shared
         needed = ctx.needs_input_grad
-        with _on_device_of(grads[0]):
-            if shared.keep in ("input", "host"):
-                x1 = shared.host.fetch(layer.index) if shared.keep == "host" else ctx.saved_tensors[0]
-                kept = layer.run(shared, x1, None)[1]
-            else:
-                kept = Kept(*ctx.saved_tensors)
-            needs_x = needed[2] or needed[3]
-            dx, trained = _gradients(layer, shared, kept, grads[0], grads[1], needs_x, needed[4:6])
+        needs_x = needed[2] or needed[3]
+        dx, trained = ctx.layer.backward(ctx.shared, ctx.saved_tensors, *grads, needs_x, needed[4:6])
         return None, None, dx, dx if needed[3] else None, *trained
 
 

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model
 
+from philora.decoder_stack import graphs
 from philora.decoder_stack.choice import Choice, stack_for
 from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model
 from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.products import Scaling, fp8_scaling
 from philora.decoder_stack.trial import disagreement
+from philora.kernels.graphs import switch as graph_switch
 from philora.kernels.modules import recomputes_elementwise
+from philora.lora.functional import autocast_dtype
 
 if TYPE_CHECKING:
     from philora.decoder_stack.layer import Keep
@@ -65,6 +69,7 @@ class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
         inputs, keep = dict(zip(_PARAMETERS, args, strict=False)) | kwargs, keep_of(self)
         choice = choose(self, inputs, keep)
         if choice.path != "stack":
+            _runners.pop(self, None)  # graphs hold memory
             _say(choice, self)
             return super().forward(*args, **kwargs)
         return _stacked(self, inputs, keep)
@@ -116,6 +121,7 @@ def _say(choice: Choice, model: nn.Module) -> None:
 
 _stacks: WeakKeyDictionary[nn.Module, DecoderStack] = WeakKeyDictionary()
 _counters: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+_runners: WeakKeyDictionary[nn.Module, graphs.GraphRunner] = WeakKeyDictionary()
 
 
 def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputWithPast:
@@ -130,11 +136,13 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputW
         each[..., :half].expand(rows, tokens, half).reshape(-1, half).float().contiguous() for each in (cos, sin)
     )
     layout = PackedLayout.of_keywords(inputs) if rows == 1 else None
-    x, h = stack_of(model, embeddings)(
-        embeddings.reshape(-1, width), cos, sin, layout or PackedLayout.of_positions(positions), keep=keep,
-        counter=_next_counter(model, embeddings.device) if model.training else None,
-        deterministic=model.stack_settings.deterministic,
-    )  # fmt: skip
+    layout = layout or PackedLayout.of_positions(positions)
+    counter = _next_counter(model, embeddings.device) if model.training else None
+    given = graphs.Inputs(embeddings.reshape(-1, width), cos, sin, layout, counter)
+    stack, deterministic = stack_of(model, embeddings), model.stack_settings.deterministic
+    runner = _runner_of(model, stack, given.x, keep)
+    found = None if runner is None else runner(given, keep, deterministic)
+    x, h = found or stack(given.x, cos, sin, layout, keep=keep, counter=counter, deterministic=deterministic)
     hidden = model.norm((x + h).view(rows, tokens, width))
     return BaseModelOutputWithPast(last_hidden_state=hidden)
 
@@ -147,8 +155,35 @@ def stack_of(model: Any, embeddings: Tensor) -> DecoderStack:
     stack = _stacks.get(model)
     if stack is None or not stack.is_for(model, embeddings.dtype, fp8):
         _stacks.pop(model, None)  # freed before the next one is made
+        _runners.pop(model, None)
         stack = _stacks[model] = DecoderStack(model, embeddings.dtype, fp8)
     return stack
+
+
+def _runner_of(model: Any, stack: DecoderStack, x: Tensor, keep: Keep) -> graphs.GraphRunner | None:
+    """Return what computes the stack in CUDA graphs, or None where it is computed without."""
+    switch = graph_switch()
+    if switch != "all":  # read in every pass: no further facts are looked at
+        return None
+    runner = _runners.get(model)
+    if runner is not None and runner.stack is stack and keep != "host" and autocast_dtype(x.device.type) is None:
+        return runner
+    facts = facts_of_model(model)
+    base = "fp8" if stack.fp8 is not None else facts.base
+    autocast = autocast_dtype(x.device.type) is not None
+    dtype = str(x.dtype).removeprefix("torch.")
+    reasons = graphs.against(graphs.GraphFacts(switch, x.device.type, base, dtype, keep, facts.devices, autocast))
+    if reasons:
+        _say_of_graphs(tuple(reasons))
+        return None
+    _runners.pop(model, None)  # freed before the next one is made
+    runner = _runners[model] = graphs.GraphRunner(stack, x.device, base)
+    return runner
+
+
+@cache
+def _say_of_graphs(reasons: tuple[str, ...]) -> None:
+    logger.warning("decoder layers run without a CUDA graph: %s", "; ".join(reasons))
 
 
 # ------------------------------------------------------------------------------------------- dropout's counter

@@ -6,7 +6,7 @@ graph can hold it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,26 @@ from philora.decoder_stack.layer import AdaptedLinear, Adapter, DecoderLayer, Ke
 from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.products import Buffer, Scaling, product_of
 from philora.decoder_stack.rows import Dropout
+
+
+class Passed(NamedTuple):
+    """A forward pass without autograd.
+
+    Attributes:
+        x: The residual stream before the last sum.
+        h: What is to be added to it.
+        shared: What the layers share.
+        saved: What each layer keeps for backward.
+
+    Shapes:
+        x and h (T, C).
+    """
+
+    x: Tensor
+    h: Tensor
+    shared: Pass
+    saved: list[tuple[Tensor | None, ...]]
+
 
 _SEED_OF_LAYER, _SEED_OF_PASS = 2654435761, 1000003
 
@@ -107,10 +127,7 @@ class DecoderStack:
 
     def _dropouts(self, counter: Tensor | None) -> list[Dropout | None]:
         """Return the dropout of each linear layer in this pass; none where it does not act. Shapes: counter (1)."""
-        modules = [
-            None if one.adapter is None else one.adapter.dropout for each in self._layers for one in each.linears
-        ]
-        chances = [float(getattr(each, "p", 0.0)) if each is not None and each.training else 0.0 for each in modules]
+        chances = self.chances()
         if counter is None or not any(chances):
             return [None] * len(chances)
         seeds = seeds_of(counter, len(chances))
@@ -134,18 +151,79 @@ class DecoderStack:
         Shapes:
             x (T, C), cos and sin (T, half of the rotated columns) in fp32, counter (1); returns (T, C) twice.
         """
-        self._cast_adapters()
-        window = self._window if self._window is not None and self._window < layout.longest_tokens else None
-        shared = Pass(
-            Attention(layout, self._scaling, window, deterministic),
-            cos,
-            sin,
-            self._dropouts(counter),
-            keep,
-            HostInputs(x.device) if keep == "host" else None,
-        )
+        shared = self._begin(x, cos, sin, layout, keep, counter, deterministic)
+        passes = {x.device: shared}  # under a `device_map` layers are on several devices
         h: Tensor | None = None
         for layer in self._layers:
-            x, h = layer(shared, x, h)
+            device = layer.device
+            if device not in passes:
+                passes[device] = shared.on(device)
+            x, h = layer(passes[device], x.to(device), None if h is None else h.to(device))
         assert h is not None
         return x, h
+
+    def _begin(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, keep: Keep, counter: Tensor | None,
+        deterministic: bool,
+    ) -> Pass:  # fmt: skip
+        """Return what the layers share in a pass, the adapters rounded for it."""
+        self._cast_adapters()
+        window = self._window if self._window is not None and self._window < layout.longest_tokens else None
+        attention = Attention(layout, self._scaling, window, deterministic)
+        host = HostInputs(x.device) if keep == "host" else None
+        return Pass(attention, cos, sin, self._dropouts(counter), keep, host)
+
+    # -- without autograd, for graphs
+
+    @property
+    def trained(self) -> list[Tensor | None]:
+        """What may train, in the order of the gradients of `backward`."""
+        return [each for layer in self._layers for each in layer.trained]
+
+    def addresses(self) -> list[int]:
+        """Return where the weights stand in memory."""
+        return [each.data_ptr() for part in self.parts for each in part if isinstance(each, Tensor)]
+
+    def chances(self) -> list[float]:
+        """Return the probabilities of dropout of the linear layers as they are now."""
+        modules = [
+            None if one.adapter is None else one.adapter.dropout for each in self._layers for one in each.linears
+        ]
+        return [float(getattr(each, "p", 0.0)) if each is not None and each.training else 0.0 for each in modules]
+
+    @torch.no_grad()
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *,
+        keep: Keep = "everything", counter: Tensor | None = None, deterministic: bool = True,
+    ) -> Passed:  # fmt: skip
+        """Compute what `__call__` does, without autograd. Arguments and shapes: as there."""
+        shared = self._begin(x, cos, sin, layout, keep, counter, deterministic)
+        h: Tensor | None = None
+        saved = []
+        for layer in self._layers:
+            x, h, kept = layer.forward(shared, x, h)
+            saved.append(kept)
+        assert h is not None
+        return Passed(x, h, shared, saved)
+
+    @torch.no_grad()
+    def backward(
+        self, passed: Passed, dx: Tensor, dh: Tensor, needs_x: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return the gradients of x and of what trains, in the order of `trained`; None for what does not.
+
+        What `passed` kept is let go layer by layer.
+
+        Shapes:
+            dx and dh (T, C), of what `forward` returned; returns (T, C).
+        """
+        found: list[Tensor | None] = []
+        for layer in reversed(self._layers):
+            wanted = [each is not None and each.requires_grad for each in layer.trained]
+            more = needs_x or layer.index > 0
+            grad, grads = layer.backward(passed.shared, passed.saved.pop(), dx, dh, more, wanted[:2])
+            found = [each if want else None for each, want in zip(grads, wanted, strict=True)] + found
+            if grad is None:
+                return None, found
+            dx = dh = grad
+        return dx, found

@@ -1,0 +1,340 @@
+"""The decoder stack in CUDA graphs, for rows so short that launching the kernels takes longer than the kernels.
+
+    batch -> `size_for` -> the graph of that size: its own inputs are written, forward and backward replayed
+          -> copies of its outputs and gradients, which autograd adds up as always
+
+A graph computes one shape. Rows are filled up to a multiple of 256 tokens with one more document of zeros, and bounds
+with documents of no length; the longest length is a constant of the size. A row that fits no size, or that comes while
+the pass before it still waits for its backward pass, runs without a graph.
+
+The gradients of a graph stand in memory that its next replay writes over. So none of it is handed out: with
+accumulation, `.grad` would be one tensor with it, and the second micro-batch would take the place of the first.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from philora.decoder_stack.layout import PackedLayout
+from philora.kernels import graphs
+from philora.lora.functional import refuse_create_graph
+
+if TYPE_CHECKING:
+    from philora.decoder_stack.layer import Keep
+    from philora.decoder_stack.stack import DecoderStack, Passed
+
+logger = logging.getLogger(__name__)
+
+LAYOUTS = ((24, 1024), (64, 2048))
+"""Documents, and tokens of the longest one, that a graph is made for; attention costs as many, so few come first."""
+
+EVEN_TOKENS = 256
+MOST_GRAPHS = 3
+MOST_FILLED_UP = 1.25
+"""A row may be computed by a graph of up to this many times its tokens, once there are `MOST_GRAPHS`."""
+
+LARGEST_TOKENS = {"plain": 2048, "fp8": 4096, "nf4": 4096}
+"""Of a row, by the base's kind: longer ones keep the device busy by themselves, and a graph pays for what it fills."""
+
+LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of a graph's outputs and gradients from the plain stack's, relative to their norm."""
+
+
+class Size(NamedTuple):
+    """The shape of a packed row, or of the rows that a graph computes.
+
+    Attributes:
+        tokens: Of the row.
+        documents: In it.
+        longest_tokens: Of the longest of them.
+    """
+
+    tokens: int
+    documents: int
+    longest_tokens: int
+
+    def holds(self, row: Size) -> bool:
+        """Return whether a graph of this size computes a row."""
+        more = self.tokens - row.tokens
+        return (
+            more >= 0
+            and row.documents + (more > 0) <= self.documents
+            and max(row.longest_tokens, more) <= self.longest_tokens
+        )
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the choice depends on.
+
+    Attributes:
+        switch: `PHILORA_GRAPHS`: "all" takes graphs in training.
+        kind: Of the device.
+        base: "plain", "nf4", "fp8" or another.
+        dtype: Of the activations.
+        keep: What is kept for backward.
+        devices: On how many devices the layers are.
+        autocast: Whether autocast is on.
+    """
+
+    switch: str = "all"
+    kind: str = "cuda"
+    base: str = "plain"
+    dtype: str = "bfloat16"
+    keep: str = "everything"
+    devices: int = 1
+    autocast: bool = False
+
+
+def against(facts: GraphFacts) -> list[str]:
+    """Return every reason why the layers of a training are computed without graphs; none: with them."""
+    if facts.switch != "all":
+        return ["no GPU has run this yet, PHILORA_GRAPHS=all takes it"]
+    found = []
+    if facts.kind != "cuda":
+        found.append("a graph needs a CUDA GPU")
+    if facts.base not in LARGEST_TOKENS:
+        found.append(f"the base is {facts.base}")
+    if facts.dtype not in ("bfloat16", "float16"):
+        found.append(f"attention in {facts.dtype} reads lengths from the device")
+    if facts.keep == "host":
+        found.append("inputs of layers are kept in the computer's memory")
+    if facts.devices > 1:
+        found.append("layers are on several devices")
+    if facts.autocast:
+        found.append("autocast is on")
+    return found
+
+
+def size_for(row: Size, made: Collection[Size], most: int = MOST_GRAPHS) -> Size | None:
+    """Return the size of the graph that computes a row; None: it is computed without one.
+
+    Args:
+        row: The row.
+        made: Sizes that there are graphs of.
+        most: How many there may be.
+    """
+    tokens = -(-row.tokens // EVEN_TOKENS) * EVEN_TOKENS
+    sizes = [Size(tokens, documents, min(longest, tokens)) for documents, longest in LAYOUTS]
+    wanted = next((each for each in sizes if each.holds(row)), None)
+    if wanted is None or wanted in made or len(made) < most:
+        return wanted
+    return min((each for each in made if each.holds(row) and each.tokens <= MOST_FILLED_UP * row.tokens), default=None)
+
+
+class Inputs(NamedTuple):
+    """A batch as the stack takes it. Shapes: x (T, C), cos and sin (T, half of the rotated columns), counter (1)."""
+
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    layout: PackedLayout
+    counter: Tensor | None
+
+    @property
+    def size(self) -> Size:
+        """Its shape, without asking the device."""
+        return Size(len(self.x), len(self.layout.bounds) - 1, self.layout.longest_tokens)
+
+
+class StackGraph:
+    """The stack's forward and backward pass for rows of one size, each recorded once.
+
+    Args:
+        stack: The stack.
+        size: Of the rows.
+        inputs: A batch that it holds; the passes are compared with the plain ones on it.
+        keep: As `DecoderStack.__call__`.
+        deterministic: As there.
+        capture: What records.
+        pool: Memory that the graphs of a stack share: no two of them are between forward and backward at a time.
+
+    Raises:
+        NotRecorded: Recording failed, or the graph computes something else than the stack.
+
+    Cost:
+        What a pass keeps for backward, for as long as the graph is there; its inputs, outputs and gradients.
+    """
+
+    def __init__(
+        self, stack: DecoderStack, size: Size, inputs: Inputs, keep: Keep, deterministic: bool,
+        capture: graphs.Capture, pool: Any,
+    ) -> None:  # fmt: skip
+        self.size, self.needs_x = size, inputs.x.requires_grad
+        self._stack, self._keep, self._deterministic = stack, keep, deterministic
+        device = inputs.x.device
+        self._x, self._cos, self._sin, self._dx, self._dh = (
+            torch.zeros(size.tokens, each.shape[1], dtype=each.dtype, device=device)
+            for each in (inputs.x, inputs.cos, inputs.sin, inputs.x, inputs.x)
+        )
+        self._bounds = torch.zeros(size.documents + 1, dtype=torch.int32, device=device)
+        self._counter = None if inputs.counter is None else torch.zeros_like(inputs.counter)
+        self._passed: Passed | None = None
+        self._load(inputs)
+        self._load_gradients(inputs.x.detach(), inputs.x.detach())
+        expected = [*self._forward(), *self._backward()]
+        self._passes = graphs.recorded([self._forward, self._backward], device, capture, pool)
+        self._passed = None
+        for each in self._passes:
+            each.replay()
+        gap = _gap([each for one in self._passes for each in one.results], expected)
+        largest = LARGEST_DIFFERENCE[inputs.x.dtype]
+        if not gap < largest:
+            raise graphs.NotRecorded(f"its results differ by {gap:.2g} from those without one, at most {largest:g}")
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        layout = PackedLayout(self._bounds, self.size.longest_tokens)
+        self._passed = self._stack.forward(
+            self._x, self._cos, self._sin, layout,
+            keep=self._keep, counter=self._counter, deterministic=self._deterministic,
+        )  # fmt: skip
+        return self._passed.x, self._passed.h
+
+    def _backward(self) -> tuple[Tensor | None, ...]:
+        assert self._passed is not None
+        dx, trained = self._stack.backward(self._passed, self._dx, self._dh, self.needs_x)
+        return dx, *trained
+
+    def _load(self, inputs: Inputs) -> None:
+        for own, given in ((self._x, inputs.x), (self._cos, inputs.cos), (self._sin, inputs.sin)):
+            _fill(own, given.detach())
+        self._bounds.fill_(self.size.tokens)
+        self._bounds[: len(inputs.layout.bounds)] = inputs.layout.bounds
+        if self._counter is not None and inputs.counter is not None:
+            self._counter.copy_(inputs.counter)
+
+    def _load_gradients(self, dx: Tensor, dh: Tensor) -> None:
+        _fill(self._dx, dx)
+        _fill(self._dh, dh)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Return what the stack does, in memory of its own. Shapes: (T, C) twice."""
+        self._load(inputs)
+        self._passes[0].replay()
+        x, h = own_copies(self._passes[0].results)
+        assert x is not None
+        assert h is not None
+        return x[: len(inputs.x)], h[: len(inputs.x)]
+
+    def backward(self, dx: Tensor, dh: Tensor) -> list[Tensor | None]:
+        """Return the gradients of x and of `DecoderStack.trained`, in memory of their own. Shapes: (T, C) each."""
+        self._load_gradients(dx, dh)
+        self._passes[1].replay()
+        of_x, *trained = own_copies(self._passes[1].results)
+        return [None if of_x is None else of_x[: len(dx)], *trained]
+
+
+def _fill(own: Tensor, given: Tensor) -> None:
+    """Write rows, and zeros behind them."""
+    own[: len(given)] = given
+    own[len(given) :] = 0
+
+
+def own_copies(tensors: Collection[Tensor | None]) -> list[Tensor | None]:
+    """Return copies of a graph's results, all by one call; the next replay leaves them alone."""
+    copies = [None if each is None else torch.empty_like(each) for each in tensors]
+    there = [(new, old) for new, old in zip(copies, tensors, strict=True) if new is not None and old is not None]
+    torch._foreach_copy_([new for new, _ in there], [old for _, old in there])
+    return copies
+
+
+def _gap(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    """The largest difference of a result relative to its norm."""
+    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
+    gaps = [(a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30) for a, b in pairs]
+    return float(torch.stack(gaps).max())
+
+
+class _Turn:
+    """A pass of a graph between forward and backward."""
+
+    done = False
+
+
+class _ByGraph(torch.autograd.Function):
+    """The stack by a graph, between the embeddings and what is behind the layers, with what trains in it."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: StackGraph, turn: _Turn, inputs: Inputs, x: Tensor, *trained: Tensor) -> Any:
+        """x: that of the inputs; trained: as `DecoderStack.trained`."""
+        ctx.graph, ctx.turn = graph, turn
+        return graph.forward(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of what trains."""
+        refuse_create_graph()
+        if ctx.turn.done:
+            raise RuntimeError("the decoder stack's CUDA graph computes one backward pass for each forward pass")
+        ctx.turn.done = True
+        return None, None, None, *ctx.graph.backward(*grads)
+
+
+class GraphRunner:
+    """The graphs of a stack.
+
+    Args:
+        stack: The stack.
+        device: Where it is.
+        base: The kind of its base, a key of `LARGEST_TOKENS`.
+        capture: What records; default: a CUDA graph on a GPU, else the passes themselves.
+    """
+
+    def __init__(
+        self, stack: DecoderStack, device: torch.device, base: str, capture: graphs.Capture | None = None
+    ) -> None:
+        self.stack = stack
+        self.made: dict[tuple[Hashable, Size], StackGraph] = {}
+        self._largest = LARGEST_TOKENS[base]
+        self._capture = capture or graphs.capture_for(device)
+        self._pool = graphs.pool_for(device)
+        self._memory: tuple[int, ...] = ()
+        self._turn: Any = None
+        self._said: set[str] = set()
+
+    def __call__(self, inputs: Inputs, keep: Keep, deterministic: bool) -> tuple[Tensor, Tensor] | None:
+        """Return what the stack does by a graph, or None where the batch is to be computed without one."""
+        waiting = None if self._turn is None else self._turn()
+        if (waiting is not None and not waiting.done) or inputs.size.tokens > self._largest or "failed" in self._said:
+            return None
+        trained = self.stack.trained
+        kind = (keep, deterministic, inputs.x.requires_grad, tuple(self.stack.chances()), inputs.counter is None)
+        now = (*self.stack.addresses(), *(each is not None and each.requires_grad for each in trained))
+        if now != self._memory:
+            self.made.clear()  # a graph reads and writes where the weights were when it was recorded
+            self._memory = now
+        sizes = [each.size for (own, _), each in self.made.items() if own == kind]
+        size = size_for(inputs.size, sizes, MOST_GRAPHS - len(self.made) + len(sizes))
+        if size is None:
+            tokens, documents, longest = inputs.size
+            self._say("size", f"{tokens} tokens in {documents} documents of up to {longest} fit none of its sizes")
+            return None
+        graph = self.made.get((kind, size)) or self._new(kind, size, inputs, keep, deterministic)
+        if graph is None:
+            return None
+        turn = _Turn()
+        self._turn = weakref.ref(turn)
+        found: tuple[Tensor, Tensor] = _ByGraph.apply(graph, turn, inputs, inputs.x, *trained)  # type: ignore[no-untyped-call]
+        return found
+
+    def _new(self, kind: Hashable, size: Size, inputs: Inputs, keep: Keep, deterministic: bool) -> StackGraph | None:
+        try:
+            made = StackGraph(self.stack, size, inputs, keep, deterministic, self._capture, self._pool)
+        except graphs.NotRecorded as error:
+            self.made.clear()
+            self._say("failed", str(error))
+            return None
+        self.made[kind, size] = made
+        return made
+
+    def _say(self, what: str, reason: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("decoder layers run without a CUDA graph: %s", reason)

@@ -1,0 +1,122 @@
+"""CUDA graphs: work that is recorded once and then launched again by one call, over the same memory.
+
+| function | records                                                               | where                |
+| -------- | --------------------------------------------------------------------- | -------------------- |
+| `record` | the kernels that a function launches                                  | a CUDA device        |
+| `repeat` | the function itself, whose results are copied to where they were first | any device; for tests |
+
+Both give the same promise: a replay reads the tensors that the function read and writes the tensors that it returned.
+`recorded` wraps either: what fails leaves the random generators as they were.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from philora.lora.recomputation import random_state, set_random_state
+
+Work = Callable[[], tuple[Tensor | None, ...]]
+
+WARM_UPS = 2
+"""Runs before a recording: they compile kernels and let libraries make their workspaces."""
+
+
+class Recorded(NamedTuple):
+    """Work that can be launched again.
+
+    Attributes:
+        replay: Launches it.
+        results: What it writes.
+    """
+
+    replay: Callable[[], None]
+    results: tuple[Tensor | None, ...]
+
+
+class NotRecorded(Exception):
+    """Work could not be recorded; the message says why. The caller computes without a graph."""
+
+
+Capture = Callable[[Work, torch.device, Any], Recorded]
+
+
+def switch() -> str:
+    """Return `PHILORA_GRAPHS`: "0" off, "all" also what no GPU has run yet, else ""."""
+    return os.environ.get("PHILORA_GRAPHS", "")
+
+
+def record(work: Work, device: torch.device, pool: Any = None) -> Recorded:
+    """Record the kernels that a function launches on a CUDA device. The function does not wait for the device.
+
+    Args:
+        work: The function; it runs once, and nothing of it is computed while it is recorded.
+        device: Where its tensors are.
+        pool: Of `torch.cuda.graph_pool_handle`; graphs with the same one use each other's free memory.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # Another thread (of a data loader, of NCCL) may call CUDA meanwhile; by default that would end the recording.
+    recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    with torch.cuda.device(device), recording:
+        results = work()
+    return Recorded(graph.replay, results)
+
+
+def repeat(work: Work, device: torch.device, pool: Any = None) -> Recorded:
+    """Return a function's work by the function itself, with the promise of `record`."""
+    results = work()
+
+    def replay() -> None:
+        for old, new in zip(results, work(), strict=True):
+            if old is not None and new is not None:
+                old.copy_(new)
+
+    return Recorded(replay, results)
+
+
+def capture_for(device: torch.device) -> Capture:
+    """Return the function that records on this device."""
+    return record if device.type == "cuda" else repeat
+
+
+def pool_for(device: torch.device) -> Any:
+    """Return a handle of memory that several graphs share, or None where there are no graphs."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def _warm_up(works: list[Work], device: torch.device) -> None:
+    """Run functions as often as it takes before they can be recorded, on a CUDA device beside the current stream."""
+    if device.type != "cuda":
+        return
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            for work in works:
+                work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def recorded(works: list[Work], device: torch.device, capture: Capture, pool: Any = None) -> list[Recorded]:
+    """Record functions one after the other.
+
+    Raises:
+        NotRecorded: One of them cannot be recorded, or memory is out. The generators of the CPU and of the device are
+            as they were; a recording that breaks off may have moved the device's.
+    """
+    states = {each: random_state(each) for each in {torch.device("cpu"), device}}
+    try:
+        _warm_up(works, device)
+        return [capture(each, device, pool) for each in works]
+    except (RuntimeError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    for each, state in states.items():
+        set_random_state(each, state)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise NotRecorded(reason)
