@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 import philora
-from philora.decoder_stack import attention, layer, model, stack, trial
+from philora.decoder_stack import layer, model, stack, trial
 from philora.decoder_stack.model import StackedPhi3Model, choose, configure, dropout_state, set_dropout_state
+from philora.kernels import varlen
 from tests.conftest import make_phi3
 from tests.stacked import DEVICE, LENGTHS, by_peft, by_stack, inputs, largest_difference, make, positions
 from tests.tolerances import GRADIENTS_FP32, QUANTIZED_FP32
@@ -142,9 +143,9 @@ def _scaling(monkeypatch):
 
 
 def _window_of_one_more(monkeypatch):
-    init = attention.Attention.__init__
+    init = varlen.Attention.__init__
     monkeypatch.setattr(
-        attention.Attention,
+        varlen.Attention,
         "__init__",
         lambda self, layout, scaling, window=None, sure=True: init(self, layout, scaling, window and window + 1, sure),
     )

@@ -12,7 +12,7 @@ from peft import LoraConfig
 import philora
 from philora.decoder_stack.choice import UNTRIED, BatchFacts, DeviceFacts, ModelFacts, stack_for
 from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model
-from philora.decoder_stack.layout import PackedLayout
+from philora.kernels.layout import PackedLayout
 from philora.kernels.loss import _even_rows
 from tests.conftest import make_phi3
 
@@ -221,7 +221,7 @@ def test_the_first_label_of_a_document_is_no_label_of_the_one_before():
 def test_the_layout_travels_under_the_names_of_transformers():
     layout = PackedLayout.of_lengths([2, 3])
     keywords = layout.keywords()
-    assert sorted(keywords) == ["cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q"]
+    assert sorted(keywords) == ["cu_seq_lens_k", "cu_seq_lens_q", "document_lengths", "max_length_k", "max_length_q"]
     again = PackedLayout.of_keywords(keywords)
     assert torch.equal(again.bounds, layout.bounds)
     assert (again.longest_tokens, again.lengths) == (3, (2, 3))
@@ -240,3 +240,4 @@ def test_rows_that_are_padded_for_the_products_keep_their_bounds_true():
     expected = PackedLayout.of_positions(inputs["position_ids"])
     assert inputs["cu_seq_lens_q"].tolist() == expected.bounds.tolist() == [0, 2, 5, 16]
     assert inputs["max_length_k"] == expected.longest_tokens == 11
+    assert inputs["document_lengths"] == expected.lengths == (2, 3, 11)

@@ -18,6 +18,7 @@ from torch.nn.modules import module as nn_module
 
 from philora.decoder_stack.choice import BatchFacts, DeviceFacts, ModelFacts
 from philora.families import longrope_switch_tokens
+from philora.kernels.attention import has_flash
 from philora.kernels.memory import available_bytes
 from philora.lora.functional import autocast_dtype, fused_enabled
 from philora.quantization import is_quantized, scheme_of
@@ -250,8 +251,7 @@ def facts_of_device(device: torch.device | None = None) -> DeviceFacts:
             name=properties.name,
             capability=(properties.major, properties.minor),
             memory_bytes=properties.total_memory,
-            flash=torch.backends.cuda.is_flash_attention_available()
-            and hasattr(torch.ops.aten, "_flash_attention_forward"),
+            flash=has_flash(),
             **settings,
         )
     return DeviceFacts(

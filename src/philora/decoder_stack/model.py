@@ -20,9 +20,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3Model
 
 from philora.decoder_stack.choice import Choice, stack_for
 from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model
-from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.products import Scaling, fp8_scaling
 from philora.decoder_stack.trial import disagreement
+from philora.kernels.layout import PackedLayout
 from philora.kernels.modules import recomputes_elementwise
 
 if TYPE_CHECKING:

@@ -24,6 +24,8 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from philora import native
 from philora.errors import DataError, fault
+from philora.kernels.attention import NAME, packed_marker
+from philora.kernels.layout import LABELS, LENGTHS, label_places
 from philora.kernels.modules import only_rows
 from philora.lora.functional import fused_enabled, records, refuse_create_graph
 
@@ -195,6 +197,8 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
     for name in ("max_length_q", "max_length_k"):
         if inputs.get(name) is not None:
             inputs[name] = max(inputs[name], missing)
+    if inputs.get(LENGTHS) is not None:
+        inputs[LENGTHS] = (*inputs[LENGTHS], missing)
     return nn.functional.pad(labels, (0, missing), value=-100)
 
 
@@ -231,6 +235,40 @@ def _recomputes(model: PreTrainedModel) -> bool:
     )
 
 
+def _scored(
+    model: PreTrainedModel,
+    head: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    labels: Tensor,
+    places: tuple[Tensor | None, ...],
+    count: Tensor | int | None,
+) -> FusedCausalLMOutput:
+    """Compute the decoder and the loss of the labels; `places` are those of `layout.label_places`, if a batch has them.
+
+    Shapes:
+        labels (B, T).
+    """
+    tokens = labels.shape[1]
+    labels = _even_rows(kwargs, labels)
+    shape = labels.shape
+    rows, ids = label_places(labels) if places[0] is None or places[1] is None else (places[0], places[1])
+    skips = nullcontext() if model.training and _recomputes(model) else only_rows(rows, labels.numel())
+    with skips:
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+    if hidden.shape[:2] != shape:
+        raise RuntimeError(f"labels of shape {tuple(shape)} do not fit the model's output")
+    with _loaded(head) as (weight, bias):
+        # Under a `device_map` the head may be elsewhere than the last norm, as with embeddings that it shares.
+        hidden, rows, ids, labels = (each.to(weight.device) for each in (hidden, rows, ids, labels))
+        scores = label_scores(hidden.flatten(0, 1).index_select(0, rows), weight, bias, ids)
+    # What was added to a row has no label.
+    found = [each.new_zeros(shape.numel()).index_copy(0, rows, each).view(shape)[:, : tokens - 1] for each in scores]
+    loss = -scores.log_probs.sum() / (max(1, len(rows)) if count is None else count)
+    names = dict(zip(("log_probs", "entropy", "is_top1"), found, strict=True))
+    return FusedCausalLMOutput(loss=loss, label_mask=labels[:, 1:tokens] != -100, **names)
+
+
 def add_label_head(model: PreTrainedModel) -> None:
     """Let `model(..., labels=..., fused_lm_head=True)`, as TRL's trainer calls it, score labelled positions only.
 
@@ -244,6 +282,10 @@ def add_label_head(model: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         head = self.get_output_embeddings()
         labels = kwargs.get("labels")
+        places = tuple(kwargs.pop(name, None) for name in LABELS)
+        packed = self.config._attn_implementation == NAME and kwargs.get(LENGTHS) is not None and fused_enabled()
+        if not packed:
+            kwargs.pop(LENGTHS, None)
         if (
             not kwargs.get("fused_lm_head", False)
             or not plain_logits
@@ -260,27 +302,11 @@ def add_label_head(model: PreTrainedModel) -> None:
             kwargs.pop(name, None)
         count = kwargs.pop("num_items_in_batch", None)
         kwargs["use_cache"] = False
-        tokens = labels.shape[1]
         if labels.device.type == "cpu":
             _check_labels(labels.masked_fill(labels == -100, 0), head.out_features)
-        labels = _even_rows(kwargs, labels)
-        wanted = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-        skips = nullcontext() if self.training and _recomputes(self) else only_rows(wanted)
-        with skips:
-            hidden = self.base_model(*args, **kwargs).last_hidden_state
-        if hidden.shape[:2] != labels.shape:
-            raise RuntimeError(f"labels of shape {tuple(labels.shape)} do not fit the model's output")
-        with _loaded(head) as (weight, bias):
-            # Under a `device_map` the head may be elsewhere than the last norm, as with embeddings that it shares.
-            hidden, labels, mask = (each.to(weight.device) for each in (hidden[:, :-1], labels[:, 1:], wanted[:, :-1]))
-            scores = label_scores(hidden[mask], weight, bias, labels[mask])
-        mask = mask[:, : tokens - 1]  # what was added has no label
-        # masked_scatter keeps the graph when no label is there
-        filled = [each.new_zeros(mask.shape).masked_scatter(mask, each) for each in scores]
-        loss = -filled[0].sum() / (mask.sum().clamp(min=1) if count is None else count)
-        return FusedCausalLMOutput(
-            loss=loss, log_probs=filled[0], entropy=filled[1], is_top1=filled[2], label_mask=mask
-        )
+        if packed and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = packed_marker(labels)
+        return _scored(self, head, args, kwargs, labels, places, count)
 
     forward.__wrapped__ = getattr(trl_forward, "__wrapped__", trl_forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
