@@ -55,6 +55,7 @@ ORDER = [
     "callbacks",
     "sampling",
     "schedule",
+    "collation",
     "microbatches",
     "trainer",
     "generation",

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model
 
-from philora.decoder_stack.choice import Choice, stack_for
-from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model
+from philora.decoder_stack.choice import Choice, ModelFacts, stack_for
+from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model, known_facts
 from philora.decoder_stack.products import Scaling, fp8_scaling
 from philora.decoder_stack.trial import disagreement
-from philora.kernels.layout import PackedLayout
+from philora.kernels.attention import documents_of, without_marker
 from philora.kernels.modules import recomputes_elementwise
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _possible(self.embed_tokens):
             return super().forward(*args, **kwargs)
         inputs, keep = dict(zip(_PARAMETERS, args, strict=False)) | kwargs, keep_of(self)
+        inputs["attention_mask"] = without_marker(inputs.get("attention_mask"))
         choice = choose(self, inputs, keep)
         if choice.path != "stack":
             _say(choice, self)
@@ -84,7 +85,7 @@ def keep_of(model: Any) -> Keep:
     settings: StackSettings = model.stack_settings
     if model.training and any(getattr(each, "gradient_checkpointing", False) for each in model.layers):
         return "host" if settings.inputs_on_host else "input"
-    return "elementwise" if recomputes_elementwise(model) else "everything"
+    return "elementwise" if recomputes_elementwise(model.layers[0]) else "everything"
 
 
 def choose(model: Any, inputs: dict[str, Any], keep: Keep) -> Choice:
@@ -93,7 +94,7 @@ def choose(model: Any, inputs: dict[str, Any], keep: Keep) -> Choice:
     if given is None:
         return Choice("modules", ("there is no input",))
     device = facts_of_device(given.device)
-    facts, batch = facts_of_model(model), facts_of_call(model, inputs, keep)
+    facts, batch = known_facts(model), facts_of_call(model, inputs, keep)
     if model.stack_settings.fp8 and facts.base == "plain":
         facts = replace(facts, base="fp8")
     choice = stack_for(facts, batch, device)
@@ -114,7 +115,7 @@ def _say(choice: Choice, model: nn.Module) -> None:
     logger.warning("decoder layers run without the stack of one node a layer: %s", "; ".join(choice.reasons))
 
 
-_stacks: WeakKeyDictionary[nn.Module, DecoderStack] = WeakKeyDictionary()
+_stacks: WeakKeyDictionary[nn.Module, tuple[DecoderStack, ModelFacts]] = WeakKeyDictionary()
 _counters: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
@@ -123,15 +124,16 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputW
     embeddings = inputs.get("inputs_embeds")
     embeddings = model.embed_tokens(inputs["input_ids"]) if embeddings is None else embeddings
     rows, tokens, width = embeddings.shape
-    positions = inputs["position_ids"].expand(rows, -1)
     cos, sin = model.rotary_emb(embeddings, position_ids=inputs["position_ids"])
     half = cos.shape[-1] // 2
     cos, sin = (
         each[..., :half].expand(rows, tokens, half).reshape(-1, half).float().contiguous() for each in (cos, sin)
     )
-    layout = PackedLayout.of_keywords(inputs) if rows == 1 else None
+    # PyTorch has flash attention in bf16 and fp16 alone; other dtypes go document by document, by lengths of the host.
+    flash = embeddings.is_cuda and embeddings.dtype in (torch.bfloat16, torch.float16)
+    documents = documents_of(inputs["position_ids"], rows, inputs, with_lengths=not flash)
     x, h = stack_of(model, embeddings)(
-        embeddings.reshape(-1, width), cos, sin, layout or PackedLayout.of_positions(positions), keep=keep,
+        embeddings.reshape(-1, width), cos, sin, documents, keep=keep,
         counter=_next_counter(model, embeddings.device) if model.training else None,
         deterministic=model.stack_settings.deterministic,
     )  # fmt: skip
@@ -144,10 +146,15 @@ def stack_of(model: Any, embeddings: Tensor) -> DecoderStack:
     from philora.decoder_stack.stack import DecoderStack  # needs Triton
 
     fp8: Scaling | None = fp8_scaling(embeddings.device, embeddings.dtype) if model.stack_settings.fp8 else None
-    stack = _stacks.get(model)
+    facts = known_facts(model)
+    stack, made_for = _stacks.get(model, (None, None))
+    if stack is not None and made_for is facts and (stack.dtype, stack.fp8) == (embeddings.dtype, fp8):
+        return stack
     if stack is None or not stack.is_for(model, embeddings.dtype, fp8):
+        stack = None
         _stacks.pop(model, None)  # freed before the next one is made
-        stack = _stacks[model] = DecoderStack(model, embeddings.dtype, fp8)
+        stack = DecoderStack(model, embeddings.dtype, fp8)
+    _stacks[model] = stack, facts
     return stack
 
 

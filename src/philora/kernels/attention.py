@@ -145,8 +145,8 @@ def layout_of(position_ids: Tensor) -> Layout | None:
 def _groups(lengths: tuple[int, ...], rows: int, device: torch.device) -> Layout:
     if len(lengths) == rows:
         every, total = torch.arange(sum(lengths), device=device), sum(lengths)
-        begins, own = torch.arange(rows) * lengths[0], torch.tensor(lengths)
-        return Layout((Group(rows, lengths[0], every, 0, total, begins, own),), every, begins, own)
+        of_rows = torch.arange(rows) * lengths[0], torch.tensor(lengths)
+        return Layout((Group(rows, lengths[0], every, 0, total, *of_rows),), every, *of_rows)
     starts = [0, *accumulate(lengths)][:-1]
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):

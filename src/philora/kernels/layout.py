@@ -21,6 +21,8 @@ LENGTHS = "document_lengths"
 """Tokens of each document, a tuple on the host."""
 LABELS = ("label_rows", "label_ids")
 """Tokens whose next token is a label, as places in the rows laid one after another, and those labels."""
+TOKENS = ("token_rows", "token_bounds")
+"""Of rows with padding on the right: places of the tokens that are no padding, and where each row begins among them."""
 
 
 def label_places(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 from philora import native
 from philora.errors import DataError, fault
 from philora.kernels.attention import NAME, packed_marker
-from philora.kernels.layout import LABELS, LENGTHS, label_places
+from philora.kernels.layout import KEYWORDS, LABELS, LENGTHS, TOKENS, label_places
 from philora.kernels.modules import only_rows
 from philora.lora.functional import fused_enabled, records, refuse_create_graph
 
@@ -174,21 +174,45 @@ def label_scores_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, 
     return LabelScores(log_probs, entropy, (logits.argmax(-1) == labels).float())
 
 
-def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
+def _without_padding(inputs: dict[str, Any], places: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Lay rows with padding one after another without it, so that they attend as the documents of a packed row do.
+
+    Args:
+        inputs: The model's keyword arguments, which are changed: ids, positions, and the bounds of the documents.
+        places: Those of `layout.TOKENS`, if the batch has them.
+
+    Returns:
+        For each token its place in the rows with padding; None where the rows stay as they are.
+    """
+    rows, bounds = places
+    given = {name for name, each in inputs.items() if each is not None}
+    if rows is None or bounds is None or given - {"input_ids", "attention_mask", "use_cache", LENGTHS}:
+        return None
+    ids = inputs["input_ids"]
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    inputs["input_ids"], inputs["position_ids"] = (each.flatten()[None, rows] for each in (ids, positions))
+    longest = max(inputs[LENGTHS])
+    inputs |= dict(zip(KEYWORDS, (bounds, bounds, longest, longest), strict=True)) | {"attention_mask": None}
+    return rows
+
+
+def _even_rows(inputs: dict[str, Any]) -> int:
     """Let packed rows on a CPU end with a document of padding, so that their length suits the products.
 
     Args:
         inputs: The model's keyword arguments; `input_ids`, `position_ids` and the bounds of documents, where they are
             given, are replaced by longer ones.
-        labels: The labels; returned with none for what was added.
+
+    Returns:
+        Tokens that were added to the row.
     """
     ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
-    missing = -labels.shape[1] % EVEN_TOKENS
     others = any(inputs.get(name) is not None for name in ("attention_mask", "inputs_embeds", "past_key_values"))
-    if not missing or others or labels.device.type != "cpu" or len(labels) > 1:
-        return labels
-    if not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.shape != ids.shape:
-        return labels
+    if others or not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.shape != ids.shape:
+        return 0
+    missing = -ids.shape[1] % EVEN_TOKENS
+    if not missing or ids.device.type != "cpu" or len(ids) > 1:
+        return 0
     inputs["input_ids"] = nn.functional.pad(ids, (0, missing))
     inputs["position_ids"] = torch.cat([positions, torch.arange(missing)[None].to(positions)], 1)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
@@ -199,7 +223,7 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
             inputs[name] = max(inputs[name], missing)
     if inputs.get(LENGTHS) is not None:
         inputs[LENGTHS] = (*inputs[LENGTHS], missing)
-    return nn.functional.pad(labels, (0, missing), value=-100)
+    return missing
 
 
 @contextmanager
@@ -236,37 +260,37 @@ def _recomputes(model: PreTrainedModel) -> bool:
 
 
 def _scored(
-    model: PreTrainedModel,
-    head: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    labels: Tensor,
-    places: tuple[Tensor | None, ...],
-    count: Tensor | int | None,
-) -> FusedCausalLMOutput:
-    """Compute the decoder and the loss of the labels; `places` are those of `layout.label_places`, if a batch has them.
+    model: PreTrainedModel, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Tensor,
+    places: list[tuple[Tensor | None, ...]], count: Tensor | int | None,
+) -> FusedCausalLMOutput:  # fmt: skip
+    """Compute the decoder and the loss of the labels; `places` are those of `LABELS` and `TOKENS`, if a batch has them.
 
     Shapes:
         labels (B, T).
     """
-    tokens = labels.shape[1]
-    labels = _even_rows(kwargs, labels)
-    shape = labels.shape
-    rows, ids = label_places(labels) if places[0] is None or places[1] is None else (places[0], places[1])
-    skips = nullcontext() if model.training and _recomputes(model) else only_rows(rows, labels.numel())
+    shape, (rows, ids) = labels.shape, places[0]
+    if rows is None or ids is None:
+        rows, ids = label_places(labels)
+    packed = kwargs.get(LENGTHS) is not None
+    laid = _without_padding(kwargs, places[1]) if packed and not args else None
+    at = rows if laid is None else torch.searchsorted(laid, rows)
+    added = _even_rows(kwargs)
+    expected = (shape[0], shape[1] + added) if laid is None else (1, len(laid) + added)
+    if packed and kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = packed_marker(labels)
+    skips = nullcontext() if model.training and _recomputes(model) else only_rows(at, expected[0] * expected[1])
     with skips:
         hidden = model.base_model(*args, **kwargs).last_hidden_state
-    if hidden.shape[:2] != shape:
+    if hidden.shape[:2] != expected:
         raise RuntimeError(f"labels of shape {tuple(shape)} do not fit the model's output")
     with _loaded(head) as (weight, bias):
         # Under a `device_map` the head may be elsewhere than the last norm, as with embeddings that it shares.
-        hidden, rows, ids, labels = (each.to(weight.device) for each in (hidden, rows, ids, labels))
-        scores = label_scores(hidden.flatten(0, 1).index_select(0, rows), weight, bias, ids)
-    # What was added to a row has no label.
-    found = [each.new_zeros(shape.numel()).index_copy(0, rows, each).view(shape)[:, : tokens - 1] for each in scores]
+        hidden, rows, at, ids, labels = (each.to(weight.device) for each in (hidden, rows, at, ids, labels))
+        scores = label_scores(hidden.flatten(0, 1).index_select(0, at), weight, bias, ids)
+    found = [each.new_zeros(shape.numel()).index_copy(0, rows, each).view(shape)[:, :-1] for each in scores]
     loss = -scores.log_probs.sum() / (max(1, len(rows)) if count is None else count)
     names = dict(zip(("log_probs", "entropy", "is_top1"), found, strict=True))
-    return FusedCausalLMOutput(loss=loss, label_mask=labels[:, 1:tokens] != -100, **names)
+    return FusedCausalLMOutput(loss=loss, label_mask=labels[:, 1:] != -100, **names)
 
 
 def add_label_head(model: PreTrainedModel) -> None:
@@ -282,7 +306,7 @@ def add_label_head(model: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         head = self.get_output_embeddings()
         labels = kwargs.get("labels")
-        places = tuple(kwargs.pop(name, None) for name in LABELS)
+        places = [tuple(kwargs.pop(name, None) for name in names) for names in (LABELS, TOKENS)]
         packed = self.config._attn_implementation == NAME and kwargs.get(LENGTHS) is not None and fused_enabled()
         if not packed:
             kwargs.pop(LENGTHS, None)
@@ -304,8 +328,6 @@ def add_label_head(model: PreTrainedModel) -> None:
         kwargs["use_cache"] = False
         if labels.device.type == "cpu":
             _check_labels(labels.masked_fill(labels == -100, 0), head.out_features)
-        if packed and kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = packed_marker(labels)
         return _scored(self, head, args, kwargs, labels, places, count)
 
     forward.__wrapped__ = getattr(trl_forward, "__wrapped__", trl_forward)  # type: ignore[attr-defined]
