@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ from philora.decoder_stack.facts import facts_of_device
 from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
 from philora.families import generic_notice
+from philora.kernels.attention import facts_of_attention
+from philora.kernels.attention_choice import attention_for
 from philora.quantization import scheme_of
 from philora.spare_rows import notice, stored_embedding, untrained_tokens
 from philora.trainer import checkpoint_bytes
@@ -37,16 +40,23 @@ class Hardware:
         memory_bytes: What it has; of a CPU's machine what a run can have.
         decoder_layers: `stack`, `modules` or `plain`; see `decoder_stack.choice`.
         reasons: Why.
+        attention: Which way the documents of packed rows attend where the stack does not run; see
+            `kernels.attention_choice`.
+        attention_reason: Why.
     """
 
     device: str
     memory_bytes: int
     decoder_layers: str
     reasons: tuple[str, ...]
+    attention: str
+    attention_reason: str
 
     def __str__(self) -> str:
         why = "; ".join(self.reasons)
-        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; decoder layers: {self.decoder_layers} ({why})"
+        layers = f"decoder layers: {self.decoder_layers} ({why})"
+        attention = f"attention: {self.attention} ({self.attention_reason})"
+        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; {layers}; {attention}"
 
 
 @dataclass(frozen=True)
@@ -241,7 +251,9 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, recomputation: str
     choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(mask=not packed, keep=keep), device)
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
     reasons = choice.reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
-    return Hardware(f"{device.name}{capability}", device.memory_bytes, choice.path, reasons)
+    head = torch.empty(1, 1, 1, facts.head_size, dtype=getattr(torch, dtype), device=device.kind)
+    attention, why = attention_for(facts_of_attention(head, facts.attention_dropout))
+    return Hardware(f"{device.name}{capability}", device.memory_bytes, choice.path, reasons, attention, why)
 
 
 def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> str | None:

@@ -64,11 +64,12 @@ class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
             return super().forward(*args, **kwargs)
         inputs, keep = dict(zip(_PARAMETERS, args, strict=False)) | kwargs, keep_of(self)
         inputs["attention_mask"] = without_marker(inputs.get("attention_mask"))
-        choice = choose(self, inputs, keep)
+        facts = known_facts(self)
+        choice = choose(self, inputs, keep, facts)
         if choice.path != "stack":
             _say(choice, self)
             return super().forward(*args, **kwargs)
-        return _stacked(self, inputs, keep)
+        return _stacked(self, inputs, keep, facts)
 
 
 StackedPhi3Model.__name__ = Phi3Model.__name__  # as tools show it; pickle goes by the qualified name
@@ -88,13 +89,13 @@ def keep_of(model: Any) -> Keep:
     return "elementwise" if recomputes_elementwise(model.layers[0]) else "everything"
 
 
-def choose(model: Any, inputs: dict[str, Any], keep: Keep) -> Choice:
+def choose(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) -> Choice:
     """Return how a call of a decoder is computed; on a GPU the stack is compared with plain PEFT first, once."""
     given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if given is None:
         return Choice("modules", ("there is no input",))
     device = facts_of_device(given.device)
-    facts, batch = known_facts(model), facts_of_call(model, inputs, keep)
+    batch = facts_of_call(model, inputs, keep)
     if model.stack_settings.fp8 and facts.base == "plain":
         facts = replace(facts, base="fp8")
     choice = stack_for(facts, batch, device)
@@ -119,7 +120,7 @@ _stacks: WeakKeyDictionary[nn.Module, tuple[DecoderStack, ModelFacts]] = WeakKey
 _counters: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
-def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputWithPast:
+def _stacked(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) -> BaseModelOutputWithPast:
     """Compute a packed batch with the stack. Shapes: ids (B, T); returns (B, T, C)."""
     embeddings = inputs.get("inputs_embeds")
     embeddings = model.embed_tokens(inputs["input_ids"]) if embeddings is None else embeddings
@@ -132,7 +133,7 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputW
     # PyTorch has flash attention in bf16 and fp16 alone; other dtypes go document by document, by lengths of the host.
     flash = embeddings.is_cuda and embeddings.dtype in (torch.bfloat16, torch.float16)
     documents = documents_of(inputs["position_ids"], rows, inputs, with_lengths=not flash)
-    x, h = stack_of(model, embeddings)(
+    x, h = stack_of(model, embeddings, facts)(
         embeddings.reshape(-1, width), cos, sin, documents, keep=keep,
         counter=_next_counter(model, embeddings.device) if model.training else None,
         deterministic=model.stack_settings.deterministic,
@@ -141,12 +142,11 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputW
     return BaseModelOutputWithPast(last_hidden_state=hidden)
 
 
-def stack_of(model: Any, embeddings: Tensor) -> DecoderStack:
+def stack_of(model: Any, embeddings: Tensor, facts: ModelFacts) -> DecoderStack:
     """Return the stack of a model, made when it is first wanted and again when a part of the model is another."""
     from philora.decoder_stack.stack import DecoderStack  # needs Triton
 
     fp8: Scaling | None = fp8_scaling(embeddings.device, embeddings.dtype) if model.stack_settings.fp8 else None
-    facts = known_facts(model)
     stack, made_for = _stacks.get(model, (None, None))
     if stack is not None and made_for is facts and (stack.dtype, stack.fp8) == (embeddings.dtype, fp8):
         return stack
