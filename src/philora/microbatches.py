@@ -63,7 +63,8 @@ def parts(inputs: Inputs, halvings: int) -> list[Inputs]:
     found = [inputs]
     for _ in range(halvings):
         found = [half for each in found for half in (halves(each) or (each,))]
-    return found if len(found) == 1 else [each | layout_of_batch(each) for each in found]
+    carries = len(found) > 1 and LABELS[0] in inputs
+    return [each | layout_of_batch(each) for each in found] if carries else found
 
 
 def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:

@@ -246,9 +246,8 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, recomputation: str
     base = "plain" if scheme == "none" else scheme
     if base == "plain" and config.model.base_products == "fp8":
         base = "fp8"
-    packed = bool(config.training_config.get("packing", True))
     keep = {"full": "input", "elementwise": "elementwise"}.get(recomputation, "everything")
-    choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(mask=not packed, keep=keep), device)
+    choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(keep=keep), device)
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
     reasons = choice.reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
     head = torch.empty(1, 1, 1, facts.head_size, dtype=getattr(torch, dtype), device=device.kind)
