@@ -48,6 +48,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from philora.checkpoint import read_peft_tensors, write_json
+from philora.decoder_stack.facts import not_one_adapter
 from philora.decoder_stack.model import use_decoder_stack
 from philora.embeddings import Whole
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
@@ -494,14 +495,10 @@ def not_plain(layer: LoraLayer) -> str | None:
     Args:
         layer: PEFT's layer of a linear layer, or one that stands in for it.
     """
-    if layer.disable_adapters or layer.merged:
-        return "its adapters are disabled or merged"
-    active = [each for each in layer.active_adapters if each in layer.lora_A]
-    if len(active) != 1:
-        return f"{len(active)} adapters are active"
-    adapter: str = active[0]
-    if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
-        return "it is a variant of LoRA, or B has a bias"
+    why = not_one_adapter(layer)
+    if why is not None:
+        return why
+    adapter: str = next(each for each in layer.active_adapters if each in layer.lora_A)
     if type(layer.scaling[adapter]) not in (float, int):
         return "its scaling is no plain number"
     base, dropout = layer.base_layer, layer.lora_dropout[adapter]

@@ -19,17 +19,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
+from philora.collation import HostLayout, layout_of_batch, without_layout
 from philora.compat.trl import trl
 from philora.data.ids import check_batch, vocabulary_of
 from philora.errors import RunError, fault
+from philora.kernels.layout import KEYWORDS, LABELS
 from philora.kernels.memory import out_of_memory
 from philora.lora.recomputation import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Any]
-
-_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class MicroBatchParts(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -63,7 +63,8 @@ def parts(inputs: Inputs, halvings: int) -> list[Inputs]:
     found = [inputs]
     for _ in range(halvings):
         found = [half for each in found for half in (halves(each) or (each,))]
-    return found
+    carries = len(found) > 1 and LABELS[0] in inputs
+    return [each | layout_of_batch(each) for each in found] if carries else found
 
 
 def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
@@ -76,12 +77,13 @@ def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
     Shapes:
         input_ids and its like (B, T), halved to (B / 2, T); or (1, T) of any number of documents.
     """
+    inputs = without_layout(inputs)
     ids = inputs["input_ids"]
     rows, tokens = ids.shape[:2]
     positions = inputs.get("position_ids")
-    others = [each for name, each in inputs.items() if isinstance(each, Tensor) and name not in _LENGTHS]
+    others = [each for name, each in inputs.items() if isinstance(each, Tensor) and name not in KEYWORDS]
     if rows > 1:
-        if any(each.ndim == 0 or len(each) != rows for each in others) or any(name in inputs for name in _LENGTHS):
+        if any(each.ndim == 0 or len(each) != rows for each in others) or any(name in inputs for name in KEYWORDS):
             return None
         middle = rows // 2
         first, second = (
@@ -103,7 +105,7 @@ def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
 def _documents(inputs: Inputs, part: slice) -> Inputs:
     """Some documents of one row. Shapes: all of (1, T)."""
     found = {
-        name: each[:, part] if isinstance(each, Tensor) and name not in _LENGTHS else each
+        name: each[:, part] if isinstance(each, Tensor) and name not in KEYWORDS else each
         for name, each in inputs.items()
     }
     positions = found["position_ids"]
@@ -113,12 +115,14 @@ def _documents(inputs: Inputs, part: slice) -> Inputs:
         starts = (positions[0] == 0).nonzero().flatten()
         bounds = torch.cat([starts, starts.new_tensor([positions.shape[1]])]).to(torch.int32)
         longest = int(bounds.diff().max())
-        found |= dict(zip(_LENGTHS, (bounds, bounds, longest, longest), strict=True))
+        found |= dict(zip(KEYWORDS, (bounds, bounds, longest, longest), strict=True))
     return found
 
 
 def label_tokens(inputs: Inputs) -> int:
-    """Tokens of a micro-batch that the loss is a sum over."""
+    """Tokens of a micro-batch that the loss is a sum over. It waits for a GPU unless the batch carries its labels."""
+    if isinstance(rows := inputs.get(LABELS[0]), Tensor):
+        return len(rows)
     return int((inputs["labels"][:, 1:] != -100).sum())
 
 
@@ -128,6 +132,18 @@ def devices_of(model: nn.Module) -> set[torch.device]:
     return {torch.device("cpu")} | {each for each in held if each.type != "meta"}
 
 
+def numbers(values: list[Any]) -> list[Any]:
+    """Return a list with the values of its tensors of one number in their place, read together."""
+    tensors = [each for each in values if isinstance(each, Tensor)]
+    if not tensors:
+        return values
+    read = iter(torch.stack([each.double() for each in tensors]).tolist())
+    return [
+        each if not isinstance(each, Tensor) else next(read) if each.is_floating_point() else int(next(read))
+        for each in values
+    ]
+
+
 class _Step(NamedTuple):
     """What an optimizer step began with, and its micro-batches so far: enough to begin it again.
 
@@ -135,13 +151,13 @@ class _Step(NamedTuple):
         batches: The micro-batches.
         random: States of the generators of the CPU and of each device that the model is on.
         entries: Entries of each of TRL's metrics.
-        tokens: TRL's count of tokens.
+        tokens: TRL's count of tokens; a tensor until it is read.
     """
 
     batches: list[Inputs]
     random: dict[torch.device, Tensor]
     entries: dict[str, int]
-    tokens: int
+    tokens: Any
 
 
 class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
@@ -157,12 +173,30 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     current_gradient_accumulation_steps: int
     train_dataset: Any
+    data_collator: Any
+    _total_train_tokens: Any
     _step: _Step | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(MicroBatchParts())
         self._vocabulary = vocabulary_of(self.model)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; batches carry where their documents and labels are.
+
+        Not where accelerate deals one batch to several processes, where prompts that train stand before the tokens,
+        and under torch.compile, which would compile anew for each layout.
+        """
+        collate = self.data_collator
+        prompts = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
+        dealt = isinstance(dataset, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches
+        if not (prompts or dealt or self.args.torch_compile):
+            self.data_collator = HostLayout(collate)
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collate
 
     def _check_ids(self, inputs: Inputs) -> None:
         """Hold a batch against the vocabulary, where that takes no waiting for a GPU or its rows were not looked at.
@@ -210,6 +244,67 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             self._step = None
         return result
 
+    def compute_loss(
+        self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As TRL's; what is logged stays on the device until `log` or a checkpoint reads it.
+
+        TRL reads the entropy, the accuracy and the count of tokens of each micro-batch, which waits for the device. A
+        loss that is not the plain one goes TRL's way.
+        """
+        if return_outputs or not self._has_plain_loss():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        outputs = model(**(inputs | {"use_cache": False}), fused_lm_head=True)
+        rows = inputs.get(LABELS[0])
+        count = outputs.label_mask.sum() if rows is None else torch.tensor(len(rows))
+        divisor = count if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(divisor).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        with torch.no_grad():
+            self._note(mode, inputs, outputs, count)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, of figures that are read now."""
+        self.read_metrics()
+        super().log(logs, start_time)
+
+    def _has_plain_loss(self) -> bool:
+        """Whether the loss is the mean log-probability of the labels, and nothing is added to it."""
+        plain = self.compute_loss_func is None and self.label_smoother is None and self.args.loss_type == "nll"
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        return plain and not self.aux_loss_enabled and parallel is None
+
+    def _note(self, mode: str, inputs: Inputs, outputs: Any, count: Tensor) -> None:
+        """Add the figures of a micro-batch to TRL's metrics, as tensors. Shapes: count ()."""
+        valid = self._gathered(count.to(outputs.entropy.device, non_blocking=True))
+        for name, values in (("entropy", outputs.entropy), ("mean_token_accuracy", outputs.is_top1)):
+            total = self._gathered(values.sum())
+            self._metrics[mode][name].append(torch.where(valid > 0, total / valid, 0.0))
+        if mode == "train":
+            mask = inputs.get("attention_mask")
+            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+            if self.accelerator.num_processes > 1:
+                tokens = self._gathered(torch.as_tensor(tokens, device=outputs.entropy.device))
+            self._total_train_tokens = self._total_train_tokens + tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _gathered(self, value: Tensor) -> Tensor:
+        """Return the sum of a number over all processes. Shapes: (); returns ()."""
+        if self.accelerator.num_processes == 1:
+            return value
+        total: Tensor = self.accelerator.gather_for_metrics(value).sum()
+        return total
+
+    def read_metrics(self) -> None:
+        """Read what `compute_loss` has left on the device: numbers in the place of tensors, by one copy a device."""
+        for values in self._metrics["train"], self._metrics["eval"]:
+            for name, each in values.items():
+                values[name] = numbers(each)
+        self._total_train_tokens = numbers([self._total_train_tokens])[0]
+
     def _in_parts(self, model: nn.Module, batches: list[Inputs], count: Any) -> Tensor | Inputs:
         """Forward and backward of micro-batches; the last one's loss, or the part that there was no memory for."""
         steps: int = self.current_gradient_accumulation_steps
@@ -228,8 +323,10 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
                 return piece
             finally:
                 self.current_gradient_accumulation_steps = steps
-            self._as_one("train", begun, [label_tokens(piece) for piece in pieces])
-            loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+            loss = losses[0]
+            if len(pieces) > 1:
+                self._as_one("train", begun, [label_tokens(piece) for piece in pieces])
+                loss = torch.stack(losses).sum()
         return loss
 
     def prediction_step(

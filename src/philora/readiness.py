@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,8 @@ from philora.decoder_stack.facts import facts_of_device
 from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
 from philora.families import generic_notice
+from philora.kernels.attention import facts_of_attention
+from philora.kernels.attention_choice import attention_for
 from philora.quantization import scheme_of
 from philora.spare_rows import notice, stored_embedding, untrained_tokens
 from philora.trainer import SFTConfig, checkpoint_bytes
@@ -50,6 +53,9 @@ class Hardware:
         memory_bytes: What it has; of a CPU's machine what a run can have.
         decoder_layers: `stack`, `modules` or `plain`; see `decoder_stack.choice`.
         reasons: Why.
+        attention: Which way the documents of packed rows attend where the stack does not run; see
+            `kernels.attention_choice`.
+        attention_reason: Why.
         answers: How its tokens are computed on a GPU, and why; empty on a CPU.
     """
 
@@ -57,12 +63,16 @@ class Hardware:
     memory_bytes: int
     decoder_layers: str
     reasons: tuple[str, ...]
+    attention: str
+    attention_reason: str
     answers: str = ""
 
     def __str__(self) -> str:
         why = "; ".join(self.reasons)
-        layers = f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; decoder layers: {self.decoder_layers} ({why})"
-        return f"{layers}; answers: {self.answers}" if self.answers else layers
+        layers = f"decoder layers: {self.decoder_layers} ({why})"
+        attention = f"attention: {self.attention} ({self.attention_reason})"
+        answers = f"; answers: {self.answers}" if self.answers else ""
+        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; {layers}; {attention}{answers}"
 
 
 @dataclass(frozen=True)
@@ -297,14 +307,15 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, recomputation: str
     base = "plain" if scheme == "none" else scheme
     if base == "plain" and config.model.base_products == "fp8":
         base = "fp8"
-    packed = bool(config.training_config.get("packing", True))
     keep = {"full": "input", "elementwise": "elementwise"}.get(recomputation, "everything")
-    choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(mask=not packed, keep=keep), device)
+    choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(keep=keep), device)
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
     reasons = choice.reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
-    return Hardware(
-        f"{device.name}{capability}", device.memory_bytes, choice.path, reasons, _answers(device, facts, dtype, base)
-    )
+    head = torch.empty(1, 1, 1, facts.head_size, dtype=getattr(torch, dtype), device=device.kind)
+    attention, why = attention_for(facts_of_attention(head, facts.attention_dropout))
+    answers = _answers(device, facts, dtype, base)
+    name = f"{device.name}{capability}"
+    return Hardware(name, device.memory_bytes, choice.path, reasons, attention, why, answers)
 
 
 def _answers(device: DeviceFacts, model: ModelFacts, dtype: str, base: str) -> str:

@@ -56,6 +56,7 @@ from philora.data.labelled import keep_labelled, refuse_empty
 from philora.decoder_stack.model import configure as configure_stack
 from philora.decoder_stack.model import dropout_state, set_dropout_state
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
+from philora.kernels.attention import repeat_bits
 from philora.kernels.loss import add_label_head
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 from philora.microbatches import MicroBatchTrainer
@@ -168,6 +169,37 @@ class NonFiniteError(RunError):
     """The loss or the gradient was not finite for too many steps in a row; no weight took any of them."""
 
 
+class _Unread:
+    """A step whose loss and gradient norm the host has not read yet.
+
+    Attributes:
+        step: Its number.
+        batches: Its micro-batches.
+        optimizer: What leaves the step out by itself; None: the step has not been taken yet.
+        schedule: State of the schedule of the learning rate before the step.
+        rates: Learning rates of the optimizer's groups before the step.
+    """
+
+    def __init__(
+        self, step: int, figures: torch.Tensor, batches: list[Any], optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self.step, self.batches, self.optimizer = step, batches, optimizer
+        self.schedule: dict[str, Any] = {}
+        self.rates: list[Any] = []
+        self._copy, self._done = figures, None
+        if figures.is_cuda:
+            self._copy = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+            self._copy.copy_(figures, non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def figures(self) -> list[float]:
+        """Return the loss, the gradient norm and the loss of each micro-batch, as soon as they have been computed."""
+        if self._done is not None:
+            self._done.synchronize()
+        return list(map(float, self._copy.tolist()))
+
+
 class SFTTrainer(MicroBatchTrainer):
     """`trl.SFTTrainer` whose LoRA names are checked, whose slices are slices, and whose layers are the fast ones.
 
@@ -206,7 +238,9 @@ class SFTTrainer(MicroBatchTrainer):
     _resumed_from: str | None = None  # the checkpoint
     _looked_at: int | None = None  # the last step after which was logged, evaluated and saved
     _at_epoch_end = False  # whether that is being done for the end of an epoch
-    _step_figures: tuple[float | None, float | None] = (None, None)  # gradient norm and learning rate of that step
+    _step_figures: tuple[Any, float | None] = (None, None)  # gradient norm and learning rate of that step
+    _unread: _Unread | None = None  # the step whose figures are still to be read
+    _filters_losses = False  # whether losses that are not finite are kept out of the log
     _evaluation_due = False  # whether an evaluation of it has not come to its end
     _stopped = False  # whether training ends with it because of a signal
     _earlier_seconds = 0.0  # of training before this process
@@ -227,6 +261,7 @@ class SFTTrainer(MicroBatchTrainer):
             logger.warning("activation_offloading is left out: without a GPU activations are in this memory already")
             given["args"] = copy.copy(given["args"])
             given["args"].activation_offloading = False
+        given["args"] = _with_batches_beside_the_work(given["args"])
         for name in ("train_dataset", "eval_dataset"):
             table = given.get(name)
             for each, rows in (table if isinstance(table, dict) else {name: table}).items():
@@ -256,6 +291,7 @@ class SFTTrainer(MicroBatchTrainer):
         elementwise = getattr(self.args, "elementwise_recomputation", False)
         optimize(self.model, recomputation="elementwise" if elementwise else None)
         configure_stack(self.model, deterministic=getattr(self.args, "deterministic", True))
+        repeat_bits(self.model, getattr(self.args, "deterministic", True))
         add_label_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         if resolution is not None:
             apply_slices(self.model, resolution.slices)
@@ -395,6 +431,7 @@ class SFTTrainer(MicroBatchTrainer):
     def _exact_state(self) -> dict[str, Any]:
         """What transformers and TRL count in memory only. Every float is written so that it reads back the same."""
         generator = self._epoch_generator
+        self.read_metrics()
         return {
             "format": 1,
             "chosen": chosen_of(self.args),
@@ -514,7 +551,12 @@ class SFTTrainer(MicroBatchTrainer):
             if kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["resume_from_checkpoint"] is not None:
                 self._load_rng_state(kwargs["resume_from_checkpoint"])
             self._epoch_generator = torch.random.get_rng_state()
-        super()._run_epoch(*args, **kwargs)
+        self._filters_losses = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = False  # `training_step` does it
+        try:
+            super()._run_epoch(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter, self._filters_losses = self._filters_losses, False
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         """As transformers'; one that a signal ends leaves no trace, and is due when the run goes on."""
@@ -544,6 +586,7 @@ class SFTTrainer(MicroBatchTrainer):
         transformers takes the time of the wall clock, which may have been set since training began.
         """
         self._take_up(self.model_wrapped, trial)
+        self._settle_step()
         return super()._finalize_training(trial, num_train_samples, time.time() - self.training_seconds)
 
     def _load_best_model(self) -> None:
@@ -568,12 +611,15 @@ class SFTTrainer(MicroBatchTrainer):
         if self._stopped:
             return
         self._at_epoch_end, self._looked_at = self._looked_at == self.state.global_step, self.state.global_step
-        self._step_figures = None if grad_norm is None else float(grad_norm), learning_rate
+        self._step_figures = grad_norm, learning_rate
+        if self._is_looked_at():
+            self._settle_step()
         with contextlib.suppress(Signalled):
             super()._maybe_log_save_evaluate(
                 tr_loss, grad_norm, model, trial, epoch, ignored, start_time, learning_rate=learning_rate
             )
         if self.stop is not None and self.stop.agreed():
+            self._settle_step()
             if self._saved_step != self.state.global_step or self._evaluation_due:
                 self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -582,10 +628,11 @@ class SFTTrainer(MicroBatchTrainer):
     def _left(self) -> dict[str, Any]:
         """What is still to be done of this step: an evaluation that a signal ended, the end of the epoch."""
         ends = float(self.state.epoch or 0).is_integer() or self.control.should_training_stop
+        norm = self._step_figures[0]
         return {
             "evaluation": self._evaluation_due,
             "epoch_end": not self._at_epoch_end and (ends or self.control.should_epoch_stop),
-            "grad_norm": self._step_figures[0],
+            "grad_norm": None if norm is None else float(norm),
             "learning_rate": self._step_figures[1],
         }
 
@@ -598,64 +645,123 @@ class SFTTrainer(MicroBatchTrainer):
         return samples, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As TRL's; the loss of each micro-batch, however many parts it was computed in, is noted."""
+        """As TRL's; the loss of each micro-batch, however many parts it was computed in, is noted.
+
+        Where `logging_nan_inf_filter` is on, a loss that is not finite counts as the mean of those before it in the
+        log, as in transformers, which would read each one to find out.
+        """
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_losses.append(loss)
-        return loss
+        if not self._filters_losses:
+            return loss
+        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, mean.to(loss.device))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As transformers', called before the optimizer; a step that is not finite is left out.
 
         Its gradients are dropped, so that the optimizer has nothing to do, and it is reported as skipped, so that the
         schedule of the learning rate stays where it is; the data goes on. With fp16 torch's gradient scaler does the
-        same, and lowers its scale.
+        same, and lowers its scale. On a GPU a fused optimizer leaves the step out by itself, by a number on the device;
+        the host reads a step's figures when the next one has been computed, and puts the schedule back then.
 
         Raises:
             NonFiniteError: It was one too many in a row.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        limit = getattr(self.args, "max_nonfinite_steps", None)
-        if limit is None or self.is_deepspeed_enabled or not self._step_losses:
+        if self._nonfinite_limit() is None or self.is_deepspeed_enabled or not self._step_losses:
             return norm
-        loss = torch.stack(self._step_losses).sum()
+        self._settle_step()
+        losses = torch.stack(self._step_losses).float()
+        loss = losses.sum()
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, "sum")
-        value, length = float(loss), float(norm)
+        figures = torch.cat([torch.stack([loss, torch.as_tensor(norm).to(loss)]), losses])
+        step = self.state.global_step + 1
+        self._unread = _Unread(step, figures, self._step_batches, self._optimizer_that_leaves_out())
+        if self._unread.optimizer is None:
+            self._settle_step()
+        else:
+            self._unread.schedule = self.lr_scheduler.state_dict()
+            self._unread.rates = [each["lr"] for each in self._unread.optimizer.param_groups]
+            self._unread.optimizer.found_inf = (~figures[:2].isfinite().all()).float()  # type: ignore[attr-defined]
+        return norm
+
+    def _nonfinite_limit(self) -> int | None:
+        return getattr(self.args, "max_nonfinite_steps", None)
+
+    def _optimizer_that_leaves_out(self) -> torch.optim.Optimizer | None:
+        """Return the optimizer, if a step can be taken before its figures are read: a fused one on a GPU."""
+        optimizer = cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+        fused = bool(optimizer.defaults.get("fused")) and hasattr(optimizer, "_step_supports_amp_scaling")
+        reads_late = self.args.device.type == "cuda" and self.accelerator.scaler is None
+        return optimizer if fused and reads_late else None
+
+    def _is_looked_at(self) -> bool:
+        """Whether something is done after this step that its outcome matters to."""
+        control = self.control
+        return bool(
+            control.should_log
+            or control.should_save
+            or control.should_evaluate
+            or control.should_training_stop
+            or control.should_epoch_stop
+        )
+
+    def _settle_step(self) -> None:
+        """Read the figures of the step that was computed last, and do what follows from them, if that is still to do.
+
+        Raises:
+            NonFiniteError: It was one too many in a row that are not finite.
+        """
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        value, length, *losses = unread.figures()
         scaled = self.accelerator.scaler is not None
         if self._watch.finite(value, 0.0 if scaled else length):
             median = self._watch.spike(value)
             if median is not None and self.args.should_save:
                 text = "step %d: the loss jumps to %.4g, where the median of the last steps is %.4g."
-                logger.warning(text, self.state.global_step + 1, value, median)
+                logger.warning(text, unread.step, value, median)
             if not scaled:
                 self.optimizer._is_overflow = False
-            return norm
-        self.optimizer.zero_grad(set_to_none=True)
-        if not scaled:
-            self.optimizer._is_overflow = True
-        step = self.state.global_step + 1
+            return
+        if unread.optimizer is not None:
+            self._put_schedule_back(unread)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            if not scaled:
+                self.optimizer._is_overflow = True
         logger.warning(
             "step %d is left out: loss %g, gradient norm %g; %d in a row, %d in all.",
-            step, value, length, self._watch.in_a_row, self._watch.total,
+            unread.step, value, length, self._watch.in_a_row, self._watch.total,
         )  # fmt: skip
+        limit = self._nonfinite_limit() or 1
         if self._watch.in_a_row >= limit:
-            file = self._write_nonfinite(step, value, length)
+            file = self._write_nonfinite(unread, (value, length), losses)
             last = "none was written" if self._saved_step is None else f"the last one is checkpoint-{self._saved_step}"
             expected = f"a finite loss and gradient at least once in {limit} steps"
-            todo = f"The examples of step {step} are in {file}. Checkpoints are as they were, {last}"
-            found = f"loss {value:g}, gradient norm {length:g}"
-            raise NonFiniteError(fault(f"step {step}", "training_config.max_nonfinite_steps", found, expected, todo))
-        return norm
+            todo = f"The examples of step {unread.step} are in {file}. Checkpoints are as they were, {last}"
+            where, found = f"step {unread.step}", f"loss {value:g}, gradient norm {length:g}"
+            raise NonFiniteError(fault(where, "training_config.max_nonfinite_steps", found, expected, todo))
 
-    def _write_nonfinite(self, step: int, loss: float, length: float) -> Path:
+    def _put_schedule_back(self, unread: _Unread) -> None:
+        """Let the schedule of the learning rate be where it was before a step that was left out."""
+        assert unread.optimizer is not None
+        self.lr_scheduler.load_state_dict(unread.schedule)
+        for group, rate in zip(unread.optimizer.param_groups, unread.rates, strict=True):
+            group["lr"] = rate
+
+    def _write_nonfinite(self, unread: _Unread, figures: tuple[float, float], losses: list[float]) -> Path:
         """Write which examples the step was made of: their tokens, and where they stand as far as that is known."""
         batches = []
-        for batch, each in zip(self._step_batches, self._step_losses, strict=False):
+        for batch, each in zip(unread.batches, losses, strict=False):
             examples = documents_of(batch)
             places = [{} for _ in examples] if self.places is None else self.places(examples)
             batches.append(
                 {
-                    "loss": str(float(each)),
+                    "loss": str(each),
                     "examples": [
                         {"row": row, **place, "input_ids": ids}
                         for ids, row, place in zip(examples, self._rows_of(examples), places, strict=True)
@@ -666,7 +772,8 @@ class SFTTrainer(MicroBatchTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         file = folder / f"{Path(NONFINITE_NAME).stem}{rank}.json"
-        write_json(file, {"step": step, "loss": str(loss), "gradient_norm": str(length), "micro_batches": batches})
+        loss, length = map(str, figures)
+        write_json(file, {"step": unread.step, "loss": loss, "gradient_norm": length, "micro_batches": batches})
         return file
 
     def _rows_of(self, examples: Sequence[Sequence[int]]) -> list[int | None]:
@@ -876,6 +983,15 @@ def _with_settings(args: Any, model: Any, settings: dict[str, Any]) -> trl.SFTCo
     args = copy.copy(args)
     for name, value in settings.items():
         setattr(args, name, value)
+    return args
+
+
+def _with_batches_beside_the_work(args: trl.SFTConfig) -> trl.SFTConfig:
+    """Return the arguments with batches copied to a GPU from pinned memory while it computes."""
+    if args.device.type != "cuda" or not args.dataloader_pin_memory or args.accelerator_config.non_blocking:
+        return args
+    args = copy.copy(args)
+    args.accelerator_config = dataclasses.replace(args.accelerator_config, non_blocking=True)
     return args
 
 

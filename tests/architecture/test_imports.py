@@ -57,6 +57,7 @@ ORDER = [
     "callbacks",
     "sampling",
     "schedule",
+    "collation",
     "microbatches",
     "trainer",
     "generation",
@@ -163,9 +164,9 @@ def test_every_package_that_is_imported_is_declared():
     project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lists = [project["dependencies"], *(v for k, v in project["optional-dependencies"].items() if k != "dev")]
     declared = {_canonical(re.split(r"[\[<>=~! ]", each)[0]) for names in lists for each in names}
-    # Built from source where a compiler is, so no extra asks for it; what uses it says that it is missing.
-    declared.add("llama-cpp-python")
-    distributions = {"llama_cpp": ["llama-cpp-python"]} | packages_distributions()
+    # Built from source where a compiler is, so no extra asks for them; what uses them goes without or says so.
+    declared |= {"llama-cpp-python", "flash-attn"}
+    distributions = {"llama_cpp": ["llama-cpp-python"], "flash_attn": ["flash-attn"]} | packages_distributions()
     wrong = []
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

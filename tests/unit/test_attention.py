@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import philora
 from philora.kernels import attention
+from philora.kernels.attention_choice import AttentionFacts, attention_for
+from philora.kernels.layout import PackedLayout
+from philora.kernels.varlen import Attention, varlen_attention
 from philora.lora.functional import fused
 from tests.tolerances import PACKED_FP32
 
@@ -126,3 +131,110 @@ def test_inference_mode(phi3):
     ids = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
         assert model(input_ids=ids, position_ids=positions([4, 5]), use_cache=False).logits.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------- once for a batch
+
+
+def small_llama():
+    torch.manual_seed(0)
+    settings = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, **settings)
+    return philora.optimize(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_the_layout_is_read_once_for_a_batch(phi3, family, rows, monkeypatch):
+    model = small_llama() if family == "llama" else philora.optimize(phi3(num_hidden_layers=3))
+    read = PackedLayout.of_positions
+    calls = []
+    monkeypatch.setattr(PackedLayout, "of_positions", lambda each: (calls.append(1), read(each))[1])
+    ids = torch.randint(3, 97, (rows, 12), generator=torch.Generator().manual_seed(4))
+    given = {"input_ids": ids, "position_ids": positions([4, 8]), "use_cache": False}
+    one = model(**given).logits
+    assert len(calls) == 1
+    layout = PackedLayout.of_lengths([4, 8])
+    if rows == 1:
+        carried = model(**given, **layout.keywords()).logits
+        assert torch.equal(carried, one)
+        assert len(calls) == 1, "a batch that carries its documents is not read"
+    monkeypatch.setattr(attention, "_known", [])  # a planted fault: nothing is remembered
+    monkeypatch.setattr(attention.weakref, "ref", lambda _: lambda: None)
+    model(**given)
+    assert len(calls) > 2
+
+
+# ------------------------------------------------------------------------------------------- one call for all
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_call_for_all_documents_equals_groups(window):
+    lengths = [3, 9, 1, 7]
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, sum(lengths), 8, generator=generator)
+    k, v = (torch.randn(1, 2, sum(lengths), 8, generator=generator) for _ in range(2))
+    grad = torch.randn(1, sum(lengths), 4, 8, generator=generator)
+
+    def found(function):
+        leaves = [each.clone().requires_grad_() for each in (q, k, v)]
+        output = function(*leaves)
+        return [output, *torch.autograd.grad(output, leaves, grad)]
+
+    def one_call(window):
+        documents = PackedLayout.of_lengths(lengths)
+        return found(lambda *each: attention.one_call("flash", *each, documents, sliding_window=window))
+
+    layout = attention.layout_of(positions(lengths))
+    theirs = found(lambda *each: attention.document_attention(*each, layout, sliding_window=window))
+    for mine, other in zip(one_call(window), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError):  # negative control: another window
+        torch.testing.assert_close(one_call(2)[0], theirs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention_equals_the_reference(window):
+    lengths = [3, 90, 1, 70]
+    q = torch.randn(sum(lengths), 4, 96, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(sum(lengths), 2, 96, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    layout, grad = PackedLayout.of_lengths(lengths), torch.randn_like(q)
+    both = []
+    for each in ((q, k, v), tuple(each.cpu().float() for each in (q, k, v))):
+        leaves = [one.clone().requires_grad_() for one in each]
+        output = varlen_attention(*leaves, Attention(layout.to(leaves[0].device), 96**-0.5, window))
+        both.append([output, *torch.autograd.grad(output, leaves, grad.to(output))])
+    for mine, other in zip(*both, strict=True):
+        torch.testing.assert_close(mine.cpu().float(), other, rtol=4e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "way", "reason"),
+    [
+        ({}, "flash", "PyTorch has flash attention"),
+        ({"dtype": "float16"}, "flash", "PyTorch has flash attention"),
+        ({"dtype": "float32"}, "groups", "no flash attention in float32"),
+        ({"capability": (7, 5)}, "groups", "needs compute capability 8.0, this is 7.5"),
+        ({"head_size": 20}, "groups", "heads have 20 columns"),
+        ({"head_size": 288}, "groups", "heads have 288 columns"),
+        ({"dropout": True}, "groups", "weights are dropped"),
+        ({"flash": False}, "groups", "this PyTorch has no flash attention for packed rows"),
+        ({"flash": False, "package": True}, "groups", "PHILORA_STACK=all takes flash-attn"),
+        ({"flash": False, "package": True, "switch": "all"}, "flash-attn", "flash-attn is installed"),
+        ({"kind": "cpu", "capability": None}, "tiles", "a CPU"),
+        ({"kind": "cpu", "capability": None, "dropout": True}, "groups", "weights are dropped"),
+        ({"kind": "mps", "capability": None}, "groups", "the device is mps"),
+    ],
+)
+def test_which_way_documents_attend(changes, way, reason):
+    chosen, why = attention_for(replace(AttentionFacts(), **changes))
+    assert chosen == way
+    assert reason in why
+
+
+def test_the_facts_of_heads():
+    found = attention.facts_of_attention(torch.empty(1, 2, 3, 8, dtype=torch.bfloat16), 0.1)
+    expected = AttentionFacts(kind="cpu", capability=None, head_size=8, dropout=True, flash=False)
+    assert found == replace(expected, switch=found.switch)

@@ -11,8 +11,11 @@ import torch
 pytest.importorskip("triton")
 
 import philora
-from philora.decoder_stack import attention, layer, model, stack, trial
+from philora.decoder_stack import layer, stack, trial
+from philora.decoder_stack.facts import facts_of_model
 from philora.decoder_stack.model import StackedPhi3Model, choose, configure, dropout_state, set_dropout_state
+from philora.kernels import varlen
+from philora.kernels.layout import PackedLayout
 from tests.conftest import make_phi3
 from tests.stacked import DEVICE, LENGTHS, by_peft, by_stack, inputs, largest_difference, make, positions
 from tests.tolerances import GRADIENTS_FP32, QUANTIZED_FP32
@@ -142,9 +145,9 @@ def _scaling(monkeypatch):
 
 
 def _window_of_one_more(monkeypatch):
-    init = attention.Attention.__init__
+    init = varlen.Attention.__init__
     monkeypatch.setattr(
-        attention.Attention,
+        varlen.Attention,
         "__init__",
         lambda self, layout, scaling, window=None, sure=True: init(self, layout, scaling, window and window + 1, sure),
     )
@@ -161,9 +164,9 @@ def _another_mask_in_backward(monkeypatch):
 
 
 def _one_document(monkeypatch):
-    of_positions = model.PackedLayout.of_positions
+    of_positions = PackedLayout.of_positions
     monkeypatch.setattr(
-        model.PackedLayout, "of_positions", lambda each: of_positions(torch.arange(each.numel(), device=DEVICE)[None])
+        PackedLayout, "of_positions", lambda each: of_positions(torch.arange(each.numel(), device=DEVICE)[None])
     )
 
 
@@ -197,7 +200,7 @@ def test_bounds_from_the_batch_are_taken_and_nothing_is_read_from_the_device(mon
     x, _ = inputs(made)
     packed = {"inputs_embeds": x, "position_ids": positions(), "use_cache": False}
     with_positions = decoder(**packed)[0]
-    monkeypatch.setattr(model.PackedLayout, "of_positions", None)
+    monkeypatch.setattr(PackedLayout, "of_positions", None)
     given = decoder(**packed, cu_seq_lens_q=bounds, max_length_q=4, cu_seq_lens_k=bounds, max_length_k=4)[0]
     assert torch.equal(given, with_positions)
     assert nodes == [0, 0]
@@ -230,7 +233,7 @@ def test_without_the_switch_a_cpu_runs_the_modules(monkeypatch, nodes):
     x, _ = inputs(made)
     packed = {"inputs_embeds": x, "position_ids": positions(), "use_cache": False}
     made.get_base_model().model(**packed)
-    choice = choose(made.get_base_model().model, packed, "everything")
+    choice = choose(made.get_base_model().model, packed, "everything", facts_of_model(made.get_base_model().model))
     assert nodes == []
     assert "needs a CUDA GPU" in str(choice)
 
@@ -306,7 +309,8 @@ def test_a_second_derivative_is_refused():
 
 def test_a_plain_phi3_has_no_adapter_for_the_stack():
     plain = philora.optimize(make_phi3())
-    assert "there is no adapter" in str(choose(plain.model, {"inputs_embeds": torch.ones(1, 3, 32)}, "everything"))
+    given = {"inputs_embeds": torch.ones(1, 3, 32)}
+    assert "there is no adapter" in str(choose(plain.model, given, "everything", facts_of_model(plain.model)))
 
 
 # ------------------------------------------------------------------------------------------------------ on a GPU

@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig
 
 import philora
+from philora.decoder_stack import facts as facts_module
 from philora.decoder_stack.choice import UNTRIED, BatchFacts, DeviceFacts, ModelFacts, stack_for
-from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model
-from philora.decoder_stack.layout import PackedLayout
+from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model, known_facts
+from philora.kernels.layout import PackedLayout
 from philora.kernels.loss import _even_rows
 from tests.conftest import make_phi3
 
@@ -221,7 +222,7 @@ def test_the_first_label_of_a_document_is_no_label_of_the_one_before():
 def test_the_layout_travels_under_the_names_of_transformers():
     layout = PackedLayout.of_lengths([2, 3])
     keywords = layout.keywords()
-    assert sorted(keywords) == ["cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q"]
+    assert sorted(keywords) == ["cu_seq_lens_k", "cu_seq_lens_q", "document_lengths", "max_length_k", "max_length_q"]
     again = PackedLayout.of_keywords(keywords)
     assert torch.equal(again.bounds, layout.bounds)
     assert (again.longest_tokens, again.lengths) == (3, (2, 3))
@@ -236,7 +237,71 @@ def test_rows_that_are_padded_for_the_products_keep_their_bounds_true():
     layout = PackedLayout.of_lengths([2, 3])
     batch = {"input_ids": torch.ones(1, 5, dtype=torch.long), "position_ids": layout.position_ids[None]}
     inputs = batch | layout.keywords()
-    assert _even_rows(inputs, torch.ones(1, 5)).shape == (1, 16)
+    assert _even_rows(inputs) == 11
     expected = PackedLayout.of_positions(inputs["position_ids"])
     assert inputs["cu_seq_lens_q"].tolist() == expected.bounds.tolist() == [0, 2, 5, 16]
     assert inputs["max_length_k"] == expected.longest_tokens == 11
+    assert inputs["document_lengths"] == expected.lengths == (2, 3, 11)
+
+
+# --------------------------------------------------------------------------------------------- facts remembered
+
+
+def _more_adapters(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+
+
+CHANGES = {
+    "an adapter": _more_adapters,
+    "another active one": lambda model: (_more_adapters(model), known(model), model.set_adapter("other")),
+    "merged": lambda model: model.merge_adapter(),
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "a hook": lambda model: decoder_of(model).layers[1].mlp.register_forward_hook(lambda *_: None),
+    "a hook for all": lambda _: torch.nn.modules.module.register_module_forward_hook(lambda *_: None),
+    "a forward": lambda model: setattr(decoder_of(model).layers[1].mlp, "forward", lambda x: x),
+    "a module": lambda model: setattr(decoder_of(model).layers[0].mlp, "down_proj", torch.nn.Linear(48, 32)),
+    "a parameter that trains": lambda model: decoder_of(model).layers[0].input_layernorm.weight.requires_grad_(),
+    "a dtype": lambda model: decoder_of(model).layers[0].self_attn.o_proj.to(torch.bfloat16),
+    "a dropout": lambda model: setattr(first_dropout(model), "p", 0.5),
+    "the configuration": lambda model: setattr(decoder_of(model).config, "resid_pdrop", 0.5),
+}
+
+
+def decoder_of(model):
+    return model.get_base_model().model
+
+
+def first_dropout(model):
+    return decoder_of(model).layers[0].self_attn.o_proj.lora_dropout["default"]
+
+
+def known(model):
+    return known_facts(decoder_of(model))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_facts_are_read_again_when_what_they_rest_on_has_changed(change):
+    model = adapted(lora_dropout=0.05)
+    before = known(model)
+    assert known(model) is before
+    model.train()
+    assert known(model) is before, "the mode is a fact of the call"
+    handle = CHANGES[change](model)
+    try:
+        after = known(model)
+        assert after is not before
+        assert after == facts(model)
+        assert known(model) is after
+    finally:
+        if change == "a hook for all":
+            handle.remove()
+
+
+def test_facts_that_nobody_watches_would_be_old(monkeypatch):
+    """Negative control: with a watch that sees nothing, a hook is not found."""
+    model = adapted()
+    before = known(model)
+    monkeypatch.setattr(facts_module._Watch, "changed", lambda _: False)
+    CHANGES["a hook"](model)
+    assert known(model) is before
+    assert facts(model) != before

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from philora.decoder_stack import row_kernels as kernels
-from philora.decoder_stack.attention import Attention, deterministic_kernels
 from philora.decoder_stack.host_inputs import HostInputs
-from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.products import Buffer, DequantizedProduct, Fp8Product, PlainProduct, fp8_scaling, to_fp8
 from philora.decoder_stack.rows import FP8, FP8_LARGEST, Dropout, Rows, kept_by_dropout
 from philora.kernels.elementwise import rms_norm_reference, swiglu_reference
+from philora.kernels.layout import PackedLayout
+from philora.kernels.varlen import Attention, deterministic_kernels
 
 T, C = 3, 24
 EXACT = {"rtol": 2e-6, "atol": 2e-6}  # fp32, the same sums in another order

@@ -73,6 +73,8 @@ def test_check_says_which_way_the_layers_go(jsonl, cli):
     if torch.cuda.is_available():
         assert found.hardware.decoder_layers == "stack"
         return
+    assert found.hardware.attention == "tiles"
+    assert "attention: tiles (the device is a CPU)" in str(found.hardware)
     assert found.hardware.decoder_layers == "modules"
     assert "the decoder stack needs a CUDA GPU, this is a CPU" in str(found.hardware)
     assert found.hardware.memory_bytes > 0

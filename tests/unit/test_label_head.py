@@ -10,6 +10,7 @@ from accelerate import cpu_offload, dispatch_model
 from trl.trainer.utils import add_fused_lm_head
 
 import philora
+from philora.collation import layout_of_batch
 from philora.kernels import loss
 from philora.kernels.loss import add_label_head, label_scores, label_scores_reference
 from philora.lora.functional import fused
@@ -124,6 +125,43 @@ def test_packed_rows_of_any_length(phi3, lengths):
     mine.model.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
     outputs(mine, ids, labels, position_ids=positions)
     assert seen == [-(-sum(lengths) // loss.EVEN_TOKENS) * loss.EVEN_TOKENS]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("fault", [None, "bounds", "labels"])
+def test_rows_with_padding_are_laid_without_it(phi3, window, fault):
+    """With what the collator counts, rows of several lengths give what TRL's head gives, in the same places."""
+    trl, mine = phi3(sliding_window=window), philora.optimize(phi3(sliding_window=window))
+    for model in (trl, mine):
+        model.lm_head.weight.requires_grad_(False)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_label_head(mine)
+    lengths = [7, 12, 3]
+    mask = (torch.arange(12)[None] < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(3, 97, mask.shape, generator=torch.Generator().manual_seed(3)) * mask
+    labels = ids.masked_fill((mask == 0) | (torch.arange(12)[None] < 2), -100)
+    counted = layout_of_batch({"labels": labels, "attention_mask": mask})
+    assert counted["document_lengths"] == tuple(lengths)
+    if fault == "bounds":
+        counted |= {"document_lengths": (8, 11, 3), "token_bounds": torch.tensor([0, 8, 19, 22], dtype=torch.int32)}
+    if fault == "labels":
+        counted["label_rows"] = counted["label_rows"] - 1
+    seen = []
+    mine.model.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
+    a, grads_a = outputs(trl, ids, labels, attention_mask=mask)
+    b, grads_b = outputs(mine, ids, labels, attention_mask=mask, **counted)
+    assert seen == [(1, 32)], "22 tokens, and 10 that make the row even"
+    names = ("loss", "log_probs", "entropy", "is_top1", "label_mask")
+    same = all(
+        torch.allclose(getattr(b, name).float(), getattr(a, name).float(), rtol=1e-4, atol=1e-5) for name in names
+    )
+    same &= all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(grads_b, grads_a, strict=True))
+    assert same == (fault is None)
+
+
+def test_rows_with_padding_on_the_left_stay_as_they_are():
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert "document_lengths" not in layout_of_batch({"labels": torch.ones(2, 3), "attention_mask": mask})
 
 
 class Elsewhere(torch.Tensor):

@@ -190,7 +190,7 @@ def test_the_step_is_that_of_the_whole(undisturbed, tokenizer, tmp_path, caplog,
 
     def run(folder, fault=False):
         model = make_phi3()
-        memory = Memory(model, 130, in_backward, first_call=4)
+        memory = Memory(model, 130 if packing else 70, in_backward, first_call=4)  # rows go without their padding
         trainer = build(tmp_path / folder, tokenizer, model, dropout=0.0, save_strategy="no", **LAYOUT[packing])
         if fault:
             plain = trainer.model.zero_grad
@@ -200,7 +200,8 @@ def test_the_step_is_that_of_the_whole(undisturbed, tokenizer, tmp_path, caplog,
     (adapter, logged), memory = run("run")
     assert "out of memory in step 2, with" in caplog.text
     assert "each batch is computed in 2 parts, accumulation 2 x 2" in caplog.text
-    assert max(memory.seen[4:]) <= memory.tokens
+    # without packing a later step, of longer rows, is divided once more
+    assert max(memory.seen[4:] if packing else memory.seen[-1:]) <= memory.tokens
     whole_adapter, whole_logged = undisturbed[packing]
     # fp32 sums in another order, through the optimizer's division by small second moments
     assert gap(adapter, whole_adapter) < 1e-4

@@ -15,14 +15,14 @@ pytest.importorskip("triton")
 from philora import optimize
 from philora.decoder_stack import graphs
 from philora.decoder_stack import model as stacked
-from philora.decoder_stack.attention import Attention
 from philora.decoder_stack.choice import BatchFacts, DeviceFacts, stack_for
 from philora.decoder_stack.facts import facts_of_model, only_moves
 from philora.decoder_stack.layer import DecoderLayer, Pass
-from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.rows import Dropout
 from philora.decoder_stack.stack import DecoderStack
 from philora.kernels import graphs as cuda_graphs
+from philora.kernels.layout import PackedLayout
+from philora.kernels.varlen import Attention
 from tests.stacked import DEVICE, by_peft, by_stack, inputs, largest_difference, make, positions
 from tests.tolerances import GRADIENTS_FP32
 

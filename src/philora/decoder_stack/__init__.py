@@ -8,11 +8,9 @@
 | `stack.py`       | all layers of a model; working copies of the adapters                                |
 | `layer.py`       | one layer: forward, backward, what is kept                                           |
 | `row_kernels.py` | the Triton kernels                                                                   |
-| `attention.py`   | attention within documents, forward and backward                                     |
 | `products.py`    | the base's products: in its dtype, dequantised, in fp8                               |
 | `host_inputs.py` | inputs of layers in the computer's memory                                            |
 | `graphs.py`      | the stack in CUDA graphs, for short rows                                             |
-| `layout.py`      | where documents begin, as a batch carries it                                         |
 | `rows.py`        | what kernels and products hand to each other                                         |
 | `trial.py`       | the comparison with plain PEFT before a machine's first use                          |
 """

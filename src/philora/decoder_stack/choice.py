@@ -15,10 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Path = Literal["stack", "modules", "plain"]
+from philora.kernels.attention_choice import LARGEST_HEAD_SIZE, LEAST_CAPABILITY
 
-LEAST_CAPABILITY = (8, 0)  # bf16 and flash attention
-LARGEST_HEAD_SIZE = 256  # of flash attention
+Path = Literal["stack", "modules", "plain"]
 
 UNTRIED = {
     "dropout": "LoRA dropout inside the kernels",

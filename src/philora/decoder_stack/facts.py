@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import chain
+from operator import is_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.hooks import AlignDevicesHook
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -19,6 +23,7 @@ from torch.nn.modules import module as nn_module
 
 from philora.decoder_stack.choice import BatchFacts, DeviceFacts, ModelFacts
 from philora.families import longrope_switch_tokens
+from philora.kernels.attention import has_flash
 from philora.kernels.memory import available_bytes
 from philora.lora.functional import autocast_dtype, fused_enabled
 from philora.quantization import is_quantized, scheme_of
@@ -63,21 +68,28 @@ def base_of(linear: nn.Module) -> Any:
     return linear.base_layer if isinstance(linear, LoraLayer) else linear
 
 
+def not_one_adapter(layer: Any) -> str | None:
+    """Say why a LoRA layer has not one active adapter without a variant (DoRA, ...) or a bias of B; None: it has."""
+    if layer.disable_adapters or layer.merged:
+        return "its adapters are disabled or merged"
+    active = [each for each in layer.active_adapters if each in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active"
+    if active[0] in layer.lora_variant or layer.lora_bias.get(active[0]):
+        return "it is a variant of LoRA, or B has a bias"
+    return None
+
+
 def adapter_name_of(linear: Any) -> str | None:
     """Return the name of the one plain LoRA adapter of a linear layer; None: it has none, or none that is plain.
 
-    Plain: one active adapter without a variant (DoRA, ...), not merged, not disabled, no bias of B, whose A and B are
-    linear layers and whose dropout is PyTorch's or none.
+    Plain: `not_one_adapter` finds nothing, A and B are linear layers without slices, and dropout is PyTorch's or none.
     """
-    if not isinstance(linear, LoraLayer) or linear.disable_adapters or linear.merged:
+    if not isinstance(linear, LoraLayer) or not_one_adapter(linear) is not None:
         return None
-    active = [each for each in linear.active_adapters if each in linear.lora_A]
-    if len(active) != 1:
-        return None
-    name: str = active[0]
-    if name in linear.lora_variant or linear.lora_bias.get(name) or getattr(linear.lora_B[name], "slice_layout", None):
-        return None
-    plain = type(linear.lora_A[name]) is nn.Linear and type(linear.lora_B[name]) is nn.Linear
+    name: str = next(each for each in linear.active_adapters if each in linear.lora_A)
+    down, up = linear.lora_A[name], linear.lora_B[name]
+    plain = type(down) is nn.Linear and type(up) is nn.Linear and not getattr(up, "slice_layout", None)
     return name if plain and isinstance(linear.lora_dropout[name], nn.Dropout | nn.Identity) else None
 
 
@@ -89,7 +101,7 @@ def facts_of_model(model: Any) -> ModelFacts:
 
     Cost:
         Walks over all modules and parameters of its layers: 31 ms of processor time for 32 layers, measured on two busy
-        cores. It is done in each forward pass.
+        cores. `known_facts` does it once.
     """
     config = model.config
     architecture = next((each.__name__ for each in type(model).__mro__ if each.__name__.endswith("Model")), "")
@@ -213,6 +225,78 @@ def _trains_base(layers: list[nn.Module], linears: list[Any], norms: list[Any]) 
                 yield name
 
 
+class _Watch:
+    """What the facts of a model rest on, as it was when they were read.
+
+    It is looked at in lists that are made once: modules, parameters and hooks by identity, and what of them can change
+    in place. A list that is not as long, or has another object in a place, is a change.
+    """
+
+    def __init__(self, model: Any) -> None:
+        modules = [model, *(each for layer in model.layers for each in layer.modules())]
+        self._modules = modules
+        self._states = [each.__dict__ for each in modules]
+        self._hooks = [each[name] for each in self._states for name in _HOOKS]
+        self._children = [each["_modules"] for each in self._states]
+        self._parameters = [each["_parameters"] for each in self._states]
+        self._adapted = [each for each in modules if isinstance(each, LoraLayer)]
+        self._wrappers: list[Any] = [
+            each for each in modules if isinstance(each, BaseTunerLayer | ModulesToSaveWrapper)
+        ]
+        self._dropouts = [each for each in modules if isinstance(each, nn.Dropout)]
+        self._config = model.config
+        self._embedding = model.embed_tokens
+        self._objects, self._values = self._look()
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        """Return the objects that must stay the same ones, and the values that must stay equal."""
+        parameters = [each for each in chain.from_iterable(map(dict.values, self._parameters)) if each is not None]
+        objects = [*chain.from_iterable(map(dict.values, self._children)), *parameters, *map(type, self._modules)]
+        values = [
+            list(map(len, self._states)),
+            list(map(len, self._hooks)),
+            [each.requires_grad for each in parameters],
+            [each.dtype for each in parameters],
+            [each.device for each in parameters],
+            [each._disable_adapters for each in self._wrappers],
+            [each._active_adapter for each in self._wrappers if isinstance(each._active_adapter, str)],
+            [list(each._active_adapter) for each in self._wrappers if not isinstance(each._active_adapter, str)],
+            [len(each.merged_adapters) for each in self._adapted],
+            [value for each in self._adapted for value in each.scaling.values()],
+            [each.p for each in self._dropouts],
+            [len(getattr(nn_module, name)) for name in _GLOBAL_HOOKS],
+            [getattr(self._config, name, None) for name in _CONFIG],
+            [each.dtype for each in self._embedding.parameters()],
+        ]
+        return objects, values
+
+    def changed(self) -> bool:
+        objects, values = self._look()
+        same = len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+        return not same or values != self._values
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONFIG = (
+    "num_hidden_layers", "num_attention_heads", "hidden_size", "head_dim", "hidden_act", "attention_dropout",
+    "resid_pdrop", "sliding_window",
+)  # fmt: skip
+
+
+_facts: WeakKeyDictionary[nn.Module, tuple[_Watch, ModelFacts]] = WeakKeyDictionary()
+
+
+def known_facts(model: Any) -> ModelFacts:
+    """Return `facts_of_model`, read when they are first asked for and again when something that they rest on changed.
+
+    The same object is returned as long as nothing has.
+    """
+    known = _facts.get(model)
+    if known is None or known[0].changed():
+        known = _facts[model] = _Watch(model), facts_of_model(model)
+    return known[1]
+
+
 # ---------------------------------------------------------------------------------------- the call, the device
 
 
@@ -257,8 +341,7 @@ def facts_of_device(device: torch.device | None = None) -> DeviceFacts:
             name=properties.name,
             capability=(properties.major, properties.minor),
             memory_bytes=properties.total_memory,
-            flash=torch.backends.cuda.is_flash_attention_available()
-            and hasattr(torch.ops.aten, "_flash_attention_forward"),
+            flash=has_flash(),
             **settings,
         )
     return DeviceFacts(

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from philora.decoder_stack.layout import PackedLayout
 from philora.kernels import graphs
+from philora.kernels.layout import PackedLayout
 from philora.lora.functional import refuse_create_graph
 
 if TYPE_CHECKING:

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from philora.decoder_stack import row_kernels as kernels
-from philora.decoder_stack.attention import Attention
 from philora.decoder_stack.host_inputs import HostInputs
 from philora.decoder_stack.products import Product
 from philora.decoder_stack.rows import Dropout, Rows
+from philora.kernels.varlen import Attention
 from philora.lora.functional import refuse_create_graph, without_autocast
 
 Keep = Literal["everything", "elementwise", "input", "host"]

@@ -20,11 +20,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model
 
 from philora.decoder_stack import graphs
-from philora.decoder_stack.choice import Choice, stack_for
-from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model
-from philora.decoder_stack.layout import PackedLayout
+from philora.decoder_stack.choice import Choice, ModelFacts, stack_for
+from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model, known_facts
 from philora.decoder_stack.products import Scaling, fp8_scaling
 from philora.decoder_stack.trial import disagreement
+from philora.kernels.attention import documents_of, without_marker
 from philora.kernels.graphs import switch as graph_switch
 from philora.kernels.modules import recomputes_elementwise
 from philora.lora.functional import autocast_dtype
@@ -67,12 +67,14 @@ class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _possible(self.embed_tokens):
             return super().forward(*args, **kwargs)
         inputs, keep = dict(zip(_PARAMETERS, args, strict=False)) | kwargs, keep_of(self)
-        choice = choose(self, inputs, keep)
+        inputs["attention_mask"] = without_marker(inputs.get("attention_mask"))
+        facts = known_facts(self)
+        choice = choose(self, inputs, keep, facts)
         if choice.path != "stack":
             _runners.pop(self, None)  # graphs hold memory
             _say(choice, self)
             return super().forward(*args, **kwargs)
-        return _stacked(self, inputs, keep)
+        return _stacked(self, inputs, keep, facts)
 
 
 StackedPhi3Model.__name__ = Phi3Model.__name__  # as tools show it; pickle goes by the qualified name
@@ -89,16 +91,16 @@ def keep_of(model: Any) -> Keep:
     settings: StackSettings = model.stack_settings
     if model.training and any(getattr(each, "gradient_checkpointing", False) for each in model.layers):
         return "host" if settings.inputs_on_host else "input"
-    return "elementwise" if recomputes_elementwise(model) else "everything"
+    return "elementwise" if recomputes_elementwise(model.layers[0]) else "everything"
 
 
-def choose(model: Any, inputs: dict[str, Any], keep: Keep) -> Choice:
+def choose(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) -> Choice:
     """Return how a call of a decoder is computed; on a GPU the stack is compared with plain PEFT first, once."""
     given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if given is None:
         return Choice("modules", ("there is no input",))
     device = facts_of_device(given.device)
-    facts, batch = facts_of_model(model), facts_of_call(model, inputs, keep)
+    batch = facts_of_call(model, inputs, keep)
     if model.stack_settings.fp8 and facts.base == "plain":
         facts = replace(facts, base="fp8")
     choice = stack_for(facts, batch, device)
@@ -119,48 +121,52 @@ def _say(choice: Choice, model: nn.Module) -> None:
     logger.warning("decoder layers run without the stack of one node a layer: %s", "; ".join(choice.reasons))
 
 
-_stacks: WeakKeyDictionary[nn.Module, DecoderStack] = WeakKeyDictionary()
+_stacks: WeakKeyDictionary[nn.Module, tuple[DecoderStack, ModelFacts]] = WeakKeyDictionary()
 _counters: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 _runners: WeakKeyDictionary[nn.Module, graphs.GraphRunner] = WeakKeyDictionary()
 
 
-def _stacked(model: Any, inputs: dict[str, Any], keep: Keep) -> BaseModelOutputWithPast:
+def _stacked(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) -> BaseModelOutputWithPast:
     """Compute a packed batch with the stack. Shapes: ids (B, T); returns (B, T, C)."""
     embeddings = inputs.get("inputs_embeds")
     embeddings = model.embed_tokens(inputs["input_ids"]) if embeddings is None else embeddings
     rows, tokens, width = embeddings.shape
-    positions = inputs["position_ids"].expand(rows, -1)
     cos, sin = model.rotary_emb(embeddings, position_ids=inputs["position_ids"])
     half = cos.shape[-1] // 2
     cos, sin = (
         each[..., :half].expand(rows, tokens, half).reshape(-1, half).float().contiguous() for each in (cos, sin)
     )
-    layout = PackedLayout.of_keywords(inputs) if rows == 1 else None
-    layout = layout or PackedLayout.of_positions(positions)
+    # PyTorch has flash attention in bf16 and fp16 alone; other dtypes go document by document, by lengths of the host.
+    flash = embeddings.is_cuda and embeddings.dtype in (torch.bfloat16, torch.float16)
+    documents = documents_of(inputs["position_ids"], rows, inputs, with_lengths=not flash)
     counter = _next_counter(model, embeddings.device) if model.training else None
-    given = graphs.Inputs(embeddings.reshape(-1, width), cos, sin, layout, counter)
-    stack, deterministic = stack_of(model, embeddings), model.stack_settings.deterministic
-    runner = _runner_of(model, stack, given.x, keep)
+    given = graphs.Inputs(embeddings.reshape(-1, width), cos, sin, documents, counter)
+    stack, deterministic = stack_of(model, embeddings, facts), model.stack_settings.deterministic
+    runner = _runner_of(model, stack, given.x, keep, facts)
     found = None if runner is None else runner(given, keep, deterministic)
-    x, h = found or stack(given.x, cos, sin, layout, keep=keep, counter=counter, deterministic=deterministic)
+    x, h = found or stack(given.x, cos, sin, documents, keep=keep, counter=counter, deterministic=deterministic)
     hidden = model.norm((x + h).view(rows, tokens, width))
     return BaseModelOutputWithPast(last_hidden_state=hidden)
 
 
-def stack_of(model: Any, embeddings: Tensor) -> DecoderStack:
+def stack_of(model: Any, embeddings: Tensor, facts: ModelFacts) -> DecoderStack:
     """Return the stack of a model, made when it is first wanted and again when a part of the model is another."""
     from philora.decoder_stack.stack import DecoderStack  # needs Triton
 
     fp8: Scaling | None = fp8_scaling(embeddings.device, embeddings.dtype) if model.stack_settings.fp8 else None
-    stack = _stacks.get(model)
+    stack, made_for = _stacks.get(model, (None, None))
+    if stack is not None and made_for is facts and (stack.dtype, stack.fp8) == (embeddings.dtype, fp8):
+        return stack
     if stack is None or not stack.is_for(model, embeddings.dtype, fp8):
+        stack = None
         _stacks.pop(model, None)  # freed before the next one is made
         _runners.pop(model, None)
-        stack = _stacks[model] = DecoderStack(model, embeddings.dtype, fp8)
+        stack = DecoderStack(model, embeddings.dtype, fp8)
+    _stacks[model] = stack, facts
     return stack
 
 
-def _runner_of(model: Any, stack: DecoderStack, x: Tensor, keep: Keep) -> graphs.GraphRunner | None:
+def _runner_of(model: Any, stack: DecoderStack, x: Tensor, keep: Keep, facts: ModelFacts) -> graphs.GraphRunner | None:
     """Return what computes the stack in CUDA graphs, or None where it is computed without."""
     switch = graph_switch()
     if switch != "all":  # read in every pass: no further facts are looked at
@@ -168,7 +174,6 @@ def _runner_of(model: Any, stack: DecoderStack, x: Tensor, keep: Keep) -> graphs
     runner = _runners.get(model)
     if runner is not None and runner.stack is stack and keep != "host" and autocast_dtype(x.device.type) is None:
         return runner
-    facts = facts_of_model(model)
     base = "fp8" if stack.fp8 is not None else facts.base
     autocast = autocast_dtype(x.device.type) is not None
     dtype = str(x.dtype).removeprefix("torch.")

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from philora.decoder_stack.attention import Attention
 from philora.decoder_stack.facts import NORMS, adapter_name_of, base_of, linears_of, norm_of
 from philora.decoder_stack.host_inputs import HostInputs
 from philora.decoder_stack.layer import AdaptedLinear, Adapter, DecoderLayer, Keep, Pass
-from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.products import Buffer, Scaling, product_of
 from philora.decoder_stack.rows import Dropout
+from philora.kernels.layout import PackedLayout
+from philora.kernels.varlen import Attention
 
 
 class Passed(NamedTuple):

@@ -24,8 +24,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from philora.checkpoint import read_json, write_json
 from philora.decoder_stack.choice import ModelFacts
 from philora.decoder_stack.facts import linears_of, triton_version
-from philora.decoder_stack.layout import PackedLayout
 from philora.decoder_stack.rows import Dropout, kept_by_dropout
+from philora.kernels.layout import PackedLayout
 
 logger = logging.getLogger(__name__)
 

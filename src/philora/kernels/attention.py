@@ -4,28 +4,37 @@ Several conversations share one row when they are packed; each attends to itself
 zero. transformers expresses that by a dense T x T mask. Here the documents are gathered into groups of about equal
 length, so the work is the sum of the squared lengths of the documents.
 
-On a GPU each group is one causal call of PyTorch's scaled_dot_product_attention. On a CPU, whose flash kernel takes
-more time for its tiles than for its products, a group is computed here in tiles that stay in the cache
-(`_TiledAttention`), with the rotary embedding and the splitting of a fused projection in the same pass.
+On a CPU, whose flash kernel takes more time for its tiles than for its products, a group is computed here in tiles that
+stay in the cache (`_TiledAttention`), with the rotary embedding and the splitting of a fused projection in the same
+pass. On a GPU there is one call of flash attention for all documents, or, as `attention_choice` says, one causal call
+of PyTorch's scaled_dot_product_attention for each group.
 
 `register` makes it known to transformers under `NAME`; `philora.adapters.optimize` switches models over.
 """
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from philora import native
+from philora.kernels.attention_choice import AttentionFacts, Way, attention_for
+from philora.kernels.layout import LENGTHS, PackedLayout
+from philora.kernels.varlen import Attention, varlen_attention
 from philora.lora.functional import fused_enabled, refuse_create_graph, without_autocast
 from philora.process_state import is_run
 
@@ -81,72 +90,99 @@ class Layout(NamedTuple):
     lengths: Tensor
 
 
-_known: list[tuple[weakref.ref[Tensor], int, Layout | None]] = []
+_known: list[tuple[weakref.ref[Tensor], int, int, PackedLayout]] = []
 
 
-def layout_of(position_ids: Tensor) -> Layout | None:
-    """The groups of a batch, or None when no row holds more than one document.
+def documents_of(
+    position_ids: Tensor, rows: int, keywords: Mapping[str, Any], with_lengths: bool = True
+) -> PackedLayout:
+    """Return the documents of a batch: as it carries them, else read from the positions.
+
+    Args:
+        position_ids: Positions; a document begins wherever one is not the one before plus one.
+        rows: Rows of the batch.
+        keywords: What else the batch carries.
+        with_lengths: Whether their lengths have to be known on the host.
 
     Shapes:
-        position_ids (B, T); a document begins wherever the position is not the one before plus one.
+        position_ids (B or 1, T).
 
     Cost:
-        Computed once for a tensor and remembered while it lives; on a GPU it waits for the device once.
+        Positions are read once for a tensor, which waits for a GPU; the result is remembered while the tensor lives.
     """
+    carried = PackedLayout.of_keywords(keywords) if rows == 1 else None
+    if carried is not None and (carried.lengths is not None or not with_lengths):
+        return carried
     version = 0 if position_ids.is_inference() else position_ids._version
-    for known, at, layout in _known:
-        if known() is position_ids and at == version:
+    for known, at, count, layout in _known:
+        if known() is position_ids and at == version and count == rows:
             return layout
-    layout = _compute_layout(position_ids)
+    layout = PackedLayout.of_positions(position_ids.expand(rows, -1) if len(position_ids) < rows else position_ids)
     _known[:] = [each for each in _known if each[0]() is not None][-3:]
-    _known.append((weakref.ref(position_ids), version, layout))
+    _known.append((weakref.ref(position_ids), version, rows, layout))
     return layout
 
 
-def layout_of_rows(rows: int, tokens: int) -> Layout:
-    """The layout of a batch on the CPU in which each row is one document."""
-    every = torch.arange(rows * tokens)
-    starts, lengths = torch.arange(rows) * tokens, torch.full((rows,), tokens)
-    return Layout((Group(rows, tokens, every, 0, rows * tokens, starts, lengths),), every, starts, lengths)
+def groups_of(documents: PackedLayout, rows: int) -> Layout:
+    """Return the groups of the documents of a batch, which are made once for a batch."""
+    assert documents.lengths is not None
+    return _groups(documents.lengths, rows, documents.bounds.device)
 
 
-def _compute_layout(position_ids: Tensor) -> Layout | None:
-    rows, tokens = position_ids.shape
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    starts = begins.flatten().nonzero().flatten().tolist()
-    if len(starts) == rows:
-        return None
-    lengths = [stop - start for start, stop in zip(starts, [*starts[1:], rows * tokens], strict=True)]
+def layout_of(position_ids: Tensor) -> Layout | None:
+    """Return the groups of a batch, or None when no row holds more than one document.
+
+    Shapes:
+        position_ids (B, T); a document begins wherever the position is not the one before plus one.
+    """
+    documents = documents_of(position_ids, len(position_ids), {})
+    assert documents.lengths is not None
+    return None if len(documents.lengths) == len(position_ids) else groups_of(documents, len(position_ids))
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # they are used again, and where a gradient is recorded
+def _groups(lengths: tuple[int, ...], rows: int, device: torch.device) -> Layout:
+    if len(lengths) == rows:
+        every, total = torch.arange(sum(lengths), device=device), sum(lengths)
+        of_rows = torch.arange(rows) * lengths[0], torch.tensor(lengths)
+        return Layout((Group(rows, lengths[0], every, 0, total, *of_rows),), every, *of_rows)
+    starts = [0, *accumulate(lengths)][:-1]
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         # Few different lengths, since each new one costs the preparation of its products.
         step = 8 if length <= 64 else 32 if length <= 512 else 64
         by_length.setdefault(-(-length // step) * step, []).append(index)
-    scatter = torch.empty(rows * tokens, dtype=torch.long)
-    groups = []
-    place = 0
-    device = position_ids.device
+    scatter = torch.empty(sum(lengths), dtype=torch.long)
+    groups, first = [], 0
     for length, documents in by_length.items():
         at = torch.zeros(len(documents), length, dtype=torch.long)
-        filled = torch.zeros(len(documents), length, dtype=torch.bool)
+        places, padding = list[Tensor](), list[Tensor]()
         for row, document in enumerate(documents):
-            start, own = starts[document], lengths[document]
+            start, own, place = starts[document], lengths[document], row * length
+            stop = place + own
             at[row, :own] = torch.arange(start, start + own)
-            filled[row, :own] = True
-            scatter[start : start + own] = torch.arange(place, place + own)
-            place += length
-        own = [torch.tensor([each[document] for document in documents]) for each in (starts, lengths)]
-        group = Group(len(documents), length, at.flatten().to(device), None, int(filled.sum()), *own)
+            places.append(torch.arange(place, stop))
+            padding.append(torch.arange(stop, place + length))
+            scatter[start : start + own] = torch.arange(first + place, first + stop)
+        first += len(documents) * length
+        bounds = [torch.tensor([each[document] for document in documents]) for each in (starts, lengths)]
+        filled = sum(map(len, places))
+        group = Group(len(documents), length, _moved(at.flatten(), device), None, filled, *bounds)
         if len(documents) == 1:
             group = group._replace(start=starts[documents[0]])
         else:
-            places, padding = (each.flatten().nonzero().flatten().to(device) for each in (filled, ~filled))
-            group = group._replace(places=places, padding=padding)
+            both = [_moved(torch.cat(each), device) for each in (places, padding)]
+            group = group._replace(places=both[0], padding=both[1])
         groups.append(group)
     order = sorted(range(len(starts)), key=lambda document: -lengths[document])
     by_size = [torch.tensor([each[document] for document in order]) for each in (starts, lengths)]
-    return Layout(tuple(groups), scatter.to(device), *by_size)
+    return Layout(tuple(groups), _moved(scatter, device), *by_size)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 # ------------------------------------------------------------------------------------------- tiles on a CPU
@@ -473,6 +509,10 @@ def rotary_attention(
     return output.view(batch, tokens, -1)
 
 
+# cuDNN's attention makes a plan for each new shape, and groups have new shapes in each batch.
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def document_attention(
     query: Tensor,
     key: Tensor,
@@ -524,11 +564,45 @@ def document_attention(
             distance = torch.arange(group.length, device=q.device)
             distance = distance[:, None] - distance[None, :]
             mask = (distance >= 0) & (distance < sliding_window)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
-        )
+        with sdpa_kernel(_WITHOUT_PLANS):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
+            )
         outputs.append(y.transpose(1, 2).reshape(-1, heads, width))
     return torch.cat(outputs).index_select(0, layout.scatter).view(batch, tokens, heads, width)
+
+
+def one_call(
+    way: Way,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: PackedLayout,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    deterministic: bool = True,
+) -> Tensor:
+    """Attend within all documents by one call of flash attention, PyTorch's or that of the package flash-attn.
+
+    Shapes:
+        query (B, H, T, D), key and value (B, K, T, D); returns (B, T, H, D).
+    """
+    rows, heads, tokens, width = query.shape
+    q, k, v = (each.transpose(1, 2).reshape(rows * tokens, -1, width) for each in (query, key, value))
+    scale = width**-0.5 if scaling is None else scaling
+    if way == "flash":
+        output = varlen_attention(q, k, v, Attention(documents, scale, sliding_window, deterministic))
+    else:
+        from flash_attn import flash_attn_varlen_func
+
+        bounds, longest = documents.bounds, documents.longest_tokens
+        window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+        output = flash_attn_varlen_func(
+            q, k, v, bounds, bounds, longest, longest, softmax_scale=scale, causal=True, window_size=window,
+            deterministic=deterministic,
+        )  # fmt: skip
+    return output.view(rows, tokens, heads, width)
 
 
 def attention_forward(
@@ -548,17 +622,37 @@ def attention_forward(
     Shapes:
         query (B, H, T, D), key and value (B, K, T, D); returns (B, T, H, D).
     """
-    if attention_mask is None and position_ids is not None and 1 < query.shape[2] == key.shape[2] and _usable():
-        layout = layout_of(position_ids.expand(query.shape[0], -1) if position_ids.shape[0] == 1 else position_ids)
-        if layout is not None:
-            output = document_attention(
-                query, key, value, layout, scaling=scaling, dropout=dropout, sliding_window=sliding_window
-            )
-            return output, None
+    attention_mask = without_marker(attention_mask)
+    rows, _, tokens, _ = query.shape
+    if attention_mask is None and position_ids is not None and 1 < tokens == key.shape[2] and _usable():
+        way, _ = attention_for(facts_of_attention(query, dropout))
+        by_groups = way in ("tiles", "groups")
+        documents = documents_of(position_ids, rows, kwargs, with_lengths=by_groups)
+        if documents.lengths is None or len(documents.lengths) > rows or kwargs.get(LENGTHS) is not None:
+            settings: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window}
+            if by_groups:
+                layout = groups_of(documents, rows)
+                return document_attention(query, key, value, layout, dropout=dropout, **settings), None
+            deterministic = getattr(module, "repeats_bits", True)
+            return one_call(way, query, key, value, documents, deterministic=deterministic, **settings), None
     result: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
     return result
+
+
+def packed_marker(like: Tensor) -> Tensor:
+    """Return what stands for a mask where a batch carries its documents: transformers hands it on as it is.
+
+    Without it transformers reads from the positions whether a row holds several documents, which waits for a GPU. Only
+    models whose attention goes by `NAME` know it.
+    """
+    return like.new_empty((1, 1, 0, 0), dtype=torch.bool)
+
+
+def without_marker(mask: Tensor | None) -> Tensor | None:
+    """Return a mask as it is, and None for `packed_marker`."""
+    return None if mask is not None and mask.ndim == 4 and mask.numel() == 0 else mask
 
 
 def attention_mask(**kwargs: Any) -> Tensor | None:
@@ -570,6 +664,39 @@ def attention_mask(**kwargs: Any) -> Tensor | None:
         and kwargs["q_length"] == kwargs["kv_length"] > 1
     )
     return None if packed and _usable() else sdpa_mask(**kwargs)
+
+
+def facts_of_attention(query: Tensor, dropout: float = 0.0) -> AttentionFacts:
+    """Return what the way of attention depends on. Shapes: query (B, H, T, D)."""
+    device, cuda = query.device, query.device.type == "cuda"
+    return AttentionFacts(
+        kind=device.type,
+        capability=torch.cuda.get_device_capability(device) if cuda else None,
+        dtype=str(query.dtype).removeprefix("torch."),
+        head_size=query.shape[-1],
+        dropout=dropout > 0,
+        flash=cuda and has_flash(),
+        package=cuda and _has_package(),
+        switch=os.environ.get("PHILORA_STACK", ""),
+    )
+
+
+@cache
+def has_flash() -> bool:
+    """Return whether this PyTorch has flash attention for documents of any lengths on a GPU."""
+    return torch.backends.cuda.is_flash_attention_available() and hasattr(torch.ops.aten, "_flash_attention_forward")
+
+
+@cache
+def _has_package() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def repeat_bits(model: nn.Module, on: bool) -> None:
+    """Choose whether flash attention outside the decoder stack gives the same bits when a step is repeated."""
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.repeats_bits = on  # type: ignore[assignment]
 
 
 def _usable() -> bool:

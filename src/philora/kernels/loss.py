@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from philora import native
 from philora.compat.trl import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 from philora.errors import DataError, fault
+from philora.kernels.attention import NAME, packed_marker
+from philora.kernels.layout import KEYWORDS, LABELS, LENGTHS, TOKENS, label_places
 from philora.kernels.modules import only_rows
 from philora.lora.functional import fused_enabled, records, refuse_create_graph
 
@@ -172,21 +174,45 @@ def label_scores_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, 
     return LabelScores(log_probs, entropy, (logits.argmax(-1) == labels).float())
 
 
-def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
+def _without_padding(inputs: dict[str, Any], places: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Lay rows with padding one after another without it, so that they attend as the documents of a packed row do.
+
+    Args:
+        inputs: The model's keyword arguments, which are changed: ids, positions, and the bounds of the documents.
+        places: Those of `layout.TOKENS`, if the batch has them.
+
+    Returns:
+        For each token its place in the rows with padding; None where the rows stay as they are.
+    """
+    rows, bounds = places
+    given = {name for name, each in inputs.items() if each is not None}
+    if rows is None or bounds is None or given - {"input_ids", "attention_mask", "use_cache", LENGTHS}:
+        return None
+    ids = inputs["input_ids"]
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    inputs["input_ids"], inputs["position_ids"] = (each.flatten()[None, rows] for each in (ids, positions))
+    longest = max(inputs[LENGTHS])
+    inputs |= dict(zip(KEYWORDS, (bounds, bounds, longest, longest), strict=True)) | {"attention_mask": None}
+    return rows
+
+
+def _even_rows(inputs: dict[str, Any]) -> int:
     """Let packed rows on a CPU end with a document of padding, so that their length suits the products.
 
     Args:
         inputs: The model's keyword arguments; `input_ids`, `position_ids` and the bounds of documents, where they are
             given, are replaced by longer ones.
-        labels: The labels; returned with none for what was added.
+
+    Returns:
+        Tokens that were added to the row.
     """
     ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
-    missing = -labels.shape[1] % EVEN_TOKENS
     others = any(inputs.get(name) is not None for name in ("attention_mask", "inputs_embeds", "past_key_values"))
-    if not missing or others or labels.device.type != "cpu" or len(labels) > 1:
-        return labels
-    if not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.shape != ids.shape:
-        return labels
+    if others or not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.shape != ids.shape:
+        return 0
+    missing = -ids.shape[1] % EVEN_TOKENS
+    if not missing or ids.device.type != "cpu" or len(ids) > 1:
+        return 0
     inputs["input_ids"] = nn.functional.pad(ids, (0, missing))
     inputs["position_ids"] = torch.cat([positions, torch.arange(missing)[None].to(positions)], 1)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
@@ -195,7 +221,9 @@ def _even_rows(inputs: dict[str, Any], labels: Tensor) -> Tensor:
     for name in ("max_length_q", "max_length_k"):
         if inputs.get(name) is not None:
             inputs[name] = max(inputs[name], missing)
-    return nn.functional.pad(labels, (0, missing), value=-100)
+    if inputs.get(LENGTHS) is not None:
+        inputs[LENGTHS] = (*inputs[LENGTHS], missing)
+    return missing
 
 
 @contextmanager
@@ -231,6 +259,40 @@ def _recomputes(model: PreTrainedModel) -> bool:
     )
 
 
+def _scored(
+    model: PreTrainedModel, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Tensor,
+    places: list[tuple[Tensor | None, ...]], count: Tensor | int | None,
+) -> FusedCausalLMOutput:  # fmt: skip
+    """Compute the decoder and the loss of the labels; `places` are those of `LABELS` and `TOKENS`, if a batch has them.
+
+    Shapes:
+        labels (B, T).
+    """
+    shape, (rows, ids) = labels.shape, places[0]
+    if rows is None or ids is None:
+        rows, ids = label_places(labels)
+    packed = kwargs.get(LENGTHS) is not None
+    laid = _without_padding(kwargs, places[1]) if packed and not args else None
+    at = rows if laid is None else torch.searchsorted(laid, rows)
+    added = _even_rows(kwargs)
+    expected = (shape[0], shape[1] + added) if laid is None else (1, len(laid) + added)
+    if packed and kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = packed_marker(labels)
+    skips = nullcontext() if model.training and _recomputes(model) else only_rows(at, expected[0] * expected[1])
+    with skips:
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+    if hidden.shape[:2] != expected:
+        raise RuntimeError(f"labels of shape {tuple(shape)} do not fit the model's output")
+    with _loaded(head) as (weight, bias):
+        # Under a `device_map` the head may be elsewhere than the last norm, as with embeddings that it shares.
+        hidden, rows, at, ids, labels = (each.to(weight.device) for each in (hidden, rows, at, ids, labels))
+        scores = label_scores(hidden.flatten(0, 1).index_select(0, at), weight, bias, ids)
+    found = [each.new_zeros(shape.numel()).index_copy(0, rows, each).view(shape)[:, :-1] for each in scores]
+    loss = -scores.log_probs.sum() / (max(1, len(rows)) if count is None else count)
+    names = dict(zip(("log_probs", "entropy", "is_top1"), found, strict=True))
+    return FusedCausalLMOutput(loss=loss, label_mask=labels[:, 1:] != -100, **names)
+
+
 def add_label_head(model: PreTrainedModel) -> None:
     """Let `model(..., labels=..., fused_lm_head=True)`, as TRL's trainer calls it, score labelled positions only.
 
@@ -244,6 +306,10 @@ def add_label_head(model: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         head = self.get_output_embeddings()
         labels = kwargs.get("labels")
+        places = [tuple(kwargs.pop(name, None) for name in names) for names in (LABELS, TOKENS)]
+        packed = self.config._attn_implementation == NAME and kwargs.get(LENGTHS) is not None and fused_enabled()
+        if not packed:
+            kwargs.pop(LENGTHS, None)
         if (
             not kwargs.get("fused_lm_head", False)
             or not plain_logits
@@ -260,27 +326,9 @@ def add_label_head(model: PreTrainedModel) -> None:
             kwargs.pop(name, None)
         count = kwargs.pop("num_items_in_batch", None)
         kwargs["use_cache"] = False
-        tokens = labels.shape[1]
         if labels.device.type == "cpu":
             _check_labels(labels.masked_fill(labels == -100, 0), head.out_features)
-        labels = _even_rows(kwargs, labels)
-        wanted = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-        skips = nullcontext() if self.training and _recomputes(self) else only_rows(wanted)
-        with skips:
-            hidden = self.base_model(*args, **kwargs).last_hidden_state
-        if hidden.shape[:2] != labels.shape:
-            raise RuntimeError(f"labels of shape {tuple(labels.shape)} do not fit the model's output")
-        with _loaded(head) as (weight, bias):
-            # Under a `device_map` the head may be elsewhere than the last norm, as with embeddings that it shares.
-            hidden, labels, mask = (each.to(weight.device) for each in (hidden[:, :-1], labels[:, 1:], wanted[:, :-1]))
-            scores = label_scores(hidden[mask], weight, bias, labels[mask])
-        mask = mask[:, : tokens - 1]  # what was added has no label
-        # masked_scatter keeps the graph when no label is there
-        filled = [each.new_zeros(mask.shape).masked_scatter(mask, each) for each in scores]
-        loss = -filled[0].sum() / (mask.sum().clamp(min=1) if count is None else count)
-        return FusedCausalLMOutput(
-            loss=loss, log_probs=filled[0], entropy=filled[1], is_top1=filled[2], label_mask=mask
-        )
+        return _scored(self, head, args, kwargs, labels, places, count)
 
     forward.__wrapped__ = getattr(trl_forward, "__wrapped__", trl_forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)

@@ -21,7 +21,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3Model, Phi3RMSNo
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from philora.kernels.attention import NAME, layout_of, layout_of_rows, rotary_attention
+from philora.kernels.attention import NAME, documents_of, groups_of, rotary_attention, without_marker
 from philora.kernels.elementwise import rms_norm, swiglu
 from philora.lora.functional import fused_enabled
 from philora.lora.hooks import all_are_hooked, is_hooked
@@ -34,19 +34,16 @@ _wanted: ContextVar[Tensor | None] = ContextVar("philora_wanted_rows", default=N
 
 
 @contextmanager
-def only_rows(wanted: Tensor) -> Iterator[None]:
+def only_rows(rows: Tensor, tokens: int) -> Iterator[None]:
     """In this block only some tokens of the last layer's output count; its products may leave out the others.
 
     Not together with gradient checkpointing, which computes the layer again when this block has ended.
 
     Args:
-        wanted: Tokens whose output will be used.
-
-    Shapes:
-        wanted (B, T) of bool.
+        rows: Tokens whose output will be used, as places in B·T.
+        tokens: B·T.
     """
-    rows = wanted.flatten().nonzero().flatten()
-    token = _wanted.set(rows if len(rows) + ROWS_STEP < wanted.numel() else None)
+    token = _wanted.set(rows if len(rows) + ROWS_STEP < tokens else None)
     try:
         yield
     finally:
@@ -85,21 +82,21 @@ class FastPhi3Attention(PlainPhi3Attention):  # type: ignore[misc]
             not fused_enabled()
             or hidden_states.device.type != "cpu"
             or self.config._attn_implementation != NAME
-            or attention_mask is not None
+            or without_marker(attention_mask) is not None
             or past_key_values is not None
             or position_ids is None
             or (self.training and self.attention_dropout > 0)
         ):
             result = super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
             return cast("tuple[Tensor, Tensor | None]", result)
-        rows, tokens, _ = hidden_states.shape
-        layout = layout_of(position_ids if len(position_ids) == rows else position_ids.expand(rows, -1))
+        rows = len(hidden_states)
+        layout = groups_of(documents_of(position_ids, rows, kwargs), rows)
         heads = self.config.num_attention_heads, self.num_key_value_heads
         output = rotary_attention(
             self.qkv_proj(hidden_states),
             *position_embeddings,
             heads,
-            layout or layout_of_rows(rows, tokens),
+            layout,
             scaling=self.scaling,
             sliding_window=getattr(self.config, "sliding_window", None),
         )

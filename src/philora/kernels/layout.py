@@ -1,7 +1,8 @@
-"""Where the documents of a packed batch begin: made once for a batch, on the host, and carried with it.
+"""Where the documents and the labels of a batch are: made once for a batch, on the host, and carried with it.
 
-Nothing in the decoder stack asks the device for a length. The lengths are known where the batch is put together; they
-travel as keyword arguments under transformers' names (`KEYWORDS`), as TRL's collator sends them.
+Nothing asks the device for a length or for the place of a label. Both are known where the batch is put together
+(`philora.collation`). Bounds and the longest length travel as keyword arguments under transformers' names
+(`KEYWORDS`), as TRL's collator sends them; the lengths and the labels beside them under names of philora's own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,23 @@ from torch import Tensor
 
 KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """transformers' names: the bounds of the documents and the longest length, for queries and for keys."""
+LENGTHS = "document_lengths"
+"""Tokens of each document, a tuple on the host."""
+LABELS = ("label_rows", "label_ids")
+"""Tokens whose next token is a label, as places in the rows laid one after another, and those labels."""
+TOKENS = ("token_rows", "token_bounds")
+"""Of rows with padding on the right: places of the tokens that are no padding, and where each row begins among them."""
+
+
+def label_places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which tokens have a label after them in their row, and those labels. It waits for a GPU.
+
+    Shapes:
+        labels (B, T), -100 where there is none; returns places in B·T, and ids.
+    """
+    wanted = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    rows = wanted.flatten().nonzero().flatten()
+    return rows, labels.flatten()[rows + 1]
 
 
 @dataclass(frozen=True)
@@ -56,10 +74,7 @@ class PackedLayout:
         positions = torch.cat([torch.arange(each) for each in lengths])
         rows = ids = None
         if labels is not None:
-            wanted = labels.clone()
-            wanted[positions == 0] = -100
-            rows = (wanted[1:] != -100).nonzero().flatten()
-            ids = wanted[rows + 1]
+            rows, ids = label_places(labels.masked_fill(positions == 0, -100)[None])
         return cls(bounds, max(lengths), tuple(lengths), positions, rows, ids)
 
     @classmethod
@@ -85,13 +100,14 @@ class PackedLayout:
         bounds, longest = keywords.get("cu_seq_lens_q"), keywords.get("max_length_q")
         if not isinstance(bounds, Tensor) or not isinstance(longest, int):
             return None
-        lengths = None if bounds.device.type != "cpu" else tuple(bounds.diff().tolist())
-        return cls(bounds.to(torch.int32), longest, lengths)
+        return cls(bounds.to(torch.int32), longest, keywords.get(LENGTHS))
 
     def keywords(self) -> dict[str, Any]:
-        """Return the layout under transformers' names, as a batch carries it."""
+        """Return the layout as a batch carries it: what is known of it."""
         values = (self.bounds, self.bounds, self.longest_tokens, self.longest_tokens)
-        return dict(zip(KEYWORDS, values, strict=True))
+        others = {LENGTHS: self.lengths, **dict(zip(LABELS, (self.label_rows, self.label_ids), strict=True))}
+        known = {name: each for name, each in others.items() if each is not None}
+        return dict(zip(KEYWORDS, values, strict=True)) | known
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """Return the same layout with its tensors on a device; copied without waiting where they are pinned."""

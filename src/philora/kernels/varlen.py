@@ -1,4 +1,4 @@
-"""Causal attention of each document of a packed batch to itself, forward and backward, without an autograd node.
+"""Causal attention of each document of a packed batch to itself by one call, forward and backward.
 
 On a GPU one call of PyTorch's flash attention for documents of any lengths; the operators of ATen stand under
 `torch.nn.attention.varlen` and are called here because a backward pass written by hand needs both. They take bf16 and
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from philora.decoder_stack.layout import PackedLayout
+from philora.kernels.layout import PackedLayout
+from philora.lora.functional import refuse_create_graph
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,36 @@ class Attention:
                 heads = result.shape[1]
                 result[part] = each.view(len(each), heads, -1, each.shape[-1]).sum(2).to(result.dtype)
         return results
+
+
+class _Varlen(torch.autograd.Function):
+    """`Attention` as a node of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Shapes: query (T, H, D), key and value (T, K, D); returns (T, H, D)."""
+        output, kept = attention.attend(query, key, value)
+        ctx.attention = attention
+        ctx.save_for_backward(query, key, value, output, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and value."""
+        refuse_create_graph()
+        query, key, value, output, *kept = ctx.saved_tensors
+        found = ctx.attention.gradients(grads[0].contiguous(), query, key, value, output, tuple(kept))
+        return None, *found
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
+    """Return the output of the heads; gradients flow to all three.
+
+    Shapes:
+        query (T, H, D), key and value (T, K, D) with K dividing H; returns (T, H, D).
+    """
+    output: Tensor = _Varlen.apply(attention, query, key, value)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _flash(query: Tensor) -> bool:
