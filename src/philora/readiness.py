@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -18,12 +18,9 @@ from philora.adapters import Coverage, coverage
 from philora.config import Config, load_config
 from philora.data import length_notices, prepare, preview
 from philora.data.ids import check_rows, vocabulary_of
-from philora.decoder_stack.choice import BatchFacts, ModelFacts, stack_for
 from philora.decoder_stack.facts import facts_of_device
-from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
 from philora.families import generic_notice
-from philora.quantization import scheme_of
 from philora.spare_rows import notice, stored_embedding, untrained_tokens
 from philora.trainer import checkpoint_bytes
 
@@ -97,7 +94,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     idle = processes.idle_gpus_notice(config.training_config, config.model.device_map)
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
-        hardware=_hardware(config, adapted, dtype, plan.recomputation),
+        hardware=_hardware(plan),
         stop_tokens=[str(each) for each in tokenizer.convert_ids_to_tokens(stops)],
         padding_token=str(tokenizer.pad_token),
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
@@ -108,6 +105,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *filter(None, [_spare_rows(config, tokenizer, skeleton)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
+            *plan.notices,
             *filter(None, [plan.warning, idle, _taken(folder, config)]),
             *outlook.notices(config, plan),
             *(
@@ -227,21 +225,13 @@ def _taken(folder: Path, config: Config) -> str | None:
     return None
 
 
-def _hardware(config: Config, adapted: nn.Module, dtype: str, recomputation: str) -> Hardware:
-    """Say what the run would compute on and which way its decoder layers would go, by the model without weights."""
-    device = facts_of_device()
-    facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
-    given = config.model.quantization
-    scheme = scheme_of(getattr(adapted, "config", None)) or (given if isinstance(given, str) else "nf4")
-    base = "plain" if scheme == "none" else scheme
-    if base == "plain" and config.model.base_products == "fp8":
-        base = "fp8"
-    packed = bool(config.training_config.get("packing", True))
-    keep = {"full": "input", "elementwise": "elementwise"}.get(recomputation, "everything")
-    choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(mask=not packed, keep=keep), device)
+def _hardware(plan: planning.Plan) -> Hardware:
+    """Say what the run would compute on and which way its decoder layers would go."""
+    device = facts_of_device(torch.device(plan.device))
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
-    reasons = choice.reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
-    return Hardware(f"{device.name}{capability}", device.memory_bytes, choice.path, reasons)
+    reasons = plan.decoder_layers.reasons
+    reasons = reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
+    return Hardware(f"{device.name}{capability}", device.memory_bytes, plan.decoder_layers.path, reasons)
 
 
 def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> str | None:

@@ -51,6 +51,7 @@ ORDER = [
     "data",
     "decoding",
     "footprint",
+    "hardware",
     "planning",
     "callbacks",
     "sampling",
