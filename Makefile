@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit llama deepspeed format docs bench bench-peers clean
+.PHONY: help demo test test-slow lint types unit llama deepspeed format docs bench bench-peers gpu clean
 
 help:
 	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests that take longer; builds llama.cpp for those of GGUF where it can"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make bench      training speed beside TRL+PEFT; BENCH='--help' lists the options"
+	@echo "make gpu        what a CUDA GPU has to show, in six minutes; GPU='--help' lists the options"
 	@echo "make bench-peers  the same with torchtune and litgpt, each in an environment of its own"
 
 $(BIN)/python:
@@ -75,6 +76,10 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.training $(BENCH)
+
+# On a machine without network or git: make gpu BIN=/usr/bin, with the packages of tools/gpu_carry.txt on PYTHONPATH.
+gpu:
+	PYTHONPATH=src:.:$$PYTHONPATH $(BIN)/python3 -m benchmarks.gpu_check $(GPU)
 
 $(VENV)/peers/%/.ready: benchmarks/peers/%.txt
 	$(PYTHON) -m venv $(@D)

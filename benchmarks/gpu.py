@@ -1,11 +1,12 @@
 """Training of the full Phi-3-mini shape on one CUDA GPU: philora beside TRL, a plain loop and, where there, others.
 
-`python -m benchmarks.gpu [--only PATTERN,...] [--rounds N] [--steps N] [--minutes M]`
+`python -m benchmarks.gpu [--only PATTERN,...] [--long] [--rounds N] [--steps N] [--minutes M]`
 
-A case is a contestant, a base (bf16 or NF4), a pack of 2048 or 4096 tokens, and activations kept or recomputed. The
-cases of a contestant and a base share one process, which makes the weights on the device anew for each. The most
-telling come first; none is begun when the time is nearly over. Rows go to results/gpu.csv, also of a case that failed:
-it says why.
+A case is a contestant, a base (bf16, NF4, or for philora products in fp8), packs of 2048 or 8192 tokens (with `--long`
+also 16384), and activations kept or recomputed. The cases of a contestant and a base share one process, which makes the
+weights on the device anew for each. The most telling come first; none is begun when the time is nearly over. Rows go to
+results/gpu.csv, also of a case that failed: it says why. At the end philora's best case stands beside the best case of
+all others, whatever their packs and settings.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Contestant:
         needs: Modules without which there is no such contestant.
         attention: What the model is asked for.
         autocast: To bf16, over bf16 weights.
+        bases: What it can train over.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Contestant:
     needs: tuple[str, ...] = ()
     attention: str = "sdpa"
     autocast: bool = True
+    bases: tuple[str, ...] = ("bf16", "nf4")
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,13 @@ def by_trainer(module: str) -> Callable[[Case, list[list[Document]], Settings], 
 
 
 def run_trainer(
-    library: Any, model: Any, adapter: Any, case: Case, rows: list[list[Document]], settings: Settings
+    library: Any,
+    model: Any,
+    adapter: Any,
+    case: Case,
+    rows: list[list[Document]],
+    settings: Settings,
+    callbacks: Sequence[Any] = (),
 ) -> tuple[Measured, Any]:
     """Train with a library's SFTTrainer, given a model and the adapter it is to make, or an adapted model."""
     from transformers import AutoTokenizer, TrainerCallback
@@ -269,8 +278,12 @@ def run_trainer(
             train_dataset=dataset_of([rows]),
             processing_class=AutoTokenizer.from_pretrained(local_path("nano")),
             peft_config=adapter,
-            callbacks=[Steps()],
+            callbacks=[Steps(), *callbacks],
         )
+        if case.base == "fp8":
+            from philora.decoder_stack.model import configure
+
+            configure(trainer.model, fp8=True)
         if library.__name__ == "philora":  # as `philora train` does over a quantised base; TRL rounds them to bf16
             for parameter in trainer.model.parameters():
                 if parameter.requires_grad:
@@ -363,8 +376,9 @@ def by_unsloth(case: Case, rows: list[list[Document]], settings: Settings) -> tu
 
 
 CONTESTANTS = {
-    "philora": Contestant("philora.SFTTrainer", by_trainer("philora"), autocast=False),
+    "philora": Contestant("philora.SFTTrainer", by_trainer("philora"), autocast=False, bases=("bf16", "fp8", "nf4")),
     "trl": Contestant("TRL SFTTrainer + PEFT", by_trainer("trl")),
+    "trl-pure": Contestant("TRL + PEFT, no autocast", by_trainer("trl"), autocast=False),
     "plain": Contestant("plain loop, PEFT", by_loop),
     "liger": Contestant("plain loop, PEFT, Liger", by_liger, ("liger_kernel",)),
     "unsloth": Contestant("TRL SFTTrainer, Unsloth", by_unsloth, ("unsloth",)),
@@ -396,6 +410,8 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
     packages = [*PACKAGES, *(["bitsandbytes"] if case.base == "nf4" else [])]
     extra = {"liger": ["liger-kernel"], "unsloth": ["unsloth"], "trl-flash": ["flash-attn"]}
     facts = {"autocast": CONTESTANTS[case.contestant].autocast, "dropout": 0.0, **facts_of(model)}
+    if case.contestant == "philora":
+        facts["decoder_layers"] = decoder_layers(model, case, settings.device)
     result = measured.record(settings.warmup).result(facts, [*packages, *extra.get(case.contestant, [])])
     timed = [len(each.input_ids) for row in rows[settings.warmup :] for each in row]
     share = sum(result["labels"][settings.warmup :]) / sum(timed)
@@ -404,6 +420,18 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
         result["max_memory_allocated"] = torch.cuda.max_memory_allocated()
         result["max_memory_reserved"] = torch.cuda.max_memory_reserved()
     return result
+
+
+def decoder_layers(model: Any, case: Case, device: str) -> str:
+    """Which way philora's decoder layers go, and why."""
+    import torch
+
+    from philora.decoder_stack.choice import BatchFacts, stack_for
+    from philora.decoder_stack.facts import facts_of_device
+    from philora.decoder_stack.model import facts_for
+
+    batch = BatchFacts(keep="input" if case.recompute else "everything")
+    return str(stack_for(facts_for(model), batch, facts_of_device(torch.device(device))))
 
 
 def contestant(cases: list[Case], settings: Settings, out: Path) -> None:
@@ -465,12 +493,14 @@ def child(line: Sequence[str]) -> None:
 
 def groups(only: Sequence[str], tokens: Sequence[int]) -> Iterator[list[Case]]:
     """The cases of each process, the most telling first."""
-    for base in ("bf16", "nf4"):
-        for name in CONTESTANTS:
+    for base in ("bf16", "fp8", "nf4"):
+        for name, chosen in CONTESTANTS.items():
+            if base not in chosen.bases:
+                continue
             cases = [Case(name, base, count, recompute) for recompute in (False, True) for count in tokens]
-            chosen = [each for each in cases if any(fnmatch(each.name, pattern) for pattern in only)]
-            if chosen:
-                yield chosen
+            picked = [each for each in cases if any(fnmatch(each.name, pattern) for pattern in only)]
+            if picked:
+                yield picked
 
 
 def missing(name: str) -> str | None:
@@ -479,8 +509,18 @@ def missing(name: str) -> str | None:
     return f"not importable: {', '.join(absent)}" if absent else None
 
 
+def reference_of(case: Case, contestant: str) -> Case:
+    """The case that a case's losses are compared with: another's at the same packs, in bf16 where products are fp8."""
+    return replace(case, contestant=contestant, base="bf16" if case.base == "fp8" else case.base)
+
+
 def row_of(
-    case: Case, number: int, result: dict[str, Any], facts: dict[str, Any], given: argparse.Namespace
+    case: Case,
+    number: int,
+    result: dict[str, Any],
+    facts: dict[str, Any],
+    given: argparse.Namespace,
+    reference: dict[str, Any] | None = None,
 ) -> dict[str, str | int | float]:
     """One row of results/gpu.csv."""
     rate = facts["rates"][str(case.tokens)]
@@ -496,6 +536,8 @@ def row_of(
             "losses": json.dumps([round(each, 5) for each in result["losses"]]),
         }
         measured |= {name: result[name] for name in MEASURED if name.startswith("max_memory") and name in result}
+        if reference is not None and reference["status"] == OK:
+            measured["loss_gap_to_philora"] = round(largest_gap(result["losses"], reference["losses"]), 5)
         for name in ("tokens", "labels", "settings", "versions"):
             measured[name] = json.dumps(result[name], sort_keys=True)
     return {
@@ -528,6 +570,7 @@ MEASURED = (
     "losses",
     "settings",
     "versions",
+    "loss_gap_to_philora",
 )
 
 
@@ -575,7 +618,7 @@ def table_of(results: dict[Case, list[dict[str, Any]]], facts: dict[str, Any]) -
             table.add_row(case.name, f"[red]{all_rounds[-1]['status'][:80]}[/]")
             continue
         last, speed = done[-1], median(each["tokens_per_second"] for each in done)
-        theirs = [each for each in results.get(replace(case, contestant=REFERENCE), []) if each["status"] == OK]
+        theirs = [each for each in results.get(reference_of(case, REFERENCE), []) if each["status"] == OK]
         memory = [last.get(f"max_memory_{each}") for each in ("allocated", "reserved")]
         table.add_row(
             case.name,
@@ -588,12 +631,35 @@ def table_of(results: dict[Case, list[dict[str, Any]]], facts: dict[str, Any]) -
     return table
 
 
+def best_of(results: dict[Case, list[dict[str, Any]]], ours: bool, base: str) -> tuple[Case, float] | None:
+    """The fastest case of philora, or of all others, over a base, and its tokens a second; None where none ran."""
+    speeds = [
+        (case, median(each["tokens_per_second"] for each in done))
+        for case, rounds in results.items()
+        if (case.contestant == "philora") == ours and case.base == base
+        and (done := [each for each in rounds if each["status"] == OK])
+    ]  # fmt: skip
+    return max(speeds, key=lambda each: each[1], default=None)
+
+
+def verdicts(results: dict[Case, list[dict[str, Any]]]) -> Iterator[str]:
+    """philora's best case beside the best of all others, each at the packs and settings that suit it most."""
+    for base in ("bf16", "fp8", "nf4"):
+        mine, theirs = best_of(results, True, base), best_of(results, False, "bf16" if base == "fp8" else base)
+        if mine is not None and theirs is not None:
+            yield (
+                f"{base}: {mine[0].name} has {mine[1]:,.0f} tokens/s, {mine[1] / theirs[1]:.2f} times the best of the "
+                f"others, {theirs[0].name} with {theirs[1]:,.0f}"
+            )
+
+
 def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--only", default="*", help="cases, as patterns of CONTESTANT/BASE/TOKENS/keep|recompute: philora/*"
     )
+    parser.add_argument("--long", action="store_true", help="also packs of 16384 tokens")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock counts")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
@@ -606,7 +672,8 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps: does it run?")
     given = parser.parse_args(line)
     given.only = given.only.split(",")
-    given.work, given.tokens, given.least_seconds = MINI, (2048, 4096), 30.0
+    given.work, given.tokens, given.least_seconds = MINI, (2048, 8192), 30.0
+    given.tokens += (16384,) if given.long else ()
     if given.quick:
         given.work, given.tokens, given.least_seconds = WORKS["quick"], (256, 512), 5.0
         given.warmup, given.steps, given.threads = 1, 2, 1
@@ -646,10 +713,13 @@ def measure(given: argparse.Namespace, console: Console, folder: Path) -> int:
                 result = done[case.name]
                 results.setdefault(case, []).append(result)
                 if not given.no_write:
-                    append(given.results, row_of(case, number, result, facts, given))
+                    reference = results.get(reference_of(case, "philora"), [None])[-1]
+                    append(given.results, row_of(case, number, result, facts, given, reference))
                 said = f"{result['tokens_per_second']:,.0f} tokens/s" if result["status"] == OK else result["status"]
                 console.print(f"{case.name}: {said}", highlight=False, markup=False)
     console.print(table_of(results, facts))
+    for each in verdicts(results):
+        console.print(each, highlight=False, markup=False)
     faults = []
     for tokens in given.tokens:
         same = {case.name: [one for one in each if one["status"] == OK] for case, each in results.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit(repository: Path) -> str:
-    """The commit that is measured; `+` where the package has changes that are not committed."""
+    """The commit that is measured; `+` where the package has changes that are not committed; empty without git."""
+
+    if shutil.which("git") is None:
+        return ""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(repository), *words]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,10 +60,26 @@ def make_phi3(seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each device in turn, which `tests.on_device` then names: the CPU always, a CUDA GPU where there is one."""
+    import torch
+
+    from tests import on_device
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    on_device.choose(request.param)
+    yield request.param
+    on_device.choose("cpu")
+
+
 @pytest.fixture
 def phi3() -> Callable[..., Any]:
-    """`make_phi3`."""
-    return make_phi3
+    """`make_phi3`, on the device of the test."""
+    from tests import on_device
+
+    return lambda *args, **changes: make_phi3(*args, **changes).to(on_device.chosen())
 
 
 @pytest.fixture

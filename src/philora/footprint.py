@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -22,14 +22,22 @@ from transformers.pytorch_utils import Conv1D
 
 from philora import native
 from philora.config import ModelConfig
+from philora.decoder_stack.memory import StackSizes
 from philora.decoding import packs
 from philora.kernels.loss import CHUNK_BYTES, FEWEST_TOKENS
 from philora.kernels.modules import FAST, FastPhi3MLP
 from philora.models import resolve_dtype
 from philora.quantization import quantization_config, quantized_names, scheme_of
 
-Recomputation = Literal["none", "elementwise", "full"]
-"""What backward computes again: nothing, the outputs of RMSNorm and SwiGLU and dropout's masks, or whole layers."""
+if TYPE_CHECKING:
+    from philora.decoder_stack.layer import Keep  # needs Triton
+
+Recomputation = Literal["none", "elementwise", "full", "host"]
+"""What backward computes again: nothing, the outputs of RMSNorm and SwiGLU and dropout's masks, or whole layers; with
+`host`, whole layers from inputs that are kept in the computer's memory, which the decoder stack alone can."""
+WHOLE_LAYERS = ("full", "host")
+KEPT: dict[Recomputation, Keep] = {"none": "everything", "elementwise": "elementwise", "full": "input", "host": "host"}
+"""The same in the decoder stack's words."""
 
 # On a CPU, what a process holds besides: interpreter, libraries, tokenizer and data before the first step, and then the
 # kernels that oneDNN makes for each shape that comes along, most of them in the first dozen of steps. Measured on
@@ -41,7 +49,12 @@ RUNTIME_GPU_BYTES = 64 * 2**20
 # Of the memory that a step allocates and frees, what glibc's heap holds besides, between blocks that stay: measured by
 # `benchmarks.memory` over eight steps with `kernels.memory.keep_freed_memory`, more where many layers' activations
 # stand side by side. Where large blocks go back to the system (`return_large_blocks`) there is none.
-HEAP_SHARE: dict[Recomputation, float] = {"none": 0.7, "elementwise": 0.7, "full": 0.35}
+HEAP_SHARE: dict[Recomputation, float] = {"none": 0.7, "elementwise": 0.7, "full": 0.35, "host": 0.35}
+# The same of CUDA's allocator: what it reserves beyond what is allocated, 0.13 and 0.15 of what a step allocates in the
+# two trainings of results/gpu.csv.
+RESERVE_SHARE = 0.15
+# Blocks of fp32 that are as large as a chunk of logits, while the scores of its labels are computed on a GPU.
+SCORE_BLOCKS = 3
 
 Role = Literal["attention", "feed-forward", "product", "other"]
 # Linear layers that read the same tensor, and what that tensor is: the output of a norm, or of SwiGLU.
@@ -65,9 +78,11 @@ class Estimate:
         dequantized: The one matrix of a quantised layer that is there while its product runs.
         heap: Freed blocks that the allocator holds between others.
         runtime: Interpreter, libraries, kernels.
+        graph: What a CUDA graph of the layers holds besides.
         loading: Peak while the model is loaded, runtime included.
         evaluation: Peak while the run evaluates, runtime included.
         files: Of the peak, pages of mapped files: the weights of a base that is neither quantised nor converted.
+        pinned: Of the computer's memory beside a GPU's, pinned: inputs of layers. No part of the peak.
     """
 
     weights: int
@@ -81,6 +96,8 @@ class Estimate:
     loading: int
     evaluation: int
     files: int
+    graph: int = 0
+    pinned: int = 0
 
     @property
     def training(self) -> int:
@@ -97,7 +114,7 @@ class Estimate:
         return {**asdict(self), "training": self.training, "peak": self.peak}
 
 
-PARTS = ("weights", "adapter", "optimizer", "activations", "loss", "dequantized", "heap", "runtime")
+PARTS = ("weights", "adapter", "optimizer", "activations", "loss", "dequantized", "heap", "runtime", "graph")
 """The parts of a training step's memory."""
 
 
@@ -177,6 +194,8 @@ class Footprint:
         quantized_matrix: Elements of the largest weight that is dequantised.
         skips_last: Whether the last layer leaves out tokens without a label.
         packed: Bytes of the reordered weights that generation holds where there is room; 0 where it makes none.
+        stack: Sizes of the decoder layers where the decoder stack computes them.
+        graph: Whether it does so in a CUDA graph.
     """
 
     device: str
@@ -199,6 +218,8 @@ class Footprint:
     quantized_matrix: int
     skips_last: bool
     packed: int
+    stack: StackSizes | None = None
+    graph: bool = False
 
     @property
     def anonymous(self) -> int:
@@ -228,44 +249,59 @@ class Footprint:
             label_share: Of the tokens, those with a label.
             evaluation: What is evaluated at once.
         """
-        size = self.element_bytes
-        labelled = label_share if self.skips_last and recomputation != "full" else 1.0
-        activations, loss = self._activations(tokens, recomputation, labelled), self._loss(tokens, label_share)
-        matrix = self.quantized_matrix * size
-        # A full backward pass of one layer: the residual's gradient, that of its widest output and of what went into
-        # it. The last layer's has labelled tokens alone, and the loss is over by then.
-        one = self.layer.kept + self.layer.cheap
-        backward = 2 * self.layer.widest + 2 * self.hidden * size
-        if recomputation == "full":
-            temporary = tokens * (one + backward)
-        elif recomputation == "elementwise":
-            temporary = max(tokens * (labelled * (backward + self.layer.cheap)), tokens * (backward - self.layer.kept))
-        else:
-            temporary = max(tokens * labelled * backward, tokens * (backward - one))
-        # The end of the forward pass has the loss, the beginning of the backward pass the temporaries.
-        activations += max(temporary - loss - matrix, 0)
-        # The copies in the dtype of the products belong to the graph: with recomputation to that of one layer.
-        layers = self.layers if recomputation == "full" else 1
-        copies = 0 if size == self.trained_bytes else self.trainable * size / layers
-        live = activations + loss + matrix
-        shares = self.quantization in ("nf4", "fp4") and self.dtype == torch.bfloat16 and native.available()
-        keeps = self.device == "cpu" and (self.quantization == "none" or shares)
-        heap = HEAP_SHARE[recomputation] * live if keeps else 0
-        runtime = RUNTIME_CPU_BYTES if self.device == "cpu" else RUNTIME_GPU_BYTES
-        kernels = KERNELS_CPU_BYTES if self.device == "cpu" else 0
+        loss, matrix = self._loss(tokens, label_share), self.quantized_matrix * self.element_bytes
+        activations, temporary, copies = self._layers(tokens, recomputation, label_share)
+        # The end of the forward pass has the loss, the beginning of the backward pass the temporaries; of these
+        # dequantised matrices are a part, but for the one that the decoder stack keeps for all.
+        activations += max(temporary - loss - (0 if self.stack else matrix), 0)
+        on_cpu = self.device == "cpu"
+        runtime = RUNTIME_CPU_BYTES if on_cpu else RUNTIME_GPU_BYTES
+        kernels = KERNELS_CPU_BYTES if on_cpu else 0
+        weights = self.weights + (self.stack.fp8_bytes if self.stack else 0)
         return Estimate(
-            weights=self.weights,
+            weights=weights,
             adapter=round(2 * self.trained_bytes * self.trainable + copies),
             optimizer=self.optimizer,
             activations=round(activations),
             loss=round(loss),
             dequantized=matrix,
-            heap=round(heap),
+            heap=round(self._heap_share(recomputation) * (activations + loss + matrix)),
             runtime=runtime + kernels,
             loading=self.weights + self.trained_bytes * self.trainable + runtime + max(self.converted, matrix),
             evaluation=self._evaluation(evaluation, label_share) + runtime + kernels if any(evaluation) else 0,
             files=self.weights if self.mapped else 0,
+            graph=self.stack.graph_bytes if self.stack and self.graph else 0,
+            pinned=self.stack.pinned_bytes(tokens, KEPT[recomputation]) if self.stack else 0,
         )
+
+    def _heap_share(self, recomputation: Recomputation) -> float:
+        if self.device != "cpu":
+            return RESERVE_SHARE
+        shares = self.quantization in ("nf4", "fp4") and self.dtype == torch.bfloat16 and native.available()
+        return HEAP_SHARE[recomputation] if self.quantization == "none" or shares else 0
+
+    def _layers(self, tokens: int, recomputation: Recomputation, label_share: float) -> tuple[float, float, float]:
+        """Return what the layers keep, the most that backward has besides, and copies of A and B for the products."""
+        size = self.element_bytes
+        if self.stack is not None:
+            keep = KEPT[recomputation]
+            kept = self.stack.activation_bytes(tokens, keep), tokens * self.stack.backward_bytes(keep)
+            return (*kept, self.trainable * size)
+        labelled = label_share if self.skips_last and recomputation not in WHOLE_LAYERS else 1.0
+        # A full backward pass of one layer: the residual's gradient, that of its widest output and of what went into
+        # it. The last layer's has labelled tokens alone, and the loss is over by then.
+        one = self.layer.kept + self.layer.cheap
+        backward = 2 * self.layer.widest + 2 * self.hidden * size
+        if recomputation in WHOLE_LAYERS:
+            temporary = tokens * (one + backward)
+        elif recomputation == "elementwise":
+            temporary = max(tokens * (labelled * (backward + self.layer.cheap)), tokens * (backward - self.layer.kept))
+        else:
+            temporary = max(tokens * labelled * backward, tokens * (backward - one))
+        # The copies belong to the graph: with recomputation to that of one layer.
+        layers = self.layers if recomputation in WHOLE_LAYERS else 1
+        copies = 0 if size == self.trained_bytes else self.trainable * size / layers
+        return self._activations(tokens, recomputation, labelled), temporary, copies
 
     def _activations(self, tokens: int, recomputation: Recomputation, labelled: float) -> float:
         """What backward needs of all layers."""
@@ -273,7 +309,7 @@ class Footprint:
         # trains, so that otherwise nobody needs it); token ids, labels, positions in int64.
         ends = 1 if recomputation == "none" else 2
         around = tokens * (ends * self.hidden * self.element_bytes + 4 * 8)
-        if recomputation == "full":
+        if recomputation in WHOLE_LAYERS:
             return around + tokens * self.layers * self.hidden * self.element_bytes
         cheap = 0 if recomputation == "elementwise" else self.layer.cheap
         dropped = self.layer.unlabelled_kept + (0 if recomputation == "elementwise" else self.layer.unlabelled_cheap)
@@ -289,7 +325,8 @@ class Footprint:
         """The label head: labelled hidden states, padded ones, their gradient, and a chunk of logits."""
         labels = tokens * label_share
         chunk = min(labels, max(FEWEST_TOKENS, CHUNK_BYTES // (self.vocabulary * self.element_bytes)))
-        return labels * 3 * self.hidden * self.element_bytes + chunk * self.vocabulary * self.element_bytes
+        blocks = 0 if self.device == "cpu" else 4 * SCORE_BLOCKS  # on a CPU they are small
+        return labels * 3 * self.hidden * self.element_bytes + chunk * self.vocabulary * (self.element_bytes + blocks)
 
     def _evaluation(self, evaluated: Evaluated, label_share: float) -> int:
         """Scoring a batch, or making answers with a cache of keys and values, when the run has trained: no gradient."""
@@ -313,14 +350,23 @@ class Footprint:
         4 N, with full recomputation 6 N; the head at labels, twice; causal attention of a document (forward once,
         backward two and a half times); adapters forward and twice backward.
         """
-        passes = 6 if recomputation == "full" else 4
+        again = recomputation in WHOLE_LAYERS
+        passes = 6 if again else 4
         head = 4 * label_share * self.hidden * self.vocabulary
-        attention = (4.5 if recomputation == "full" else 3.5) * 2 * self.attention_width * document_tokens * self.layers
-        adapters = (8 if recomputation == "full" else 6) * self.trainable
+        attention = (4.5 if again else 3.5) * 2 * self.attention_width * document_tokens * self.layers
+        adapters = (8 if again else 6) * self.trainable
         return passes * self.linears.weights + head + attention + adapters
 
 
-def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str, trained_bytes: int = 4) -> Footprint:
+def footprint(
+    model: PeftModel,
+    settings: ModelConfig,
+    optim: str,
+    device: str,
+    trained_bytes: int = 4,
+    *,
+    stack: bool = False,
+) -> Footprint:
     """Count a model that has no weights.
 
     Args:
@@ -329,6 +375,7 @@ def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str, 
         optim: `training_config.optim`.
         device: Where the run computes, `cpu` or the accelerator's name.
         trained_bytes: Of a parameter that trains.
+        stack: Whether the decoder stack computes the layers.
     """
     base = cast(PreTrainedModel, model.get_base_model())
     config = base.config.get_text_config()
@@ -336,17 +383,8 @@ def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str, 
     scheme, quantized = _quantized(base, settings.quantization, dtype)
     size = torch.finfo(dtype).bits // 8
     trained = [each for each in model.parameters() if each.requires_grad]
-    counts: dict[int, tuple[int, float]] = {}
-    matrices = [0]
-    for name, each in model.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name:
-            continue
-        held = float(size)
-        if plain_name(name) in quantized:
-            held = quantized[plain_name(name)](each)
-            matrices.append(each.numel())
-        counts[id(each)] = each.numel(), each.numel() * held
-    weights = math.ceil(sum(held for _, held in counts.values()))
+    counts, matrices = _parameters(model, quantized, size)
+    weights = math.ceil(sum(held for _, held in counts))
     plain = (
         each.weight.numel()
         for name, each in base.named_modules()
@@ -356,13 +394,18 @@ def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str, 
     stored = getattr(config, "dtype", None) or dtype
     in_files = scheme_of(base.config) is not None or (scheme == "none" and stored == dtype)
     converts = scheme == "none" and stored != dtype
-    parameters = sum(count for count, _ in counts.values())
+    parameters = sum(count for count, _ in counts)
     heads = int(getattr(config, "num_attention_heads", 1))
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     layers = decoder_layers(base)
     linears = list(_linears(layers[0]))
     largest = max(linears, key=lambda each: each.out_features * each.in_features)
     every = sum(one.out_features * one.in_features for layer in layers for one in _linears(layer))
+    key_value = int(getattr(config, "num_key_value_heads", None) or heads) * width
+    sizes = None
+    if stack:
+        fp8 = scheme == "none" and settings.base_products == "fp8"
+        sizes = _stack_sizes(config, linears, (len(layers), heads, width, key_value), size, fp8, every)
     return Footprint(
         device=device,
         dtype=dtype,
@@ -378,12 +421,51 @@ def footprint(model: PeftModel, settings: ModelConfig, optim: str, device: str, 
         hidden=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
         attention_width=heads * width,
-        key_value_width=int(getattr(config, "num_key_value_heads", None) or heads) * width,
+        key_value_width=key_value,
         layer=_layer_bytes(layers[0], linears, size, heads, width, device),
         linears=Linears(every, largest.out_features, largest.in_features),
         quantized_matrix=max(matrices),
         skips_last=isinstance(base.base_model, Phi3Model),
         packed=packed,
+        stack=sizes,
+    )
+
+
+def _parameters(
+    model: PeftModel, quantized: Mapping[str, Callable[[nn.Parameter], float]], size: int
+) -> tuple[list[tuple[int, float]], list[int]]:
+    """Return of each parameter of the base its elements and bytes; and 0 with the elements of the quantised ones."""
+    counts: dict[int, tuple[int, float]] = {}
+    matrices = [0]
+    for name, each in model.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name:
+            continue
+        held = float(size)
+        if plain_name(name) in quantized:
+            held = quantized[plain_name(name)](each)
+            matrices.append(each.numel())
+        counts[id(each)] = each.numel(), each.numel() * held
+    return list(counts.values()), matrices
+
+
+def _stack_sizes(
+    config: Any, linears: Sequence[_Linear], shape: tuple[int, int, int, int], size: int, fp8: bool, weights: int
+) -> StackSizes:
+    """Return the sizes for the decoder stack; `shape`: layers, query heads, their size, columns of all keys."""
+    layers, heads, width, key_value = shape
+    adapters = [each.adapter for each in linears if each.adapter is not None]
+    return StackSizes(
+        layers=layers,
+        hidden=int(config.hidden_size),
+        feed_forward=int(config.intermediate_size),
+        query=heads * width,
+        key_value=key_value,
+        heads=heads,
+        ranks=sum(sum(each.r.values()) for each in adapters),
+        element_bytes=size,
+        dropout=any(getattr(drop, "p", 0.0) > 0 for each in adapters for drop in each.lora_dropout.values()),
+        fp8=fp8,
+        weights=weights,
     )
 
 

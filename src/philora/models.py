@@ -65,11 +65,15 @@ def local_path(name: str) -> str:
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
-def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware (CUDA from Ampere on, AVX512-BF16, AMX, ...)."""
-    if torch.cuda.is_available():
+def bf16_is_fast(device: str | None = None) -> bool:
+    """Whether bfloat16 matrices are multiplied in hardware (CUDA from Ampere on, AVX512-BF16, AMX, ...).
+
+    Args:
+        device: `cpu`; None: the fastest device of this machine.
+    """
+    if device != "cpu" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if torch.backends.mps.is_available():
+    if device != "cpu" and torch.backends.mps.is_available():
         return True
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))

@@ -20,13 +20,29 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from philora.adapters import apply_slices, check_adapter, optimize, resolve_for_training
-from philora.config import Config
+from philora.config import Config, ModelConfig
 from philora.data import DataReport, SplitReport
+from philora.decoder_stack.choice import BatchFacts, Choice, DeviceFacts, ModelFacts, stack_for
+from philora.decoder_stack.facts import facts_of_device
+from philora.decoder_stack.model import facts_for
 from philora.decoding import PACKED_SHARE
-from philora.footprint import NOT_EVALUATED, PARTS, Estimate, Evaluated, Footprint, Recomputation, footprint
+from philora.footprint import (
+    KEPT,
+    NOT_EVALUATED,
+    PARTS,
+    WHOLE_LAYERS,
+    Estimate,
+    Evaluated,
+    Footprint,
+    Recomputation,
+    footprint,
+)
+from philora.hardware import hardware_notices, slow_bf16
+from philora.kernels.graphs import switch as graph_switch
 from philora.kernels.memory import available_bytes
+from philora.models import bf16_is_fast, resolve_dtype
 from philora.processes import idle_gpus
-from philora.quantization import QuantizedWeight, bitsandbytes_is_here, empty_layer
+from philora.quantization import QuantizedWeight, bitsandbytes_is_here, empty_layer, scheme_of
 from philora.sources import find_adapter
 
 # Most tokens that `tokens_per_step: auto` puts into one optimizer step, on a CPU and on an accelerator.
@@ -39,10 +55,13 @@ LEARNING_RATE, LEARNING_RATE_HIDDEN_SIZE = 2e-4, 3072
 FILLED = 0.9
 # A product of fewer rows than this reads its weight more than it computes: rather more recomputation than that.
 TOKENS_AT_LEAST = 512
+# A GPU is busy from so many tokens of a micro-batch on (docs/performance.md); with fewer than the second number the
+# launches cost more than computing whole layers again does.
+TOKENS_AT_LEAST_ACCELERATOR, TOKENS_BEFORE_WHOLE_LAYERS = 8192, 4096
 # Of a step's time, the products of the base (benchmarks/results/training.csv, share_of_limit of work a without
 # dropout); attention, adapters, what stands between, and the optimizer are the rest.
 PRODUCT_SHARE = 0.58
-GRADES: tuple[Recomputation, ...] = ("none", "elementwise", "full")
+GRADES: tuple[Recomputation, ...] = ("none", "elementwise", "full", "host")
 
 
 class Change(NamedTuple):
@@ -98,6 +117,8 @@ class Plan:
         learning_rate: At its peak.
         learning_rate_origin: Where it comes from: a file, the command line, or the rule of `auto`.
         changes: What would save memory, the best first; empty where the run fits.
+        decoder_layers: Which way the decoder layers go, and why.
+        notices: What the hardware cannot do well, with what to do.
         idle_gpus: GPUs that are visible and that the run does not use.
     """
 
@@ -119,6 +140,8 @@ class Plan:
     learning_rate: float
     learning_rate_origin: str
     changes: tuple[Change, ...]
+    decoder_layers: Choice
+    notices: tuple[str, ...] = ()
     idle_gpus: int = 0
 
     @property
@@ -154,6 +177,8 @@ class Plan:
             "estimate": self.estimate.to_dict(),
             "rate": self.rate._asdict(),
             "changes": [each._asdict() for each in self.changes],
+            "decoder_layers": {"path": self.decoder_layers.path, "reasons": list(self.decoder_layers.reasons)},
+            "notices": list(self.notices),
             "fits": self.fits,
             "seconds": self.seconds,
         }
@@ -173,6 +198,7 @@ class Plan:
             ("recomputation", self.recomputation),
             *((f"  {name}", f"{size / 1e9:.3f} GB") for name, size in parts if size),
             *((name, f"{size / 1e9:.2f} GB") for name, size in phases if size),
+            *([("pinned", f"{estimate.pinned / 1e9:.2f} GB of the computer's memory")] if estimate.pinned else []),
             ("peak", f"{estimate.peak / 1e9:.2f} GB{pages}; {self.available_bytes / 1e9:.2f} GB free on {self.device}"),
             ("steps", f"{'?' if self.steps is None else self.steps} of {self.step_tokens:,} tokens"),
             ("learning rate", f"{self.learning_rate:.4g} ({self.learning_rate_origin})"),
@@ -240,9 +266,12 @@ def plan(
     device = _device(given)
     optim = str(given.get("optim") or "adamw_torch_fused")
     trained_bytes = 2 if given.get("adapter_dtype") == "bfloat16" else 4
-    counted = footprint(adapted, config.model, optim, device, trained_bytes)
-    max_length, tokens_per_step = _lengths(config, report, max_length, chosen, device)
     packing = bool(given.get("packing", True))
+    facts = facts_of_device(torch.device(device))
+    stacked = {each: decoder_layers(config, adapted, facts, each) for each in GRADES}
+    counted = footprint(adapted, config.model, optim, device, trained_bytes, stack=stacked["none"].path == "stack")
+    counted = replace(counted, graph=counted.stack is not None and device == "cuda" and graph_switch() == "all")
+    max_length, tokens_per_step = _lengths(config, report, max_length, chosen, device)
     train = None if report.streaming else report.train
     mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
     row_tokens = max_length if packing else min(mean, max_length)
@@ -260,6 +289,7 @@ def plan(
         rows=wanted["per_device_train_batch_size"],
         accumulation=wanted["gradient_accumulation_steps"],
         recomputation=recomputation_of(given.get("gradient_checkpointing", "auto")),
+        host=stacked["host"].path == "stack",
         memory=memory,
         processes=processes,
         label_share=label_share,
@@ -267,13 +297,15 @@ def plan(
     )
 
     situation = _Situation(config, adapted, counted, batch, max_length, longest, packing, label_share, evaluated)
+    notices = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
+    slow = situation.slow_bf16(optim, memory)
     changes = situation.changes(optim, memory) if batch.estimate.peak > FILLED * memory else ()
     rate = measure_rate(counted, batch.rows * row_tokens)
     document = min(mean, max_length)
     flops = counted.flops_per_token(batch.recomputation, label_share, document)
     seconds = batch.rows * row_tokens * flops / rate.flops_per_second / PRODUCT_SHARE
     if rate.dequantized_per_second is not None:
-        times = 3 if batch.recomputation == "full" else 2
+        times = 3 if batch.recomputation in WHOLE_LAYERS else 2
         seconds += times * counted.linears.weights / rate.dequantized_per_second
     step_tokens = batch.rows * batch.accumulation * row_tokens * processes
     return Plan(
@@ -296,7 +328,29 @@ def plan(
         learning_rate_origin=config.origins.get("training_config.learning_rate", "default"),
         changes=changes,
         idle_gpus=idle_gpus(config.training_config, config.model.device_map),
+        decoder_layers=stacked[batch.recomputation],
+        notices=(*notices, *filter(None, [slow])),
     )
+
+
+def decoder_layers(config: Config, adapted: PeftModel, device: DeviceFacts, recomputation: Recomputation) -> Choice:
+    """Return which way the decoder layers of a run go, by the model without weights.
+
+    Args:
+        config: The configuration.
+        adapted: What `weightless` made of it.
+        device: Where the run computes.
+        recomputation: What backward computes again.
+    """
+    facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
+    given = config.model.quantization
+    scheme = scheme_of(getattr(adapted, "config", None)) or (given if isinstance(given, str) else "nf4")
+    base = "plain" if scheme == "none" else scheme
+    if base == "plain" and config.model.base_products == "fp8":
+        base = "fp8"
+    dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
+    batch = BatchFacts(keep=KEPT[recomputation])
+    return stack_for(replace(facts, dtype=dtype, base=base), batch, device)
 
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -413,8 +467,11 @@ def choose(
     label_share: float = 1.0,
     evaluation: Evaluated = NOT_EVALUATED,
     longest_row_tokens: int | None = None,
+    host: bool = False,
 ) -> Batch:
     """Fill in what the person left open: the largest micro-batch, with the least recomputation that lets one fit.
+
+    On an accelerator micro-batches of at least `TOKENS_AT_LEAST_ACCELERATOR` tokens come first, within the step.
 
     Args:
         counted: Of the model.
@@ -422,22 +479,24 @@ def choose(
         tokens_per_step: Tokens of one optimizer step; default `TOKENS_PER_STEP`.
         rows: Rows of a micro-batch when given.
         accumulation: Micro-batches of a step when given.
-        recomputation: What backward computes again, when given.
+        recomputation: What backward computes again, when given; whole layers from inputs on the device or, where those
+            do not fit, in the computer's memory.
         memory: Bytes that may be used; a tenth is left free.
         processes: Processes that share a step. Where it cannot be divided among them evenly it grows to the next
             number of rows that can.
         label_share: Of the tokens, those with a label.
         evaluation: What is evaluated at once.
         longest_row_tokens: Tokens of the longest row, for which there must be memory; default: `row_tokens`.
+        host: Whether inputs of layers can be kept in the computer's memory.
     """
     longest = longest_row_tokens or row_tokens
     in_a_step = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
     wanted = max(1, round(math.ceil(in_a_step / processes) / (accumulation or 1)))
-    grades = GRADES if recomputation is None else (recomputation,)
+    wanted_grades = {None: GRADES, "full": WHOLE_LAYERS}.get(recomputation, (recomputation,))
+    grades = [each for each in GRADES if each in wanted_grades and (host or each != "host")]
     sizes = [rows] if rows is not None else [n for n in range(wanted, 0, -1) if wanted % n == 0 or n == 1]
-    enough = min(TOKENS_AT_LEAST, sizes[0] * row_tokens)
     options = [(micro, grade) for grade in grades for micro in sizes]
-    options.sort(key=lambda each: each[0] * row_tokens < enough)  # stable: small ones last
+    options.sort(key=lambda each: _rank(each[0] * row_tokens, each[1], sizes[0] * row_tokens, counted.device))
     found = [
         (micro, grade, counted.estimate(micro * longest, grade, label_share=label_share, evaluation=evaluation))
         for micro, grade in options
@@ -448,15 +507,35 @@ def choose(
     return Batch(micro, accumulation or max(1, round(wanted / micro) if rows is None else 1), grade, estimate)
 
 
+def _rank(tokens: int, recomputation: Recomputation, most: int, device: str) -> int:
+    """Return how early a micro-batch of so many tokens is tried, 0 first; equal ones in the order of the grades.
+
+    Args:
+        tokens: Of the micro-batch.
+        recomputation: What backward computes again.
+        most: Tokens of the largest micro-batch.
+        device: `cpu` or the accelerator's name.
+    """
+    if device == "cpu":
+        return int(tokens < min(TOKENS_AT_LEAST, most))
+    if tokens >= min(TOKENS_AT_LEAST_ACCELERATOR, most):
+        return 2 if recomputation in WHOLE_LAYERS else 0
+    if tokens >= min(TOKENS_BEFORE_WHOLE_LAYERS, most):
+        return 3 if recomputation in WHOLE_LAYERS else 1
+    return 4
+
+
 def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None:
     """The grade that `training_config.gradient_checkpointing` stands for; None where the estimate decides (auto)."""
-    named: dict[bool | str, Recomputation] = {False: "none", "elementwise": "elementwise", True: "full"}
+    named: dict[bool | str, Recomputation] = {
+        False: "none", "elementwise": "elementwise", True: "full", "host": "host",
+    }  # fmt: skip
     return named.get(gradient_checkpointing)
 
 
 def gradient_checkpointing_of(recomputation: Recomputation) -> bool | str:
     """The other way: what `SFTConfig(gradient_checkpointing=...)` takes for a grade."""
-    return "elementwise" if recomputation == "elementwise" else recomputation == "full"
+    return recomputation if recomputation in ("elementwise", "host") else recomputation == "full"
 
 
 # ------------------------------------------------------------------------------------------------- advice
@@ -494,10 +573,24 @@ class _Situation:
         )
         return estimate.peak
 
+    def counted_with(self, settings: ModelConfig, optim: str) -> Footprint:
+        """Return what would be counted with other settings of the model, or another optimizer."""
+        counted = self.counted
+        trained, stack = counted.trained_bytes, counted.stack is not None
+        return footprint(self.adapted, settings, optim, counted.device, trained, stack=stack)
+
+    def slow_bf16(self, optim: str, memory: int) -> str | None:
+        """Return a notice where a CPU has no instructions for the bf16 of the weights."""
+        on_cpu = self.counted.device == "cpu"
+        if not on_cpu or self.counted.dtype != torch.bfloat16 or bf16_is_fast("cpu"):
+            return None
+        peak = self.peak(counted=self.counted_with(replace(self.config.model, dtype="float32"), optim))
+        return slow_bf16(peak, int(FILLED * memory))
+
     def changes(self, optim: str, memory: int) -> tuple[Change, ...]:
         """What would save memory by itself, from what costs least; what does not suffice comes after what does."""
         micro, _, grade, estimate = self.batch
-        device, settings = self.counted.device, self.config.model
+        settings = self.config.model
         answers = self.evaluated.answers
         offers: list[tuple[str, str, int]] = []
         if grade == "none":
@@ -510,15 +603,15 @@ class _Situation:
             fewer = self.peak(evaluated=self.evaluated._replace(answers=answers // 2))
             offers.append((f"evaluation.batch_size={answers // 2}", "slower evaluation", fewer))
         if "8bit" not in optim and bitsandbytes_is_here():
-            small = footprint(self.adapted, settings, "adamw_8bit", device, self.counted.trained_bytes)
+            small = self.counted_with(settings, "adamw_8bit")
             offers.append(("training_config.optim=adamw_8bit", "rounded states", self.peak(counted=small)))
-        if grade != "full":
+        if grade not in WHOLE_LAYERS:
             setting = "training_config.gradient_checkpointing=true"
             offers.append((setting, "each layer computed twice", self.peak(grade="full")))
         if self.counted.quantization == "none" and bitsandbytes_is_here():
             for scheme in ("int8", "nf4"):
                 other = replace(settings, quantization=scheme)
-                small = footprint(self.adapted, other, optim, device, self.counted.trained_bytes)
+                small = self.counted_with(other, optim)
                 offers.append((f"model.quantization={scheme}", "a rounded base", self.peak(counted=small)))
         if self.packing and self.max_length >= 256:
             half = self.max_length // 2

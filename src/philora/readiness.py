@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from philora.adapters import Coverage, coverage
 from philora.config import OWN_TRAINING_KEYS, Config, load_config
 from philora.data import length_notices, prepare, preview
 from philora.data.ids import check_rows, vocabulary_of
-from philora.decoder_stack.choice import BatchFacts, DeviceFacts, ModelFacts, stack_for
+from philora.decoder_stack.choice import DeviceFacts, ModelFacts
 from philora.decoder_stack.facts import facts_of_device
 from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
@@ -123,7 +123,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     idle = processes.idle_gpus_notice(config.training_config, config.model.device_map)
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
-        hardware=_hardware(config, adapted, dtype, plan.recomputation),
+        hardware=_hardware(config, adapted, dtype, plan),
         stop_tokens=[str(each) for each in tokenizer.convert_ids_to_tokens(stops)],
         padding_token=str(tokenizer.pad_token),
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
@@ -134,6 +134,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *filter(None, [_spare_rows(config, tokenizer, skeleton)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
+            *plan.notices,
             *filter(None, [plan.warning, idle, _taken(folder, config)]),
             *outlook.notices(config, plan),
             *(
@@ -298,31 +299,26 @@ def _taken(folder: Path, config: Config) -> str | None:
     return None
 
 
-def _hardware(config: Config, adapted: nn.Module, dtype: str, recomputation: str) -> Hardware:
+def _hardware(config: Config, adapted: nn.Module, dtype: str, plan: planning.Plan) -> Hardware:
     """Say what the run would compute on and which way its decoder layers would go, by the model without weights."""
-    device = facts_of_device()
+    device = facts_of_device(torch.device(plan.device))
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
-    given = config.model.quantization
-    scheme = scheme_of(getattr(adapted, "config", None)) or (given if isinstance(given, str) else "nf4")
-    base = "plain" if scheme == "none" else scheme
-    if base == "plain" and config.model.base_products == "fp8":
-        base = "fp8"
-    keep = {"full": "input", "elementwise": "elementwise"}.get(recomputation, "everything")
-    choice = stack_for(replace(facts, dtype=dtype, base=base), BatchFacts(keep=keep), device)
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
-    reasons = choice.reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
+    reasons = plan.decoder_layers.reasons
+    reasons = reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
     head = torch.empty(1, 1, 1, facts.head_size, dtype=getattr(torch, dtype), device=device.kind)
     attention, why = attention_for(facts_of_attention(head, facts.attention_dropout))
-    answers = _answers(device, facts, dtype, base)
+    quantized = bool(scheme_of(getattr(adapted, "config", None))) or config.model.quantization != "none"
+    answers = _answers(device, facts, dtype, quantized)
     name = f"{device.name}{capability}"
-    return Hardware(name, device.memory_bytes, choice.path, reasons, attention, why, answers)
+    return Hardware(name, device.memory_bytes, plan.decoder_layers.path, reasons, attention, why, answers)
 
 
-def _answers(device: DeviceFacts, model: ModelFacts, dtype: str, base: str) -> str:
+def _answers(device: DeviceFacts, model: ModelFacts, dtype: str, quantized: bool) -> str:
     """Say whether the steps of answers on a GPU are one CUDA graph each."""
     if device.kind != "cuda":
         return ""
-    covered, quantized = model.architecture == "Phi3Model", base not in ("plain", "fp8")
+    covered = model.architecture == "Phi3Model"
     against = static_decoding.against(static_decoding.facts_on(device, dtype, quantized, covered))
     return f"no CUDA graph ({'; '.join(against)})" if against else "a CUDA graph for each token"
 

@@ -87,7 +87,8 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     """`trl.SFTConfig` that also takes the spellings of older releases, each with one notice, and keys of philora's own.
 
     `gradient_checkpointing="elementwise"`, or `elementwise_recomputation=True`, is the grade between True and False:
-    `optimize(model, recomputation="elementwise")`.
+    `optimize(model, recomputation="elementwise")`. `"host"` computes whole layers again, as True does, from inputs that
+    the decoder stack keeps in the computer's memory.
 
     Raises:
         ConfigError: An unknown name, a `loraplus_lr_ratio` that is no number above 0, or one for an optimizer that
@@ -129,6 +130,8 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
         metadata={"help": "Compute the outputs of RMSNorm and SwiGLU again in backward; not whole layers."},
     )
 
+    inputs_on_host = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         translated, notices = translate_training_arguments(kwargs)
         for notice in notices:
@@ -147,9 +150,14 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             except Misfit:
                 faults.append(fault("SFTConfig", name, given, bound.text))
         checkpointing = translated.get("gradient_checkpointing")
+        self.inputs_on_host = checkpointing == "host"
+        if self.inputs_on_host:
+            checkpointing = translated["gradient_checkpointing"] = True
         elementwise = bool(translated.pop("elementwise_recomputation", False)) or checkpointing == "elementwise"
         if isinstance(checkpointing, str) and checkpointing != "elementwise":
-            faults.append(fault("SFTConfig", "gradient_checkpointing", checkpointing, "True, False or 'elementwise'"))
+            faults.append(
+                fault("SFTConfig", "gradient_checkpointing", checkpointing, "True, False, 'elementwise' or 'host'")
+            )
         elif elementwise and checkpointing is True:
             expected = "False, because gradient_checkpointing=True recomputes whole layers"
             faults.append(fault("SFTConfig", "elementwise_recomputation", elementwise, expected))
@@ -290,8 +298,10 @@ class SFTTrainer(MicroBatchTrainer):
             text.num_experts = text.num_local_experts  # TRL 1.16 reads this name; Phi-3.5-MoE has only the other
         elementwise = getattr(self.args, "elementwise_recomputation", False)
         optimize(self.model, recomputation="elementwise" if elementwise else None)
-        configure_stack(self.model, deterministic=getattr(self.args, "deterministic", True))
-        repeat_bits(self.model, getattr(self.args, "deterministic", True))
+        deterministic = getattr(self.args, "deterministic", True)
+        on_host = getattr(self.args, "inputs_on_host", False)
+        configure_stack(self.model, deterministic=deterministic, inputs_on_host=on_host)
+        repeat_bits(self.model, deterministic)
         add_label_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         if resolution is not None:
             apply_slices(self.model, resolution.slices)
@@ -891,6 +901,8 @@ def chosen_of(arguments: SFTConfig) -> dict[str, Any]:
     chosen = {key: getattr(arguments, key) for key in CHOSEN}
     if getattr(arguments, "elementwise_recomputation", False):
         chosen["gradient_checkpointing"] = "elementwise"
+    elif getattr(arguments, "inputs_on_host", False):
+        chosen["gradient_checkpointing"] = "host"
     return {**chosen, "threads": torch.get_num_threads()}
 
 

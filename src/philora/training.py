@@ -407,7 +407,7 @@ class _Run:
         logger.info("%s", coverage(self.model))
         each = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
         logger.info("the plan%s:\n%s", each, self.plan)
-        for text in (*filter(None, [self.plan.warning]), *outlook.notices(self.config, self.plan)):
+        for text in (*self.plan.notices, *filter(None, [self.plan.warning]), *outlook.notices(self.config, self.plan)):
             logger.warning("%s", text)
         if self.model.device.type == "cpu":
             logger.info("between the products: %s", native.describe())

@@ -53,6 +53,7 @@ ORDER = [
     "decoding",
     "static_decoding",
     "footprint",
+    "hardware",
     "planning",
     "callbacks",
     "sampling",

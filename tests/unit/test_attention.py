@@ -15,6 +15,7 @@ from philora.kernels.attention_choice import AttentionFacts, attention_for
 from philora.kernels.layout import PackedLayout
 from philora.kernels.varlen import Attention, varlen_attention
 from philora.lora.functional import fused
+from tests import on_device
 from tests.tolerances import PACKED_FP32
 
 # Every test with the functions of native.c, and without them.
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("compiled_or_not")
 
 
 def positions(lengths):
-    return torch.cat([torch.arange(each) for each in lengths])[None]
+    return torch.cat([torch.arange(each) for each in lengths])[None].to(on_device.chosen())
 
 
 def reference(q, k, v, lengths, window=None):
@@ -33,7 +34,8 @@ def reference(q, k, v, lengths, window=None):
     for length in lengths:
         part = slice(start, start + length)
         scores = q[:, :, part] @ k[:, :, part].transpose(2, 3) / q.shape[-1] ** 0.5
-        distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+        places = torch.arange(length, device=q.device)
+        distance = places[:, None] - places[None]
         allowed = (distance >= 0) & (distance < (window or length))
         scores = scores.masked_fill(~allowed, -torch.inf)
         out.append((scores.softmax(-1) @ v[:, :, part]).transpose(1, 2))
@@ -42,6 +44,7 @@ def reference(q, k, v, lengths, window=None):
 
 
 # 8 columns a head go by tiles, 16, 48 and 128 in one piece where native.c is there.
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("width", [8, 16, 48, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 5, 70])
@@ -49,9 +52,11 @@ def reference(q, k, v, lengths, window=None):
 def test_values_and_gradients(lengths, window, dtype, width):
     generator = torch.Generator().manual_seed(0)
     total = sum(lengths)
-    q = torch.randn(1, 4, total, width, generator=generator).to(dtype).requires_grad_()
-    k, v = (torch.randn(1, 2, total, width, generator=generator).to(dtype).requires_grad_() for _ in range(2))
-    grad = torch.randn(1, total, 4, width, generator=generator)
+    q, k, v, grad = (
+        torch.randn(shape, generator=generator).to(on_device.chosen())
+        for shape in ((1, 4, total, width), *2 * [(1, 2, total, width)], (1, total, 4, width))
+    )
+    q, k, v = (each.to(dtype).requires_grad_() for each in (q, k, v))
     layout = attention.layout_of(positions(lengths))
     got = attention.document_attention(q, k, v, layout, sliding_window=window)
     expected = reference(q, k, v, lengths, window)
@@ -93,13 +98,14 @@ def test_the_layout_is_remembered_while_its_tensor_lives():
     assert len(attention._known) <= 4
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("sliding_window", [None, 6])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_packed_equals_unpacked_in_a_model(phi3, enabled, sliding_window):
     model = philora.optimize(phi3(sliding_window=sliding_window))
     assert model.config._attn_implementation == attention.NAME
     lengths = [5, 17, 2, 9]
-    ids = torch.randint(3, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(3, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(4)).to(on_device.chosen())
     with fused(enabled), torch.no_grad():
         packed = model(input_ids=ids, position_ids=positions(lengths), use_cache=False).logits
         alone = torch.cat([model(input_ids=part).logits for part in ids.split(lengths, 1)], 1)

@@ -275,17 +275,39 @@ def test_the_gpu_limit_is_that_of_phi_3_mini():
 
 
 def test_gpu_cases_begin_with_the_most_telling():
-    order = list(gpu.groups(["*"], (2048, 4096)))
+    order = list(gpu.groups(["*"], gpu.arguments([]).tokens))
     assert [each.name for each in order[0]] == [
         "philora/bf16/2048/keep",
-        "philora/bf16/4096/keep",
+        "philora/bf16/8192/keep",
         "philora/bf16/2048/recompute",
-        "philora/bf16/4096/recompute",
+        "philora/bf16/8192/recompute",
     ]
-    assert [cases[0].contestant for cases in order] == 2 * list(gpu.CONTESTANTS)
-    assert [cases[0].base for cases in order] == ["bf16"] * len(gpu.CONTESTANTS) + ["nf4"] * len(gpu.CONTESTANTS)
-    picked = gpu.groups(["trl/nf4/*/keep"], (2048, 4096))
-    assert [[each.name for each in cases] for cases in picked] == [["trl/nf4/2048/keep", "trl/nf4/4096/keep"]]
+    names = list(gpu.CONTESTANTS)
+    assert [cases[0].contestant for cases in order] == [*names, "philora", *names], "fp8 is philora's alone"
+    assert [cases[0].base for cases in order] == ["bf16"] * len(names) + ["fp8"] + ["nf4"] * len(names)
+    picked = gpu.groups(["trl/nf4/*/keep"], gpu.arguments(["--long"]).tokens)
+    tokens = (2048, 8192, 16384)
+    assert [[each.name for each in cases] for cases in picked] == [[f"trl/nf4/{each}/keep" for each in tokens]]
+
+
+def test_gpu_baseline_is_the_best_of_the_others_whatever_its_packs():
+    def ran(*speeds):
+        return [{"status": gpu.OK, "tokens_per_second": each} for each in speeds]
+
+    results = {
+        gpu.Case("philora", "bf16", 8192, False): ran(30.0, 34.0, 32.0),
+        gpu.Case("philora", "fp8", 8192, False): ran(48.0),
+        gpu.Case("trl", "bf16", 2048, False): ran(5.0),
+        gpu.Case("liger", "bf16", 8192, True): ran(16.0),
+        gpu.Case("unsloth", "bf16", 2048, False): [{"status": "not importable: unsloth"}],
+        gpu.Case("philora", "nf4", 2048, False): ran(20.0),
+    }
+    assert list(gpu.verdicts(results)) == [
+        "bf16: philora/bf16/8192/keep has 32 tokens/s, 2.00 times the best of the others, liger/bf16/8192/recompute "
+        "with 16",
+        "fp8: philora/fp8/8192/keep has 48 tokens/s, 3.00 times the best of the others, liger/bf16/8192/recompute "
+        "with 16",
+    ], "NF4 has nobody to be compared with"
 
 
 def test_gpu_names_that_match_nothing_are_refused(capsys):
@@ -333,21 +355,24 @@ def test_gpu_rows(tmp_path, device):
     with table.open(encoding="utf-8") as stream:
         rows = {(row["contestant"], row["base"], row["recomputation"]): row for row in csv.DictReader(stream)}
     done = {name: row for name, row in rows.items() if name[0] != "liger"}
-    assert len(done) == 7
+    assert len(done) == 9
     if importlib.util.find_spec("liger_kernel") is None:
         assert rows["liger", "bf16", "False"]["status"] == "not importable: liger_kernel"
     assert {row["status"] for row in done.values()} == {"ok"}
     for what in ("labels", "tokens"):
         assert len({row[what] for row in done.values()}) == 1
     for name, row in done.items():
-        theirs = json.loads(done["trl", name[1], "False"]["losses"])
+        base = "bf16" if name[1] == "fp8" else name[1]
+        theirs = json.loads(done["trl", base, "False"]["losses"])
         losses = json.loads(row["losses"])
         assert len(losses) == 3
         assert losses[-1] < losses[0]
-        assert training.largest_gap(losses, theirs) < LOSS_STEP_BF16
+        assert training.largest_gap(losses, theirs) < (0.1 if name[1] == "fp8" else LOSS_STEP_BF16)
         speed, limit = float(row["tokens_per_second"]), float(row["limit_tokens_per_second"])
         assert float(row["share_of_limit"]) == pytest.approx(speed / limit, abs=1e-4)
         assert json.loads(row["settings"])["trainable_parameters"] > 0
         assert bool(row["max_memory_allocated"]) == (device == "cuda")
+        gap = training.largest_gap(losses, json.loads(done["philora", base, name[2]]["losses"]))
+        assert float(row["loss_gap_to_philora"]) == pytest.approx(gap, abs=2e-5)
     assert json.loads(done["philora", "bf16", "False"]["settings"])["adapters"] == "float32"
     assert "bitsandbytes" in json.loads(done["philora", "nf4", "False"]["versions"])

@@ -21,6 +21,7 @@ from tests.stacked import DEVICE, LENGTHS, by_peft, by_stack, inputs, largest_di
 from tests.tolerances import GRADIENTS_FP32, QUANTIZED_FP32
 
 NEEDS_CARD = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # on a CPU through the interpreter
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
 

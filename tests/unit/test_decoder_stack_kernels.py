@@ -19,14 +19,17 @@ from philora.decoder_stack.rows import FP8, FP8_LARGEST, Dropout, Rows, kept_by_
 from philora.kernels.elementwise import rms_norm_reference, swiglu_reference
 from philora.kernels.layout import PackedLayout
 from philora.kernels.varlen import Attention, deterministic_kernels
+from tests.stacked import DEVICE
+
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # on a CPU through the interpreter
 
 T, C = 3, 24
 EXACT = {"rtol": 2e-6, "atol": 2e-6}  # fp32, the same sums in another order
-DROPOUT = Dropout(torch.tensor([123456789]), 0.3)
+DROPOUT = Dropout(torch.tensor([123456789], device=DEVICE), 0.3)
 
 
 def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def masked(x, dropout=DROPOUT):
@@ -131,7 +134,7 @@ def test_masks_are_as_dense_as_asked_for_and_independent():
     rows, columns = 256, 1024
     for p in (0.05, 0.5):
         one, same_layer, other_layer = (
-            kept_by_dropout(rows, columns, Dropout(torch.tensor([seed]), p))
+            kept_by_dropout(rows, columns, Dropout(torch.tensor([seed], device=DEVICE), p))
             for seed in (42, 42 + 1000003, 42 + 2654435761)
         )
         five = 5 * (p * (1 - p) / one.numel()) ** 0.5
@@ -146,7 +149,7 @@ def test_masks_are_as_dense_as_asked_for_and_independent():
 def test_rows_in_fp8():
     rows = kernels.quantize(random(T, C))
     assert_fp8_twin(rows)
-    zeros = kernels.quantize(torch.zeros(T, C))
+    zeros = kernels.quantize(torch.zeros(T, C, device=DEVICE))
     assert float((zeros.quantized.float() * zeros.scales).abs().max()) == 0
 
 
@@ -156,11 +159,11 @@ def test_rows_in_fp8():
 def test_attention_of_documents_and_its_gradients_beside_pytorch():
     lengths, heads, size, window = (1, 5, 3), 4, 8, 3
     q, k, v = (random(9, count, size, seed=seed).requires_grad_() for seed, count in enumerate((heads, 2, 2)))
-    at = Attention(PackedLayout.of_lengths(lengths), size**-0.5, window)
+    at = Attention(PackedLayout.of_lengths(lengths).to(DEVICE), size**-0.5, window)
     parts = [torch.split(each.repeat_interleave(heads // each.shape[1], 1), lengths) for each in (q, k, v)]
     outputs = []
     for a, b, c in zip(*parts, strict=True):
-        places = torch.arange(len(a))
+        places = torch.arange(len(a), device=a.device)
         seen = (places[:, None] >= places) & (places[:, None] - places < window)
         rows = (each.transpose(0, 1)[None] for each in (a, b, c))
         outputs.append(F.scaled_dot_product_attention(*rows, attn_mask=seen)[0].transpose(0, 1))

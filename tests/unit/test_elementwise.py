@@ -7,6 +7,7 @@ import torch
 
 from philora.kernels import elementwise
 from philora.kernels.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
+from tests import on_device
 
 # One rounding of the result (2^-8 for bf16, of values up to about 8), and of each factor on the way.
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 4e-2}}
@@ -23,11 +24,12 @@ def _blocks(request, monkeypatch):
 
 def compare(fast, plain, inputs, tolerance):
     """Values and gradients of `fast` against `plain` in float64."""
+    inputs = [each.to(on_device.chosen()) for each in inputs]
     mine = [each.detach().clone().requires_grad_() for each in inputs]
     theirs = [each.detach().double().requires_grad_() for each in inputs]
     before = [each.detach().clone() for each in mine]
     got, want = fast(*mine), plain(*theirs)
-    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(9)).to(got.dtype)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(9)).to(got)
     kept = grad.clone()
     got.backward(grad)
     want.backward(grad.double())
@@ -45,6 +47,7 @@ def norm64(x, weight):
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 8), (3, 5, 7), (40, 33), (2, 19, 64)])
 def test_rms_norm(shape, dtype):
@@ -56,6 +59,7 @@ def test_rms_norm(shape, dtype):
         compare(lambda x, w: rms_norm(x, w * 1.1, 1e-5), norm64, (x, weight), TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 8), (3, 5, 6), (40, 34)])
 def test_swiglu(shape, dtype):

@@ -14,6 +14,7 @@ import philora
 from philora.kernels.loss import add_label_head
 from philora.kernels.modules import FAST, ROWS_STEP, FastPhi3Attention, FastPhi3MLP
 from philora.lora.functional import fused
+from tests import on_device
 from tests.tolerances import PACKED_FP32
 
 LENGTHS = [5, 17, 2, 9, 31]
@@ -21,14 +22,15 @@ LENGTHS = [5, 17, 2, 9, 31]
 
 def packed():
     ids = torch.randint(3, 97, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(4))
-    return {"input_ids": ids, "position_ids": torch.cat([torch.arange(each) for each in LENGTHS])[None]}
+    positions = torch.cat([torch.arange(each) for each in LENGTHS])[None]
+    return on_device.moved({"input_ids": ids, "position_ids": positions})
 
 
 def results(model, batch, **more):
     """Logits, and the gradient of every parameter."""
     model.zero_grad()
     logits = model(**batch, use_cache=False, **more).logits.float()
-    (logits * torch.sin(torch.arange(logits.numel())).view(logits.shape)).sum().backward()
+    (logits * torch.sin(torch.arange(logits.numel(), device=logits.device)).view(logits.shape)).sum().backward()
     gradients = {name: each.grad.float().clone() for name, each in model.named_parameters() if each.grad is not None}
     return {"logits": logits.detach(), **gradients}
 
@@ -46,13 +48,14 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("changes", CONFIGS, ids=str)
 @pytest.mark.parametrize("batch", ["packed", "rows"])
 def test_values_and_gradients_equal_plain_ones(phi3, changes, batch):
     model = philora.optimize(phi3(**changes)).train()
     assert {type(each) for each in model.modules()} & {FastPhi3Attention, FastPhi3MLP}
     ids = torch.randint(3, 97, (3, 40), generator=torch.Generator().manual_seed(5))
-    inputs = packed() if batch == "packed" else {"input_ids": ids}
+    inputs = packed() if batch == "packed" else on_device.moved({"input_ids": ids})
     fast = results(model, inputs)
     with fused(False):
         plain = results(model, inputs)
@@ -62,6 +65,7 @@ def test_values_and_gradients_equal_plain_ones(phi3, changes, batch):
     assert largest_gap(results(model, inputs), plain) > 1e-2, "negative control"
 
 
+@pytest.mark.usefixtures("device")
 def test_bf16_is_as_near_to_fp32_as_plain_bf16(phi3):
     wide = phi3().train()
     model = philora.optimize(copy.deepcopy(wide).bfloat16())
@@ -72,6 +76,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(phi3):
     assert largest_gap(fast, want) < 1.2 * largest_gap(plain, want)
 
 
+@pytest.mark.usefixtures("device")
 def test_with_gradient_checkpointing(phi3):
     model = philora.optimize(phi3()).train()
     want = results(model, packed())

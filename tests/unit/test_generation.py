@@ -28,6 +28,7 @@ from philora.adapters import optimize
 from philora.errors import ConfigError, DataError, ModelError
 from philora.evaluation import evaluate
 from philora.generation import Answer, GenerationSettings, Sampler, generate, stop_token_ids
+from tests import on_device
 from tests.tolerances import LOGITS_BF16
 
 SPECIAL = ["<unk>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -111,7 +112,7 @@ def one_at_a_time(
     texts = []
     for prompt in prompts:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
         settings = GenerationConfig(
             max_new_tokens=new_tokens, do_sample=False, eos_token_id=[1, 5], pad_token_id=0, use_cache=False
         )
@@ -130,8 +131,10 @@ def through_transformers(monkeypatch) -> None:
     monkeypatch.setattr(decoding, "covers", lambda model: False)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_batched_answers_equal_those_of_one_prompt_at_a_time(model, tokenizer, batch_size):
+    model = copy.deepcopy(model).to(on_device.chosen())
     expected = one_at_a_time(model, tokenizer, PROMPTS, 24)
     got = generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=24, batch_size=batch_size))
     assert texts(got) == expected

@@ -14,11 +14,13 @@ from philora.collation import layout_of_batch
 from philora.kernels import loss
 from philora.kernels.loss import add_label_head, label_scores, label_scores_reference
 from philora.lora.functional import fused
+from tests import on_device
 
 # Every test with the functions of native.c, and without them.
 pytestmark = pytest.mark.usefixtures("compiled_or_not")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [3, 7, 43])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,12 +34,15 @@ def test_values_and_gradients(rows, dtype, bias, small, monkeypatch):
     weight = torch.randn(61, 16, generator=generator).to(dtype)
     offset = torch.randn(61, generator=generator).to(dtype) if bias else None
     labels = torch.randint(0, 61, (rows,), generator=generator)
-    pull = torch.randn(rows, generator=generator)
+    pull = torch.randn(rows, generator=generator).to(on_device.chosen())
+    weight, labels = weight.to(on_device.chosen()), labels.to(on_device.chosen())
+    offset = None if offset is None else offset.to(on_device.chosen())
     # bf16: logits of size 16 are rounded by 2^-9, then softmax and gradient; fp32: the sums run in another order
     close = {"rtol": 5e-2, "atol": 1e-1} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
     results, grads = [], []
     for function in (label_scores, label_scores_reference):
-        hidden = torch.randn(rows, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        hidden = torch.randn(rows, 16, generator=torch.Generator().manual_seed(1))
+        hidden = hidden.to(on_device.chosen(), dtype).requires_grad_()
         exact = function is label_scores_reference and dtype is torch.bfloat16  # the same values, summed in fp32
         inputs = [None if each is None else each.float() if exact else each for each in (hidden, weight, offset)]
         scores = function(*inputs, labels)
@@ -71,6 +76,7 @@ def outputs(model, ids, labels, **extra):
     return out, [each.grad.clone() for each in model.parameters() if each.grad is not None]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("case", ["some labels", "no label", "head trained", "switched off"])
 def test_a_model_gives_what_trl_gives(phi3, case):
     trl, mine = phi3(), phi3()
@@ -78,7 +84,7 @@ def test_a_model_gives_what_trl_gives(phi3, case):
         model.lm_head.weight.requires_grad_(case == "head trained")
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     add_label_head(mine)
-    ids = torch.randint(3, 97, (2, 15), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(3, 97, (2, 15), generator=torch.Generator().manual_seed(3)).to(on_device.chosen())
     labels = ids.clone()
     labels[:, : 15 if case == "no label" else 6] = -100
     with fused(case != "switched off"):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from philora import native
 from philora.errors import ConfigError
 from philora.lora import functional
+from tests import on_device
 
 # Largest difference over largest value. bf16 and fp16 round the base product and the update apart, as the
 # reference does, but in another order; fp32 and fp64 differ by the order of summation only.
@@ -70,7 +71,8 @@ def inputs(
     shapes = [(*lead, 5), (9, 5), (9,), case.shape_a, case.shape_b]
     dtypes = [dtype] * 3 + [adapter or dtype] * 2
     made: list[Tensor | None] = [
-        torch.randn(s, dtype=torch.float64).to(d).requires_grad_() for s, d in zip(shapes, dtypes, strict=True)
+        torch.randn(s, dtype=torch.float64).to(on_device.chosen(), d).requires_grad_()
+        for s, d in zip(shapes, dtypes, strict=True)
     ]
     if not bias:
         made[2] = None
@@ -91,7 +93,7 @@ def compare(case: Case, tensors: list[Tensor | None], tolerance: float, **kwargs
         y = function(*tensors, **kwargs)
         torch.manual_seed(4)
         wanted = [t for t in tensors if t is not None and t.requires_grad]
-        grads = torch.autograd.grad(y, wanted, torch.randn(y.shape).to(y.dtype))
+        grads = torch.autograd.grad(y, wanted, torch.randn(y.shape).to(y))
         results.append([y, *grads])
         assert [g.dtype for g in grads] == [t.dtype for t in wanted]
     for got, want in zip(*results, strict=True):
@@ -100,12 +102,14 @@ def compare(case: Case, tensors: list[Tensor | None], tolerance: float, **kwargs
         assert gap(got, want) <= tolerance
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("lead", [(7,), (), (2, 3), (2, 1, 3), (0,)], ids=str)
 def test_values_and_gradients(case: Case, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     compare(case, inputs(case, dtype, lead=lead), TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4, 1.0])
 def test_dropout_draws_the_mask_of_the_reference(case: Case, dropout_p: float, bias: bool) -> None:

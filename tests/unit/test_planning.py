@@ -41,7 +41,7 @@ def plan(counted, memory, **changes):
 
 def test_parts_of_the_full_shape(mini):
     assert (mini.parameters, mini.trainable) == (3_821_079_552, 25_165_824)
-    none, cheap, full = (mini.estimate(2048, grade) for grade in planning.GRADES)
+    none, cheap, full = (mini.estimate(2048, grade) for grade in planning.GRADES[:3])
     assert none.training == sum(getattr(none, name) for name in PARTS)
     assert none.activations > 1.2 * cheap.activations > 4 * full.activations
     assert none.weights == full.weights == none.files == 2 * mini.parameters, "pages of files count, and are named"
@@ -55,8 +55,8 @@ def test_parts_of_the_full_shape(mini):
 
 def test_the_least_recomputation_that_fits(mini):
     assert plan(mini, 500 * GIB)[:3] == (4, 1, "none")
-    sizes = {grade: mini.estimate(2048, grade).training / 0.9 for grade in planning.GRADES}
-    for grade in planning.GRADES:
+    sizes = {grade: mini.estimate(2048, grade).training / 0.9 for grade in planning.GRADES[:3]}
+    for grade in planning.GRADES[:3]:
         assert plan(mini, int(1.01 * sizes[grade]))[:3] == (1, 4, grade)
     assert plan(mini, 1 * GIB)[:3] == (1, 4, "full"), "nothing fits: the least, and the run says so"
 

@@ -29,6 +29,7 @@ from philora.lora.functional import fused
 from philora.merged_folder import merge_to_folder
 from philora.models import load_model, load_skeleton, local_path
 from philora.quantization import QuantizedWeight, dequantized
+from tests import on_device
 from tests.tolerances import LOGITS_FP32, MERGED_BF16, QUANTIZED_FP32
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -39,7 +40,7 @@ FAST = {"nf4": "FastLinear4bit", "int8": "FastLinear8bitLt"}
 
 
 def tokens(rows=2, length=20):
-    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(1)).to(on_device.chosen())
 
 
 def lora(**changes):
@@ -55,7 +56,8 @@ def folder(phi3, tmp_path):
 
 
 def loaded(folder, how, dtype="float32", **changes):
-    return load_model(ModelConfig(name_or_path=str(folder), quantization=how, dtype=dtype, **changes))
+    model = load_model(ModelConfig(name_or_path=str(folder), quantization=how, dtype=dtype, **changes))
+    return model.to(on_device.chosen())
 
 
 def trained(base, **changes):
@@ -153,6 +155,7 @@ def test_parameters_count_what_they_stand_for(folder):
 # ------------------------------------------------------------------------------------------ forward and gradients
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 def test_forward_and_gradients_equal_those_over_the_dequantised_weights(folder, how):
     model = trained(loaded(folder, how))

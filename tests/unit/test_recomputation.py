@@ -20,6 +20,7 @@ from philora.kernels import modules
 from philora.lora.functional import fused, lora_linear
 from philora.lora.recomputation import mark, recipe_of
 from philora.models import load_model
+from tests import on_device
 from tests.fast_paths import train_by_trainer
 
 LENGTHS = [70, 120, 30, 100, 125, 88, 107]
@@ -28,7 +29,8 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "C
 
 def batch():
     ids = torch.randint(3, 97, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(4))
-    return {"input_ids": ids, "position_ids": torch.cat([torch.arange(each) for each in LENGTHS])[None]}
+    positions = torch.cat([torch.arange(each) for each in LENGTHS])[None]
+    return on_device.moved({"input_ids": ids, "position_ids": positions})
 
 
 def adapted(model, **changes):
@@ -36,7 +38,7 @@ def adapted(model, **changes):
     with torch.no_grad():
         for name, each in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(each, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+                each.copy_(0.1 * torch.randn(each.shape, generator=torch.Generator().manual_seed(len(name))))
     return model
 
 
@@ -59,7 +61,7 @@ def step(model, micro_batches=1):
         inputs["input_ids"] = inputs["input_ids"].roll(index, 1)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state.float()
-            loss = (hidden * torch.sin(torch.arange(hidden.numel())).view(hidden.shape)).sum()
+            loss = (hidden * torch.sin(torch.arange(hidden.numel(), device=hidden.device)).view(hidden.shape)).sum()
         loss.backward()
         results[f"loss {index}"] = loss.detach()
     gradients = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
@@ -70,6 +72,7 @@ def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_and_less_memory(phi3, dtype, dropout, compiled_or_not, monkeypatch):
@@ -158,7 +161,9 @@ def test_the_setting_survives_and_contradictions_do_not(tmp_path):
     assert not philora.SFTConfig(str(tmp_path)).elementwise_recomputation
     with pytest.raises(ConfigError, match="elementwise_recomputation=True - expected False, because gradient_check"):
         philora.SFTConfig(str(tmp_path), gradient_checkpointing=True, elementwise_recomputation=True)
-    with pytest.raises(ConfigError, match="gradient_checkpointing='full' - expected True, False or 'elementwise'"):
+    with pytest.raises(
+        ConfigError, match="gradient_checkpointing='full' - expected True, False, 'elementwise' or 'host'"
+    ):
         philora.SFTConfig(str(tmp_path), gradient_checkpointing="full")
 
 

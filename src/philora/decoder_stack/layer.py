@@ -153,6 +153,10 @@ class Gradients(NamedTuple):
     down: Tensor | None
     up: Tensor | None
 
+    def of_adapter(self) -> Gradients:
+        """Return those of A and B alone, so that the memory of the others is free."""
+        return self._replace(x=None, adapter=None)
+
 
 def _sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
     """Return `a^T b`, on a GPU with an fp32 result. Shapes: a (T, m), b (T, n); returns (m, n)."""
@@ -347,14 +351,18 @@ def _gradients(
     rows = shared.taken_up(dh) or (kernels.quantize(dh.contiguous()) if fp8[3] else Rows(dh.contiguous()))
     product = kernels.swiglu(k.gate_up)[0].values if k.product is None else k.product
     down = down_proj.backward(rows, product, k.down4, dropouts[3])
+    del product
     of_gate_up = kernels.swiglu_backward(down.x, k.gate_up, down.adapter, dropouts[3], fp8[2])
+    down = down.of_adapter()
 
     y2 = kernels.norm_again(k.x2, layer.norms[1], k.inverse2) if k.y2 is None else k.y2
     gate_up = gate_up_proj.backward(of_gate_up, y2, k.down3, dropouts[2])
+    del of_gate_up, y2
     gate_up, of_norm2 = _norm_weight(gate_up, layer.norms[1], dropouts[2], norms[1], k.x2, k.inverse2)
     of_x2 = kernels.norm_backward(
         gate_up.x, k.x2, k.inverse2, layer.norms[1], dx.contiguous(), gate_up.adapter, dropouts[2], fp8[1]
     )
+    gate_up = gate_up.of_adapter()
 
     flat = k.heads.reshape(len(k.heads), -1)
     o = o_proj.backward(of_x2, flat, k.down2, dropouts[1])
@@ -362,10 +370,14 @@ def _gradients(
     context = (k.attention1, k.attention2, k.attention3)
     query, key, value = layer.split(k.qkv)
     of_rotated = shared.attention.gradients(of_heads.view_as(k.heads), query, key, value, k.heads, context)
+    o = o.of_adapter()
+    del of_heads
     of_qkv = kernels.rotate_backward(*of_rotated, shared.cos, shared.sin, fp8[0])
+    del of_rotated
 
     y1 = kernels.norm_again(k.x1, layer.norms[0], k.inverse1) if k.y1 is None else k.y1
     qkv = qkv_proj.backward(of_qkv, y1, k.down1, dropouts[0], needs_x or norms[0])
+    del of_qkv, y1
     qkv, of_norm1 = _norm_weight(qkv, layer.norms[0], dropouts[0], norms[0], k.x1, k.inverse1)
     of_x1 = None
     if needs_x:

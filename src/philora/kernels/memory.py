@@ -20,8 +20,15 @@ logger = logging.getLogger(__name__)
 # glibc's mallopt(3): blocks above the threshold are mapped by themselves, and memory at the end of the heap above the
 # other is given back. The second is an int in C.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
-# What the messages of PyTorch's other allocators and of oneDNN have in common where memory is refused.
-_REFUSALS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
+# What the messages of PyTorch's other allocators, of oneDNN and of CUDA's libraries (cuBLAS, cuDNN) have in common
+# where memory is refused.
+_REFUSALS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "could not create a memory",
+    "STATUS_ALLOC_FAILED",
+)
 _LARGEST_BLOCK, _MOST_FREE = 1 << 30, (1 << 31) - 1
 _LARGE_BLOCK = 1 << 20
 

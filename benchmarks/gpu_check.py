@@ -1,0 +1,318 @@
+"""Everything that a card has to show, in one command of less than six minutes: `make gpu`.
+
+    python -m benchmarks.gpu_check [--minutes 5.8] [--only PART ...]
+    python -m benchmarks.gpu_check --quick --device cpu        # a tiny model, few tests: does it run?
+
+| part | what runs |
+| --- | --- |
+| `parity` | the tests that are marked `gpu` |
+| `bf16`, `nf4` | the main job on the bundled model, from a configuration to an adapter |
+| `resume` | the same, stopped by a signal and resumed: its adapter has the bits of the run that went through |
+| `speed` | `benchmarks.gpu` on the most telling cases; its rows go to results/gpu.csv |
+| `profile` | one step of philora's trainer under PyTorch's profiler: where its time goes, and waits for the device |
+
+Each part is a process of its own with a limit, so that one that fails or hangs costs its own time only. It needs
+Python, PyTorch, Triton and the packages of tools/gpu_carry.txt, no network, no git and no installed philora. A table
+ends it, and rows go to results/gpu_check.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.results import RESULTS, append, commit, now
+
+REPOSITORY = Path(__file__).parents[1]
+SPEED = (
+    "philora/bf16/*/keep,philora/fp8/8192/keep,philora/nf4/*/keep,trl/bf16/*/keep,trl/nf4/2048/keep,"
+    "liger/bf16/*/keep,unsloth/bf16/2048/keep"
+)
+# Seconds of each part, which add up to less than six minutes.
+SECONDS = {"parity": 85.0, "bf16": 35.0, "nf4": 35.0, "resume": 45.0, "speed": 105.0, "profile": 40.0}
+
+
+class Outcome(NamedTuple):
+    """What came of a part.
+
+    Attributes:
+        part: Its name.
+        status: `ok`, `failed` or `too slow`.
+        seconds: It took.
+        said: The last line of its output.
+    """
+
+    part: str
+    status: str
+    seconds: float
+    said: str
+
+
+def commands(device: str, quick: bool, seconds: float) -> dict[str, list[str]]:
+    """The command of each part.
+
+    Args:
+        device: cuda or cpu.
+        quick: Whether a few small things are enough.
+        seconds: For the part `speed`.
+    """
+    own = [sys.executable, "-m", "benchmarks.gpu_check", "--device", device, *(["--quick"] if quick else []), "--part"]
+    tests = ["-m", "gpu", "tests/unit"] if device == "cuda" else ["-m", "not gpu", "-k", "cpu", "tests/unit"]
+    if quick:
+        tests[-1:] = ["tests/unit/test_elementwise.py"]
+    speed = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--minutes", f"{seconds / 60:.2f}"]
+    speed += ["--warmup", "3", "--steps", "6", "--only", "philora/bf16/256/keep" if quick else SPEED]
+    return {
+        "parity": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x" if quick else "-q", *tests],
+        **{part: [*own, part] for part in ("bf16", "nf4", "resume")},
+        "speed": [*speed, *(["--quick"] if quick else [])],
+        "profile": [*own, "profile"],
+    }
+
+
+def run_part(part: str, command: Sequence[str], seconds: float, folder: Path) -> Outcome:
+    """Run one part in a process group of its own, which ends with it.
+
+    Args:
+        part: Its name.
+        command: Its command line.
+        seconds: After which it is ended.
+        folder: For its output.
+    """
+    log = folder / f"{part}.log"
+    paths = [str(REPOSITORY / "src"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    begun = time.monotonic()
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = "ok" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "too slow"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    lines = [each.strip() for each in log.read_text(encoding="utf-8", errors="replace").splitlines() if each.strip()]
+    return Outcome(part, status, time.monotonic() - begun, lines[-1][:200] if lines else "")
+
+
+# ------------------------------------------------------------------------------------------------- the main job
+
+
+def settings(folder: Path, base: str, device: str) -> dict[str, Any]:
+    """The configuration of the main job: 8 steps of the bundled help desk."""
+    # On a CPU small steps over the same few rows, in fp32: bf16 is many times slower without bf16 instructions.
+    dtype, tokens, rows = ("bfloat16", 1024, 200) if device == "cuda" else ("float32", 256, 6)
+    return {
+        "model": {"name_or_path": "nano", "dtype": dtype, "quantization": "none" if base == "bf16" else base},
+        "data": {"train": {"path": "helpdesk", "limit": rows}, "eval": None},
+        "training_config": {
+            "output_dir": str(folder),
+            "max_steps": 8,
+            "max_length": tokens // 2,
+            "tokens_per_step": tokens,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "eval_strategy": "no",
+            "logging_steps": 1,
+            "use_cpu": device == "cpu",
+        },
+        "peft_config": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
+    }
+
+
+def adapter_of(folder: Path, base: str, device: str, stop: bool = False) -> bytes:
+    """Train, with `stop` in two parts, and return the adapter's file.
+
+    Args:
+        folder: Of the run.
+        base: bf16 or nf4.
+        device: cuda or cpu.
+        stop: Whether a signal stops the run after 5 steps, and it is resumed.
+    """
+    import philora
+    from philora.signals import Interrupted
+
+    given = settings(folder, base, device)
+    if stop:
+        try:
+            philora.train(given, callbacks=[_signal_after(5)], quiet=True)
+        except Interrupted:
+            pass
+        else:
+            raise RuntimeError("the signal did not stop the run")
+    result = philora.train(given, resume=stop, quiet=True)
+    losses = [each["loss"] for each in _log(folder) if "loss" in each]
+    print(f"{base}: loss {losses[0]:.3f} to {losses[-1]:.3f}, {result.results['throughput']}")
+    if not losses[-1] < losses[0]:
+        raise RuntimeError("the loss did not fall")
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    import json
+
+    found: list[dict[str, Any]] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return found
+
+
+def _signal_after(steps: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        """Sends this process a SIGTERM at the end of a step."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return Stop()
+
+
+def main_job(base: str, device: str) -> None:
+    """The job on one base."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapter_of(Path(folder) / "run", base, device)
+
+
+def resumed(device: str) -> None:
+    """A run that a signal stopped has, resumed, the bits of one that went through.
+
+    Raises:
+        RuntimeError: It has not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        whole = adapter_of(Path(folder) / "whole", "bf16", device)
+        parts = adapter_of(Path(folder) / "parts", "bf16", device, stop=True)
+    if whole != parts:
+        raise RuntimeError("the adapter of the resumed run differs from that of the run that went through")
+    print("the resumed run has the same adapter, bit for bit")
+
+
+# --------------------------------------------------------------------------------------------------- the profile
+
+
+def profile(device: str, quick: bool) -> None:
+    """One step of philora's trainer: the operations that take longest, and calls that wait for the device."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+    from transformers import TrainerCallback
+
+    from benchmarks import gpu
+    from benchmarks.work import WORKS, make_rows
+
+    work, tokens = (WORKS["quick"], 256) if quick else (gpu.MINI, 2048)
+    case = gpu.Case("philora", "bf16", tokens, recompute=False)
+    chosen = gpu.Settings(work, device, 3, 1, seconds=0.0)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    recorded = profiler(activities=activities)
+
+    class OneStep(TrainerCallback):  # type: ignore[misc]
+        """Profiles the last step."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == state.max_steps - 1:
+                recorded.__enter__()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == state.max_steps:
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                recorded.__exit__(None, None, None)
+
+    rows = make_rows(gpu.replace(work, row_tokens=tokens))[:4]
+    model = gpu.make_model(work, "bf16", "sdpa", chosen)
+    library = __import__("philora")
+    gpu.run_trainer(library, model, gpu.seeded_adapter(), case, rows, chosen, callbacks=[OneStep()])
+    order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    print(recorded.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+    waits = [each for each in recorded.events() or () if "Synchronize" in each.name or each.name == "aten::item"]
+    print(f"one step of {tokens} tokens: {len(recorded.events() or ())} events, {len(waits)} waits for the device")
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=list(SECONDS), default=list(SECONDS), help="parts")
+    parser.add_argument("--minutes", type=float, default=5.8, help="for everything")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few tests: does it run?")
+    parser.add_argument("--results", type=Path, default=RESULTS / "gpu_check.csv", help="table that rows are added to")
+    parser.add_argument("--no-write", action="store_true", help="leave the table as it is")
+    parser.add_argument("--part", choices=("bf16", "nf4", "resume", "profile"), help=argparse.SUPPRESS)
+    given = parser.parse_args(line)
+    given.no_write = given.no_write or (given.quick and given.results == RESULTS / "gpu_check.csv")
+    return given
+
+
+def device_name(device: str) -> str:
+    """What the parts run on."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device: cuda - expected a CUDA GPU that torch can use. Try --device cpu --quick.")
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def check(given: argparse.Namespace, console: Console) -> int:
+    """Run the parts and show what came of them; 1 where one failed."""
+    deadline = time.monotonic() + 60 * given.minutes
+    stamp = {"date": now(), "commit": commit(REPOSITORY), "device": device_name(given.device)}
+    folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    outcomes = []
+    for part in given.only:
+        seconds = max(1.0, min(SECONDS[part] * given.minutes / 5.8, deadline - time.monotonic()))
+        command = commands(given.device, given.quick, seconds - 5)[part]
+        outcome = run_part(part, command, seconds, folder)
+        outcomes.append(outcome)
+        console.print(
+            f"{part}: {outcome.status}, {outcome.seconds:.0f} s: {outcome.said}", highlight=False, markup=False
+        )
+        if part in ("speed", "profile") or outcome.status != "ok":
+            console.print((folder / f"{part}.log").read_text(encoding="utf-8", errors="replace")[-6000:], markup=False)
+        if not given.no_write:
+            row = {**outcome._asdict(), "seconds": round(outcome.seconds, 1)}
+            append(given.results, stamp | row)
+    table = Table(box=None, pad_edge=False)
+    for column in Outcome._fields:
+        table.add_column(column)
+    for each in outcomes:
+        table.add_row(each.part, each.status, f"{each.seconds:.0f}", each.said[:90])
+    console.print(table)
+    return int(any(each.status != "ok" for each in outcomes))
+
+
+def main() -> int:
+    """Run the command, or one part of it in its own process."""
+    given = arguments()
+    if given.part in ("bf16", "nf4"):
+        main_job(given.part, given.device)
+    elif given.part == "resume":
+        resumed(given.device)
+    elif given.part == "profile":
+        profile(given.device, given.quick)
+    else:
+        console = Console(soft_wrap=True)
+        console.width = max(console.width, 124)
+        return check(given, console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Bytes that the decoder stack needs on a GPU, from the sizes of its layers: plain functions, without a device.
+
+`footprint` adds them to the base, the adapter and the loss; tests/unit/test_stack_memory.py counts the tensors of a
+real step beside them, and has the peaks that were measured on a card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from philora.decoder_stack.layer import Keep  # needs Triton
+
+# The peak of a step in a CUDA graph was 1.4 to 2.4 GB above that of the same step without one, at 32 layers of 3,072
+# columns, alike for 2,048 and 8,192 tokens (benchmarks/results/gpu_prototype.csv).
+GRAPH_BYTES_PER_LAYER_COLUMN = 2.4e9 / (32 * 3072)
+
+
+@dataclass(frozen=True)
+class StackSizes:
+    """What the bytes of a decoder layer depend on.
+
+    Attributes:
+        layers: Decoder layers.
+        hidden: Columns of the residual stream.
+        feed_forward: Columns of SwiGLU's output.
+        query: Columns of all query heads.
+        key_value: Columns of all key heads, and of all value heads.
+        heads: Query heads.
+        ranks: Ranks of the four adapters of a layer, added up.
+        element_bytes: Of an activation.
+        dropout: Whether LoRA dropout acts.
+        fp8: Whether the base's products are in fp8.
+        weights: Weights of the linear layers of all decoder layers.
+    """
+
+    layers: int
+    hidden: int
+    feed_forward: int
+    query: int
+    key_value: int
+    heads: int
+    ranks: int
+    element_bytes: int = 2
+    dropout: bool = False
+    fp8: bool = False
+    weights: int = 0
+
+    @property
+    def fused(self) -> int:
+        """Columns of the fused q, k, v projection."""
+        return self.query + 2 * self.key_value
+
+    def layer_bytes(self, keep: Keep) -> float:
+        """Return what one layer keeps of a token on the device until its backward pass (`layer.Kept`).
+
+        Args:
+            keep: What is kept.
+        """
+        size = self.element_bytes
+        if keep in ("input", "host"):
+            return size * self.hidden if keep == "input" else 0
+        # x1 and x2; q, k, v and what attention returns; gate and up; u A^T of each adapter.
+        elements = 2 * self.hidden + self.fused + self.query + 2 * self.feed_forward + self.ranks
+        if keep == "everything":
+            elements += 2 * self.hidden + self.feed_forward  # the norms' and SwiGLU's outputs
+        # In fp32: one over the root mean square of each norm, and flash attention's normaliser of each head.
+        return size * elements + 4 * (2 + self.heads)
+
+    def backward_bytes(self, keep: Keep) -> float:
+        """Return what one layer's backward pass has of a token at once at most, besides what is kept.
+
+        Args:
+            keep: What is kept.
+        """
+        c, i, q, f = self.hidden, self.feed_forward, self.query, self.fused
+        again = keep == "elementwise"
+        dropped = int(self.dropout)
+        # The gradients of x and of h, which the layer after this one has made, are there throughout.
+        stages = (
+            i * (1 + again + 2 * dropped),  # of SwiGLU's output; the output again; dropout's copy, the adapter's part
+            3 * i + i * dropped,  # the same, and that of gate and up
+            2 * i + c * (1 + again + 2 * dropped),  # of gate and up, and of the norm's output
+            2 * c + f + 2 * q,  # of x2 and of attention's output; of q, k, v; flash attention's sums in fp32
+            c + 2 * f,  # of x2; of q, k, v apart and together
+            c + f + c * (1 + again + 2 * dropped),  # of x2, of q, k, v, and of the norm's output
+        )
+        made_again = self.layer_bytes("everything") if keep in ("input", "host") else 0
+        copies = 1 + 1 / self.element_bytes if self.fp8 else 1  # operands are also written in one byte
+        return made_again + self.element_bytes * (2 * c + max(stages)) * copies
+
+    def activation_bytes(self, tokens: int, keep: Keep) -> float:
+        """Return what all layers keep on the device of so many tokens, and what stands before and after them.
+
+        Args:
+            tokens: Of a micro-batch.
+            keep: What is kept.
+        """
+        # The sum of x and h that the last norm reads, and the norm's output; cos and sin in fp32; the ids, labels and
+        # positions in int64. With inputs in the computer's memory two of them are on their way at a time, and two back.
+        around = 2 * self.hidden * self.element_bytes + 4 * self.query / self.heads + 4 * 8
+        if keep == "host":
+            around += 4 * self.hidden * self.element_bytes
+        return tokens * (around + self.layers * self.layer_bytes(keep))
+
+    def pinned_bytes(self, tokens: int, keep: Keep) -> int:
+        """Return what is in the computer's pinned memory.
+
+        Args:
+            tokens: Of a micro-batch.
+            keep: What is kept.
+        """
+        return tokens * self.layers * self.hidden * self.element_bytes if keep == "host" else 0
+
+    @property
+    def fp8_bytes(self) -> int:
+        """Copies of the weights in fp8, one for each direction of the products, with a scale a row."""
+        return 2 * self.weights if self.fp8 else 0
+
+    @property
+    def graph_bytes(self) -> int:
+        """What a CUDA graph of the layers holds besides what a step without one does."""
+        return round(GRAPH_BYTES_PER_LAYER_COLUMN * self.layers * self.hidden)
