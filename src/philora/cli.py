@@ -155,6 +155,7 @@ def check(
         keys = ("rows", "tokens", "labels", "longest_tokens", "truncated", "dropped", "duplicates")
         table.add_row(name, *(f"{figures.get(key, 0):,}" for key in keys))
     out.print(table)
+    _show_sources(found.sources)
     for notice in found.notices:
         out.print(f"[yellow]notice[/]     {escape(notice)}")
     out.print("\n[bold]one example; the loss is on the coloured tokens[/]")
@@ -535,6 +536,14 @@ def explain(
 
 
 # ------------------------------------------------------------------------------------------------- inside
+
+
+def _show_sources(sources: dict[str, Any]) -> None:
+    """Show which shape each source was read as, how that was recognised, and its first conversations."""
+    for each in (source for some in sources.values() for source in some):
+        out.print(f"[bold]read[/]       {escape(str(each))}", highlight=False)
+        for example in each.examples:
+            out.print(f"           [dim]{escape(example)}[/]", highlight=False)
 
 
 def _votes_folder(source: str) -> Path:
