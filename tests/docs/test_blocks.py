@@ -203,7 +203,8 @@ def play(page, cli, monkeypatch, names=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/coming-from.md", "docs/loralib.md"]
+    "page",
+    ["README.md", "docs/quickstart.md", "docs/data.md", "docs/cookbook.md", "docs/coming-from.md", "docs/loralib.md"],
 )
 def test_the_blocks_of_a_page_work(page, cli, tmp_path, monkeypatch, phi3):
     monkeypatch.chdir(tmp_path)

@@ -149,7 +149,7 @@ def resolve(config: SourceConfig, role: Role) -> Source:
     if path.is_file():
         _refuse_subset(config, "a file has no subsets")
         return _files_source(config, [path], config.path, _Reading(role, config.split, {}))
-    refuse_pipe(path, config.path, "data")
+    _refuse_pipe(path, config.path, "data")
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse_subset(config, "a saved dataset has no subsets")
@@ -160,7 +160,7 @@ def resolve(config: SourceConfig, role: Role) -> Source:
     return _hub_source(config, role)
 
 
-def refuse_pipe(path: Path, given: str, where: str) -> None:
+def _refuse_pipe(path: Path, given: str, where: str) -> None:
     """Refuse what is there and can be read once only: a pipe, `/dev/stdin`, `<(...)` of a shell.
 
     Raises:
