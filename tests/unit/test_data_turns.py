@@ -11,7 +11,9 @@ import sys
 
 import pytest
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from philora.cli import app
 from philora.config import DataConfig, SourceConfig, load_config
 from philora.data import prepare
 from philora.data.prepare import hold_out, places_of, wanted_rows
@@ -248,3 +250,28 @@ def test_packed_files_are_read_by_lines(run, tmp_path):
     text = pairs(tmp_path / "a.jsonl", 3000).read_bytes()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text))
     assert list(run(tmp_path / "b.jsonl.gz").train_conversations) == list(run(tmp_path / "a.jsonl").train_conversations)
+
+
+# ------------------------------------------------------------------------------------------------- what is shown
+
+
+def test_check_shows_the_shape_and_examples(tmp_path):
+    file = messages(tmp_path / "a.csv")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{name_or_path: nano}}\ndata: {{train: {file}, eval: null}}\n"
+        f"training_config: {{output_dir: {tmp_path / 'run'}, max_steps: 30}}\n"
+    )
+    shown = CliRunner().invoke(app, ["check", str(tmp_path / "run.yaml")])
+    assert shown.exit_code == 0
+    assert f"read       {file}: 2 records, read as turns (one row for each message: conversations by" in shown.output
+    assert "user: Refund? | assistant: Done." in shown.output
+    plain = json.loads(CliRunner().invoke(app, ["check", str(tmp_path / "run.yaml"), "--json"]).output)
+    assert plain["sources"]["train"][0]["format"] == "turns"
+
+
+def test_train_says_the_shape_and_examples(run, tmp_path, caplog):
+    with caplog.at_level("INFO", "philora"):
+        run(messages(tmp_path / "a.csv"))
+    said = [each.getMessage() for each in caplog.records]
+    assert any("2 records, read as turns (one row for each message" in each for each in said)
+    assert "  user: Refund? | assistant: Done." in said
