@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pyarrow as pa
 from pyarrow import parquet
 from transformers import AutoTokenizer
@@ -35,8 +36,8 @@ TOOLS_TEMPLATE = (
 )
 """A template that shows tool descriptions and tool calls; the bundled model's shows neither."""
 
-NO_TEXT = {"role", "from", "type", "label", "weight", "loss"}
-"""Fields that say something about a text and are none."""
+NO_TEXT = {"role", "from", "type", "label", "weight", "loss", "ticket_id", "created", "Author", "Conversation"}
+"""Fields that say something about a text and are none, also of one row for each message."""
 
 
 def user(text: str) -> dict[str, Any]:
@@ -87,6 +88,34 @@ def table(*records: dict[str, Any], name: str = "data.csv", encoding: str = "utf
     writer.writerow(records[0])
     writer.writerows(each.values() for each in records)
     return File(name, list(records), stream.getvalue().encode(encoding))
+
+
+def packed(file: File, name: str) -> File:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(file.data)
+    return File(name, file.records, sink.getvalue().to_pybytes())
+
+
+def separated(*records: dict[str, Any], delimiter: str = ";", encoding: str = "utf-8-sig", head: str = "") -> File:
+    stream = io.StringIO()
+    stream.write(head)
+    writer = csv.writer(stream, delimiter=delimiter, lineterminator="\r\n")
+    writer.writerow(records[0])
+    writer.writerows(each.values() for each in records)
+    return File("data.csv", list(records), stream.getvalue().encode(encoding))
+
+
+def sheet(*records: dict[str, Any], name: str = "data.xlsx", **others: list[dict[str, Any]]) -> File:
+    book = openpyxl.Workbook()
+    for title, rows in {"Chats": list(records), **others}.items():
+        made = book.create_sheet(title)
+        for row in ([*rows[0]], *([*each.values()] for each in rows)):
+            made.append(row)
+    del book["Sheet"]
+    sink = io.BytesIO()
+    book.save(sink)
+    return File(name, [*records, *({f"sheet {title}": rows} for title, rows in others.items())], sink.getvalue())
 
 
 def arrow(*records: dict[str, Any], name: str = "data.parquet") -> File:
@@ -211,10 +240,68 @@ def chat_kinds() -> Iterator[Kind]:
         (jsonl({"messages": [user(Q), assistant(" ")]}),),
         refused="an answer that is not empty",
     )
+    yield from turn_kinds()
+
+
+def row(ticket: str, role: str, text: str, created: str, **more: str) -> dict[str, Any]:
+    return {"ticket_id": ticket, "role": role, "text": text, "created": created, **more}
+
+
+def turn_kinds() -> Iterator[Kind]:
+    rows = [
+        row("1", "agent", A, "2026-03-01 10:05:00"),
+        row("2", "customer", "Refund?", "2026-03-01 10:01:00"),
+        row("1", "customer", Q, "2026-03-01 10:00:00"),
+        row("2", "agent", "Done.", "2026-03-01 10:30:00"),
+    ]
+    yield Kind("one row for each message", (table(*rows),), (A, "Done."))
+    yield Kind("the same as JSON Lines", (jsonl(*rows),), (A, "Done."))
+    yield Kind("the same as Parquet", (arrow(*rows),), (A, "Done."))
+    unordered = [{**rows[2], "created": "Monday"}, {**rows[0], "created": "Tuesday"}]
     yield Kind(
-        "one row for each message",
-        (table({"ticket_id": "1", "role": "customer", "text": Q, "created": "2026"}),),
+        "one row for each message, no times that order",
+        (table(*unordered),),
+        (A,),
+        ("column created (not all of its values are times",),
+    )
+    subject = [{**each, "subject": "Ways"} for each in (rows[2], rows[0])]
+    yield Kind("one row for each message, a column beside", (table(*subject),), (A,), ("subject (1)",))
+    named = [
+        {"Conversation": "c", "Author": "Ann", "Words": Q, "state": "open"},
+        {"Conversation": "c", "Author": "Shop", "Words": A, "state": ""},
+    ]
+    columns = {"conversation": "{Conversation}", "role": "{Author}", "content": "{Words}"}
+    yield Kind(
+        "one row for each message, names of their own",
+        (table(*named),),
+        (A,),
+        ("state (1)",),
+        settings={"columns": columns, "roles": {"Shop": "assistant", "*": "user"}},
+    )
+    yield Kind(
+        "the same, a role that nobody knows",
+        (table(*named),),
+        refused="messages[0].role='Ann'",
+        settings={"columns": columns},
+    )
+    yield Kind(
+        "the same, a column that is not there",
+        (table(*named),),
+        refused="(the columns are Conversation, Author, Words, state)",
+        settings={"columns": {**columns, "time": "{sent}"}},
+    )
+    yield Kind(
+        "one row for each message, an id missing",
+        (table(*rows, row("", "agent", "Who?", "2026-03-01 10:30:00")),),
+        refused="the id of the conversation that the row belongs to",
+    )
+    yield Kind(
+        "one row for each message, no id",
+        (table({"role": "customer", "text": Q}),),
         refused="a whole conversation in each record",
+    )
+    yield Kind(
+        "one row for each message, never answered", (table(rows[1]),), refused="at least one turn of the assistant"
     )
 
 
@@ -303,6 +390,18 @@ def pair_kinds() -> Iterator[Kind]:
     row = {"text": "Once upon a time.", "url": "a.org", "timestamp": "2026"}
     yield Kind("plain text with its origin", (jsonl(row),), ("Once upon a time.",), ("url (1)", "timestamp (1)"))
     yield Kind(
+        "a text with a class",
+        (jsonl({"text": Q, "category": "billing"}),),
+        refused="text alone, or beside what says where it is from, but category may belong to it",
+    )
+    yield Kind(
+        "the same, `format: text`",
+        (jsonl({"text": Q, "category": "billing"}),),
+        (Q,),
+        ("category (1)",),
+        settings={"format": "text"},
+    )
+    yield Kind(
         "answers that end in the stop token's text",
         (jsonl({"prompt": Q, "completion": f"{A}<|end|>"}),),
         (f"{A}<|end|>",),
@@ -323,6 +422,31 @@ def layout_kinds() -> Iterator[Kind]:
     yield Kind(
         "CSV with a mark of UTF-8 and Windows' line ends", (table(ASKED, encoding="utf-8-sig", end="\r\n"),), (A,)
     )
+    yield Kind("CSV with semicolons, as Excel writes it", (separated(ASKED),), (A,))
+    yield Kind("CSV with a line `sep=;`", (separated(ASKED, head="sep=;\r\n"),), (A,))
+    yield Kind(
+        "CSV with tabs in UTF-16, as Excel's Unicode text", (separated(ASKED, delimiter="\t", encoding="utf-16"),), (A,)
+    )
+    yield Kind("CSV with commas, a semicolon in a name", (table({"question": Q, "answer": A, "a;b": ""}),), (A,))
+    yield Kind("Excel", (sheet(ASKED),), (A,))
+    yield Kind(
+        "Excel, a sheet of each split",
+        (sheet({"question": "x", "answer": "y"}, train=[ASKED]),),
+        (A,),
+        ("sheet Chats",),
+    )
+    yield Kind(
+        "Excel, several sheets", (sheet(ASKED, Notes=[{"note": "by Ann"}]),), refused="expected one of Chats, Notes"
+    )
+    yield Kind(
+        "Excel, one of the sheets chosen",
+        (sheet(ASKED, Notes=[{"note": "by Ann"}]),),
+        (A,),
+        ("sheet Notes of data.xlsx",),
+        settings={"split": "Chats"},
+    )
+    yield Kind("Excel, torn", (raw("data.xlsx", sheet(ASKED).data[:300]),), refused="a whole .xlsx file")
+    yield Kind("Excel of before 2007", (raw("data.xls", b"\xd0\xcf\x11\xe0"),), refused="save it as .xlsx")
     yield Kind("CSV in UTF-16", (table(ASKED, encoding="utf-16"),), (A,))
     yield Kind(
         "CSV, cells over", (raw("data.csv", b"question,answer\na,b,c\n", "c"),), refused="2 as in the first line"
@@ -342,6 +466,11 @@ def layout_kinds() -> Iterator[Kind]:
     )
     yield Kind("JSON Lines with U+2028 and NEL", (jsonl({"prompt": "One\u2028two\x85three", "completion": A}),), (A,))
     yield Kind("JSON Lines, gzip", (jsonl(CHAT, name="data.jsonl.gz"),), (A,))
+    yield Kind("JSON Lines, zstd", (packed(jsonl(CHAT), "data.jsonl.zst"),), (A,))
+    yield Kind("CSV with semicolons, zstd", (packed(separated(ASKED), "data.csv.zst"),), (A,))
+    torn = packed(jsonl(*[CHAT] * 50), "data.jsonl.zst")
+    yield Kind("JSON Lines, zstd, torn", (File(torn.name, torn.records, torn.data[:-9]),), refused="a whole zstd file")
+    yield Kind("JSON Lines, zip", (raw("data.jsonl.zip", b"PK"),), refused="Unpack it")
     yield Kind(
         "JSON Lines, more behind a record",
         (raw("data.jsonl", json.dumps(CHAT).encode() + b" more\n", "more"),),

@@ -14,6 +14,7 @@ _HOME = {
     "SFTConfig": "philora.trainer",
     "SFTTrainer": "philora.trainer",
     "coverage": "philora.adapters",
+    "describe_data": "philora.data.describe",
     "evaluate": "philora.assessment",
     "export": "philora.formats",
     "get_peft_model": "philora.adapters",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from philora import lora
     from philora.adapters import coverage, get_peft_model, load_adapter, optimize
     from philora.assessment import evaluate
+    from philora.data.describe import describe_data
     from philora.formats import export
     from philora.merged_folder import merge_to_folder
     from philora.merging import merge
@@ -43,6 +45,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "coverage",
+    "describe_data",
     "evaluate",
     "export",
     "get_peft_model",

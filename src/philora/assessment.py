@@ -40,7 +40,7 @@ from philora.evaluation import evaluate as evaluate_model
 from philora.generation import Answer, GenerationSettings, generate
 from philora.inference import Loaded, load
 from philora.measures import JUDGE, LOSS, PERPLEXITY, Measure, Paired, of_means, paired
-from philora.run_folder import HELD_OUT_NAME, TrainedRun
+from philora.run_folder import HELD_OUT_NAME, TrainedRun, recorded_eval_rows
 
 logger = logging.getLogger("philora.evaluate")
 
@@ -275,6 +275,7 @@ def _rows_of_sources(loaded: Loaded, data: str | Path | None) -> HeldOut:
         seed=run.seed,
         stop_token_ids=stops,
         other=other,
+        recorded_rows=recorded_eval_rows(run.record),
     )
     recorded = _recorded_fingerprint(run.folder)
     if other is None and None not in (recorded, found.fingerprint) and recorded != found.fingerprint:

@@ -155,19 +155,54 @@ def check(
         keys = ("rows", "tokens", "labels", "longest_tokens", "truncated", "dropped", "duplicates")
         table.add_row(name, *(f"{figures.get(key, 0):,}" for key in keys))
     out.print(table)
+    _show_sources(found.sources)
     for notice in found.notices:
         out.print(f"[yellow]notice[/]     {escape(notice)}")
     out.print("\n[bold]one example; the loss is on the coloured tokens[/]")
-    text = Text()
-    for token, labelled in found.preview:
-        text.append(token, style="black on green" if labelled else "dim")
-    out.print(text)
+    out.print(_coloured(found.preview))
     out.print(f"\n[bold]what is trained[/]\n{escape(str(found.coverage))}", highlight=False)
     plan = Table("plan", "", box=None)
     for name, value in found.plan.rows():
         plan.add_row(name, escape(value))
     out.print()
     out.print(plan, highlight=False)
+
+
+@app.command("data")
+def show_data(
+    source: Annotated[
+        str, typer.Argument(help="Data file, folder or hub id; or the YAML file of a run.", metavar="FILE")
+    ],
+    overrides: Overrides = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what data holds: shape, counts, lengths, repeats, odd rows, e-mail addresses, examples with labels."""
+    _logging("error")  # what is found is shown in its place
+    from philora.data.describe import describe_data
+
+    found = describe_data(source, overrides or [])
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    _show_sources(found.sources)
+    for name, split in found.splits.items():
+        counts = split.counts
+        out.print(f"[bold]{name:<10}[/] {counts.rows:,} rows, {counts.duplicates:,} duplicates", highlight=False)
+        out.print(f"           tokens of {escape(found.tokenizer)}: {split.tokens}", highlight=False)
+        out.print(f"           tokens of answers: {split.answer_tokens}", highlight=False)
+        out.print(f"           turns: {split.turns}", highlight=False)
+        if split.system_turns is not None:
+            text, share = split.system_turns
+            out.print(f"           system turn of {share:.0%}: {escape(text)}", highlight=False)
+    among = "eval are nearly the same as one of train" if "eval" in found.splits else "train are nearly the same"
+    out.print(f"[bold]repeats[/]    {found.near_duplicates:,} rows of {among}", highlight=False)
+    for each in found.findings:
+        out.print(f"[yellow]found[/]      {escape(str(each))}", highlight=False)
+    for notice in found.notices:
+        out.print(f"[yellow]notice[/]     {escape(notice)}")
+    out.print("\n[bold]examples; the loss is on the coloured tokens[/]")
+    for example in found.examples:
+        out.print(_coloured(example))
 
 
 @app.command("evaluate")
@@ -535,6 +570,22 @@ def explain(
 
 
 # ------------------------------------------------------------------------------------------------- inside
+
+
+def _show_sources(sources: dict[str, Any]) -> None:
+    """Show which shape each source was read as, how that was recognised, and its first conversations."""
+    for each in (source for some in sources.values() for source in some):
+        out.print(f"[bold]read[/]       {escape(str(each))}", highlight=False)
+        for example in each.examples:
+            out.print(f"           [dim]{escape(example)}[/]", highlight=False)
+
+
+def _coloured(tokens: list[tuple[str, bool]]) -> Text:
+    """An example whose tokens with loss are coloured."""
+    text = Text()
+    for token, labelled in tokens:
+        text.append(token, style="black on green" if labelled else "dim")
+    return text
 
 
 def _votes_folder(source: str) -> Path:

@@ -33,9 +33,11 @@ _TEXT_OR_NULL: Final = union(TEXT, NULL)
 HELPDESK: Final = "helpdesk"
 """As `data.train` or `data.eval`: the chat dataset that is bundled with philora."""
 
-DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
-COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text", "messages")
-_DATA_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "turns")
+TURN_COLUMNS: Final = ("conversation", "role", "content", "time")
+COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text", "messages", *TURN_COLUMNS)
+TURN_ROLES: Final = ("system", "user", "assistant", "tool")
+_DATA_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xlsx", ".gz", ".zst")
 _ATTENTION: Final = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 OWN_TRAINING_KEYS: Final = (
     "tokens_per_step",
@@ -117,7 +119,8 @@ class SourceConfig:
     columns: Mapping[str, str] | None = _setting(
         None,
         union(mapping_of(schema.ANYTHING), NULL),
-        "templates from the dataset's columns to system, user, assistant, prompt, completion, text or messages",
+        "templates from the dataset's columns to system, user, assistant, prompt, completion, text or messages; of "
+        "one row for each message to conversation, role, content and time",
     )
     weight: float = _setting(
         1.0, number(above=0), "times that each row is taken in an epoch; a fraction takes a seeded sample"
@@ -125,6 +128,12 @@ class SourceConfig:
     streaming: bool = _setting(False, FLAG, "stream a hub dataset instead of downloading it first")
     format: str | None = _setting(
         None, union(one_of(*DATA_FORMATS), NULL), "shape of this source's records; null: as `data.format`"
+    )
+    roles: Mapping[str, str] | None = _setting(
+        None,
+        union(mapping_of(one_of(*TURN_ROLES)), NULL),
+        "of one row for each message: what values of the role's column mean, such as `{Ann: assistant}`; `*` means all "
+        "others",
     )
 
 
@@ -186,12 +195,20 @@ class DataConfig:
     )
     eval: tuple[SourceConfig, ...] | float | None = _setting(
         0.05,
-        Rule("the same as data.train, a fraction of it above 0 and below 1, or null", lambda value: value, null=True),
-        "held-out data: a source, or the fraction of `train` that is held out with the seed",
+        Rule(
+            "the same as data.train, a fraction of it above 0 and below 1, a number of rows, or null",
+            lambda value: value,
+            null=True,
+        ),
+        "held-out data: a source, or what is held out of `train` with the seed: a number of rows, or a fraction, which "
+        "is at least 32 rows where they are no more than a fifth",
     )
     format: str = _setting("auto", one_of(*DATA_FORMATS), "shape of the records")
     overlong: str = _setting(
         "truncate", one_of("truncate", "drop"), "what happens to an example longer than `max_length`"
+    )
+    invalid: str = _setting(
+        "error", one_of("error", "drop"), "what happens to a record that cannot be used; drop: left out and listed"
     )
     num_proc: int | None = _setting(None, _COUNT_OR_NULL, "processes that tokenise; null: all cores")
     cache_dir: str | None = _setting(None, _TEXT_OR_NULL, "folder of the token cache; null: the user's cache folder")
@@ -957,7 +974,7 @@ def _note_lines(node: yaml.Node, path: _Path, reader: _Reader, seen: set[int]) -
         _note_lines(value, inner, reader, seen)
 
 
-DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".arrow")
+DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".xlsx", ".gz", ".zst", ".txt", ".arrow")
 
 
 def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str, str]:
@@ -985,6 +1002,9 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
     if folder is not None:
         file /= "config.yaml"
     reader = _Reader(str(file), str(file))
+    if file.exists() and not file.is_file() and not file.is_dir():
+        expected = "a YAML file; this is a pipe or a device, which can be read once, and a run reads its settings again"
+        raise ConfigError(_fault(str(source), "config", str(source), expected, "Write it to a file first"))
     if not file.is_file():
         expected = "a YAML file, or the folder of a run" if file.is_dir() else "an existing file"
         raise ConfigError(_fault(str(source), "config", str(source), expected, _nearest_file(file)))
@@ -1243,7 +1263,9 @@ def _read_data(path: _Path, value: Any, reader: _Reader) -> tuple[SourceConfig, 
     if path == ("data", "eval") and (value is None or isinstance(value, (int, float, bool))):
         if value is None:
             return None
-        return float(reader.read(path, value, Rule(rule.text, number(above=0, below=1).read)) or 0.0)
+        part = union(number(above=0, below=1), number(least=1, whole=True))
+        read = reader.read(path, value, Rule(rule.text, part.read))
+        return 0.0 if read is None else read
     if isinstance(value, (str, Mapping, SourceConfig, os.PathLike)):
         value = [value]
     if not isinstance(value, (list, tuple)) or not value:
@@ -1292,12 +1314,17 @@ def _check_columns(path: _Path, columns: Mapping[str, Any], reader: _Reader) -> 
             reader.fault((*path, key), value, "one of " + ", ".join(COLUMN_ROLES), nearest(key, COLUMN_ROLES))
     if "messages" in columns and not set(columns) - {"messages", "system"}:
         return
+    if set(TURN_COLUMNS[:3]) <= set(columns) <= set(TURN_COLUMNS):
+        return
     if "text" in columns and len(columns) == 1:
         return
     for needed in ({"user", "assistant"}, {"prompt", "completion"}):
         if needed <= set(columns) and not {"text", "messages"} & set(columns):
             return
-    expected = "user and assistant, prompt and completion, text alone, or messages (with or without system)"
+    expected = (
+        "user and assistant, prompt and completion, text alone, messages (with or without system), or of one row for "
+        "each message conversation, role and content (with or without time)"
+    )
     reader.fault(path, dict(columns), expected)
 
 

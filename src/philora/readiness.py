@@ -30,7 +30,7 @@ from philora import (
 )
 from philora.adapters import Coverage, coverage
 from philora.config import OWN_TRAINING_KEYS, Config, load_config
-from philora.data import length_notices, prepare, preview
+from philora.data import SourceReport, length_notices, prepare, preview
 from philora.data.ids import check_rows, vocabulary_of
 from philora.decoder_stack.choice import DeviceFacts, ModelFacts
 from philora.decoder_stack.facts import facts_of_device
@@ -88,6 +88,7 @@ class Preflight:
     preview: list[tuple[str, bool]]
     coverage: Coverage
     plan: planning.Plan
+    sources: dict[str, list[SourceReport]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -145,6 +146,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         preview=preview(tokenizer, next(iter(prepared.train))),
         coverage=covered,
         plan=plan,
+        sources=prepared.report.sources,
     )
 
 

@@ -681,6 +681,8 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
                 "split": str(split),
                 "name": str(each.get("name") or ""),
                 "format": str(each.get("format") or ""),
+                "recognised": str(each.get("recognised") or ""),
+                "examples": [str(example) for example in each.get("examples") or []],
                 "records": _count(each.get("records")),
             }
             for split, sources in _mapping(data.get("sources")).items()

@@ -71,6 +71,14 @@ def resume_command(folder: Path) -> str:
     return f"philora train {folder} --resume"
 
 
+def recorded_eval_rows(record: Mapping[str, Any]) -> int | None:
+    """Return how many rows a run held out, as its `run.json` says; None where it does not."""
+    data = record.get("data")
+    rows = data.get("rows") if isinstance(data, Mapping) else None
+    found = rows.get("eval") if isinstance(rows, Mapping) else None
+    return found if isinstance(found, int) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
     """The parts of a run folder that its users need, each read when it is asked for.

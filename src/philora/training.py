@@ -180,7 +180,14 @@ def _train(
         max_length = models.max_length_of(config, skeleton.config)
         stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
         with processes.main_first():
-            prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
+            prepared = prepare(
+                config.data,
+                tokenizer,
+                max_length=max_length,
+                seed=seed,
+                stop_token_ids=stops,
+                held_out_rows=run_folder.recorded_eval_rows(continued.facts) if continued is not None else None,
+            )
         check_rows({"data.train": prepared.train, "data.eval": prepared.eval}, vocabulary_of(skeleton))
         facts = processes.on_main(lambda: resuming.facts_of(config, skeleton.config, prepared))
         chosen: Mapping[str, Any] = {}

@@ -137,7 +137,7 @@ def look_at(page, block):
 def test_every_block_is_spelled_right(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
-        if block.title and block.language == "json":
+        if block.title and block.language in ("json", "text"):
             (tmp_path / block.title).write_text(block.text, encoding="utf-8")
     for block in blocks(page):
         look_at(page, block)
@@ -203,7 +203,8 @@ def play(page, cli, monkeypatch, names=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/coming-from.md", "docs/loralib.md"]
+    "page",
+    ["README.md", "docs/quickstart.md", "docs/data.md", "docs/cookbook.md", "docs/coming-from.md", "docs/loralib.md"],
 )
 def test_the_blocks_of_a_page_work(page, cli, tmp_path, monkeypatch, phi3):
     monkeypatch.chdir(tmp_path)

@@ -519,9 +519,13 @@ VALUES = [
     ("data.format", "chatml", "expected one of auto, messages, sharegpt, alpaca, prompt_completion, text"),
     ("data.overlong", "cut", "expected one of truncate, drop"),
     ("data.num_proc", "0", "expected a whole number of at least 1 or null"),
-    ("data.eval", "0", "expected the same as data.train, a fraction of it above 0 and below 1, or null"),
-    ("data.eval", "1", "expected the same as data.train, a fraction of it above 0 and below 1, or null"),
-    ("data.eval", "true", "expected the same as data.train, a fraction of it above 0 and below 1, or null"),
+    (
+        "data.eval",
+        "0",
+        "expected the same as data.train, a fraction of it above 0 and below 1, a number of rows, or null",
+    ),
+    ("data.eval", "1.5", "expected the same as data.train, a fraction of it above 0 and below 1, a number of rows"),
+    ("data.eval", "true", "expected the same as data.train, a fraction of it above 0 and below 1, a number of rows"),
     ("evaluation.generate", "-1", "expected a whole number of at least 0"),
     ("evaluation.max_new_tokens", "0", "expected a whole number of at least 1"),
     ("evaluation.batch_size", "0", "expected a whole number of at least 1"),
@@ -608,7 +612,7 @@ def test_all_faults_are_reported_at_once(write: Callable[..., Path]) -> None:
         ),
         (
             {"data": {"train": {"path": "a/b", "columns": {"user": "{q}"}}}},
-            "expected user and assistant, prompt and completion, text alone, or messages (with or without system)",
+            "expected user and assistant, prompt and completion, text alone, messages (with or without system), or",
         ),
     ],
 )

@@ -293,7 +293,7 @@ def test_the_report_as_a_dict(run, tmp_path):
 def test_a_fraction_is_held_out_with_the_seed(run, tmp_path):
     file = write(tmp_path / "a.jsonl", many(100))
     data, again, other = run(file, 0.05), run(file, 0.05), run(file, 0.05, seed=1)
-    assert (len(data.train), len(data.eval)) == (95, 5)
+    assert (len(data.train), len(data.eval)) == (80, 20)  # a fifth: 32 rows would be more
     assert list(again.eval_conversations) == list(data.eval_conversations) != list(other.eval_conversations)
     held_out = questions(data.eval_conversations)
     assert not set(held_out) & set(questions(data.train_conversations))
@@ -324,7 +324,7 @@ def test_a_share_that_equal_conversations_do_not_allow_is_said(run, tmp_path):
     data = run(file, 0.05)
     assert questions(data.eval_conversations) == ["one"] * 40
     assert any(
-        "eval: 40 of 100 rows are held out, not 5 as data.eval=0.05 asks" in each for each in data.report.notices
+        "eval: 40 of 100 rows are held out, not 20 as data.eval=0.05 asks" in each for each in data.report.notices
     )
 
 
@@ -517,7 +517,8 @@ def test_twenty_faults_are_listed_and_all_are_counted(run, tmp_path):
             run(tmp_path / "a.jsonl", num_proc=processes)
         text = str(caught.value).splitlines()
         assert text[0] == f"{tmp_path}/a.jsonl: 37 of 637 records cannot be used (the first 20 of them):"
-        assert len(text) == 21
+        assert len(text) == 22
+        assert text[21] == "Correct them, or set data.invalid to drop to leave them out."
         assert text[1].startswith(f"  {tmp_path}/a.jsonl:1: messages=[] - expected at least one turn")
 
 
@@ -532,7 +533,8 @@ def test_a_few_faults_are_all_listed(run, tmp_path):
         f"  {file}:2: record='{{broken\\n' - expected JSON, but at column 2: Expecting property name enclosed in "
         "double quotes. Correct or remove this record.\n"
         f"  {file}:4: messages[0].role='usr' - expected one of system, user, assistant, tool or an alias of theirs. "
-        "Did you mean 'user'?"
+        "Did you mean 'user'?\n"
+        "Correct them, or set data.invalid to drop to leave them out."
     )
 
 
@@ -582,7 +584,9 @@ def test_settings_of_a_source(run, tmp_path, change, message):
 
 def test_settings_of_the_whole(run, tmp_path):
     file = write(tmp_path / "a.jsonl", many(3))
-    with pytest.raises(DataError, match=r"data: eval=1.5 - expected a fraction between 0 and 1, or a source"):
+    with pytest.raises(
+        DataError, match=r"data: eval=1.5 - expected a fraction between 0 and 1, a number of rows, or a source"
+    ):
         run(file, 1.5)
     with pytest.raises(DataError, match=r"data: overlong='cut' - expected truncate or drop"):
         run(file, overlong="cut")

@@ -220,7 +220,7 @@ def test_two_system_texts():
 
 
 def test_one_row_a_message_is_no_text():
-    for names in (("ticket_id", "role", "text"), ("speaker", "message"), ("from", "body", "date")):
+    for names in (("role", "text"), ("speaker", "message"), ("from", "body", "date")):
         with pytest.raises(DataError, match="a whole conversation in each record"):
             detect([dict.fromkeys(names, "x")], "f")
     assert detect([{"text": "x", "url": "u"}], "f").name == "text"

@@ -144,7 +144,16 @@ def results() -> dict[str, Any]:
                 "duplicates": 0,
             },
             "sources": {
-                "train": [{"name": "helpdesk/train.jsonl", "format": "messages", "records": 1993, "weight": 1.0}],
+                "train": [
+                    {
+                        "name": "helpdesk/train.jsonl",
+                        "format": "messages",
+                        "records": 1993,
+                        "weight": 1.0,
+                        "recognised": "by the field messages",
+                        "examples": ["user: Hi <b> | assistant: Hello."],
+                    }
+                ],
                 "eval": [{"name": "helpdesk/eval.jsonl", "format": "messages", "records": 332, "weight": 1.0}],
             },
             "lengths": {"edges": [12.0, 96.0, 172.0, 248.0], "counts": [1200, 600, 193], "median": 71.0},
@@ -291,7 +300,8 @@ def test_the_page_shows_the_whole_run(tmp_path):
         "Largest: q_proj, layer 5: norm 5.5, 11% of the weight's.",
         "Lengths of the training rows, median 71 tokens 12 tokens 248",
         "<|user|>Hi<|assistant|> Hello. The loss is on the coloured tokens",
-        "helpdesk/train.jsonl train · messages · 1,993 records",
+        "helpdesk/train.jsonl train · messages · 1,993 records · by the field messages",
+        "user: Hi <b> | assistant: Hello.",
         "2 conversations were cut to 240 tokens.",
         "philora train helpdesk.yaml training_config.learning_rate=3e-3",
         "num_train_epochs: 4",

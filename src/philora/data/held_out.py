@@ -33,10 +33,12 @@ from philora.data.prepare import (
     _weighted,
     hold_out,
     notice_source,
+    part_of,
     rows_in_training,
+    settings_of,
 )
 from philora.data.read import quiet_datasets
-from philora.data.store import ANSWERS, Settings, cache_root
+from philora.data.store import ANSWERS, cache_root
 from philora.data.template import IGNORED, Encoder, Tokenizer
 from philora.errors import DataError, fault
 
@@ -71,6 +73,7 @@ def held_out(
     seed: int,
     stop_token_ids: Sequence[int],
     other: SourceConfig | None = None,
+    recorded_rows: int | None = None,
 ) -> HeldOut:
     """The rows that a run with this configuration held out, found again by its seed; or those of another source.
 
@@ -81,13 +84,14 @@ def held_out(
         seed: The run's.
         stop_token_ids: Any of these ends an assistant turn.
         other: Rows to judge by in place of those that were held out.
+        recorded_rows: How many the run held out, as it has recorded.
 
     Raises:
         DataError: The run held nothing out, or a source cannot be used.
     """
     loader = _Loader(
         Encoder(tokenizer, stop_token_ids),
-        Settings(max_length, data.overlong == "drop"),
+        settings_of(data, max_length),
         cache_root(data.cache_dir),
         data,
     )
@@ -106,7 +110,9 @@ def held_out(
                 raise
             known = False
     hashes = [entry.rows["hash"] for entry in entries]
-    held = hold_out(hashes, float(data.eval), seed) if known and isinstance(data.eval, float | int) else None
+    held = None
+    if known and isinstance(data.eval, float | int):
+        held = hold_out(hashes, part_of(data.eval, recorded_rows, sum(map(len, hashes))), seed)
     kept = [
         np.setdiff1d(np.arange(len(entry.rows)), held[position] if held is not None else [], assume_unique=True)
         for position, entry in enumerate(entries)

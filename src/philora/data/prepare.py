@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from philora.arrangement import with_tools
 from philora.data.read import Fault, Source, quiet_datasets, resolve
-from philora.data.shapes import Conversation, Message, Shape, detect, shape_from_config
+from philora.data.shapes import Conversation, Message, Shape, shape_from_config
 from philora.data.store import (
     ANSWERS,
     CONTROL,
-    DETECT_RECORDS,
+    EXAMPLES_KEPT,
     FOLDED,
     MISMATCH,
     STOP_NUMBER,
@@ -33,10 +33,10 @@ from philora.data.store import (
     Rows,
     Settings,
     cache_root,
-    detect_shape,
     entry_for,
     process_batch,
     process_count,
+    recognised,
     serialise,
     tokenizer_fingerprint,
 )
@@ -52,6 +52,10 @@ Indices = npt.NDArray[np.int64]
 
 _STREAM_PREVIEW_ROWS = 256
 _STREAM_SHUFFLE_ROWS = 1000
+LEAST_HELD_OUT = 32
+"""Rows to hold out at least where a fraction is asked for, and where a fifth of the rows is as many."""
+_TURNS_SHOWN = 4
+_LETTERS_SHOWN = 80
 
 
 @dataclass
@@ -68,6 +72,17 @@ class SourceReport:
     """Files, splits and lists of the source that are not read."""
     spelled: dict[str, int] = field(default_factory=dict)
     """Control texts written out in messages, as `Encoder.spelled` names them, with the records that have them."""
+    recognised: str = ""
+    """How the shape was recognised."""
+    examples: list[str] = field(default_factory=list)
+    """The first conversations, each in one line."""
+    invalid: int = 0
+    """Records that cannot be used and were left out."""
+    invalid_records: list[str] = field(default_factory=list)
+    """What is wrong with them: the first of them, with their places."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.records:,} records, read as {self.format} ({self.recognised})"
 
 
 @dataclass
@@ -168,6 +183,15 @@ class Conversations(Sequence[list[Message]]):
         return (value["messages"], value["tools"]) if isinstance(value, dict) else (value, None)
 
 
+def shape_of(data: DataConfig, source: SourceConfig) -> Shape | None:
+    """Return the shape that the configuration gives a source; None where it is to be found.
+
+    Raises:
+        DataError: As `shape_from_config`.
+    """
+    return shape_from_config(source.format or data.format, source.columns, f"data ({source.path})", source.roles)
+
+
 def places_of(data: DataConfig, wanted: set[str]) -> dict[str, str]:
     """File and line, or row, of conversations as `Conversations.stored` gives them; of equal ones the first.
 
@@ -179,8 +203,7 @@ def places_of(data: DataConfig, wanted: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for config in data.train:
         source = resolve(config, "train")
-        given = shape_from_config(config.format or data.format, config.columns, f"data ({config.path})")
-        shape = given or detect_shape(source)
+        source, shape = recognised(source, shape_of(data, config))
         for batch in source.open():
             for index, record in enumerate(batch.records):
                 if len(found) == len(wanted):
@@ -215,7 +238,13 @@ class PreparedData:
 
 
 def prepare(
-    data: DataConfig, tokenizer: Tokenizer, *, max_length: int, seed: int, stop_token_ids: Sequence[int]
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    seed: int,
+    stop_token_ids: Sequence[int],
+    held_out_rows: int | None = None,
 ) -> PreparedData:
     """Read, check, normalise, tokenise and label the data of a run; the result is cached on disk.
 
@@ -230,6 +259,7 @@ def prepare(
         max_length: longest row in tokens; what is longer is truncated or dropped as `data.overlong` says.
         seed: decides the held-out rows, samples and the order of mixed sources.
         stop_token_ids: any of these ends an assistant turn.
+        held_out_rows: where `eval` is a fraction, the rows that a run which goes on has recorded.
 
     Returns:
         Splits, conversations and the report. Rows of `train` and `eval` are memory-mapped.
@@ -241,7 +271,7 @@ def prepare(
     """
     _check_arguments(data, max_length)
     encoder = Encoder(tokenizer, stop_token_ids)
-    settings = Settings(max_length, data.overlong == "drop")
+    settings = settings_of(data, max_length)
     loader = _Loader(encoder, settings, cache_root(data.cache_dir), data)
     report = DataReport()
     if any(source.streaming for source in data.train):
@@ -252,9 +282,10 @@ def prepare(
     eval_entries: list[Entry] = []
     eval_indices: list[Indices] = []
     if isinstance(data.eval, float | int):
-        held_out = hold_out([entry.rows["hash"] for entry in entries], float(data.eval), seed)
+        part = part_of(data.eval, held_out_rows, sum(len(entry.rows) for entry in entries))
+        held_out = hold_out([entry.rows["hash"] for entry in entries], part, seed)
         eval_entries, eval_indices = entries, held_out
-        _notice_share(report, float(data.eval), sum(len(entry.rows) for entry in entries), sum(map(len, held_out)))
+        _notice_share(report, part, sum(len(entry.rows) for entry in entries), sum(map(len, held_out)))
     elif data.eval:
         eval_entries = [loader.load(source, "eval", report) for source in data.eval]
         eval_indices = [np.arange(len(entry.rows)) for entry in eval_entries]
@@ -281,6 +312,11 @@ def prepare(
     )
 
 
+def settings_of(data: DataConfig, max_length: int) -> Settings:
+    """Return what the configuration says of rows that are too long or cannot be used."""
+    return Settings(max_length, data.overlong == "drop", data.invalid == "drop")
+
+
 def _check_arguments(data: DataConfig, max_length: int) -> None:
     if max_length < 2:
         raise DataError(fault("data", "max_length", max_length, "at least 2 tokens"))
@@ -288,8 +324,10 @@ def _check_arguments(data: DataConfig, max_length: int) -> None:
         raise DataError(fault("data", "train", None, "a file, folder or hub id", "Give data.train"))
     if data.overlong not in ("truncate", "drop"):
         raise DataError(fault("data", "overlong", data.overlong, "truncate or drop"))
-    if isinstance(data.eval, float | int) and not 0 < data.eval < 1:
-        raise DataError(fault("data", "eval", data.eval, "a fraction between 0 and 1, or a source"))
+    if isinstance(data.eval, float | int) and not (0 < data.eval < 1 or (data.eval >= 1 and data.eval % 1 == 0)):
+        raise DataError(fault("data", "eval", data.eval, "a fraction between 0 and 1, a number of rows, or a source"))
+    if data.invalid not in ("error", "drop"):
+        raise DataError(fault("data", "invalid", data.invalid, "error or drop"))
     for source in data.train:
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise DataError(fault("data.train", "weight", source.weight, "a number over 0", f"Source: {source.path}"))
@@ -304,12 +342,12 @@ class _Loader:
         self.encoder = encoder
         self.settings = settings
         self.root = root
-        self.format = data.format
+        self.data = data
         self.processes = data.num_proc
         self.key = tokenizer_fingerprint(encoder)
 
     def shape(self, config: SourceConfig) -> Shape | None:
-        return shape_from_config(config.format or self.format, config.columns, f"data ({config.path})")
+        return shape_of(self.data, config)
 
     def load(self, config: SourceConfig, role: Any, report: DataReport) -> Entry:
         shape = self.shape(config)
@@ -333,20 +371,50 @@ class _Loader:
             dict(entry.meta["unread_fields"]),
             list(entry.meta["unread_parts"]),
             dict(entry.meta["spelled"]),
+            str(entry.meta["recognised"]),
+            [_line_of(each) for each in entry.meta["examples"]],
+            int(entry.meta["invalid"]),
+            list(entry.meta["invalid_records"]),
         )
         report.sources.setdefault(role, []).append(found)
-        logger.info("%s: %d records read as %s", found.name, found.records, found.format)
+        logger.info("%s", found)
+        for example in found.examples if role == "train" else ():
+            logger.info("  %s", example)
         return entry
 
 
-def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], fraction: float, seed: int) -> list[Indices]:
+def _line_of(stored: str) -> str:
+    """Return a stored conversation in one line, its turns shortened."""
+    value = json.loads(stored)
+    messages: list[Message] = value["messages"] if isinstance(value, dict) else value
+    turns = [f"{each['role']}: {_short(each['content'])}" for each in messages[:_TURNS_SHOWN]]
+    more = [f"{len(messages) - _TURNS_SHOWN} more turns"] if len(messages) > _TURNS_SHOWN else []
+    return " | ".join(turns + more)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LETTERS_SHOWN else f"{text[:_LETTERS_SHOWN]}..."
+
+
+def part_of(part: float, recorded: int | None, rows: int) -> float:
+    """Return what is to be held out: the rows that a run has recorded, whatever a fraction comes to today."""
+    return recorded if recorded and part < 1 and recorded < rows else part
+
+
+def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], part: float, seed: int) -> list[Indices]:
     """Rows to hold out of each source: whole groups of equal conversations, at least one row, never all.
 
     The groups come in a random order, and one that would make the part larger than `wanted_rows` is passed over; where
     all are larger, the smallest is taken.
 
+    Args:
+        hashes: Of each row of each source.
+        part: The fraction, or from 1 on the number of rows.
+        seed: Decides the order of the groups.
+
     Raises:
-        DataError: all conversations are equal.
+        DataError: all conversations are equal, or there are no more rows than are to be held out.
     """
     joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
     groups, group_of, sizes = np.unique(joined, return_inverse=True, return_counts=True)
@@ -355,12 +423,14 @@ def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], fraction: float, seed: in
             fault(
                 "data",
                 "eval",
-                fraction,
+                part,
                 f"at least two different conversations to hold out a part, but there is {len(groups)}",
                 "Add conversations, or give data.eval a file of its own",
             )
         )
-    wanted = wanted_rows(fraction, len(joined))
+    wanted = wanted_rows(part, len(joined))
+    if part >= 1 and wanted >= len(joined):
+        raise DataError(fault("data", "eval", part, f"fewer rows than there are, which is {len(joined):,}"))
     order = np.random.default_rng(seed).permutation(len(groups))
     chosen = np.zeros(len(groups), bool)
     taken = 0
@@ -377,9 +447,14 @@ def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], fraction: float, seed: in
     return [np.flatnonzero(is_out[start:end]) for start, end in itertools.pairwise(starts)]
 
 
-def wanted_rows(fraction: float, rows: int) -> int:
-    """Rows that a fraction stands for, at least one."""
-    return max(1, round(fraction * rows))
+def wanted_rows(part: float, rows: int) -> int:
+    """Return the rows to hold out: of a fraction at least 32, if they are no more than a fifth; a number as it is.
+
+    Example:
+        >>> wanted_rows(0.05, 300), wanted_rows(0.05, 100), wanted_rows(0.05, 2000), wanted_rows(10, 300)
+        (32, 20, 100, 10)
+    """
+    return int(part) if part >= 1 else max(1, round(part * rows), min(LEAST_HELD_OUT, rows // 5))
 
 
 def _weighted(indices: Indices, weight: float, seed: int, position: int) -> Indices:
@@ -490,18 +565,27 @@ def _require_rows(report: DataReport) -> None:
             )
 
 
-def _notice_share(report: DataReport, fraction: float, rows: int, held_out: int) -> None:
-    wanted = wanted_rows(fraction, rows)
+def _notice_share(report: DataReport, part: float, rows: int, held_out: int) -> None:
+    wanted = wanted_rows(part, rows)
+    if part < 1 and wanted > max(1, round(part * rows)):
+        logger.info(
+            "eval: %d of %d rows are held out; a share of %g alone would be few to judge by", wanted, rows, part
+        )
     if held_out != wanted:
         add_notice(
             report,
-            f"eval: {held_out:,} of {rows:,} rows are held out, not {wanted:,} as data.eval={fraction:g} asks: equal "
+            f"eval: {held_out:,} of {rows:,} rows are held out, not {wanted:,} as data.eval={part:g} asks: equal "
             "conversations stay on one side, and there are many of them. Remove duplicates, or give data.eval a file.",
         )
 
 
 def notice_source(report: DataReport, role: str, source: SourceReport) -> None:
-    """Name what of a source is not read, and the control texts in it."""
+    """Name what of a source is not read or left out, and the control texts in it."""
+    if source.invalid:
+        more = f" (the first {len(source.invalid_records)})" if source.invalid > len(source.invalid_records) else ""
+        listed = "".join(f"\n  {each}" for each in source.invalid_records)
+        count = f"{source.invalid:,} of {source.records:,} records"
+        add_notice(report, f"{role}: {count} of {source.name} cannot be used and are left out{more}:{listed}")
     if source.unread_parts:
         add_notice(report, f"{role}: of {source.name} is not read: {'; '.join(source.unread_parts)}.")
     if source.unread_fields:
@@ -519,9 +603,9 @@ def notice_source(report: DataReport, role: str, source: SourceReport) -> None:
         "foreign": "{text} is written out in {count:,} records. It belongs to another model; this one has no such "
         "token and learns it as letters. Remove it: the chat template marks the turns",
     }
-    for key, count in source.spelled.items():
+    for key, records in source.spelled.items():
         kind, _, text = key.partition(" ")
-        add_notice(report, f"{role}: {source.name}: {said[kind].format(text=text, count=count)}.")
+        add_notice(report, f"{role}: {source.name}: {said[kind].format(text=text, count=records)}.")
 
 
 def _notice(report: DataReport, max_length: int) -> None:
@@ -594,9 +678,14 @@ def _prepare_stream(data: DataConfig, loader: _Loader, report: DataReport, seed:
     first: list[bytes] = []
     for config in data.train:
         source = resolve(config, "train")
-        shape = loader.shape(config) or _stream_shape(source)
-        found = SourceReport(source.name, shape.name, 0, config.weight)
-        first += _first_conversations(source, shape, loader.encoder, found)
+        source, shape = recognised(source, loader.shape(config))
+        if shape.name == "turns":
+            todo = "Set streaming to false, or group the messages into records with messages"
+            raise DataError(fault(source.name, "streaming", True, "whole conversations in each record", todo))
+        found = SourceReport(source.name, shape.name, 0, config.weight, recognised=shape.why)
+        some = _first_conversations(source, shape, loader.encoder, found, loader.settings.drop_invalid)
+        found.examples = [_line_of(each.decode()) for each in some[:EXAMPLES_KEPT]]
+        first += some
         found.unread_parts = list(source.unread)
         streams.append(_stream(source, shape, loader))
         report.sources.setdefault("train", []).append(found)
@@ -624,14 +713,9 @@ def _prepare_stream(data: DataConfig, loader: _Loader, report: DataReport, seed:
     return PreparedData(train, eval_rows, first_ones, eval_conversations, fingerprint, report, all_eval)
 
 
-def _stream_shape(source: Source) -> Shape:
-    batch = next(source.open(), None)
-    if batch is None:
-        raise DataError(fault(source.name, "records", 0, "at least one record"))
-    return detect(batch.records[:DETECT_RECORDS], batch.file)
-
-
-def _first_conversations(source: Source, shape: Shape, encoder: Encoder, found: SourceReport) -> list[bytes]:
+def _first_conversations(
+    source: Source, shape: Shape, encoder: Encoder, found: SourceReport, drop_invalid: bool
+) -> list[bytes]:
     """The first conversations of a stream; what is not read in them is counted in its report."""
     batch = next(source.open(), None)
     if batch is None:
@@ -641,7 +725,8 @@ def _first_conversations(source: Source, shape: Shape, encoder: Encoder, found: 
         try:
             conversations.append(shape.read(record))
         except Fault as error:
-            raise DataError(error.at(batch.where(index))) from None
+            if not drop_invalid:
+                raise DataError(error.at(batch.where(index))) from None
     found.unread_fields = dict(Counter(itertools.chain.from_iterable(each.unread for each in conversations)))
     found.spelled = dict(encoder.spelled(conversations))
     return [serialise(each) for each in conversations]
@@ -666,8 +751,10 @@ class _Stream:
 def _stream_rows(stream: _Stream) -> Iterator[dict[str, Any]]:
     for batch in stream.source.open():
         chunk = process_batch(batch, stream.shape, stream.loader.encoder, stream.loader.settings)
-        if chunk.fault_count:
+        if chunk.fault_count and not stream.loader.settings.drop_invalid:
             raise DataError("\n".join(chunk.faults))
+        for fault_text in chunk.faults:
+            logger.warning("left out: %s", fault_text)
         end = 0
         for length in chunk.rows["tokens"]:
             start, end = end, end + int(length)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import datetime
 import difflib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["train", "eval"]
 Record: TypeAlias = "dict[str, Any] | bytes"
 """A parsed record, or the bytes of one JSONL line that `parse_line` turns into one."""
-Kind: TypeAlias = Literal["json", "csv", "parquet"]
+Kind: TypeAlias = Literal["json", "csv", "parquet", "excel"]
 
 BUNDLED = "helpdesk"
 """The `path` of the chat set that comes with philora."""
@@ -50,7 +52,10 @@ _KINDS: dict[str, Kind] = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".xlsx": "excel",
 }
+_COMPRESSED = (".gz", ".zst")
+_DELIMITERS = (",", ";", "\t")
 _NOT_DATA = {"dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json", "README.md"}
 _RECORD_KEYS = (
     "messages", "conversations", "conversation", "instruction", "prompt", "text", "question", "query", "user", "chosen",
@@ -63,6 +68,7 @@ _UTF16_OR_32 = (
 )
 _FILES_NAMED = 5
 _JSON_BLOCK = 1 << 20
+_START_BYTES = 200
 
 
 @dataclass(eq=False)
@@ -97,17 +103,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source:
-    """A source after its path has been resolved; `open` may be called again and again.
+    """A source after its path has been resolved; `open` and `read` may be called again and again.
 
-    `unread` names files, splits and lists of the source that are not read. What stands inside a file is known once
-    `open` has been read to its end.
+    `read` gives all records, `open` the first `limit` of them. `unread` names files, splits and lists of the source
+    that are not read. What stands inside a file is known once it has been read to its end.
     """
 
     name: str
     fingerprint: str
-    open: Callable[[], Iterator[Batch]]
+    read: Callable[[], Iterator[Batch]]
+    limit: int | None = None
     size_bytes: int | None = None
     unread: dict[str, None] = field(default_factory=dict)
+
+    def open(self) -> Iterator[Batch]:
+        """Return the records, up to the limit."""
+        return _limited(self.read(), self.limit)
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,7 @@ def resolve(config: SourceConfig, role: Role) -> Source:
     if path.is_file():
         _refuse_subset(config, "a file has no subsets")
         return _files_source(config, [path], config.path, _Reading(role, config.split, {}))
+    _refuse_pipe(path, config.path, "data")
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             _refuse_subset(config, "a saved dataset has no subsets")
@@ -146,6 +158,17 @@ def resolve(config: SourceConfig, role: Role) -> Source:
     if _looks_local(config.path):
         raise DataError(_missing_file(path))
     return _hub_source(config, role)
+
+
+def _refuse_pipe(path: Path, given: str, where: str) -> None:
+    """Refuse what is there and can be read once only: a pipe, `/dev/stdin`, `<(...)` of a shell.
+
+    Raises:
+        DataError: It is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        expected = "a file, which can be read again; this is a pipe or a device, which can be read once"
+        raise DataError(fault(where, "path", given, expected, "Write it to a file first, and give that"))
 
 
 def _refuse_subset(config: SourceConfig, why: str) -> None:
@@ -235,7 +258,7 @@ def _looks_local(path: str) -> bool:
         path.startswith((".", "/", "~"))
         or path.count("/") > 1
         or "\\" in path
-        or any(suffix.lower() in _KINDS or suffix.lower() == ".gz" for suffix in suffixes)
+        or any(suffix.lower() in (*_KINDS, *_COMPRESSED) for suffix in suffixes)
     )
 
 
@@ -290,37 +313,46 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 def _kind(path: Path) -> Kind | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
+    if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
-        if suffixes and suffixes[-1] == ".parquet":
+        if suffixes and suffixes[-1] in (".parquet", ".xlsx"):
             return None
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
 def _is_object(file: Path) -> bool:
     """Return whether a file is one JSON object, whose lists may be several; JSON lines are none."""
-    if not file.name.lower().removesuffix(".gz").endswith(".json"):
+    if not file.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json"):
         return False
-    with _open(file) as stream:
-        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+    with _located(file), _open(file) as stream:
+        return stream.read(64).lstrip(b" \t\r\n").startswith(b"{")
 
 
 def _files_source(config: SourceConfig, files: list[Path], name: str, reading: _Reading) -> Source:
     for file in files:
         if _kind(file) is None:
-            raise DataError(fault("data", "path", str(file), f"a file of the kinds {', '.join(_KINDS)}"))
+            raise DataError(
+                fault("data", "path", str(file), f"a file of the kinds {', '.join(_KINDS)}", _save_as(file))
+            )
     digest = hashlib.sha256()
     for file in files:
         digest.update(_kind_bytes(file))
         digest.update(_sha256(file))
-        if reading.split is not None or _is_object(file):
+        if reading.split is not None or _kind(file) == "excel" or _is_object(file):
             digest.update(f"{reading.role} {reading.split}".encode())  # they choose among the lists of a file
 
     def batches() -> Iterator[Batch]:
-        return _limited(_read_files(files, reading), config.limit)
+        return _read_files(files, reading)
 
     size = sum(file.stat().st_size for file in files)
-    return Source(name=name, fingerprint=digest.hexdigest(), open=batches, size_bytes=size, unread=reading.unread)
+    return Source(name, digest.hexdigest(), batches, config.limit, size, reading.unread)
+
+
+def _save_as(file: Path) -> str:
+    """What to do with a file of a kind that is not read."""
+    if file.suffix.lower() in (".xls", ".ods", ".numbers"):
+        return "Open it and save it as .xlsx, or as CSV UTF-8"
+    return "Unpack it" if file.suffix.lower() in (".zip", ".7z", ".bz2", ".xz", *_COMPRESSED) else ""
 
 
 def _kind_bytes(file: Path) -> bytes:
@@ -338,13 +370,15 @@ def _sha256(file: Path) -> bytes:
 def _read_files(files: list[Path], reading: _Reading) -> Iterator[Batch]:
     for file in files:
         kind = _kind(file)
-        if kind != "json":
+        if kind in ("csv", "parquet"):
             _refuse_split(file, reading)
         with _located(file):
             if kind == "json":
                 yield from _read_json(file, reading)
             elif kind == "csv":
                 yield from _read_csv(file)
+            elif kind == "excel":
+                yield from _read_excel(file, reading)
             else:
                 yield from _read_parquet(file)
 
@@ -362,6 +396,10 @@ def _located(file: Path) -> Iterator[None]:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(fault(str(file), "file", file.name, f"a whole gzip file ({error})")) from error
+    except OSError as error:
+        if file.suffix.lower() != ".zst" or error.errno is not None:
+            raise
+        raise DataError(fault(str(file), "file", file.name, f"a whole zstd file ({error})")) from error
 
 
 def _limited(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
@@ -381,15 +419,13 @@ def _open(file: Path) -> IO[bytes]:
     Raises:
         DataError: it has zeros among its first bytes and no mark, so its encoding is another.
     """
-    opened = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # noqa: SIM115 (callers close it)
-    stream = cast("IO[bytes]", opened)
-    start = stream.read(200)
+    stream = _bytes_of(file)
+    start = stream.peek(_START_BYTES)[:_START_BYTES]
     if start.startswith(codecs.BOM_UTF8):
-        stream.seek(len(codecs.BOM_UTF8))
+        stream.read(len(codecs.BOM_UTF8))
         return stream
     encoding = next((name for mark, name in _UTF16_OR_32 if start.startswith(mark)), None)
     if encoding is not None:
-        stream.seek(0)
         with stream:
             return _as_utf8(stream, encoding, file)
     if b"\0" in start:
@@ -397,8 +433,17 @@ def _open(file: Path) -> IO[bytes]:
         todo = f"Convert the file to UTF-8, for instance with `iconv -f {_likely_encoding(start)}LE -t UTF-8`"
         expected = "UTF-8 text, or UTF-16 with a byte order mark, but zeros stand among its first bytes"
         raise DataError(fault(str(file), "file", file.name, expected, todo))
-    stream.seek(0)
     return stream
+
+
+def _bytes_of(file: Path) -> io.BufferedReader:
+    """The bytes of a file, unpacked where its name says that it is packed."""
+    suffix = file.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+    return io.BufferedReader(cast("io.RawIOBase", gzip.open(file, "rb"))) if suffix == ".gz" else file.open("rb")
 
 
 def _as_utf8(stream: IO[bytes], encoding: str, file: Path) -> IO[bytes]:
@@ -733,9 +778,10 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record]]:
             except UnicodeDecodeError as error:
                 raise DataError(encoding_fault(raw, error).at(f"{file}:{line_number}")) from None
 
-    delimiter = "\t" if ".tsv" in [suffix.lower() for suffix in file.suffixes] else ","
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    text = lines()
     try:
+        delimiter, start = _delimiter(file, text)
+        reader = csv.reader(itertools.chain(start, text), delimiter=delimiter, strict=True)
         header = next(reader, None)
         if header is None:
             raise DataError(fault(str(file), "file", file.name, "a line of column names, but the file is empty"))
@@ -749,11 +795,95 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record]]:
                 yield first, dict(zip(header, row, strict=True))
             elif row:
                 raise DataError(
-                    fault(f"{file}:{first}", "cells", len(row), f"{len(header)} as in the first line", "Quote commas")
+                    fault(
+                        f"{file}:{first}", "cells", len(row), f"{len(header)} as in the first line", _QUOTE[delimiter]
+                    )
                 )
             first = line_number + 1
     except csv.Error as error:
         raise DataError(fault(f"{file}:{line_number}", "line", str(error), "a line of CSV")) from error
+
+
+_QUOTE = {",": "Quote commas", ";": "Quote semicolons", "\t": "Quote tabs"}
+
+
+def _delimiter(file: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
+    """What stands between the cells, and the first line to read: Excel writes semicolons where commas are decimal.
+
+    That is said by a line `sep=;` above the names, else by the kind of separator that makes most cells of the names.
+    """
+    first = next(lines, None)
+    if first is None:
+        return ",", []
+    said = re.fullmatch(r"sep=(.)\r?\n?", first, re.IGNORECASE)
+    if said and said[1] in _DELIMITERS:
+        return said[1], []
+    if ".tsv" in [suffix.lower() for suffix in file.suffixes]:
+        return "\t", [first]
+    return max(_DELIMITERS, key=lambda each: _cells(first, each)), [first]
+
+
+def _cells(line: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter, strict=True), []))
+    except csv.Error:
+        return 0
+
+
+def _read_excel(file: Path, reading: _Reading) -> Iterator[Batch]:
+    try:
+        import openpyxl
+    except ModuleNotFoundError as error:
+        todo = "Install it: pip install 'philora[excel]', or save the sheet as CSV UTF-8"
+        raise DataError(fault(str(file), "file", file.name, "openpyxl, which reads Excel's files", todo)) from error
+    import zipfile
+
+    try:
+        book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(fault(str(file), "file", file.name, f"a whole .xlsx file ({error})")) from error
+    with contextlib.closing(book):
+        sheets = {sheet.title: rows for sheet in book.worksheets if (rows := _filled(sheet)) is not None}
+        if not sheets:
+            raise DataError(fault(str(file), "file", file.name, "a line of column names, but the file is empty"))
+        names = list(sheets)
+        alone = len(names) == 1 and reading.split is None
+        chosen = names[0] if alone else choose_split(str(file), reading.split, reading.role, names)
+        for name in names:
+            if name != chosen:
+                reading.unread[f"sheet {name} of {file.name}"] = None
+        yield from _group(str(file), "row", _sheet_rows(file, sheets[chosen]))
+
+
+def _filled(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]] | None:
+    """The rows of a sheet with their numbers, from its first row with a value on; None where there is none."""
+    rows = enumerate(sheet.iter_rows(values_only=True), start=1)
+    first = next((row for row in rows if any(cell is not None for cell in row[1])), None)
+    return None if first is None else itertools.chain([first], rows)
+
+
+def _sheet_rows(file: Path, rows: Iterator[tuple[int, Sequence[Any]]]) -> Iterator[tuple[int, Record]]:
+    """The records below the names of a sheet; cells are text, as in a CSV."""
+    header = [_cell_text(cell) for cell in next(rows)[1]]
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        expected = "names of columns that differ"
+        raise DataError(fault(str(file), "columns", ", ".join(twice), expected, "Rename or remove one of them"))
+    for number, row in rows:
+        cells = [_cell_text(cell) for cell in row]
+        beyond = [cell for name, cell in itertools.zip_longest(header, cells, fillvalue="") if cell and not name]
+        if beyond:
+            raise DataError(fault(f"{file} row {number}", "cell", beyond[0], "a name above each column with values"))
+        if any(cells):
+            yield number, {name: cell for name, cell in itertools.zip_longest(header, cells, fillvalue="") if name}
+
+
+def _cell_text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
 def _read_parquet(file: Path) -> Iterator[Batch]:
@@ -865,11 +995,11 @@ def _dataset_source(config: SourceConfig, dataset: Any, name: str, unread: dict[
                 yield number, dict(zip(names, cells, strict=True))
 
     def batches() -> Iterator[Batch]:
-        return _limited(_group(name, "row", rows()), config.limit)
+        return _group(name, "row", rows())
 
     fingerprint = hashlib.sha256(f"{name}:{getattr(dataset, '_fingerprint', '')}".encode()).hexdigest()
     size = None if config.streaming else getattr(dataset, "size_in_bytes", None)
-    return Source(name=name, fingerprint=fingerprint, open=batches, size_bytes=size, unread=unread)
+    return Source(name, fingerprint, batches, config.limit, size, unread)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from philora.data.read import Fault, Record, parse_line
+from philora.data.turns import TURN_KEYS, described, turn_columns
 from philora.errors import DataError, fault, nearest
 
 Message: TypeAlias = "dict[str, Any]"
 
-FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
+FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "turns")
 """Values of the `format` key."""
 
 TEXT_ROLE = "text"
@@ -72,7 +73,15 @@ _PAIRS = (
     ("user", "assistant"),
     ("input", "output"),
 )
-_COLUMN_KEYS = ("system", "user", "assistant", "prompt", "completion", "text", "messages")
+_COLUMN_KEYS = ("system", "user", "assistant", "prompt", "completion", "text", "messages", *TURN_KEYS)
+# What corpora of plain text say of each text; other fields beside it may be what the text answers.
+_ORIGIN_NAMES = frozenset(
+    (
+        "id", "_id", "idx", "index", "url", "uri", "link", "source", "title", "date", "timestamp", "created", "added",
+        "dump", "lang", "language", "language_score", "score", "int_score", "token_count", "n_tokens", "tokens",
+        "length", "file_path", "path", "filename", "file", "meta", "metadata", "license", "domain", "subset", "split",
+    )
+)  # fmt: skip
 
 
 # Lines that open a turn in records that are one text: a model's markup, or words such as "user" and "### Response:".
@@ -114,10 +123,19 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Shape:
-    """How the records of one source are read: a name for the report, and the columns when they are given."""
+    """How the records of one source are read.
+
+    Attributes:
+        name: For the report.
+        columns: Templates, where they are given or, of one row for each message, were found.
+        roles: Of one row for each message: what values of the role's column mean.
+        why: How it was recognised, as a person reads it.
+    """
 
     name: str
     columns: tuple[tuple[str, str], ...] = ()
+    roles: tuple[tuple[str, str], ...] = ()
+    why: str = field(default="", compare=False)
 
     def read(self, record: Record) -> Conversation:
         """Normalise one record.
@@ -135,8 +153,8 @@ class Shape:
 
     def _read(self, fields: _Fields) -> Conversation:
         _refuse_what_changes_the_meaning(fields, "")
-        conversation = _from_columns(fields, self) if self.columns else _READERS[self.name](fields, self)
-        if self.columns or not conversation.is_text:
+        conversation = _READERS[self.name](fields, self)
+        if self.name == "columns" or not conversation.is_text:
             _read_flags_of_record(fields, self)
         conversation.unread += fields.unread()
         return conversation
@@ -241,21 +259,30 @@ def detect(records: Sequence[Record], where: str) -> Shape:
     Raises:
         DataError: none of them looks like an accepted shape.
     """
-    seen: dict[str, Any] = {}
+    parsed: list[Mapping[str, Any]] = []
     for record in records:
         try:
-            fields = parse_line(record) if isinstance(record, bytes) else record
+            parsed.append(parse_line(record) if isinstance(record, bytes) else record)
         except Fault:
             continue
-        seen = seen or fields
-        name = _shape_of(fields)
-        if name in (None, "text") and _SPEAKER_NAMES & fields.keys() and _WORDS_NAMES & fields.keys():
+    columns = turn_columns(parsed)
+    for fields in parsed:
+        found = _shape_of(fields)
+        if columns is not None and _may_be_one_turn(found, fields):
+            return Shape("turns", columns, why=described(columns))
+        if (found is None or found.name == "text") and _SPEAKER_NAMES & fields.keys() and _WORDS_NAMES & fields.keys():
             raise DataError(_one_turn_a_record(fields, where))
-        if name:
-            return Shape(name)
-    if not seen:
+        if found is not None:
+            if found.name == "text":
+                _refuse_more_than_text(fields, where)
+            return found
+    if not parsed:
         # Nothing could be parsed: reading in any shape reports each line.
         return Shape("messages")
+    raise DataError(_no_shape(parsed[0], where))
+
+
+def _no_shape(seen: Mapping[str, Any], where: str) -> str:
     names = ", ".join(sorted(map(str, seen))[:20])
     if "chosen" in seen:
         column = (
@@ -264,17 +291,36 @@ def detect(records: Sequence[Record], where: str) -> Shape:
             else ('{user: "{prompt}", assistant: "{chosen}"}' if "prompt" in seen else '{text: "{chosen}"}')
         )
         todo = f"To train on the chosen ones say columns: {column}"
-        raise DataError(fault(where, "fields", names, "one answer a record, not a better and a worse one", todo))
-    raise DataError(
-        fault(
-            where,
-            "fields",
-            names,
-            "messages, conversations, instruction and output, prompt and completion, or text",
-            'Say which column is which with columns, such as {user: "{question}", assistant: "{answer}"}, '
-            "if the names are others",
-        )
+        return fault(where, "fields", names, "one answer a record, not a better and a worse one", todo)
+    return fault(
+        where,
+        "fields",
+        names,
+        "messages, conversations, instruction and output, prompt and completion, or text",
+        'Say which column is which with columns, such as {user: "{question}", assistant: "{answer}"}, '
+        "if the names are others",
     )
+
+
+def _may_be_one_turn(found: Shape | None, fields: Mapping[str, Any]) -> bool:
+    """Whether no better shape was found: a `conversation` that is no list is an id."""
+    if found is None or found.name == "text":
+        return True
+    value = fields.get("conversation")
+    id_alone = not isinstance(value, list) and not str(value).startswith("[") and fields.get("conversations") is None
+    return found.name == "sharegpt" and id_alone
+
+
+def _refuse_more_than_text(fields: Mapping[str, Any], where: str) -> None:
+    more = [str(name) for name, value in fields.items() if name != "text" and not _is_empty(value)]
+    odd = [name for name in more if name.strip().lower() not in _ORIGIN_NAMES]
+    if odd:
+        expected = f"text alone, or beside what says where it is from, but {', '.join(odd)} may belong to it"
+        todo = (
+            'Say what is what with columns, such as {user: "{text}", assistant: "{answer}"}, or format: text to train '
+            "the text alone"
+        )
+        raise DataError(fault(where, "fields", ", ".join(map(str, fields)), expected, todo))
 
 
 def _one_turn_a_record(fields: Mapping[str, Any], where: str) -> str:
@@ -283,54 +329,83 @@ def _one_turn_a_record(fields: Mapping[str, Any], where: str) -> str:
         "fields",
         ", ".join(map(str, fields)),
         "a whole conversation in each record, but these look like one turn each",
-        "Group the turns of a conversation into one record with messages (role and content of each), in their order",
+        'Name the column that says which turns belong together: columns: {conversation: "{id}", role: "{role}", '
+        'content: "{text}"}, or group the turns into one record with messages',
     )
 
 
-def _shape_of(fields: Mapping[str, Any]) -> str | None:
+def _shape_of(fields: Mapping[str, Any]) -> Shape | None:
     filled = {key for key, value in fields.items() if value is not None}
     if "messages" in filled:
-        return "messages"
-    if "conversations" in filled or "conversation" in filled:
-        return "sharegpt"
+        return Shape("messages", why="by the field messages")
+    for name in ("conversations", "conversation"):
+        if name in filled:
+            return Shape("sharegpt", why=f"by the field {name}")
     if {"instruction", "output"} <= filled:
-        return "alpaca"
-    if any(set(pair) <= filled for pair in _PAIRS):
-        return "prompt_completion"
-    return "text" if "text" in filled else None
+        return Shape("alpaca", why="by the fields instruction and output")
+    for pair in _PAIRS:
+        if set(pair) <= filled:
+            return Shape("prompt_completion", why=f"by the fields {pair[0]} and {pair[1]}")
+    return Shape("text", why="by the field text: all of it is trained, without turns") if "text" in filled else None
 
 
-def shape_from_config(format_name: str | None, columns: Mapping[str, str] | None, where: str) -> Shape | None:
+def shape_from_config(
+    format_name: str | None,
+    columns: Mapping[str, str] | None,
+    where: str,
+    roles: Mapping[str, str] | None = None,
+) -> Shape | None:
     """The shape that the configuration gives; None where it is to be detected.
 
+    Of one row for each message the columns may be left to be found: the shape then has none.
+
     Raises:
-        DataError: the format or a column key is unknown, or the columns give no answer.
+        DataError: the format, a column key or a role is unknown, or the columns give no answer.
     """
-    if columns:
-        for key, template in columns.items():
-            if key not in _COLUMN_KEYS:
-                todo = nearest(key, _COLUMN_KEYS)
-                raise DataError(fault(where, f"columns.{key}", template, f"one of {', '.join(_COLUMN_KEYS)}", todo))
-            try:
-                list(string.Formatter().parse(template))
-            except (ValueError, TypeError) as error:
-                expected = f"a template such as '{{instruction}}' ({error})"
-                raise DataError(fault(where, f"columns.{key}", template, expected)) from None
-        alone = next((key for key in ("text", "messages") if key in columns), None)
-        if alone and set(columns) - {alone, *(("system",) if alone == "messages" else ())}:
-            expected = f"{alone} alone" if alone == "text" else "messages alone, or with system"
-            raise DataError(fault(where, "columns", dict(columns), expected, "Remove the other keys"))
-        if not {"assistant", "completion", "text", "messages"} & set(columns):
-            expected = "a template for assistant (or completion, text or messages)"
-            raise DataError(fault(where, "columns", dict(columns), expected, "Add one"))
-        roles = {"prompt": "user", "completion": "assistant"}
-        return Shape("columns", tuple((roles.get(key, key), template) for key, template in columns.items()))
-    if format_name in (None, "auto"):
-        return None
-    if format_name not in FORMATS:
+    if format_name not in (None, "auto", *FORMATS):
         todo = nearest(str(format_name), FORMATS)
         raise DataError(fault(where, "format", format_name, f"one of {', '.join(FORMATS)}", todo))
-    return Shape(str(format_name))
+    for name, role in (roles or {}).items():
+        if role not in _PLAIN_ROLES:
+            raise DataError(fault(where, f"roles.{name}", role, f"one of {', '.join(_PLAIN_ROLES)}"))
+    of_turns = format_name == "turns" or bool(roles) or bool(set(columns or ()) & set(TURN_KEYS))
+    if columns:
+        _check_columns(columns, where, of_turns)
+        roles_of = {"prompt": "user", "completion": "assistant"}
+        given = tuple((roles_of.get(key, key), template) for key, template in columns.items())
+        if of_turns:
+            return Shape("turns", given, tuple((roles or {}).items()), f"as columns says: {described(given)}")
+        said = ", ".join(f"{key} from {template}" for key, template in given)
+        return Shape("columns", given, why=f"as columns says: {said}")
+    if of_turns:
+        return Shape("turns", (), tuple((roles or {}).items()))
+    return None if format_name in (None, "auto") else Shape(str(format_name), why=f"as format says: {format_name}")
+
+
+def _check_columns(columns: Mapping[str, str], where: str, of_turns: bool) -> None:
+    for key, template in columns.items():
+        if key not in _COLUMN_KEYS:
+            todo = nearest(key, _COLUMN_KEYS)
+            raise DataError(fault(where, f"columns.{key}", template, f"one of {', '.join(_COLUMN_KEYS)}", todo))
+        try:
+            parts = list(string.Formatter().parse(template))
+        except (ValueError, TypeError) as error:
+            expected = f"a template such as '{{instruction}}' ({error})"
+            raise DataError(fault(where, f"columns.{key}", template, expected)) from None
+        if key in TURN_KEYS and [(text, bool(name)) for text, name, _, _ in parts] != [("", True)]:
+            raise DataError(fault(where, f"columns.{key}", template, "the name of one column in braces"))
+    if of_turns:
+        if not set(TURN_KEYS[:3]) <= set(columns) <= set(TURN_KEYS):
+            expected = "conversation, role and content (and time), the columns of one row for each message"
+            raise DataError(fault(where, "columns", dict(columns), expected))
+        return
+    alone = next((key for key in ("text", "messages") if key in columns), None)
+    if alone and set(columns) - {alone, *(("system",) if alone == "messages" else ())}:
+        expected = f"{alone} alone" if alone == "text" else "messages alone, or with system"
+        raise DataError(fault(where, "columns", dict(columns), expected, "Remove the other keys"))
+    if not {"assistant", "completion", "text", "messages"} & set(columns):
+        expected = "a template for assistant (or completion, text or messages)"
+        raise DataError(fault(where, "columns", dict(columns), expected, "Add one"))
 
 
 # ---------------------------------------------------------------------------------------------------- readers
@@ -614,12 +689,24 @@ def _fill(role: str, template: str, fields: _Fields) -> str:
         if isinstance(value, dict | list):
             raise Fault(name, value, f"text or a number for a template, not {_type_name(value)}")
         parts.append("" if value is None else str(value))
-    if not names and role != "system":  # every record would say the same words
+    # Every record would say the same words, or those that are a column's name.
+    if not names and (role != "system" or template in fields.values):
         raise DataError(_names_no_column(role, template, fields))
     return "".join(parts)
 
 
+def _from_turns(fields: _Fields, shape: Shape) -> Conversation:
+    """A conversation that was put together; a row that belongs to none is still as it stands in the file."""
+    if "messages" not in fields.values:
+        name = dict(shape.columns)["conversation"][1:-1]
+        todo = "Fill it in, or remove the row"
+        raise Fault(name, fields.values.get(name), "the id of the conversation that the row belongs to", todo)
+    return _from_messages(fields, shape)
+
+
 _READERS: dict[str, Callable[[_Fields, Shape], Conversation]] = {
+    "columns": _from_columns,
+    "turns": _from_turns,
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
@@ -657,12 +744,16 @@ def prompt_of(record: Record, where: str) -> Conversation:
     for name in ("messages", "conversations", "conversation"):
         if isinstance(fields.get(name), list) and fields[name]:
             fields[name] = [*fields[name], {"role": "assistant", "content": _STAND_IN}]
-    if _shape_of(fields) in (None, "text"):
+    found = _shape_of(fields)
+    if found is None or found.name == "text":
         for asked, answer in (*_PAIRS[:1], ("instruction", "output"), *_PAIRS):
             if fields.get(asked) is not None and fields.get(answer) is None:
                 fields[answer] = _STAND_IN
                 break
-    conversation = detect([fields], where)._read(_Fields(fields))
+    shape = detect([fields], where)
+    if shape.name == "turns":
+        raise DataError(_one_turn_a_record(fields, where))
+    conversation = shape._read(_Fields(fields))
     if conversation.is_text:
         raise Fault("record", "text", "messages, conversations, instruction, or a prompt")
     while conversation.messages and conversation.messages[-1]["role"] == "assistant":

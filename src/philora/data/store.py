@@ -15,6 +15,7 @@ and made again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import hashlib
@@ -25,7 +26,7 @@ import shutil
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +35,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from philora.data.read import Batch, Fault, Source
+from philora.data.read import Batch, Fault, Record, Source, parse_line
 from philora.data.shapes import Conversation, Shape, detect
 from philora.data.template import Encoder
+from philora.data.turns import described as turns_described
+from philora.data.turns import grouped, turn_columns
 from philora.errors import DataError, RunError, fault
 from philora.user_cache import user_cache
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of every key: raise it when the meaning or the layout of an entry changes."""
 
 _IDENTITY_VERSION = 2
@@ -48,6 +51,8 @@ _IDENTITY_VERSION = 2
 
 FAULTS_SHOWN = 20
 DETECT_RECORDS = 100
+EXAMPLES_KEPT = 3
+"""Conversations of an entry that are shown as examples."""
 
 TRUNCATED, TWO_USER_TURNS, MISMATCH, FOLDED, CONTROL, ANSWERS, STOP_NUMBER, TURNS_AS_TEXT = 1, 2, 4, 8, 16, 32, 64, 128
 """Flags of a row; `ANSWERS`: an assistant turn follows something, so a model can be asked for it."""
@@ -68,6 +73,8 @@ class Settings:
 
     max_length: int
     drop_overlong: bool
+    drop_invalid: bool = False
+    """Records that cannot be used are left out and listed, in place of ending the run."""
 
 
 @dataclass
@@ -177,10 +184,10 @@ def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Setti
         conversations.append(conversation)
         blobs.append(blob)
         places.append(index)
-    if fault_count or not tokenise:
+    if not tokenise or (fault_count and not settings.drop_invalid):
         return _empty_chunk(len(batch.records), faults, fault_count)
 
-    chunk = _empty_chunk(len(batch.records), faults, 0)
+    chunk = _empty_chunk(len(batch.records), faults, fault_count)
     rows = np.zeros(len(conversations), ROW)
     id_parts: list[npt.NDArray[np.int32]] = []
     label_parts: list[npt.NDArray[np.int32]] = []
@@ -261,7 +268,7 @@ def chunks(
     if processes <= 1:
         for batch in batches:
             chunk = process_batch(batch, shape, encoder, settings, not failed)
-            failed = failed or chunk.fault_count > 0
+            failed = failed or (chunk.fault_count > 0 and not settings.drop_invalid)
             yield chunk
         return
     under_way: deque[Future[Chunk]] = deque()
@@ -279,7 +286,7 @@ def chunks(
                 under_way.append(pool.submit(_work, batch, not failed))
                 if len(under_way) >= 2 * processes:
                     chunk = under_way.popleft().result()
-                    failed = failed or chunk.fault_count > 0
+                    failed = failed or (chunk.fault_count > 0 and not settings.drop_invalid)
                     yield chunk
             while under_way:
                 yield under_way.popleft().result()
@@ -340,17 +347,18 @@ def entry_for(
         "version": FORMAT_VERSION,
         "source": source.fingerprint,
         "limit": limit,
-        "shape": None if shape is None else [shape.name, shape.columns],
+        "shape": None if shape is None else [shape.name, shape.columns, *([shape.roles] if shape.roles else [])],
         "tokenizer": tokenizer_key,
         "max_length": settings.max_length,
         "drop_overlong": settings.drop_overlong,
+        **({"drop_invalid": True} if settings.drop_invalid else {}),
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
     folder = root / key
     entry = read_entry(folder)
     if entry is not None:
         return entry
-    shape = shape or detect_shape(source)
+    source, shape = recognised(source, shape)
     temporary = root / f".tmp-{key}-{os.getpid()}-{time.monotonic_ns()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -362,7 +370,8 @@ def entry_for(
             fault("data", "cache_dir", str(root), f"a folder that can be written ({error})", todo)
         ) from error
     try:
-        _write_entry(temporary, chunks(source.open(), shape, encoder, settings, processes), source, shape, described)
+        done = chunks(source.open(), shape, encoder, settings, processes)
+        _write_entry(temporary, done, source, shape, settings, described)
         _rename(temporary, folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -379,54 +388,65 @@ def entry_for(
     return entry
 
 
-def detect_shape(source: Source) -> Shape:
-    """The shape of a source, from its first records."""
-    first = next(source.open(), None)
-    if first is None:
+def recognised(source: Source, given: Shape | None) -> tuple[Source, Shape]:
+    """Return a source whose records are conversations, and their shape: as given, else from the first records.
+
+    Raises:
+        DataError: there are no records, none of them looks like an accepted shape, or they are not what is given.
+    """
+    shape = given
+    if shape is None or (shape.name == "turns" and not shape.columns):
+        first = next(source.read(), None)
+        if first is None:
+            raise DataError(fault(source.name, "records", 0, "at least one record"))
+        records = first.records[:DETECT_RECORDS]
+        shape = detect(records, first.file) if given is None else _given_turns(given, records, first.file)
+    return (grouped(source, shape.columns, shape.roles), shape) if shape.name == "turns" else (source, shape)
+
+
+def _given_turns(given: Shape, records: Sequence[Record], file: str) -> Shape:
+    """One row for each message, of which the columns are to be found."""
+    rows = [parse_line(each) if isinstance(each, bytes) else each for each in records[:1]]
+    columns = turn_columns(rows)
+    if columns is None:
+        expected = "columns for an id, a role and a text, since these are one row for each message"
+        todo = 'Name them: columns: {conversation: "{id}", role: "{role}", content: "{text}"}'
+        raise DataError(fault(file, "fields", ", ".join(rows[0]), expected, todo))
+    return dataclasses.replace(given, columns=columns, why=turns_described(columns))
+
+
+@dataclass
+class _Totals:
+    """What the chunks of an entry come to."""
+
+    rows: list[Rows] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    spelled: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk in."""
+        self.faults += chunk.faults[: FAULTS_SHOWN - len(self.faults)]
+        self.unread.update(chunk.unread)
+        self.spelled.update(chunk.spelled)
+        self.examples += [each.decode() for each in chunk.conversations[: EXAMPLES_KEPT - len(self.examples)]]
+        counts = {"records": chunk.records, "invalid": chunk.fault_count}
+        counts |= {"dropped_overlong": chunk.dropped_overlong, "dropped_unlabelled": chunk.dropped_unlabelled}
+        self.counts.update(counts)
+
+
+def _write_entry(
+    folder: Path, done: Iterator[Chunk], source: Source, shape: Shape, settings: Settings, described: dict[str, Any]
+) -> None:
+    total = _write_rows(folder, done, settings)
+    invalid, records = total.counts["invalid"], total.counts["records"]
+    if invalid and (not settings.drop_invalid or invalid == records):
+        raise DataError(_records_message(source, total.faults, invalid, records))
+    if not records:
         raise DataError(fault(source.name, "records", 0, "at least one record"))
-    return detect(first.records[:DETECT_RECORDS], first.file)
-
-
-def _write_entry(folder: Path, done: Iterator[Chunk], source: Source, shape: Shape, described: dict[str, Any]) -> None:
-    import pyarrow as pa
-    from datasets import Features, List, Value
-
-    tokens = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}).arrow_schema
-    conversations = Features({"conversation": Value("string")}).arrow_schema
-    all_rows: list[Rows] = []
-    faults: list[str] = []
-    counts = {"records": 0, "dropped_overlong": 0, "dropped_unlabelled": 0}
-    fault_count = 0
-    unread: Counter[str] = Counter()
-    spelled: Counter[str] = Counter()
-    with (
-        _synced(folder / "tokens.arrow") as tokens_sink,
-        _synced(folder / "conversations.arrow") as conversations_sink,
-        pa.ipc.new_stream(tokens_sink, tokens) as tokens_writer,
-        pa.ipc.new_stream(conversations_sink, conversations) as conversations_writer,
-    ):
-        for chunk in done:
-            fault_count += chunk.fault_count
-            faults += chunk.faults[: FAULTS_SHOWN - len(faults)]
-            unread.update(chunk.unread)
-            spelled.update(chunk.spelled)
-            counts["records"] += chunk.records
-            counts["dropped_overlong"] += chunk.dropped_overlong
-            counts["dropped_unlabelled"] += chunk.dropped_unlabelled
-            if fault_count or not len(chunk.rows):
-                continue
-            all_rows.append(chunk.rows)
-            offsets = np.zeros(len(chunk.rows) + 1, np.int32)
-            np.cumsum(chunk.rows["tokens"], out=offsets[1:])
-            lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (chunk.ids, chunk.labels)]
-            tokens_writer.write_batch(pa.RecordBatch.from_arrays(lists, schema=tokens))
-            blobs = pa.array(chunk.conversations, pa.string())
-            conversations_writer.write_batch(pa.RecordBatch.from_arrays([blobs], schema=conversations))
-    if fault_count:
-        raise DataError(_records_message(source, faults, fault_count, counts["records"]))
-    if not counts["records"]:
-        raise DataError(fault(source.name, "records", 0, "at least one record"))
-    rows = np.concatenate(all_rows) if all_rows else np.zeros(0, ROW)
+    rows = np.concatenate(total.rows) if total.rows else np.zeros(0, ROW)
     with (folder / "rows.npy").open("wb") as stream:
         np.save(stream, rows)
         stream.flush()
@@ -436,17 +456,48 @@ def _write_entry(folder: Path, done: Iterator[Chunk], source: Source, shape: Sha
         "key": described,
         "name": source.name,
         "shape": shape.name,
+        "recognised": shape.why,
         "rows": len(rows),
         "digests": digests,
-        "unread_fields": dict(unread.most_common()),
+        "unread_fields": dict(total.unread.most_common()),
         "unread_parts": list(source.unread),
-        "spelled": dict(spelled.most_common()),
-        **counts,
+        "spelled": dict(total.spelled.most_common()),
+        "invalid_records": total.faults,
+        "examples": total.examples,
+        **{name: total.counts[name] for name in ("records", "invalid", "dropped_overlong", "dropped_unlabelled")},
     }
     with (folder / "meta.json").open("w", encoding="utf-8") as text:
         json.dump(meta, text, indent=1)
         text.flush()
         os.fsync(text.fileno())
+
+
+def _write_rows(folder: Path, done: Iterator[Chunk], settings: Settings) -> _Totals:
+    """Write tokens and conversations; after a fault that ends the run the rest is only looked at."""
+    import pyarrow as pa
+    from datasets import Features, List, Value
+
+    tokens = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}).arrow_schema
+    conversations = Features({"conversation": Value("string")}).arrow_schema
+    total = _Totals()
+    with (
+        _synced(folder / "tokens.arrow") as tokens_sink,
+        _synced(folder / "conversations.arrow") as conversations_sink,
+        pa.ipc.new_stream(tokens_sink, tokens) as tokens_writer,
+        pa.ipc.new_stream(conversations_sink, conversations) as conversations_writer,
+    ):
+        for chunk in done:
+            total.add(chunk)
+            if (total.counts["invalid"] and not settings.drop_invalid) or not len(chunk.rows):
+                continue
+            total.rows.append(chunk.rows)
+            offsets = np.zeros(len(chunk.rows) + 1, np.int32)
+            np.cumsum(chunk.rows["tokens"], out=offsets[1:])
+            lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (chunk.ids, chunk.labels)]
+            tokens_writer.write_batch(pa.RecordBatch.from_arrays(lists, schema=tokens))
+            blobs = pa.array(chunk.conversations, pa.string())
+            conversations_writer.write_batch(pa.RecordBatch.from_arrays([blobs], schema=conversations))
+    return total
 
 
 def _digest(path: Path) -> str:
@@ -455,11 +506,13 @@ def _digest(path: Path) -> str:
 
 
 def _records_message(source: Source, faults: list[str], count: int, records: int) -> str:
+    todo = "Correct them, or set data.invalid to drop to leave them out" if count < records else ""
     if count == 1:
-        return faults[0]
+        return faults[0] + (" Or set data.invalid to drop to leave out what cannot be used." if todo else "")
     more = f" (the first {len(faults)} of them)" if count > len(faults) else ""
     listed = "\n".join(f"  {each}" for each in faults)
-    return f"{source.name}: {count} of {records} records cannot be used{more}:\n{listed}"
+    end = f"\n{todo}." if todo else ""
+    return f"{source.name}: {count} of {records} records cannot be used{more}:\n{listed}{end}"
 
 
 @contextlib.contextmanager
