@@ -14,7 +14,6 @@ of PyTorch's scaled_dot_product_attention for each group.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from transformers.masking_utils import sdpa_mask
 from philora import native
 from philora.kernels.attention_choice import AttentionFacts, Way, attention_for
 from philora.kernels.layout import LENGTHS, PackedLayout
+from philora.kernels.switches import stack_switch
 from philora.kernels.varlen import Attention, varlen_attention
 from philora.lora.functional import fused_enabled, refuse_create_graph, without_autocast
 from philora.process_state import is_run
@@ -677,7 +677,7 @@ def facts_of_attention(query: Tensor, dropout: float = 0.0) -> AttentionFacts:
         dropout=dropout > 0,
         flash=cuda and has_flash(),
         package=cuda and _has_package(),
-        switch=os.environ.get("PHILORA_STACK", ""),
+        switch=stack_switch(),
     )
 
 
