@@ -28,6 +28,7 @@ from philora.kernels.loss import CHUNK_BYTES, FEWEST_TOKENS
 from philora.kernels.modules import FAST, FastPhi3MLP
 from philora.models import resolve_dtype
 from philora.quantization import quantization_config, quantized_names, scheme_of
+from philora.static_decoding import cache_tokens, filled_up
 
 if TYPE_CHECKING:
     from philora.decoder_stack.layer import Keep  # needs Triton
@@ -158,12 +159,14 @@ class Evaluated(NamedTuple):
         answers: Made at once.
         answer_tokens: Of each, with its prompt.
         packed: Bytes of weights that are reordered for them, or 0.
+        by_graph: Whether they are computed in a CUDA graph, whose cache has a fixed size.
     """
 
     tokens: int = 0
     answers: int = 0
     answer_tokens: int = 0
     packed: int = 0
+    by_graph: bool = False
 
 
 NOT_EVALUATED = Evaluated()
@@ -330,14 +333,17 @@ class Footprint:
 
     def _evaluation(self, evaluated: Evaluated, label_share: float) -> int:
         """Scoring a batch, or making answers with a cache of keys and values, when the run has trained: no gradient."""
-        tokens, answers, answer_tokens, packed = evaluated
+        tokens, answers, answer_tokens, packed, by_graph = evaluated
         size = self.element_bytes
         # One layer at a time: residual, norm, output of the widest product, half of it after SwiGLU, and the mask.
         wide = (3 * self.hidden * size + 1.5 * self.layer.widest) * max(tokens, answers * answer_tokens)
         # `score` takes fp32 logits of labels 2^25 at a time, about three times over.
         logits = 3 * 4 * min(2**25, tokens * label_share * self.vocabulary)
         # Keys and values of all layers, and of one more while a token is added.
-        cache = answers * answer_tokens * 2 * self.key_value_width * size * (self.layers + 1)
+        cached = answers * answer_tokens
+        if by_graph and answers:
+            cached = filled_up(answers) * cache_tokens(answer_tokens, answer_tokens)
+        cache = cached * 2 * self.key_value_width * size * (self.layers + 1)
         trained = self.trained_bytes * self.trainable + self.optimizer
         held = self.weights + trained + self.quantized_matrix * size
         return round(held + max(wide + logits if tokens else 0, cache + packed + (wide if answers else 0)))

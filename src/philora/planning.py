@@ -38,12 +38,13 @@ from philora.footprint import (
     footprint,
 )
 from philora.hardware import hardware_notices, slow_bf16
-from philora.kernels.graphs import switch as graph_switch
 from philora.kernels.memory import available_bytes
+from philora.kernels.switches import graph_switch
 from philora.models import bf16_is_fast, resolve_dtype
 from philora.processes import idle_gpus
 from philora.quantization import QuantizedWeight, bitsandbytes_is_here, empty_layer, scheme_of
 from philora.sources import find_adapter
+from philora.static_decoding import BY_GRAPH, answers_on
 
 # Most tokens that `tokens_per_step: auto` puts into one optimizer step, on a CPU and on an accelerator.
 TOKENS_PER_STEP = 8192
@@ -118,6 +119,7 @@ class Plan:
         learning_rate_origin: Where it comes from: a file, the command line, or the rule of `auto`.
         changes: What would save memory, the best first; empty where the run fits.
         decoder_layers: Which way the decoder layers go, and why.
+        answers: How the tokens of answers are computed on a GPU, and why; empty on a CPU.
         notices: What the hardware cannot do well, with what to do.
         idle_gpus: GPUs that are visible and that the run does not use.
     """
@@ -141,6 +143,7 @@ class Plan:
     learning_rate_origin: str
     changes: tuple[Change, ...]
     decoder_layers: Choice
+    answers: str = ""
     notices: tuple[str, ...] = ()
     idle_gpus: int = 0
 
@@ -200,6 +203,7 @@ class Plan:
             *((name, f"{size / 1e9:.2f} GB") for name, size in phases if size),
             *([("pinned", f"{estimate.pinned / 1e9:.2f} GB of the computer's memory")] if estimate.pinned else []),
             ("peak", f"{estimate.peak / 1e9:.2f} GB{pages}; {self.available_bytes / 1e9:.2f} GB free on {self.device}"),
+            *([("answers", self.answers)] if self.answers else []),
             ("steps", f"{'?' if self.steps is None else self.steps} of {self.step_tokens:,} tokens"),
             ("learning rate", f"{self.learning_rate:.4g} ({self.learning_rate_origin})"),
             ("time", f"about {time_text}, at {self.rate.flops_per_second / 1e9:,.0f} GFLOP/s as measured now"),
@@ -279,7 +283,8 @@ def plan(
     longest = max_length if packing or train is None else min(max(train.longest_tokens, mean), max_length)
     label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
     memory = available_bytes(device) // sharing
-    evaluated = _evaluated(config, report, max_length, counted, memory)
+    answers = _answers(config, adapted, facts)
+    evaluated = _evaluated(config, report, max_length, counted, memory)._replace(by_graph=answers == BY_GRAPH)
     wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
     batch = choose(
         counted,
@@ -329,6 +334,7 @@ def plan(
         changes=changes,
         idle_gpus=idle_gpus(config.training_config, config.model.device_map),
         decoder_layers=stacked[batch.recomputation],
+        answers=answers,
         notices=(*notices, *filter(None, [slow])),
     )
 
@@ -351,6 +357,14 @@ def decoder_layers(config: Config, adapted: PeftModel, device: DeviceFacts, reco
     dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
     batch = BatchFacts(keep=KEPT[recomputation])
     return stack_for(replace(facts, dtype=dtype, base=base), batch, device)
+
+
+def _answers(config: Config, adapted: PeftModel, device: DeviceFacts) -> str:
+    """Return how the tokens of answers are computed on a GPU."""
+    facts = facts_for(adapted)
+    dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
+    quantized = bool(scheme_of(getattr(adapted, "config", None))) or config.model.quantization != "none"
+    return answers_on(device, dtype, quantized, facts is not None and facts.architecture == "Phi3Model")
 
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")

@@ -26,20 +26,20 @@ from philora import (
     processes,
     requirements,
     resume,
-    static_decoding,
 )
 from philora.adapters import Coverage, coverage
 from philora.config import OWN_TRAINING_KEYS, Config, load_config
 from philora.data import SourceReport, length_notices, prepare, preview
 from philora.data.ids import check_rows, vocabulary_of
-from philora.decoder_stack.choice import DeviceFacts, ModelFacts
+from philora.decoder_stack.choice import ModelFacts
 from philora.decoder_stack.facts import facts_of_device
 from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
 from philora.families import generic_notice
 from philora.kernels.attention import facts_of_attention
 from philora.kernels.attention_choice import attention_for
-from philora.quantization import scheme_of
+from philora.kernels.elementwise_choice import elementwise_for
+from philora.kernels.liger import facts_of_elementwise
 from philora.spare_rows import notice, stored_embedding, untrained_tokens
 from philora.trainer import SFTConfig, checkpoint_bytes
 
@@ -56,6 +56,8 @@ class Hardware:
         attention: Which way the documents of packed rows attend where the stack does not run; see
             `kernels.attention_choice`.
         attention_reason: Why.
+        elementwise: Which way norms and SwiGLU go where the stack does not run, and why; see
+            `kernels.elementwise_choice`. Empty on a CPU.
         answers: How its tokens are computed on a GPU, and why; empty on a CPU.
     """
 
@@ -65,14 +67,16 @@ class Hardware:
     reasons: tuple[str, ...]
     attention: str
     attention_reason: str
+    elementwise: str = ""
     answers: str = ""
 
     def __str__(self) -> str:
         why = "; ".join(self.reasons)
         layers = f"decoder layers: {self.decoder_layers} ({why})"
         attention = f"attention: {self.attention} ({self.attention_reason})"
+        elementwise = f"; norms and SwiGLU: {self.elementwise}" if self.elementwise else ""
         answers = f"; answers: {self.answers}" if self.answers else ""
-        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; {layers}; {attention}{answers}"
+        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; {layers}; {attention}{elementwise}{answers}"
 
 
 @dataclass(frozen=True)
@@ -310,19 +314,14 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, plan: planning.Pla
     reasons = reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
     head = torch.empty(1, 1, 1, facts.head_size, dtype=getattr(torch, dtype), device=device.kind)
     attention, why = attention_for(facts_of_attention(head, facts.attention_dropout))
-    quantized = bool(scheme_of(getattr(adapted, "config", None))) or config.model.quantization != "none"
-    answers = _answers(device, facts, dtype, quantized)
+    settings = cast(Any, adapted).config.get_text_config()
+    columns = int(getattr(settings, "intermediate_size", None) or settings.hidden_size)
+    way, reason = elementwise_for(facts_of_elementwise(head.device, head.dtype, columns))
+    elementwise = "" if device.kind == "cpu" else f"{way} ({reason})"
     name = f"{device.name}{capability}"
-    return Hardware(name, device.memory_bytes, plan.decoder_layers.path, reasons, attention, why, answers)
-
-
-def _answers(device: DeviceFacts, model: ModelFacts, dtype: str, quantized: bool) -> str:
-    """Say whether the steps of answers on a GPU are one CUDA graph each."""
-    if device.kind != "cuda":
-        return ""
-    covered = model.architecture == "Phi3Model"
-    against = static_decoding.against(static_decoding.facts_on(device, dtype, quantized, covered))
-    return f"no CUDA graph ({'; '.join(against)})" if against else "a CUDA graph for each token"
+    return Hardware(
+        name, device.memory_bytes, plan.decoder_layers.path, reasons, attention, why, elementwise, plan.answers
+    )
 
 
 def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> str | None:

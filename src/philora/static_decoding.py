@@ -24,6 +24,7 @@ from philora import decoding
 from philora.decoder_stack.choice import DeviceFacts
 from philora.decoder_stack.facts import facts_of_device
 from philora.kernels import graphs
+from philora.kernels.switches import graph_switch
 from philora.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ FIRST_TOKENS = 256
 
 LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Of the graph's logits from those of the plain step, relative to their norm: what rounding makes of them."""
+
+BY_GRAPH = "a CUDA graph for each token"
+"""What `answers_on` returns where it is one."""
 
 Choose = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """From logits (B, V) and numbers (B) the tokens (B) and the largest logits (B)."""
@@ -101,7 +105,7 @@ def facts_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) ->
         name=device.name,
         capability=device.capability,
         triton=device.triton,
-        switch=graphs.switch(),
+        switch=graph_switch(),
         fused=device.fused,
         dtype=dtype,
         quantized=quantized,
@@ -115,6 +119,14 @@ def facts_of(model: nn.Module) -> GraphFacts:
     quantized = any(is_quantized(each) for each in model.modules())
     dtype = str(weight.dtype).removeprefix("torch.")
     return facts_on(facts_of_device(weight.device), dtype, quantized, decoding.covers(model))
+
+
+def answers_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) -> str:
+    """Return how answers are computed on a GPU, for people; empty elsewhere. Arguments as those of `facts_on`."""
+    if device.kind != "cuda":
+        return ""
+    reasons = against(facts_on(device, dtype, quantized, covered))
+    return f"no CUDA graph ({'; '.join(reasons)})" if reasons else BY_GRAPH
 
 
 def decoder_for(
@@ -210,8 +222,7 @@ class StaticDecoder(decoding.Decoder):
     def capacity_for(self, tokens: int) -> int:
         """Return a power of two, or the longest row there will be; filled up so that attention's loads are even."""
         self._recorded = None  # the cache becomes another one
-        longest = -(-len(self.cos) // 64) * 64
-        return min(longest, max(FIRST_TOKENS, 1 << (tokens - 1).bit_length()))
+        return cache_tokens(tokens, len(self.cos))
 
     def keep(self, rows: Sequence[int], more: int = 0) -> None:
         """As `Decoder.keep`; where the number of rows filled up stays, in the same memory and by the same graph."""
@@ -311,6 +322,12 @@ class StaticDecoder(decoding.Decoder):
 def _say(reason: str) -> None:
     """Say once why answers are computed without a graph: there is a decoder for each call of `generate`."""
     logger.warning("answers are computed without a CUDA graph: %s", reason)
+
+
+def cache_tokens(tokens: int, longest_tokens: int) -> int:
+    """Return the size of a row of the cache that holds so many tokens, where the longest row has `longest_tokens`."""
+    longest = -(-longest_tokens // 64) * 64
+    return min(longest, max(FIRST_TOKENS, 1 << (tokens - 1).bit_length()))
 
 
 def filled_up(rows: int) -> int:

@@ -58,6 +58,7 @@ from philora.decoder_stack.model import dropout_state, set_dropout_state
 from philora.errors import ConfigError, RunError, fault, nearest, one_per_line
 from philora.kernels.attention import repeat_bits
 from philora.kernels.loss import add_label_head
+from philora.kernels.switches import stack_switch
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 from philora.microbatches import MicroBatchTrainer
 from philora.models import refuse_adapter
@@ -672,8 +673,9 @@ class SFTTrainer(MicroBatchTrainer):
 
         Its gradients are dropped, so that the optimizer has nothing to do, and it is reported as skipped, so that the
         schedule of the learning rate stays where it is; the data goes on. With fp16 torch's gradient scaler does the
-        same, and lowers its scale. On a GPU a fused optimizer leaves the step out by itself, by a number on the device;
-        the host reads a step's figures when the next one has been computed, and puts the schedule back then.
+        same, and lowers its scale. On a GPU, with `PHILORA_STACK=all`, a fused optimizer leaves the step out by itself,
+        by a number on the device; the host reads a step's figures when the next one has been computed, and puts the
+        schedule back then.
 
         Raises:
             NonFiniteError: It was one too many in a row.
@@ -701,11 +703,11 @@ class SFTTrainer(MicroBatchTrainer):
         return getattr(self.args, "max_nonfinite_steps", None)
 
     def _optimizer_that_leaves_out(self) -> torch.optim.Optimizer | None:
-        """Return the optimizer, if a step can be taken before its figures are read: a fused one on a GPU."""
+        """Return the optimizer, if a step is to be taken before its figures are read."""
         optimizer = cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
         fused = bool(optimizer.defaults.get("fused")) and hasattr(optimizer, "_step_supports_amp_scaling")
-        reads_late = self.args.device.type == "cuda" and self.accelerator.scaler is None
-        return optimizer if fused and reads_late else None
+        scaled = self.accelerator.scaler is not None
+        return optimizer if reads_late(self.args.device.type, fused, scaled, stack_switch()) else None
 
     def _is_looked_at(self) -> bool:
         """Whether something is done after this step that its outcome matters to."""
@@ -894,6 +896,18 @@ class SFTTrainer(MicroBatchTrainer):
         size = self._checkpoint_size(run)
         if missing_bytes(run, size):
             raise _no_room(run, final, size, "No space left on device")
+
+
+def reads_late(kind: str, fused: bool, scaled: bool, switch: str) -> bool:
+    """Return whether a step is taken before its loss and gradient norm are read; no GPU has run that yet.
+
+    Args:
+        kind: Of the device.
+        fused: Whether the optimizer is a fused one, which can leave a step out by a number on the device.
+        scaled: Whether fp16's gradient scaler decides about steps.
+        switch: `PHILORA_STACK`; "all" takes what no GPU has run yet.
+    """
+    return kind == "cuda" and fused and not scaled and switch == "all"
 
 
 def chosen_of(arguments: SFTConfig) -> dict[str, Any]:

@@ -166,8 +166,12 @@ def test_every_package_that_is_imported_is_declared():
     lists = [project["dependencies"], *(v for k, v in project["optional-dependencies"].items() if k != "dev")]
     declared = {_canonical(re.split(r"[\[<>=~! ]", each)[0]) for names in lists for each in names}
     # Built from source where a compiler is, so no extra asks for them; what uses them goes without or says so.
-    declared |= {"llama-cpp-python", "flash-attn"}
-    distributions = {"llama_cpp": ["llama-cpp-python"], "flash_attn": ["flash-attn"]} | packages_distributions()
+    declared |= {"llama-cpp-python", "flash-attn", "liger-kernel"}
+    distributions = {
+        "llama_cpp": ["llama-cpp-python"],
+        "flash_attn": ["flash-attn"],
+        "liger_kernel": ["liger-kernel"],
+    } | packages_distributions()
     wrong = []
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import philora
-from philora.kernels import attention
+from philora.kernels import attention, varlen
 from philora.kernels.attention_choice import AttentionFacts, attention_for
 from philora.kernels.layout import PackedLayout
 from philora.kernels.varlen import Attention, varlen_attention
@@ -220,7 +220,9 @@ def test_flash_attention_equals_the_reference(window):
     ("changes", "way", "reason"),
     [
         ({}, "flash", "PyTorch has flash attention"),
-        ({"dtype": "float16"}, "flash", "PyTorch has flash attention"),
+        ({"dtype": "float16"}, "groups", "no GPU has run flash attention in float16 here yet, PHILORA_STACK=all"),
+        ({"dtype": "float16", "switch": "all"}, "flash", "PyTorch has flash attention"),
+        ({"disagreement": "flash attention differs"}, "groups", "flash attention differs"),
         ({"dtype": "float32"}, "groups", "no flash attention in float32"),
         ({"capability": (7, 5)}, "groups", "needs compute capability 8.0, this is 7.5"),
         ({"head_size": 20}, "groups", "heads have 20 columns"),
@@ -238,6 +240,35 @@ def test_which_way_documents_attend(changes, way, reason):
     chosen, why = attention_for(replace(AttentionFacts(), **changes))
     assert chosen == way
     assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (None, None),
+        (lambda self, q, k, v: (2 * self._document_by_document(q, k, v), (None,) * 3), "differs from the reference"),
+        (lambda self, q, k, v: torch.ops.aten._flash_attention_forward(q), "does not run here"),
+    ],
+    ids=["none", "twice", "no kernel"],
+)
+def test_flash_attention_is_compared_before_its_first_use(monkeypatch, caplog, fault, said):
+    attention._say.cache_clear()
+    monkeypatch.setattr(attention, "facts_of_attention", lambda query, dropout: AttentionFacts())
+    monkeypatch.setattr(attention, "disagreement", varlen.disagreement.__wrapped__)
+    if fault is not None:
+        monkeypatch.setattr(Attention, "attend", fault)
+    head = torch.empty(1, 2, 3, 8)
+    assert attention._way_of(head, 0.0) == attention._way_of(head, 0.0) == ("flash" if said is None else "groups")
+    texts = [each.getMessage() for each in caplog.records]
+    assert len(texts) == (said is not None)
+    assert all(each.startswith("documents attend in groups: ") and said in each for each in texts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("head_size", [32, 96])
+def test_flash_attention_agrees_on_the_card(head_size):
+    assert varlen.disagreement(torch.device("cuda"), torch.bfloat16, head_size) is None
 
 
 def test_the_facts_of_heads():

@@ -254,6 +254,18 @@ def test_names_copies_and_pickles_stay(nodes):
     assert nodes == [0, 0]
 
 
+def test_weights_that_were_moved_are_read_where_they_are():
+    made = make()
+    plain = copy.deepcopy(made)
+    before = by_stack(made)
+    for each in (made, plain):
+        weight = each.get_base_model().model.layers[0].self_attn.o_proj.base_layer.weight
+        weight.data = 2 * weight.data
+    theirs = by_peft(plain)
+    assert largest_difference(by_stack(made), theirs) < GRADIENTS_FP32
+    assert largest_difference(before, theirs) > 1e-2, "negative control"
+
+
 def test_adapters_that_change_make_a_new_stack():
     made = make()
     first = by_stack(made)

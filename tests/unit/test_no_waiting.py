@@ -17,7 +17,7 @@ from philora.kernels import attention
 from philora.kernels.layout import LABELS
 from philora.microbatches import numbers
 from philora.models import local_path
-from philora.trainer import NonFiniteError
+from philora.trainer import NonFiniteError, reads_late
 from tests.conftest import make_phi3
 from tests.waiting import Waits, no_waiting
 
@@ -106,6 +106,7 @@ def test_a_planted_wait_is_found(tmp_path, monkeypatch, fault):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, monkeypatch, model, dtype):
+    monkeypatch.setenv("PHILORA_STACK", "all")  # no GPU has read figures late yet
     made = trainer(tmp_path, MODELS[model]().to(dtype), max_steps=5)
     get, look = made.get_batch_samples, made._maybe_log_save_evaluate
 
@@ -145,6 +146,21 @@ def poisoned(made: Any, steps: set[int], monkeypatch: Any) -> Any:
 
     monkeypatch.setattr(made, "compute_loss", loss)
     return made
+
+
+@pytest.mark.parametrize(
+    ("change", "late"),
+    [
+        ({}, True),
+        ({"kind": "cpu"}, False),
+        ({"fused": False}, False),
+        ({"scaled": True}, False),
+        ({"switch": ""}, False),
+        ({"switch": "0"}, False),
+    ],
+)
+def test_when_figures_are_read_late(change, late):
+    assert reads_late(**{"kind": "cuda", "fused": True, "scaled": False, "switch": "all"} | change) is late
 
 
 def test_a_step_that_is_left_out_late_leaves_what_one_left_out_at_once_leaves(tmp_path, monkeypatch, caplog):

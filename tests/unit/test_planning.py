@@ -16,6 +16,7 @@ import philora
 from philora import planning
 from philora.config import ModelConfig, load_config
 from philora.data import prepare
+from philora.decoder_stack.choice import DeviceFacts
 from philora.errors import ConfigError
 from philora.footprint import PARTS, Evaluated, footprint
 from philora.models import load_skeleton, load_tokenizer, local_path, max_length_of, stop_token_ids
@@ -51,6 +52,30 @@ def test_parts_of_the_full_shape(mini):
     assert evaluated.peak == evaluated.evaluation > full.peak, "answers' keys and values may be the largest"
     packed = mini.estimate(2048, "full", evaluation=Evaluated(8192, 16, 512, mini.packed))
     assert packed.evaluation == evaluated.evaluation + mini.packed
+
+
+def test_answers_by_a_graph_take_the_rows_and_tokens_that_it_is_made_for(mini):
+    evaluated = Evaluated(100, 17, 400)
+    plain, by_graph = (
+        mini.estimate(2048, "full", evaluation=each).evaluation
+        for each in (evaluated, evaluated._replace(by_graph=True))
+    )
+    token = 2 * mini.key_value_width * mini.element_bytes * (mini.layers + 1)
+    assert by_graph - plain == (32 * 448 - 17 * 400) * token
+
+
+@pytest.mark.parametrize(("kind", "by_graph"), [("cuda", True), ("cpu", False)])
+def test_the_plan_says_and_counts_how_answers_go(monkeypatch, kind, by_graph):
+    facts = DeviceFacts(kind=kind)
+    counted = []
+    count = planning.choose
+    monkeypatch.setattr(planning, "facts_of_device", lambda device: facts)
+    monkeypatch.setattr(planning, "choose", lambda *args, **given: (counted.append(given), count(*args, **given))[1])
+    given = {"model": {"name_or_path": "nano", "dtype": "bfloat16"}, "data": {"train": "helpdesk", "eval": 0.1}}
+    found = preflight(given).plan
+    assert found.answers == ("a CUDA graph for each token" if by_graph else "")
+    assert [each["evaluation"].by_graph for each in counted] == [by_graph]
+    assert ("answers", found.answers) in found.rows() or not by_graph
 
 
 def test_the_least_recomputation_that_fits(mini):

@@ -15,9 +15,19 @@ from torch.utils._pytree import tree_leaves
 from philora import conversation, decoding, static_decoding
 from philora.adapters import optimize
 from philora.conversation import Voices
+from philora.decoder_stack.choice import DeviceFacts
 from philora.generation import GenerationSettings, generate
 from philora.kernels import graphs
-from philora.static_decoding import GraphFacts, StaticDecoder, TritonRows, against, filled_up
+from philora.readiness import Hardware
+from philora.static_decoding import (
+    GraphFacts,
+    StaticDecoder,
+    TritonRows,
+    against,
+    answers_on,
+    cache_tokens,
+    filled_up,
+)
 from tests.conftest import make_phi3
 
 NEW = 20
@@ -346,15 +356,21 @@ def test_which_answers_take_a_graph():
 
 
 def test_check_says_how_answers_are_computed():
-    from philora.decoder_stack.choice import DeviceFacts, ModelFacts
-    from philora.readiness import Hardware, _answers
-
     card = DeviceFacts()
-    assert _answers(card, ModelFacts(), "bfloat16", "plain") == "a CUDA graph for each token"
-    assert "quantised layers" in _answers(card, ModelFacts(), "bfloat16", "nf4")
-    assert "generate" in _answers(card, ModelFacts(architecture="LlamaModel"), "bfloat16", "plain")
-    assert _answers(replace(card, kind="cpu"), ModelFacts(), "bfloat16", "plain") == ""
-    assert str(Hardware("a", 0, "stack", ("b",), "c")).endswith("decoder layers: stack (b); answers: c")
+    assert answers_on(card, "bfloat16", quantized=False, covered=True) == "a CUDA graph for each token"
+    assert "quantised layers" in answers_on(card, "bfloat16", quantized=True, covered=True)
+    assert "generate" in answers_on(card, "bfloat16", quantized=False, covered=False)
+    assert answers_on(replace(card, kind="cpu"), "bfloat16", quantized=False, covered=True) == ""
+    shown = str(Hardware("a", 0, "stack", ("b",), "flash", "c", "liger (d)", "e"))
+    assert shown.endswith("decoder layers: stack (b); attention: flash (c); norms and SwiGLU: liger (d); answers: e")
+
+
+def test_the_size_of_a_row_of_the_cache():
+    assert [cache_tokens(each, 10_000) for each in (1, 256, 257, 5000, 9000)] == [256, 256, 512, 8192, 10_048]
+    assert cache_tokens(300, 400) == 448
+    decoder = StaticDecoder(make_phi3(), 3, 100)
+    decoder.prefill([[5, 6, 7]], [0])
+    assert (decoder.rows, decoder.capacity) == (filled_up(3), cache_tokens(3, 100))
 
 
 def test_a_cpu_keeps_its_decoder(monkeypatch):

@@ -25,6 +25,7 @@ from philora.decoder_stack.choice import BatchFacts, DeviceFacts, ModelFacts
 from philora.families import longrope_switch_tokens
 from philora.kernels.attention import has_flash
 from philora.kernels.memory import available_bytes
+from philora.kernels.switches import stack_switch
 from philora.lora.functional import autocast_dtype, fused_enabled
 from philora.quantization import is_quantized, scheme_of
 
@@ -330,7 +331,7 @@ def facts_of_device(device: torch.device | None = None) -> DeviceFacts:
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {
-        "switch": os.environ.get("PHILORA_STACK", ""),
+        "switch": stack_switch(),
         "fused": fused_enabled(),
         "triton": triton_version(),
     }

@@ -25,8 +25,8 @@ from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of
 from philora.decoder_stack.products import Scaling, fp8_scaling
 from philora.decoder_stack.trial import disagreement
 from philora.kernels.attention import documents_of, without_marker
-from philora.kernels.graphs import switch as graph_switch
 from philora.kernels.modules import recomputes_elementwise
+from philora.kernels.switches import graph_switch, stack_switch
 from philora.lora.functional import autocast_dtype
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ StackedPhi3Model.__name__ = Phi3Model.__name__  # as tools show it; pickle goes 
 def _possible(embedding: nn.Module) -> bool:
     """Whether the device is one on which the stack is thought of at all: a GPU, or a CPU under Triton's interpreter."""
     on_gpu = next(embedding.parameters()).device.type == "cuda"
-    return on_gpu or (os.environ.get("TRITON_INTERPRET"), os.environ.get("PHILORA_STACK")) == ("1", "all")
+    return on_gpu or (os.environ.get("TRITON_INTERPRET"), stack_switch()) == ("1", "all")
 
 
 def keep_of(model: Any) -> Keep:

@@ -44,7 +44,7 @@ class Product(Protocol):
 
 
 class PlainProduct:
-    """A weight that is there as a matrix, of the activations' dtype."""
+    """A weight that is there as a matrix, of the activations' dtype. Moved elsewhere, it is read where it is then."""
 
     takes_fp8 = False
 
@@ -53,11 +53,11 @@ class PlainProduct:
 
     def forward(self, x: Rows) -> Tensor:
         """As `Product.forward`."""
-        return x.values @ self._weight.t()
+        return x.values @ self._weight.detach().t()
 
     def backward(self, dy: Rows) -> Tensor:
         """As `Product.backward`."""
-        return dy.values @ self._weight
+        return dy.values @ self._weight.detach()
 
 
 class Buffer:
@@ -199,4 +199,4 @@ def product_of(layer: nn.Module, buffer: Buffer, fp8: Scaling | None = None) -> 
     if is_quantized(layer):
         return DequantizedProduct(layer, buffer)
     weight: Any = layer.weight
-    return PlainProduct(weight.detach()) if fp8 is None else Fp8Product(weight.detach(), fp8)
+    return PlainProduct(weight) if fp8 is None else Fp8Product(weight.detach(), fp8)

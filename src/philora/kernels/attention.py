@@ -14,10 +14,11 @@ of PyTorch's scaled_dot_product_attention for each group.
 
 from __future__ import annotations
 
-import os
+import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
@@ -34,9 +35,12 @@ from transformers.masking_utils import sdpa_mask
 from philora import native
 from philora.kernels.attention_choice import AttentionFacts, Way, attention_for
 from philora.kernels.layout import LENGTHS, PackedLayout
-from philora.kernels.varlen import Attention, varlen_attention
+from philora.kernels.switches import stack_switch
+from philora.kernels.varlen import Attention, disagreement, varlen_attention
 from philora.lora.functional import fused_enabled, refuse_create_graph, without_autocast
 from philora.process_state import is_run
+
+logger = logging.getLogger(__name__)
 
 NAME = "philora_sdpa"
 
@@ -625,7 +629,7 @@ def attention_forward(
     attention_mask = without_marker(attention_mask)
     rows, _, tokens, _ = query.shape
     if attention_mask is None and position_ids is not None and 1 < tokens == key.shape[2] and _usable():
-        way, _ = attention_for(facts_of_attention(query, dropout))
+        way = _way_of(query, dropout)
         by_groups = way in ("tiles", "groups")
         documents = documents_of(position_ids, rows, kwargs, with_lengths=by_groups)
         if documents.lengths is None or len(documents.lengths) > rows or kwargs.get(LENGTHS) is not None:
@@ -677,8 +681,25 @@ def facts_of_attention(query: Tensor, dropout: float = 0.0) -> AttentionFacts:
         dropout=dropout > 0,
         flash=cuda and has_flash(),
         package=cuda and _has_package(),
-        switch=os.environ.get("PHILORA_STACK", ""),
+        switch=stack_switch(),
     )
+
+
+def _way_of(query: Tensor, dropout: float) -> Way:
+    """The way of these heads; flash attention after its comparison with the reference. Shapes: query (B, H, T, D)."""
+    facts = facts_of_attention(query, dropout)
+    way, _ = attention_for(facts)
+    if way != "flash":
+        return way
+    found = disagreement(query.device, query.dtype, query.shape[-1])
+    if found is not None:
+        _say(found)
+    return attention_for(replace(facts, disagreement=found))[0]
+
+
+@cache
+def _say(reason: str) -> None:
+    logger.warning("documents attend in groups: %s", reason)
 
 
 @cache

@@ -3,7 +3,8 @@
 | way          | what runs                                                                                      |
 | ------------ | ---------------------------------------------------------------------------------------------- |
 | `tiles`      | philora's own on a CPU                                                                         |
-| `flash`      | one call of PyTorch's flash attention, the kernel of `torch.nn.attention.varlen`               |
+| `flash`      | one call of PyTorch's flash attention, the kernel of `torch.nn.attention.varlen`; in fp16 only |
+|              | with `PHILORA_STACK=all`                                                                       |
 | `flash-attn` | one call of the package flash-attn; only with `PHILORA_STACK=all`, since no GPU has run it yet |
 | `groups`     | PyTorch's scaled_dot_product_attention for documents of about equal length                     |
 """
@@ -32,6 +33,7 @@ class AttentionFacts:
         flash: Whether PyTorch has flash attention for documents of any lengths.
         package: Whether the package flash-attn is installed.
         switch: `PHILORA_STACK`: "all" also takes what no GPU has run yet.
+        disagreement: What a comparison of PyTorch's flash attention with the reference has found, or None.
     """
 
     kind: str = "cuda"
@@ -42,6 +44,7 @@ class AttentionFacts:
     flash: bool = True
     package: bool = False
     switch: str = ""
+    disagreement: str | None = None
 
 
 def attention_for(facts: AttentionFacts) -> tuple[Way, str]:
@@ -53,6 +56,10 @@ def attention_for(facts: AttentionFacts) -> tuple[Way, str]:
     why = _no_flash_kernel(facts)
     if why is not None:
         return "groups", why
+    if facts.dtype != "bfloat16" and facts.switch != "all":
+        return "groups", f"no GPU has run flash attention in {facts.dtype} here yet, PHILORA_STACK=all takes it"
+    if facts.flash and facts.disagreement is not None:
+        return "groups", facts.disagreement
     if facts.flash:
         return "flash", "PyTorch has flash attention for packed rows"
     if facts.package and facts.switch == "all":

@@ -1,7 +1,8 @@
 """The element-wise parts of a decoder layer with fewer passes over memory: RMSNorm and SwiGLU.
 
 Each is one autograd node that saves its input only. On a CPU it is one pass of `native`, or, where that is not
-there, the rows are taken in blocks that stay in the cache from the first operation to the last.
+there, the rows are taken in blocks that stay in the cache from the first operation to the last. On a GPU the kernels of
+the package liger-kernel compute them where `elementwise_choice` says so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from philora import native
+from philora.kernels import liger
 from philora.lora.functional import refuse_create_graph
 
 # Bytes of fp32 rows that are worked on at a time: half of a core's second-level cache for each of two cores.
@@ -34,9 +36,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x is (T, C)."""
+        ctx.liger = None
         if native.usable(x, weight):
             y, inverse = native.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, inverse[:, None])
+            return y
+        if liger.usable(x, weight):
+            y, inverse, ctx.liger = liger.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, inverse)
             return y
         y = torch.empty_like(x)
         inverse = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
@@ -57,6 +64,8 @@ class _RMSNorm(torch.autograd.Function):
         dy = grads[0].contiguous()
         if not needs_weight and native.usable(x, weight, dy):
             return native.rms_norm_backward(x, weight, inverse, dy), None, None
+        if ctx.liger is not None:
+            return *liger.rms_norm_backward(x, weight, inverse, dy, ctx.liger, needs_weight), None
         dx = torch.empty_like(x) if needs_x else None
         dweight = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device) if needs_weight else None
         wide_weight = weight.float()
@@ -106,6 +115,8 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         if native.usable(gate_up):
             return native.swiglu(gate_up)
+        if liger.usable(gate_up):
+            return liger.swiglu(gate_up)
         gate, up = gate_up.chunk(2, -1)
         y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
         for part in _blocks(gate_up):
@@ -120,6 +131,8 @@ class _SwiGLU(torch.autograd.Function):
         dy = grads[0].contiguous()
         if native.usable(gate_up, dy):
             return (native.swiglu_backward(gate_up, dy),)
+        if liger.usable(gate_up, dy):
+            return (liger.swiglu_backward(gate_up, dy),)
         gate, up = gate_up.chunk(2, -1)
         result = torch.empty_like(gate_up)
         d_gate, d_up = result.chunk(2, -1)
@@ -146,6 +159,38 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     y: Tensor = _SwiGLU.apply(gate_up.reshape(-1, gate_up.shape[-1]))  # type: ignore[no-untyped-call]
     return y.view(*gate_up.shape[:-1], -1)
+
+
+class _Gated(torch.autograd.Function):
+    """`y = silu(gate) * up`, with gate and up apart, by Liger's kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """Shapes: (T, C) both."""
+        ctx.save_for_backward(gate, up)
+        return liger.gated(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up."""
+        refuse_create_graph()
+        gate, up = ctx.saved_tensors
+        return liger.gated_backward(gate, up, grads[0].contiguous())
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, in one node where Liger's kernels compute it.
+
+    Shapes:
+        (..., C) all.
+
+    Numerics:
+        silu and the product are each rounded to the input's dtype, as in plain PyTorch.
+    """
+    if not liger.usable(gate, up):
+        return F.silu(gate) * up
+    y: Tensor = _Gated.apply(*(each.reshape(-1, each.shape[-1]) for each in (gate, up)))  # type: ignore[no-untyped-call]
+    return y.view(gate.shape)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ Both give the same promise: a replay reads the tensors that the function read an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,11 +42,6 @@ class NotRecorded(Exception):
 
 
 Capture = Callable[[Work, torch.device, Any], Recorded]
-
-
-def switch() -> str:
-    """Return `PHILORA_GRAPHS`: "0" off, "all" also what no GPU has run yet, else ""."""
-    return os.environ.get("PHILORA_GRAPHS", "")
 
 
 def record(work: Work, device: torch.device, pool: Any = None) -> Recorded:

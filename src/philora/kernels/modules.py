@@ -14,15 +14,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3Attention as PlainPhi3Attention
 from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3Model, Phi3RMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from philora.kernels.attention import NAME, documents_of, groups_of, rotary_attention, without_marker
-from philora.kernels.elementwise import rms_norm, swiglu
+from philora.kernels.elementwise import gated, rms_norm, swiglu
 from philora.lora.functional import fused_enabled
 from philora.lora.hooks import all_are_hooked, is_hooked
 from philora.lora.recomputation import mark
@@ -103,6 +103,12 @@ class FastPhi3Attention(PlainPhi3Attention):  # type: ignore[misc]
         return _on_wanted(self.o_proj, output, self.is_last), None
 
 
+def _is_plain_silu(activation: nn.Module) -> bool:
+    """Whether a feed-forward part may compute silu itself."""
+    plain = type(activation) in (SiLUActivation, nn.SiLU) and not is_hooked(activation)
+    return plain and fused_enabled() and not all_are_hooked()
+
+
 class FastPhi3MLP(Phi3MLP):  # type: ignore[misc]
     """Phi-3's feed-forward part with SwiGLU in one node."""
 
@@ -111,13 +117,7 @@ class FastPhi3MLP(Phi3MLP):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shapes: hidden_states (B, T, C); returns the same."""
-        activation = self.activation_fn
-        if (
-            not fused_enabled()
-            or type(activation) not in (SiLUActivation, nn.SiLU)
-            or is_hooked(activation)
-            or all_are_hooked()
-        ):
+        if not _is_plain_silu(self.activation_fn):
             return cast(Tensor, super().forward(hidden_states))
         return _on_wanted(self._feed_forward, hidden_states, self.is_last)
 
@@ -125,6 +125,21 @@ class FastPhi3MLP(Phi3MLP):  # type: ignore[misc]
         gate_up = self.gate_up_proj(x)
         product = swiglu(gate_up)
         return cast(Tensor, self.down_proj(mark(product, swiglu, gate_up) if self.recomputes else product))
+
+
+class _FastGatedMLP:
+    """A feed-forward part whose gate and up are two projections, over a class of transformers."""
+
+    act_fn: nn.Module
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (B, T, C); returns the same."""
+        if not _is_plain_silu(self.act_fn):
+            return cast(Tensor, super().forward(x))  # type: ignore[misc]
+        return cast(Tensor, self.down_proj(gated(self.gate_proj(x), self.up_proj(x))))
 
 
 class _FastNorm:
@@ -144,15 +159,19 @@ class _FastNorm:
         return mark(y, lambda x, weight: rms_norm(x, weight, eps), hidden_states, self.weight) if self.recomputes else y
 
 
-def _norm(plain: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Fast{plain.__name__}", (_FastNorm, plain), {"__doc__": _FastNorm.__doc__, "__module__": __name__})
+def _fast(own: type, plain: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Fast{plain.__name__}", (own, plain), {"__doc__": own.__doc__, "__module__": __name__})
 
 
-FastPhi3RMSNorm = _norm(Phi3RMSNorm)
-FastLlamaRMSNorm = _norm(LlamaRMSNorm)
-FastMistralRMSNorm = _norm(MistralRMSNorm)
-FastQwen2RMSNorm = _norm(Qwen2RMSNorm)
-FastQwen3RMSNorm = _norm(Qwen3RMSNorm)
+FastPhi3RMSNorm = _fast(_FastNorm, Phi3RMSNorm)
+FastLlamaRMSNorm = _fast(_FastNorm, LlamaRMSNorm)
+FastMistralRMSNorm = _fast(_FastNorm, MistralRMSNorm)
+FastQwen2RMSNorm = _fast(_FastNorm, Qwen2RMSNorm)
+FastQwen3RMSNorm = _fast(_FastNorm, Qwen3RMSNorm)
+FastLlamaMLP = _fast(_FastGatedMLP, LlamaMLP)
+FastMistralMLP = _fast(_FastGatedMLP, MistralMLP)
+FastQwen2MLP = _fast(_FastGatedMLP, Qwen2MLP)
+FastQwen3MLP = _fast(_FastGatedMLP, Qwen3MLP)
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     PlainPhi3Attention: FastPhi3Attention,
@@ -162,11 +181,15 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     MistralRMSNorm: FastMistralRMSNorm,
     Qwen2RMSNorm: FastQwen2RMSNorm,
     Qwen3RMSNorm: FastQwen3RMSNorm,
+    LlamaMLP: FastLlamaMLP,
+    MistralMLP: FastMistralMLP,
+    Qwen2MLP: FastQwen2MLP,
+    Qwen3MLP: FastQwen3MLP,
 }
 """transformers' classes and those that stand in for them, which go by the same names."""
 
-for _plain, _fast in FAST.items():
-    _fast.__name__ = _plain.__name__  # pickle and `repr` of the class go by the qualified name, which stays
+for _plain, _own in FAST.items():
+    _own.__name__ = _plain.__name__  # pickle and `repr` of the class go by the qualified name, which stays
 
 
 def use_fast_modules(model: nn.Module) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from philora.kernels.layout import PackedLayout
-from philora.lora.functional import refuse_create_graph
+from philora.lora.functional import refuse_create_graph, without_autocast
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,46 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, attention: Atten
     """
     output: Tensor = _Varlen.apply(attention, query, key, value)  # type: ignore[no-untyped-call]
     return output
+
+
+LENGTHS = (3, 17, 1, 30)  # tokens of the documents of `disagreement`, shorter and longer than its window
+WINDOW_TOKENS = 13
+LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative to the norm of what is compared; rounding."""
+
+
+@cache
+def disagreement(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Return how `Attention` differs from its reference on this device, in words; None where it agrees.
+
+    It is compared once in a process, on a few tokens, forward and backward.
+    """
+    try:
+        with without_autocast(device.type):
+            gap = max(_gap(device, dtype, head_size, window) for window in (None, WINDOW_TOKENS))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        return f"flash attention does not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    largest = LARGEST_DIFFERENCE[dtype]
+    if gap < largest:
+        return None
+    return f"flash attention differs from the reference here by {gap:.2g} (at most {largest:g} is rounding)"
+
+
+@torch.no_grad()
+def _gap(device: torch.device, dtype: torch.dtype, head_size: int, window: int | None) -> float:
+    """The largest relative difference of the output and the gradients, for grouped queries."""
+    attention = Attention(PackedLayout.of_lengths(LENGTHS).to(device), head_size**-0.5, window)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(sum(LENGTHS), heads, head_size, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
+    )
+    output, kept = attention.attend(query, key, value)
+    found = output, *attention.gradients(grad, query, key, value, output, kept)
+    expected = (
+        attention._document_by_document(query, key, value),
+        *attention._gradients_document_by_document(grad, query, key, value),
+    )
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected, strict=True))
 
 
 def _flash(query: Tensor) -> bool:
