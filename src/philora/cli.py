@@ -269,7 +269,12 @@ def generate_answers(
 def chat(
     source: AdapterArgument,
     base: BaseOption = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system", help="System prompt; default: that of nearly all training data; -: none."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Of sampling, in (0, 1].")] = None,
@@ -312,6 +317,11 @@ def chat(
 
         err.print(f"[dim]{escape(name)} on {escape(voices.base)}; /help says what there is[/]", highlight=False)
 
+    trained = voices.systems.get(name)
+    if system is None and trained is not None:
+        system = trained.text
+        err.print(f"[dim]{escape(str(trained))} (/system - removes it)[/]", highlight=False)
+
     def read() -> str:
         if interactive:
             return input("> ")
@@ -327,7 +337,7 @@ def chat(
     def note(text: str) -> None:
         err.print(f"[dim]{escape(text)}[/]", highlight=False)
 
-    terminal = Terminal(Conversation(voices, settings, name, system), read, write, note)
+    terminal = Terminal(Conversation(voices, settings, name, None if system == "-" else system), read, write, note)
     terminal.run()
     if terminal.refused and not interactive:
         sys.exit(2)
@@ -638,6 +648,8 @@ def _serve(
         out.print(f"page:   {address}/{f'#key={key}' if key else ''}", highlight=False)
         out.print(f"votes:  {votes}", highlight=False)
     out.print(f"models: {', '.join((*voices.adapters, voices.base))}", highlight=False)
+    for adapter, trained in voices.systems.items():
+        out.print(f"{adapter}: {trained}, where a request has none of its own", highlight=False)
     out.print(f"API:    {address}/v1\nCtrl-C ends it", highlight=False)
     with contextlib.suppress(KeyboardInterrupt):  # as it was told to end; uvicorn raises it again when it has ended
         connections.run(app, scheduler, bound)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from philora.data.shapes import prompt_of
 from philora.errors import AdapterError, DataError, ModelError, fault, one_per_line
 from philora.generation import GenerationSettings, generate
 from philora.models import load_model, load_tokenizer
-from philora.run_folder import TrainedRun
+from philora.run_folder import SystemTurn, TrainedRun
 from philora.sources import AdapterSource, find_adapter, require_base
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,11 @@ class Loaded:
     source: AdapterSource
     run: TrainedRun | None
     base: str
+
+    @property
+    def system(self) -> SystemTurn | None:
+        """The system turn that nearly all of the run's training conversations began with."""
+        return None if self.run is None else self.run.system
 
 
 def load(source: str | Path, *, base: str | None = None, dtype: str | None = None) -> Loaded:
@@ -127,6 +133,9 @@ def answer_file(
     """
     conversations = read_prompts(prompts)
     loaded = load(source, base=base)
+    if loaded.system is not None:
+        conversations = [with_system(each, loaded.system.text) for each in conversations]
+        logger.warning("%s, where a prompt has none of its own", loaded.system)
     with contextlib.nullcontext() if adapter else loaded.model.disable_adapter():
         answers = generate(loaded.model, loaded.tokenizer, conversations, settings)
     entries = [
@@ -137,6 +146,12 @@ def answer_file(
     if out is not None:
         write_text(Path(out).expanduser(), lines)
     return lines
+
+
+def with_system(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Return a conversation that begins with a system turn: the one given where it has none of its own."""
+    own = any(each["role"] == "system" for each in messages)
+    return [*([] if own else [{"role": "system", "content": text}]), *map(dict, messages)]
 
 
 _CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}

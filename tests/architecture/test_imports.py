@@ -50,6 +50,7 @@ ORDER = [
     "merged_folder",
     "formats",
     "data",
+    "system_turns",
     "decoding",
     "static_decoding",
     "footprint",
