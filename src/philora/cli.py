@@ -638,7 +638,8 @@ def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: Js
     """Show the effective configuration and where each value comes from."""
     from philora.config import explain, load_config
 
-    rows = list(explain(load_config(_config_source(config), overrides or [])))
+    settings, given, _ = _with_choices(config, overrides or [], False)
+    rows = list(explain(load_config(settings, given)))
     if as_json:
         shown = {key: {"value": value, "from": origin} for key, value, origin in rows}
         print(json.dumps(shown, ensure_ascii=False, indent=2, default=str))
@@ -685,7 +686,9 @@ def show_runs(
     if as_json:
         _print_json({"runs": [each.to_dict() for each in found]})
         return
-    table = Table("run", "base", "date", "held-out loss", "exact match", "status", box=None)
+    table = Table(box=None)
+    for name in ("run", "base", "date", "held-out loss", "exact match", "status"):
+        table.add_column(name, no_wrap=True)
     for each in found:
         loss = "" if each.loss is None else f"{each.loss:.4f}"
         loss = loss if each.loss_before is None else f"{each.loss_before:.4f} → {loss}"
@@ -693,7 +696,10 @@ def show_runs(
         table.add_row(
             escape(each.name), escape(each.base), each.date[:16].replace("T", " "), loss, matches, each.status
         )
-    out.print(table if found else f"no runs in {folder}", highlight=False)
+    if not found:
+        out.print(f"no runs in {folder}", highlight=False)
+        return
+    display.print_whole(out, table)
 
 
 @app.command()

@@ -178,8 +178,13 @@ def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> Non
         cells = (shown_figure(each.before, each), shown_figure(each.after, each), f"[{colour}]{interval_of(each)}[/]")
         table.add_row(each.title, *cells, f"{each.wins:,}/{each.ties:,}/{each.losses:,}")
     console.print()
+    print_whole(console, table)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table in its own width, also where the terminal is narrower: figures that are cut cannot be read."""
     wide = table.__rich_measure__(console, console.options.update(max_width=1000)).maximum
-    console.print(table, width=max(console.width, wide), crop=False)  # figures that are cut cannot be read
+    console.print(table, width=max(console.width, wide), crop=False)
 
 
 def _short(text: str, limit: int = 300) -> str:
