@@ -453,8 +453,8 @@ def chat(
         _quiet()
         settings = chat_settings(max_new_tokens, temperature, top_p, top_k, _seed(seed), stop or ())
         name = name_of(source)
-        voices = load_voices({name: source}, base)
-        voices.control_tokens = control_tokens
+    voices = load_voices({name: source}, base)  # on a terminal the bars of transformers and the Hub show how far it is
+    voices.control_tokens = control_tokens
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ModuleNotFoundError):  # Windows' console edits lines by itself
@@ -835,15 +835,17 @@ def _logging(level: str) -> None:
     root.setLevel(min(logging.INFO, lines.level))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of optional kernels on import
     display.ignore_future_warnings()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not (err.is_terminal and processes.is_main()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _quiet() -> None:
-    """No progress bars while weights are loaded, and no words of the tokenizer about prompts that are refused."""
+    """Keep the tokenizer's words about refused prompts away, and bars of loading from what is no terminal."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not err.is_terminal:
+        transformers_logging.disable_progress_bar()
 
 
 def _seed(given: int | None) -> int:
@@ -882,8 +884,8 @@ def _serve(
         from philora.conversation import chat_settings, load_named
 
         _quiet()
-        voices = load_named(sources, base)
-        voices.control_tokens = control_tokens
+    voices = load_named(sources, base)
+    voices.control_tokens = control_tokens
     defaults = chat_settings(max_new_tokens)
     scheduler = Scheduler(voices, limit=max_requests)
     app = serving.build_app(

@@ -134,7 +134,7 @@ def train(
     command = SECRETS.sub("***", command or " ".join(sys.argv))
     with (
         process_state.run(),
-        process_state.quiet_libraries(),
+        process_state.quiet_libraries(bars=not quiet and sys.stderr.isatty() and processes.is_main()),
         onednn_products(),
         StopOnSignal("before training", command) as stop,
     ):
