@@ -18,6 +18,7 @@ from philora.errors import ConfigError
 from philora.evaluation import Scores, compare_table, stage_table
 from philora.models import local_path
 from philora.report import SECRETS
+from philora.run_folder import SystemTurn, example_messages
 from philora.sources import licence
 
 logger = logging.getLogger("philora.run")
@@ -39,6 +40,7 @@ def model_card(
     adapter_config: Mapping[str, Any],
     merged: bool = False,
     tokenizer: bool = True,
+    system: SystemTurn | None = None,
 ) -> str:
     """The text of a README.md with the Hub's metadata.
 
@@ -49,6 +51,7 @@ def model_card(
         adapter_config: Content of `adapter_config.json`.
         merged: Whether the weights hold the adapter.
         tokenizer: Whether the folder has a tokenizer; else the usage code takes the base's.
+        system: The system turn that the training conversations began with; the usage code begins with it.
     """
     settings = _settings(run)
     results = _json(run / "results.json") if run is not None else {}
@@ -58,7 +61,7 @@ def model_card(
     parts = [
         f"# {_plain(title)}",
         f"{_plain(named)} {what}, fine-tuned with [philora](https://pypi.org/project/philora/) {__version__}.",
-        _usage(folder, base, merged, tokenizer),
+        _usage(folder, base, merged, tokenizer, system),
         _results(results),
         _data(settings, results),
         _hyperparameters(settings, adapter_config),
@@ -113,7 +116,7 @@ def _shown(name: str | None) -> str:
     return name if _on_hub(name) else Path(name).name
 
 
-def _usage(folder: str, base: str | None, merged: bool, tokenizer: bool) -> str:
+def _usage(folder: str, base: str | None, merged: bool, tokenizer: bool, system: SystemTurn | None) -> str:
     nano = _shown(base) == "nano"
     name = json.dumps(base if base and _on_hub(base) else f"path/to/{_shown(base)}", ensure_ascii=False)
     name = 'local_path("nano")' if nano else name
@@ -135,7 +138,7 @@ def _usage(folder: str, base: str | None, merged: bool, tokenizer: bool) -> str:
 tokenizer = AutoTokenizer.from_pretrained({source})
 {model}
 
-messages = [{{"role": "user", "content": "Hello"}}]
+messages = {example_messages(system)}
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

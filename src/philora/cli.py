@@ -13,8 +13,9 @@ import logging
 import os
 import shlex
 import sys
+import webbrowser
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -24,6 +25,9 @@ from rich.text import Text
 from philora import __version__, display, process_state, processes
 from philora.errors import ConfigError, PhiloraError, fault
 from philora.signals import StopOnSignal
+
+if TYPE_CHECKING:
+    from philora.readiness import Preflight
 
 app = typer.Typer(
     name="philora",
@@ -37,12 +41,36 @@ app = typer.Typer(
 out = display.SafeConsole(soft_wrap=True)
 err = display.SafeConsole(stderr=True, soft_wrap=True)
 
-ConfigArgument = Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")]
+
+def _complete_setting(incomplete: str) -> list[str]:
+    """Settings that a word of the shell may become: those of philora, TRL and PEFT, by their source."""
+    from philora import schema
+    from philora.config import FIELDS
+
+    libraries = {"training_config": schema.training_fields(), "peft_config": schema.lora_fields()}
+    names = {*FIELDS, *(f"{section}.{name}" for section, fields in libraries.items() for name in fields)}
+    return sorted(f"{each}=" for each in names if each.startswith(incomplete))
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    """Run folders that a word of the shell may become, and the folders on the way to them."""
+    start = Path(incomplete)
+    around, beginning = (start, "") if incomplete.endswith("/") or not incomplete else (start.parent, start.name)
+    folders = [each for each in sorted(around.glob("*")) if each.is_dir() and each.name.startswith(beginning)]
+    folders += [] if incomplete else sorted(each.parent for each in Path().glob("runs/*/config.yaml"))
+    shown = [each for each in folders if not each.name.startswith(".") or beginning.startswith(".")]
+    return [str(each) if (each / "config.yaml").is_file() else f"{each}/" for each in shown]
+
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="YAML file of the run, or its data: a file or folder.", metavar="CONFIG_OR_DATA")
+]
 AdapterArgument = Annotated[
     str,
     typer.Argument(
         help="Run folder, adapter folder, loralib file or hub id (OWNER/NAME/SUBFOLDER@REVISION).",
         metavar="RUN_OR_ADAPTER",
+        autocompletion=_complete_run,
     ),
 ]
 BaseOption = Annotated[
@@ -58,8 +86,40 @@ KeyOption = Annotated[
     typer.Option("--api-key", envvar="PHILORA_API_KEY", help="Key that requests must bring.", show_default=False),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings that go over the file's.", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(
+        help="Settings that go over the file's.", metavar="[KEY=VALUE]...", autocompletion=_complete_setting
+    ),
 ]
+
+
+def _setting(flag: str, help: str) -> Any:
+    """An option that is a setting of the configuration, which checks its value."""
+    return typer.Option(flag, help=help, show_default=False, rich_help_panel="Settings")
+
+
+ModelFlag = Annotated[str | None, _setting("--model", "Base: a hub id, a folder, or a name such as phi-3-mini.")]
+EvalFlag = Annotated[str | None, _setting("--eval", "Held-out data: a file, or a share of the data such as 0.1.")]
+OutFlag = Annotated[str | None, _setting("--out", "Run folder.")]
+EpochsFlag = Annotated[str | None, _setting("--epochs", "Passes over the data.")]
+LearningRateFlag = Annotated[str | None, _setting("--learning-rate", "At its peak, such as 1e-4.")]
+BatchSizeFlag = Annotated[str | None, _setting("--batch-size", "Rows of a micro-batch on each device.")]
+MaxLengthFlag = Annotated[str | None, _setting("--max-length", "Longest row, in tokens.")]
+SeedFlag = Annotated[str | None, _setting("--seed", "Of the split, the order and the adapter's start.")]
+RankFlag = Annotated[str | None, _setting("--rank", "Rank of the adapter.")]
+AlphaFlag = Annotated[str | None, _setting("--alpha", "Its multiplier is alpha / rank.")]
+DropoutFlag = Annotated[str | None, _setting("--dropout", "On the adapter's input.")]
+TargetsFlag = Annotated[str | None, _setting("--target-modules", "Such as q_proj,v_proj; all-linear: all of them.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="Show warnings and what goes wrong, nothing else.")]
+
+FLAGS = {
+    "model": "model.name_or_path", "evaluation": "data.eval", "output": "training_config.output_dir",
+    "epochs": "training_config.num_train_epochs", "learning_rate": "training_config.learning_rate",
+    "batch_size": "training_config.per_device_train_batch_size", "max_length": "training_config.max_length",
+    "seed": "training_config.seed", "rank": "peft_config.r", "alpha": "peft_config.lora_alpha",
+    "dropout": "peft_config.lora_dropout", "target_modules": "peft_config.target_modules",
+}  # fmt: skip
+"""The settings that have an option of their own, by the option's parameter."""
 
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 PRODUCTS_KEPT = 256
@@ -111,42 +171,113 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune the bundled nano model on the bundled help desk, and show that it worked."""
-    folder, number = Path(output), 1
-    while folder.exists() and any(folder.iterdir()):
-        number += 1
-        folder = Path(f"{output}-{number}")
+    from philora.config import unused_folder
+
+    folder = unused_folder(Path(output))
     _train("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False, as_json)
 
 
 @app.command()
+def init(
+    data: Annotated[str, typer.Argument(help="File, folder or hub id of conversations.", metavar="DATA")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder, or a name such as phi-3-mini; default: one that fits this machine."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--out", help="YAML file; default: named after the data.")] = None,
+) -> None:
+    """Write a short configuration for DATA, and check it."""
+    _logging("warning")
+    from philora.checkpoint import write_text
+
+    file = Path(output) if output else Path(f"{_stem(data)}.yaml")
+    if file.exists():
+        expected = "a file that is not there yet"
+        raise ConfigError(fault("init", "out", str(file), expected, "Give another with --out, or remove this one"))
+    with err.status("looking at the data"):
+        from philora.starter import start
+
+        begun = start(data, model)
+    write_text(file, begun.text)
+    out.print(f"{file}: {begun.found}\n", highlight=False, markup=False)
+    out.print(begun.text, highlight=False, markup=False)
+    _check(str(file), [], f"philora train {shlex.quote(str(file))}", False, False)
+
+
+@app.command()
 def train(
+    context: typer.Context,
     config: ConfigArgument,
     overrides: Overrides = None,
+    model: ModelFlag = None,
+    evaluation: EvalFlag = None,
+    output: OutFlag = None,
+    epochs: EpochsFlag = None,
+    learning_rate: LearningRateFlag = None,
+    batch_size: BatchSizeFlag = None,
+    max_length: MaxLengthFlag = None,
+    seed: SeedFlag = None,
+    rank: RankFlag = None,
+    alpha: AlphaFlag = None,
+    dropout: DropoutFlag = None,
+    target_modules: TargetsFlag = None,
     resume: Annotated[
         str, typer.Option("--resume", help="Go on from the newest whole checkpoint: yes, or force (changed settings).")
     ] = "",
+    quiet: QuietFlag = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune as CONFIG says, evaluate before and after, and write the run folder."""
+    """Fine-tune as CONFIG says, or on DATA by settings that fit it, evaluate before and after, write the run folder."""
     if resume not in ("", "yes", "force"):
         raise typer.BadParameter(f"{resume!r}: expected --resume or --resume=force")
-    _train(config, overrides or [], "force" if resume == "force" else bool(resume), as_json)
+    given = [*(overrides or []), *_flagged(context)]
+    _train(config, given, "force" if resume == "force" else bool(resume), as_json, quiet)
 
 
 @app.command()
 def check(
+    context: typer.Context,
     config: ConfigArgument,
     overrides: Overrides = None,
+    model: ModelFlag = None,
+    evaluation: EvalFlag = None,
+    output: OutFlag = None,
+    epochs: EpochsFlag = None,
+    learning_rate: LearningRateFlag = None,
+    batch_size: BatchSizeFlag = None,
+    max_length: MaxLengthFlag = None,
+    seed: SeedFlag = None,
+    rank: RankFlag = None,
+    alpha: AlphaFlag = None,
+    dropout: DropoutFlag = None,
+    target_modules: TargetsFlag = None,
+    quiet: QuietFlag = False,
     as_json: JsonOption = False,
 ) -> None:
     """Look at everything a run needs before any weight is loaded: data, labels, targets, memory, time."""
     _logging("warning")
-    from philora.readiness import preflight
+    words = [each for each in sys.argv[1:] if each not in ("--json", "--quiet")]
+    command = shlex.join(["philora", *("train" if each == "check" else each for each in words)])
+    _check(config, [*(overrides or []), *_flagged(context)], command, as_json, quiet)
 
-    found = preflight(_config_source(config), overrides or [])
+
+def _check(config: str, overrides: list[str], command: str, as_json: bool, quiet: bool) -> None:
+    """Show what `check` found, and its verdict with the command that starts the run."""
+    with err.status("checking"):
+        from philora.readiness import preflight
+
+        source, given, _ = _with_choices(config, overrides, False)
+        found = preflight(source, given)
     if as_json:
-        _print_json(found.to_dict())
+        _print_json({**found.to_dict(), "verdict": found.verdict(command)})
         return
+    if not quiet:
+        _show_preflight(found)
+    verdict = escape(found.verdict(command))
+    out.print(f"[bold {'yellow' if found.problems else 'green'}]{verdict}[/]", highlight=False)
+
+
+def _show_preflight(found: Preflight) -> None:
     out.print(f"[bold]model[/]      {escape(found.model)}")
     out.print(f"[bold]stops[/]      {escape(', '.join(found.stop_tokens))}   padding {escape(found.padding_token)}")
     out.print(f"[bold]device[/]     {escape(str(found.hardware))}")
@@ -166,6 +297,7 @@ def check(
         plan.add_row(name, escape(value))
     out.print()
     out.print(plan, highlight=False)
+    out.print()
 
 
 @app.command("data")
@@ -263,7 +395,16 @@ def evaluate_adapter(
 @app.command("generate")
 def generate_answers(
     source: AdapterArgument,
-    prompts: Annotated[str, typer.Option(help="JSONL, JSON, CSV or Parquet of conversations, or a .txt of prompts.")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="JSONL, JSON, CSV or Parquet of conversations, or a .txt of prompts; -: lines of standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A prompt; may be given again.", show_default=False)
+    ] = None,
     output: Annotated[str | None, typer.Option("--out", help="JSONL file; default: standard output.")] = None,
     base: BaseOption = None,
     adapter: Annotated[bool, typer.Option(help="With the adapter, or the base alone.")] = True,
@@ -277,11 +418,17 @@ def generate_answers(
     seed: SeedOption = 0,
     control_tokens: ControlTokensOption = False,
 ) -> None:
-    """Answer a file of prompts in batches, as JSONL."""
+    """Answer prompts in batches, as JSONL."""
     _logging("warning")
+    if (prompts is None) == (not prompt):
+        given = "nothing" if prompts is None else "both"
+        raise ConfigError(fault("generate", "prompts", given, "--prompts FILE, --prompts - or --prompt TEXT"))
     from philora.generation import GenerationSettings
-    from philora.inference import answer_file
+    from philora.inference import answer_file, prompts_of_lines
 
+    asked: Any = prompts if prompts is not None else [[{"role": "user", "content": each}] for each in prompt or ()]
+    if prompts == "-":
+        asked = prompts_of_lines(sys.stdin.buffer.read(), "standard input")
     settings = GenerationSettings(
         max_new_tokens,
         batch_size,
@@ -293,7 +440,7 @@ def generate_answers(
         stop_strings=tuple(stop or ()),
         control_tokens=control_tokens,
     )
-    lines = answer_file(source, prompts, settings, base=base, adapter=adapter, out=output)
+    lines = answer_file(source, asked, settings, base=base, adapter=adapter, out=output)
     if output is None:
         sys.stdout.write(lines)
     else:
@@ -304,7 +451,10 @@ def generate_answers(
 def chat(
     source: AdapterArgument,
     base: BaseOption = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="System prompt; default: that of nearly all training data; -: none."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Of sampling, in (0, 1].")] = None,
@@ -338,14 +488,19 @@ def chat(
         _quiet()
         settings = chat_settings(max_new_tokens, temperature, top_p, top_k, _seed(seed), stop or ())
         name = name_of(source)
-        voices = load_voices({name: source}, base)
-        voices.control_tokens = control_tokens
+    voices = load_voices({name: source}, base)  # on a terminal the bars of transformers and the Hub show how far it is
+    voices.control_tokens = control_tokens
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ModuleNotFoundError):  # Windows' console edits lines by itself
             import readline  # noqa: F401 - editing and history of `input`
 
         err.print(f"[dim]{escape(name)} on {escape(voices.base)}; /help says what there is[/]", highlight=False)
+
+    trained = voices.systems.get(name)
+    if system is None and trained is not None:
+        system = trained.text
+        err.print(f"[dim]{escape(str(trained))} (/system - removes it)[/]", highlight=False)
 
     def read() -> str:
         if interactive:
@@ -362,7 +517,7 @@ def chat(
     def note(text: str) -> None:
         err.print(f"[dim]{escape(text)}[/]", highlight=False)
 
-    terminal = Terminal(Conversation(voices, settings, name, system), read, write, note)
+    terminal = Terminal(Conversation(voices, settings, name, None if system == "-" else system), read, write, note)
     terminal.run()
     if terminal.refused and not interactive:
         sys.exit(2)
@@ -518,7 +673,8 @@ def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: Js
     """Show the effective configuration and where each value comes from."""
     from philora.config import explain, load_config
 
-    rows = list(explain(load_config(_config_source(config), overrides or [])))
+    settings, given, _ = _with_choices(config, overrides or [], False)
+    rows = list(explain(load_config(settings, given)))
     if as_json:
         shown = {key: {"value": value, "from": origin} for key, value, origin in rows}
         print(json.dumps(shown, ensure_ascii=False, indent=2, default=str))
@@ -535,6 +691,7 @@ def report(
     output: Annotated[
         str | None, typer.Option("--out", help="File; default: report.html in the run folder, or comparison.html here.")
     ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html of a run again, or one page about several."""
@@ -544,10 +701,64 @@ def report(
         written = write_report(Path(runs[0]), out=Path(output) if output else None)
     else:
         written = write_comparison([Path(each) for each in runs], Path(output or "comparison.html"))
+    if open_it and not webbrowser.open(written.absolute().as_uri()):
+        err.print("[yellow]notice:[/] no browser was found: open the file yourself", highlight=False)
     if as_json:
         _print_json({"report": str(written)})
         return
     out.print(str(written), highlight=False)
+
+
+@app.command("runs")
+def show_runs(
+    folder: Annotated[str, typer.Argument(help="Folder that holds runs.", metavar="FOLDER")] = "runs",
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs in FOLDER, the newest first: base, date, held-out loss, matching answers, status."""
+    from philora.run_list import list_runs
+
+    found = list_runs(Path(folder).expanduser())
+    if as_json:
+        _print_json({"runs": [each.to_dict() for each in found]})
+        return
+    table = Table(box=None)
+    for name in ("run", "base", "date", "held-out loss", "exact match", "status"):
+        table.add_column(name, no_wrap=True)
+    for each in found:
+        loss = "" if each.loss is None else f"{each.loss:.4f}"
+        loss = loss if each.loss_before is None else f"{each.loss_before:.4f} → {loss}"
+        matches = "" if each.exact_match is None else f"{100 * each.exact_match:.1f}%"
+        table.add_row(
+            escape(each.name), escape(each.base), each.date[:16].replace("T", " "), loss, matches, each.status
+        )
+    if not found:
+        out.print(f"no runs in {folder}", highlight=False)
+        return
+    display.print_whole(out, table)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what works on this machine: Python, packages, device, compiler, caches, disk, the Hub."""
+    _logging("warning")
+    with err.status("looking"):
+        from philora.doctor import examine
+
+        found = examine()
+    broken = [each.name for each in found if each.status == "fault"]
+    if as_json:
+        _print_json({"works": not broken, "findings": [each.to_dict() for each in found]})
+    else:
+        colours = {"ok": "green", "note": "yellow", "fault": "red"}
+        for each in found:
+            todo = f"  {each.todo}" if each.todo else ""
+            line = (
+                f"[{colours[each.status]}]{each.status.ljust(5)}[/] {each.name.ljust(16)} {escape(each.value + todo)}"
+            )
+            out.print(line, highlight=False)
+        out.print(f"\n{'does not work: ' + ', '.join(broken) if broken else 'philora works here'}", highlight=False)
+    if broken:
+        sys.exit(1)
 
 
 @app.command()
@@ -604,6 +815,51 @@ def _config_source(config: str) -> str:
     return str(resources.files("philora") / "nano" / "demo.yaml")
 
 
+def _flagged(context: typer.Context) -> list[str]:
+    """The options that are settings, as overrides."""
+    given = []
+    for name, key in FLAGS.items():
+        value = context.params[name]
+        if value is None:
+            continue
+        if name == "target_modules" and "," in value:
+            value = json.dumps([each.strip() for each in value.split(",")])
+        elif name in ("model", "output") or (name == "evaluation" and Path(value).expanduser().exists()):
+            value = json.dumps(value, ensure_ascii=False)  # text, whatever YAML would read in it
+        given.append(f"{key}={value}")
+    return given
+
+
+def _stem(data: str) -> str:
+    """What a run on data is called: the name of its file or folder, without the endings."""
+    name = Path(data.rstrip("/")).expanduser().absolute().name
+    return name.removesuffix(".gz").removesuffix(".zst").partition(".")[0] or "data"
+
+
+def _with_choices(source: str, overrides: list[str], resume: bool | str) -> tuple[Any, list[str], list[str]]:
+    """The configuration of a run: a file's, or where data is named, settings that fit it; and what to say of them.
+
+    A run on data gets a folder of its own, named after it; with `resume` it is the newest of that name.
+    """
+    from philora.config import holds_data, newest_folder, unused_folder
+    from philora.yaml_text import parse
+
+    if not holds_data(source):
+        return _config_source(source), overrides, []
+    last = dict(each.partition("=")[::2] for each in overrides)
+    keys = ("training_config.output_dir", "model.name_or_path")
+    named, model = (str(parse(last[each])[1]) if each in last else None for each in keys)
+    folder = Path("runs") / _stem(source)
+    if resume:
+        return named or str(newest_folder(folder)), overrides, []
+    from philora.starter import start
+
+    begun = start(source, model)
+    if named is None:
+        overrides = [*overrides, f"training_config.output_dir={json.dumps(str(unused_folder(folder)))}"]
+    return begun.settings, overrides, [begun.found, f"model: {begun.model.name} ({begun.model.reason})"]
+
+
 def _print_json(data: dict[str, Any]) -> None:
     from philora.checkpoint import as_json
 
@@ -630,15 +886,17 @@ def _logging(level: str) -> None:
     root.setLevel(min(logging.INFO, lines.level))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of optional kernels on import
     display.ignore_future_warnings()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not (err.is_terminal and processes.is_main()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _quiet() -> None:
-    """No progress bars while weights are loaded, and no words of the tokenizer about prompts that are refused."""
+    """Keep the tokenizer's words about refused prompts away, and bars of loading from what is no terminal."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not err.is_terminal:
+        transformers_logging.disable_progress_bar()
 
 
 def _seed(given: int | None) -> int:
@@ -677,8 +935,8 @@ def _serve(
         from philora.conversation import chat_settings, load_named
 
         _quiet()
-        voices = load_named(sources, base)
-        voices.control_tokens = control_tokens
+    voices = load_named(sources, base)
+    voices.control_tokens = control_tokens
     defaults = chat_settings(max_new_tokens)
     scheduler = Scheduler(voices, limit=max_requests)
     app = serving.build_app(
@@ -689,16 +947,22 @@ def _serve(
         out.print(f"page:   {address}/{f'#key={key}' if key else ''}", highlight=False)
         out.print(f"votes:  {votes}", highlight=False)
     out.print(f"models: {', '.join((*voices.adapters, voices.base))}", highlight=False)
+    for adapter, trained in voices.systems.items():
+        out.print(f"{adapter}: {trained}, where a request has none of its own", highlight=False)
     out.print(f"API:    {address}/v1\nCtrl-C ends it", highlight=False)
     with contextlib.suppress(KeyboardInterrupt):  # as it was told to end; uvicorn raises it again when it has ended
         connections.run(app, scheduler, bound)
 
 
-def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool) -> None:
+def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool, quiet: bool = False) -> None:
     from philora.config import load_config
 
-    config = load_config(_config_source(source), overrides)
-    _logging(str(config.training_config.get("log_level", "info")))
+    _logging("info")
+    settings, given, said = processes.on_main(lambda: _with_choices(source, overrides, resume))
+    config = load_config(settings, given)
+    _logging("warning" if quiet else str(config.training_config.get("log_level", "info")))
+    for each in said:
+        logging.getLogger("philora.run").info("%s", each)
     command = shlex.join(processes.command(sys.argv[1:]))
     if source == "demo":
         command = shlex.join(processes.command(["train", "demo", *overrides]))  # in the folder that `demo` found
@@ -709,7 +973,7 @@ def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool)
         from philora.progress import ProgressBar
         from philora.training import train as run_training
     if not as_json:
-        run_training(config, resume=resume, command=command)
+        run_training(config, resume=resume, command=command, quiet=quiet)
         return
     bar = ProgressBar(err)
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import string
@@ -23,6 +24,7 @@ import yaml
 
 from philora import schema, yaml_text
 from philora.errors import ConfigError, fault, nearest, one_per_line
+from philora.families import ALIASES, hub_id
 from philora.schema import FLAG, NULL, STEPS, TEXT, Misfit, Rule, exactly, mapping_of, number, one_of, union
 
 _AUTO: Final = exactly("auto")
@@ -141,7 +143,9 @@ class SourceConfig:
 class ModelConfig:
     """The base model and how it is loaded."""
 
-    name_or_path: str = _setting("nano", TEXT, "hub id, local folder, or `nano` for the bundled model")
+    name_or_path: str = _setting(
+        "nano", TEXT, "hub id, short name such as `phi-3-mini`, local folder, or `nano` for the bundled model"
+    )
     adapter: str | None = _setting(None, _TEXT_OR_NULL, "adapter to start from: folder or hub id")
     use_cache: bool = _setting(False, FLAG, "key/value cache in training forward passes")
     dtype: str = _setting(
@@ -974,7 +978,47 @@ def _note_lines(node: yaml.Node, path: _Path, reader: _Reader, seen: set[int]) -
         _note_lines(value, inner, reader, seen)
 
 
-DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".xlsx", ".gz", ".zst", ".txt", ".arrow")
+DATA_SUFFIXES: Final = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".xlsx", ".txt", ".arrow")
+
+_LONGEST_SETTINGS_BYTES: Final = 1_000_000
+
+
+def holds_data(name: str) -> bool:
+    """Return whether a name is that of data where a configuration is asked for: a file of records, or a folder of them.
+
+    JSON is a configuration where it is one object with a section of a configuration, else data.
+    """
+    file = Path(name).expanduser()
+    if not _exists(file):
+        return False
+    if file.is_dir():
+        if (file / "config.yaml").is_file():
+            return False
+        return any(each.suffix.lower() in _DATA_SUFFIXES for depth in ("*", "*/*") for each in file.glob(depth))
+    if file.suffix.lower() != ".json":
+        return file.suffix.lower() in DATA_SUFFIXES
+    try:
+        content = json.loads(file.read_bytes()) if file.stat().st_size < _LONGEST_SETTINGS_BYTES else None
+    except (OSError, ValueError):
+        return True
+    sections = (*_SECTIONS, "training_config", "peft_config")
+    return not (isinstance(content, Mapping) and any(isinstance(content.get(each), Mapping) for each in sections))
+
+
+def unused_folder(folder: Path) -> Path:
+    """Return a folder that holds nothing: the one given, or the first with a number behind its name."""
+    found, number = folder, 1
+    while found.exists() and (found.is_file() or any(found.iterdir())):
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
+
+
+def newest_folder(folder: Path) -> Path:
+    """Return the folder with the highest number behind its name that is there; the one given where none is."""
+    numbers = [each.name.removeprefix(f"{folder.name}-") for each in folder.parent.glob("*") if each.is_dir()]
+    highest = max((int(each) for each in numbers if each.isdecimal()), default=1)
+    return folder.with_name(f"{folder.name}-{highest}") if highest > 1 else folder
 
 
 def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str, str]:
@@ -1010,7 +1054,7 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[_Reader, str
         raise ConfigError(_fault(str(source), "config", str(source), expected, _nearest_file(file)))
     if file.suffix.lower() in DATA_SUFFIXES:
         expected = "a YAML file of settings, not the conversations themselves"
-        todo = f"Write one with the lines `model: {{name_or_path: ...}}` and `data: {{train: {file.name}, eval: 0.1}}`"
+        todo = f"Write one: philora init {file.name}; or train by the same choices: philora train {file.name}"
         raise ConfigError(_fault(str(source), "config", str(source), expected, todo))
     _read_yaml(file, reader)
     training = reader.given.get("training_config")
@@ -1212,6 +1256,12 @@ def _check_model(values: dict[str, Any], reader: _Reader) -> None:
             values[key] = str(Path(path).expanduser())
             if not _exists(Path(values[key])):
                 reader.fault(("model", key), path, "an existing folder or a hub id", _nearest_file(Path(values[key])))
+    name = values.get("name_or_path")
+    if isinstance(name, str) and not _exists(Path(name)):
+        values["name_or_path"] = hub_id(name)
+        if "/" not in values["name_or_path"] and name.lower().startswith("phi"):
+            expected = f"a hub id, a folder, nano, or one of {', '.join(ALIASES)}"
+            reader.fault(("model", "name_or_path"), name, expected, nearest(name.lower(), ALIASES))
     quantization = values.get("quantization")
     if isinstance(quantization, Mapping):
         known = schema.quantization_fields()

@@ -34,6 +34,7 @@ from philora.generation import GenerationSettings, Sampler, device_of, stop_toke
 from philora.inference import Loaded, load
 from philora.kernels.memory import out_of_memory
 from philora.models import load_tokenizer, local_path
+from philora.run_folder import SystemTurn, TrainedRun
 from philora.sources import AdapterSource, find_adapter
 
 logger = logging.getLogger(__name__)
@@ -117,10 +118,16 @@ class Voices:
         tokenizer: Theirs and the base's.
         window: Positions of the model; None where its config does not say.
         control_tokens: Read a control token's text inside a message as that token; else it is text.
+        systems: By an adapter's name the system turn of its training conversations, for those that have one.
     """
 
     def __init__(
-        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, base: str, adapters: Mapping[str, str]
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        base: str,
+        adapters: Mapping[str, str],
+        systems: Mapping[str, SystemTurn] | None = None,
     ) -> None:
         """`adapters` maps the names that people use to those that the PeftModel has."""
         self.model = model.eval()
@@ -129,6 +136,7 @@ class Voices:
         self.control_tokens = False
         self.base = base
         self.adapters = tuple(adapters)
+        self.systems = dict(systems or {})
         self.window = window_tokens(model)
         self.stops = frozenset(stop_token_ids(model.get_base_model(), tokenizer))
         self.device = device_of(model)
@@ -545,7 +553,9 @@ def load_voices(sources: Mapping[str, str | Path], base: str | None = None) -> V
         _check_tokenizer(each.path, loaded)
         inside[name] = f"further_{index}"
         model = load_adapter(model, each.path, inside[name])
-    voices = Voices(model, loaded.tokenizer, display, inside)
+    runs = {name: TrainedRun(each.run) for name, each in found.items() if each.run is not None}
+    systems = {name: run.system for name, run in runs.items() if run.system is not None}
+    voices = Voices(model, loaded.tokenizer, display, inside, systems)
     with contextlib.suppress(DataError):  # of a template that wants other roles
         voices.prompt([{"role": "user", "content": "Hello."}])  # without a template nothing can be asked
     return voices

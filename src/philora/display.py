@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,10 +44,15 @@ class LogLines(logging.Handler):
     def __init__(self, console: Console, level: int = logging.INFO) -> None:
         super().__init__(level)
         self.console = console
+        self._shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
+        """Print one record; a notice is shown once."""
         text = escape(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            if text in self._shown:
+                return
+            self._shown.add(text)
         line = f"[yellow]notice:[/] {text}" if record.levelno >= logging.WARNING else text
         self.console.print(line, highlight=False)
 
@@ -137,6 +143,21 @@ def show_result(folder: Path, results: Mapping[str, Any]) -> None:
         highlight=False,
     )
     console.print(f"adapter: {folder / 'adapter'}\nreport:  {folder / 'report.html'}", highlight=False)
+    console.print("\n[bold]next[/]", highlight=False)
+    for what, command in next_steps(folder):
+        console.print(f"  {what.ljust(8)} {escape(command)}", highlight=False)
+
+
+def next_steps(folder: Path) -> list[tuple[str, str]]:
+    """Return what a person can do with a run that has ended, each with its command."""
+    run = shlex.quote(str(folder))
+    exported = shlex.quote(f"{folder}-ollama")
+    return [
+        ("talk", f"philora chat {run}"),
+        ("compare", f"philora chat {run} --web    # base and adapter side by side, in the browser"),
+        ("report", f"philora report {run} --open"),
+        ("Ollama", f"philora export {run} --format ollama --dtype q8_0 --out {exported}"),
+    ]
 
 
 def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> None:
@@ -157,8 +178,13 @@ def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> Non
         cells = (shown_figure(each.before, each), shown_figure(each.after, each), f"[{colour}]{interval_of(each)}[/]")
         table.add_row(each.title, *cells, f"{each.wins:,}/{each.ties:,}/{each.losses:,}")
     console.print()
+    print_whole(console, table)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table in its own width, also where the terminal is narrower: figures that are cut cannot be read."""
     wide = table.__rich_measure__(console, console.options.update(max_width=1000)).maximum
-    console.print(table, width=max(console.width, wide), crop=False)  # figures that are cut cannot be read
+    console.print(table, width=max(console.width, wide), crop=False)
 
 
 def _short(text: str, limit: int = 300) -> str:

@@ -84,6 +84,14 @@ class PhiModel:
         """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def parameters(self) -> int:
+        """Weights of the linear layers and the embeddings; the norms are left out."""
+        attention = self.hidden_size * (2 * self.hidden_size + 2 * self.num_key_value_heads * self.head_dim)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings
+
 
 _HUB = "https://huggingface.co/microsoft/"
 _CONFIG = "/blob/main/config.json"
@@ -294,6 +302,31 @@ OTHER: Final = (
     ),
 )
 """Phi models that are not `Phi3ForCausalLM`."""
+
+
+ALIASES: Final[Mapping[str, str]] = {
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "phi-3-mini-128k": "microsoft/Phi-3-mini-128k-instruct",
+    "phi-3-medium": "microsoft/Phi-3-medium-4k-instruct",
+    "phi-3-medium-128k": "microsoft/Phi-3-medium-128k-instruct",
+    "phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct",
+    "phi-4": "microsoft/phi-4",
+    "phi-4-reasoning": "microsoft/Phi-4-reasoning",
+    "phi-4-reasoning-plus": "microsoft/Phi-4-reasoning-plus",
+    "phi-4-mini": "microsoft/Phi-4-mini-instruct",
+    "phi-4-mini-reasoning": "microsoft/Phi-4-mini-reasoning",
+}
+"""Short names that are taken wherever a model is named, with the hub ids that they stand for."""
+
+
+def hub_id(name: str) -> str:
+    """Return the hub id that a short name stands for; any other name as it is.
+
+    Example:
+        >>> hub_id("Phi-3-mini")
+        'microsoft/Phi-3-mini-4k-instruct'
+    """
+    return ALIASES.get(name.lower(), name)
 
 
 def find(name_or_path: str) -> PhiModel | None:

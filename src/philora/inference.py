@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from philora.data.shapes import prompt_of
 from philora.errors import AdapterError, DataError, ModelError, fault, one_per_line
 from philora.generation import GenerationSettings, generate
 from philora.models import load_model, load_tokenizer
-from philora.run_folder import TrainedRun
+from philora.run_folder import SystemTurn, TrainedRun
 from philora.sources import AdapterSource, find_adapter, require_base
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,11 @@ class Loaded:
     source: AdapterSource
     run: TrainedRun | None
     base: str
+
+    @property
+    def system(self) -> SystemTurn | None:
+        """The system turn that nearly all of the run's training conversations began with."""
+        return None if self.run is None else self.run.system
 
 
 def load(source: str | Path, *, base: str | None = None, dtype: str | None = None) -> Loaded:
@@ -102,18 +108,18 @@ def _tokenizer_of(found: AdapterSource, model: ModelConfig) -> ModelConfig:
 
 def answer_file(
     source: str | Path,
-    prompts: str | Path,
+    prompts: str | Path | Sequence[list[dict[str, Any]]],
     settings: GenerationSettings,
     *,
     base: str | None = None,
     adapter: bool = True,
     out: str | Path | None = None,
 ) -> str:
-    """`philora generate`: answers to a file of prompts as JSONL, one line each in the prompts' order.
+    """`philora generate`: answers to prompts as JSONL, one line each in the prompts' order.
 
     Args:
         source: As for `load`.
-        prompts: As for `read_prompts`.
+        prompts: As for `read_prompts`, or conversations.
         settings: How answers are made.
         base: As for `load`.
         adapter: With the adapter; False: the base alone.
@@ -125,8 +131,11 @@ def answer_file(
     Raises:
         AdapterError, ModelError, DataError: As `load`, `read_prompts` and `generate`.
     """
-    conversations = read_prompts(prompts)
+    conversations = read_prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
     loaded = load(source, base=base)
+    if loaded.system is not None:
+        conversations = [with_system(each, loaded.system.text) for each in conversations]
+        logger.warning("%s, where a prompt has none of its own", loaded.system)
     with contextlib.nullcontext() if adapter else loaded.model.disable_adapter():
         answers = generate(loaded.model, loaded.tokenizer, conversations, settings)
     entries = [
@@ -137,6 +146,12 @@ def answer_file(
     if out is not None:
         write_text(Path(out).expanduser(), lines)
     return lines
+
+
+def with_system(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Return a conversation that begins with a system turn: the one given where it has none of its own."""
+    own = any(each["role"] == "system" for each in messages)
+    return [*([] if own else [{"role": "system", "content": text}]), *map(dict, messages)]
 
 
 _CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
@@ -161,24 +176,53 @@ def read_prompts(file: str | Path) -> list[list[dict[str, Any]]]:
         if not prompts:
             raise DataError(fault(str(path), "prompts", 0, "at least one line"))
         return prompts
+    batches = resolve(SourceConfig(path=str(file)), "eval").open()
+    return _prompts(
+        str(file), ((record, batch.where(n)) for batch in batches for n, record in enumerate(batch.records))
+    )
+
+
+def prompts_of_lines(content: bytes, where: str) -> list[list[dict[str, Any]]]:
+    """Return conversations to answer from text: JSON lines where the first line is a JSON object, else a prompt a line.
+
+    Args:
+        content: The text, as UTF-8.
+        where: What messages call it.
+
+    Raises:
+        DataError: There is none, it is no UTF-8, or lines cannot be used.
+    """
+    lines = [(line, f"{where}:{number}") for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    if lines and lines[0][0].lstrip().startswith(b"{"):
+        return _prompts(where, lines)
+    try:
+        found = [[{"role": "user", "content": line.decode("utf-8-sig").strip()}] for line, _ in lines]
+    except UnicodeDecodeError as error:
+        raise DataError(fault(where, "prompts", str(error), "text in UTF-8")) from error
+    if not found:
+        raise DataError(fault(where, "prompts", 0, "at least one line"))
+    return found
+
+
+def _prompts(source: str, records: Iterable[tuple[Any, str]]) -> list[list[dict[str, Any]]]:
+    """The conversations of records, each with its place; all that cannot be used are named."""
     prompts, faults = [], []
     unread: Counter[str] = Counter()
-    for batch in resolve(SourceConfig(path=str(file)), "eval").open():
-        for index, record in enumerate(batch.records):
-            try:
-                conversation = prompt_of(record, batch.where(index))
-            except Fault as error:
-                faults.append(error.at(batch.where(index)))
-                continue
-            except DataError as error:  # of `detect`, with its place
-                faults.append(str(error))
-                continue
-            unread.update(conversation.unread)
-            prompts.append(with_tools(conversation.messages, conversation.tools))
+    for record, where in records:
+        try:
+            conversation = prompt_of(record, where)
+        except Fault as error:
+            faults.append(error.at(where))
+            continue
+        except DataError as error:  # of `detect`, with its place
+            faults.append(str(error))
+            continue
+        unread.update(conversation.unread)
+        prompts.append(with_tools(conversation.messages, conversation.tools))
     if faults:
         raise DataError(one_per_line(faults[:20]))
     if not prompts:
-        raise DataError(fault(str(path), "records", 0, "at least one record"))
+        raise DataError(fault(source, "records", 0, "at least one record"))
     for name, count in unread.items():
-        logger.warning("%s: %s is not read (in %d of %d records)", file, name, count, len(prompts))
+        logger.warning("%s: %s is not read (in %d of %d records)", source, name, count, len(prompts))
     return prompts

@@ -61,6 +61,7 @@ from philora.merging import (
 )
 from philora.models import load_skeleton, local_path
 from philora.quantization import quantized_names, rounded_weights, stored_weights
+from philora.run_folder import TrainedRun, example_messages
 from philora.sources import find_adapter, require_base
 from philora.verify import Agreement, agreement, logits_of
 from philora.verify import probe as probe_tokens
@@ -148,7 +149,7 @@ def merge_to_folder(
             _write_companions(folder, adapter.path, temporary, untied=weights.untied)
             companions = Companions(temporary, temporary, weights.config)
             companions.write(temporary, files=False)
-            write_text(temporary / "README.md", _card(out.name, source, place, companions))
+            write_text(temporary / "README.md", _card(out.name, source, place, companions, adapter.run))
             result = _compare(folder, adapter.path, temporary, trained_over) if verify else None
     except Exception as error:
         if not disk_full(error):
@@ -425,7 +426,7 @@ def _write_companions(base: Path, adapter: Path, folder: Path, *, untied: bool) 
         copy_files(base, folder, TOKENIZER_FILES)
 
 
-def _card(title: str, source: str | Path, base: str, companions: Companions) -> str:
+def _card(title: str, source: str | Path, base: str, companions: Companions, run: Path | None) -> str:
     adapter = Path(source).expanduser()
     name = "nano" if base == local_path("nano") else Path(base).name if Path(base).is_dir() else base
     text = (
@@ -439,7 +440,7 @@ def _card(title: str, source: str | Path, base: str, companions: Companions) -> 
     if companions.tokenizer is None:
         return text
     chat = companions.tokenizer.chat_template is not None
-    question = '[{"role": "user", "content": "Hello"}]' if chat else '"Hello"'
+    question = example_messages(None if run is None else TrainedRun(run).system) if chat else '"Hello"'
     return f"""{text}
 ```python
 from transformers import pipeline

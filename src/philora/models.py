@@ -25,7 +25,7 @@ from transformers.utils.hub import has_file as hub_has_file
 from philora.checkpoint import indexed_files
 from philora.config import Config, ModelConfig, TokenizerConfig
 from philora.errors import ConfigError, ModelError, fault, one_per_line
-from philora.families import NOT_IN_TRANSFORMERS, stop_tokens_in
+from philora.families import NOT_IN_TRANSFORMERS, hub_id, stop_tokens_in
 from philora.hub import reach
 from philora.kernels.memory import return_large_blocks
 from philora.quantization import (
@@ -59,10 +59,10 @@ _ADDED_PADDING = "<|pad|>"
 
 
 def local_path(name: str) -> str:
-    """Where a model's files are: the package's own folder for `nano`, else the name itself."""
+    """Where a model's files are: the package's own folder for `nano`, the hub id of a short name, else the name."""
     if name == "nano":
         return str(resources.files("philora") / "nano" / "model")
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else hub_id(name)
 
 
 def bf16_is_fast(device: str | None = None) -> bool:

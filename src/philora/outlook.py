@@ -55,6 +55,11 @@ def notices(config: Config, plan: Plan) -> list[str]:
         plan: The plan of the run.
     """
     found = []
+    if config.origins.get("model.name_or_path", "default") == "default" and config.model.adapter is None:
+        found.append(
+            "NO MODEL IS NAMED: this trains the bundled toy, which is there to try philora and knows nothing else. "
+            "Name one: --model phi-3-mini, or model.name_or_path in the configuration."
+        )
     if plan.steps is not None and plan.steps < FEW_STEPS:
         found.append(few_steps(plan.steps))
     wanted = config.training_config.get("tokens_per_step")

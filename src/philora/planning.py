@@ -193,7 +193,7 @@ class Plan:
         parts = [(name, getattr(estimate, name)) for name in PARTS]
         phases = [("training", estimate.training), ("loading", estimate.loading), ("evaluation", estimate.evaluation)]
         pages = f", of which {estimate.files / 1e9:.2f} GB pages of its files" if estimate.files else ""
-        time_text = "unknown: a stream has no length" if self.seconds is None else _duration(self.seconds)
+        time_text = "unknown: a stream has no length" if self.seconds is None else duration(self.seconds)
         return [
             ("parameters", f"{self.parameters:,}, {self.trainable:,} trained"),
             ("batch", f"{self.micro_batch_rows} x {self.accumulation} rows of up to {self.row_tokens:,} tokens"),
@@ -213,7 +213,8 @@ class Plan:
         return "\n".join(f"{name.ljust(15)} {value}" for name, value in self.rows())
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a length of time for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -33,29 +33,33 @@ def is_run() -> bool:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries(*, bars: bool = False) -> Iterator[None]:
     """In this block transformers, datasets and the Hub's library show no progress bars, and transformers only warnings.
 
     What was set before is set again afterwards.
+
+    Args:
+        bars: Leave the bars of transformers and the Hub as they are: for a person who waits for weights to come.
     """
     import datasets
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers
 
-    level, bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+    level, enabled = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
     no_hub_bars, no_dataset_bars = are_progress_bars_disabled(), datasets.are_progress_bars_disabled()
     transformers.set_verbosity_warning()
-    transformers.disable_progress_bar()
+    if not bars:
+        transformers.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         transformers.set_verbosity(level)
-        if bars:
+        if enabled and not bars:
             transformers.enable_progress_bar()
             if no_hub_bars:
                 disable_progress_bars()
-        elif not no_hub_bars:
+        elif not no_hub_bars and not bars:
             enable_progress_bars()
         if not no_dataset_bars:
             datasets.enable_progress_bars()

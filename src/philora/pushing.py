@@ -20,6 +20,7 @@ from philora.config import Config
 from philora.errors import AdapterError, ConfigError, fault
 from philora.merged_folder import merge_to_folder
 from philora.models import local_path
+from philora.run_folder import TrainedRun
 from philora.sources import AdapterSource, find_adapter, require_base
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def push(
             adapter_config=config,
             merged=merged,
             tokenizer=(folder / "tokenizer_config.json").is_file(),
+            system=None if found.run is None else TrainedRun(found.run).system,
         )
         write_text(folder / "README.md", text)
         files = {

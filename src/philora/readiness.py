@@ -93,11 +93,24 @@ class Preflight:
     coverage: Coverage
     plan: planning.Plan
     sources: dict[str, list[SourceReport]]
+    problems: tuple[str, ...] = ()
+    """What stands in the way of the run; these are among the notices too."""
+
+    def verdict(self, command: str) -> str:
+        """Return whether the run can begin, its figures, and the command that starts it."""
+        plan, rows = self.plan, self.data["train"]["rows"]
+        time = "" if plan.seconds is None else f", about {planning.duration(plan.seconds)}"
+        steps = "steps without an end" if plan.steps is None else f"{plan.steps:,} steps"
+        figures = f"{rows:,} conversations, {steps}{time}, {plan.estimate.peak / 1e9:.1f} GB"
+        if self.problems:
+            reasons = "problem above" if len(self.problems) == 1 else f"{len(self.problems)} problems above"
+            return f"Not ready ({figures}): see the {reasons}."
+        return f"Ready: {figures}. Start: {command}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         covered = asdict(self.coverage) | {"rows": [each._asdict() for each in self.coverage.rows]}
-        return {**asdict(self), "coverage": covered, "plan": self.plan.to_dict()}
+        return {**asdict(self), "coverage": covered, "plan": self.plan.to_dict(), "ready": not self.problems}
 
 
 def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Preflight:
@@ -126,6 +139,9 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     outlook.check(config, plan)
     splits = prepared.report.to_dict()
     idle = processes.idle_gpus_notice(config.training_config, config.model.device_map)
+    refused = processes.not_here(config.training_config, config.source)
+    problems = [*filter(None, [plan.warning, _taken(folder, config)])]
+    problems += [f"a run here would be refused: {each}" for each in refused]
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
         hardware=_hardware(config, adapted, dtype, plan),
@@ -140,17 +156,15 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
             *plan.notices,
-            *filter(None, [plan.warning, idle, _taken(folder, config)]),
+            *filter(None, [idle]),
             *outlook.notices(config, plan),
-            *(
-                f"a run here would be refused: {each}"
-                for each in processes.not_here(config.training_config, config.source)
-            ),
+            *problems,
         ],
         preview=preview(tokenizer, next(iter(prepared.train))),
         coverage=covered,
         plan=plan,
         sources=prepared.report.sources,
+        problems=tuple(problems),
     )
 
 

@@ -9,6 +9,7 @@ as absolute paths and from the run folder, so that a folder which moved together
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,7 @@ from philora.config import (
     load_config,
     read_yaml,
 )
-from philora.errors import ConfigError, fault, one_per_line
+from philora.errors import ConfigError, fault, one_per_line, shorten
 from philora.schema import Misfit
 
 logger = logging.getLogger("philora.run")
@@ -38,6 +39,27 @@ RECORD_NAME: Final = "run.json"
 HELD_OUT_NAME: Final = "held_out.jsonl"
 _WRITTEN_BY_A_RUN: Final = (RECORD_NAME, "trainer_state.json", "train_results.json", "results.json")
 _BUNDLED: Final = ("nano", HELPDESK)
+
+
+USUAL_SHARE: Final = 0.9
+"""Share of the training conversations from which on their commonest system turn begins what is asked later."""
+
+
+class SystemTurn(NamedTuple):
+    """The commonest system turn of a run's training conversations.
+
+    Attributes:
+        text: What it says.
+        share: Of the conversations that begin with it, above 0 and at most 1.
+    """
+
+    text: str
+    share: float
+
+    def __str__(self) -> str:
+        return (
+            f"the system prompt of {100 * self.share:.0f}% of the training conversations is used: {shorten(self.text)}"
+        )
 
 
 class Place(NamedTuple):
@@ -64,6 +86,14 @@ def run_of(adapter: Path) -> Path | None:
     if adapter.parent.name == "checkpoints" and adapter.name.startswith("checkpoint-"):
         owner = adapter.parent.parent
     return owner if owner is not None and is_run(owner) else None
+
+
+def example_messages(system: SystemTurn | None) -> str:
+    """Return the messages of a page's example as code: a question, after the system turn where there is one."""
+    messages = [{"role": "user", "content": "Hello"}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system.text})
+    return json.dumps(messages, ensure_ascii=False)
 
 
 def resume_command(folder: Path) -> str:
@@ -142,6 +172,15 @@ class TrainedRun:
             ConfigError: As `model`.
         """
         return EvaluationConfig(**self._section("evaluation", EvaluationConfig))
+
+    @property
+    def system(self) -> SystemTurn | None:
+        """The system turn that nearly all training conversations began with, by the run's record; None without one."""
+        given = self.record.get("system")
+        text, share = (given.get("text"), given.get("share")) if isinstance(given, Mapping) else (None, None)
+        if not isinstance(text, str) or not isinstance(share, float | int) or share < USUAL_SHARE:
+            return None
+        return SystemTurn(text, float(share))
 
     @property
     def holds_out(self) -> bool:
@@ -302,7 +341,9 @@ __all__ = [
     "HELD_OUT_NAME",
     "RECORD_NAME",
     "Place",
+    "SystemTurn",
     "TrainedRun",
+    "example_messages",
     "is_path",
     "is_run",
     "paths_of",

@@ -33,6 +33,7 @@ from philora.chat_requests import ApiError, ChatRequest, Vote
 from philora.conversation import ContextError, Reply, Voices, known
 from philora.errors import ConfigError, DataError, fault
 from philora.generation import GenerationSettings
+from philora.inference import with_system
 from philora.scheduler import Event, Job, Scheduler
 
 MAX_BODY_BYTES = 4 * 2**20
@@ -140,7 +141,8 @@ def build_app(
 
     def described(name: str) -> dict[str, Any]:
         parent = voices.base if name != voices.base else None
-        return {"id": name, "object": "model", "created": created, "owned_by": "philora", "parent": parent}
+        found = {"id": name, "object": "model", "created": created, "owned_by": "philora", "parent": parent}
+        return found | ({"system": voices.systems[name].text} if name in voices.systems else {})
 
     names = (*voices.adapters, voices.base)
 
@@ -331,6 +333,18 @@ class _Endpoint:
             raise _too_long(ContextError(len(messages), window, exact=False))
         return ChatRequest.read(body)
 
+    def _messages(self, asked: ChatRequest, adapter: str | None) -> list[dict[str, str]]:
+        """The conversation of a request; one without a system turn gets the adapter's, where it was trained with one.
+
+        An empty system turn is none, which is how a client asks for none.
+        """
+        messages = [each.plain() for each in asked.messages]
+        if not self.voices.systems:
+            return messages
+        if adapter is not None and adapter in self.voices.systems:
+            messages = with_system(messages, self.voices.systems[adapter].text)
+        return [each for each in messages if each["role"] != "system" or each["content"]]
+
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, in one piece or as events."""
         asked = await self.read(request, self._asked)
@@ -338,7 +352,7 @@ class _Endpoint:
         adapter = None if name == self.voices.base else name
         try:
             async with self._reading:
-                prompt = await asyncio.to_thread(self.voices.prompt, [each.plain() for each in asked.messages])
+                prompt = await asyncio.to_thread(self.voices.prompt, self._messages(asked, adapter))
             settings = [asked.settings(self.defaults, choice) for choice in range(asked.n or 1)]
         except ContextError as error:
             raise _too_long(error) from error

@@ -78,6 +78,7 @@ from philora.report import SECRETS, write_report
 from philora.signals import Interrupted, StopOnSignal
 from philora.sources import find_adapter
 from philora.spare_rows import notice, untrained_tokens
+from philora.system_turns import commonest_system_turn
 from philora.trainer import CHOSEN, SFTConfig, SFTTrainer, checkpoint_bytes, chosen_of
 
 logger = logging.getLogger("philora.run")
@@ -133,7 +134,7 @@ def train(
     command = SECRETS.sub("***", command or " ".join(sys.argv))
     with (
         process_state.run(),
-        process_state.quiet_libraries(),
+        process_state.quiet_libraries(bars=not quiet and sys.stderr.isatty() and processes.is_main()),
         onednn_products(),
         StopOnSignal("before training", command) as stop,
     ):
@@ -331,6 +332,7 @@ class _Run:
         self.plan = plan
         self.command, self.callbacks, self.stop = command, callbacks, stop
         self.target: pushing.Target | None = None
+        self.system: run_folder.SystemTurn | None = None
         self.started, self.since = datetime.datetime.now(datetime.UTC), time.monotonic()
         self.model: PeftModel
         self.arguments: SFTConfig
@@ -409,6 +411,7 @@ class _Run:
     def go(self, resume_from: Path | None, facts: Mapping[str, Any]) -> RunResult:
         """Evaluate the base, train, save, evaluate again, write everything down."""
         if processes.is_main():
+            self.system = commonest_system_turn(self.prepared, self.config.data)
             resuming.write_facts(self.folder, {**facts, **self._record()}, chosen_of(self.arguments))
             checkpoint.write_text(self.folder / "config.yaml", dump_yaml(self.config))  # may have been forced
         logger.info("%s", coverage(self.model))
@@ -453,6 +456,8 @@ class _Run:
             record["held_out"] = {"rows": rows, "vocabulary": vocabulary_digest(self.tokenizer)}
         else:
             file.unlink(missing_ok=True)
+        if self.system is not None:
+            record["system"] = self.system._asdict()
         return record
 
     def _trainer(self) -> SFTTrainer:
@@ -515,7 +520,7 @@ class _Run:
         """The card of the adapter, with the results when they are there."""
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = self.config.model.name_or_path
-        text = model_card("adapter", run=self.folder, base=base, adapter_config=config)
+        text = model_card("adapter", run=self.folder, base=base, adapter_config=config, system=self.system)
         checkpoint.write_text(folder / "README.md", text)
 
     def aim(self) -> None:
@@ -622,6 +627,7 @@ class _Run:
                 "total_parameters": covered.total_parameters,
             },
             "data": self.prepared.report.to_dict() | self._data_facts(),
+            "system": None if self.system is None else self.system._asdict(),
             "updates": updates,
             "before": before.scores.to_dict() if before else None,
             "start": start.scores.to_dict() if start else None,

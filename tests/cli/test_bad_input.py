@@ -138,14 +138,12 @@ def test_usage_errors(cli):
     assert cli("--version").code == 0
 
 
-def test_conversations_in_the_place_of_settings(cli, jsonl):
-    done = cli("train", jsonl([GOOD], "chats.jsonl"))
-    assert done.code == 2
-    assert re.search(
-        r"chats.jsonl.* - expected a YAML file of settings, not the conversations themselves\. "
-        r"Write one with the lines .*data: \{train: chats.jsonl, eval: 0.1\}",
-        " ".join(done.err.split()),
-    )
+def test_conversations_in_the_place_of_settings(jsonl):
+    from philora.config import load_config
+    from philora.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"not the conversations themselves\. Write one: philora init chats.jsonl"):
+        load_config(jsonl([GOOD], "chats.jsonl"))
 
 
 def test_resume_without_a_run(refused, config):

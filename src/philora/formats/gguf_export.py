@@ -41,6 +41,7 @@ from philora.formats.vocabulary import vocabulary
 from philora.merging import merge
 from philora.models import load_skeleton
 from philora.quantization import dequantize_
+from philora.run_folder import SystemTurn, TrainedRun, example_messages
 from philora.sources import AdapterSource, licence
 from philora.verify import DIVERGENCE, Divergence, divergence, row_logits
 
@@ -134,11 +135,11 @@ def write_gguf(
         (folder / files[0]).unlink()
         files = files[1:]
     companions.write(folder, files=False)
+    system = None if found.run is None else TrainedRun(found.run).system
     if ollama:
-        write_modelfile(folder, files, companions, config, adds_bos=words.add_bos)
-    write_text(
-        folder / "README.md", _readme(name, base_name, files, layout, companions, context_tokens(config), ollama)
-    )
+        write_modelfile(folder, files, companions, config, adds_bos=words.add_bos, system=system)
+    readme = _readme(name, base_name, files, layout, companions, context_tokens(config), ollama, system)
+    write_text(folder / "README.md", readme)
     return GGUFExport(files, *compared)
 
 
@@ -255,8 +256,9 @@ def _compare(
 
 
 def _readme(
-    name: str, base: str, files: Sequence[str], layout: str, companions: Companions, context: int, ollama: bool
-) -> str:
+    name: str, base: str, files: Sequence[str], layout: str, companions: Companions, context: int, ollama: bool,
+    system: SystemTurn | None,
+) -> str:  # fmt: skip
     stops = ", ".join(f"`{each}`" for each in companions.stop_tokens)
     lora = layout != "merged"
     main = files[0] if layout != "adapter" else "BASE.gguf"
@@ -282,7 +284,7 @@ llama-server -m {main}{flag} --port 8080
 from llama_cpp import Llama
 
 model = Llama({argument}, n_ctx={context}, verbose=False)
-messages = [{{"role": "user", "content": "Hello"}}]
+messages = {example_messages(system)}
 answer = model.create_chat_completion(messages, temperature=0.0, repeat_penalty=1.0, max_tokens=64)
 print(answer["choices"][0]["message"]["content"])
 ```

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,9 @@ from philora.checkpoint import write_text
 from philora.companions import Companions
 from philora.errors import ModelError, fault
 from philora.families import longrope_switch_tokens
+from philora.run_folder import SystemTurn
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
 _FOLDED = "\n\n"
@@ -157,7 +162,10 @@ def _from_special(text: str, special: Sequence[str]) -> str:
     return text[min(starts) :] if starts else text
 
 
-def write_modelfile(folder: Path, files: Sequence[str], companions: Companions, config: Any, *, adds_bos: bool) -> None:
+def write_modelfile(
+    folder: Path, files: Sequence[str], companions: Companions, config: Any, *, adds_bos: bool,
+    system: SystemTurn | None = None,
+) -> None:  # fmt: skip
     """Write a Modelfile beside GGUF files.
 
     Args:
@@ -166,6 +174,7 @@ def write_modelfile(folder: Path, files: Sequence[str], companions: Companions, 
         companions: Tokenizer, generation config and stop tokens.
         config: The model's configuration.
         adds_bos: Whether the GGUF file makes its reader begin a text with the first token.
+        system: What Ollama begins a conversation with that has no system turn of its own.
     """
     assert companions.tokenizer is not None
     template = markup(companions.tokenizer, writes_bos=not adds_bos).go()
@@ -173,9 +182,23 @@ def write_modelfile(folder: Path, files: Sequence[str], companions: Companions, 
     if len(files) > 1:
         lines.append(f"ADAPTER ./{files[1]}")
     lines.append(f'TEMPLATE """{template}"""')
+    if system is not None:
+        lines += _system(system.text)
     lines += [f"PARAMETER stop {json.dumps(each, ensure_ascii=False)}" for each in companions.stop_tokens]
     lines += [f"PARAMETER {name} {value}" for name, value in _parameters(companions, config).items()]
     write_text(folder / "Modelfile", "\n".join(lines) + "\n")
+
+
+def _system(text: str) -> list[str]:
+    """The instruction SYSTEM; none for a text that a Modelfile cannot hold, which is said.
+
+    Source: Ollama's parser/parser.go, where quotes end at the first line that ends in three of them.
+    """
+    before_the_last = re.split(r"[\r\n]", text)[:-1]
+    if any(each.rstrip().endswith('"""') for each in before_the_last):
+        logger.warning("the Modelfile has no SYSTEM: the system prompt has a line that ends in three quotation marks")
+        return []
+    return [f'SYSTEM """{text}"""']
 
 
 def context_tokens(config: Any) -> int:

@@ -9,6 +9,7 @@ const key = new URLSearchParams(location.hash.slice(1)).get("key");
 /* A turn: {user, system, settings, answers: [{model, text, finish, tokens, seconds, error}], chosen: 0 | 1, voted,
    blind, leftOut}. The conversation goes on with answers[chosen]. */
 let turns = [];
+let trained = ""; // the system prompt that the training data began with
 let running = null; // AbortController while answers come
 
 const headers = () => ({
@@ -41,7 +42,8 @@ const say = (text, bad = false) => {
 
 function messages(before, from = 0) {
   const { system, user } = turns[before]; // as they were when it was asked, also for a vote that comes later
-  const list = system?.trim() ? [{ role: "system", content: system }] : [];
+  // An empty one asks for none: without it the server would begin with the system prompt of the training data.
+  const list = system?.trim() ? [{ role: "system", content: system }] : trained ? [{ role: "system", content: "" }] : [];
   for (const turn of turns.slice(from, before)) {
     const answer = turn.answers[turn.chosen];
     if (!answer.text) continue;
@@ -145,7 +147,7 @@ async function vote(place, side, view) {
     const response = await call("votes", {
       method: "POST",
       body: JSON.stringify({
-        prompt: messages(place, turn.leftOut),
+        prompt: messages(place, turn.leftOut).filter((each) => each.content),
         chosen: turn.answers[side].text,
         rejected: turn.answers[other].text,
         chosen_model: turn.answers[side].model,
@@ -252,7 +254,7 @@ function grow() {
 
 function keep() {
   const values = Object.fromEntries(FIELDS.map((name) => [name, $(name).value]));
-  const state = { turns, values, blind: $("blind").checked, left: $("left").value, right: $("right").value };
+  const state = { turns, values, trained, blind: $("blind").checked, left: $("left").value, right: $("right").value };
   try {
     localStorage.setItem(STORE, JSON.stringify(state));
   } catch {
@@ -268,7 +270,8 @@ function restore(names) {
     localStorage.removeItem(STORE);
   }
   if (!state) return;
-  for (const name of FIELDS) $(name).value = state.values?.[name] ?? $(name).value;
+  const kept = FIELDS.filter((name) => name !== "system" || (state.trained ?? "") === trained); // else of another run
+  for (const name of kept) $(name).value = state.values?.[name] ?? $(name).value;
   $("blind").checked = Boolean(state.blind);
   for (const side of ["left", "right"]) if (names.includes(state[side])) $(side).value = state[side];
   turns = (state.turns ?? []).filter((turn) => turn.answers.every((each) => each.finish !== null || each.error !== null));
@@ -284,6 +287,9 @@ async function begin() {
   }
   $("left").value = names.at(-1); // the base comes last
   $("right").value = names[0];
+  trained = models.find((each) => each.system)?.system ?? "";
+  $("system").value = trained;
+  if (trained) say("The conversation begins with the system prompt of the training data (Settings)");
   restore(names);
 }
 
