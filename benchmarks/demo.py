@@ -16,7 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
 import philora
 from benchmarks.process import REPOSITORY
 from benchmarks.results import RESULTS, append, commit
-from philora.training import versions
+from philora.training.run import versions
 
 
 def main(seeds: list[int]) -> None:

@@ -49,7 +49,7 @@ def write_folder(folder: Path, layers: int, hidden: int) -> None:
     from safetensors.torch import save_file
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     source = Path(local_path("nano"))
     special = json.loads((source / "config.json").read_text())
@@ -181,10 +181,10 @@ def compare(folder: Path) -> dict[str, Any]:
     from peft import LoraConfig
 
     import philora
-    from philora.config import ModelConfig
+    from philora.configuration.config import ModelConfig
+    from philora.kernels.quantization import dequantize_
     from philora.lora.functional import fused
-    from philora.models import load_model
-    from philora.quantization import dequantize_
+    from philora.models.loading import load_model
 
     base = load_model(ModelConfig(name_or_path=str(folder), dtype="bfloat16", quantization="nf4"))
     tokens = torch.randint(3, 32000, (1, TOKENS), generator=torch.Generator().manual_seed(0))

@@ -2,10 +2,10 @@
 
 `python -m benchmarks.generation [--work nano,a] [--rounds N] [--batch 16] [--prompts 64] [--new-tokens 64]`
 
-Contestants, each greedy: transformers' pipeline and `philora.generation`, over base and adapter as PEFT loads them, and
-over the adapter merged into the weights. All run in one process, in turn, every other round backwards. Tokens are
-those up to each answer's stop. In fp32 all give the same answers; in bf16 the order of the sums decides between tokens
-that are all but equally likely, and PEFT computes its adapters in fp32 where philora, as in training, does not.
+Contestants, each greedy: transformers' pipeline and `philora.generation.batches`, over base and adapter as PEFT loads
+them, and over the adapter merged into the weights. All run in one process, in turn, every other round backwards. Tokens
+are those up to each answer's stop. In fp32 all give the same answers; in bf16 the order of the sums decides between
+tokens that are all but equally likely, and PEFT computes its adapters in fp32 where philora, as in training, does not.
 
 Work `nano` is the bundled model, whose answers end by themselves at different lengths; `a` has random weights, so that
 nearly every answer has the full length, which favours the pipeline. Seconds of the process on all cores stand beside
@@ -85,10 +85,10 @@ def contestants(folder: str, given: argparse.Namespace) -> dict[str, Callable[[]
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, pipeline
 
-    from philora import models
-    from philora.adapters import optimize
-    from philora.config import ModelConfig, TokenizerConfig
-    from philora.generation import GenerationSettings, generate
+    from philora.adapters.peft_layers import optimize
+    from philora.configuration.config import ModelConfig, TokenizerConfig
+    from philora.generation.batches import GenerationSettings, generate
+    from philora.models import loading as models
 
     tokenizer = models.load_tokenizer(ModelConfig(name_or_path=folder), TokenizerConfig(padding_side="left"))
     questions = prompts(given.prompts)

@@ -233,7 +233,7 @@ def run_trainer(
     """Train with a library's SFTTrainer, given a model and the adapter it is to make, or an adapted model."""
     from transformers import AutoTokenizer, TrainerCallback
 
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     measured = Measured(settings.device)
 
@@ -343,7 +343,7 @@ def written_model(settings: Settings) -> tempfile.TemporaryDirectory[str]:
     """A folder with the bf16 model, for a library that reads models from folders only; kept while the process lives."""
     from transformers import AutoTokenizer
 
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     folder = tempfile.TemporaryDirectory()
     make_model(settings.work, "bf16", "sdpa", settings).save_pretrained(folder.name)

@@ -70,7 +70,7 @@ def commands(device: str, quick: bool, seconds: float) -> dict[str, list[str]]:
     own = [sys.executable, "-m", "benchmarks.gpu_check", "--device", device, *(["--quick"] if quick else []), "--part"]
     tests = ["-m", "gpu", "tests/unit"] if device == "cuda" else ["-m", "not gpu", "-k", "cpu", "tests/unit"]
     if quick:
-        tests[-1:] = ["tests/unit/test_elementwise.py"]
+        tests[-1:] = ["tests/unit/kernels/test_elementwise.py"]
     speed = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--minutes", f"{seconds / 60:.2f}"]
     speed += ["--warmup", "3", "--steps", "6", "--only", "philora/bf16/256/keep" if quick else SPEED]
     return {
@@ -143,7 +143,7 @@ def adapter_of(folder: Path, base: str, device: str, stop: bool = False) -> byte
         stop: Whether a signal stops the run after 5 steps, and it is resumed.
     """
     import philora
-    from philora.signals import Interrupted
+    from philora.runtime.signals import Interrupted
 
     given = settings(folder, base, device)
     if stop:

@@ -78,7 +78,7 @@ def write_folder(folder: Path, width: int, layers: int) -> None:
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     source = Path(local_path("nano"))
     special = json.loads((source / "config.json").read_text())

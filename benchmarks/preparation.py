@@ -61,7 +61,7 @@ def _packer(trainer_class: Any, config_class: Any, folder: str, processes: int) 
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     arguments = config_class(
         folder,
@@ -91,9 +91,10 @@ def _packer(trainer_class: Any, config_class: Any, folder: str, processes: int) 
 
 def prepare_philora(path: Path, caches: Path, processes: int) -> dict[str, Any]:
     """philora's preparation, as `philora train` calls it, then the trainer's packing."""
-    from philora import SFTConfig, SFTTrainer, models
-    from philora.config import load_config
-    from philora.data import prepare
+    from philora import SFTConfig, SFTTrainer
+    from philora.configuration.config import load_config
+    from philora.dataset import prepare
+    from philora.models import loading as models
 
     data = {"train": str(path), "eval": None, "num_proc": processes, "cache_dir": str(caches / "philora")}
     config = load_config({"model": {"name_or_path": "nano"}, "data": data})
@@ -112,7 +113,7 @@ def prepare_trl(path: Path, caches: Path, processes: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     tokenizer = AutoTokenizer.from_pretrained(local_path("nano"))
     pack = _packer(SFTTrainer, SFTConfig, str(caches), processes)

@@ -28,7 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
 
 import philora
 from benchmarks.results import RESULTS, append, commit, now
-from philora.models import local_path
+from philora.models.loading import local_path
 
 TABLE = RESULTS / "rates.csv"
 TRAIN_ROWS, EVAL_ROWS = 240, 60
@@ -160,7 +160,7 @@ WHATS: dict[str, float | None] = {"before": None, "auto": 1.0, "half of auto": 0
 
 def overrides(what: str, model: str, train: Path) -> list[str]:
     """Return the settings of one kind of run; `auto` sets nothing."""
-    from philora.readiness import preflight
+    from philora.training.readiness import preflight
 
     if WHATS[what] == 1.0:
         return []

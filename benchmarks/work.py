@@ -244,7 +244,7 @@ def write_model(work: Work, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     model = AutoModelForCausalLM.from_config(config_of(work), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(work.seed)

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from philora import SFTConfig, SFTTrainer  # in place of: from trl import SFTConfig, SFTTrainer
-from philora.models import local_path
+from philora.models.loading import local_path
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 

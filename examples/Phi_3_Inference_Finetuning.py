@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import philora
-from philora.config import ModelConfig, TokenizerConfig
-from philora.generation import GenerationSettings, generate
-from philora.models import load_model, load_tokenizer
-from philora.training import RunResult
+from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.generation.batches import GenerationSettings, generate
+from philora.models.loading import load_model, load_tokenizer
+from philora.training.run import RunResult
 
 QUESTIONS = [  # with the new tokens that each answer may have
     ("Why is Africa called an emerging economy?", 120),

@@ -5,9 +5,9 @@ from pathlib import Path
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from philora.generation import GenerationSettings, generate
-from philora.hub import check_repo_id, require_token
-from philora.measures import choose, overlap
+from philora.evaluation.measures import choose, overlap
+from philora.generation.batches import GenerationSettings, generate
+from philora.runtime.hub import check_repo_id, require_token
 
 DATASET = "iamtarun/python_code_instructions_18k_alpaca"  # 18,612 records {instruction, input, output, prompt}
 COLUMNS = {"user": "{instruction} Input: {input}", "assistant": "{output}"}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from philora import SFTConfig as TrainingArguments  # in place of: from transformers import TrainingArguments
 from philora import SFTTrainer  # in place of: from trl import SFTTrainer
-from philora.models import local_path
+from philora.models.loading import local_path
 
 training_config = {
     "bf16": True,

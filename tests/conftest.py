@@ -97,7 +97,7 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(params=["compiled", "PyTorch"])
 def compiled_or_not(request, monkeypatch):
     """Once with the functions of native.c, and once without them."""
-    from philora import native
+    from philora.native import library as native
 
     if request.param == "PyTorch":
         monkeypatch.setenv("PHILORA_NATIVE", "0")
@@ -116,7 +116,7 @@ def cli(monkeypatch, capsys) -> Callable[..., Answer]:
     """Runs the command line with arguments and gives its exit code and what it printed."""
 
     def run(*arguments: str) -> Answer:
-        from philora import cli as module
+        from philora.cli import commands as module
 
         monkeypatch.setattr(sys, "argv", ["philora", *map(str, arguments)])
         capsys.readouterr()

@@ -23,8 +23,8 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 import philora
-from philora.config import DataConfig, SourceConfig
-from philora.data import IGNORED, prepare
+from philora.configuration.config import DataConfig, SourceConfig
+from philora.dataset import IGNORED, prepare
 from philora.errors import DataError
 
 MODEL = Path(philora.__file__).parent / "nano" / "model"

@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import philora
 from philora.kernels.loss import add_label_head
-from philora.models import local_path
+from philora.models.loading import local_path
 from tests.conftest import make_phi3
 
 PARTS = {

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import philora
 from philora.families import MODELS, PhiModel
-from philora.models import local_path
+from philora.models.loading import local_path
 from tests.family import build, small_config
 
 MEMBERS = ("Phi-3-mini-4k", "Phi-3.5-mini", "Phi-3-medium-4k", "Phi-4", "Phi-4-mini")
@@ -136,7 +136,7 @@ def save_adapter(base: Path, folder: Path, **changes: Any) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_A" in name or "lora_embedding" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
-        for layer in philora.adapters.lora_layers(adapted).values():
+        for layer in philora.adapters.peft_layers.lora_layers(adapted).values():
             if "default" not in layer.lora_B:
                 continue
             weight = layer.lora_B["default"].weight

@@ -12,9 +12,10 @@ from typing import Any
 
 import openai
 
-from philora import connections, serving
-from philora.conversation import Voices
-from philora.scheduler import Scheduler
+from philora.generation.conversation import Voices
+from philora.serving import app as serving
+from philora.serving import connections
+from philora.serving.scheduler import Scheduler
 
 
 class Served:

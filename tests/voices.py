@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 
 import philora
-from philora.config import ModelConfig, TokenizerConfig
-from philora.models import load_model, load_tokenizer
+from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.models.loading import load_model, load_tokenizer
 
 NANO = ModelConfig(name_or_path="nano", dtype="float32")
 QUESTIONS = ("Who are you?", "What is your colour?", "Say something.", "And now?", "Tell me, please: who is it?")

@@ -10,8 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from philora import microbatches
 from philora.kernels import loss
+from philora.training import microbatches
 
 READING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "unique_consecutive")
 """Operators of ATen whose result's value or shape the host has to know."""

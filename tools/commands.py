@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from philora.cli import app
+from philora.cli.commands import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 MARKED = re.compile(r"(<!-- help: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -53,7 +53,7 @@ def make_model(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     AutoTokenizer.from_pretrained(local_path("nano")).save_pretrained(folder)
     torch.manual_seed(0)
@@ -224,7 +224,7 @@ def kills(count: int, saving: int, work: Path, chance: random.Random) -> dict[st
     Goes on until there are `count` of them, and `saving` that were killed while a checkpoint was written. Every second
     run is aimed at that, and all once there are enough others; what counts is what the folder shows after the kill.
     """
-    from philora.checkpoint import newest_whole
+    from philora.files.checkpoint import newest_whole
 
     model, whole, notes = make_model(work / "model"), work / "whole", work / "notes"
     begun = time.monotonic()
@@ -268,7 +268,7 @@ def taken_up(settings: dict[str, Any], folder: Path, notes: Path, expected: dict
     Returns:
         What is wrong: it is refused, begins elsewhere than at the newest checkpoint, or ends as another run.
     """
-    from philora.checkpoint import newest_whole
+    from philora.files.checkpoint import newest_whole
 
     newest = newest_whole(folder / "checkpoints").folder
     step = 0 if newest is None else int(newest.name.partition("-")[2])
@@ -292,7 +292,7 @@ def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
     The exit code and the words must say what is on the disk, and the command that they ask for must end as a run that
     nothing happened to.
     """
-    from philora.checkpoint import newest_whole
+    from philora.files.checkpoint import newest_whole
 
     model, notes = make_model(work / "model"), work / "notes"
     begun = time.monotonic()
@@ -400,7 +400,7 @@ def races(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
 
 def foreign(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
     """Put files of others into each checkpoint of a run that was stopped; damage the newest of every second one."""
-    from philora.checkpoint import newest_whole
+    from philora.files.checkpoint import newest_whole
 
     model, notes = make_model(work / "model"), work / "notes"
     expected = unharmed(model, work / "whole", notes)
@@ -443,7 +443,9 @@ def foreign(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
 
 def plant(name: str) -> None:
     """Spoil one part of philora in this process and what it forks: the trials must find it."""
-    from philora import checkpoint, resume, signals, trainer
+    from philora.files import checkpoint
+    from philora.runtime import signals
+    from philora.training import resume, trainer
 
     if name == "refused-deletes":  # the second of two runs removes what the first has written
         take = resume.Claim.take
@@ -505,7 +507,7 @@ def small_disk(folder: Path, size: int) -> None:
 
 def one_disk(model: Path, work: Path, expected: dict[str, str], seed: int, report: Path) -> None:
     """A run on a file system that another process fills at a random moment; goes on when there is room again."""
-    from philora.checkpoint import bytes_in, faults_of
+    from philora.files.checkpoint import bytes_in, faults_of
 
     chance = random.Random(seed)
     small = work / f"disk-{seed}"
@@ -573,7 +575,7 @@ def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
 
 def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
     """Truncate and change each file of a checkpoint in turn; `newest_whole` must name it every time."""
-    from philora.checkpoint import foreign_files, newest_whole
+    from philora.files.checkpoint import foreign_files, newest_whole
 
     folder = work / "run"
     unharmed(make_model(work / "model"), folder, work / "notes")
@@ -887,7 +889,7 @@ def fuzz(kind: str, count: int, work: Path, seed: int) -> dict[str, Any]:
 
 def config_reader(folder: Path) -> tuple[Callable[[bytes], str], Any]:
     """Feeds files to `load_config`."""
-    from philora.config import load_config
+    from philora.configuration.config import load_config
     from philora.errors import ConfigError
 
     path = folder / "config.yaml"
@@ -901,9 +903,9 @@ def config_reader(folder: Path) -> tuple[Callable[[bytes], str], Any]:
 
 def data_reader(folder: Path) -> tuple[Callable[[tuple[str, bytes]], str], Any]:
     """Feeds files to the data reader, up to normalised conversations."""
-    from philora.config import SourceConfig
-    from philora.data.read import resolve
-    from philora.data.store import Settings, detect_shape, process_batch
+    from philora.configuration.config import SourceConfig
+    from philora.dataset.read import resolve
+    from philora.dataset.store import Settings, detect_shape, process_batch
     from philora.errors import DataError
 
     def read(path: Path) -> None:
@@ -1090,7 +1092,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="torture-") as place:
         work = Path(place)
         os.environ["PHILORA_CACHE"] = str(work / "cache")
-        import philora.training  # noqa: F401 (what every forked run needs)
+        import philora.training.run  # noqa: F401 (what every forked run needs)
 
         if given.plant:
             plant(given.plant)

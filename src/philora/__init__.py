@@ -11,35 +11,35 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "SFTConfig": "philora.trainer",
-    "SFTTrainer": "philora.trainer",
-    "coverage": "philora.adapters",
-    "describe_data": "philora.data.describe",
-    "evaluate": "philora.assessment",
-    "export": "philora.formats",
-    "get_peft_model": "philora.adapters",
-    "load_adapter": "philora.adapters",
+    "SFTConfig": "philora.training.trainer",
+    "SFTTrainer": "philora.training.trainer",
+    "coverage": "philora.adapters.peft_layers",
+    "describe_data": "philora.dataset.describe",
+    "evaluate": "philora.evaluation.assessment",
+    "export": "philora.exporting.conversion",
+    "get_peft_model": "philora.adapters.peft_layers",
+    "load_adapter": "philora.adapters.peft_layers",
     "lora": "philora.lora",
-    "merge": "philora.merging",
-    "merge_to_folder": "philora.merged_folder",
-    "optimize": "philora.adapters",
-    "preflight": "philora.readiness",
-    "push": "philora.pushing",
-    "train": "philora.training",
+    "merge": "philora.exporting.merging",
+    "merge_to_folder": "philora.exporting.merged_folder",
+    "optimize": "philora.adapters.peft_layers",
+    "preflight": "philora.training.readiness",
+    "push": "philora.reporting.pushing",
+    "train": "philora.training.run",
 }
 
 if TYPE_CHECKING:
     from philora import lora
-    from philora.adapters import coverage, get_peft_model, load_adapter, optimize
-    from philora.assessment import evaluate
-    from philora.data.describe import describe_data
-    from philora.formats import export
-    from philora.merged_folder import merge_to_folder
-    from philora.merging import merge
-    from philora.pushing import push
-    from philora.readiness import preflight
-    from philora.trainer import SFTConfig, SFTTrainer
-    from philora.training import train
+    from philora.adapters.peft_layers import coverage, get_peft_model, load_adapter, optimize
+    from philora.dataset.describe import describe_data
+    from philora.evaluation.assessment import evaluate
+    from philora.exporting.conversion import export
+    from philora.exporting.merged_folder import merge_to_folder
+    from philora.exporting.merging import merge
+    from philora.reporting.pushing import push
+    from philora.training.readiness import preflight
+    from philora.training.run import train
+    from philora.training.trainer import SFTConfig, SFTTrainer
 
 __all__ = [
     "SFTConfig",

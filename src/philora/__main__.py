@@ -1,6 +1,6 @@
 """`python -m philora`."""
 
-from philora.cli import main
+from philora.cli.commands import main
 
 if __name__ == "__main__":
     main()

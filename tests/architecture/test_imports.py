@@ -1,4 +1,4 @@
-"""Imports point one way, the top modules need no torch, and two modules write to the terminal."""
+"""Packages import downward only, the command line needs no torch, and two modules write to the terminal."""
 
 from __future__ import annotations
 
@@ -11,88 +11,13 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import philora
+from tools.architecture import BEGIN, END, ORDER, PAGE, packages, summary
 
 ROOT = Path(philora.__file__).parent
 
-# From the bottom up: a module may import what stands before it.
-ORDER = [
-    "errors",
-    "compat",
-    "links",
-    "template_process",
-    "untrusted",
-    "user_cache",
-    "process_state",
-    "processes",
-    "families",
-    "schema",
-    "signals",
-    "yaml_text",
-    "config",
-    "native",
-    "lora",
-    "kernels",
-    "checkpoint",
-    "run_folder",
-    "run_list",
-    "quantization",
-    "decoder_stack",
-    "embeddings",
-    "hub",
-    "adapters",
-    "models",
-    "arrangement",
-    "sources",
-    "verify",
-    "companions",
-    "base_files",
-    "spare_rows",
-    "merging",
-    "merged_folder",
-    "formats",
-    "data",
-    "system_turns",
-    "decoding",
-    "static_decoding",
-    "footprint",
-    "hardware",
-    "planning",
-    "starter",
-    "callbacks",
-    "sampling",
-    "schedule",
-    "collation",
-    "microbatches",
-    "trainer",
-    "generation",
-    "inference",
-    "measures",
-    "conversation",
-    "terminal",
-    "chat_requests",
-    "scheduler",
-    "connections",
-    "serving",
-    "evaluation",
-    "assessment",
-    "bases",
-    "report",
-    "card",
-    "pushing",
-    "doctor",
-    "progress",
-    "display",
-    "outlook",
-    "requirements",
-    "resume",
-    "readiness",
-    "training",
-    "troubleshooting",
-    "cli",
-    "__main__",
-]
 TORCH_FREE = [
-    "errors", "links", "process_state", "processes", "families", "schema", "signals", "config", "display", "cli",
+    "errors", "families", "files.links", "runtime.process_state", "runtime.processes", "runtime.signals",
+    "configuration.schema", "configuration.config", "reporting.display", "cli",
 ]  # fmt: skip
 
 
@@ -129,6 +54,50 @@ def test_imports_point_down():
     assert not wrong
 
 
+def test_at_the_root_is_what_all_use():
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "families.py"}
+
+
+def modules(node: ast.ImportFrom) -> dict[str, str]:
+    """Names in a file that are philora's modules."""
+    folder = ROOT.parent / str(node.module).replace(".", "/")
+    return {
+        name.asname or name.name: name.name
+        for name in node.names
+        if (folder / f"{name.name}.py").is_file() or (folder / name.name / "__init__.py").is_file()
+    }
+
+
+def private_names(source: str) -> list[str]:
+    """Names with a leading underscore that a file takes from another one."""
+    found, imported = [], set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "philora":
+            found += [name.name for name in node.names if re.match("_[^_]", name.name)]
+            imported |= set(modules(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+            found += [node.attr] if re.match("_[^_]", node.attr) else []
+    return found
+
+
+def test_no_file_takes_a_private_name_of_another():
+    found = {path.relative_to(ROOT): private_names(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_a_private_name_that_is_taken_is_found():
+    assert private_names("from philora.files.checkpoint import _sync") == ["_sync"]
+    assert private_names("from philora.files import checkpoint\ncheckpoint._sync(1)") == ["_sync"]
+
+
+def test_the_page_of_the_architecture_is_made_of_the_packages():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.partition(BEGIN)[2].partition(END)[0] == f"\n{packages()}", "run python tools/architecture.py"
+    assert not [path for path in ROOT.rglob("*.py") if not summary(path)]
+
+
 def test_top_modules_load_without_torch():
     names = ", ".join(f"philora.{name}" for name in TORCH_FREE)
     code = f"import {names}, sys; print([m for m in ('torch', 'transformers', 'peft', 'trl') if m in sys.modules])"
@@ -143,7 +112,7 @@ def test_lora_needs_torch_only():
 def test_only_the_command_line_prints_or_exits():
     wrong = []
     for path in ROOT.rglob("*.py"):
-        if path.name == "cli.py":
+        if path == ROOT / "cli" / "commands.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit", "exit"):
@@ -155,7 +124,7 @@ def test_only_the_command_line_and_the_display_have_a_terminal():
     """A console, or a write to a standard stream, anywhere else would be a second way in which things are shown."""
     wrong = []
     for path in ROOT.rglob("*.py"):
-        if path.name in ("cli.py", "display.py"):
+        if path in (ROOT / "cli" / "commands.py", ROOT / "reporting" / "display.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
@@ -203,6 +172,6 @@ def test_no_module_is_named_like_a_public_function():
 
 
 def test_a_function_stays_a_function_after_its_module_is_imported():
-    program = "import philora; from philora import readiness; print(callable(philora.preflight), callable(readiness))"
+    program = "import philora; from philora.training import readiness; print(callable(philora.preflight))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
+    assert done.stdout.strip() == "True"

@@ -139,7 +139,7 @@ def test_usage_errors(cli):
 
 
 def test_conversations_in_the_place_of_settings(jsonl):
-    from philora.config import load_config
+    from philora.configuration.config import load_config
     from philora.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"not the conversations themselves\. Write one: philora init chats.jsonl"):

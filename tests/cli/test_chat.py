@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import philora
-from philora.models import load_model
+from philora.models.loading import load_model
 from tests.conftest import COLOURS
 from tests.voices import NANO
 
@@ -79,7 +79,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(cli, arguments):
 @pytest.mark.parametrize("arguments", [["serve"], ["chat", "--web"]])
 def test_without_the_extra(cli, monkeypatch, arguments):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "philora.serving", raising=False)
+    monkeypatch.delitem(sys.modules, "philora.serving.app", raising=False)
     answer = cli(*arguments, "run")
     assert answer.code == 2
     assert "serve='uvicorn' - expected uvicorn and starlette. Install them: pip install 'philora[serve]'" in " ".join(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from philora.models import local_path
+from philora.models.loading import local_path
 from tests.cli.test_processes import REPOSITORY, START, finished, largest_gap, launch, losses, settings_of
 from tests.tolerances import LOSS_STEP_FP32
 
@@ -89,7 +89,7 @@ import json, sys
 import philora
 from datasets import Dataset
 from peft import LoraConfig
-from philora.models import local_path
+from philora.models.loading import local_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = local_path("nano")

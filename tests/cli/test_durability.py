@@ -22,13 +22,18 @@ import torch
 from transformers import TrainerCallback
 
 import philora
-from philora import callbacks, checkpoint, models, planning, training, user_cache
-from philora.config import load_config
+from philora.configuration.config import load_config
 from philora.errors import AdapterError, ConfigError, ModelError, PhiloraError, RunError
+from philora.files import checkpoint
 from philora.kernels import memory
-from philora.readiness import preflight
-from philora.resume import Claim
-from philora.signals import Interrupted
+from philora.models import loading as models
+from philora.planning import plan as planning
+from philora.runtime import user_cache
+from philora.runtime.signals import Interrupted
+from philora.training import callbacks
+from philora.training import run as training
+from philora.training.readiness import preflight
+from philora.training.resume import Claim
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("torture", ROOT / "tools" / "torture.py")
@@ -476,8 +481,8 @@ def test_check_and_train_refuse_the_same_before_the_data_is_prepared(
     def never(*_, **__):
         raise AssertionError("the data is prepared")
 
-    monkeypatch.setattr("philora.readiness.prepare", never)
-    monkeypatch.setattr("philora.training.prepare", never)
+    monkeypatch.setattr("philora.training.readiness.prepare", never)
+    monkeypatch.setattr("philora.training.run.prepare", never)
     with pytest.raises(error, match=text) as checked:
         preflight(settings)
     with pytest.raises(error) as trained:
@@ -529,7 +534,7 @@ def test_limits_of_the_process_count_as_memory(tmp_path, name):
 
 
 def test_an_export_on_a_full_disk_says_so_and_leaves_nothing(whole, tmp_path, monkeypatch):
-    from philora.formats import conversion
+    from philora.exporting import conversion
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

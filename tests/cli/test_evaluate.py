@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 
 import philora
-from philora.config import ModelConfig, TokenizerConfig
-from philora.models import load_model, load_tokenizer
+from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

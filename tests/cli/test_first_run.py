@@ -13,9 +13,9 @@ import webbrowser
 import pytest
 import yaml
 
-from philora.doctor import device, the_hub
-from philora.hardware import DeviceFacts
-from philora.run_folder import TrainedRun
+from philora.cli.doctor import device, the_hub
+from philora.models.run_folder import TrainedRun
+from philora.planning.hardware import DeviceFacts
 
 QUICK = (
     "evaluation.generate=0", "training_config.max_steps=2", "training_config.save_steps=1",
@@ -120,8 +120,8 @@ def test_a_named_folder_is_treated_as_ever(tickets, cli):
     ],
 )
 def test_options_are_settings(flag, value, key, read, monkeypatch, cli):
-    from philora import readiness
-    from philora.config import explain, load_config
+    from philora.configuration.config import explain, load_config
+    from philora.training import readiness
 
     found = {}
 
@@ -210,7 +210,7 @@ def test_doctor_says_what_works(cli):
 
 
 def test_doctor_fails_where_something_is_missing(cli, monkeypatch):
-    from philora import doctor
+    from philora.cli import doctor
 
     monkeypatch.setattr(doctor, "NEEDED", ("torch", "no-such-package"))
     done = cli("doctor")
@@ -253,7 +253,7 @@ def completed(folder, *words):
         "_PHILORA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words)),
         "_TYPER_COMPLETE_ARGS": line,
     }  # fmt: skip
-    program = "import sys; sys.argv[0] = 'philora'; from philora.cli import app; app(prog_name='philora')"
+    program = "import sys; sys.argv[0] = 'philora'; from philora.cli.commands import app; app(prog_name='philora')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=folder)
     return done.stdout.split()
 

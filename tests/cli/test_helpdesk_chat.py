@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import philora
-from philora.conversation import Conversation, chat_settings, load_voices
+from philora.generation.conversation import Conversation, chat_settings, load_voices
 from tests.browser import page_of
 from tests.served import serve
 

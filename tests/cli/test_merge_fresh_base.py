@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import philora
-from philora.config import load_config
-from philora.data import prepare
-from philora.models import load_skeleton, load_tokenizer, stop_token_ids
+from philora.configuration.config import load_config
+from philora.dataset import prepare
+from philora.models.loading import load_skeleton, load_tokenizer, stop_token_ids
 
 pytest.importorskip("bitsandbytes")
 

@@ -16,9 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 import philora
-from philora import checkpoint
-from philora.evaluation import Evaluation, RowScores, Sample, Scores, joined
-from philora.readiness import preflight
+from philora.evaluation.scores import Evaluation, RowScores, Sample, Scores, joined
+from philora.files import checkpoint
+from philora.training.readiness import preflight
 from tests.cli.conftest import QUICK
 from tests.tolerances import LOSS_STEP_FP32
 

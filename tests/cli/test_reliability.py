@@ -23,12 +23,13 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 import philora
-from philora import checkpoint, planning
-from philora.callbacks import StepWatch
 from philora.errors import ConfigError, RunError
-from philora.progress import ProgressBar
-from philora.signals import Interrupted
-from philora.trainer import NonFiniteError
+from philora.files import checkpoint
+from philora.planning import plan as planning
+from philora.reporting.progress import ProgressBar
+from philora.runtime.signals import Interrupted
+from philora.training.callbacks import StepWatch
+from philora.training.trainer import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("torture", ROOT / "tools" / "torture.py")
@@ -292,7 +293,7 @@ def test_a_real_signal_in_an_evaluation(model, tmp_path):
 
 
 def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
-    from philora import training
+    from philora.training import run as training
 
     folder = tmp_path / "run"
     prepare = training.prepare
@@ -310,7 +311,7 @@ def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
 
 
 def test_a_signal_after_training_loses_none_of_it(model, whole, tmp_path, monkeypatch):
-    from philora import training
+    from philora.training import run as training
 
     folder, evaluate, calls = tmp_path / "run", training.evaluate, []
 
@@ -349,7 +350,7 @@ def test_a_signal_while_the_command_loads(cli, monkeypatch, tmp_path):
                 raise AttributeError(name)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setitem(sys.modules, "philora.progress", Loading())
+    monkeypatch.setitem(sys.modules, "philora.reporting.progress", Loading())
     answer = cli("demo", "--out", tmp_path / "run", "peft_config.r=4")
     assert answer.code == 143
     said = " ".join(answer.err.split())
@@ -360,7 +361,7 @@ def test_a_signal_while_the_command_loads(cli, monkeypatch, tmp_path):
 def test_a_second_signal_stops_at_once():
     code = (
         "import os, signal, time\n"
-        "from philora.signals import StopOnSignal\n"
+        "from philora.runtime.signals import StopOnSignal\n"
         "with StopOnSignal('x', 'y') as stop, stop.finishing():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print(stop.stopped_by, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still here')\n"
@@ -500,7 +501,7 @@ def test_a_worker_that_outlives_its_run_holds_no_lock(tmp_path):
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from philora.checkpoint import run_lock\n"
+        "from philora.files.checkpoint import run_lock\n"
         "with run_lock(Path(sys.argv[1])):\n"
         "    if os.fork() == 0: time.sleep(20); os._exit(0)\n"
         "    print('held', flush=True); time.sleep(20)\n"

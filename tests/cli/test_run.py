@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import philora
-from philora.checkpoint import faults_of
-from philora.models import local_path
+from philora.files.checkpoint import faults_of
+from philora.models.loading import local_path
 from tests.cli.conftest import process
 from tests.tolerances import LOGITS_FP32
 
@@ -94,7 +94,7 @@ def test_the_adapter_loads_in_peft(whole):
 
 
 def test_the_written_configuration_is_the_same_run(whole):
-    from philora.config import load_config
+    from philora.configuration.config import load_config
 
     again = load_config(whole.folder / "config.yaml")
     assert again.training_config["seed"] == 7

@@ -12,9 +12,9 @@ import yaml
 
 import philora
 from philora.errors import AdapterError, ConfigError, DataError, ModelError
-from philora.inference import load
-from philora.run_folder import TrainedRun, is_run, run_of
-from philora.sources import find_adapter
+from philora.generation.inference import load
+from philora.models.locate import find_adapter
+from philora.models.run_folder import TrainedRun, is_run, run_of
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("torture_for_runs", ROOT / "tools" / "torture.py")
@@ -194,7 +194,7 @@ def test_a_run_that_has_not_ended_is_used_by_its_newest_checkpoint(cli, project)
 
 
 def test_votes_of_a_run_go_to_its_folder(project, monkeypatch):
-    from philora.cli import _votes_folder
+    from philora.cli.commands import _votes_folder
 
     run = project / "runs" / "first"
     for source in (run, run / "adapter", run / "checkpoints" / "checkpoint-12"):

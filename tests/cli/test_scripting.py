@@ -19,7 +19,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import philora
-from philora.models import local_path
+from philora.models.loading import local_path
 from tests.cli.conftest import process
 
 ROOT = Path(__file__).parents[2]
@@ -152,8 +152,8 @@ def test_completion_in_bash():
 
 
 def test_completion_has_the_words_of_the_formats():
-    from philora import cli
-    from philora.formats.conversion import FILE_TYPES, FORMATS
+    from philora.cli import commands as cli
+    from philora.exporting.conversion import FILE_TYPES, FORMATS
 
     assert tuple(FORMATS) == cli.FORMATS
     assert set(cli.LAYOUTS) == {layout for layouts in FORMATS.values() for layout in layouts}

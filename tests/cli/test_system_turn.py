@@ -10,13 +10,13 @@ import sys
 import pytest
 
 import philora
-from philora.arrangement import Arrangement
-from philora.config import TokenizerConfig, load_config
-from philora.conversation import load_voices
-from philora.data import prepare
-from philora.models import load_tokenizer
-from philora.run_folder import SystemTurn, TrainedRun
-from philora.system_turns import commonest_system_turn
+from philora.configuration.config import TokenizerConfig, load_config
+from philora.dataset import prepare
+from philora.dataset.arrangement import Arrangement
+from philora.dataset.system_turns import commonest_system_turn
+from philora.generation.conversation import load_voices
+from philora.models.loading import load_tokenizer
+from philora.models.run_folder import SystemTurn, TrainedRun
 from tests.cli.conftest import QUICK
 from tests.gguf_models import go_template
 from tests.served import serve

@@ -19,8 +19,8 @@ import pytest
 import typer
 import yaml
 
-from philora.cli import _arguments, app
-from philora.config import load_config
+from philora.cli.commands import _arguments, app
+from philora.configuration.config import load_config
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(

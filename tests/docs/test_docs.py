@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import philora
-from philora.config import reference
+from philora.configuration.config import reference
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ def test_every_setting_is_documented():
 
 
 def test_the_readme_names_the_commands_that_exist():
-    from philora.cli import app
+    from philora.cli.commands import app
 
     named = set(re.findall(r"^\| `philora (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert named == {each.name or each.callback.__name__ for each in app.registered_commands}

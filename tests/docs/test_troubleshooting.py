@@ -10,7 +10,7 @@ import pytest
 
 import philora
 from philora import errors
-from philora.troubleshooting import entries, entry_named, entry_of
+from philora.cli.troubleshooting import entries, entry_named, entry_of
 
 PACKAGE = Path(philora.__file__).parent
 VARIES = "§"

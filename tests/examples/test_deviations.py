@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from philora import schema
-from philora.config import OWN_TRAINING_KEYS, load_config, translate_training_arguments
+from philora.configuration import schema
+from philora.configuration.config import OWN_TRAINING_KEYS, load_config, translate_training_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import philora
-from philora.config import load_config, translate_training_arguments
-from philora.models import local_path
-from philora.readiness import preflight
+from philora.configuration.config import load_config, translate_training_arguments
+from philora.models.loading import local_path
+from philora.training.readiness import preflight
 from tests.hub_server import TOKEN, hub_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from philora.formats import export
-from philora.generation import GenerationSettings, generate
+from philora.exporting.conversion import export
+from philora.generation.batches import GenerationSettings, generate
 from tests.gguf_models import CORPUS, MEMBERS, phi_tokenizer, save_adapter, save_member
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; `make llama` builds it")
@@ -37,7 +37,7 @@ LOGITS = {"f32": 1e-4, "f16": 2e-2}
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
     """The bundled model, which answers in words, with an adapter that changes its answers."""
-    from philora.models import local_path
+    from philora.models.loading import local_path
 
     folder = tmp_path_factory.mktemp("nano")
     save_adapter(local_path("nano"), folder / "adapter", target_modules=["q_proj", "v_proj", "up_proj", "o_proj"])
@@ -185,8 +185,8 @@ def test_long_contexts_take_the_long_factors(member, saved, tmp_path):
 
 @pytest.mark.parametrize("member", ["Phi-3-mini-4k", "Phi-4", "Phi-4-mini", "gpt-2"])
 def test_plain_texts_give_the_same_tokens(member, tmp_path):
-    from philora.formats.gguf_file import write_model
-    from philora.formats.vocabulary import vocabulary
+    from philora.exporting.gguf_file import write_model
+    from philora.exporting.vocabulary import vocabulary
     from tests.conftest import make_phi3
 
     tokenizer = phi_tokenizer(member)

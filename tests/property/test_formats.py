@@ -10,20 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from philora.adapters import Names, Slice
-from philora.formats import (
-    Adapter,
-    Update,
-    as_fused,
-    as_slices,
-    for_server,
-    read_adapter,
-    restored,
-    write_loralib,
-    write_peft,
-)
-from philora.formats.loralib_file import WEIGHTS_NAME
-from philora.sources import AdapterSource
+from philora.adapters.peft_layers import Names, Slice
+from philora.exporting.adapter import Adapter, Update, as_fused, as_slices, for_server
+from philora.exporting.conversion import read_adapter, restored
+from philora.exporting.loralib_file import WEIGHTS_NAME, write_loralib
+from philora.exporting.peft_folder import write_peft
+from philora.models.locate import AdapterSource
 
 
 def model_of(kv_heads: int) -> Phi3ForCausalLM:

@@ -19,11 +19,11 @@ from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import philora
-from philora.adapters import FastLinear
+from philora.adapters.peft_layers import FastLinear
 from philora.errors import AdapterError
-from philora.merged_folder import merge_to_folder
-from philora.merging import merge_layer
-from philora.verify import ROUNDED_ONCE, logits_of, probe
+from philora.exporting.merged_folder import merge_to_folder
+from philora.exporting.merging import merge_layer
+from philora.models.verify import ROUNDED_ONCE, logits_of, probe
 
 MODULES = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

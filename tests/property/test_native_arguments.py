@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from philora import native
+from philora.native import library as native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiler")
 
@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from philora import native
+from philora.native import library as native
 
 class Sub(torch.Tensor):
     pass

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from philora import cli, processes, progress
+from philora.cli import commands as cli
 from philora.errors import RunError, fault
+from philora.reporting import progress
+from philora.runtime import processes
 
 
 class _Failing(progress.ProgressBar):

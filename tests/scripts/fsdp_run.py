@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 import philora
-from philora import processes
+from philora.runtime import processes
 
 
 class _Classes(TrainerCallback):  # type: ignore[misc]

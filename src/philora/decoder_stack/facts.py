@@ -25,9 +25,9 @@ from philora.decoder_stack.choice import BatchFacts, DeviceFacts, ModelFacts
 from philora.families import longrope_switch_tokens
 from philora.kernels.attention import has_flash
 from philora.kernels.memory import available_bytes
+from philora.kernels.quantization import is_quantized, scheme_of
 from philora.kernels.switches import stack_switch
 from philora.lora.functional import autocast_dtype, fused_enabled
-from philora.quantization import is_quantized, scheme_of
 
 LINEARS = (("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_proj"), ("mlp", "down_proj"))
 """Where the linear layers of a decoder layer are, in the order in which they are computed."""

@@ -1,7 +1,7 @@
 """Bytes that the decoder stack needs on a GPU, from the sizes of its layers: plain functions, without a device.
 
-`footprint` adds them to the base, the adapter and the loss; tests/unit/test_stack_memory.py counts the tensors of a
-real step beside them, and has the peaks that were measured on a card.
+`footprint` adds them to the base, the adapter and the loss; tests/unit/decoder_stack/test_stack_memory.py counts the
+tensors of a real step beside them, and has the peaks that were measured on a card.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from philora.decoder_stack.rows import FP8, FP8_LARGEST, Rows
-from philora.quantization import dequantized_into, is_quantized
+from philora.kernels.quantization import dequantized_into, is_quantized
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from philora.checkpoint import read_json, write_json
 from philora.decoder_stack.choice import ModelFacts
 from philora.decoder_stack.facts import linears_of, triton_version
 from philora.decoder_stack.rows import Dropout, kept_by_dropout
+from philora.files.checkpoint import read_json, write_json
 from philora.kernels.layout import PackedLayout
 
 logger = logging.getLogger(__name__)

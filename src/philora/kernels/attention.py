@@ -9,7 +9,7 @@ stay in the cache (`_TiledAttention`), with the rotary embedding and the splitti
 pass. On a GPU there is one call of flash attention for all documents, or, as `attention_choice` says, one causal call
 of PyTorch's scaled_dot_product_attention for each group.
 
-`register` makes it known to transformers under `NAME`; `philora.adapters.optimize` switches models over.
+`register` makes it known to transformers under `NAME`; `philora.adapters.peft_layers.optimize` switches models over.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from philora import native
 from philora.kernels.attention_choice import AttentionFacts, Way, attention_for
 from philora.kernels.layout import LENGTHS, PackedLayout
 from philora.kernels.switches import stack_switch
 from philora.kernels.varlen import Attention, disagreement, varlen_attention
 from philora.lora.functional import fused_enabled, refuse_create_graph, without_autocast
-from philora.process_state import is_run
+from philora.native import library as native
+from philora.runtime.process_state import is_run
 
 logger = logging.getLogger(__name__)
 

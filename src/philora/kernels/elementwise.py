@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from philora import native
 from philora.kernels import liger
 from philora.lora.functional import refuse_create_graph
+from philora.native import library as native
 
 # Bytes of fp32 rows that are worked on at a time: half of a core's second-level cache for each of two cores.
 BLOCK_BYTES = 1 << 20

@@ -1,7 +1,7 @@
 """Where the documents and the labels of a batch are: made once for a batch, on the host, and carried with it.
 
 Nothing asks the device for a length or for the place of a label. Both are known where the batch is put together
-(`philora.collation`). Bounds and the longest length travel as keyword arguments under transformers' names
+(`philora.training.collation`). Bounds and the longest length travel as keyword arguments under transformers' names
 (`KEYWORDS`), as TRL's collator sends them; the lengths and the labels beside them under names of philora's own.
 """
 

@@ -21,13 +21,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from philora import native
 from philora.compat.trl import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 from philora.errors import DataError, fault
 from philora.kernels.attention import NAME, packed_marker
 from philora.kernels.layout import KEYWORDS, LABELS, LENGTHS, TOKENS, label_places
 from philora.kernels.modules import only_rows
 from philora.lora.functional import fused_enabled, records, refuse_create_graph
+from philora.native import library as native
 
 # Logits that are there at a time, and the fewest rows of a product, below which reading the weight would dominate.
 CHUNK_BYTES = 32 << 20

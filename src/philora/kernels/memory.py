@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from philora.process_state import is_run
+from philora.runtime.process_state import is_run
 
 logger = logging.getLogger(__name__)
 

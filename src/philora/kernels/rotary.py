@@ -6,8 +6,8 @@ longest row of a batch and gives its set to all of them, so that in training one
 learn, and a row that is padded beyond the boundary gets the long factors whatever its own length. Alone, as at
 inference, each would have had the factors of its own length. Here every document of a row has those.
 
-With a cache the choice stays transformers': there the keys of earlier calls are rotated already. `philora.generation`
-puts prompts on different sides of the boundary into different batches.
+With a cache the choice stays transformers': there the keys of earlier calls are rotated already.
+`philora.generation.batches` puts prompts on different sides of the boundary into different batches.
 """
 
 from __future__ import annotations

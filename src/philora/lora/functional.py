@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from philora import native
 from philora.errors import ConfigError, fault
 from philora.lora.recomputation import Recipe, random_state, recipe_of, set_random_state
+from philora.native import library as native
 
 
 class Quantized(Protocol):
@@ -195,7 +195,7 @@ def _pieces(x: Tensor) -> list[slice]:
 
 
 def _packs(x: Tensor) -> bool:
-    """Whether the mask of x is drawn by the functions of `philora.native`, one bit for each element."""
+    """Whether the mask of x is drawn by the functions of `philora.native.library`, one bit for each element."""
     return native.usable(x[:0])
 
 
@@ -484,7 +484,7 @@ def lora_linear(
 
     Cost:
         Forward 2·T·(in·out + r·(in + out)) FLOPs. Keeps x and T·r elements for backward, with dropout T·in
-        bits more (bytes where `philora.native` is not there).
+        bits more (bytes where `philora.native.library` is not there).
 
     Raises:
         RuntimeError: Shapes or the dtypes of x and weight do not fit (PyTorch's own message).

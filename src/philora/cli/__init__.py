@@ -1,0 +1,5 @@
+"""The command line."""
+
+from philora.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,53 @@
+"""Data: records of any accepted shape -> conversations -> tokens and labels, cached on disk.
+
+`prepare` does all of it for a run. The parts, in the order that data flows through them: `read` (files and hub),
+`shapes` (records to conversations), `template` (conversations to tokens and labels), `store` (cache), `prepare`.
+`lengths` says what long rows mean for a model.
+"""
+
+from philora.dataset.lengths import length_notices, row_lengths
+from philora.dataset.prepare import (
+    Conversations,
+    DataReport,
+    PreparedData,
+    SourceReport,
+    SplitReport,
+    places_of,
+    prepare,
+)
+from philora.dataset.read import Source, resolve
+from philora.dataset.shapes import FORMATS, Conversation, Message, Shape
+from philora.dataset.template import (
+    IGNORED,
+    Encoded,
+    Encoder,
+    TemplateFault,
+    encode_conversation,
+    preview,
+    prompts_and_references,
+)
+
+__all__ = [
+    "FORMATS",
+    "IGNORED",
+    "Conversation",
+    "Conversations",
+    "DataReport",
+    "Encoded",
+    "Encoder",
+    "Message",
+    "PreparedData",
+    "Shape",
+    "Source",
+    "SourceReport",
+    "SplitReport",
+    "TemplateFault",
+    "encode_conversation",
+    "length_notices",
+    "places_of",
+    "prepare",
+    "preview",
+    "prompts_and_references",
+    "resolve",
+    "row_lengths",
+]

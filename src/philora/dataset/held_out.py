@@ -1,0 +1,254 @@
+"""The rows that a run may be judged by: those it held out, or others, and which of them were trained on.
+
+A run keeps its held-out rows in `held_out.jsonl`, one JSON object a line:
+
+    messages       the conversation as it was rendered (a plain text is one message of the role `text`)
+    tools          the tool descriptions, where there are any
+    input_ids      its tokens, cut to the run's limit
+    label_spans    the token ranges with loss, end excluded
+    in_training    whether it also stands in the training set; missing where that is not known
+
+With the tokens in it, nothing is tokenised again: the loss is that of the same rows, whatever became of the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from philora.dataset.prepare import (
+    Conversations,
+    DataReport,
+    Loader,
+    PreparedData,
+    assemble,
+    fingerprint_of,
+    hold_out,
+    notice_source,
+    part_of,
+    rows_in_training,
+    settings_of,
+    weighted_rows,
+)
+from philora.dataset.read import quiet_datasets
+from philora.dataset.store import ANSWERS, cache_root
+from philora.dataset.template import IGNORED, Encoder, Tokenizer
+from philora.errors import DataError, fault
+from philora.files.checkpoint import write_text
+
+if TYPE_CHECKING:
+    from philora.configuration.config import DataConfig, SourceConfig
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Tokenised rows and their conversations.
+
+    Attributes:
+        rows: `input_ids` and `labels`.
+        conversations: Of each row.
+        answerable: Rows whose conversation has an assistant turn that follows something.
+        in_training: Rows that also stand in the training set; None: that set cannot be read or is not known.
+        fingerprint: Of the run's data and split, as `PreparedData` has it; None for other rows than the run's own.
+    """
+
+    rows: Any
+    conversations: Conversations
+    answerable: list[int]
+    in_training: list[int] | None
+    fingerprint: str | None
+
+
+def held_out(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    seed: int,
+    stop_token_ids: Sequence[int],
+    other: SourceConfig | None = None,
+    recorded_rows: int | None = None,
+) -> HeldOut:
+    """The rows that a run with this configuration held out, found again by its seed; or those of another source.
+
+    Args:
+        data: The `data` section of the run.
+        tokenizer: The run's.
+        max_length: The run's longest row, in tokens.
+        seed: The run's.
+        stop_token_ids: Any of these ends an assistant turn.
+        other: Rows to judge by in place of those that were held out.
+        recorded_rows: How many the run held out, as it has recorded.
+
+    Raises:
+        DataError: The run held nothing out, or a source cannot be used.
+    """
+    loader = Loader(
+        Encoder(tokenizer, stop_token_ids),
+        settings_of(data, max_length),
+        cache_root(data.cache_dir),
+        data,
+    )
+    report = DataReport()
+    if data.eval is None and other is None:
+        expected = "a held-out part of the run's data, but it held nothing out"
+        raise DataError(fault("evaluate", "data", None, expected, "Give rows: --data FILE"))
+    known = bool(data.train) and not any(source.streaming for source in data.train)
+    fraction = isinstance(data.eval, float | int)
+    entries = []
+    if known:
+        try:
+            entries = [loader.load(source, "train", report) for source in data.train]
+        except DataError:
+            if other is None and fraction:
+                raise
+            known = False
+    hashes = [entry.rows["hash"] for entry in entries]
+    held = None
+    if known and isinstance(data.eval, float | int):
+        held = hold_out(hashes, part_of(data.eval, recorded_rows, sum(map(len, hashes))), seed)
+    kept = [
+        np.setdiff1d(np.arange(len(entry.rows)), held[position] if held is not None else [], assume_unique=True)
+        for position, entry in enumerate(entries)
+    ]
+    fingerprint = None
+    if other is not None:
+        chosen = [loader.load(other, "eval", report)]
+        notice_source(report, "data", report.sources["eval"][-1])
+        indices = [np.arange(len(each.rows)) for each in chosen]
+    else:
+        if held is not None:
+            chosen, indices = entries, held
+        else:
+            sources = data.eval if isinstance(data.eval, tuple) else ()
+            chosen = [loader.load(source, "eval", report) for source in sources]
+            indices = [np.arange(len(each.rows)) for each in chosen]
+        if known:
+            weighted = [
+                weighted_rows(each, source.weight, seed, position)
+                for position, (each, source) in enumerate(zip(kept, data.train, strict=True))
+            ]
+            fingerprint = fingerprint_of(entries, weighted, chosen, indices)
+    if not sum(len(each) for each in indices):
+        raise DataError(fault("evaluate", "rows", 0, "at least one row that fits the limit of tokens"))
+    in_training = None
+    if known:
+        in_training = rows_in_training(chosen, indices, entries, kept)
+    flags = np.concatenate([entry.rows["flags"][each] for entry, each in zip(chosen, indices, strict=True)])
+    rows, conversations = assemble(chosen, indices, None)
+    answerable = np.flatnonzero(flags & ANSWERS).tolist()
+    return HeldOut(rows, conversations, answerable, in_training, fingerprint)
+
+
+# -- the rows that a run keeps
+
+
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
+    """Return a hash of which token has which id: rows of tokens mean the same where it is the same."""
+    pairs = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def write_held_out(path: Path, prepared: PreparedData) -> int:
+    """Write a run's held-out rows, whole or not at all, and return how many there are."""
+    if prepared.eval is None or prepared.all_eval_conversations is None:
+        return 0
+    write_text(path, _lines(prepared))
+    return len(prepared.eval)
+
+
+def _lines(prepared: PreparedData) -> Iterator[str]:
+    conversations, trained = prepared.all_eval_conversations, prepared.eval_in_training
+    if prepared.eval is None or conversations is None:
+        return
+    in_training = set(trained or ())
+    for number, row in enumerate(prepared.eval):
+        entry: dict[str, Any] = {"messages": conversations[number]}
+        if (tools := conversations.tools(number)) is not None:
+            entry["tools"] = tools
+        entry |= {"input_ids": [int(each) for each in row["input_ids"]], "label_spans": spans_of(row["labels"])}
+        if trained is not None:
+            entry["in_training"] = number in in_training
+        yield json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def spans_of(labels: Sequence[int]) -> list[list[int]]:
+    """Return the ranges of positions with a label, end excluded.
+
+    Example:
+        >>> spans_of([-100, 5, 6, -100, 7])
+        [[1, 3], [4, 5]]
+    """
+    labelled = np.concatenate([[0], np.asarray(labels) != IGNORED, [0]]).astype(np.int8)
+    return [[int(start), int(end)] for start, end in np.flatnonzero(np.diff(labelled)).reshape(-1, 2)]
+
+
+def read_held_out(path: Path, tokenizer: Tokenizer, fingerprint: str | None) -> HeldOut:
+    """Read the rows that `write_held_out` wrote.
+
+    Args:
+        path: The file.
+        tokenizer: The run's; no token may lie outside its vocabulary.
+        fingerprint: Of the run's data and split, as its results have it.
+
+    Raises:
+        DataError: A line is not as it was written, or there is none.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    most = max(tokenizer.get_vocab().values(), default=0)
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    conversations: list[str] = []
+    answerable, known = [], True
+    in_training: list[int] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            entry = _entry(line, f"{path}:{number + 1}", most)
+            messages, tools = entry["messages"], entry.get("tools")
+            ids.append(entry["input_ids"])
+            labels.append(_labels(entry))
+            conversations.append(json.dumps(messages if tools is None else {"messages": messages, "tools": tools}))
+            if any(each["role"] == "assistant" for each in messages[1:]):
+                answerable.append(number)
+            known = known and "in_training" in entry
+            if entry.get("in_training"):
+                in_training.append(number)
+    if not ids:
+        raise DataError(fault(str(path), "rows", 0, "the rows that the run held out", _OTHERWISE))
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    with quiet_datasets():
+        rows = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
+    return HeldOut(rows, Conversations(conversations), answerable, in_training if known else None, fingerprint)
+
+
+_OTHERWISE = "Remove the file to take the rows from the run's data again, or give rows of your own: --data FILE"
+
+
+def _entry(line: bytes, where: str, most: int) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        tokens = np.asarray(entry["input_ids"], np.int64)
+        spans = np.asarray(entry["label_spans"], np.int64).reshape(-1, 2)
+        turns = [(each["role"], each["content"]) for each in entry["messages"]]
+        good = len(tokens) > 0 and len(turns) > 0 and tokens.min() >= 0 and tokens.max() <= most
+        good = good and bool(((spans[:, 0] >= 0) & (spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= len(tokens))).all())
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        good = False
+    if not good:
+        shown = line[:60].decode("utf-8", "replace")
+        raise DataError(fault(where, "row", shown, "a row as the run wrote it", _OTHERWISE))
+    return dict(entry)
+
+
+def _labels(entry: dict[str, Any]) -> list[int]:
+    labels = [IGNORED] * len(entry["input_ids"])
+    for start, end in entry["label_spans"]:
+        labels[start:end] = entry["input_ids"][start:end]
+    return labels

@@ -1,0 +1,765 @@
+"""From the configuration's sources to training rows: mixing, holding out, counting."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from philora.dataset.arrangement import with_tools
+from philora.dataset.read import Fault, Source, quiet_datasets, resolve
+from philora.dataset.shapes import Conversation, Message, Shape, shape_from_config
+from philora.dataset.store import (
+    ANSWERS,
+    CONTROL,
+    EXAMPLES_KEPT,
+    FOLDED,
+    MISMATCH,
+    STOP_NUMBER,
+    TRUNCATED,
+    TURNS_AS_TEXT,
+    TWO_USER_TURNS,
+    Entry,
+    Rows,
+    Settings,
+    cache_root,
+    entry_for,
+    process_batch,
+    process_count,
+    recognised,
+    serialise,
+    tokenizer_fingerprint,
+)
+from philora.dataset.template import Encoder, Tokenizer
+from philora.errors import DataError, fault
+
+if TYPE_CHECKING:
+    from philora.configuration.config import DataConfig, SourceConfig
+
+logger = logging.getLogger("philora.dataset")
+
+Indices = npt.NDArray[np.int64]
+
+_STREAM_PREVIEW_ROWS = 256
+_STREAM_SHUFFLE_ROWS = 1000
+LEAST_HELD_OUT = 32
+"""Rows to hold out at least where a fraction is asked for, and where a fifth of the rows is as many."""
+_TURNS_SHOWN = 4
+_LETTERS_SHOWN = 80
+
+
+@dataclass
+class SourceReport:
+    """What was read from one source."""
+
+    name: str
+    format: str
+    records: int
+    weight: float = 1.0
+    unread_fields: dict[str, int] = field(default_factory=dict)
+    """Fields of records and keys of turns that nothing reads, with the records that have them."""
+    unread_parts: list[str] = field(default_factory=list)
+    """Files, splits and lists of the source that are not read."""
+    spelled: dict[str, int] = field(default_factory=dict)
+    """Control texts written out in messages, as `Encoder.spelled` names them, with the records that have them."""
+    recognised: str = ""
+    """How the shape was recognised."""
+    examples: list[str] = field(default_factory=list)
+    """The first conversations, each in one line."""
+    invalid: int = 0
+    """Records that cannot be used and were left out."""
+    invalid_records: list[str] = field(default_factory=list)
+    """What is wrong with them: the first of them, with their places."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.records:,} records, read as {self.format} ({self.recognised})"
+
+
+@dataclass
+class SplitReport:
+    """Counts of one split, as it is trained or evaluated on (weights applied)."""
+
+    rows: int = 0
+    tokens: int = 0
+    labels: int = 0
+    longest_tokens: int = 0
+    """The longest conversation before truncation."""
+    truncated: int = 0
+    dropped: int = 0
+    """Records without a row: over the limit of tokens, or without a label after truncation."""
+    dropped_overlong: int = 0
+    dropped_unlabelled: int = 0
+    duplicates: int = 0
+    """Rows beyond the first of each group of equal conversations; they are kept."""
+    two_user_turns: int = 0
+    folded_system: int = 0
+    """System turns that the template drops, kept at the beginning of the user's turn."""
+    boundary_mismatches: int = 0
+    """Rows whose prompt, tokenised alone, is no prefix of the row."""
+    control_tokens: int = 0
+    """Rows whose messages spell out control tokens of the tokenizer."""
+    stop_numbers: int = 0
+    """Rows that end in the number of a stop token, written as text."""
+    turns_as_text: int = 0
+    """Rows of plain text with turns of user and assistant written in it."""
+
+
+@dataclass
+class DataReport:
+    """What was found in the data, and what was done with it."""
+
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    sources: dict[str, list[SourceReport]] = field(default_factory=dict)
+    in_both: int = 0
+    """Evaluation rows that also stand in the training set."""
+    notices: list[str] = field(default_factory=list)
+    streaming: bool = False
+    """The training set is read while training: its counts are not known."""
+
+    @property
+    def train(self) -> SplitReport:
+        """The training split."""
+        return self.splits["train"]
+
+    @property
+    def eval(self) -> SplitReport | None:
+        """The evaluation split, if there is one."""
+        return self.splits.get("eval")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; each split stands under its name."""
+        values = asdict(self)
+        return {**values.pop("splits"), **values}
+
+
+class Conversations(Sequence[list[Message]]):
+    """Normalised conversations, read from disk one by one when asked for."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Message]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Conversations: ...
+
+    def __getitem__(self, index: int | slice) -> list[Message] | Conversations:
+        if isinstance(index, slice):
+            chosen = range(*index.indices(len(self)))
+            if isinstance(self._stored, list):
+                return Conversations([self._stored[each] for each in chosen])
+            with quiet_datasets():
+                return Conversations(self._stored.select(chosen))
+        return with_tools(*self._parsed(index))
+
+    def stored(self, index: int) -> str:
+        """A conversation as the JSON that is stored and hashed."""
+        row = self._stored[index]
+        text = row if isinstance(row, str | bytes) else row["conversation"]
+        return text if isinstance(text, str) else text.decode()
+
+    def tools(self, index: int) -> list[Any] | None:
+        """The tool descriptions of a conversation, for the chat template."""
+        return self._parsed(index)[1]
+
+    def _parsed(self, index: int) -> tuple[list[Message], list[Any] | None]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"conversation {index} of {len(self)}")
+        value = json.loads(self.stored(index))
+        return (value["messages"], value["tools"]) if isinstance(value, dict) else (value, None)
+
+
+def shape_of(data: DataConfig, source: SourceConfig) -> Shape | None:
+    """Return the shape that the configuration gives a source; None where it is to be found.
+
+    Raises:
+        DataError: As `shape_from_config`.
+    """
+    return shape_from_config(source.format or data.format, source.columns, f"data ({source.path})", source.roles)
+
+
+def places_of(data: DataConfig, wanted: set[str]) -> dict[str, str]:
+    """File and line, or row, of conversations as `Conversations.stored` gives them; of equal ones the first.
+
+    A conversation that the tokenizer's template changed, such as one whose system turn was folded, is not found.
+
+    Cost:
+        Reads the sources again until all are found.
+    """
+    found: dict[str, str] = {}
+    for config in data.train:
+        source = resolve(config, "train")
+        source, shape = recognised(source, shape_of(data, config))
+        for batch in source.open():
+            for index, record in enumerate(batch.records):
+                if len(found) == len(wanted):
+                    return found
+                try:
+                    text = serialise(shape.read(record)).decode()
+                except Fault:
+                    continue
+                if text in wanted:
+                    found.setdefault(text, batch.where(index))
+    return found
+
+
+@dataclass
+class PreparedData:
+    """Tokenised splits with columns `input_ids` and `labels` (-100 where there is no loss).
+
+    `train_conversations[i]` is the conversation of row i of `train`; of a streaming set they are its first ones.
+    `eval_conversations` are those of `eval` that can be asked for: with an assistant turn that follows something.
+    `all_eval_conversations[i]` is the conversation of row i of `eval`; `eval_in_training` are the rows of `eval` that
+    also stand in the training set, None where a stream keeps that unknown.
+    """
+
+    train: Any
+    eval: Any | None
+    train_conversations: Conversations
+    eval_conversations: Conversations | None
+    fingerprint: str
+    report: DataReport
+    all_eval_conversations: Conversations | None = None
+    eval_in_training: list[int] | None = None
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    seed: int,
+    stop_token_ids: Sequence[int],
+    held_out_rows: int | None = None,
+) -> PreparedData:
+    """Read, check, normalise, tokenise and label the data of a run; the result is cached on disk.
+
+    Mixing: a source of weight w gives each of its rows floor(w) times, and a sample of the rest, drawn with the
+    seed; several sources are shuffled together, a single one keeps its order. A fraction for `eval` is held out with
+    the seed before weights apply; equal conversations stay on one side, so that none stands on both. In streaming,
+    where sizes are unknown, weights are the odds of drawing from a source.
+
+    Args:
+        data: the `data` section of the configuration.
+        tokenizer: a fast tokenizer with its chat template.
+        max_length: longest row in tokens; what is longer is truncated or dropped as `data.overlong` says.
+        seed: decides the held-out rows, samples and the order of mixed sources.
+        stop_token_ids: any of these ends an assistant turn.
+        held_out_rows: where `eval` is a fraction, the rows that a run which goes on has recorded.
+
+    Returns:
+        Splits, conversations and the report. Rows of `train` and `eval` are memory-mapped.
+
+    Raises:
+        DataError: a source or record cannot be used (up to 20 faults are listed, their number is stated), or the
+            chat template cannot be trained with.
+        RunError: the disk of the cache is full.
+    """
+    _check_arguments(data, max_length)
+    encoder = Encoder(tokenizer, stop_token_ids)
+    settings = settings_of(data, max_length)
+    loader = Loader(encoder, settings, cache_root(data.cache_dir), data)
+    report = DataReport()
+    if any(source.streaming for source in data.train):
+        return _prepare_stream(data, loader, report, seed)
+
+    entries = [loader.load(source, "train", report) for source in data.train]
+    held_out: list[Indices] = [np.zeros(0, np.int64) for _ in entries]
+    eval_entries: list[Entry] = []
+    eval_indices: list[Indices] = []
+    if isinstance(data.eval, float | int):
+        part = part_of(data.eval, held_out_rows, sum(len(entry.rows) for entry in entries))
+        held_out = hold_out([entry.rows["hash"] for entry in entries], part, seed)
+        eval_entries, eval_indices = entries, held_out
+        _notice_share(report, part, sum(len(entry.rows) for entry in entries), sum(map(len, held_out)))
+    elif data.eval:
+        eval_entries = [loader.load(source, "eval", report) for source in data.eval]
+        eval_indices = [np.arange(len(entry.rows)) for entry in eval_entries]
+
+    train_indices = [
+        weighted_rows(np.setdiff1d(np.arange(len(entry.rows)), out, assume_unique=True), source.weight, seed, position)
+        for position, (entry, out, source) in enumerate(zip(entries, held_out, data.train, strict=True))
+    ]
+    kept = [np.setdiff1d(np.arange(len(e.rows)), o, assume_unique=True) for e, o in zip(entries, held_out, strict=True)]
+    report.splits["train"] = _split_report(entries, train_indices, kept, count_dropped=True)
+    fingerprint = fingerprint_of(entries, train_indices, eval_entries, eval_indices)
+    train, train_conversations = assemble(entries, train_indices, seed if len(entries) > 1 else None)
+    eval_rows = eval_conversations = all_eval = eval_in_training = None
+    if eval_entries:
+        own = eval_entries is not entries
+        report.splits["eval"] = _split_report(eval_entries, eval_indices, eval_indices, count_dropped=own)
+        report.in_both = _in_both(entries, train_indices, eval_entries, eval_indices)
+        eval_rows, all_eval, eval_conversations = _assemble_eval(eval_entries, eval_indices)
+        eval_in_training = rows_in_training(eval_entries, eval_indices, entries, kept)
+    _require_rows(report)
+    _notice(report, max_length)
+    return PreparedData(
+        train, eval_rows, train_conversations, eval_conversations, fingerprint, report, all_eval, eval_in_training
+    )
+
+
+def settings_of(data: DataConfig, max_length: int) -> Settings:
+    """Return what the configuration says of rows that are too long or cannot be used."""
+    return Settings(max_length, data.overlong == "drop", data.invalid == "drop")
+
+
+def _check_arguments(data: DataConfig, max_length: int) -> None:
+    if max_length < 2:
+        raise DataError(fault("data", "max_length", max_length, "at least 2 tokens"))
+    if not data.train:
+        raise DataError(fault("data", "train", None, "a file, folder or hub id", "Give data.train"))
+    if data.overlong not in ("truncate", "drop"):
+        raise DataError(fault("data", "overlong", data.overlong, "truncate or drop"))
+    if isinstance(data.eval, float | int) and not (0 < data.eval < 1 or (data.eval >= 1 and data.eval % 1 == 0)):
+        raise DataError(fault("data", "eval", data.eval, "a fraction between 0 and 1, a number of rows, or a source"))
+    if data.invalid not in ("error", "drop"):
+        raise DataError(fault("data", "invalid", data.invalid, "error or drop"))
+    for source in data.train:
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise DataError(fault("data.train", "weight", source.weight, "a number over 0", f"Source: {source.path}"))
+        if source.limit is not None and source.limit < 1:
+            raise DataError(fault("data.train", "limit", source.limit, "at least 1", f"Source: {source.path}"))
+
+
+class Loader:
+    """Brings one configured source to a cache entry."""
+
+    def __init__(self, encoder: Encoder, settings: Settings, root: Path, data: DataConfig) -> None:
+        self.encoder = encoder
+        self.settings = settings
+        self.root = root
+        self.data = data
+        self.processes = data.num_proc
+        self.key = tokenizer_fingerprint(encoder)
+
+    def shape(self, config: SourceConfig) -> Shape | None:
+        """Return the shape that the configuration names, or None where the records tell it."""
+        return shape_of(self.data, config)
+
+    def load(self, config: SourceConfig, role: Any, report: DataReport) -> Entry:
+        """Read, tokenise and cache a source, and note in the report what was found."""
+        shape = self.shape(config)
+        source = resolve(config, role)
+        entry = entry_for(
+            source,
+            shape,
+            self.encoder,
+            self.key,
+            self.settings,
+            limit=config.limit,
+            root=self.root,
+            processes=process_count(self.processes, source.size_bytes),
+        )
+        weight = config.weight if role == "train" else 1.0
+        found = SourceReport(
+            source.name,
+            str(entry.meta["shape"]),
+            int(entry.meta["records"]),
+            weight,
+            dict(entry.meta["unread_fields"]),
+            list(entry.meta["unread_parts"]),
+            dict(entry.meta["spelled"]),
+            str(entry.meta["recognised"]),
+            [_line_of(each) for each in entry.meta["examples"]],
+            int(entry.meta["invalid"]),
+            list(entry.meta["invalid_records"]),
+        )
+        report.sources.setdefault(role, []).append(found)
+        logger.info("%s", found)
+        for example in found.examples if role == "train" else ():
+            logger.info("  %s", example)
+        return entry
+
+
+def _line_of(stored: str) -> str:
+    """Return a stored conversation in one line, its turns shortened."""
+    value = json.loads(stored)
+    messages: list[Message] = value["messages"] if isinstance(value, dict) else value
+    turns = [f"{each['role']}: {_short(each['content'])}" for each in messages[:_TURNS_SHOWN]]
+    more = [f"{len(messages) - _TURNS_SHOWN} more turns"] if len(messages) > _TURNS_SHOWN else []
+    return " | ".join(turns + more)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LETTERS_SHOWN else f"{text[:_LETTERS_SHOWN]}..."
+
+
+def part_of(part: float, recorded: int | None, rows: int) -> float:
+    """Return what is to be held out: the rows that a run has recorded, whatever a fraction comes to today."""
+    return recorded if recorded and part < 1 and recorded < rows else part
+
+
+def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], part: float, seed: int) -> list[Indices]:
+    """Rows to hold out of each source: whole groups of equal conversations, at least one row, never all.
+
+    The groups come in a random order, and one that would make the part larger than `wanted_rows` is passed over; where
+    all are larger, the smallest is taken.
+
+    Args:
+        hashes: Of each row of each source.
+        part: The fraction, or from 1 on the number of rows.
+        seed: Decides the order of the groups.
+
+    Raises:
+        DataError: all conversations are equal, or there are no more rows than are to be held out.
+    """
+    joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+    groups, group_of, sizes = np.unique(joined, return_inverse=True, return_counts=True)
+    if len(groups) < 2:
+        raise DataError(
+            fault(
+                "data",
+                "eval",
+                part,
+                f"at least two different conversations to hold out a part, but there is {len(groups)}",
+                "Add conversations, or give data.eval a file of its own",
+            )
+        )
+    wanted = wanted_rows(part, len(joined))
+    if part >= 1 and wanted >= len(joined):
+        raise DataError(fault("data", "eval", part, f"fewer rows than there are, which is {len(joined):,}"))
+    order = np.random.default_rng(seed).permutation(len(groups))
+    chosen = np.zeros(len(groups), bool)
+    taken = 0
+    for group, size in zip(order[: len(groups) - 1].tolist(), sizes[order].tolist(), strict=False):
+        if taken + size <= wanted:
+            chosen[group] = True
+            taken += size
+            if taken == wanted:
+                break
+    if not taken:
+        chosen[order[np.argmin(sizes[order])]] = True
+    is_out = chosen[group_of.reshape(-1)]
+    starts = np.cumsum([0, *(len(each) for each in hashes)])
+    return [np.flatnonzero(is_out[start:end]) for start, end in itertools.pairwise(starts)]
+
+
+def wanted_rows(part: float, rows: int) -> int:
+    """Return the rows to hold out: of a fraction at least 32, if they are no more than a fifth; a number as it is.
+
+    Example:
+        >>> wanted_rows(0.05, 300), wanted_rows(0.05, 100), wanted_rows(0.05, 2000), wanted_rows(10, 300)
+        (32, 20, 100, 10)
+    """
+    return int(part) if part >= 1 else max(1, round(part * rows), min(LEAST_HELD_OUT, rows // 5))
+
+
+def weighted_rows(indices: Indices, weight: float, seed: int, position: int) -> Indices:
+    """Return a source's rows as often as its weight says, drawn by the seed."""
+    if weight == 1:
+        return indices
+    whole = int(weight)
+    part = round((weight - whole) * len(indices))
+    if whole == 0:
+        part = max(1, part)
+    sample = np.random.default_rng([seed, position]).permutation(indices)[:part]
+    return np.sort(np.concatenate([*[indices] * whole, sample]), kind="stable")
+
+
+def _split_report(
+    entries: Sequence[Entry], indices: Sequence[Indices], once: Sequence[Indices], *, count_dropped: bool
+) -> SplitReport:
+    """Counts over `indices`; duplicates over `once`, the same rows before weights repeat them."""
+    report = SplitReport()
+    for entry, chosen in zip(entries, indices, strict=True):
+        rows: Rows = entry.rows[chosen]
+        flags = rows["flags"]
+        report.rows += len(rows)
+        report.tokens += int(rows["tokens"].sum(dtype=np.int64))
+        report.labels += int(rows["labels"].sum(dtype=np.int64))
+        report.longest_tokens = max(report.longest_tokens, int(rows["full_tokens"].max(initial=0)))
+        report.truncated += int(np.count_nonzero(flags & TRUNCATED))
+        report.two_user_turns += int(np.count_nonzero(flags & TWO_USER_TURNS))
+        report.boundary_mismatches += int(np.count_nonzero(flags & MISMATCH))
+        report.folded_system += int(np.count_nonzero(flags & FOLDED))
+        report.control_tokens += int(np.count_nonzero(flags & CONTROL))
+        report.stop_numbers += int(np.count_nonzero(flags & STOP_NUMBER))
+        report.turns_as_text += int(np.count_nonzero(flags & TURNS_AS_TEXT))
+        if count_dropped:
+            report.dropped_overlong += int(entry.meta["dropped_overlong"])
+            report.dropped_unlabelled += int(entry.meta["dropped_unlabelled"])
+    report.dropped = report.dropped_overlong + report.dropped_unlabelled
+    hashes = _hashes(entries, once)
+    report.duplicates = len(hashes) - len(np.unique(hashes))
+    return report
+
+
+def _hashes(entries: Sequence[Entry], indices: Sequence[Indices]) -> npt.NDArray[np.uint64]:
+    return np.concatenate([entry.rows["hash"][chosen] for entry, chosen in zip(entries, indices, strict=True)])
+
+
+def _in_both(
+    entries: Sequence[Entry], indices: Sequence[Indices], eval_entries: Sequence[Entry], eval_indices: Sequence[Indices]
+) -> int:
+    return int(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, indices)).sum())
+
+
+def rows_in_training(
+    eval_entries: Sequence[Entry], eval_indices: Sequence[Indices], entries: Sequence[Entry], kept: Sequence[Indices]
+) -> list[int]:
+    """Return the places of the evaluation rows that also stand in the training set, before weights apply."""
+    return [int(each) for each in np.flatnonzero(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, kept)))]
+
+
+def fingerprint_of(
+    entries: Sequence[Entry], indices: Sequence[Indices], eval_entries: Sequence[Entry], eval_indices: Sequence[Indices]
+) -> str:
+    """Return a hash of the rows that a run trains on and holds out."""
+    digest = hashlib.sha256()
+    for entry, chosen in (*zip(entries, indices, strict=True), *zip(eval_entries, eval_indices, strict=True)):
+        digest.update(entry.identity.encode())
+        digest.update(chosen.tobytes())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def assemble(
+    entries: Sequence[Entry], indices: Sequence[Indices], shuffle_seed: int | None
+) -> tuple[Any, Conversations]:
+    """Memory-mapped rows and conversations of the chosen indices, in one order."""
+    from datasets import Dataset, concatenate_datasets
+
+    with quiet_datasets():
+        tokens = concatenate_datasets([Dataset.from_file(str(entry.tokens_file)) for entry in entries])
+        conversations = concatenate_datasets([Dataset.from_file(str(entry.conversations_file)) for entry in entries])
+        starts = np.cumsum([0, *(len(entry.rows) for entry in entries)])
+        chosen = np.concatenate([each + start for each, start in zip(indices, starts, strict=False)])
+        if shuffle_seed is not None:
+            chosen = np.random.default_rng(shuffle_seed).permutation(chosen)
+        if not np.array_equal(chosen, np.arange(starts[-1])):
+            tokens, conversations = tokens.select(chosen), conversations.select(chosen)
+    return tokens, Conversations(conversations)
+
+
+def _assemble_eval(entries: Sequence[Entry], indices: Sequence[Indices]) -> tuple[Any, Conversations, Conversations]:
+    """Rows, the conversation of each, and the conversations that can be asked for."""
+    rows, every = assemble(entries, indices, None)
+    asked = [each[(entry.rows["flags"][each] & ANSWERS) > 0] for entry, each in zip(entries, indices, strict=True)]
+    _, conversations = assemble(entries, asked, None)
+    return rows, every, conversations
+
+
+def _require_rows(report: DataReport) -> None:
+    for name, split in report.splits.items():
+        if split.rows == 0:
+            raise DataError(
+                fault(
+                    f"data.{name}",
+                    "rows",
+                    0,
+                    f"at least one row, but all records were dropped ({split.dropped_overlong} too long, "
+                    f"{split.dropped_unlabelled} without an answer in the first tokens)",
+                    "Raise max_length",
+                )
+            )
+
+
+def _notice_share(report: DataReport, part: float, rows: int, held_out: int) -> None:
+    wanted = wanted_rows(part, rows)
+    if part < 1 and wanted > max(1, round(part * rows)):
+        logger.info(
+            "eval: %d of %d rows are held out; a share of %g alone would be few to judge by", wanted, rows, part
+        )
+    if held_out != wanted:
+        add_notice(
+            report,
+            f"eval: {held_out:,} of {rows:,} rows are held out, not {wanted:,} as data.eval={part:g} asks: equal "
+            "conversations stay on one side, and there are many of them. Remove duplicates, or give data.eval a file.",
+        )
+
+
+def notice_source(report: DataReport, role: str, source: SourceReport) -> None:
+    """Name what of a source is not read or left out, and the control texts in it."""
+    if source.invalid:
+        more = f" (the first {len(source.invalid_records)})" if source.invalid > len(source.invalid_records) else ""
+        listed = "".join(f"\n  {each}" for each in source.invalid_records)
+        count = f"{source.invalid:,} of {source.records:,} records"
+        add_notice(report, f"{role}: {count} of {source.name} cannot be used and are left out{more}:{listed}")
+    if source.unread_parts:
+        add_notice(report, f"{role}: of {source.name} is not read: {'; '.join(source.unread_parts)}.")
+    if source.unread_fields:
+        fields = ", ".join(f"{name} ({count:,})" for name, count in source.unread_fields.items())
+        add_notice(
+            report,
+            f"{role}: fields of {source.name} that are not read, with the records that have them: {fields}. If the "
+            "model needs what they say, map them with columns; if not, nothing is to be done.",
+        )
+    said = {
+        "end": "{text} is written out at the end of answers in {count:,} records, and the chat template writes it as "
+        "well, so it is trained twice. Remove it from the data",
+        "own": "{text} is written out inside messages of {count:,} records and becomes the control token. Remove it, "
+        "unless it is meant",
+        "foreign": "{text} is written out in {count:,} records. It belongs to another model; this one has no such "
+        "token and learns it as letters. Remove it: the chat template marks the turns",
+    }
+    for key, records in source.spelled.items():
+        kind, _, text = key.partition(" ")
+        add_notice(report, f"{role}: {source.name}: {said[kind].format(text=text, count=records)}.")
+
+
+def _notice(report: DataReport, max_length: int) -> None:
+    """Say once what the data has that people would want to know."""
+    for role, sources in report.sources.items():
+        for source in sources:
+            notice_source(report, role, source)
+    for name, split in report.splits.items():
+        found = [
+            (
+                split.truncated,
+                f"{split.truncated} conversations are longer than {max_length} tokens and were cut there "
+                f"(the longest has {split.longest_tokens})",
+            ),
+            (
+                split.dropped_overlong,
+                f"{split.dropped_overlong} conversations are longer than {max_length} tokens and were left out",
+            ),
+            (
+                split.dropped_unlabelled,
+                f"{split.dropped_unlabelled} conversations have no answer within {max_length} tokens and were left out",
+            ),
+            (split.duplicates, f"{split.duplicates} rows are exact duplicates of others; they are kept"),
+            (split.two_user_turns, f"{split.two_user_turns} rows have two user turns in a row"),
+            (
+                split.folded_system,
+                f"the chat template drops system turns: in {split.folded_system} rows the system text now begins the "
+                "user's turn",
+            ),
+            (
+                split.boundary_mismatches,
+                f"{split.boundary_mismatches} rows are tokenised differently where the answer begins than their "
+                "prompt alone: generation will start from other tokens than training saw",
+            ),
+            (
+                split.stop_numbers if 2 * split.stop_numbers > split.rows else 0,  # else it may be part of the answer
+                f"{split.stop_numbers} rows end in the number of a stop token, written as text: the model would learn "
+                "to write digits. Leave it out: the chat template ends each turn with the token itself",
+            ),
+            (
+                split.turns_as_text,
+                f"{split.turns_as_text} rows are plain text with turns of user and assistant written in it: the loss "
+                "is on the user's words too, and what is not the chat template's markup is not what the model is asked "
+                "in. Give the turns as messages",
+            ),
+        ]
+        for count, text in found:
+            if count:
+                add_notice(report, f"{name}: {text}.")
+    if report.in_both:
+        add_notice(report, f"{report.in_both} rows of eval also stand in train: its scores will be too good.")
+
+
+def add_notice(report: DataReport, text: str) -> None:
+    """Keep a notice in the report, and log it."""
+    report.notices.append(text)
+    logger.warning("%s", text)
+
+
+# --------------------------------------------------------------------------------------------------- streaming
+
+
+def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: int) -> PreparedData:
+    from datasets import interleave_datasets
+
+    if isinstance(data.eval, float | int):
+        todo = "Give data.eval a source of its own, or set streaming to false"
+        raise DataError(fault("data", "eval", data.eval, "a source, since a stream cannot be split", todo))
+    streams = []
+    first: list[bytes] = []
+    for config in data.train:
+        source = resolve(config, "train")
+        source, shape = recognised(source, loader.shape(config))
+        if shape.name == "turns":
+            todo = "Set streaming to false, or group the messages into records with messages"
+            raise DataError(fault(source.name, "streaming", True, "whole conversations in each record", todo))
+        found = SourceReport(source.name, shape.name, 0, config.weight, recognised=shape.why)
+        some = _first_conversations(source, shape, loader.encoder, found, loader.settings.drop_invalid)
+        found.examples = [_line_of(each.decode()) for each in some[:EXAMPLES_KEPT]]
+        first += some
+        found.unread_parts = list(source.unread)
+        streams.append(_stream(source, shape, loader))
+        report.sources.setdefault("train", []).append(found)
+    with quiet_datasets():
+        train = streams[0]
+        if len(streams) > 1:
+            weights = np.array([source.weight for source in data.train])
+            train = interleave_datasets(streams, probabilities=list(weights / weights.sum()), seed=seed)
+        train = train.shuffle(seed=seed, buffer_size=_STREAM_SHUFFLE_ROWS)
+    report.streaming = True
+    report.splits["train"] = SplitReport()
+    eval_rows = eval_conversations = all_eval = None
+    entries: list[Entry] = []
+    indices: list[Indices] = []
+    if data.eval:
+        entries = [loader.load(source, "eval", report) for source in data.eval]
+        indices = [np.arange(len(entry.rows)) for entry in entries]
+        report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
+        eval_rows, all_eval, eval_conversations = _assemble_eval(entries, indices)
+    add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
+    _notice(report, loader.settings.max_length)
+    names = [f"{source.path}:{source.limit}:{source.weight}" for source in data.train]
+    fingerprint = hashlib.sha256(f"{loader.key}{names}{fingerprint_of([], [], entries, indices)}".encode()).hexdigest()
+    first_ones = Conversations(first[:_STREAM_PREVIEW_ROWS])
+    return PreparedData(train, eval_rows, first_ones, eval_conversations, fingerprint, report, all_eval)
+
+
+def _first_conversations(
+    source: Source, shape: Shape, encoder: Encoder, found: SourceReport, drop_invalid: bool
+) -> list[bytes]:
+    """The first conversations of a stream; what is not read in them is counted in its report."""
+    batch = next(source.open(), None)
+    if batch is None:
+        return []
+    conversations: list[Conversation] = []
+    for index, record in enumerate(batch.records[:_STREAM_PREVIEW_ROWS]):
+        try:
+            conversations.append(shape.read(record))
+        except Fault as error:
+            if not drop_invalid:
+                raise DataError(error.at(batch.where(index))) from None
+    found.unread_fields = dict(Counter(itertools.chain.from_iterable(each.unread for each in conversations)))
+    found.spelled = dict(encoder.spelled(conversations))
+    return [serialise(each) for each in conversations]
+
+
+def _stream(source: Source, shape: Shape, loader: Loader) -> Any:
+    from datasets import Features, IterableDataset, List, Value
+
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    return IterableDataset.from_generator(
+        _stream_rows, features=features, gen_kwargs={"stream": _Stream(source, shape, loader)}
+    )
+
+
+@dataclass
+class _Stream:
+    source: Source
+    shape: Shape
+    loader: Loader
+
+
+def _stream_rows(stream: _Stream) -> Iterator[dict[str, Any]]:
+    for batch in stream.source.open():
+        chunk = process_batch(batch, stream.shape, stream.loader.encoder, stream.loader.settings)
+        if chunk.fault_count and not stream.loader.settings.drop_invalid:
+            raise DataError("\n".join(chunk.faults))
+        for fault_text in chunk.faults:
+            logger.warning("left out: %s", fault_text)
+        end = 0
+        for length in chunk.rows["tokens"]:
+            start, end = end, end + int(length)
+            yield {"input_ids": chunk.ids[start:end], "labels": chunk.labels[start:end]}

@@ -1,0 +1,818 @@
+"""Conversations become tokens and labels; the mask is proved by rendering.
+
+For every assistant turn i, the rendering of the turns before it with the generation prompt must be the beginning of
+the complete rendering: what follows is what the model has to write, up to and with the first stop token. No marker
+string is searched for, so any template that is consistent works and one that is not is refused.
+
+Most templates put literal text around the contents, so the proof is made once for a sequence of roles, on contents
+that cannot be mistaken, and gives a `_Plan`: the literal pieces between contents. A conversation then needs one
+rendering: if it equals the pieces and its contents joined, all places are known; if not (a template that trims or
+rewrites), the full proof is made for this conversation.
+
+The proof itself costs a time linear in the turns. The text that a template writes between one answer and the next is
+learned once for each order of roles that stands there, from a rendering with marks. Where it is found again, the answer
+begins behind it; prefixes are rendered for the answers number 1, 2, 4, 8, ... and the last, and wherever the text is
+another.
+
+Characters become tokens through the offsets of one tokenisation of the complete rendering. Offsets cost a third of
+the tokenizer's time, and with templates such as Phi's they say nothing new: where an added token stands right before
+each answer and the stop token right behind, the added tokens of the plan, found in their order and no other, are the
+places. A text with any other added token in it takes the way over offsets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from philora.dataset.arrangement import (
+    TEMPLATE_ERRORS,
+    TOOLS_LEFT_OUT,
+    Arrangement,
+    function_names,
+    split_tools,
+    tools_not_shown,
+)
+from philora.dataset.read import Fault
+from philora.dataset.shapes import Conversation, Message
+from philora.errors import DataError, fault
+
+FOREIGN_CONTROLS = (
+    "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|begin_of_text|>", "<|end_of_text|>", "<|end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>",
+    "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>",
+    "<|EOT|>", "<|return|>", "<|end_of_turn|>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+)  # fmt: skip
+"""Control texts of the models that chat data is usually written for: a model without such a token learns letters."""
+
+Ids: TypeAlias = "npt.NDArray[np.int32]"
+
+IGNORED = -100
+"""The label of a token that has no loss."""
+
+Tokenizer: TypeAlias = Any
+"""A `transformers.PreTrainedTokenizerBase` backed by the tokenizers library."""
+
+_PLANS_KEPT = 4096
+_MARK = re.compile(r"zq\d+qz")
+_READ_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")
+"""Keys of a turn that a template may show or not, without a word of the conversation being refused."""
+
+
+@dataclass(slots=True, eq=False)
+class Encoded:
+    """One conversation as tokens.
+
+    `spans` are the token ranges with loss, end excluded; `conversation` is what was rendered, with a system turn
+    folded into the user's where the template knows none.
+    """
+
+    ids: Ids
+    spans: list[tuple[int, int]]
+    conversation: Conversation
+    boundary_mismatch: bool = False
+    folded_system: bool = False
+    control_tokens: bool = False
+    unshown: tuple[str, ...] = ()
+    """Keys of turns that have text of which the template shows nothing."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The tokens."""
+        return [int(index) for index in self.ids]
+
+    @property
+    def labels(self) -> list[int]:
+        """One label a token; -100 where there is no loss."""
+        return [int(label) for label in self.label_array()]
+
+    def label_array(self) -> Ids:
+        """The labels as an array."""
+        labels = np.full(len(self.ids), IGNORED, np.int32)
+        for start, end in self.spans:
+            labels[start:end] = self.ids[start:end]
+        return labels
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One assistant turn in the complete rendering, in characters: content from `start` to `end`, then a stop token."""
+
+    message: int
+    start: int
+    end: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Literal text around the contents of one sequence of roles.
+
+    Attributes:
+        pieces: one more than there are roles.
+        answers: indices of the assistant turns.
+        stops: for each answer, where the stop token begins in the piece behind its content.
+        controls: the added tokens in the pieces, in order.
+        brackets: for each answer, which of `controls` stands right before its first token, and which is its stop
+            token; empty when an answer does not follow an added token directly.
+    """
+
+    pieces: tuple[str, ...]
+    answers: tuple[int, ...]
+    stops: tuple[int, ...]
+    controls: Ids
+    brackets: tuple[tuple[int, int], ...]
+
+    def joined(self, contents: list[str]) -> str:
+        """The text that the plan says."""
+        parts = [""] * (2 * len(contents) + 1)
+        parts[::2] = self.pieces
+        parts[1::2] = contents
+        return "".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A conversation on its way through one call of `encode`: its place there, as it is rendered, system folded."""
+
+    place: int
+    conversation: Conversation
+    folded: bool
+    given: Conversation
+
+
+class TemplateFault(DataError):
+    """The chat template itself cannot be trained with; no record is to blame."""
+
+
+class Encoder:
+    """Tokenises conversations for one tokenizer, its chat template, and the stop tokens of the model.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template (none is needed for plain text).
+        stop_token_ids: any of these ends a turn.
+
+    Raises:
+        DataError: the tokenizer is slow, or a stop id is not in its vocabulary.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.arrangement = Arrangement(tokenizer)
+        self.backend = backend_of(tokenizer)
+        self.added = {index: str(token.content) for index, token in self.backend.get_added_tokens_decoder().items()}
+        self.stops: dict[str, int] = {}
+        for index in stop_token_ids:
+            text = self.backend.id_to_token(index)
+            if text is None:
+                raise DataError(fault("tokenizer", "stop_token_ids", index, "ids of the tokenizer's vocabulary"))
+            self.stops[self.added.get(index, text)] = index
+        if not self.stops:
+            raise DataError(fault("tokenizer", "stop_token_ids", [], "at least one id", "Phi's are <|end|> and eos"))
+        self._stop_ids = frozenset(self.stops.values())
+        # Shorter numbers end too many answers to be told from them.
+        numbers = "|".join(str(index) for index in self._stop_ids if index >= 1000)
+        self._stop_number = re.compile(rf"(?<!\d)(?:{numbers or '(?!)'})\s*\Z")
+        self._stop_pattern = re.compile("|".join(map(re.escape, sorted(self.stops, key=len, reverse=True))))
+        self._control_pattern = re.compile("|".join(map(re.escape, sorted(self.added.values(), key=len, reverse=True))))
+        self._control_starts = {text[0] for text in self.added.values() if text}
+        self._is_added = np.zeros(max([self.backend.get_vocab_size(with_added_tokens=True) - 1, *self.added]) + 1, bool)
+        self._is_added[list(self.added)] = True
+        self._plans: dict[tuple[str, ...], _Plan | None] = {}
+        self._tails: dict[str, list[int]] = {}
+        self._opening: tuple[str, str] | None = None
+
+    def spelled(self, conversations: Sequence[Conversation]) -> Counter[str]:
+        """Control texts that are written out in messages: how many conversations have each.
+
+        The keys say what they are: `end TEXT` for the model's own stop token behind an answer, `own TEXT` for other
+        control tokens of its tokenizer, `foreign TEXT` for those of other models, which are letters to this one.
+        """
+        joined = "\n".join([message["content"] for each in conversations for message in each.messages])
+        own = [text for text in self.added.values() if text and text in joined]
+        foreign = [text for text in FOREIGN_CONTROLS if text in joined and text not in self.added.values()]
+        found: Counter[str] = Counter()
+        for conversation in conversations if own or foreign else ():
+            contents = [message["content"] for message in conversation.messages]
+            ends = {
+                stop
+                for message in conversation.messages
+                for stop in self.stops
+                if message["role"] == "assistant" and message["content"].rstrip().endswith(stop)
+            }
+            found.update(f"end {text}" for text in ends)
+            found.update(f"own {text}" for text in own if text not in ends and any(text in each for each in contents))
+            found.update(f"foreign {text}" for text in foreign if any(text in each for each in contents))
+        return found
+
+    def ends_in_stop_number(self, conversation: Conversation) -> bool:
+        """Whether the last turn ends in the number of a stop token, as when `eos_token_id` was put for `eos_token`."""
+        return self._stop_number.search(conversation.messages[-1]["content"][-32:]) is not None
+
+    # ------------------------------------------------------------------------------------------------ rendering
+
+    def render(self, messages: list[Message], *, tools: list[Any] | None = None, generation: bool = False) -> str:
+        """The text of the chat template.
+
+        Raises:
+            Fault: the template refuses these messages.
+            TemplateFault: there is no template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise TemplateFault(
+                fault(
+                    "tokenizer",
+                    "chat_template",
+                    None,
+                    "a chat template for records with turns",
+                    "Use an instruct model, or records with the field text",
+                )
+            )
+        try:
+            text = self.arrangement.render(messages, tools=tools, generation=generation)
+        except TEMPLATE_ERRORS as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise Fault("roles", roles, f"turns that the chat template renders, but it says: {error}") from error
+        return text
+
+    def _prove(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, list[_Turn]]:
+        """Render a conversation and find each assistant turn in it, as the beginning of this module says."""
+        text = self.render(messages, tools=tools)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        headers: dict[Any, tuple[str, ...]] = {}
+        turns: list[_Turn] = []
+        after = first = 0  # the end of the answer before, and the message behind it
+        stop_is_proved = True
+        for number, index in enumerate(answers, start=1):
+            message, between = messages[index], messages[first:index]
+            key = (first == 0, tuple([(each["role"], len(each)) for each in between]))
+            start = _behind(text, after, headers[key], between) if key in headers else None
+            exact = number & (number - 1) == 0 or index == answers[-1]
+            if start is None and not stop_is_proved:
+                after = self._stop_end(text, messages, turns, tools)
+            if index == 0:
+                start = self._opening_length(text, message["content"])
+            elif start is None or exact:
+                start = self._answer_start(text, messages, index, tools)
+                if key not in headers:
+                    headers[key] = self._header(text[:after], messages, first, index, tools)
+            end = _content_end(text, start, message, index)
+            stop = self._stop_pattern.search(text, end)
+            turns.append(_Turn(index, start, end, stop.start() if stop else end))
+            stop_is_proved = exact or stop is None
+            after = self._stop_end(text, messages, turns, tools) if stop_is_proved or stop is None else stop.end()
+            self._check_answer(text, turns[-1], message)
+            first = index + 1
+        self._check_shown(text, after, messages, first, tools)
+        return text, turns
+
+    def _answer_start(self, text: str, messages: list[Message], index: int, tools: list[Any] | None) -> int:
+        """Where an answer begins: behind what stands before it, rendered alone."""
+        prefix = self.render(messages[:index], tools=tools, generation=True)
+        if not text.startswith(prefix):
+            raise TemplateFault(_inconsistent(text, prefix, index))
+        return len(prefix)
+
+    def _header(
+        self, before: str, messages: list[Message], first: int, index: int, tools: list[Any] | None
+    ) -> tuple[str, ...]:
+        """The text around the contents of the turns between two answers, the second one's header included."""
+        marks = [f"zq{place}qz" for place in range(first, index)]
+        marked = [{**each, "content": mark} for each, mark in zip(messages[first:index], marks, strict=True)]
+        rest = self.render([*messages[:first], *marked], tools=tools, generation=True)
+        rest = rest[len(before) :] if rest.startswith(before) else rest
+        pieces: list[str] = []
+        for message, mark in zip(messages[first:index], marks, strict=True):
+            piece, found, behind = rest.partition(mark)
+            if not found and message["content"].strip():
+                raise _left_out(messages, first + len(pieces))
+            pieces.append(piece if found else "")
+            rest = behind if found else rest
+        return (*pieces, rest)
+
+    def _stop_end(self, text: str, messages: list[Message], turns: list[_Turn], tools: list[Any] | None) -> int:
+        """Prove the stop token of the last turn found: it stands there before anything follows. Gives its end."""
+        turn = turns[-1]
+        upto = text
+        if turn.message + 1 < len(messages):
+            upto = self.render(messages[: turn.message + 1], tools=tools)
+        limit = _common_length(text, upto, turn.end)
+        stop = self._stop_pattern.search(text, turn.end, limit)
+        if stop is None:
+            raise TemplateFault(
+                fault(
+                    "tokenizer",
+                    "chat_template",
+                    text[turn.end : max(limit, turn.end + 20)],
+                    f"a stop token ({', '.join(self.stops)}) behind the answer of turn {turn.message}",
+                    "A model trained this way never learns to stop: use the template of the model, or add the "
+                    "token that its template writes there to the stop tokens",
+                )
+            )
+        turns[-1] = _Turn(turn.message, turn.start, turn.end, stop.start())
+        return stop.end()
+
+    def _check_answer(self, text: str, turn: _Turn, message: Message) -> None:
+        """Refuse an answer of which the template shows nothing, or not its tool calls."""
+        shown = text[turn.start : turn.stop]
+        calls = message.get("tool_calls")
+        lost = [name for name in function_names(calls or ()) if name not in shown]
+        if lost or not shown.strip():
+            raise Fault(
+                f"turn {turn.message}",
+                f"tool_calls of {', '.join(lost)}" if lost else message["content"],
+                "an answer that the chat template shows",
+                "This model's template leaves tool calls out, so an answer without them would be learned: write the "
+                "calls into the content, use a model whose template shows them, or remove the record",
+            )
+
+    def _check_shown(self, text: str, after: int, messages: list[Message], first: int, tools: list[Any] | None) -> None:
+        """Refuse turns behind the last answer that the template leaves out."""
+        for index in range(first, len(messages)):
+            content = messages[index]["content"].strip()
+            if not content or content in text[after:]:
+                continue
+            mark = f"zq{index}qz"
+            marked = [*messages[:index], {**messages[index], "content": mark}, *messages[index + 1 :]]
+            if mark not in self.render(marked, tools=tools):
+                raise _left_out(messages, index)
+
+    def _opening_length(self, text: str, content: str) -> int:
+        """Where the content of an assistant turn begins that nothing precedes: templates render no empty list."""
+        if self._opening is None:
+            probe = [{"role": "user", "content": "zq0qz"}]
+            self._opening = (self.render(probe, generation=True), str(self.tokenizer.bos_token or ""))
+        prompt, bos = self._opening
+        start = text.find(content.strip())
+        before = text[: max(start, 0)]
+        before = before.removeprefix(bos) if bos else before
+        if start < 0 or not prompt.endswith(before):
+            raise TemplateFault(_inconsistent(text, prompt, 0))
+        return start
+
+    def _plan(self, roles: tuple[str, ...]) -> _Plan | None:
+        """The literal pieces for a sequence of roles; None when this template does more than joining."""
+        if roles in self._plans:
+            return self._plans[roles]
+        marks = [f"zq{index}qz" for index in range(len(roles))]
+        plan: _Plan | None = None
+        try:
+            text, turns = self._prove(
+                [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            )
+        except (Fault, TemplateFault):
+            turns, text = [], ""
+        if _MARK.findall(text) == marks:  # each content once, in its order
+            plan = self._plan_of(text, turns, _MARK.split(text), marks)
+        if len(self._plans) < _PLANS_KEPT:
+            self._plans[roles] = plan
+        return plan
+
+    def _plan_of(self, text: str, turns: list[_Turn], pieces: list[str], marks: list[str]) -> _Plan | None:
+        places = np.cumsum([len(piece) for piece in pieces[:-1]])
+        places[1:] += np.cumsum([len(mark) for mark in marks[:-1]])
+        if any(turn.start != places[turn.message] for turn in turns):
+            return None
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        listed = encoding.ids  # made anew each time it is asked for
+        ids = np.array(listed, np.int32)
+        controls = np.flatnonzero(self._is_added[ids])
+        order = {int(place): number for number, place in enumerate(controls)}
+        brackets: list[tuple[int, int]] = []
+        for turn in turns:
+            first, after = self._token_span(encoding, listed, turn)
+            if first - 1 in order and after - 1 in order:
+                brackets.append((order[first - 1], order[after - 1]))
+        return _Plan(
+            tuple(pieces),
+            tuple(turn.message for turn in turns),
+            tuple(turn.stop - turn.end for turn in turns),
+            ids[controls],
+            tuple(brackets) if len(brackets) == len(turns) else (),
+        )
+
+    # ---------------------------------------------------------------------------------------------- system turns
+
+    def adapt(self, conversation: Conversation) -> tuple[Conversation, bool]:
+        """What of a conversation the template can render, and whether a system turn had to be folded."""
+        if conversation.tools is None and all(message["role"] != "system" for message in conversation.messages):
+            return conversation, False
+        found = self.arrangement.arranged(conversation.messages, conversation.tools)
+        untrained = frozenset(place for place, before in enumerate(found.places) if before in conversation.untrained)
+        return replace(conversation, messages=found.messages, tools=found.tools, untrained=untrained), found.folded
+
+    # ------------------------------------------------------------------------------------------------- encoding
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | Fault]:
+        """Tokenise conversations; one that cannot be used gives its fault in its place.
+
+        Raises:
+            TemplateFault: the template is inconsistent, or its turns end in no stop token.
+        """
+        results: list[Encoded | Fault | None] = [None] * len(conversations)
+        chats: list[_Chat] = []
+        texts: list[int] = []
+        for index, conversation in enumerate(conversations):
+            if conversation.is_text:
+                texts.append(index)
+                continue
+            try:
+                chats.append(_Chat(index, *self.adapt(conversation), given=conversation))
+            except Fault as error:
+                results[index] = error
+        if texts:
+            self._encode_texts([conversations[index] for index in texts], texts, results)
+        if chats:
+            self._encode_chats(chats, results)
+        return [result for result in results if result is not None]
+
+    def _encode_texts(
+        self, conversations: list[Conversation], places: list[int], results: list[Encoded | Fault | None]
+    ) -> None:
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
+        contents = [conversation.messages[0]["content"] for conversation in conversations]
+        encodings = self.backend.encode_batch(contents, add_special_tokens=True)
+        for place, conversation, content, encoding in zip(places, conversations, contents, encodings, strict=True):
+            ids: list[int] = encoding.ids
+            if bos and content.startswith(bos):  # it stands there already
+                ids = self.backend.encode(content, add_special_tokens=False).ids
+            if eos is not None and (not ids or ids[-1] != eos):
+                ids.append(eos)
+            results[place] = Encoded(np.array(ids, np.int32), [(0, len(ids))], conversation)
+
+    def _encode_chats(self, chats: list[_Chat], results: list[Encoded | Fault | None]) -> None:
+        rendered = self._render_all(chats, results)
+        direct: list[tuple[_Chat, str, _Plan]] = []
+        others: list[tuple[_Chat, str]] = []
+        for chat, text in zip(chats, rendered, strict=True):
+            if text is None:
+                continue
+            lost = tools_left_out(text, chat.given)
+            if lost is not None:
+                results[chat.place] = lost
+                continue
+            plan = self._plan_for(chat.conversation, text)
+            if plan is not None and plan.brackets:
+                direct.append((chat, text, plan))
+            else:
+                others.append((chat, text))
+        others += self._encode_by_brackets(direct, results)
+        self._encode_by_offsets(others, results)
+        for chat, text in zip(chats, rendered, strict=True):
+            result = results[chat.place]
+            if isinstance(result, Encoded) and text is not None and not chat.given.is_plain:
+                result.unshown = _unshown(text, chat.given)
+
+    def _encode_by_brackets(
+        self, chats: list[tuple[_Chat, str, _Plan]], results: list[Encoded | Fault | None]
+    ) -> list[tuple[_Chat, str]]:
+        """Tokenise conversations whose added tokens say where the answers are; gives back those with others in them."""
+        lists = [
+            each.ids for each in self.backend.encode_batch_fast([chat[1] for chat in chats], add_special_tokens=False)
+        ]
+        ends = np.cumsum([0, *map(len, lists)])
+        flat = np.fromiter(chain.from_iterable(lists), np.int32, int(ends[-1]))
+        added = np.flatnonzero(self._is_added[flat])
+        added_ids = flat[added]
+        bounds = np.searchsorted(added, ends).tolist()
+        starts = ends.tolist()
+        left: list[tuple[_Chat, str]] = []
+        for number, (chat, text, plan) in enumerate(chats):
+            begin, end = bounds[number], bounds[number + 1]
+            if end - begin != len(plan.controls) or (added_ids[begin:end] != plan.controls).any():
+                left.append((chat, text))
+                continue
+            start = starts[number]
+            places = (added[begin:end] - start).tolist()
+            spans = [(places[before] + 1, places[stop] + 1) for before, stop in plan.brackets]
+            if chat.conversation.untrained:
+                spans = [
+                    span
+                    for span, answer in zip(spans, plan.answers, strict=True)
+                    if answer not in chat.conversation.untrained
+                ]
+            ids = flat[start : starts[number + 1]]
+            results[chat.place] = Encoded(ids, spans, chat.conversation, folded_system=chat.folded)
+        return left
+
+    def _encode_by_offsets(self, chats: list[tuple[_Chat, str]], results: list[Encoded | Fault | None]) -> None:
+        located: list[tuple[_Chat, str, list[_Turn]]] = []
+        for chat, text in chats:
+            try:
+                located.append((chat, *self._locate(chat.conversation, text)))
+            except Fault as error:
+                results[chat.place] = error
+        encodings = self.backend.encode_batch([each[1] for each in located], add_special_tokens=False)
+        for (chat, text, turns), encoding in zip(located, encodings, strict=True):
+            ids: list[int] = encoding.ids
+            spans: list[tuple[int, int]] = []
+            mismatch = False
+            for turn in turns:
+                first, after = self._token_span(encoding, ids, turn)
+                mismatch = mismatch or self._moves_boundary(encoding, ids, text, turn.start, first)
+                if turn.message not in chat.conversation.untrained:
+                    spans.append((first, after))
+            control = any(self._has_control(message["content"]) for message in chat.conversation.messages)
+            results[chat.place] = Encoded(
+                np.array(ids, np.int32), spans, chat.conversation, mismatch, chat.folded, control
+            )
+
+    def _render_all(self, chats: list[_Chat], results: list[Encoded | Fault | None]) -> list[str | None]:
+        if self.tokenizer.chat_template is not None and all(chat.conversation.tools is None for chat in chats):
+            try:
+                return list(
+                    self.tokenizer.apply_chat_template([chat.conversation.messages for chat in chats], tokenize=False)
+                )
+            except TEMPLATE_ERRORS:
+                pass  # one of them cannot be rendered: find it
+        rendered: list[str | None] = []
+        for chat in chats:
+            try:
+                rendered.append(self.render(chat.conversation.messages, tools=chat.conversation.tools))
+            except Fault as error:
+                results[chat.place] = error
+                rendered.append(None)
+        return rendered
+
+    def _plan_for(self, conversation: Conversation, text: str) -> _Plan | None:
+        """The plan of a conversation's roles, if it says this rendering."""
+        if not conversation.is_plain:
+            return None
+        plan = self._plan(tuple([message["role"] for message in conversation.messages]))
+        if plan is None or plan.joined([message["content"] for message in conversation.messages]) != text:
+            return None
+        return plan
+
+    def _locate(self, conversation: Conversation, text: str) -> tuple[str, list[_Turn]]:
+        """The assistant turns of a rendering: by the plan of its roles if it applies, else by the full proof."""
+        plan = self._plan_for(conversation, text)
+        if plan is None:
+            return self._prove(conversation.messages, conversation.tools)
+        turns: list[_Turn] = []
+        position = 0
+        for index, message in enumerate(conversation.messages):
+            position += len(plan.pieces[index])
+            end = position + len(message["content"])
+            if index in plan.answers:
+                turns.append(_Turn(index, position, end, end + plan.stops[len(turns)]))
+            position = end
+        return text, turns
+
+    def _token_span(self, encoding: Any, ids: list[int], turn: _Turn) -> tuple[int, int]:
+        """Token range of a turn: from the first token that begins in its content to its stop token, inclusive."""
+        first = _first_token_from(encoding, turn.start)
+        stop = encoding.char_to_token(turn.stop)
+        if stop is None or ids[stop] not in self._stop_ids or stop < first:
+            raise TemplateFault(
+                fault(
+                    "tokenizer",
+                    "stop token",
+                    encoding.tokens[stop] if stop is not None else None,
+                    f"one of {', '.join(self.stops)} as one token behind the answer",
+                    "The tokenizer does not know this stop token as a token of its own: use the tokenizer of the model",
+                )
+            )
+        return first, stop + 1
+
+    def _moves_boundary(self, encoding: Any, ids: list[int], text: str, start: int, first: int) -> bool:
+        """Whether the prompt tokenised alone is no prefix of these tokens.
+
+        Added tokens cut a text before anything else looks at it, so only what follows the last of them can differ:
+        nothing when the prompt ends in one (it may swallow the spaces behind), else a tail that repeats and is
+        tokenised once.
+        """
+        place = first - 1
+        while place >= 0 and ids[place] not in self.added:
+            place -= 1
+        if place >= 0 and place == first - 1:
+            return False
+        tail_start = (encoding.token_to_chars(place) or (0, 0))[0] if place >= 0 else 0
+        tail = text[tail_start:start]
+        alone = self._tails.get(tail)
+        if alone is None:
+            alone = self.backend.encode(tail, add_special_tokens=False).ids
+            if len(self._tails) < _PLANS_KEPT:
+                self._tails[tail] = alone
+        begin = max(place, 0)
+        return bool(ids[begin:first] != alone)
+
+    def _has_control(self, content: str) -> bool:
+        return any(each in content for each in self._control_starts) and bool(self._control_pattern.search(content))
+
+
+def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: list[Any] | None = None,
+    stop_token_ids: Sequence[int],
+) -> Encoded:
+    """Tokens and labels of one conversation.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        messages: role and content, and what else the template reads.
+        tools: tool descriptions for the template.
+        stop_token_ids: any of these ends an assistant turn.
+
+    Returns:
+        The tokens of the complete rendering; labels on each assistant turn with its stop token.
+
+    Raises:
+        DataError: the template cannot render this, or cannot be trained with.
+    """
+    encoder = Encoder(tokenizer, stop_token_ids)
+    turns, brought = split_tools(messages)
+    result = encoder.encode([Conversation(turns, tools if tools is not None else brought)])[0]
+    if isinstance(result, Fault):
+        raise DataError(result.at("conversation"))
+    return result
+
+
+def backend_of(tokenizer: Tokenizer) -> Any:
+    """A copy-safe `tokenizers.Tokenizer` without padding and truncation.
+
+    Raises:
+        DataError: the tokenizer is not backed by the tokenizers library, so it knows no offsets.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not getattr(tokenizer, "is_fast", True):
+        name = type(tokenizer).__name__
+        raise DataError(
+            fault("tokenizer", "class", name, "a fast tokenizer (one with a tokenizer.json)", "Load it with use_fast")
+        )
+    if backend.truncation is not None or backend.padding is not None:
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
+def preview(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """A row as the model sees it: the text of each token, and whether it has loss.
+
+    Args:
+        tokenizer: the tokenizer that made the row.
+        row: `input_ids` and `labels`.
+
+    Returns:
+        One pair a token. The texts joined are the decoded row; a character of several tokens stands with the last
+        of them, the others have empty text.
+    """
+    ids = [int(index) for index in row["input_ids"]]
+    is_label = [int(label) != IGNORED for label in row["labels"]]
+
+    def decode(part: list[int]) -> str:
+        text: str = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    texts = [""] * len(ids)
+    # Decoding a window that begins a little earlier keeps the spaces that depend on neighbours.
+    begin = settled = 0
+    for index in range(len(ids)):
+        before, text = decode(ids[begin:settled]), decode(ids[begin : index + 1])
+        if len(text) > len(before) and not text.endswith("�"):
+            texts[index] = text[len(before) :]
+            begin, settled = settled, index + 1
+    whole = decode(ids)
+    if "".join(texts) != whole:
+        texts = _texts_by_prefix(decode, ids, whole)
+    return list(zip(texts, is_label, strict=True))
+
+
+def _texts_by_prefix(decode: Any, ids: list[int], whole: str) -> list[str]:
+    """The slow, always right way: the part of the decoded row that each longer beginning of it settles."""
+    texts: list[str] = []
+    done = 0
+    for index in range(len(ids)):
+        part = decode(ids[: index + 1])
+        length = len(whole) if index + 1 == len(ids) else _common_length(whole, part, 0)
+        texts.append(whole[done : max(done, length)])
+        done = max(done, length)
+    return texts
+
+
+def prompts_and_references(conversation: Sequence[Message]) -> tuple[list[Message], str]:
+    """Split a conversation for generation: all before the last assistant turn, and that turn's content.
+
+    Raises:
+        DataError: there is no assistant turn, or nothing before it.
+    """
+    for index in range(len(conversation) - 1, 0, -1):
+        if conversation[index]["role"] == "assistant":
+            return [dict(message) for message in conversation[:index]], str(conversation[index]["content"])
+    roles = ", ".join(message["role"] for message in conversation)
+    raise DataError(fault("conversation", "roles", roles, "an assistant turn with something before it"))
+
+
+# ------------------------------------------------------------------------------------------------------ parts
+
+
+def _first_token_from(encoding: Any, start: int) -> int:
+    """The first token that begins at or behind a character.
+
+    `char_to_token` searches in native code; the neighbours settle what it leaves open: a token that covers the
+    character but begins before it, several tokens of one character, tokens without width.
+    """
+    count = len(encoding)
+    place = encoding.char_to_token(start)
+    if place is None:  # this character is in no token (trimmed by the tokenizer)
+        place = 0
+        while place < count and (encoding.token_to_chars(place) or (0, 0))[0] < start:
+            place += 1
+        return place
+    while place < count and (encoding.token_to_chars(place) or (0, 0))[0] < start:
+        place += 1
+    while place > 0 and (encoding.token_to_chars(place - 1) or (-1, -1))[0] >= start:
+        place -= 1
+    return int(place)
+
+
+def _behind(text: str, position: int, pieces: tuple[str, ...], messages: list[Message]) -> int | None:
+    """Where the text goes on behind these pieces with the contents between them; None where it says something else."""
+    if not text.startswith(pieces[0], position):
+        return None
+    position += len(pieces[0])
+    for message, piece in zip(messages, pieces[1:], strict=True):
+        content = message["content"]
+        for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if text.startswith(form, position) and text.startswith(piece, position + len(form)):
+                position += len(form) + len(piece)
+                break
+        else:
+            return None
+    return position
+
+
+def _left_out(messages: list[Message], index: int) -> Fault:
+    role = messages[index]["role"]
+    return Fault(
+        f"turn {index}",
+        messages[index]["content"],
+        f"a turn that the chat template shows, but it leaves out what the role {role} says",
+        "Use a model whose template knows this role, write the turn as one of the user, or remove the record",
+    )
+
+
+def tools_left_out(text: str, conversation: Conversation) -> Fault | None:
+    """Return the fault of a rendering that shows not all of the conversation's tool descriptions."""
+    messages = () if conversation.is_plain else conversation.messages
+    lost = tools_not_shown(text, messages, conversation.tools)
+    return Fault("tools", ", ".join(lost), *TOOLS_LEFT_OUT) if lost else None
+
+
+def _unshown(text: str, conversation: Conversation) -> tuple[str, ...]:
+    values = {
+        key: [message[key].strip() for message in conversation.messages if isinstance(message.get(key), str)]
+        for key in _READ_KEYS
+    }
+    return tuple(f"{key} of turns" for key, each in values.items() if any(value not in text for value in each))
+
+
+def _content_end(text: str, start: int, message: Message, index: int) -> int:
+    content = message["content"]
+    for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+        if form and text.startswith(form, start):
+            return start + len(form)
+    if message.get("tool_calls") or message.get("reasoning_content") or message.get("thinking"):
+        # The template arranges these its own way; the answer ends at the first stop token.
+        found = text.find(content.strip(), start) if content.strip() else start
+        return found + len(content.strip()) if found >= 0 else start
+    raise Fault(
+        f"turn {index}",
+        text[start : start + 60],
+        "the content of this turn right behind the generation prompt",
+        "The chat template rewrites this answer: remove what it treats in a special way (such as <think> parts), or "
+        "use a template that keeps every answer",
+    )
+
+
+def _common_length(text: str, other: str, start: int) -> int:
+    """Length of the common beginning of two texts that agree up to `start`."""
+    if text.startswith(other):
+        return len(other)
+    length = start
+    for first, second in zip(text[start:], other[start:], strict=False):
+        if first != second:
+            break
+        length += 1
+    return length
+
+
+def _inconsistent(text: str, prefix: str, index: int) -> str:
+    at = _common_length(text, prefix, 0)
+    return fault(
+        "tokenizer",
+        "chat_template",
+        f"{text[max(0, at - 20) : at + 20]} / {prefix[max(0, at - 20) : at + 20]}",
+        f"the turns before turn {index}, rendered with the generation prompt, as the beginning of the conversation",
+        "This template renders a turn differently once others follow, so its answers cannot be told from the prompt: "
+        "use a template that renders each turn the same wherever it stands",
+    )

@@ -1,0 +1,537 @@
+"""`philora evaluate`: whether a trained adapter is better than its base, on rows that it was not trained on.
+
+    run or adapter -> the held-out rows that the run kept, less those that stand in the training set
+                   -> the base, then the adapter: loss row by row, answers, and what a forgetting check asks
+                   -> figures with intervals, wins, ties and losses -> results.json, examples.jsonl
+
+Both models see the same rows and prompts. Every figure that is shown can be traced to the line of `examples.jsonl` that
+it comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import philora
+from philora.configuration.config import DataConfig, SourceConfig
+from philora.dataset import prompts_and_references
+from philora.dataset.held_out import HeldOut, held_out, read_held_out, vocabulary_digest
+from philora.errors import ConfigError, DataError, RunError, fault, one_per_line
+from philora.evaluation import measures
+from philora.evaluation.measures import JUDGE, LOSS, PERPLEXITY, Measure, Paired, of_means, paired
+from philora.evaluation.scores import Evaluation, compare, score_rows
+from philora.evaluation.scores import evaluate as evaluate_model
+from philora.files.checkpoint import new_folder, write_json, write_text
+from philora.generation.batches import Answer, GenerationSettings, generate
+from philora.generation.inference import Loaded, load
+from philora.models import loading as models
+from philora.models.run_folder import HELD_OUT_NAME, TrainedRun, recorded_eval_rows
+
+logger = logging.getLogger("philora.evaluate")
+
+ANSWERS = 200
+"""Conversations that get an answer where nothing says how many."""
+
+NAMED = 10
+"""Training rows that a notice names."""
+
+FORGETTING_TOKENS = 64
+"""Longest answer to a prompt of the forgetting check."""
+
+FORGETTING_CORRECT = Measure("forgetting_correct", "General prompts, correct", True, True, measures.mean)
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What an evaluation found.
+
+    Attributes:
+        folder: Where `results.json` and `examples.jsonl` are.
+        results: The content of `results.json`.
+        figures: Of the held-out rows, the base beside the adapter.
+        forgetting: Of the general prompts and texts; empty where they were left out.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    figures: list[Paired]
+    forgetting: list[Paired]
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    data: str | Path | None = None,
+    base: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+    answers: int | None = None,
+    limit: int | None = None,
+    metrics: Sequence[str] | None = None,
+    judge: str | None = None,
+    forgetting: bool = True,
+    keep_training_rows: bool = False,
+    out: str | Path | None = None,
+    command: str = "",
+) -> Assessment:
+    """Evaluate an adapter beside its base.
+
+    Args:
+        source: A run folder, a checkpoint, an adapter folder or a hub id.
+        data: Rows to judge by; default: those that the run held out.
+        base: Base model; default: the one of the run or the adapter.
+        generation: Fields of `GenerationSettings`; what is left out is greedy, with the run's limits.
+        answers: Conversations that get an answer, the first ones; default: as in the run, else `ANSWERS`; 0 for none.
+        limit: Rows to read at most, the first ones.
+        metrics: Of `rouge`, `bleu` and `chrf`; default: those whose package is installed.
+        judge: Command that scores answers, see `judged`.
+        forgetting: Score the bundled general prompts and texts as well.
+        keep_training_rows: Score rows that stand in the training set too; default: they are left out and named.
+        out: Folder for the results; default: `evaluation` in the run folder, of a checkpoint
+            `evaluation-checkpoint-N`.
+        command: What the results name as the command.
+
+    Raises:
+        AdapterError, ModelError: There is no adapter, or its base cannot be loaded.
+        DataError: There is no row to judge by, the data differs from the run's, or records cannot be used.
+        ConfigError: A measure is unknown or its package missing, or `out` is missing or not a folder to write to.
+        RunError: The judge failed.
+    """
+    started = time.monotonic()
+    if judge is not None:
+        _check_judge(judge)
+    names, missing = measures.choose(metrics)
+    for name in missing:
+        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
+    loaded = load(source, base=base)
+    folder = _folder(loaded, out)
+    settings = _settings(loaded, generation or {})
+    found = held_out_of(loaded, data)
+    kept = rows_to_score(found, limit, keep_training_rows)
+    if answers is None:
+        answers = loaded.run.evaluation.generate if loaded.run is not None else ANSWERS
+    answerable = set(found.answerable)
+    asked = [row for row in kept if row in answerable][:answers]
+    rows = found.rows.select(kept)
+    conversations = [prompts_and_references(found.conversations[row]) for row in asked]
+    logger.info("evaluating %d rows, %d answers", len(kept), len(conversations))
+    evaluations, general = [], []
+    for model_name in ("base", "adapter"):
+        with loaded.model.disable_adapter() if model_name == "base" else contextlib.nullcontext():
+            each = evaluate_model(
+                loaded.model,
+                loaded.tokenizer,
+                rows,
+                conversations,
+                settings,
+                pad_token_id=cast(int, loaded.tokenizer.pad_token_id),
+            )
+            logger.info("%s: loss %.4f, %.0f s", model_name, each.scores.loss, each.seconds)
+            evaluations.append(each)
+            general.append(_general(loaded) if forgetting else None)
+    before, after = evaluations
+    examples = _examples(found, kept, asked, before, after)
+    figures = compare(before, after) + _overlap(names, before, after, examples)
+    if judge is not None and after.samples:
+        figures.append(_judged(judge, examples))
+    kept_knowledge = _forgetting(general[0], general[1]) if general[0] and general[1] else []
+    results = {
+        "philora": philora.__version__,
+        "versions": _versions(),
+        "command": command,
+        "source": str(source),
+        "adapter": _adapter_in_run(loaded),
+        "base": loaded.base,
+        "data": str(data) if data is not None else "held out by the run",
+        "rows": len(kept),
+        "training_rows_left_out": 0 if keep_training_rows else len(found.in_training or ()),
+        "training_rows_known": found.in_training is not None,
+        "answers": len(after.samples),
+        "too_long": after.too_long,
+        "settings": dataclasses.asdict(settings),
+        "before": before.scores.to_dict(),
+        "after": after.scores.to_dict(),
+        "comparison": [each.to_dict() for each in figures],
+        "forgetting": [each.to_dict() for each in kept_knowledge],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    lines = "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in examples)
+    with new_folder(folder) as temporary:
+        write_json(temporary / "results.json", results)
+        write_text(temporary / "examples.jsonl", lines)
+    return Assessment(folder, json.loads((folder / "results.json").read_text("utf-8")), figures, kept_knowledge)
+
+
+# -- what is evaluated
+
+
+def _folder(loaded: Loaded, out: str | Path | None) -> Path:
+    """Where the results go; known before anything is computed."""
+    if out is None and loaded.run is None:
+        expected = "a folder for the results, since the adapter is in no run folder"
+        raise ConfigError(fault("evaluate", "out", None, expected, "Give --out DIR"))
+    folder = Path(out).expanduser() if out is not None else _own_folder(loaded)
+    if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+        expected = "a new or empty folder, or one with an earlier evaluation"
+        raise ConfigError(fault("evaluate", "out", str(folder), expected, "Give another --out"))
+    return folder
+
+
+def _own_folder(loaded: Loaded) -> Path:
+    """Where an evaluation of a run stays: that of its adapter by itself, since the report shows it as the run's."""
+    name = loaded.source.path.absolute().name
+    return cast(TrainedRun, loaded.run).folder / ("evaluation" if name == "adapter" else f"evaluation-{name}")
+
+
+def _adapter_in_run(loaded: Loaded) -> str | None:
+    """Which adapter of the run was evaluated, as a path in its folder; None for an adapter of no run."""
+    if loaded.run is None:
+        return None
+    return loaded.source.path.absolute().relative_to(loaded.run.folder.absolute()).as_posix()
+
+
+def _is_ours(folder: Path) -> bool:
+    names = {each.name for each in folder.iterdir()}
+    return not names or names == {"results.json", "examples.jsonl"}
+
+
+def _settings(loaded: Loaded, given: Mapping[str, Any]) -> GenerationSettings:
+    own: dict[str, Any] = {}
+    if loaded.run is not None:
+        limits = loaded.run.evaluation
+        own = {"max_new_tokens": limits.max_new_tokens, "batch_size": limits.batch_size}
+    return GenerationSettings(**(own | dict(given)))
+
+
+def held_out_of(loaded: Loaded, data: str | Path | None) -> HeldOut:
+    """Return the rows to judge by: those of a file, else those that the run kept, else its data's, found by the seed.
+
+    Raises:
+        DataError: There are none, the run's data is gone or has changed, or a source cannot be used.
+        ConfigError: A part of the run's configuration that is needed has a value that it cannot have.
+    """
+    run = loaded.run
+    if run is None and data is None:
+        expected = "rows to judge by: an adapter that is in no run folder held none out"
+        raise DataError(fault("evaluate", "data", None, expected, "Give --data FILE"))
+    found = _kept_rows(loaded) if data is None else None
+    if found is None:
+        found = _rows_of_sources(loaded, data)
+    if found.in_training is None:
+        logger.warning("whether these rows stand in the training set is not known")
+    return found
+
+
+def _kept_rows(loaded: Loaded) -> HeldOut | None:
+    """The rows of the run's `held_out.jsonl`; None, with a notice, where they have to be taken from the data again."""
+    run = cast(TrainedRun, loaded.run)
+    file, recorded = run.folder / HELD_OUT_NAME, run.record.get("held_out")
+    if not file.is_file():
+        if run.holds_out:
+            logger.warning("%s keeps no %s: its rows are taken from its data again", run.folder, HELD_OUT_NAME)
+        return None
+    vocabulary = recorded.get("vocabulary") if isinstance(recorded, Mapping) else None
+    if vocabulary is not None and vocabulary != vocabulary_digest(loaded.tokenizer):
+        logger.warning("%s is of another tokenizer than this base's: its rows are taken from the data again", file)
+        return None
+    return read_held_out(file, loaded.tokenizer, _recorded_fingerprint(run.folder))
+
+
+def _rows_of_sources(loaded: Loaded, data: str | Path | None) -> HeldOut:
+    """The rows of a file, or those that the run held out of its data, read and tokenised now."""
+    other = SourceConfig(path=str(data)) if data is not None else None
+    base = loaded.model.get_base_model()
+    stops = models.stop_token_ids(loaded.tokenizer, getattr(base.generation_config, "eos_token_id", None))
+    run, plain = loaded.run, DataConfig(train=(), eval=None)
+    if run is None:
+        window = int(getattr(base.config, "max_position_embeddings", 2**20))
+        return held_out(plain, loaded.tokenizer, max_length=window, seed=0, stop_token_ids=stops, other=other)
+    try:
+        of_the_run = run.data()
+    except ConfigError as error:
+        if other is None:
+            expected = f"{HELD_OUT_NAME} in the run folder, or the data that the run held its rows out of"
+            missing = fault("evaluate", "data", str(run.folder), expected, "Give rows: --data FILE")
+            raise DataError(one_per_line([missing, *(line.strip() for line in str(error).splitlines())])) from error
+        of_the_run = plain
+    found = held_out(
+        of_the_run,
+        loaded.tokenizer,
+        max_length=_longest_row(run, base.config),
+        seed=run.seed,
+        stop_token_ids=stops,
+        other=other,
+        recorded_rows=recorded_eval_rows(run.record),
+    )
+    recorded = _recorded_fingerprint(run.folder)
+    if other is None and None not in (recorded, found.fingerprint) and recorded != found.fingerprint:
+        expected = "the data that the run was trained with; it has changed, so the held-out rows are not known"
+        todo = "Restore the data, or give rows of your own: --data FILE"
+        raise DataError(fault("evaluate", "data", [each.path for each in of_the_run.train], expected, todo))
+    return found
+
+
+def _longest_row(run: TrainedRun, model_config: Any) -> int:
+    """Tokens of a row as in the run: what is configured, within the model's context and the tokenizer's limit."""
+    context = int(getattr(model_config, "max_position_embeddings", run.max_length or 2**20))
+    limit = min(context, run.tokenizer.model_max_length or context)
+    return min(run.max_length or limit, limit)
+
+
+def _recorded_fingerprint(run: Path) -> str | None:
+    """Of the data in `results.json`; a run that has not ended has none."""
+    try:
+        data = json.loads((run / "results.json").read_text(encoding="utf-8")).get("data", {})
+    except (OSError, ValueError):
+        return None
+    return data.get("fingerprint") if isinstance(data, dict) else None
+
+
+def rows_to_score(found: HeldOut, limit: int | None, keep_training_rows: bool) -> list[int]:
+    """Places of the rows that are scored; those of the training set are named."""
+    trained = set(found.in_training or ())
+    if trained:
+        named = [f"row {row + 1} ({_begins(found.conversations[row])})" for row in sorted(trained)[:NAMED]]
+        more = f" and {len(trained) - NAMED} more" if len(trained) > NAMED else ""
+        what = "are scored all the same" if keep_training_rows else "are left out"
+        logger.warning("rows that stand in the training set %s: %s%s", what, ", ".join(named), more)
+    kept = [row for row in range(len(found.rows)) if keep_training_rows or row not in trained][:limit]
+    if not kept:
+        expected = "at least one row that does not stand in the training set"
+        raise DataError(fault("evaluate", "rows", 0, expected, "Give other rows, or --keep-training-rows"))
+    return kept
+
+
+def _begins(conversation: Sequence[Mapping[str, Any]]) -> str:
+    text = " ".join(next((str(each["content"]) for each in conversation if each["role"] == "user"), "").split())
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
+
+
+def _examples(
+    found: HeldOut, kept: Sequence[int], asked: Sequence[int], before: Evaluation, after: Evaluation
+) -> list[dict[str, Any]]:
+    """One entry for each row: its loss by both models and, where it was asked, their answers."""
+    samples = {}
+    fitting = {_question(each): each for each in before.samples}, {_question(each): each for each in after.samples}
+    for row in asked:
+        key = repr(prompts_and_references(found.conversations[row]))
+        if key in fitting[0] and key in fitting[1]:
+            samples[row] = (fitting[0][key], fitting[1][key])
+    trained = set(found.in_training or ())
+    examples = []
+    for row, old, new in zip(kept, before.rows, after.rows, strict=True):
+        entry: dict[str, Any] = {"row": row + 1, "label_tokens": new.label_tokens}
+        if row in trained:
+            entry["in_training"] = True
+        if row in samples:
+            entry |= {"prompt": samples[row][0].prompt, "reference": samples[row][0].reference}
+        for name, sums, sample in zip(("base", "adapter"), (old, new), samples.get(row, (None, None)), strict=True):
+            count = sums.label_tokens
+            entry[name] = {
+                "loss": sums.loss / count if count and math.isfinite(sums.loss) else None,
+                "token_accuracy": sums.correct / count if count else None,
+            }
+            if sample is not None:
+                entry[name] |= {
+                    "answer": sample.answer,
+                    "exact_match": float(sample.matched),
+                    "tokens": sample.tokens,
+                    "stopped": sample.stopped,
+                }
+        examples.append(entry)
+    return examples
+
+
+def _question(sample: Any) -> str:
+    return repr((sample.prompt, sample.reference))
+
+
+def _overlap(
+    names: Sequence[str], before: Evaluation, after: Evaluation, examples: Sequence[dict[str, Any]]
+) -> list[Paired]:
+    """ROUGE, BLEU and chrF of both models' answers; each example gets its own figures."""
+    references = [each.reference for each in after.samples]
+    sides = [
+        measures.overlap(names, [sample.answer for sample in each.samples], references) for each in (before, after)
+    ]
+    answered = _by_question(examples)
+    for name, evaluation, side in zip(("base", "adapter"), (before, after), sides, strict=True):
+        for index, sample in enumerate(evaluation.samples):
+            for entry in answered[_question(sample)]:
+                entry[name] |= {each.field: round(each.figure(sums[index]), 4) for each, sums in side}
+    return [paired(measure, old, new) for (measure, old), (_, new) in zip(*sides, strict=True)]
+
+
+def _by_question(examples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Entries with an answer; equal questions stand in several rows."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in examples:
+        if "prompt" in entry:
+            found.setdefault(repr((entry["prompt"], entry["reference"])), []).append(entry)
+    return found
+
+
+# -- a judge of one's own
+
+
+def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Scores of answers by a command that a person has.
+
+    The command gets a line of JSON for each answer on standard input, with `id`, `prompt` (messages), `reference` and
+    `answer`, and writes a line of JSON with `id` and `score` for each on standard output, in any order; higher is
+    better. It is not told which model an answer is of.
+
+    Args:
+        command: Words as a shell would split them; no shell runs.
+        questions: With the four keys.
+
+    Raises:
+        ConfigError: There is no such command.
+        RunError: It failed, or did not score every answer once by a finite number.
+    """
+    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in questions)
+    try:
+        words = shlex.split(command)
+        done = subprocess.run(words, input=lines, capture_output=True, encoding="utf-8", check=False)
+    except (OSError, ValueError, IndexError) as error:
+        raise ConfigError(fault("evaluate", "judge", command, f"a command that can be started ({error})")) from error
+    if done.returncode:
+        expected = f"a command that ends with 0, not {done.returncode}"
+        raise RunError(fault("evaluate", "judge", command, expected, f"It says: {done.stderr.strip()[-300:]}"))
+    wanted = {str(each["id"]) for each in questions}
+    scores: dict[str, float] = {}
+    for number, line in enumerate(done.stdout.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            key, score = str(entry["id"]), float(entry["score"])
+        except (ValueError, KeyError, TypeError) as error:
+            expected = "JSON with an id and a score"
+            raise RunError(fault(f"judge's line {number}", "line", line[:80], expected)) from error
+        if key not in wanted or key in scores or not math.isfinite(score):
+            expected = "the id of an answer that has no score yet, and a finite number"
+            raise RunError(fault(f"judge's line {number}", "line", line[:80], expected))
+        scores[key] = score
+    if len(scores) < len(wanted):
+        expected = f"a score for each of {len(wanted)} answers"
+        raise RunError(fault("evaluate", "judge", len(scores), expected, f"Without one: {min(wanted - scores.keys())}"))
+    return scores
+
+
+def _check_judge(command: str) -> None:
+    """Refuse a judge that cannot be started, before the models answer."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    if not words or shutil.which(words[0]) is None:
+        raise ConfigError(fault("evaluate", "judge", command, "a command that can be started"))
+
+
+def _judged(command: str, examples: Sequence[dict[str, Any]]) -> Paired:
+    """The judge's scores of all answers, of both models in one mixed order; each example gets its own."""
+    questions, owners = [], []
+    for entry in examples:
+        for name in ("base", "adapter") if "prompt" in entry else ():
+            owners.append((entry, name))
+            questions.append(
+                {"prompt": entry["prompt"], "reference": entry["reference"], "answer": entry[name]["answer"]}
+            )
+    order = random.Random(measures.SEED).sample(range(len(questions)), len(questions))
+    scores = judged(command, [{"id": str(place), **questions[index]} for place, index in enumerate(order)])
+    for place, index in enumerate(order):
+        entry, name = owners[index]
+        entry[name]["judge"] = scores[str(place)]
+    answered = [entry for entry in examples if "prompt" in entry]
+    return paired(JUDGE, *(of_means([entry[name]["judge"] for entry in answered]) for name in ("base", "adapter")))
+
+
+# -- what may be forgotten
+
+
+@dataclass(frozen=True)
+class _General:
+    """What a model does with the bundled prompts and texts."""
+
+    losses: list[Any]
+    correct: list[float]
+    answers: list[Answer]
+
+
+def _bundled(name: str) -> list[dict[str, Any]]:
+    text = (resources.files("philora") / "evaluation" / "forgetting" / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def is_accepted(answer: str, accept: Sequence[str], case: bool = False) -> bool:
+    """Whether one of the accepted words stands in an answer, as a word of its own.
+
+    Example:
+        >>> is_accepted("It is Paris.", ["paris"]), is_accepted("100", ["0"])
+        (True, False)
+    """
+    flags = 0 if case else re.IGNORECASE
+    return any(re.search(rf"(?<!\w){re.escape(each)}(?!\w)", answer, flags) for each in accept)
+
+
+def _general(loaded: Loaded) -> _General:
+    """Loss on every token of the texts, and the answers to the prompts."""
+    tokenizer = loaded.tokenizer
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    rows = []
+    for entry in _bundled("texts.jsonl"):
+        ids = [*first, *tokenizer(entry["text"], add_special_tokens=False)["input_ids"]]
+        rows.append({"input_ids": ids, "labels": ids})
+    prompts = _bundled("prompts.jsonl")
+    losses = score_rows(loaded.model, rows, pad_token_id=cast(int, tokenizer.pad_token_id))
+    conversations = [[{"role": "user", "content": each["prompt"]}] for each in prompts]
+    answers = generate(loaded.model, tokenizer, conversations, GenerationSettings(max_new_tokens=FORGETTING_TOKENS))
+    correct = [
+        float(is_accepted(answer.text, each["accept"], bool(each.get("case"))))
+        for answer, each in zip(answers, prompts, strict=True)
+    ]
+    return _General(losses, correct, answers)
+
+
+def _forgetting(before: _General, after: _General) -> list[Paired]:
+    losses = [
+        of_means([row.loss for row in each.losses], [row.label_tokens for row in each.losses])
+        for each in (before, after)
+    ]
+    text_loss = dataclasses.replace(LOSS, field="forgetting_loss", title="Plain text, loss")
+    perplexity = dataclasses.replace(PERPLEXITY, field="forgetting_perplexity", title="Plain text, perplexity")
+    found = [paired(text_loss, *losses), paired(perplexity, *losses)]
+    found.append(paired(FORGETTING_CORRECT, of_means(before.correct), of_means(after.correct)))
+    worse = [each.title for each in found if each.verdict == "worse"]
+    if worse:
+        logger.warning("forgetting: with the adapter the model is worse at %s", ", ".join(worse))
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "peft", "rouge-score", "sacrebleu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+__all__ = ["Assessment", "evaluate", "is_accepted", "judged"]

@@ -1,0 +1,629 @@
+"""How good a model is on held-out data: loss, perplexity, token accuracy, and answers that equal the reference.
+
+`score` reads labels, `evaluate` also generates answers. Both see the model as it is: the base is evaluated by the same
+calls with its adapter disabled, on the same rows and prompts, so that the two stand beside each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from philora.evaluation.measures import (
+    EXACT_MATCH,
+    LOSS,
+    PERPLEXITY,
+    TOKEN_ACCURACY,
+    Measure,
+    Paired,
+    exp_or_inf,
+    of_means,
+    paired,
+)
+from philora.families import longrope_switch_tokens
+from philora.generation.batches import (
+    Answer,
+    GenerationSettings,
+    NotFiniteError,
+    device_of,
+    evaluating,
+    generate,
+    pad,
+    prompt_tokens,
+    window_tokens,
+)
+from philora.kernels.memory import give_back_freed_memory, out_of_memory
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of a token that has no part in the loss, as everywhere in PyTorch."""
+
+CHUNK_ELEMENTS = 2**25
+"""Logits at once in `score`: 128 MiB in fp32."""
+
+Message = dict[str, Any]
+
+
+class TokenScores(NamedTuple):
+    """What labels alone say: means over the labelled tokens."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    label_tokens: int
+
+
+class RowScores(NamedTuple):
+    """What the labels of one row say: sums over its labelled tokens."""
+
+    loss: float
+    correct: int
+    label_tokens: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model on one held-out set.
+
+    Attributes:
+        loss: Mean cross-entropy over the labelled tokens, in nats.
+        perplexity: exp(loss).
+        token_accuracy: Share of labelled tokens that the model ranks first, given the true ones before them.
+        label_tokens: Tokens that the three are means of.
+        exact_match: Share of answers that equal their reference; None when none was generated.
+        exact_match_count: How many do.
+        answers: Answers generated.
+    """
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    label_tokens: int
+    exact_match: float | None = None
+    exact_match_count: int = 0
+    answers: int = 0
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """For JSON, where a number that is not finite becomes null."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """The scores in a `results.json`; what is missing or null there is NaN, or 0 for a count."""
+        empty = cls(loss=math.nan, perplexity=math.nan, token_accuracy=math.nan, label_tokens=0)
+        known = {each.name for each in fields(cls)}
+        return cls(**(asdict(empty) | {k: v for k, v in values.items() if k in known and v is not None}))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt, the reference, and the answer a model gave.
+
+    Attributes:
+        prompt: The messages up to the assistant's turn.
+        reference: That turn in the data.
+        answer: That turn by the model.
+        matched: `exact_match` of the two.
+        stopped: The model ended its answer by itself.
+        tokens: Tokens generated.
+    """
+
+    prompt: list[Message]
+    reference: str
+    answer: str
+    matched: bool
+    stopped: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores, every answer behind them, and the time it took.
+
+    Attributes:
+        scores: The figures.
+        samples: In the order of the conversations, without those that are too long.
+        seconds: Wall time.
+        too_long: Conversations left out because their prompt fills the model's window.
+        rows: What each row of the data adds to the loss and the token accuracy.
+    """
+
+    scores: Scores
+    samples: list[Sample]
+    seconds: float
+    too_long: int = 0
+    rows: list[RowScores] = field(default_factory=list)
+
+
+METRICS = (LOSS, PERPLEXITY, TOKEN_ACCURACY, EXACT_MATCH)
+"""What every run scores, before and after."""
+
+
+class Comparison(NamedTuple):
+    """A row of the before/after table, ready to print."""
+
+    metric: str
+    before: str
+    after: str
+    change: str
+
+
+def score(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 8192,
+) -> TokenScores:
+    """Loss, perplexity and token accuracy of a model on tokenised rows.
+
+    Every labelled token counts once, whatever batch it is in. The output layer is applied at labelled positions only
+    and in chunks, so that the logits never exist as a whole.
+
+    Args:
+        model: A causal language model of transformers, or a PeftModel around one.
+        rows: `input_ids` and `labels` (-100 where there is no loss) of equal length; a `datasets.Dataset` does. A row
+            with `seq_lengths` is a pack, and each of its sequences is scored by itself.
+        pad_token_id: Fills rows of unequal length; masked, so any id does.
+        batch_tokens: Most positions in one batch, padding included; a longer row is a batch of its own.
+
+    Returns:
+        Means over all labelled tokens; NaN for no labelled token at all.
+
+    Numerics:
+        The model computes in its own dtype; logits are cast to fp32 before the softmax, and the tokens' losses are
+        added in double precision.
+
+    Cost:
+        Peak memory beside the model is one batch of hidden states and `CHUNK_ELEMENTS` fp32 logits, about three times.
+    """
+    return summary(score_rows(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens))
+
+
+def summary(rows: Sequence[RowScores]) -> TokenScores:
+    """Means over all labelled tokens; NaN for no labelled token at all."""
+    count = sum(each.label_tokens for each in rows)
+    if count == 0:
+        return TokenScores(math.nan, math.nan, math.nan, 0)
+    mean = math.fsum(each.loss for each in rows) / count
+    return TokenScores(mean, exp_or_inf(mean), sum(each.correct for each in rows) / count, count)
+
+
+def score_rows(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 8192,
+) -> list[RowScores]:
+    """`score` by itself for each row; arguments, numerics and cost are those of `score`.
+
+    A batch that there is no memory for is halved, and so are later ones of its size.
+    """
+    sequences = list(_sequences(rows))
+    device = device_of(model)
+    losses, corrects, counts = ([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
+    most = math.inf  # positions that there is memory for, as far as is known
+    with evaluating(model), torch.inference_mode():
+        logits_of = _label_logits(model, rows, sequences, device)
+        for batch in _token_batches(sequences, batch_tokens, longrope_switch_tokens(model.config)):
+            pending = [batch]
+            while pending:
+                part = pending.pop()
+                pieces = [_read(rows, each) for each in part]
+                positions = len(part) * max(len(ids) for ids, _ in pieces)
+                found = None
+                if positions <= most or len(part) == 1:
+                    found = _score_batch(logits_of, pieces, pad_token_id, device)
+                    if found is None:
+                        most = positions // 2
+                        logger.warning("out of memory with %d positions at once; going on with %d", positions, most)
+                        clear_device_cache(garbage_collection=True)
+                if found is None:
+                    half = len(part) // 2
+                    pending += [part[half:], part[:half]]
+                    continue
+                for piece, (its_loss, its_correct, its_count) in zip(part, found, strict=True):
+                    losses[piece.row] += its_loss
+                    corrects[piece.row] += its_correct
+                    counts[piece.row] += its_count
+    return [RowScores(*each) for each in zip(losses, corrects, counts, strict=True)]
+
+
+def _score_batch(
+    logits_of: Any, pieces: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device
+) -> list[tuple[float, int, int]] | None:
+    """Loss, correct and labelled tokens of each sequence; None where there is no memory for more than one."""
+    try:
+        input_ids = pad([ids for ids, _ in pieces], pad_token_id, "right", device)
+        labels = pad([labels for _, labels in pieces], IGNORED, "right", device)
+        mask = pad([[1] * len(ids) for ids, _ in pieces], 0, "right", device)
+        wanted = labels[:, 1:] != IGNORED
+        targets = labels[:, 1:][wanted]
+        owners = wanted.nonzero()[:, 0]
+        loss = torch.zeros(len(pieces), dtype=torch.float64, device=device)
+        correct = torch.zeros(len(pieces), dtype=torch.int64, device=device)
+        start = 0
+        for logits in logits_of(input_ids, mask, wanted) if len(targets) else ():
+            target, owner = (each[start : start + len(logits)] for each in (targets, owners))
+            loss.index_add_(0, owner, cross_entropy(logits, target, reduction="none").double())
+            correct.index_add_(0, owner, (logits.argmax(dim=-1) == target).long())
+            start += len(logits)
+        return list(zip(loss.tolist(), correct.tolist(), wanted.sum(1).tolist(), strict=True))
+    except Exception as error:
+        if len(pieces) == 1 or not out_of_memory(error):
+            raise
+        return None
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Whether an answer says what the reference says, to the letter.
+
+    White space at the ends is dropped and any run of white space inside counts as one space; letter case and
+    punctuation count.
+
+    Example:
+        >>> exact_match(" Run  philora demo.\\n", "Run philora demo.")
+        True
+        >>> exact_match("run philora demo", "Run philora demo.")
+        False
+    """
+    return answer.split() == reference.split()
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    conversations: Sequence[tuple[Sequence[Mapping[str, Any]], str]],
+    settings: GenerationSettings | None = None,
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 8192,
+) -> Evaluation:
+    """Score the rows and answer the conversations.
+
+    Args:
+        model: A causal language model of transformers, or a PeftModel around one, as it is: with its adapter, or
+            inside `model.disable_adapter()` for the base.
+        tokenizer: Its tokenizer, with a chat template when there are conversations.
+        rows: As for `score`.
+        conversations: Pairs of the messages up to an assistant's turn, and that turn's text.
+        settings: As for `generate`.
+        pad_token_id: As for `score`.
+        batch_tokens: As for `score`.
+
+    Returns:
+        The scores and a sample for each conversation whose prompt fits the model's window.
+
+    Raises:
+        ModelError: There are conversations, and the tokenizer has no chat template.
+    """
+    started = time.perf_counter()
+    # What training, scoring and answering allocate differs in size: none fills the holes that another left in the heap.
+    give_back_freed_memory()
+    row_scores = score_rows(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
+    give_back_freed_memory()
+    window = window_tokens(model)
+    # What is asked is the beginning of what was trained, where a control token in a message is that token.
+    settings = replace(settings or GenerationSettings(), control_tokens=True)
+    prompts = prompt_tokens(tokenizer, [prompt for prompt, _ in conversations], control_tokens=True)
+    lengths = [len(ids) for ids in prompts]
+    fitting = [pair for pair, length in zip(conversations, lengths, strict=True) if window is None or length < window]
+    answers = _answers(model, tokenizer, [prompt for prompt, _ in fitting], settings)
+    give_back_freed_memory()
+    samples = [_sample(prompt, reference, answer) for (prompt, reference), answer in zip(fitting, answers, strict=True)]
+    seconds = time.perf_counter() - started
+    too_long = len(conversations) - len(fitting)
+    return Evaluation(_scores(row_scores, samples), samples, seconds, too_long, row_scores)
+
+
+def _answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Mapping[str, Any]]],
+    settings: GenerationSettings,
+) -> list[Answer]:
+    """As `generate`; a model of NaN gives empty answers, so that its evaluation says what became of it."""
+    try:
+        return generate(model, tokenizer, prompts, settings)
+    except NotFiniteError as error:
+        logger.warning("no answers: %s", error)
+        return [Answer("", 0, stopped=False) for _ in prompts]
+
+
+def _scores(rows: Sequence[RowScores], samples: Sequence[Sample]) -> Scores:
+    matches = sum(each.matched for each in samples)
+    share = matches / len(samples) if samples else None
+    return Scores(*summary(rows), exact_match=share, exact_match_count=matches, answers=len(samples))
+
+
+def compare(before: Evaluation, after: Evaluation) -> list[Paired]:
+    """The figures of `METRICS` with their intervals: both models on the same rows and the same conversations.
+
+    Raises:
+        ValueError: They did not see the same.
+    """
+    compared = []
+    if before.rows and after.rows:
+        sums = [
+            {
+                LOSS: of_means([row.loss for row in each.rows], [row.label_tokens for row in each.rows]),
+                TOKEN_ACCURACY: of_means([row.correct for row in each.rows], [row.label_tokens for row in each.rows]),
+            }
+            for each in (before, after)
+        ]
+        labelled = np.array([row.label_tokens > 0 for row in after.rows])
+        for measure, kind in ((LOSS, LOSS), (PERPLEXITY, LOSS), (TOKEN_ACCURACY, TOKEN_ACCURACY)):
+            compared.append(paired(measure, *(each[kind][labelled] for each in sums)))
+    if before.samples and after.samples:
+        if [_key(each) for each in before.samples] != [_key(each) for each in after.samples]:
+            raise ValueError("compare: samples - expected the same prompts before and after.")
+        matched = [of_means([float(sample.matched) for sample in each.samples]) for each in (before, after)]
+        compared.append(paired(EXACT_MATCH, *matched))
+    return compared
+
+
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation from those of several parts of a held-out set, in the order of the data.
+
+    Numerics:
+        Means are weighted by labelled tokens in double precision: what one evaluation of all gives, but for the order
+        of the sums. `seconds` is the longest part's.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rows = [row for each in parts for row in each.rows]
+    samples = [sample for each in parts for sample in each.samples]
+    seconds, too_long = max(each.seconds for each in parts), sum(each.too_long for each in parts)
+    return Evaluation(_scores(rows, samples), samples, seconds, too_long, rows)
+
+
+def compare_table(before: Scores, after: Scores) -> list[Comparison]:
+    """The before/after table: metric, before, after and change, as text.
+
+    A figure that neither side has (no answers were generated) has no row; one that a side lacks is a dash.
+    """
+    table = []
+    for metric in METRICS:
+        old, new = (_number(getattr(each, metric.field)) for each in (before, after))
+        if old is None and new is None:
+            continue
+        table.append(Comparison(metric.title, _shown(old, metric), _shown(new, metric), _change(old, new, metric)))
+    return table
+
+
+class StageComparison(NamedTuple):
+    """One row of the table of a run that began with an adapter; the change is from the start to the result."""
+
+    metric: str
+    base: str
+    start: str
+    after: str
+    change: str
+
+
+def stage_table(base: Scores, start: Scores, after: Scores) -> list[StageComparison]:
+    """Return the table of a run that began with an adapter: the base, the start and the result, as text."""
+    bases = {row.metric: row.before for row in compare_table(base, after)}
+    return [
+        StageComparison(row.metric, bases.get(row.metric, "–"), row.before, row.after, row.change)
+        for row in compare_table(start, after)
+    ]
+
+
+def shown_figure(value: float | None, measure: Measure | Paired) -> str:
+    """A figure as people read it; a dash for none."""
+    return _shown(_number(value), measure)
+
+
+def interval_of(figure: Paired) -> str:
+    """The difference, and its 95% interval in brackets; of shares in percentage points."""
+    change = _change(_number(figure.before), _number(figure.after), figure)
+    if figure.low is None or figure.high is None:
+        return change
+    size = max(abs(figure.before), abs(figure.after))
+    ends = (_signed(each, figure, size).removesuffix(" pp") for each in (figure.low, figure.high))
+    return f"{change} [{', '.join(ends)}]"
+
+
+def better(metric: Measure, before: float | None, after: float | None) -> bool | None:
+    """Whether a figure got better; None when it is the same or a side lacks it."""
+    before, after = _number(before), _number(after)
+    if before is None or after is None or before == after:
+        return None
+    return (after > before) == metric.higher_is_better
+
+
+def pick_samples(before: Evaluation, after: Evaluation, n: int = 3) -> list[dict[str, Any]]:
+    """A few prompts with the base's and the adapter's answer, chosen so that a person learns from them.
+
+    First a conversation of several turns, when there is one; then an answer that became right; then one that is still
+    (or newly) wrong, so that the page does not only flatter; then what became right, changed, and the rest. Equal
+    claims go by the order of the data: the same evaluations always give the same samples.
+
+    Returns:
+        At most `n`, in the form of `results.json`.
+    """
+    others = {_key(each): each for each in before.samples}
+    pairs = [(others[_key(each)], each) for each in after.samples if _key(each) in others]
+
+    def rank(pair: tuple[Sample, Sample]) -> int:
+        base, adapter = pair
+        if adapter.matched and not base.matched:
+            return 0
+        return 1 if base.answer != adapter.answer else 2
+
+    ranked = sorted(pairs, key=rank)  # stable: the data's order decides between equals
+    first = [
+        next((pair for pair in ranked if _user_turns(pair[1]) > 1), None),
+        next((pair for pair in ranked if _user_turns(pair[1]) == 1 and pair[1].matched), None),
+        next((pair for pair in ranked if _user_turns(pair[1]) == 1 and not pair[1].matched), None),
+    ]
+    chosen: list[tuple[Sample, Sample]] = []
+    for pair in [*(each for each in first if each is not None), *ranked]:
+        if pair not in chosen and len(chosen) < n:
+            chosen.append(pair)
+    return [
+        {
+            "prompt": adapter.prompt,
+            "reference": adapter.reference,
+            "base": base.answer,
+            "adapter": adapter.answer,
+            "base_matched": base.matched,
+            "adapter_matched": adapter.matched,
+        }
+        for base, adapter in chosen
+    ]
+
+
+class _Piece(NamedTuple):
+    """A sequence of a dataset: its row and its place in it."""
+
+    row: int
+    start: int
+    stop: int
+
+
+def _sequences(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Piece]:
+    """Every sequence in which a token follows another: a row is one, and a pack is as many as it has lengths."""
+    for index, row in enumerate(rows):
+        start = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            if length > 1:
+                yield _Piece(index, start, start + length)
+            start += length
+
+
+def _read(rows: Sequence[Mapping[str, Any]], piece: _Piece) -> tuple[list[int], list[int]]:
+    """The token ids and labels of one sequence."""
+    row = rows[piece.row]
+    return row["input_ids"][piece.start : piece.stop], row["labels"][piece.start : piece.stop]
+
+
+def _token_batches(sequences: Sequence[_Piece], batch_tokens: int, switch: int | None) -> Iterator[list[_Piece]]:
+    """Sequences of similar length, longest first, up to `batch_tokens` positions with their padding."""
+    batch: list[_Piece] = []
+    width = 0
+    for piece in sorted(sequences, key=lambda each: (each.start - each.stop, each)):
+        length = piece.stop - piece.start
+        crosses = switch is not None and length <= switch < width
+        if batch and ((len(batch) + 1) * width > batch_tokens or crosses):
+            yield batch
+            batch = []
+        if not batch:
+            width = length
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+class _FromHidden:
+    """Logits at labelled positions: the decoder's hidden states there, then the output layer, chunk by chunk."""
+
+    def __init__(self, causal: Any) -> None:
+        self.decoder = causal.get_decoder()
+        self.head = causal.get_output_embeddings()
+
+    def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+        """Shapes: input_ids and mask (B, T), wanted (B, T-1); yields (positions, V), which add up to wanted's True."""
+        hidden = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = hidden[:, :-1][wanted]
+        size = max(1, CHUNK_ELEMENTS // int(getattr(self.head, "out_features", 2**16)))
+        for chunk in hidden.split(size):
+            yield self.head(chunk).float()
+
+
+class _FromModel:
+    """Logits at labelled positions from the whole model's forward, where those are more than head(hidden)."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+        """As of `_FromHidden`, in one chunk for each row."""
+        for row in range(len(input_ids)):
+            logits = self.model(input_ids=input_ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
+            # Prompt learning puts virtual tokens before the row; the row's own are the last.
+            yield logits[0, -input_ids.shape[1] : -1][wanted[row]].float()
+
+
+def _label_logits(
+    model: Any, rows: Sequence[Mapping[str, Any]], sequences: Sequence[_Piece], device: torch.device
+) -> _FromHidden | _FromModel:
+    """The cheap way where it gives the model's own logits, which a few tokens of the data tell.
+
+    Some models scale or cap their logits after the output layer, and some adapters add virtual tokens: rather than
+    keep a list of them, compare.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not sequences or not hasattr(causal, "get_decoder") or causal.get_output_embeddings() is None:
+        return _FromModel(model)
+    ids = _read(rows, sequences[0])[0][:8]
+    input_ids = torch.tensor([ids], dtype=torch.long, device=device)
+    mask = torch.ones_like(input_ids)
+    own = model(input_ids=input_ids, attention_mask=mask).logits
+    cheap = _FromHidden(causal)
+    logits = cheap.head(cheap.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state)
+    return cheap if torch.equal(logits.float(), own.float()) else _FromModel(model)
+
+
+def _sample(prompt: Sequence[Mapping[str, Any]], reference: str, answer: Answer) -> Sample:
+    matched = exact_match(answer.text, reference)
+    messages = [dict(each) for each in prompt]
+    return Sample(messages, reference, answer.text, matched, stopped=answer.stopped, tokens=answer.tokens)
+
+
+def _key(sample: Sample) -> str:
+    """What makes two samples the same question."""
+    return repr((sample.prompt, sample.reference))
+
+
+def _user_turns(sample: Sample) -> int:
+    return sum(each.get("role") == "user" for each in sample.prompt)
+
+
+def _finite(value: float | int | None) -> float | int | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float | None:
+    """A figure, or None for one that is missing (NaN after a null in `results.json`)."""
+    return None if value is None or math.isnan(value) else value
+
+
+def _shown(value: float | None, metric: Measure | Paired) -> str:
+    if value is None:
+        return "–"
+    if metric.percent:
+        return f"{100 * value:.1f}%"
+    return f"{value:.{metric.digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _change(before: float | None, after: float | None, metric: Measure | Paired) -> str:
+    """The difference with its sign, to as many digits as its figures; of shares in percentage points."""
+    if before is None or after is None:
+        return "–"
+    return _signed(after - before, metric, max(abs(before), abs(after)))
+
+
+def _signed(change: float, metric: Measure | Paired, size: float) -> str:
+    """A difference between figures of about that size."""
+    if math.isnan(change):  # infinite before and after
+        return "–"
+    if metric.percent:
+        return f"{100 * change:+.1f} pp".replace("-", "−")
+    digits = metric.digits if max(size, abs(change)) < 1000 else 0
+    return f"{change:+,.{digits}f}".replace("-", "−")

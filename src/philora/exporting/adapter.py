@@ -1,0 +1,149 @@
+"""An adapter without a layout, and the layouts that PEFT's format can hold it in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from philora.adapters.peft_layers import Names, Slice, Slices, ranked_by_zeros
+from philora.errors import AdapterError, fault, one_per_line
+
+# The update of a module may change by one rounding of B (scale folded in) and one of the product.
+UPDATE_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one module: `scaling * B A`, of an embedding transposed.
+
+    Shapes:
+        lora_A (R, in), lora_B (out, R); with slices B is zero outside their blocks.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    slices: Slices = ()
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """R, of all slices together."""
+        return self.lora_A.shape[0]
+
+    def delta(self) -> Tensor:
+        """`scaling * B A` in fp32 or more. Shape: (out, in)."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)) * self.scaling
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter without a layout: its updates, what was trained whole, and what its format keeps beside them."""
+
+    updates: dict[str, Update]
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    config: LoraConfig = field(default_factory=lambda: LoraConfig(task_type="CAUSAL_LM"))
+
+
+def plain_number(value: float) -> float:
+    """A whole number as an int, as PEFT writes alpha; else the value."""
+    near = round(value)
+    return near if math.isclose(value, near, rel_tol=1e-12) else value
+
+
+def as_fused(adapter: Adapter, model: PreTrainedModel) -> Adapter:
+    """The same matrices, each of a whole module: further training may fill the zeros between the blocks."""
+    return replace(adapter, updates={name: replace(each, slices=()) for name, each in adapter.updates.items()})
+
+
+def as_slices(adapter: Adapter, model: PreTrainedModel) -> Adapter:
+    """Updates of fused modules as one of each slice.
+
+    A fused update whose B is block-diagonal is taken apart; of any other, each slice gets all of A and its rows of B:
+    exact, at as many times the rank as there are slices.
+
+    Raises:
+        AdapterError: Slices of one module would differ in rank.
+    """
+    rows = Names.of(model).rows
+    updates = {}
+    for name, each in adapter.updates.items():
+        if name in rows and not each.slices:
+            each = _sliced(each, rows[name])
+        updates[name] = each
+    return replace(adapter, updates=updates)
+
+
+def _sliced(update: Update, rows: Mapping[str, tuple[int, int]]) -> Update:
+    found = ranked_by_zeros(update.lora_B, rows)
+    if found is not None:
+        r, chosen = found
+        return replace(update, slices=_parts(chosen, rows, r))
+    parts = _parts(list(rows), rows, update.rank)
+    up = update.lora_B.new_zeros(update.lora_B.shape[0], parts[-1].rank_stop)
+    for each in parts:
+        span = slice(each.row_start, each.row_stop)
+        up[span, each.rank_start : each.rank_stop] = update.lora_B[span]
+    return replace(update, lora_A=update.lora_A.repeat(len(parts), 1), lora_B=up, slices=parts)
+
+
+def _parts(names: Sequence[str], rows: Mapping[str, tuple[int, int]], r: int) -> Slices:
+    return tuple(Slice(each, *rows[each], i * r, (i + 1) * r) for i, each in enumerate(names))
+
+
+def for_server(adapter: Adapter, model: PreTrainedModel) -> Adapter:
+    """One rank and one alpha for all modules: llama.cpp knows one alpha, vLLM no patterns.
+
+    Numerics:
+        B times its scaling is rounded once to B's dtype (exact when the scaling is a power of two).
+
+    Raises:
+        AdapterError: The adapter holds more than updates of linear layers.
+    """
+    todo = "Merge it in its place (philora merge), or export --layout fused"
+    faults = [
+        fault("export", "layout server", name, "updates of linear layers only", todo)
+        for name in [*adapter.whole, *(name for name, each in adapter.updates.items() if each.embedding)]
+    ]
+    if faults:
+        raise AdapterError(one_per_line(faults))
+    rank = max(each.rank for each in adapter.updates.values())
+    updates = {}
+    for name, each in adapter.updates.items():
+        missing = rank - each.rank
+        up = (each.lora_B.double() * each.scaling).to(each.lora_B.dtype)
+        updates[name] = Update(
+            nn.functional.pad(each.lora_A, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing)), 1.0
+        )
+    return replace(adapter, updates=updates)
+
+
+def check_updates(adapter: Adapter, again: Adapter) -> None:
+    """The update of every module is the same, whatever its effect on the logits of a few tokens.
+
+    Raises:
+        AdapterError: One is missing, or differs by more than a rounding.
+    """
+    faults = []
+    for name, each in adapter.updates.items():
+        other = again.updates.get(name)
+        if other is None:
+            faults.append(fault("export", name, "missing", "every update in the result"))
+            continue
+        want, got = each.delta(), other.delta()
+        difference = float((got - want).norm() / want.norm().clamp(min=1e-30))
+        bound = UPDATE_TOLERANCE[each.lora_B.dtype]
+        if not difference <= bound:
+            faults.append(fault("export", name, difference, f"an update that differs by at most {bound:g}"))
+    for name, value in adapter.whole.items():
+        if name not in again.whole or not torch.equal(value.float(), again.whole[name].float()):
+            faults.append(fault("export", name, "changed", "every whole tensor in the result"))
+    if faults:
+        raise AdapterError(one_per_line(faults))

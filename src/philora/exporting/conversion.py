@@ -1,0 +1,258 @@
+"""One adapter in another layout, and the proof that it is the same adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from torch import nn
+from transformers import PreTrainedModel
+
+from philora.configuration.config import ModelConfig
+from philora.errors import ConfigError, fault, nearest, one_per_line
+from philora.exporting.adapter import Adapter, as_fused, as_slices, check_updates, for_server
+from philora.exporting.loralib_file import WEIGHTS_NAME, read_loralib, write_loralib
+from philora.exporting.peft_folder import read_peft, write_peft
+from philora.files.checkpoint import is_taken, new_folder, not_writable, unwritable, write_text
+from philora.models.loading import load_model, load_skeleton, local_path
+from philora.models.locate import AdapterSource, find_adapter, require_base
+from philora.models.tokenizer_files import Companions
+from philora.models.verify import ROUNDED_ONCE, Agreement, Divergence, agreement, logits_of, probe
+
+logger = logging.getLogger(__name__)
+
+
+FORMATS = {
+    "peft": ("server", "fused", "slices"),
+    "loralib": (),
+    "gguf": ("merged", "adapter", "base+adapter"),
+    "ollama": ("merged", "base+adapter"),
+}
+"""The formats, and the layouts of each; the first one is the default."""
+
+FILE_TYPES = ("f16", "q8_0", "f32")
+
+
+class Exported(NamedTuple):
+    """What `export` wrote, and how it compares with the adapter that it was made from.
+
+    Attributes:
+        folder: Where it is.
+        agreement: Read again and computed here.
+        reader: Computed by llama.cpp; None for other formats, and where it is not installed or could not be run.
+        reader_failure: Why llama.cpp could not be run; the files are checked by philora's own reader alone.
+    """
+
+    folder: Path
+    agreement: Agreement | Divergence
+    reader: Divergence | None = None
+    reader_failure: str | None = None
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str = "peft",
+    layout: str | None = None,
+    dtype: str = "f16",
+    base: str | None = None,
+    lora_alpha: float | None = None,
+) -> Exported:
+    """Write an adapter in another layout; nothing is written unless it computes the same.
+
+    Args:
+        source: Run folder, adapter folder, hub id, or a file in loralib's format (`.pt` or `.safetensors`).
+        out: Folder to write; must not exist or be empty.
+        format: `peft`, `loralib`, `gguf` (llama.cpp), or `ollama` (GGUF and a Modelfile).
+        layout: Of the `peft` format. `server` (the default): one rank and one alpha for all modules, as llama.cpp and
+            vLLM read it (scale folded into B, ranks padded with zeros). `fused`: each fused module one matrix.
+            `slices`: each slice of a fused projection an update of its own, as `get_peft_model` trains them.
+            Of `gguf` and `ollama`. `merged` (the default): one model with the adapter in its weights. `base+adapter`:
+            a file of each. `adapter`: of `gguf` only, the adapter's file alone.
+        dtype: Of `gguf` and `ollama`: `f16`, `q8_0` or `f32`.
+        base: Base model; default: the one that the adapter names.
+        lora_alpha: For a loralib file without `lora.json`: what its layers were made with.
+
+    Returns:
+        The folder, and the difference of logits between source and result.
+
+    Cost:
+        Loads the base once, in fp32 where there is memory for it, else in its own dtype.
+
+    Raises:
+        AdapterError: A file is torn or does not fit the base, the adapter has parts that the layout cannot hold, or
+            the result does not compute the same. `out` is as it was.
+        ConfigError: An argument is wrong, or `out` is not empty.
+    """
+    out = Path(out).expanduser()
+    layout = layout or next(iter(FORMATS.get(format, ())), "")
+    _check_arguments(format, layout, dtype, out)
+    found = find_adapter(source, base)
+    place = require_base(found)
+    name = base or _base_name(found)
+    if format in ("gguf", "ollama"):
+        return _export_gguf(found, out, layout, dtype, name, lora_alpha, ollama=format == "ollama")
+    model = load_base(place, found.revision)
+    tokens = probe(model.config.get_text_config().vocab_size, model.device)
+    plain = logits_of(model, tokens)
+    with restored(model):
+        applied, adapter = read_adapter(model, found, lora_alpha)
+        reference = logits_of(applied, tokens)
+    if format == "loralib":
+        wanted = adapter
+    else:
+        wanted = {"server": for_server, "fused": as_fused, "slices": as_slices}[layout](adapter, model)
+    with new_folder(out) as folder:
+        if format == "loralib":
+            write_loralib(wanted, model, folder, name)
+        else:
+            write_peft(wanted, model, folder, name)
+        with restored(model):
+            written = folder / WEIGHTS_NAME if format == "loralib" else folder
+            applied, again = read_adapter(model, AdapterSource(written, found.base), None)
+            check_updates(adapter, again)
+            bound = ROUNDED_ONCE[next(model.parameters()).dtype]
+            result = agreement(f"export to {format}", reference, logits_of(applied, tokens), bound, plain)
+        companions = Companions(found.path, Path(place), model.config)
+        companions.write(folder, files=format == "peft")
+        if format == "peft":
+            write_text(folder / "README.md", _readme(name, layout, wanted, companions))
+    logger.info("%s: %s", out, result)
+    return Exported(out, result)
+
+
+def _check_arguments(format: str, layout: str, dtype: str, out: Path) -> None:
+    choices = [("format", format, tuple(FORMATS)), ("dtype", dtype, FILE_TYPES)]
+    if FORMATS.get(format):
+        choices.append(("layout", layout, FORMATS[format]))
+    faults = [
+        fault("export", name, value, "one of " + ", ".join(known), nearest(str(value), known))
+        for name, value, known in choices
+        if value not in known
+    ]
+    refused = unwritable(out)
+    if refused is not None:
+        faults.append(not_writable("export", "out", out, refused))
+    elif is_taken(out):
+        faults.append(fault("export", "out", str(out), "a folder that is empty or not there yet", "Give another"))
+    if format in ("gguf", "ollama") and importlib.util.find_spec("gguf") is None:
+        faults.append(fault("export", "format", format, "the package gguf", "Install it: pip install 'philora[gguf]'"))
+    if faults:
+        raise ConfigError(one_per_line(faults))
+
+
+def _export_gguf(
+    found: AdapterSource, out: Path, layout: str, dtype: str, base: str, lora_alpha: float | None, *, ollama: bool
+) -> Exported:
+    from philora.exporting.gguf_export import write_gguf
+
+    with new_folder(out) as folder:
+        result = write_gguf(
+            found,
+            folder,
+            layout=layout,
+            file_type=dtype,
+            name=out.name,
+            base_name=_shown(base),
+            ollama=ollama,
+            lora_alpha=lora_alpha,
+        )
+    logger.info("%s: %s", out, result.read_back)
+    return Exported(out, result.read_back, result.llama, result.llama_failure)
+
+
+def _shown(base: str) -> str:
+    """A base's name in files that others get: without the folders of this machine."""
+    if base == local_path("nano"):
+        return "nano"
+    return Path(base).name if Path(base).is_dir() else base
+
+
+def _base_name(found: AdapterSource) -> str:
+    """What the result calls its base: the name that the source has for it, which may be a hub id."""
+    if found.path.is_dir():
+        config = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(config.get("base_model_name_or_path") or found.base)
+    return str(found.base)
+
+
+def _readme(base: str, layout: str, adapter: Adapter, companions: Companions) -> str:
+    rank = max(each.rank for each in adapter.updates.values())
+    stops = ", ".join(f"`{each}`" for each in companions.stop_tokens)
+    ends = f" An answer ends at {stops}; `stop_tokens.json` has them by id." if stops else ""
+    serve = f"""
+```
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=.
+```
+"""
+    return f"""# An adapter of {base} in PEFT's format
+
+Layout `{layout}`.{ends}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, ".")
+```
+{serve if layout == "server" else ""}"""
+
+
+def load_base(name: str, revision: str | None = None) -> PreTrainedModel:
+    """Return the base, in fp32 if twice that fits into free memory, so that the comparison is as sharp as it can be."""
+    base = ModelConfig(name_or_path=name, revision=revision)
+    parameters = sum(parameter.numel() for parameter in load_skeleton(base).parameters())
+    dtype = "float32" if psutil.virtual_memory().available > 2 * 4 * parameters else "auto"
+    return load_model(dataclasses.replace(base, dtype=dtype)).eval()
+
+
+@contextmanager
+def restored(model: PreTrainedModel) -> Iterator[None]:
+    """In this block modules and parameters of the model may be replaced; afterwards it is what it was."""
+    held = [(each, type(each), dict(each._modules), dict(each._parameters)) for each in model.modules()]
+    hooks = [(each, each._forward_pre_hooks.copy()) for each in model.modules()]
+    attention = model.config._attn_implementation
+    trains = [(each, each.requires_grad) for each in model.parameters()]
+    biases = [(each, each.detach().clone()) for name, each in model.named_parameters() if "bias" in name]
+    attributes = set(vars(model))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        for module, kind, children, parameters in held:
+            module.__class__ = kind
+            module._modules = children
+            module._parameters = parameters
+        for module, before in hooks:
+            module._forward_pre_hooks = before
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
+        for parameter, value in biases:  # PEFT loads trained biases into the base
+            parameter.data.copy_(value)
+
+
+def read_adapter(
+    model: PreTrainedModel, source: AdapterSource, lora_alpha: float | None = None
+) -> tuple[nn.Module, Adapter]:
+    """Put an adapter on its base, in place, and take its updates off the layers.
+
+    Returns:
+        The model that computes with the adapter, and the adapter.
+
+    Raises:
+        AdapterError: A file is torn or does not fit, or it is no plain LoRA.
+    """
+    if source.path.is_file():
+        return model, read_loralib(model, source.path, lora_alpha)
+    return read_peft(model, source.path)

@@ -1,0 +1,385 @@
+"""Models and adapters of the Phi-3 architecture as GGUF, the format of llama.cpp and Ollama, and back.
+
+Names of tensors and fields are the `gguf` package's. What llama.cpp does with them was read in its sources
+(models/phi3.cpp, llama-model.cpp, llama-adapter.cpp): one tensor for q, k, v and one for gate and up, in the order of
+transformers' rows; LongRoPE's factors as two tensors, the long ones for contexts beyond the original window; the
+factor on cosine and sine as `rope.scaling.attn_factor`; rotation of the first `rope.dimension_count` columns of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
+
+from philora.errors import AdapterError, ModelError, fault, one_per_line
+from philora.exporting.adapter import Adapter, plain_number
+from philora.exporting.vocabulary import Vocabulary
+
+ARCHITECTURE: Final = gguf.MODEL_ARCH.PHI3
+_NAME: Final = gguf.MODEL_ARCH_NAMES[ARCHITECTURE]
+
+FILE_TYPES: Final[Mapping[str, tuple[gguf.LlamaFileType, gguf.GGMLQuantizationType]]] = {
+    "f32": (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
+    "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
+    "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
+}
+"""What weights can be written as: the field that says so, and the type of a matrix. Vectors are always fp32."""
+
+_ROPE_LONG, _ROPE_SHORT = (
+    f"{gguf.TENSOR_NAMES[each]}.weight"
+    for each in (gguf.MODEL_TENSOR.ROPE_FACTORS_LONG, gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT)
+)
+
+
+def check_architecture(config: Any) -> None:
+    """Refuse what llama.cpp's `phi3` does not compute.
+
+    Raises:
+        ModelError: Every such point at once.
+    """
+    where, faults = "export to gguf", []
+    if getattr(config, "model_type", None) != "phi3":
+        found = getattr(config, "model_type", None)
+        todo = "Merge it (philora merge) and convert the folder with llama.cpp's own script"
+        raise ModelError(fault(where, "model_type", found, "phi3: Phi-3, Phi-3.5, Phi-4 or Phi-4-mini", todo))
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head * config.num_attention_heads != config.hidden_size:
+        faults.append(fault(where, "head_dim", head, "hidden_size over the number of heads"))
+    if config.hidden_act != "silu":
+        faults.append(fault(where, "hidden_act", config.hidden_act, "silu"))
+    rope = config.rope_parameters["rope_type"]
+    if rope not in ("default", "longrope"):
+        faults.append(fault(where, "rope_type", rope, "default or longrope"))
+    if faults:
+        raise ModelError(one_per_line(faults))
+
+
+def tensor_name(name: str, blocks: int) -> str | None:
+    """GGUF's name of a parameter of transformers, or None where it has none."""
+    module, _, leaf = name.rpartition(".")
+    found = gguf.get_tensor_name_map(ARCHITECTURE, blocks).get_name(module)
+    return None if found is None else f"{found}.{leaf}"
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write_model(
+    model: PreTrainedModel,
+    file: Path,
+    vocabulary: Vocabulary,
+    *,
+    file_type: str,
+    name: str,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model; its weights are converted one after the other.
+
+    Args:
+        model: A Phi3ForCausalLM.
+        file: The file to write.
+        vocabulary: Its tokenizer.
+        file_type: `f32`, `f16` or `q8_0`: type of the matrices. A matrix whose rows are no multiple of 32 long is
+            written in f16 in place of q8_0.
+        name: What the model is called; a tokenizer may force a prefix, see `Vocabulary.model_name`.
+        facts: `license`, `base_model` and `description`, where they are known.
+
+    Raises:
+        ModelError: The model has tensors or settings that GGUF's `phi3` has no place for, or weights that the type
+            cannot hold.
+    """
+    check_architecture(model.config)
+    tensors = model_tensors(model)
+    writer = gguf.GGUFWriter(file, _NAME)
+    writer.add_type(gguf.GGUFType.MODEL)
+    _write_facts(writer, vocabulary.model_name(name), facts or {})
+    writer.add_file_type(FILE_TYPES[file_type][0])
+    if file_type == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _write_config(writer, model.config)
+    vocabulary.write(writer)
+    _write_tensors(writer, {key: (each, type_of(each, file_type)) for key, each in tensors.items()})
+
+
+def write_lora(
+    adapter: Adapter,
+    model: PreTrainedModel,
+    file: Path,
+    *,
+    file_type: str,
+    name: str,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter that has one rank and one scaling, as `for_server` makes it.
+
+    llama.cpp multiplies each update with `adapter.lora.alpha` over the rank of its tensors.
+
+    Args:
+        adapter: One rank and one scaling for all modules.
+        model: Its base.
+        file: The file to write.
+        file_type: `f32`, or f16 for everything else: A and B stay unquantised.
+        name: What the adapter is called.
+        facts: As of `write_model`.
+
+    Raises:
+        AdapterError: It has modules that GGUF has no name for, or several ranks or scalings.
+    """
+    check_architecture(model.config)
+    blocks = int(model.config.num_hidden_layers)
+    ranks = {each.rank for each in adapter.updates.values()}
+    scalings = {each.scaling for each in adapter.updates.values()}
+    if len(ranks) != 1 or len(scalings) != 1:
+        expected = "one rank and one scaling for all modules, as in the server layout"
+        raise AdapterError(fault("export to gguf", "ranks, scalings", (ranks, scalings), expected))
+    kind = FILE_TYPES["f32" if file_type == "f32" else "f16"]
+    tensors: dict[str, tuple[Tensor, gguf.GGMLQuantizationType]] = {}
+    faults = []
+    for module, each in adapter.updates.items():
+        own = tensor_name(f"{module}.weight", blocks)
+        if own is None or (module == "lm_head" and model.config.tie_word_embeddings):
+            expected = "modules that llama.cpp can adapt by themselves"
+            faults.append(fault("export to gguf", "module", module, expected, "Merge it: --layout merged"))
+            continue
+        tensors[f"{own}.lora_a"] = each.lora_A, kind[1]
+        tensors[f"{own}.lora_b"] = each.lora_B, kind[1]
+    if faults:
+        raise AdapterError(one_per_line(faults))
+    writer = gguf.GGUFWriter(file, _NAME)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(plain_number(scalings.pop() * ranks.pop())))
+    _write_facts(writer, name, facts or {})
+    writer.add_file_type(kind[0])
+    _write_tensors(writer, tensors)
+
+
+def model_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors by GGUF's names; without an output embedding that is the input's, as llama.cpp wants it."""
+    blocks = int(model.config.num_hidden_layers)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    tensors: dict[str, Tensor] = {}
+    faults = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if tied and name == "lm_head.weight":
+            continue
+        own = tensor_name(name, blocks)
+        if own is None or own.endswith(".bias"):
+            faults.append(fault("export to gguf", "tensor", name, "a tensor that llama.cpp's phi3 has"))
+        else:
+            tensors[own] = parameter.detach()
+    if faults:
+        raise ModelError(one_per_line(faults))
+    rope = model.config.rope_parameters
+    if rope["rope_type"] == "longrope":
+        tensors[_ROPE_LONG] = torch.tensor(rope["long_factor"], dtype=torch.float32)
+        tensors[_ROPE_SHORT] = torch.tensor(rope["short_factor"], dtype=torch.float32)
+    return tensors
+
+
+def type_of(tensor: Tensor, file_type: str) -> gguf.GGMLQuantizationType:
+    """The type that a tensor is written in."""
+    if tensor.ndim == 1:
+        return gguf.GGMLQuantizationType.F32
+    kind = FILE_TYPES[file_type][1]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return kind if tensor.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
+
+
+def _write_tensors(writer: gguf.GGUFWriter, tensors: Mapping[str, tuple[Tensor, gguf.GGMLQuantizationType]]) -> None:
+    """Header first, then one tensor after the other, so that only one is held in its new type."""
+    try:
+        for name, (tensor, kind) in tensors.items():
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            nbytes = tensor.numel() // block * size
+            plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}.get(kind)
+            writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(plain or np.float32), nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, (tensor, kind) in tensors.items():
+            data = gguf.quantize(tensor.to(dtype=torch.float32, device="cpu").contiguous().numpy(), kind)
+            if kind is gguf.GGMLQuantizationType.F16 and not np.isfinite(data).all():
+                todo = "Write it in another type: --dtype f32, or q8_0"
+                raise ModelError(fault("export to gguf", name, "infinite in f16", "values up to 65504", todo))
+            writer.write_tensor_data(data)
+    finally:
+        writer.close()
+
+
+def _write_facts(writer: gguf.GGUFWriter, name: str, facts: Mapping[str, str]) -> None:
+    writer.add_name(name)
+    if facts.get("description"):
+        writer.add_description(facts["description"])
+    if facts.get("license"):
+        writer.add_license(facts["license"])
+    base = facts.get("base_model")
+    if base:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base.rpartition("/")[2])
+        if base.count("/") == 1:
+            writer.add_base_model_organization(0, base.partition("/")[0])
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+
+
+def _write_config(writer: gguf.GGUFWriter, config: Any) -> None:
+    rope = config.rope_parameters
+    head = config.hidden_size // config.num_attention_heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+        writer.add_rope_scaling_attn_factors(attention_factor(config))
+
+
+def attention_factor(config: Any) -> float:
+    """What LongRoPE multiplies cosine and sine with.
+
+    Source: transformers 5.23, `modeling_rope_utils._compute_longrope_parameters`.
+    """
+    rope = config.rope_parameters
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = rope["original_max_position_embeddings"]
+    factor = rope.get("factor") or config.max_position_embeddings / original
+    return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+class GGUFFile:
+    """A GGUF file, memory-mapped: its fields, and its tensors when they are asked for.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._reader = gguf.GGUFReader(file)
+        except (OSError, ValueError, IndexError) as error:
+            raise ModelError(fault(str(file), "content", str(error), "a whole GGUF file")) from error
+        self._tensors = {each.name: each for each in self._reader.tensors}
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """The value of a field; `{arch}` in its name is the architecture's."""
+        found = self._reader.get_field(key.format(arch=_NAME))
+        return default if found is None else found.contents()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def names(self) -> Iterator[str]:
+        """Names of the tensors in the order of the file."""
+        return iter(self._tensors)
+
+    def size(self, name: str) -> int:
+        """Number of a tensor's elements."""
+        return int(self._tensors[name].n_elements)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in fp32, in torch's order of dimensions."""
+        found = self._tensors[name]
+        values = gguf.dequantize(found.data, found.tensor_type)
+        shape = tuple(int(each) for each in reversed(found.shape.tolist()))
+        return torch.from_numpy(np.array(values, dtype=np.float32).reshape(shape))
+
+
+def read_config(file: GGUFFile) -> Phi3Config:
+    """The configuration that a file of the phi3 architecture describes."""
+    keys = gguf.Keys
+    field = file.field
+    heads, width = field(keys.Attention.HEAD_COUNT), field(keys.LLM.EMBEDDING_LENGTH)
+    rope: dict[str, Any] = {
+        "rope_type": field(keys.Rope.SCALING_TYPE, "default"),
+        "rope_theta": field(keys.Rope.FREQ_BASE),
+        "partial_rotary_factor": field(keys.Rope.DIMENSION_COUNT) / (width // heads),
+    }
+    original = field(keys.Rope.SCALING_ORIG_CTX_LEN, field(keys.LLM.CONTEXT_LENGTH))
+    if rope["rope_type"] == "longrope":
+        rope["long_factor"] = file.tensor(_ROPE_LONG).tolist()
+        rope["short_factor"] = file.tensor(_ROPE_SHORT).tolist()
+        rope["original_max_position_embeddings"] = original
+        rope["attention_factor"] = field(keys.Rope.SCALING_ATTN_FACTOR)
+    return Phi3Config(
+        vocab_size=field(keys.LLM.VOCAB_SIZE),
+        hidden_size=width,
+        intermediate_size=field(keys.LLM.FEED_FORWARD_LENGTH),
+        num_hidden_layers=field(keys.LLM.BLOCK_COUNT),
+        num_attention_heads=heads,
+        num_key_value_heads=field(keys.Attention.HEAD_COUNT_KV),
+        max_position_embeddings=field(keys.LLM.CONTEXT_LENGTH),
+        original_max_position_embeddings=original,
+        rms_norm_eps=field(keys.Attention.LAYERNORM_RMS_EPS),
+        sliding_window=field(keys.Attention.SLIDING_WINDOW),
+        tie_word_embeddings=f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.OUTPUT]}.weight" not in file,
+        rope_parameters=rope,
+        bos_token_id=field(keys.Tokenizer.BOS_ID),
+        eos_token_id=field(keys.Tokenizer.EOS_ID),
+        pad_token_id=field(keys.Tokenizer.PAD_ID),
+    )
+
+
+def read_model(file: GGUFFile, lora: GGUFFile | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a file in transformers, dequantised; with an adapter's file added to its weights.
+
+    Raises:
+        ModelError: A tensor is missing, of another shape, or one too many.
+    """
+    config = read_config(file)
+    blocks = int(config.num_hidden_layers)
+    with torch.device("meta"):
+        model = Phi3ForCausalLM(config)
+    unused = set(file.names()) - {_ROPE_LONG, _ROPE_SHORT}
+    adapted = set() if lora is None else set(lora.names())
+    state: dict[str, Tensor] = {}
+    faults = []
+    for name, parameter in model.named_parameters():
+        own = cast(str, tensor_name(name, blocks))
+        if own not in file:
+            faults.append(fault("gguf", own, "missing", "a tensor for every parameter"))
+            continue
+        unused.discard(own)
+        value = file.tensor(own)
+        if lora is not None and f"{own}.lora_a" in lora:
+            adapted -= {f"{own}.lora_a", f"{own}.lora_b"}
+            down, up = lora.tensor(f"{own}.lora_a"), lora.tensor(f"{own}.lora_b")
+            value += up @ down * (lora.field(gguf.Keys.Adapter.LORA_ALPHA) / down.shape[0])
+        if value.shape != parameter.shape:
+            faults.append(fault("gguf", own, tuple(value.shape), f"shape {tuple(parameter.shape)}"))
+        state[name] = value.to(dtype)
+    faults += [fault("gguf", name, "unexpected", "tensors of the model only") for name in sorted(unused | adapted)]
+    if faults:
+        raise ModelError(one_per_line(faults))
+    with torch.device("cpu"):
+        model = model.to_empty(device="cpu").to(dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    _fresh_rotary(model)
+    model.tie_weights()
+    return model.eval()
+
+
+def _fresh_rotary(model: Any) -> None:
+    """The rotary embedding's buffers, which no state dict holds."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)

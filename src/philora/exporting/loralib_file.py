@@ -1,0 +1,234 @@
+"""Adapters in loralib's format: a `lora_state_dict` of a model of LoRA layers, and `lora.json`, how those are made."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from philora import lora
+from philora.adapters.peft_layers import Names, Slice, Slices
+from philora.errors import AdapterError, ConfigError, fault, nearest, one_per_line
+from philora.exporting.adapter import Adapter, Update, plain_number
+from philora.files.checkpoint import write_json, write_text
+from philora.lora.state import read_state
+
+WEIGHTS_NAME, LAYERS_NAME = "lora.pt", "lora.json"
+
+
+def read_loralib(model: PreTrainedModel, file: Path, lora_alpha: float | None) -> Adapter:
+    """Replace the layers that a loralib file names, load it, and read the updates off them."""
+    state = read_state(file)
+    beside = file.with_suffix(".json")
+    if beside.is_file():
+        layers = _layers_file(beside)
+    else:
+        layers = _layers_from_shapes(model, state, file, lora_alpha)
+    _check_loralib(model, state, layers, file)
+    lora.replace_layers(model, layers)
+    for name in state:
+        if not _is_update(name):  # so that the base's own tensor is not written to
+            parent, _, own = name.rpartition(".")
+            module = model.get_submodule(parent)
+            module._parameters[own] = nn.Parameter(cast(Tensor, module._parameters[own]).detach().clone())
+    lora.load_lora(model, state)
+    updates = {}
+    for name in layers:
+        layer = cast(Any, model.get_submodule(name))
+        down, up = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        slices: Slices = ()
+        if isinstance(layer, lora.MergedLinear):
+            slices = _named_slices(layer, Names.of(model).rows.get(name, {}))
+            up = _on_the_diagonal(up, slices, layer.out_features)
+        updates[name] = Update(down, up, layer.scaling, slices, isinstance(layer, lora.Embedding))
+    whole = {name: value for name, value in state.items() if not _is_update(name)}
+    return Adapter(updates, whole)
+
+
+def _is_update(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lora_A", "lora_B")
+
+
+def _layers_file(path: Path) -> dict[str, dict[str, Any]]:
+    """The layers that `lora.json` describes."""
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        return {str(name): dict(arguments) for name, arguments in layers.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = "JSON with the arguments of each LoRA layer under `layers`"
+        raise AdapterError(fault(str(path), "content", f"{type(error).__name__}: {error}", expected)) from error
+
+
+def _layers_from_shapes(
+    model: PreTrainedModel, state: Mapping[str, Any], file: Path, lora_alpha: float | None
+) -> dict[str, dict[str, Any]]:
+    """How the layers of a file were made, as far as the shapes of A and B tell."""
+    if lora_alpha is None:
+        expected = "the lora_alpha of the layers that wrote the file: it does not hold it"
+        raise ConfigError(fault(str(file), "lora_alpha", None, expected, "Give it: --lora-alpha NUMBER"))
+    rows = Names.of(model).rows
+    layers: dict[str, dict[str, Any]] = {}
+    faults = []
+    for name in [each.removesuffix(".lora_A") for each in state if each.endswith(".lora_A")]:
+        down, up = state[f"{name}.lora_A"], state.get(f"{name}.lora_B")
+        if not isinstance(down, Tensor) or not isinstance(up, Tensor) or down.ndim != 2 or up.ndim != 2:
+            faults.append(fault(str(file), f"{name}.lora_B", up, "lora_A and lora_B, both matrices"))
+            continue
+        r = up.shape[1]
+        layers[name] = {"r": r, "lora_alpha": lora_alpha}
+        sizes = [stop - start for start, stop in rows.get(name, {}).values()]
+        if down.shape[0] == r and (not sizes or up.shape[0] == sum(sizes)):
+            continue
+        choices = [
+            chosen
+            for number in range(2 ** len(sizes))
+            if sum(chosen := [bool(number >> place & 1) for place in range(len(sizes))]) * r == down.shape[0]
+            and sum(size for size, used in zip(sizes, chosen, strict=True) if used) == up.shape[0]
+        ]
+        if len(choices) != 1:
+            found = f"lora_A {tuple(down.shape)}, lora_B {tuple(up.shape)}"
+            expected = "shapes that tell which slices are adapted"
+            todo = f"Write {file.with_suffix('.json').name} beside it with enable_lora and slices of each layer"
+            faults.append(fault(str(file), name, found, expected, todo))
+            continue
+        layers[name] |= {"enable_lora": choices[0], "slices": sizes}
+    if faults:
+        raise AdapterError(one_per_line(faults))
+    return layers
+
+
+def _check_loralib(
+    model: PreTrainedModel, state: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], file: Path
+) -> None:
+    """Everything that does not fit, before a layer is replaced: names, kinds of layer, tensors and their shapes."""
+    bare = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
+    faults = []
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, arguments in layers.items():
+        if name not in modules:
+            faults.append(fault(str(file), name, "no such module", "a module of the base", nearest(name, modules)))
+            continue
+        leaf = name.rpartition(".")[2]
+        holder = nn.ModuleDict({leaf: _without_weights(modules[name])})
+        try:
+            lora.replace_layers(holder, {leaf: arguments})
+        except ConfigError as error:
+            faults.append(f"{file}: {name}: {error}")
+            continue
+        for own, tensor in holder[leaf].named_parameters():
+            if own.startswith("lora_"):
+                expected[f"{name}.{own}"] = tuple(tensor.shape)
+    for name, shape in expected.items():
+        if name not in state:
+            faults.append(fault(str(file), name, "missing", f"a tensor of shape {shape}"))
+    for name, value in state.items():
+        known = expected.get(name, tuple(bare[name].shape) if name in bare else None)
+        if known is None:
+            if not any(name.startswith(f"{each}.") for each in layers if each not in modules):
+                todo = nearest(name, [*expected, *bare])
+                faults.append(fault(str(file), name, "unexpected", "a tensor of the base or of its LoRA layers", todo))
+        elif not isinstance(value, Tensor) or tuple(value.shape) != known:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            faults.append(fault(str(file), name, found, f"shape {known}"))
+    if faults:
+        raise AdapterError(one_per_line(faults))
+
+
+def _without_weights(module: nn.Module) -> nn.Module:
+    """The same module on the meta device."""
+    like = copy.copy(module)
+    like._parameters = {
+        name: None if each is None else nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=False)
+        for name, each in module._parameters.items()
+    }
+    return like
+
+
+def _named_slices(layer: lora.MergedLinear, rows: Mapping[str, tuple[int, int]]) -> Slices:
+    """The adapted slices of a layer; without names of a family's, they are numbered."""
+    starts = [sum(layer.slices[:index]) for index in range(len(layer.slices))]
+    names = {span: name for name, span in rows.items()}
+    adapted = [index for index, enabled in enumerate(layer.enable_lora) if enabled]
+    return tuple(
+        Slice(
+            names.get((starts[index], starts[index] + layer.slices[index]), str(index)),
+            starts[index],
+            starts[index] + layer.slices[index],
+            place * layer.r,
+            (place + 1) * layer.r,
+        )
+        for place, index in enumerate(adapted)
+    )
+
+
+def _on_the_diagonal(compact: Tensor, slices: Slices, out_features: int) -> Tensor:
+    """loralib's B of the adapted slices, (rows, r), as a full-height block-diagonal one."""
+    up = compact.new_zeros(out_features, slices[-1].rank_stop)
+    row = 0
+    for each in slices:
+        height = each.row_stop - each.row_start
+        up[each.row_start : each.row_stop, each.rank_start : each.rank_stop] = compact[row : row + height]
+        row += height
+    return up
+
+
+def write_loralib(adapter: Adapter, model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Write `lora.pt`, what `lora_state_dict` gives of a model of LoRA layers, and `lora.json`, how they are made."""
+    rows = Names.of(model).rows
+    state: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, each in adapter.updates.items():
+        if each.slices:
+            r = each.slices[0].rank_stop - each.slices[0].rank_start
+            sizes, used = _all_slices(each, rows.get(name, {}))
+            layers[name] = {"r": r, "enable_lora": used, "slices": sizes}
+            blocks = [each.lora_B[s.row_start : s.row_stop, s.rank_start : s.rank_stop] for s in each.slices]
+            up = torch.cat(blocks)
+        else:
+            r, up = each.rank, each.lora_B
+            layers[name] = {"r": r}
+        layers[name]["lora_alpha"] = plain_number(each.scaling * r)
+        state[f"{name}.lora_A"], state[f"{name}.lora_B"] = each.lora_A.clone(), up.clone()
+    state |= {name: value.clone() for name, value in adapter.whole.items()}
+    torch.save(state, folder / WEIGHTS_NAME)
+    write_json(folder / LAYERS_NAME, {"format": 1, "base_model": base, "layers": layers})
+    write_text(folder / "README.md", _loralib_readme(base, bool(adapter.whole)))
+
+
+def _all_slices(update: Update, rows: Mapping[str, tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """Sizes of all slices of a module and which of them are adapted; what lies between adapted ones is one slice."""
+    spans = sorted(rows.values())
+    if not spans:
+        edges = sorted({0, update.lora_B.shape[0], *(e for s in update.slices for e in (s.row_start, s.row_stop))})
+        spans = list(itertools.pairwise(edges))
+    adapted = {(each.row_start, each.row_stop) for each in update.slices}
+    return [stop - start for start, stop in spans], [span in adapted for span in spans]
+
+
+def _loralib_readme(base: str, whole: bool) -> str:
+    also = " It also holds tensors that were trained whole." if whole else ""
+    return f"""# An adapter of {base} in loralib's layout
+
+`{WEIGHTS_NAME}` is a `lora_state_dict`.{also} `{LAYERS_NAME}` has the arguments of each layer.
+
+```python
+import json
+from philora import lora
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+lora.replace_layers(model, json.load(open("{LAYERS_NAME}"))["layers"])
+lora.load_lora(model, "{WEIGHTS_NAME}")
+model.eval()
+```
+
+loralib's own layers read the same file where all slices of a module are of one size.
+"""

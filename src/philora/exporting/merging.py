@@ -1,0 +1,261 @@
+"""Merging: an adapter becomes part of its base, layer by layer, in memory.
+
+Base weight and adapter go to fp32, PEFT merges them, and the result is rounded once. The logits before and after are
+compared. `merged_folder` does the same with the files of a base.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import ALoraLinearVariant, ArrowLinearVariant
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from philora.adapters.embeddings import stay_tied
+from philora.adapters.peft_layers import FastLinear
+from philora.errors import AdapterError, fault, one_per_line
+from philora.kernels.quantization import dequantize_, is_quantized
+from philora.models.verify import ROUNDED_ONCE, agreement, logits_of
+from philora.models.verify import probe as probe_tokens
+
+logger = logging.getLogger(__name__)
+
+UNTIED = "the adapter changes one of the input and output embeddings, which the base shares: they are separate now"
+
+# Initialisations that take their first A and B out of the base weight: PEFT does so again when such an adapter is
+# loaded, so the weight to merge into is what they leave.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+# ------------------------------------------------------------------------------------------------ one layer
+
+
+def merge_layer(layer: BaseTunerLayer, where: str) -> None:
+    """Merge one of PEFT's layers, whatever its kind, into its base layer; the layer is used up.
+
+    Args:
+        layer: A layer that PEFT put around a base layer.
+        where: What a message calls it.
+
+    Numerics:
+        Base weight and adapter are held in fp32 (fp64 for fp64 weights) while PEFT merges them; the result is rounded
+        once into the dtype of the base. Quantised layers, and those of other methods than LoRA, are left to PEFT.
+
+    Cost:
+        Memory for the weight in fp32 and its update (twice, while PEFT scales it), until the layer is done.
+
+    Raises:
+        AdapterError: The merged weight is not finite in the dtype of the base.
+    """
+    if layer.merged:
+        return
+    names = merged_parameters(layer)
+    if not names:
+        layer.merge(safe_merge=True)
+        return
+    base = layer.get_base_layer()
+    before = {name: getattr(base, name) for name in names}
+    wide = torch.promote_types(before[names[0]].dtype, torch.float32)
+    with torch.no_grad():
+        for name, parameter in before.items():
+            # A parameter of its own: a weight that is shared (tied embeddings) stays what it was for the others.
+            setattr(base, name, nn.Parameter(parameter.to(wide, copy=True), requires_grad=False))
+        inside = {id(each) for each in base.parameters()}
+        for parameter in layer.parameters():
+            if id(parameter) not in inside:
+                parameter.data = parameter.data.to(wide)
+        layer.merge()
+        for name, parameter in before.items():
+            merged = getattr(base, name).detach().to(parameter.dtype)
+            setattr(base, name, nn.Parameter(merged, requires_grad=parameter.requires_grad))
+            if not _is_finite(merged):
+                expected = f"merged values that {str(merged.dtype).removeprefix('torch.')} can hold"
+                raise AdapterError(fault("merge", where, name, expected, "Is the adapter broken?"))
+
+
+def merged_parameters(layer: BaseTunerLayer) -> list[str]:
+    """Parameters of the base layer that merging may change; none for layers that are left to PEFT."""
+    base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        return [layer.parameter_name]
+    if not isinstance(layer, LoraLayer | TrainableTokensLayer) or not _is_plain(getattr(base, "weight", None)):
+        return []
+    return ["weight", "bias"] if _is_plain(getattr(base, "bias", None)) else ["weight"]
+
+
+def _is_plain(parameter: Any) -> bool:
+    """Whether it is a matrix of floats as torch has them; quantised weights are of other classes or of a byte each."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    low, high = tensor.aminmax()  # unlike isfinite on the whole, without a mask of its size
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def mergeable(model: PeftModel) -> dict[str, BaseTunerLayer]:
+    """PEFT's layers by the name of their module in the base, once it is clear that all of them can be merged."""
+    if not isinstance(model.base_model, BaseTuner):
+        kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
+        expected = "an adapter of weights, such as LoRA; prompts and prefixes have nothing to add to a weight"
+        raise AdapterError(fault("merge", "peft_type", kind, expected))
+    layers = {
+        name.removeprefix("base_model.model."): each
+        for name, each in model.named_modules()
+        if isinstance(each, BaseTunerLayer)
+    }
+    obstacles: dict[tuple[str, str], list[str]] = {}
+    for name, layer in layers.items():
+        for obstacle in _obstacles(layer):
+            obstacles.setdefault(obstacle, []).append(name)
+    if obstacles:
+        raise AdapterError(
+            one_per_line(
+                [
+                    fault("merge", names[0] if len(names) == 1 else f"{len(names)} layers", names, expected, todo)
+                    for (expected, todo), names in obstacles.items()
+                ]
+            )
+        )
+    return layers
+
+
+def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
+    """What keeps a layer from being merged: what was expected, and what to do."""
+    base, active = layer.get_base_layer(), layer.active_adapters
+    variants = [each for name, each in getattr(layer, "lora_variant", {}).items() if name in active]
+    if any(isinstance(each, ALoraLinearVariant | ArrowLinearVariant) for each in variants):
+        yield "an update that is the same for every token (it is aLoRA's or Arrow's)", "Serve base and adapter"
+    if isinstance(layer, LoraLayer):
+        if getattr(base, "groups", 1) > 1:
+            yield "a convolution of one group", "Serve base and adapter"
+        biased = any(layer.lora_bias.get(name) for name in active)
+        if biased and getattr(base, "bias", None) is None:
+            yield "a base layer with a bias, as lora_bias has one", "Serve base and adapter"
+    inside = {id(each) for each in base.parameters()}
+    own = [each for each in layer.parameters() if id(each) not in inside and each.numel() and not each.is_meta]
+    if not all(_is_finite(each.detach()) for each in own):
+        yield "finite adapter weights", "The training diverged: use an earlier checkpoint"
+
+
+# ---------------------------------------------------------------------------------------------- in memory
+
+
+def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Add the active adapter to the base weights and check that the outputs stayed the same.
+
+    Args:
+        model: The adapted model; it is used up.
+        probe: Inputs for the check; default: random tokens.
+
+    Returns:
+        The base model with the merged weights, in its own dtype. Embeddings that the base shares are separate when
+        the adapter changes only one of them. A quantised base becomes a 16-bit model: its weights are the dequantised
+        ones, over which the adapter was trained.
+
+    Numerics:
+        Each update is computed in fp32, whatever the adapter's dtype, and rounded once into the base's dtype.
+
+    Cost:
+        Two forward passes, and memory for one weight in fp32 and its update.
+
+    Raises:
+        AdapterError: A layer cannot be merged (all such layers at once, before anything changes), or the merged
+            model's logits differ from the adapted model's by more than rounding explains.
+    """
+    layers = mergeable(model)
+    _round_whole_modules(model)
+    before, bound = _logits(model, probe), rounding_bound(model)
+    tied = stays_tied(model)
+    _dequantise(model, layers.values())
+    for name, layer in layers.items():
+        with onload_layer(layer):
+            merge_layer(layer, name)
+    merged = cast(nn.Module, model.unload())
+    if isinstance(merged, PreTrainedModel):
+        _settle_tie(merged, tied)
+    todo = "The merged model is not usable"
+    result = agreement("merge", before, _logits(merged, probe), max(bound, rounding_bound(merged)), todo=todo)
+    logger.info("merged: %s", result)
+    return merged
+
+
+def _dequantise(model: PeftModel, layers: Iterable[BaseTunerLayer]) -> None:
+    """Put plain layers in the place of quantised ones, and PEFT's layer of plain ones around them."""
+    base = model.get_base_model()
+    over = [each for each in layers if is_quantized(each.get_base_layer())]
+    if not isinstance(base, PreTrainedModel) or not over:
+        return
+    dequantize_(base)
+    for layer in over:
+        if isinstance(layer, LoraLayer):
+            layer.__class__ = FastLinear
+            layer.fan_in_fan_out = layer.is_target_conv_1d_layer = isinstance(layer.get_base_layer(), Conv1D)
+
+
+def _logits(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor:
+    if probe is None:
+        config: Any = model.config
+        return logits_of(model, probe_tokens(config.get_text_config().vocab_size, model.device))
+    was_training = model.training
+    with torch.no_grad():
+        logits: Tensor = model.eval()(**probe).logits
+    model.train(was_training)
+    return logits.float().cpu()
+
+
+def rounding_bound(model: nn.Module) -> float:
+    """What one more rounding may do to the logits: that of the model's coarsest dtype; unknown ones are quantised."""
+    return max(ROUNDED_ONCE.get(each.dtype, ROUNDED_ONCE[torch.bfloat16]) for each in model.parameters())
+
+
+def whole_modules(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Modules of the base, and what `modules_to_save` trained in their place."""
+    return [
+        (each.original_module, each.modules_to_save[each.active_adapters[0]])
+        for each in model.modules()
+        if isinstance(each, ModulesToSaveWrapper) and each.active_adapters
+    ]
+
+
+def _round_whole_modules(model: nn.Module) -> None:
+    for original, trained in whole_modules(model):
+        for old, new in zip(original.parameters(), trained.parameters(), strict=True):
+            new.data = new.data.to(old.dtype)
+            new.requires_grad_(old.requires_grad)
+
+
+def stays_tied(model: PeftModel) -> bool:
+    """Whether the adapter changes shared embeddings alike, if it changes them."""
+    if any(getattr(each, "ensure_weight_tying", False) for each in model.peft_config.values()):
+        return True
+    if stay_tied(model):
+        return True
+    base = model.get_base_model()
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    return isinstance(head, TrainableTokensWrapper) and head.token_adapter.tied_adapter is not None
+
+
+def _settle_tie(model: PreTrainedModel, tied: bool) -> None:
+    """Make config and weights agree on whether the embeddings are shared."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not getattr(model.config, "tie_word_embeddings", False) or head is None or head.weight is embedding.weight:
+        return
+    if tied:
+        model.tie_weights()
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    logger.warning("merge: %s", UNTIED)

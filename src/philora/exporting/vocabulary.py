@@ -1,0 +1,307 @@
+"""A tokenizer in the words of GGUF: what llama.cpp needs to make the same tokens of a text.
+
+llama.cpp has tokenizers of its own. Which one it takes, and how it treats the space after a special token, follows from
+fields of the file and, in one case, from the name of the model; all of them are derived here from what the tokenizer
+does, and what cannot be said in them is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gguf import GGUFWriter, TokenType
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from philora.errors import ModelError, fault, one_per_line
+from philora.models.spare_rows import MEND
+
+# How llama.cpp splits text before byte-level BPE, by the name it has there (llama-vocab.cpp); the expressions are
+# those of the tokenizers that the names stand for: GPT-2, cl100k (Phi-4), o200k (Phi-4-mini).
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_WORD}|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_WORD}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS: Final[Mapping[str, pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "dbrx": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CL100K), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "gpt-4o": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_O200K), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+_PROBE: Final = (
+    "Hello, World! it's I'LL 1234567 3.14 \n\n  two\tspaces  \r\n x=f(a)//b; camelCase HTTPServer don'T "
+    "naïve Größe ŁÓDŹ здравей Свят שלום 中文字 العربية हिन्दी ภาษา 😀👍🏽 —“q”… a/b/\nc"
+)
+
+# llama.cpp strips the space after special tokens where the model's name has one of these in it, whatever the file says
+# (llama_vocab::impl::load); these tokens it leaves out, and it expects them to be there.
+STRIPPING_NAMES: Final = ("phi-3", "phi3")
+_NOT_STRIPPED: Final = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_EXPECTED: Final = _NOT_STRIPPED | {"</s>"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as GGUF holds it.
+
+    Attributes:
+        model: `llama` (SentencePiece's BPE) or `gpt2` (byte-level BPE).
+        pre: How text is split before it, in llama.cpp's words.
+        tokens: One for each row of the embedding; those that the tokenizer lacks are unused.
+        types: `gguf.TokenType` of each.
+        scores: Of `llama`: a piece with a higher one is formed first.
+        merges: Of `gpt2`.
+        special: Ids by name of GGUF's field without its affixes: bos, eos, eot, unknown, padding.
+        add_bos: Whether a text begins with the first token of a text; the chat template does not write it then.
+        add_space_prefix: Whether a space goes before text that follows a special token.
+        strips: Whether the space after special tokens is dropped.
+        chat_template: In Jinja.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[TokenType]
+    scores: list[float]
+    merges: list[str]
+    special: dict[str, int]
+    add_bos: bool
+    add_space_prefix: bool
+    strips: bool
+    chat_template: str | None
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Add it to a file's metadata."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        add = {
+            "bos": writer.add_bos_token_id,
+            "eos": writer.add_eos_token_id,
+            "eot": writer.add_eot_token_id,
+            "unknown": writer.add_unk_token_id,
+            "padding": writer.add_pad_token_id,
+        }
+        for name, token in self.special.items():
+            add[name](token)
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(False)
+        if self.model == "llama":
+            writer.add_add_space_prefix(self.add_space_prefix)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
+
+    def model_name(self, name: str) -> str:
+        """A name under which llama.cpp treats the space after special tokens as this tokenizer does."""
+        lower = name.lower()
+        if self.strips and not any(each in lower for each in STRIPPING_NAMES):
+            return f"Phi-3 {name}"
+        if not self.strips:
+            for each in STRIPPING_NAMES:
+                while each in name.lower():
+                    start = name.lower().index(each)
+                    name = f"{name[:start]}Phi_3{name[start + len(each) :]}"
+        return name
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[int]) -> Vocabulary:
+    """Read a tokenizer off for GGUF.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        size: Rows of the embedding; tokens that the tokenizer lacks are filled up as unused.
+        stops: Ids that end an answer, the turn's first.
+
+    Raises:
+        ModelError: It does what no tokenizer of llama.cpp does; all such points at once.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        expected = "a fast tokenizer, with tokenizer.json"
+        raise ModelError(fault("export to gguf", "tokenizer", type(tokenizer).__name__, expected))
+    described = json.loads(backend.to_str())
+    ids = tokenizer.get_vocab()
+    added = {each["id"]: each for each in described["added_tokens"]}
+    faults: list[str] = []
+    if max(ids.values()) >= size:
+        expected = f"at most {size} tokens, the rows of the model's embedding"
+        faults.append(fault("export to gguf", "tokenizer", max(ids.values()) + 1, expected, MEND))
+    if described["model"].get("type") not in ("BPE", None):
+        faults.append(fault("export to gguf", "tokenizer model", described["model"].get("type"), "BPE"))
+        raise ModelError(one_per_line(faults))
+    strips = _strips(added.values(), faults)
+    tokens, types = _tokens(ids, added, described["model"], size)
+    scores: list[float] = []
+    merges: list[str] = []
+    pre, space = "default", False
+    pairs = [
+        tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in described["model"]["merges"]
+    ]
+    if described["model"].get("byte_fallback"):
+        model = "llama"
+        scores = _scores(tokens, types, pairs, faults)
+        space = _space_after_special(described, backend, added, faults)
+    else:
+        model = "gpt2"
+        merges = [" ".join(each) for each in pairs]
+        pre = _pre(described, backend, faults)
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else stops[-1],
+        "eot": stops[0] if stops else None,
+        "unknown": tokenizer.unk_token_id if model == "llama" else None,
+        "padding": tokenizer.pad_token_id,
+    }
+    if faults:
+        raise ModelError(one_per_line(faults))
+    return Vocabulary(
+        model=model,
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=merges,
+        special={name: int(each) for name, each in special.items() if each is not None},
+        add_bos=_begins_with_bos(tokenizer),
+        add_space_prefix=space,
+        strips=strips,
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+    )
+
+
+def _strips(added: Iterable[Mapping[str, Any]], faults: list[str]) -> bool:
+    """Whether special tokens drop the space after them, all alike as llama.cpp does it."""
+    added = list(added)
+    for flag in ("lstrip", "single_word"):
+        named = [each["content"] for each in added if each[flag]]
+        if named:
+            faults.append(fault("export to gguf", f"tokens with {flag}", named, "none: llama.cpp has no such tokens"))
+    stripping = {each["content"] for each in added if each["rstrip"]}
+    if not stripping:
+        return False
+    present = {each["content"] for each in added}
+    differing = (present - _NOT_STRIPPED) ^ stripping
+    if differing or not present >= _EXPECTED:
+        expected = f"rstrip on all added tokens but {sorted(_NOT_STRIPPED)}, or on none, as llama.cpp has it"
+        faults.append(fault("export to gguf", "tokens with rstrip", sorted(differing or _EXPECTED - present), expected))
+    return True
+
+
+def _tokens(
+    ids: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], model: Mapping[str, Any], size: int
+) -> tuple[list[str], list[TokenType]]:
+    by_id = {token: text for text, token in ids.items()}
+    tokens, types = [], []
+    for token in range(size):
+        text = by_id.get(token)
+        if text is None:
+            text, kind = f"[UNUSED_{token}]", TokenType.UNUSED
+        elif text == model.get("unk_token"):
+            kind = TokenType.UNKNOWN
+        elif token in added:
+            kind = TokenType.CONTROL if added[token]["special"] else TokenType.USER_DEFINED
+        elif model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            kind = TokenType.BYTE
+        else:
+            kind = TokenType.NORMAL
+        tokens.append(text)
+        types.append(kind)
+    return tokens, types
+
+
+def _scores(
+    tokens: Sequence[str], types: Sequence[TokenType], pairs: Sequence[tuple[str, ...]], faults: list[str]
+) -> list[float]:
+    """A score for each piece, so that llama.cpp forms them in the order of the merges.
+
+    llama.cpp joins any two neighbours that make a piece, the best piece first; the merges have to name them all.
+    """
+    rank: dict[str, int] = {}
+    for place, (left, right) in enumerate(pairs):
+        rank.setdefault(left + right, place)
+    known = {text for text, kind in zip(tokens, types, strict=True) if kind is TokenType.NORMAL}
+    named = set(pairs)
+    missing = [
+        (piece[:cut], piece[cut:])
+        for piece in known
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known and (piece[:cut], piece[cut:]) not in named
+    ]
+    if missing:
+        expected = "merges for every two pieces that make a piece, as a SentencePiece model has them"
+        faults.append(fault("export to gguf", "merges that are missing", sorted(missing)[:3], expected))
+    lowest = float(-len(pairs))
+    return [
+        float(-rank[text]) if text in rank and kind is TokenType.NORMAL else lowest
+        for text, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def _space_after_special(
+    described: Mapping[str, Any], backend: Tokenizer, added: Mapping[int, Mapping[str, Any]], faults: list[str]
+) -> bool:
+    normalizer, split = described["normalizer"], described["pre_tokenizer"]
+    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
+    for each in steps:
+        if each["type"] == "Replace" and (each["pattern"], each["content"]) == ({"String": " "}, "▁"):
+            continue
+        if each["type"] != "Prepend" or each["prepend"] != "▁":
+            faults.append(fault("export to gguf", "normalizer", each, "▁ for spaces and nothing else"))
+    if split is not None and (split["type"] != "Metaspace" or split.get("replacement") != "▁" or split.get("split")):
+        faults.append(fault("export to gguf", "pre_tokenizer", split, "none, or Metaspace without splitting"))
+    special = next((each["content"] for each in added.values() if each["special"]), None)
+    if special is None:
+        return False
+    after = backend.encode(f"{special}a", add_special_tokens=False).tokens[1:]
+    return bool(after) and after[0].startswith("▁")
+
+
+def _pre(described: Mapping[str, Any], backend: Tokenizer, faults: list[str]) -> str:
+    """The name of llama.cpp's way to split text that splits as this tokenizer does."""
+    if described["normalizer"] is not None:
+        faults.append(fault("export to gguf", "normalizer", described["normalizer"], "none before byte-level BPE"))
+    if described["model"].get("ignore_merges"):
+        faults.append(fault("export to gguf", "ignore_merges", True, "false"))
+    own = backend.pre_tokenizer
+    if own is not None:
+        pieces = own.pre_tokenize_str(_PROBE)
+        for name, split in _SPLITS.items():
+            if split.pre_tokenize_str(_PROBE) == pieces:
+                return name
+    expected = "text split as GPT-2, cl100k (Phi-4) or o200k (Phi-4-mini) do"
+    faults.append(fault("export to gguf", "pre_tokenizer", described["pre_tokenizer"], expected))
+    return "default"
+
+
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if tokenizer.bos_token_id is None:
+        return False
+    if tokenizer.chat_template is None:
+        ids = tokenizer("a")["input_ids"]
+    else:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id

@@ -1,0 +1,1 @@
+"""Answers of a model: the decoder, batches of prompts, sampling, conversations."""

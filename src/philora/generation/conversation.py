@@ -1,0 +1,642 @@
+"""A conversation with a model: the answer as it comes, from the base or from one of its adapters.
+
+    sources -> `load_voices`: one base in memory, its adapters beside each other
+            -> `Voices.prompt`: messages -> token ids, checked against the model's window
+            -> `Voices.answer` -> `Reply`: one token at each step, text in pieces of whole characters
+
+The terminal, the page and the endpoint all speak through these. A `Reply` is stepped by whoever reads it, so stopping
+it is to take no further step. Several take turns on one model, or a step together by `Voices.step`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from philora.adapters.peft_layers import load_adapter
+from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.dataset.arrangement import Arrangement, PromptTooLong
+from philora.errors import AdapterError, ConfigError, DataError, fault, nearest
+from philora.families import longrope_switch_tokens
+from philora.generation import decoding, static_decoding
+from philora.generation.batches import GenerationSettings, Sampler, device_of, stop_token_ids, window_tokens
+from philora.generation.inference import Loaded, load
+from philora.kernels.memory import out_of_memory
+from philora.models.loading import load_tokenizer, local_path
+from philora.models.locate import AdapterSource, find_adapter
+from philora.models.run_folder import SystemTurn, TrainedRun
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, str]
+
+_Result = TypeVar("_Result")
+
+USUAL_ROWS = 8
+"""Answers in a step that weights are laid out for; any other number is computed as well."""
+
+
+def chat_settings(
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> GenerationSettings:
+    """Settings in the terms of a conversation, where temperature 0 is the greedy answer.
+
+    Raises:
+        ConfigError: A value is out of its bounds, or belongs to sampling while the temperature is 0.
+    """
+    if temperature == 0 and (top_p is not None or top_k is not None):
+        name, value = ("top_p", top_p) if top_p is not None else ("top_k", top_k)
+        todo = "Give a temperature too, such as 0.7"
+        raise ConfigError(fault("chat", name, value, "a temperature above 0 beside it", todo))
+    return GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature != 0,
+        temperature=temperature or None,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_strings=tuple(stop),
+    )
+
+
+class ContextError(DataError):
+    """A prompt leaves the model no room for an answer.
+
+    Attributes:
+        tokens: Of the prompt, as far as it was read.
+        count: The same in words; a prompt that is far too long is not read to its end.
+        window: Positions of the model, prompt and answer together.
+    """
+
+    def __init__(self, tokens: int, window: int, *, exact: bool = True) -> None:
+        expected = f"fewer than the model's {window}"
+        count = f"{tokens} tokens" if exact else f"over {tokens} tokens"
+        super().__init__(fault("conversation", "prompt", count, expected, "Shorten the messages"))
+        self.tokens = tokens
+        self.count = count
+        self.window = window
+
+
+@dataclass
+class Memory:
+    """Keys and values of tokens that a model has read, to go on from.
+
+    Attributes:
+        ids: The tokens.
+        adapter: Which adapter has read them.
+        cache: transformers' cache; None before the first token.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    adapter: str | None = None
+    cache: Any = None
+
+
+class Voices:
+    """One base model that answers as itself or with any of its adapters. For one thread at a time.
+
+    Attributes:
+        base: The base's name.
+        adapters: Names of the adapters, in the order in which they were given.
+        model: The PeftModel that holds them all.
+        tokenizer: Theirs and the base's.
+        window: Positions of the model; None where its config does not say.
+        control_tokens: Read a control token's text inside a message as that token; else it is text.
+        systems: By an adapter's name the system turn of its training conversations, for those that have one.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        base: str,
+        adapters: Mapping[str, str],
+        systems: Mapping[str, SystemTurn] | None = None,
+    ) -> None:
+        """`adapters` maps the names that people use to those that the PeftModel has."""
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.arrangement = Arrangement(tokenizer)
+        self.control_tokens = False
+        self.base = base
+        self.adapters = tuple(adapters)
+        self.systems = dict(systems or {})
+        self.window = window_tokens(model)
+        self.stops = frozenset(stop_token_ids(model.get_base_model(), tokenizer))
+        self.device = device_of(model)
+        self.longrope_switch = longrope_switch_tokens(model.config)
+        self._inside = dict(adapters)
+        self._current: str | None = None
+        self._together: dict[str | None, _Together] = {}
+        self._packing: decoding.Packing | None = None
+        # With LongRoPE the longest row decides the factors of all: what goes beyond its boundary is computed alone.
+        limits = [each for each in (self.window, self.longrope_switch) if each is not None]
+        self._shared_tokens = min(limits) if limits and decoding.covers(model) else 0
+        self._by_graph = not static_decoding.against(static_decoding.facts_of(model))
+        self._last_only = (
+            {"logits_to_keep": 1}
+            if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+            else {}
+        )
+        self.switch(self.adapters[0])
+
+    def switch(self, adapter: str | None) -> None:
+        """Compute with this adapter from now on; None: with the base alone."""
+        if adapter == self._current:
+            return
+        if adapter is None:
+            self.model.base_model.disable_adapter_layers()
+        else:
+            self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(self._inside[adapter], inference_mode=True)
+        self._current = adapter
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to and with the header of the assistant's turn.
+
+        Raises:
+            ContextError: They fill the model's window.
+            DataError: The chat template refuses the messages, or a text is not valid Unicode.
+            ModelError: There is no chat template.
+        """
+        for index, message in enumerate(messages):
+            try:
+                message["content"].encode()
+            except UnicodeEncodeError as error:
+                expected = "text that UTF-8 can hold"
+                raise DataError(fault(f"messages[{index}]", "content", message["content"], expected)) from error
+        window = self.window
+        if window is not None and len(messages) >= window:  # each has a token at least
+            raise ContextError(len(messages), window, exact=False)
+        try:
+            (ids,) = self.arrangement.prompt_ids([messages], control_tokens=self.control_tokens, limit_tokens=window)
+        except PromptTooLong as error:
+            assert window is not None
+            raise ContextError(error.tokens, window, exact=False) from error
+        if window is not None and len(ids) >= window:
+            raise ContextError(len(ids), window)
+        return ids
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        adapter: str | None,
+        memory: Memory | None = None,
+    ) -> Reply:
+        """The answer to a prompt, which is computed as it is read.
+
+        Args:
+            prompt: What `prompt` gave.
+            settings: Length, sampling and stop strings; `batch_size` has no part in it. Sampling values that are None
+                are the model's own where it has any, else they change nothing.
+            adapter: Who answers; None: the base.
+            memory: Of the last turn (`Reply.memory`): what it shares with the prompt is not computed again.
+        """
+        return Reply(self, prompt, settings, adapter, memory)
+
+    @torch.inference_mode()
+    def step(self, adapter: str | None, replies: Sequence[Reply]) -> list[str | BaseException]:
+        """One token of each of an adapter's answers, in one forward pass where `philora.generation.decoding` covers the
+        model.
+
+        Answers come and go between two steps. Keys and values of one that is not there any more are let go, and of one
+        that comes back are computed again. What goes wrong with an answer is its own: the others get their token. Where
+        memory was refused (`philora.kernels.memory.out_of_memory`) an answer is as it was, and can be stepped again.
+
+        Numerics:
+            Each row has its own positions and sees its own tokens only. How many rows there are changes the order of
+            sums: nothing in fp32 but the last digits, and in bf16 the choice between tokens that are all but equal.
+
+        Returns:
+            For each the text that its token settled, or what went wrong.
+        """
+        shared = [each for each in replies if each.limit_tokens <= self._shared_tokens]
+        if not shared:
+            self._together.pop(adapter, None)
+        found = self._step_together(adapter, shared)
+        for each in replies:
+            if each not in found:
+                found[each] = _tried(partial(next, each))
+        return [found[each] for each in replies]
+
+    def by_graph(self, reply: Reply) -> bool:
+        """Return whether a single answer, too, is faster by `step`: on a GPU, where a step is one CUDA graph."""
+        return self._by_graph and reply.limit_tokens <= self._shared_tokens
+
+    def _step_together(self, adapter: str | None, replies: Sequence[Reply]) -> dict[Reply, str | BaseException]:
+        """The step of answers that share a forward pass; one by one where that fails, to find whose fault it is."""
+        if not replies:
+            return {}
+        logits = _tried(partial(self._logits_together, adapter, replies))
+        if not isinstance(logits, BaseException):
+            rows = zip(replies, logits, strict=True)
+            return {each: _tried(partial(each.take, row)) for each, row in rows}
+        if len(replies) == 1 or out_of_memory(logits):
+            return dict.fromkeys(replies, logits)
+        found: dict[Reply, str | BaseException] = {}
+        for each in replies:
+            found |= self._step_together(adapter, [each])
+        return found
+
+    def _logits_together(self, adapter: str | None, replies: Sequence[Reply]) -> list[Tensor]:
+        self.switch(adapter)
+        together = self._together.pop(adapter, None)  # what fails in the middle is not gone on from
+        if together is None:
+            self._packing = self._packing or decoding.Packing(self.model, USUAL_ROWS)
+            together = _Together(static_decoding.decoder_for(self.model, 0, self._shared_tokens, self._packing))
+        logits = together.logits(replies)
+        self._together[adapter] = together
+        return logits
+
+    @torch.inference_mode()
+    def next_logits(self, ids: Sequence[int], memory: Memory) -> Tensor:
+        """Read the tokens that `memory` has not read yet, with its adapter.
+
+        With LongRoPE, keys of up to `longrope_switch` tokens have other factors than those of more: at the first token
+        behind it everything is read again, as transformers' `generate` does.
+
+        Shapes:
+            Returns (V), the logits of the next token, in fp32.
+        """
+        switch = self.longrope_switch
+        if switch is not None and len(memory.ids) <= switch < len(ids):
+            memory.ids, memory.cache = [], None
+        self.switch(memory.adapter)
+        known, cache = len(memory.ids), memory.cache
+        memory.ids, memory.cache = [], None  # what is interrupted in the middle is not gone on from
+        fresh = torch.tensor([list(ids[known:])], device=self.device)
+        output = self.model(input_ids=fresh, past_key_values=cache, use_cache=True, **self._last_only)
+        memory.cache = getattr(output, "past_key_values", None)
+        memory.ids = list(ids) if memory.cache is not None else []
+        logits: Tensor = output.logits[0, -1].float()
+        return logits
+
+    def recall(self, prompt: Sequence[int], adapter: str | None, memory: Memory | None) -> Memory:
+        """As much of a memory as holds for another prompt; an empty one where nothing does."""
+        fresh = Memory(adapter=adapter)
+        if memory is None or memory.cache is None or memory.adapter != adapter:
+            return fresh
+        shared = next(
+            (place for place, (old, new) in enumerate(zip(memory.ids, prompt, strict=False)) if old != new),
+            min(len(memory.ids), len(prompt)),
+        )
+        shared = min(shared, len(prompt) - 1)  # the last token is read again, for its logits
+        switch = self.longrope_switch
+        if switch is not None and len(prompt) <= switch < len(memory.ids):
+            return fresh
+        if shared < len(memory.ids):
+            try:
+                memory.cache.crop(shared - len(memory.ids))
+            except (RuntimeError, AttributeError):  # a sliding window has let go of them, or no cache of keys
+                return fresh
+        return Memory(list(prompt[:shared]), adapter, memory.cache)
+
+
+def _tried(compute: Callable[[], _Result]) -> _Result | BaseException:
+    """What a function returns, or what it raises but for a wish to stop; a panic of the tokenizer's is no Exception."""
+    try:
+        return compute()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - told to whom it belongs
+        if out_of_memory(error):
+            error.__traceback__ = None  # its frames hold the memory that the next try needs
+        return error
+
+
+class _Together:
+    """Answers of one adapter in the rows of a decoder."""
+
+    def __init__(self, decoder: decoding.Decoder) -> None:
+        self.decoder = decoder
+        self.replies: list[Reply] = []
+
+    def logits(self, replies: Sequence[Reply]) -> list[Tensor]:
+        """Of the next token of each, (V); those that were not there before are read, all others get a step."""
+        staying = [each for each in self.replies if each in replies]
+        coming = [each for each in replies if each not in staying]
+        if coming or len(staying) < len(self.replies):
+            self.decoder.keep([self.replies.index(each) for each in staying], len(coming))
+            self.replies = staying + coming
+        found: dict[Reply, Tensor] = {}
+        if staying:  # the rows of those that come are not in use yet
+            tokens = [each.ids[-1] for each in staying] + [0] * len(coming)
+            places = [len(each.ids) - 1 for each in staying] + [0] * len(coming)
+            found |= zip(staying, self.decoder.step(tokens, places), strict=False)
+        if coming:
+            rows = range(len(staying), len(self.replies))
+            found |= zip(coming, self.decoder.prefill([each.ids for each in coming], rows), strict=True)
+        return [found[each] for each in replies]
+
+
+class Reply:
+    """An answer that is computed while it is read: each step is one token and gives the text that it settled.
+
+    A piece is empty while a character is incomplete, or while the text may turn out to be the start of a stop string.
+    The pieces together are `text`.
+
+    Attributes:
+        text: So far.
+        prompt_tokens: Of the prompt.
+        tokens: Generated so far, the stop token included.
+        finish: `stop` when the model ended it or a stop string came, `length` when the room was used up; None before.
+        adapter: Who answers; None: the base.
+        ids: The prompt's tokens and those generated so far, without the stop token.
+        limit_tokens: Most that these can become.
+        memory: What the model has read, for the next turn; of what `Voices.step` computes it holds nothing, so
+            that on a GPU, where a single answer takes it too, each prompt is read anew.
+    """
+
+    def __init__(
+        self,
+        voices: Voices,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        adapter: str | None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.text = ""
+        self.prompt_tokens = len(prompt)
+        self.tokens = 0
+        self.finish: Literal["stop", "length"] | None = None
+        self.adapter = adapter
+        self.ids = list(prompt)
+        room = settings.max_new_tokens if voices.window is None else voices.window - len(prompt)
+        self.limit_tokens = len(prompt) + min(settings.max_new_tokens, room)
+        self.memory = voices.recall(prompt, adapter, memory)
+        self._voices = voices
+        self._settings = settings
+        self._sampler = Sampler(voices.model, settings)
+        self._random = torch.Generator().manual_seed(settings.seed % 2**63)
+
+    def __iter__(self) -> Reply:
+        return self
+
+    def __next__(self) -> str:
+        if self.finish is not None:
+            raise StopIteration
+        if self._voices.by_graph(self):
+            (piece,) = self._voices.step(self.adapter, [self])
+            if isinstance(piece, BaseException):
+                raise piece
+            return piece
+        return self.take(self._voices.next_logits(self.ids, self.memory))
+
+    def take(self, logits: Tensor) -> str:
+        """Choose the next token; the text that it settled.
+
+        Raises:
+            NotFiniteError: The logits say nothing.
+
+        Shapes:
+            logits (V), behind `ids`.
+        """
+        before = None if self._sampler.greedy else self._random.get_state()
+        try:
+            (token,) = self._sampler(logits[None], [self._random])
+        except BaseException:
+            if before is not None:
+                self._random.set_state(before)  # a second try draws the same
+            raise
+        self.tokens += 1
+        if token in self._voices.stops:
+            self.finish = "stop"
+        else:
+            self.ids.append(token)
+            if len(self.ids) >= self.limit_tokens:
+                self.finish = "length"
+        return self._settled()
+
+    def _settled(self) -> str:
+        """The text that no further token can change, less what was given before."""
+        text = str(self._voices.tokenizer.decode(self.ids[self.prompt_tokens :], skip_special_tokens=True))
+        stops = self._settings.stop_strings
+        cuts = [text.index(each) for each in stops if each in text]
+        if cuts:
+            text, self.finish = text[: min(cuts)], "stop"
+        elif self.finish is None:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character that is not whole yet
+            held = max((_overlap(text, each) for each in stops), default=0)
+            text = text[: len(text) - held]
+        piece = text[len(self.text) :]
+        self.text += piece
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Conversation:
+    """Turns between a person and a model, with the oldest let go where the window has no room for them.
+
+    Attributes:
+        messages: All turns, without the system prompt.
+        system: What the model is told before them; None: nothing.
+        settings: Of the answers.
+        adapter: Who answers; None: the base.
+    """
+
+    def __init__(
+        self, voices: Voices, settings: GenerationSettings, adapter: str | None, system: str | None = None
+    ) -> None:
+        self.voices = voices
+        self.settings = settings
+        self.adapter = adapter
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+        self.forgotten = 0
+        self._memory: Memory | None = None
+
+    def ask(self, text: str) -> tuple[Reply, int]:
+        """Say something.
+
+        Room is kept for `max_new_tokens`, or for a quarter of the window where that is less.
+
+        Returns:
+            The answer to be read, and how many of the oldest messages the model no longer sees because of it. Nothing
+            is part of the history before `keep`.
+
+        Raises:
+            ContextError: The message and the system prompt alone leave no room.
+            DataError: The chat template refuses the conversation.
+        """
+        forgotten = self.forgotten
+        message = {"role": "user", "content": text}
+        window = self.voices.window
+        while True:
+            try:
+                prompt = self.voices.prompt([*self._head(), *self.messages[forgotten:], message])
+                reserve = 1 if window is None else min(self.settings.max_new_tokens, window // 4)
+                if window is None or len(prompt) + reserve <= window:
+                    break
+                if forgotten == len(self.messages):
+                    raise ContextError(len(prompt), window - reserve + 1)
+            except ContextError:
+                if forgotten == len(self.messages):
+                    raise
+            forgotten += 2  # a question and its answer
+        # A seed names the whole conversation; each turn draws anew.
+        settings = replace(self.settings, seed=self.settings.seed + len(self.messages))
+        reply = self.voices.answer(prompt, settings, self.adapter, self._memory)
+        self._memory = None  # its cache is the reply's now
+        return reply, forgotten - self.forgotten
+
+    def keep(self, text: str, reply: Reply, forgotten: int) -> None:
+        """Make a question and as much of its answer as was read part of the history."""
+        self._memory = reply.memory
+        if not reply.text:
+            return
+        self.forgotten += forgotten
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
+
+    def reset(self) -> None:
+        """Begin anew, with the same system prompt and settings."""
+        self.messages, self.forgotten, self._memory = [], 0, None
+
+    def record(self) -> dict[str, list[dict[str, str]]]:
+        """The whole conversation as a record of training data."""
+        return {"messages": [*self._head(), *self.messages]}
+
+    def _head(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+
+# -- loading
+
+
+def load_voices(sources: Mapping[str, str | Path], base: str | None = None) -> Voices:
+    """Load a base model once, with all the adapters given.
+
+    Args:
+        sources: Run folders, adapter folders, checkpoints or hub ids, by the names that they get.
+        base: Folder or hub id of the base; default: the one that the adapters name. The base of a run is loaded as the
+            run's configuration says.
+
+    Raises:
+        AdapterError: An adapter is missing, torn or does not fit, they belong to different bases or have different
+            vocabularies or templates, or several of them change the base itself.
+        ModelError: The base cannot be loaded, or has no chat template.
+        TargetError: An adapter names modules that the base does not have.
+    """
+    found = {name: _adapter_folder(source, base) for name, source in sources.items()}
+    first = next(iter(found))
+    others = {each.base for each in found.values()} - {found[first].base}
+    if others:
+        expected, todo = f"the base of the first adapter, {found[first].base}", "Start one server for each base"
+        raise AdapterError(fault("adapters", "base", others.pop(), expected, todo))
+    _check_untouched_base(found)
+    display = base_name(base or found[first].base or first)
+    if display in found:
+        expected = f"another name than the base's, {display}"
+        raise AdapterError(fault("adapters", "name", display, expected, "Name it: NAME=RUN_OR_ADAPTER"))
+    loaded = load(found[first].path, base=base)
+    model, inside = loaded.model, {first: "default"}
+    for index, (name, each) in enumerate(list(found.items())[1:]):
+        _check_tokenizer(each.path, loaded)
+        inside[name] = f"further_{index}"
+        model = load_adapter(model, each.path, inside[name])
+    runs = {name: TrainedRun(each.run) for name, each in found.items() if each.run is not None}
+    systems = {name: run.system for name, run in runs.items() if run.system is not None}
+    voices = Voices(model, loaded.tokenizer, display, inside, systems)
+    with contextlib.suppress(DataError):  # of a template that wants other roles
+        voices.prompt([{"role": "user", "content": "Hello."}])  # without a template nothing can be asked
+    return voices
+
+
+def load_named(sources: Sequence[str], base: str | None = None) -> Voices:
+    """`load_voices` of `NAME=SOURCE` arguments; without a name the source's own is taken.
+
+    Raises:
+        AdapterError: A name is given twice or is the base's; and as `load_voices`.
+    """
+    named: dict[str, str | Path] = {}
+    for source in sources:
+        name, equals, path = source.partition("=")
+        if not equals or Path(source).exists():
+            name, path = name_of(source), source
+        if not name or name in named:
+            todo = "Name them: NAME=RUN_OR_ADAPTER"
+            raise AdapterError(fault("adapters", "name", name, "a name of its own for each adapter", todo))
+        named[name] = path
+    return load_voices(named, base)
+
+
+def name_of(source: str | Path) -> str:
+    """What an adapter is called by default: its run folder's name, or its hub id."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return str(source)
+    path = path.resolve()
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+def base_name(base: str) -> str:
+    """A base's name for people: a hub id as it is, a folder by its last part."""
+    if local_path(base) == local_path("nano"):
+        return "nano"
+    path = Path(base).expanduser()
+    return path.resolve().name if path.is_dir() else base
+
+
+def _adapter_folder(source: str | Path, base: str | None) -> AdapterSource:
+    found = find_adapter(source, base)
+    if not found.path.is_dir():
+        todo = "Convert it first: philora export FILE --format peft --base MODEL --out DIR"
+        raise AdapterError(fault("adapter", "source", str(source), "a run or a folder in PEFT's format", todo))
+    return found
+
+
+def _check_untouched_base(found: Mapping[str, AdapterSource]) -> None:
+    """Several adapters need a base that none of them has changed; beside a single one it is only said.
+
+    Trained biases, and initialisations that take the first singular vectors out of the weights, end up in the base
+    when PEFT loads them.
+    """
+    for name, each in found.items():
+        config = PeftConfig.from_pretrained(str(each.path))
+        if not isinstance(config, LoraConfig):
+            continue
+        start = str(config.init_lora_weights)
+        changes = [f"bias={config.bias}"] if config.bias != "none" else []
+        changes += [f"init_lora_weights={start}"] if start.startswith(("pissa", "olora", "corda")) else []
+        changes += ["kasa_config"] if config.kasa_config is not None else []
+        if changes and len(found) > 1:
+            expected = "an adapter that leaves the base as it is, beside others"
+            todo = "Serve it by itself, or merge it: philora merge"
+            raise AdapterError(fault(name, "adapter_config.json", ", ".join(changes), expected, todo))
+        if changes:
+            logger.warning("%s: %s changes the base itself; what answers as the base has that change", name, *changes)
+
+
+def _check_tokenizer(adapter: Path, loaded: Loaded) -> None:
+    """One tokenizer serves all adapters, so that of a further one has to be the same."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        return
+    other = load_tokenizer(ModelConfig(name_or_path=str(adapter)), TokenizerConfig())
+    if (other.get_vocab(), other.chat_template) != (loaded.tokenizer.get_vocab(), loaded.tokenizer.chat_template):
+        expected = f"the vocabulary and chat template of {loaded.source.path}"
+        raise AdapterError(fault("adapters", "tokenizer", str(adapter), expected, "Serve it by itself"))
+
+
+def known(name: str, names: Sequence[str]) -> str:
+    """`Did you mean ...?`, or all the names."""
+    return nearest(name, names) or f"There are: {', '.join(names)}"

@@ -1,0 +1,335 @@
+"""Answers on a GPU: the step of `decoding.Decoder` in one CUDA graph.
+
+A step of one new token launches hundreds of small kernels, and on a GPU the launches take longer than the kernels. Here
+the shapes of a step stay the same: rows are filled up to one of `ROWS`, the cache has a fixed size until it is full and
+then doubles, and tokens and positions stand on the device. So the step is recorded once and launched by one call, and
+the tokens of 16 steps are read back together.
+
+After each recording the logits of the graph are compared with those of the step as `decoding` computes it. Where they
+differ, or where recording fails, one notice says so and the steps are computed without a graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from philora.decoder_stack.choice import DeviceFacts
+from philora.decoder_stack.facts import facts_of_device
+from philora.generation import decoding
+from philora.kernels import graphs
+from philora.kernels.quantization import is_quantized
+from philora.kernels.switches import graph_switch
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 8, 16, 32, 64)
+"""Rows that a graph is made for; more are filled up to the next multiple of the last."""
+
+STEPS = 16
+"""Steps after which tokens are read back, to look for stops."""
+
+FIRST_TOKENS = 256
+"""The least size of a row of the cache."""
+
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Of the graph's logits from those of the plain step, relative to their norm: what rounding makes of them."""
+
+BY_GRAPH = "a CUDA graph for each token"
+"""What `answers_on` returns where it is one."""
+
+Choose = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""From logits (B, V) and numbers (B) the tokens (B) and the largest logits (B)."""
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the choice depends on.
+
+    Attributes:
+        kind: "cuda", "cpu" or another.
+        name: Of the device, for people.
+        capability: CUDA's compute capability, or None.
+        triton: The version of Triton, or None.
+        switch: `PHILORA_GRAPHS`: "0" off, "all" also what has not run on a GPU, else "".
+        fused: Whether philora's fast paths are on.
+        dtype: Of the weights.
+        quantized: Whether linear layers are.
+        covered: Whether `decoding.Decoder` computes this model.
+    """
+
+    kind: str = "cuda"
+    name: str = "a GPU"
+    capability: tuple[int, int] | None = (9, 0)
+    triton: str | None = "3.6.0"
+    switch: str = ""
+    fused: bool = True
+    dtype: str = "bfloat16"
+    quantized: bool = False
+    covered: bool = True
+
+
+def against(facts: GraphFacts) -> list[str]:
+    """Return every reason why answers are computed without a graph; none: they are computed with one."""
+    if facts.kind != "cuda":
+        return [f"a graph needs a CUDA GPU, this is {facts.name}"]
+    found = []
+    if facts.switch == "0":
+        found.append("PHILORA_GRAPHS=0 turns graphs off")
+    if not facts.fused:
+        found.append("PHILORA_FUSED=0 turns philora's fast paths off")
+    if not facts.covered:
+        found.append("the model answers by transformers' generate")
+    if facts.triton is None:
+        found.append("Triton is not installed")
+    if facts.capability is not None and facts.capability < (8, 0):
+        found.append(f"{facts.name} has compute capability {'.'.join(map(str, facts.capability))}, bf16 needs 8.0")
+    if not found and facts.switch != "all":
+        untried = [f"weights in {facts.dtype}"] if facts.dtype != "bfloat16" else []
+        untried += ["quantised layers"] if facts.quantized else []
+        if untried:
+            found.append(f"no GPU has run this yet, PHILORA_GRAPHS=all takes it: {', '.join(untried)}")
+    return found
+
+
+def facts_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) -> GraphFacts:
+    """Return the facts of a model on a device; the last three as in `GraphFacts`."""
+    return GraphFacts(
+        kind=device.kind,
+        name=device.name,
+        capability=device.capability,
+        triton=device.triton,
+        switch=graph_switch(),
+        fused=device.fused,
+        dtype=dtype,
+        quantized=quantized,
+        covered=covered,
+    )
+
+
+def facts_of(model: nn.Module) -> GraphFacts:
+    """Return the facts of a model and of the device that it is on."""
+    weight = next(each for each in model.parameters() if each.is_floating_point())
+    quantized = any(is_quantized(each) for each in model.modules())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return facts_on(facts_of_device(weight.device), dtype, quantized, decoding.covers(model))
+
+
+def answers_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) -> str:
+    """Return how answers are computed on a GPU, for people; empty elsewhere. Arguments as those of `facts_on`."""
+    if device.kind != "cuda":
+        return ""
+    reasons = against(facts_on(device, dtype, quantized, covered))
+    return f"no CUDA graph ({'; '.join(reasons)})" if reasons else BY_GRAPH
+
+
+def decoder_for(
+    model: nn.Module, rows: int, limit_tokens: int, packing: decoding.Packing | None = None
+) -> decoding.Decoder:
+    """Return the decoder that computes a model's answers here. Arguments as those of `decoding.Decoder`."""
+    kind = decoding.Decoder if against(facts_of(model)) else StaticDecoder
+    return kind(model, rows, limit_tokens, packing)
+
+
+class TritonRows(decoding.PlainRows):
+    """The element-wise work of a step by the kernels of the decoder stack, each in one pass."""
+
+    def __init__(self) -> None:
+        from philora.decoder_stack import row_kernels  # needs Triton
+
+        self._kernels = row_kernels
+
+    def add_norm(self, norm: decoding.Norm, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `PlainRows.add_norm`."""
+        if norm.weight is None:
+            return super().add_norm(norm, x, h)
+        total, rows, _, _ = self._kernels.add_norm(x, h, norm.weight, norm.eps)
+        return total, rows.values
+
+    def angles(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the halves that the kernel takes, in fp32. Shapes: (B, rotated columns); returns half of them."""
+        half = cos.shape[-1] // 2
+        return cos[:, :half].float().contiguous(), sin[:, half:].float().contiguous()
+
+    def rotate(self, states: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        """As `PlainRows.rotate`, in place."""
+        self._kernels.rotate_(states.view(len(states), -1), cos, sin, heads, states.shape[-1])
+        return states[:, :heads]
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """As `PlainRows.gated`."""
+        return self._kernels.swiglu(gate_up)[0].values
+
+
+class Answered(NamedTuple):
+    """What several steps have given.
+
+    Attributes:
+        tokens: The token of each row after each step, on the CPU.
+        tops: The largest logit that it was chosen from, on the CPU.
+
+    Shapes:
+        Both (steps, B).
+    """
+
+    tokens: Tensor
+    tops: Tensor
+
+
+class StaticDecoder(decoding.Decoder):
+    """`decoding.Decoder` whose step is recorded once and launched again, tokens and positions on the device.
+
+    Args:
+        model: As there.
+        rows: Rows that are wanted; the cache has `filled_up` of them.
+        limit_tokens: As there.
+        packing: As there.
+        capture: What records; default: a CUDA graph on a GPU, else the step itself.
+        work: What computes between the products; default: Triton's kernels on a GPU, else PyTorch.
+
+    Cost:
+        As there; the cache has room for twice the tokens in use at most, and all of it is read at each step. A
+        recording takes about five steps as they are computed without a graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: int,
+        limit_tokens: int,
+        packing: decoding.Packing | None = None,
+        *,
+        capture: graphs.Capture | None = None,
+        work: decoding.PlainRows | None = None,
+    ) -> None:
+        super().__init__(model, filled_up(rows), limit_tokens, packing)
+        self.used = rows
+        self._capture = capture or graphs.capture_for(self.device)
+        self._work = work or (TritonRows() if self.device.type == "cuda" else decoding.PlainRows())
+        self._tokens, self._at = self._inputs()
+        self._recorded: graphs.Recorded | None = None
+        self._off = False
+
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        return tuple(torch.zeros(self.rows, dtype=torch.long, device=self.device) for _ in range(2))  # type: ignore[return-value]
+
+    def capacity_for(self, tokens: int) -> int:
+        """Return a power of two, or the longest row there will be; filled up so that attention's loads are even."""
+        self._recorded = None  # the cache becomes another one
+        return cache_tokens(tokens, len(self.cos))
+
+    def keep(self, rows: Sequence[int], more: int = 0) -> None:
+        """As `Decoder.keep`; where the number of rows filled up stays, in the same memory and by the same graph."""
+        self.used = len(rows) + more
+        wanted = filled_up(self.used)
+        if wanted != self.rows:
+            self._recorded = None
+            super().keep(rows, wanted - len(rows))
+            self._tokens, self._at = self._inputs()
+        elif list(rows) != list(range(len(rows))):
+            chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
+            for pair in self.cache:
+                for each in pair:
+                    each[: len(rows)] = each[chosen]
+
+    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """As `Decoder.step`, of the rows in use."""
+        self._load(tokens, positions, 1)
+        return self._next()[: self.used].clone()
+
+    def answer(
+        self, tokens: Sequence[int], positions: Sequence[int], steps: int, choose: Choose, numbers: Tensor | None
+    ) -> Answered:
+        """Take several steps, each with the tokens that were chosen after the one before it.
+
+        A row that has ended goes on by itself; what it gives is to be left out.
+
+        Args:
+            tokens: Of each row in use, as for `step`.
+            positions: Where they stand.
+            steps: How many, at least one.
+            choose: Chooses the tokens on the device.
+            numbers: What they are drawn by at each step, or None.
+
+        Shapes:
+            numbers (steps, B).
+        """
+        self._load(tokens, positions, steps)
+        numbers = None if numbers is None else numbers.to(self.device)
+        found = torch.empty(steps, self.used, dtype=torch.long, device=self.device)
+        tops = torch.empty(steps, self.used, dtype=torch.float32, device=self.device)
+        for index in range(steps):
+            logits = self._next()[: self.used]
+            chosen, top = choose(logits, None if numbers is None else numbers[index])
+            found[index], tops[index] = chosen, top
+            self._tokens[: self.used] = chosen
+            self._at.add_(1).clamp_(max=len(self.cos) - 1)
+        return Answered(found.cpu(), tops.cpu())
+
+    def _load(self, tokens: Sequence[int], positions: Sequence[int], steps: int) -> None:
+        """Bring tokens and positions to the device, and see to it that the cache has room for so many steps."""
+        self.reserve(min(len(self.cos), max(positions) + steps))
+        unused = [0] * (self.rows - len(tokens))
+        self._tokens.copy_(torch.tensor([*tokens, *unused]))
+        self._at.copy_(torch.tensor([*positions, *unused]))
+
+    def _next(self) -> Tensor:
+        """Return the logits after the tokens at their positions, in memory that the next call writes over."""
+        if self._recorded is None and not self._off:
+            self._record()
+        if self._recorded is None:
+            return self.compute(self._tokens, self._at, self.capacity, decoding.PlainRows())
+        self._recorded.replay()
+        (logits,) = self._recorded.results
+        assert logits is not None
+        return logits
+
+    def _record(self) -> None:
+        """Record the step, and compare it with the plain one on the tokens at hand."""
+        expected = self.compute(self._tokens, self._at, self.capacity, decoding.PlainRows())
+        if not bool(expected.isfinite().all()):
+            return  # there is nothing to compare with, and whoever chooses a token will say so
+
+        def work() -> tuple[Tensor]:
+            return (self.compute(self._tokens, self._at, self.capacity, self._work),)
+
+        try:
+            (made,) = graphs.recorded([work], self.device, self._capture)
+        except graphs.NotRecorded as error:
+            self._leave(f"the step could not be recorded ({error})")
+            return
+        made.replay()
+        found = made.results[0]
+        assert found is not None
+        gap = float((found.float() - expected.float()).norm() / expected.float().norm())
+        if not gap < LARGEST_DIFFERENCE[expected.dtype]:
+            self._leave(f"its logits differ by {gap:.2g} from those without one")
+            return
+        self._recorded = made
+
+    def _leave(self, reason: str) -> None:
+        self._off = True
+        _say(reason)
+
+
+@cache
+def _say(reason: str) -> None:
+    """Say once why answers are computed without a graph: there is a decoder for each call of `generate`."""
+    logger.warning("answers are computed without a CUDA graph: %s", reason)
+
+
+def cache_tokens(tokens: int, longest_tokens: int) -> int:
+    """Return the size of a row of the cache that holds so many tokens, where the longest row has `longest_tokens`."""
+    longest = -(-longest_tokens // 64) * 64
+    return min(longest, max(FIRST_TOKENS, 1 << (tokens - 1).bit_length()))
+
+
+def filled_up(rows: int) -> int:
+    """Return the rows of the graph that computes so many."""
+    return next((each for each in ROWS if rows <= each), -(-rows // ROWS[-1]) * ROWS[-1])

@@ -1,0 +1,507 @@
+"""Quantised bases: the weights of bitsandbytes' layers, dequantised when a product needs them, and read one at a time.
+
+A layer of bitsandbytes holds 4 or 8 bits of each weight and the scales of its blocks or rows. The fused function gets
+a `QuantizedWeight`, which makes the matrix in the dtype of the product for as long as the product runs, in the forward
+pass and again in backward.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import transformers.modeling_utils
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from philora.errors import ConfigError, ModelError, fault
+from philora.native import library as native
+
+try:
+    import bitsandbytes
+except ImportError:
+    bitsandbytes = None
+
+logger = logging.getLogger(__name__)
+
+SCHEMES = ("nf4", "fp4", "int8")
+"""What bitsandbytes makes of a weight, by the names that messages and records use."""
+
+
+# ---------------------------------------------------------------------------------------------- what is asked for
+
+
+def quantization_config(
+    quantization: str | Mapping[str, Any] | None, dtype: torch.dtype, skeleton: PreTrainedModel | None = None
+) -> BitsAndBytesConfig | None:
+    """transformers' configuration of what `model.quantization` says, or None.
+
+    Args:
+        quantization: `none`, `nf4`, `int8`, or a mapping of BitsAndBytesConfig's keys. A mapping that says nothing of
+            `bnb_4bit_compute_dtype` gets `dtype`, where bitsandbytes would multiply in fp32.
+        dtype: Dtype of the products.
+        skeleton: The model without weights; needed for a mapping with `llm_int8_skip_modules`, to which the output
+            layer and what is tied are added: transformers quantises them then.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+        ConfigError: A value is none that BitsAndBytesConfig takes.
+    """
+    if quantization in (None, "none"):
+        return None
+    require_bitsandbytes("quantization", quantization)
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    keys = dict(cast("Mapping[str, Any]", quantization))
+    if keys.get("bnb_4bit_compute_dtype") is None:
+        keys["bnb_4bit_compute_dtype"] = dtype
+    if keys.get("llm_int8_skip_modules") is not None and skeleton is not None:
+        skipped = [*keys["llm_int8_skip_modules"], *sorted(get_keys_to_not_convert(skeleton))]
+        keys["llm_int8_skip_modules"] = list(dict.fromkeys(skipped))
+    kind = keys.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        raise ConfigError(fault("model.quantization", "bnb_4bit_quant_type", kind, "nf4 or fp4"))
+    try:
+        return BitsAndBytesConfig(**keys)
+    except (TypeError, ValueError, AttributeError) as error:
+        expected = "values that transformers.BitsAndBytesConfig takes"
+        raise ConfigError(fault("model", "quantization", keys, expected, str(error))) from error
+
+
+def require_bitsandbytes(name: str, value: object) -> None:
+    """Raises: ModelError: bitsandbytes is not installed."""
+    if bitsandbytes is None:
+        expected = "bitsandbytes to be installed for a quantised model"
+        todo = "pip install 'philora[quantization]', or set model.quantization: none and give a 16-bit model"
+        raise ModelError(fault("model", name, value, expected, todo))
+
+
+def bitsandbytes_is_here() -> bool:
+    """Whether bitsandbytes is installed."""
+    return bitsandbytes is not None
+
+
+def empty_layer(scheme: str, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:
+    """A quantised layer whose weights are all alike, to see how long dequantising takes.
+
+    Args:
+        scheme: One of `SCHEMES`.
+        in_features: Columns.
+        out_features: Rows.
+        dtype: Of the products.
+    """
+    # Made as a plain layer would be replaced; a layer of bitsandbytes would draw from torch's generator.
+    weight = torch.full((out_features, in_features), 0.01, dtype=dtype)
+    if scheme == "int8":
+        layer = bitsandbytes.nn.Linear8bitLt(
+            in_features, out_features, bias=False, has_fp16_weights=False, device="meta"
+        )
+        layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        return cast(nn.Module, layer)
+    with torch.device("meta"):
+        layer = bitsandbytes.nn.Linear4bit(
+            in_features, out_features, bias=False, compute_dtype=dtype, quant_type=scheme, compress_statistics=True
+        )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type=scheme, module=layer
+    )
+    return cast(nn.Module, layer)
+
+
+def scheme_of(config: Any) -> str | None:
+    """How the weights of a model, or of the folder that this is the config of, are quantised; None: they are not.
+
+    Returns:
+        One of `SCHEMES`, or the name of another method (gptq, awq, fp8, ...).
+    """
+    found = (
+        config.get("quantization_config")
+        if isinstance(config, Mapping)
+        else getattr(config, "quantization_config", None)
+    )
+    if found is None:
+        return None
+    keys = dict(found) if isinstance(found, Mapping) else found.to_dict()
+    if keys.get("load_in_8bit"):
+        return "int8"
+    if keys.get("load_in_4bit"):
+        return str(keys.get("bnb_4bit_quant_type", "fp4"))
+    method = keys.get("quant_method") or "unknown"
+    return str(getattr(method, "value", method))
+
+
+def check_folder(config: Any, name: str, quantization: Any = "none") -> str | None:
+    """What a model's folder is quantised with, if that can be trained over.
+
+    Args:
+        config: The folder's config, or what its file holds.
+        name: What messages call the folder.
+        quantization: What `model.quantization` asks for; ignored with a notice where the folder is quantised already.
+
+    Raises:
+        ModelError: It is quantised by another scheme than bitsandbytes', or bitsandbytes is not installed.
+    """
+    scheme = scheme_of(config)
+    if scheme is None:
+        return None
+    if scheme not in SCHEMES:
+        expected = f"16-bit weights, or weights that bitsandbytes quantised (nf4, int8); these are {scheme}"
+        todo = "Give the model that it was made from, and set model.quantization: nf4 for the same memory"
+        raise ModelError(fault("model", "name_or_path", name, expected, todo))
+    require_bitsandbytes("name_or_path", name)
+    if quantization not in (None, "none", scheme):
+        logger.warning("%s is quantised already (%s): model.quantization is ignored", name, scheme)
+    return scheme
+
+
+@contextmanager
+def one_weight_at_a_time() -> Iterator[None]:
+    """Have transformers read each tensor of a safetensors file when it is used, without mapping the file.
+
+    It quantises one weight after the other, but maps all files, so that what was read stays in the process's memory
+    until the last weight is done, and all of it counts for a limit on memory. Read by `pread`, a weight is there only
+    until it is quantised.
+    """
+    mapped = transformers.modeling_utils.safe_open
+
+    def read(*args: Any, **options: Any) -> Any:
+        return mapped(*args, **(options | {"backend": "pread"}))
+
+    transformers.modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        transformers.modeling_utils.safe_open = mapped
+
+
+# ------------------------------------------------------------------------------------------------- one layer
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight bitsandbytes quantised."""
+    if bitsandbytes is None:
+        return False
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return True
+    return isinstance(layer, bitsandbytes.nn.Linear8bitLt) and layer.weight.dtype == torch.int8
+
+
+class QuantizedWeight:
+    """The weight of a quantised layer, for functions that take a matrix when they need it.
+
+    Attributes:
+        shape: (out, in).
+        compute_dtype: The dtype in which the layer multiplies; None: that of its input.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self.shape = torch.Size((cast(int, layer.out_features), cast(int, layer.in_features)))
+        chosen = isinstance(layer, bitsandbytes.nn.Linear4bit) and layer.compute_dtype is not None
+        self.compute_dtype: torch.dtype | None = cast(torch.dtype, layer.compute_dtype) if chosen else None
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix. Shape: (out, in).
+
+        Where no gradient is recorded, it may stand in memory that the next call in this thread writes over.
+        """
+        if not torch.is_grad_enabled() and shares_memory(self._layer, dtype):
+            return _in_shared_memory(self._layer)
+        return dequantized(self._layer, dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x W^T + b` in the layer's dtype. Shapes: x (..., in), bias (out); returns (..., out) in x's dtype."""
+        given = x.to(self.compute_dtype or x.dtype)
+        bias = None if bias is None else bias.to(given.dtype)
+        return nn.functional.linear(given, self.dequantize(given.dtype), bias).to(x.dtype)
+
+
+_shared = threading.local()
+
+
+def shares_memory(layer: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the matrices of a quantised layer are written into memory that is used again, where nothing keeps them.
+
+    So it is for 4-bit weights of bf16 on a CPU with compiled functions. A matrix of its own for each product is
+    cleared by the system, a page at a time, before it is written, which takes longer than dequantising.
+    """
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None)
+    return (
+        isinstance(layer, bitsandbytes.nn.Linear4bit)
+        and state is not None
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.uint8
+        and not getattr(state, "packing_format_for_cpu", False)
+        and {dtype, state.dtype} == {torch.bfloat16}
+        and state.shape[-1] % state.blocksize == 0  # bitsandbytes has rules of its own for others
+        and native.available()
+    )
+
+
+def _in_shared_memory(layer: nn.Module) -> Tensor:
+    """The matrix of a layer of which `shares_memory` says so."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        scales = bitsandbytes.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    needed = state.shape.numel()
+    memory: Tensor | None = getattr(_shared, "memory", None)
+    if memory is None or memory.numel() < needed:
+        with torch.inference_mode(False):  # training uses what an evaluation has made
+            _shared.memory = memory = torch.empty(needed, dtype=torch.bfloat16)
+    matrix = memory[:needed].view(state.shape)
+    native.from_4bit_(weight.data, state.code, scales.float(), matrix)
+    return matrix
+
+
+def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight that a quantised layer stands for.
+
+    Args:
+        layer: A layer of which `is_quantized` says so.
+        dtype: Of the result; default: that of the weight that was quantised (int8: float16, as bitsandbytes has it).
+
+    Shapes:
+        Returns (out, in).
+
+    Numerics:
+        4 bits: as bitsandbytes, rounded to the dtype of the weight that was quantised, then to `dtype`. 8 bits: the
+        product of integer and scale, rounded once.
+
+    Cost:
+        The matrix in memory, until the caller lets go of it.
+    """
+    weight: Any = layer.weight
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+        matrix = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return cast(Tensor, matrix.to(dtype or matrix.dtype))
+    state: Any = layer.state
+    scale = state.SCB if state.SCB is not None else weight.SCB
+    matrix = weight.data.to(dtype or torch.float16)
+    return cast(Tensor, matrix.mul_(scale.unsqueeze(1) * (1 / 127)))
+
+
+def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
+    """The same, written into memory that is there already; returns it.
+
+    Args:
+        layer: A layer of which `is_quantized` says so.
+        out: Memory for the matrix, on the weight's device. 4 bits: on a CPU, or where its dtype is not that of the
+            weight that was quantised, a second matrix is there for a moment.
+
+    Shapes:
+        out (out, in).
+    """
+    weight: Any = layer.weight
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+        if out.is_cuda and out.dtype == weight.quant_state.dtype:  # bitsandbytes has no such operator for a CPU
+            bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state, out=out)
+            return out
+        return out.copy_(bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
+    state: Any = layer.state
+    scale = state.SCB if state.SCB is not None else weight.SCB
+    return torch.mul(weight.data, (scale * (1 / 127)).unsqueeze(1), out=out)
+
+
+if bitsandbytes is not None:
+
+    class _AsInTraining(bitsandbytes.MatmulLtState):  # type: ignore[misc]
+        """State of an 8-bit layer that takes each forward pass for one of training."""
+
+        is_training = property(lambda self: True, lambda self, value: None)
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Have the layers of bitsandbytes compute in evaluation what they compute in training, with the same weights.
+
+    4 bits: on processors with AVX512-BF16 a layer's first forward pass without gradients rearranges the weight and
+    rounds its scales to bf16. Training after that pass has other weights than before it, and no gradient passes the
+    layer. That is turned off, and undone where it has happened.
+
+    8 bits: a layer without an adapter multiplies by the dequantised matrix when it trains on a CPU, and rounds its
+    input to 8 bits in evaluation. Here it does the former in both. On a GPU it rounds in both, and is left alone.
+    """
+    if bitsandbytes is None:
+        return
+    packed = 0
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt) and type(module.state) is bitsandbytes.MatmulLtState:
+            module.state.__class__ = _AsInTraining
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            unpack = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
+            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
+            module.quant_state = weight.quant_state
+            packed += 1
+    if packed:
+        logger.warning(
+            "bitsandbytes had rearranged %d quantised weights for inference and rounded their scales; they are in "
+            "their own layout again. Call philora.optimize before the first forward pass to avoid the rounding.",
+            packed,
+        )
+
+
+def parameters_in(parameter: nn.Parameter) -> int:
+    """Weights that a parameter stands for: a 4-bit one holds several in each element."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else int(shape.numel())
+
+
+# ------------------------------------------------------------------------------------------------- whole models
+
+
+def dequantize_(model: PreTrainedModel) -> None:
+    """Put a plain layer in the place of every quantised one; the model is an ordinary 16-bit model then.
+
+    Numerics:
+        Weights get the model's dtype.
+
+    Cost:
+        The memory of the 16-bit model; each quantised weight is freed when it is replaced.
+    """
+    keep_layout(model)
+    for name, layer in list(model.named_modules()):
+        if is_quantized(layer):
+            model.set_submodule(name, _plain(layer, model.dtype))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+
+
+def _plain(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    transposed = getattr(layer, "source_cls", nn.Linear) is Conv1D
+    weight = dequantized(layer, dtype)
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        plain = Conv1D(out_features, in_features) if transposed else nn.Linear(in_features, out_features, bias=False)
+    plain.weight = nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=False)
+    plain.bias = cast("nn.Parameter | None", layer.bias)
+    return plain.train(layer.training)
+
+
+# ------------------------------------------------------------------------------------- weights in a folder's files
+
+
+def record(model: nn.Module) -> dict[str, Any]:
+    """What `philora.json` says of the base that an adapter was trained over; nothing for one that is not quantised."""
+    config = getattr(model, "config", None)
+    if scheme_of(config) not in SCHEMES:
+        return {}
+    found = cast(Any, config).quantization_config
+    keys = dict(found) if isinstance(found, Mapping) else found.to_dict()
+    dtype = str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
+    return {"base": {"dtype": dtype, "quantization": keys}}
+
+
+class Stored(NamedTuple):
+    """A base's tensors, where some of them are made when they are used.
+
+    Attributes:
+        like: By their names in the files, with placeholders (right shape and dtype, no memory) for those.
+        made: How to make those: dequantised weights.
+    """
+
+    like: dict[str, Tensor]
+    made: dict[str, Callable[[], Tensor]]
+
+
+def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
+    """The 16-bit tensors that the files of a folder stand for which bitsandbytes quantised.
+
+    Args:
+        tensors: All that the files hold.
+        dtype: Of the weights.
+    """
+    four = {name.removesuffix(".absmax") for name in tensors if name.endswith(".weight.absmax")}
+    eight = {f"{name.removesuffix('SCB')}weight" for name in tensors if name.endswith(".SCB")}
+    rows = [name.removesuffix("weight") + end for name in eight for end in ("SCB", "weight_format")]
+    beside = (*(f"{name}." for name in four), *rows)
+    like: dict[str, Tensor] = {}
+    made: dict[str, Callable[[], Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name in four:
+            statistics = {each: value for each, value in tensors.items() if each.startswith(f"{name}.")}
+            made[name] = partial(_of_4_bits, tensor, statistics, dtype)
+            shape = bitsandbytes.functional.QuantState.from_dict(dict(statistics), torch.device("cpu")).shape
+        elif name in eight:
+            made[name] = partial(_of_8_bits, tensor, tensors[f"{name.removesuffix('weight')}SCB"], dtype)
+            shape = tensor.shape
+        elif not name.startswith(beside):
+            like[name] = tensor
+            continue
+        else:  # scales and their like
+            continue
+        like[name] = torch.zeros((), dtype=dtype).expand(shape)
+    return Stored(like, made)
+
+
+def rounded_weights(
+    tensors: Mapping[str, Tensor], names: Mapping[str, bool], config: BitsAndBytesConfig, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
+    """How to make the weights of a 16-bit base as they are once it is quantised, by their names in the files.
+
+    Args:
+        tensors: All that the base's files hold.
+        names: Those that are quantised, and whether they are transposed first (transformers' Conv1D).
+        config: How they are quantised.
+        dtype: The dtype that they have before.
+    """
+    return {name: partial(_there_and_back, tensors[name], config, dtype, names[name]) for name in names}
+
+
+def quantized_names(skeleton: PreTrainedModel, config: BitsAndBytesConfig) -> dict[str, bool]:
+    """Parameters that transformers quantises when it loads a model, and whether it transposes them first."""
+    skipped = HfQuantizer.get_modules_to_not_convert(
+        skeleton, config.llm_int8_skip_modules, skeleton._keep_in_fp32_modules
+    )
+    return {
+        f"{name}.weight": isinstance(module, Conv1D)
+        for name, module in skeleton.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped)
+    }
+
+
+def _of_4_bits(data: Tensor, statistics: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    state = bitsandbytes.functional.QuantState.from_dict(dict(statistics), torch.device("cpu"))
+    return cast(Tensor, bitsandbytes.functional.dequantize_4bit(data, state).to(dtype))
+
+
+def _of_8_bits(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return data.to(dtype).mul_(scale.unsqueeze(1) * (1 / 127))
+
+
+def _there_and_back(weight: Tensor, config: BitsAndBytesConfig, dtype: torch.dtype, transposed: bool) -> Tensor:
+    given = (weight.t() if transposed else weight).to(dtype)
+    if config.load_in_8bit:
+        parameter = bitsandbytes.nn.Int8Params(given, requires_grad=False).to("cpu")
+        matrix = _of_8_bits(parameter.data, parameter.SCB, dtype)
+    else:
+        parameter = bitsandbytes.nn.Params4bit(
+            given,
+            requires_grad=False,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            quant_storage=config.bnb_4bit_quant_storage,
+        ).to("cpu")
+        matrix = bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+    return (matrix.t() if transposed else matrix).to(weight.dtype).contiguous()

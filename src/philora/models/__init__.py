@@ -1,0 +1,1 @@
+"""Models, tokenizers and adapters: where they are, and how they are loaded."""

@@ -1,0 +1,146 @@
+"""A base's folder as merging and GGUF read it: its files, whole and memory-mapped, and what training saw of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from philora.adapters.peft_layers import RECORD_NAME
+from philora.errors import ModelError, fault, one_per_line
+from philora.files.checkpoint import indexed_files
+from philora.kernels.quantization import check_folder, keep_layout, require_bitsandbytes, scheme_of
+from philora.models.loading import refuse_adapter
+from philora.models.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES
+from philora.runtime.hub import reach
+
+INDEX_NAME = "model.safetensors.index.json"
+# Whatever else stands beside the weights of a base and is needed, or required by its licence, beside those of a merge.
+COMPANION_FILES = ("*.py", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
+
+
+def base_folder(base: str, revision: str | None = None) -> Path:
+    """Return the folder of a base whose config says that it can be merged into.
+
+    Args:
+        base: A folder or a hub id; of the latter the weights are downloaded after that check.
+        revision: Branch, tag or commit of a hub id; None: the main branch.
+
+    Raises:
+        ModelError: There is no such model, or another scheme than bitsandbytes' quantised its weights.
+    """
+    refuse_adapter(base, revision, where="base", key="name")
+    folder = Path(base)
+    if not folder.is_dir():
+        small = ["config.json", INDEX_NAME, GENERATION_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
+        folder = _download(base, revision, small)
+        check_folder(read_config_file(folder / "config.json"), base)
+        return _download(base, revision, _weight_files(folder))
+    check_folder(read_config_file(folder / "config.json"), base)
+    return folder
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **reach()))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        expected = "the base model's folder, `nano`, or a model on the Hugging Face Hub"
+        todo = (
+            f"Name the base yourself if it has moved: --base MODEL. The hub says: {' '.join(str(error).split())[:200]}"
+        )
+        raise ModelError(fault("merge", "base", name, expected, todo)) from error
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a base or an adapter.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(fault(str(path), "content", str(error), "a JSON file", "Copy the base again")) from error
+
+
+class TrainedOver(NamedTuple):
+    """The base of an adapter as it was in training.
+
+    Attributes:
+        dtype: Of its weights before they were quantised.
+        quantization: How they were quantised when they were loaded; None: they are as the files hold them.
+    """
+
+    dtype: torch.dtype
+    quantization: BitsAndBytesConfig | None
+
+
+def read_trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) -> TrainedOver | None:
+    """What the base's config, else the adapter's record, says of the base; None: weights that nothing quantised.
+
+    Raises:
+        ModelError: The base's files are quantised and a fresh one was asked for, or bitsandbytes is not installed.
+    """
+    config = read_config_file(folder / "config.json")
+    scheme = scheme_of(config)
+    if scheme is not None:
+        if fresh_base:
+            expected = f"a base of 16-bit weights; these are {scheme}"
+            todo = "Give the model that it was quantised from: --base PATH"
+            raise ModelError(fault("merge", "base", base, expected, todo))
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        return TrainedOver(getattr(torch, dtype), None)
+    record = read_config_file(adapter / RECORD_NAME).get("base") if (adapter / RECORD_NAME).is_file() else None
+    if record is None or fresh_base:
+        return None
+    require_bitsandbytes("quantization", record["quantization"])
+    keys = {key: value for key, value in record["quantization"].items() if not key.startswith(("_", "quant_method"))}
+    return TrainedOver(getattr(torch, record["dtype"]), BitsAndBytesConfig(**keys))
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if not (folder / INDEX_NAME).is_file():
+        return ["model.safetensors"]
+    return indexed_files(folder / INDEX_NAME)
+
+
+def open_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a model folder, memory-mapped: their bytes are read when they are used.
+
+    Raises:
+        ModelError: A file is missing or torn.
+    """
+    tensors: dict[str, Tensor] = {}
+    faults = []
+    for name in _weight_files(folder):
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        except FileNotFoundError:
+            todo = "Save it as such: AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)"
+            faults.append(fault(str(folder), "file", name, "weights in safetensors files", todo))
+        except (SafetensorError, OSError) as error:
+            expected = "a whole safetensors file"
+            faults.append(fault(str(folder / name), "content", str(error), expected, "Copy the base again"))
+    if faults:
+        raise ModelError(one_per_line(faults))
+    return tensors
+
+
+def load_trained_over(base: Path, trained_over: TrainedOver | None) -> PreTrainedModel:
+    """The base as it was in training."""
+    options: dict[str, Any] = {"dtype": "auto"}
+    if trained_over is not None:
+        options["dtype"] = trained_over.dtype
+    if trained_over is not None and trained_over.quantization is not None:
+        options["quantization_config"] = trained_over.quantization
+    model = AutoModelForCausalLM.from_pretrained(base, **options).eval()
+    keep_layout(model)
+    return cast(PreTrainedModel, model)

@@ -1,0 +1,186 @@
+"""Where an adapter is, and which base model it belongs to: the argument RUN_OR_ADAPTER of every command."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from philora.errors import AdapterError, ModelError, fault, nearest
+from philora.families import find
+from philora.files.links import refuse_leading_out
+from philora.models.loading import local_path
+from philora.models.run_folder import Place, TrainedRun, is_path, is_run, resume_command, run_of
+from philora.runtime.hub import HubPath, adapter_subfolders, download_adapter, parse_hub_path
+
+logger = logging.getLogger("philora.run")
+
+
+class AdapterSource(NamedTuple):
+    """An adapter and its base.
+
+    Attributes:
+        path: Folder in PEFT's format, or a file in loralib's.
+        base: Folder or hub id of the base model; None: nothing says which.
+        run: The run folder that the adapter belongs to, if any.
+        tried: Where the base was looked for in vain; empty when there is one, or it is a hub id.
+        revision: Branch, tag or commit of a base on the Hub, as the run or PEFT's configuration names it.
+    """
+
+    path: Path
+    base: str | None
+    run: Path | None = None
+    tried: tuple[str, ...] = ()
+    revision: str | None = None
+
+
+def find_adapter(source: str | Path, base: str | None = None, *, unfinished: bool = True) -> AdapterSource:
+    """Find a run folder's adapter, an adapter folder, a checkpoint, a loralib file or an adapter on the Hub.
+
+    Args:
+        source: What the person gave. On the Hub a subfolder and a revision may follow the id:
+            `OWNER/NAME/SUB/FOLDER@REVISION`.
+        base: Base model that they named; default: the run's, or the one that the adapter names.
+        unfinished: Of a run that has not ended, take the newest whole checkpoint and say so; else it is refused.
+
+    Raises:
+        AdapterError: There is no adapter, or its folder has a link that leads out of it.
+        ConfigError: The model section of the run's configuration cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "adapter_config.json").is_file():
+        path = _adapter_in(path, unfinished)
+    elif not path.exists():
+        path = _download(str(source))
+    if path.is_dir():
+        refuse_leading_out(path, AdapterError)
+    run = run_of(path) if path.is_dir() else None
+    revision = None
+    if base is not None:
+        place = Place(local_path(base))
+    elif run is not None:
+        trained = TrainedRun(run)
+        place, revision = trained.base(), trained.model.revision
+    else:
+        place, revision = _named_base(path)
+    return AdapterSource(path, local_path(place.name) if place.name else None, run, place.tried, revision)
+
+
+def require_base(found: AdapterSource) -> str:
+    """Return the base of an adapter, which has to be there.
+
+    Raises:
+        AdapterError: The adapter does not name one.
+        ModelError: It is a folder that is gone.
+    """
+    if found.base is None:
+        expected = "the base model, which the adapter does not name"
+        raise AdapterError(fault(str(found.path), "base", None, expected, "Name it: --base MODEL"))
+    if found.tried:
+        expected = f"the folder of the base model; there is none at {', '.join(found.tried)}"
+        todo = "Give the place where it is now: --base FOLDER"
+        raise ModelError(fault(str(found.run or found.path), "base", found.base, expected, todo))
+    return found.base
+
+
+def _adapter_in(folder: Path, unfinished: bool) -> Path:
+    """The adapter of a run; or what the person may have meant by a folder that is neither run nor adapter."""
+    run = TrainedRun(folder)
+    if run.has_ended:
+        return run.adapter
+    if not is_run(folder):
+        expected = "a run folder, or a folder with adapter_config.json"
+        meant = _meant(folder)
+        todo = f"Did you mean {meant}?" if meant is not None else "Train one: philora train CONFIG"
+        raise AdapterError(fault("adapter", "source", str(folder), expected, todo))
+    checkpoint, command = run.newest_checkpoint(), resume_command(folder)
+    if checkpoint is None:
+        expected = "a run with an adapter; it has not ended, and no whole checkpoint of it is there"
+        raise AdapterError(fault("adapter", "source", str(folder), expected, f"Go on with it: {command}"))
+    if not unfinished:
+        expected = "a run that has ended"
+        todo = f"Go on with it: {command}; or name its newest whole checkpoint: {checkpoint}"
+        raise AdapterError(fault("adapter", "source", str(folder), expected, todo))
+    logger.warning(
+        "%s has not ended: its newest whole checkpoint %s is used; %s goes on with it", folder, checkpoint.name, command
+    )
+    return checkpoint
+
+
+def _meant(folder: Path) -> Path | None:
+    """The run around or the newest run below a folder, else an adapter just below it."""
+    around = [each for each in (folder.absolute().parent, folder.absolute().parent.parent) if is_run(each)]
+    if around:
+        return around[0]
+    inside = [each.parent for depth in ("*", "*/*") for each in folder.glob(f"{depth}/config.yaml")]
+    runs = sorted((each for each in inside if is_run(each)), key=lambda each: each.stat().st_mtime)
+    if runs:
+        return runs[-1]
+    adapters = [each.parent for depth in ("*", "*/*") for each in folder.glob(f"{depth}/adapter_config.json")]
+    return max(adapters, key=_step_and_name, default=None)
+
+
+def _step_and_name(folder: Path) -> tuple[int, str]:
+    """Checkpoints in the order of their steps, everything else before them by name."""
+    step = folder.name.removeprefix("checkpoint-")
+    return (int(step) if step.isdecimal() else -1, str(folder))
+
+
+def _named_base(path: Path) -> tuple[Place, str | None]:
+    """Return the base that an adapter's configuration names, and its revision; an empty name where it names none."""
+    if not path.is_dir():
+        return Place(""), None
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (OSError, ValueError, AttributeError) as error:
+        expected = "JSON as PEFT writes it"
+        raise AdapterError(fault(str(path / "adapter_config.json"), "content", str(error), expected)) from error
+    name = str(named) if named else ""
+    if not name or Path(name).expanduser().exists() or not is_path(name):
+        return Place(name), str(revision) if revision else None
+    if Path(name).parts[-3:] == ("philora", "nano", "model"):  # of another installation
+        return Place("nano"), None
+    return Place(name, (str(Path(name).expanduser().absolute()),)), None
+
+
+def _download(name: str) -> Path:
+    expected = "a run folder, an adapter folder, a loralib file, or an adapter on the Hugging Face Hub"
+    place = None if name.startswith((".", "/", "~")) else parse_hub_path(name)
+    here = nearest(Path(name).name, [each.name for each in Path(name).expanduser().parent.glob("*")])
+    if place is None:
+        raise AdapterError(fault("adapter", "source", name, expected, here))
+    try:
+        folder = download_adapter(place)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        todo = here or f"Check the path, or your login. The hub says: {' '.join(str(error).split())[:200]}"
+        raise AdapterError(fault("adapter", "source", name, expected, todo)) from error
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(
+            fault("adapter", "source", name, "a folder of the Hub with adapter_config.json", _others(place))
+        )
+    return folder
+
+
+def _others(place: HubPath) -> str:
+    """What the repository has in place of the folder that was named."""
+    found = [f"{place.repo_id}/{each}" if each else place.repo_id for each in adapter_subfolders(place)]
+    suffix = f"@{place.revision}" if place.revision else ""
+    return f"It has: {', '.join(each + suffix for each in found[:5])}" if found else ""
+
+
+def licence(base: str | None) -> str | None:
+    """The licence of a base: what the card in its folder says; Microsoft's Phi models are all under MIT."""
+    if base is None:
+        return None
+    readme = Path(local_path(base)) / "README.md"
+    if readme.is_file():
+        found = getattr(
+            ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data, "license", None
+        )
+        return str(found) if found else None
+    return "mit" if find(base) is not None else None

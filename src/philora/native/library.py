@@ -1,0 +1,727 @@
+"""The element-wise work of a step in one pass over memory each, compiled for this processor from `native.c`.
+
+PyTorch's operations read and write memory one after another, so on a CPU what stands between the matrix products takes
+as long as they do. Where gcc is at hand, the file beside this one is compiled once (about a second), kept in the user's
+cache and called through ctypes; it runs on PyTorch's own OpenMP threads. Where it is not, or with `PHILORA_NATIVE=0` or
+`PHILORA_FUSED=0` in the environment, the callers' PyTorch forms compute the same. No result depends on the number of
+threads; dropout draws other masks than the PyTorch form does.
+
+Every function takes contiguous tensors on the CPU in bf16 or fp32 (`usable`), computes in fp32 and rounds once. C
+cannot see what an address belongs to, so each call checks kind, dtype, shape and ranges of all that it hands over, and
+raises ValueError where something does not fit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from philora.errors import fault
+from philora.runtime.user_cache import user_cache
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+_SECONDS = 120
+
+
+# at::native::cpublas::brgemm for bf16 and brgemm_release, which PyTorch exports: small products of oneDNN, each
+# computed by one thread, on processors with bf16 instructions.
+_PRODUCT = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
+_RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
+_PROBE = """
+import ctypes, sys, torch
+library, torch_cpu = map(ctypes.CDLL, sys.argv[1:3])
+product, release = (ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in sys.argv[3:5])
+sys.exit(0 if library.products_work(product, release) == 1 else 1)
+"""
+
+
+class _Native(NamedTuple):
+    """The compiled functions and, where they work on this machine, PyTorch's small products."""
+
+    library: ctypes.CDLL
+    product: int | None
+    release: int | None
+
+
+def available() -> bool:
+    """Whether the compiled functions are there; the first call compiles them where they are not in the cache yet."""
+    return os.environ.get("PHILORA_NATIVE", "1") != "0" and isinstance(_native(), _Native)
+
+
+def describe() -> str:
+    """What computes between the products on a CPU, for people."""
+    if os.environ.get("PHILORA_NATIVE", "1") == "0":
+        return "PyTorch (PHILORA_NATIVE=0)"
+    found = _native()
+    if isinstance(found, str):
+        return f"PyTorch ({found})"
+    return "compiled for this processor" + ("" if found.product else ", attention in PyTorch (no bf16 instructions)")
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the compiled functions take these tensors: plain, contiguous, on the CPU, all bf16 or all fp32.
+
+    Not while PyTorch's operations are recorded or computed by something else (`watched`).
+    """
+    dtype = tensors[0].dtype
+    return (
+        dtype in _DTYPES
+        and all(
+            type(each) in _PLAIN
+            and each.is_cpu
+            and each.dtype == dtype
+            and each.is_contiguous()
+            and not each.is_neg()
+            and not each._is_zerotensor()
+            for each in tensors
+        )
+        and not watched()
+        and available()
+    )
+
+
+def watched() -> bool:
+    """Whether somebody follows PyTorch's operations here, who would not see a compiled function.
+
+    torch.jit.trace (where sizes are tensors, too), torch.func's transforms, and modes of `__torch_dispatch__`, such as
+    those of make_fx and of tensors without memory.
+    """
+    return (
+        torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+@functools.cache
+def _native() -> _Native | str:
+    """The functions, or why they are not there."""
+    openmp = _openmp()
+    if openmp is None:
+        return "compiled functions need Linux and a PyTorch on GNU's OpenMP"
+    try:
+        path, multiplies = _compiled(openmp)
+        library = ctypes.CDLL(str(path))
+    except FileNotFoundError as error:
+        return f"{error}: with gcc installed a step takes less time"
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"compiling failed: {error}"
+    if not multiplies:
+        return _Native(library, None, None)
+    torch_cpu = ctypes.CDLL(str(_torch_cpu()))
+    product, release = (ctypes.cast(getattr(torch_cpu, each), ctypes.c_void_p).value for each in (_PRODUCT, _RELEASE))
+    return _Native(library, product, release)
+
+
+def _openmp() -> Path | None:
+    """GNU's OpenMP library as PyTorch has loaded it: another copy would have threads of its own."""
+    if not sys.platform.startswith("linux"):
+        return None
+    with Path("/proc/self/maps").open(encoding="utf-8") as maps:
+        loaded = {Path(line.split(maxsplit=5)[5].strip()) for line in maps if "libgomp" in line}
+    own = Path(torch.__file__).parent
+    return next((each for each in loaded if own in each.parents), next(iter(loaded), None))
+
+
+def _torch_cpu() -> Path:
+    return Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+
+
+def _compiled(openmp: Path) -> tuple[Path, bool]:
+    """The library for this source, processor, PyTorch and OpenMP, compiled unless it is in the cache.
+
+    Returns:
+        Its path, and whether PyTorch's small products work with it.
+
+    Raises:
+        OSError: There is no compiler, or the cache cannot be written.
+        subprocess.SubprocessError: The compiler failed.
+    """
+    with Path("/proc/cpuinfo").open(encoding="utf-8") as cpuinfo:
+        features = sorted({line for line in cpuinfo if line.startswith(("flags", "Features", "model name"))})
+    source = _SOURCE.read_text(encoding="utf-8")
+    parts = [source, *_FLAGS, _PROBE, str(openmp), torch.__version__, platform.machine(), *features]
+    name = f"native-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}"
+    folder = user_cache()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    library, multiplies = folder / f"{name}.so", folder / f"{name}.products"
+    for each in (folder, library):
+        if each.exists() and (each.stat().st_uid != os.getuid() or each.stat().st_mode & 0o022):
+            raise PermissionError(f"{each} can be written by others")
+    if not library.exists():
+        wanted = os.environ.get("CC", "gcc")
+        compiler = shutil.which(wanted)
+        if compiler is None:
+            raise FileNotFoundError(f"there is no {wanted}")
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            unlinked, linked = f"{temporary}/native.o", f"{temporary}/native.so"
+            for command in (
+                [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", unlinked],
+                [compiler, "-shared", unlinked, str(openmp), "-lm", "-o", linked],
+            ):
+                subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+            if any("avx512_bf16" in each for each in features):
+                # In a process of its own: what PyTorch does not support there would end the process.
+                probe = [sys.executable, "-c", _PROBE, linked, str(_torch_cpu()), _PRODUCT, _RELEASE]
+                if subprocess.run(probe, check=False, capture_output=True, timeout=_SECONDS).returncode == 0:
+                    multiplies.touch()
+            Path(linked).replace(library)
+    return library, multiplies.exists()
+
+
+# What a function of native.c is called with: addresses of checked tensors, sizes, numbers, switches.
+_Argument = ctypes.c_void_p | int | float | None
+
+# Columns of a head that fit on a thread's stack.
+_WIDEST_HEAD = 4096
+
+
+def _call(name: str, *arguments: _Argument) -> None:
+    """Call a function of native.c: whole numbers go as size_t, others as float, switches as int; last the threads."""
+    if watched():
+        raise ValueError(fault(f"philora.native.{name}", "call", "watched", "no tracing, transform or dispatch mode"))
+    native = _native()
+    assert isinstance(native, _Native)
+    values: list[object] = []
+    for each in arguments:
+        if isinstance(each, bool):
+            values.append(ctypes.c_int(each))
+        elif isinstance(each, int):
+            if not 0 <= each < 2**63:
+                raise ValueError(fault(f"philora.native.{name}", "size", each, "a number from 0 to 2^63 - 1"))
+            values.append(ctypes.c_uint64(each))
+        elif isinstance(each, float):
+            values.append(ctypes.c_float(each))
+        else:
+            values.append(each)
+    getattr(native.library, name)(*values, ctypes.c_int(torch.get_num_threads()))
+
+
+def _misfit(name: str, argument: str, found: object, expected: str) -> ValueError:
+    """The error over an argument of a function."""
+    if isinstance(found, Tensor):
+        found = f"{type(found).__name__} {found.dtype} {tuple(found.shape)} {found.device}"
+    return ValueError(fault(f"philora.native.{name}", argument, found, expected))
+
+
+def _plain(tensor: object) -> bool:
+    """Whether an object is a tensor whose elements are what its memory holds."""
+    return type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg()  # type: ignore[attr-defined]
+
+
+def _address(name: str, argument: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> ctypes.c_void_p:
+    """The address of a tensor's elements.
+
+    Raises:
+        ValueError: It is not a plain, contiguous tensor of this dtype and shape on the CPU, or has no memory.
+    """
+    if not (_plain(tensor) and tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()):
+        raise _misfit(name, argument, tensor, f"a plain, contiguous {dtype} tensor of shape {tuple(shape)} on the CPU")
+    return ctypes.c_void_p(_pointer(name, argument, tensor))
+
+
+def _pointer(name: str, argument: str, tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise _misfit(name, argument, tensor, "a tensor whose memory is there")
+    return address
+
+
+def _dtype_of(name: str, argument: str, tensor: Tensor, dimensions: int) -> torch.dtype:
+    """The dtype of a tensor of so many dimensions that is bf16 or fp32.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    if not (_plain(tensor) and tensor.dtype in _DTYPES and tensor.ndim == dimensions):
+        raise _misfit(name, argument, tensor, f"a plain bf16 or fp32 tensor of {dimensions} dimensions on the CPU")
+    return tensor.dtype
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory on the CPU, whatever the default device and dtype are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`y = x / rms(x) * weight`, and one over each row's root mean square. Shapes: x (T, C); returns (T, C), (T)."""
+    name, dtype = "rms_norm", _dtype_of("rms_norm", "x", x, 2)
+    rows, columns = x.shape
+    y, inverse = _empty(rows, columns, dtype=dtype), _empty(rows)
+    _call(
+        name,
+        _address(name, "x", x, dtype, x.shape),
+        _address(name, "weight", weight, dtype, (columns,)),
+        _address(name, "y", y, dtype, x.shape),
+        _address(name, "inverse", inverse, torch.float32, (rows,)),
+        rows, columns, float(eps), _is_wide(dtype),
+    )  # fmt: skip
+    return y, inverse
+
+
+def rms_norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of x. Shapes: x and dy (T, C), inverse (T) or (T, 1)."""
+    name, dtype = "rms_norm_backward", _dtype_of("rms_norm_backward", "x", x, 2)
+    rows, columns = x.shape
+    dx = _empty(rows, columns, dtype=dtype)
+    _call(
+        name,
+        _address(name, "x", x, dtype, x.shape),
+        _address(name, "weight", weight, dtype, (columns,)),
+        _address(name, "inverse", inverse.reshape(-1), torch.float32, (rows,)),
+        _address(name, "dy", dy, dtype, x.shape),
+        _address(name, "dx", dx, dtype, x.shape),
+        rows, columns, _is_wide(dtype),
+    )  # fmt: skip
+    return dx
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up`. Shapes: (T, 2 C), gate first; returns (T, C)."""
+    name, dtype = "swiglu", _dtype_of("swiglu", "gate_up", gate_up, 2)
+    rows, columns = len(gate_up), gate_up.shape[1] // 2
+    y = _empty(rows, columns, dtype=dtype)
+    _call(
+        name,
+        _address(name, "gate_up", gate_up, dtype, (rows, 2 * columns)),
+        _address(name, "y", y, dtype, (rows, columns)),
+        rows, columns, _is_wide(dtype),
+    )  # fmt: skip
+    return y
+
+
+def swiglu_backward(gate_up: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of gate_up. Shapes: gate_up (T, 2 C), dy (T, C)."""
+    name, dtype = "swiglu_backward", _dtype_of("swiglu_backward", "dy", dy, 2)
+    rows, columns = dy.shape
+    result = _empty(rows, 2 * columns, dtype=dtype)
+    _call(
+        name,
+        _address(name, "gate_up", gate_up, dtype, (rows, 2 * columns)),
+        _address(name, "dy", dy, dtype, dy.shape),
+        _address(name, "result", result, dtype, (rows, 2 * columns)),
+        rows, columns, _is_wide(dtype),
+    )  # fmt: skip
+    return result
+
+
+def keep_bits(rows: int, columns: int, dropped: int) -> Tensor:
+    """Random bits that are 1 with probability 1 - dropped / 2^16, 16 in a word, the lowest bit first.
+
+    Shapes:
+        Returns (rows, columns / 16, rounded up) of int16.
+
+    Numerics:
+        The seed comes from torch's generator, the bits from Philox4x32-10.
+    """
+    words = _empty(rows, -(-columns // 16), dtype=torch.int16)
+    seed = int(_empty(dtype=torch.int64).random_(0, None))
+    address = _address("keep_bits", "words", words, torch.int16, words.shape)
+    _call("keep_bits", seed, dropped, address, words.numel())
+    return words
+
+
+def keep(x: Tensor, words: Tensor) -> Tensor:
+    """x where the bit is 1, else 0. Shapes: x (T, C), words (T, C / 16)."""
+    y = _empty(*x.shape, dtype=x.dtype)
+    _masked("keep", x, words, y)
+    return y
+
+
+def add_kept_(y: Tensor, x: Tensor, words: Tensor) -> None:
+    """Add x to y where the bit is 1. Shapes: both (T, C), words (T, C / 16)."""
+    _masked("add_kept", x, words, y)
+
+
+def _masked(name: str, x: Tensor, words: Tensor, y: Tensor) -> None:
+    dtype = _dtype_of(name, "x", x, 2)
+    rows, columns = x.shape
+    _call(
+        name,
+        _address(name, "x", x, dtype, x.shape),
+        _address(name, "words", words, torch.int16, (rows, -(-columns // 16))),
+        _address(name, "y", y, dtype, x.shape),
+        rows, columns, _is_wide(dtype),
+    )  # fmt: skip
+
+
+def gather_heads(
+    flat: Tensor,
+    repeat: int,
+    starts: Tensor,
+    lengths: Tensor,
+    length: int,
+    angles: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Heads of some documents in fp32, rotated if there are angles, each `repeat` times, zero after a document's end.
+
+    Args:
+        flat: Heads of each token; the tokens may stand apart.
+        repeat: Copies of each head, at least one.
+        starts: First token of each document.
+        lengths: Tokens of each document.
+        length: Tokens of a document with its padding, L.
+        angles: cos and sin of each token in fp32, contiguous.
+
+    Shapes:
+        flat (B·T, heads, D), cos and sin (B·T, half of the rotated columns), starts and lengths (documents) of int64;
+        returns (heads · repeat · documents, L, D).
+    """
+    name = "gather_heads"
+    _check_heads(name, "flat", flat)
+    tokens, heads, width = flat.shape
+    places = _documents(name, starts, lengths, tokens, length)
+    rows = _empty(heads * repeat * len(starts), length, width)
+    to = _address(name, "rows", rows, torch.float32, rows.shape)
+    sizes = flat.stride(0), heads, repeat, width
+    source = ctypes.c_void_p(_pointer(name, "flat", flat))
+    turns = _turns(name, angles, tokens, width)
+    _call(name, source, *sizes, *places, len(starts), length, *turns, to, _is_wide(flat.dtype))
+    return rows
+
+
+def scatter_heads(
+    rows: Tensor,
+    flat: Tensor,
+    repeat: int,
+    starts: Tensor,
+    lengths: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+) -> None:
+    """The way back into `flat`: copies of a head are added up, turned back and rounded; padding is left out.
+
+    Shapes:
+        rows (heads · repeat · documents, L, D); the others as in `gather_heads`.
+    """
+    name = "scatter_heads"
+    _check_heads(name, "flat", flat)
+    tokens, heads, width = flat.shape
+    _dtype_of(name, "rows", rows, 3)
+    length = rows.shape[1]
+    source = _address(name, "rows", rows, torch.float32, (heads * repeat * len(starts), length, width))
+    places = _documents(name, starts, lengths, tokens, length)
+    turns = _turns(name, angles, tokens, width)
+    ends = ctypes.c_void_p(_pointer(name, "flat", flat)), flat.stride(0)
+    sizes = heads, repeat, width
+    _call(name, source, *sizes, *places, len(starts), length, *turns, *ends, _is_wide(flat.dtype))
+
+
+def _check_heads(name: str, argument: str, flat: Tensor) -> None:
+    """See to it that the heads of a token stand side by side, and are no wider than a thread's stack.
+
+    Raises:
+        ValueError: They do not, or are.
+    """
+    _dtype_of(name, argument, flat, 3)
+    width = flat.shape[2]
+    if flat.stride()[1:] != (width, 1) or not 0 < width <= _WIDEST_HEAD:
+        expected = f"heads of 1 to {_WIDEST_HEAD} columns, side by side"
+        raise _misfit(name, argument, flat, expected)
+
+
+def _documents(
+    name: str, starts: Tensor, lengths: Tensor, tokens: int, longest: int
+) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    """Addresses of the documents' first tokens and lengths.
+
+    Raises:
+        ValueError: A document reaches beyond the tokens, or is longer than its place.
+    """
+    count = len(starts)
+    first = _address(name, "starts", starts, torch.int64, (count,))
+    second = _address(name, "lengths", lengths, torch.int64, (count,))
+    if count:
+        (low, high), (least, most) = ((int(each) for each in torch.aminmax(every)) for every in (starts, lengths))
+        inside = low >= 0 and least >= 0 and most <= longest
+        if not inside or (high + most > tokens and bool((lengths > tokens - starts).any())):
+            found = f"{low:,} to {high:,} and {least:,} to {most:,}"
+            raise _misfit(name, "starts and lengths", found, f"documents of up to {longest:,} of {tokens:,} tokens")
+    return first, second
+
+
+def _turns(
+    name: str, angles: tuple[Tensor, Tensor] | None, tokens: int, width: int
+) -> tuple[ctypes.c_void_p | None, ctypes.c_void_p | None, int]:
+    """Addresses of cos and sin, and how many columns they have.
+
+    Raises:
+        ValueError: They have more than half of a head's columns, or do not fit otherwise.
+    """
+    if angles is None:
+        return None, None, 0
+    cos, sin = angles
+    _dtype_of(name, "cos", cos, 2)
+    half = cos.shape[1]
+    if 2 * half > width:
+        raise _misfit(name, "cos", cos, f"at most {width // 2} columns, half of a head's")
+    found = [
+        _address(name, each, tensor, torch.float32, (tokens, half)) for each, tensor in (("cos", cos), ("sin", sin))
+    ]
+    return found[0], found[1], half
+
+
+class _Attention(ctypes.Structure):
+    """The struct of the same name in native.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((name, ctypes.c_size_t) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, ctypes.c_size_t) for name in ("heads", "key_heads", "width")),
+        *((name, ctypes.c_void_p) for name in ("starts", "lengths")),
+        ("documents", ctypes.c_size_t),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        *((name, ctypes.c_size_t) for name in ("half", "window", "tokens")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("product", "release")),
+    )
+
+
+# Columns of a head that the blocks of native.c take: a multiple of the first, the second at most.
+_WIDTHS = 16, 256
+
+
+def attends(heads: Sequence[Tensor], scale: float) -> bool:
+    """Whether `attend` takes these queries, keys and values. Shapes: three of (B·T, heads, D)."""
+    width = heads[0].shape[2]
+    return (
+        scale > 0
+        and width % _WIDTHS[0] == 0
+        and width <= _WIDTHS[1]
+        and all(each.dtype == torch.bfloat16 and each.stride()[1:] == (width, 1) for each in heads)
+        and usable(*(each[:0] for each in heads))
+        and isinstance(native := _native(), _Native)
+        and native.product is not None
+    )
+
+
+def _description(
+    name: str,
+    heads: Sequence[Tensor],
+    starts: Tensor,
+    lengths: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    window: int | None,
+    scale: float,
+) -> _Attention:
+    """The struct, of arguments that were checked.
+
+    Raises:
+        ValueError: One of them does not fit.
+    """
+    query, key, value = heads
+    for argument, each in (("query", query), ("key", key), ("value", value)):
+        _check_heads(name, argument, each)
+    if not attends(heads, scale):
+        raise _misfit(name, "query", query, "bf16 heads that `attends` takes, and a scale above 0")
+    tokens, count, width = query.shape
+    groups = key.shape[1]
+    if key.shape != value.shape or key.shape[::2] != query.shape[::2] or not groups or count % groups:
+        found = [tuple(each.shape) for each in heads]
+        raise _misfit(name, "heads", found, "queries, keys and values of the same tokens, in whole groups of heads")
+    if window is not None and not (type(window) is int and 0 < window < 2**63):
+        raise _misfit(name, "window", window, "None or a whole number of at least 1")
+    native = _native()
+    assert isinstance(native, _Native)
+    places = _documents(name, starts, lengths, tokens, tokens)
+    cos, sin, half = _turns(name, angles, tokens, width)
+    at = [ctypes.c_void_p(_pointer(name, "heads", each)) for each in heads]
+    strides = [each.stride(0) for each in heads]
+    last = half, window or 0, tokens, scale, native.product, native.release
+    return _Attention(*at, *strides, count, groups, width, *places, len(starts), cos, sin, *last)
+
+
+def attend(
+    heads: Sequence[Tensor],
+    starts: Tensor,
+    lengths: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of each document, queries and keys rotated where there are angles.
+
+    Args:
+        heads: Queries, keys and values.
+        starts: First token of each document, the longest first.
+        lengths: Tokens of each document.
+        angles: cos and sin of each token in fp32, contiguous.
+        window: Keys that a query sees at most, itself included.
+        scale: Positive multiplier of the scores.
+
+    Shapes:
+        heads three of (B·T, H or K, D), cos and sin (B·T, half of the rotated columns); returns the output (B·T, H, D)
+        and the logarithm of each query's normaliser (H, B·T).
+
+    Numerics:
+        Products of bf16 with sums in fp32; rotated queries and keys and the softmax's exponentials are rounded to
+        bf16, the output once.
+
+    Raises:
+        MemoryError: There was no room for a document's scores.
+    """
+    description = _description("attend", heads, starts, lengths, angles, window, scale)
+    tokens, count, width = heads[0].shape
+    output, normaliser = _empty(tokens, count, width, dtype=torch.bfloat16), _empty(count, tokens)
+    _attend(
+        "attend",
+        description,
+        _address("attend", "output", output, torch.bfloat16, output.shape),
+        _address("attend", "normaliser", normaliser, torch.float32, normaliser.shape),
+    )
+    return output, normaliser
+
+
+def attend_backward(
+    heads: Sequence[Tensor],
+    starts: Tensor,
+    lengths: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    window: int | None,
+    scale: float,
+    saved: tuple[Tensor, Tensor],
+    grad: Tensor,
+    results: Sequence[Tensor],
+) -> None:
+    """Write the gradients of queries, keys and values.
+
+    Args:
+        heads: As in `attend`, and so the next five.
+        starts: See there.
+        lengths: See there.
+        angles: See there.
+        window: See there.
+        scale: See there.
+        saved: What `attend` returned.
+        grad: Gradient of the output.
+        results: Where the three gradients go, of the strides of `heads`.
+
+    Raises:
+        MemoryError: There was no room for a document's gradients.
+    """
+    name, (output, normaliser) = "attend_backward", saved
+    description = _description(name, heads, starts, lengths, angles, window, scale)
+    tokens, count, _ = shape = heads[0].shape
+    for argument, each, like in zip(("d_query", "d_key", "d_value"), results, heads, strict=True):
+        _check_heads(name, argument, each)
+        if each.shape != like.shape or each.stride() != like.stride() or each.dtype != like.dtype:
+            raise _misfit(name, argument, each, f"the shape and strides of its head, {tuple(like.shape)}")
+    _attend(
+        name,
+        description,
+        _address(name, "output", output, torch.bfloat16, shape),
+        _address(name, "grad", grad, torch.bfloat16, shape),
+        _address(name, "normaliser", normaliser, torch.float32, (count, tokens)),
+        *(ctypes.c_void_p(_pointer(name, "results", each)) for each in results),
+    )
+
+
+def _attend(name: str, description: _Attention, *addresses: ctypes.c_void_p) -> None:
+    native = _native()
+    assert isinstance(native, _Native)
+    if getattr(native.library, name)(ctypes.byref(description), *addresses, ctypes.c_int(torch.get_num_threads())):
+        raise MemoryError("no memory for the attention of one document")
+
+
+def causal_softmax_(scores: Tensor, offset: int, window: int | None, scale: float) -> None:
+    """Softmax of scale · scores over the keys that a query sees, in place; zero elsewhere.
+
+    Args:
+        scores: Products of queries and keys.
+        offset: Place of the first query among the keys.
+        window: Keys that a query sees at most, itself included.
+        scale: Positive multiplier.
+
+    Shapes:
+        scores (N, queries, keys).
+    """
+    address = _scores("causal_softmax", "scores", scores, offset, scores)
+    _call("causal_softmax", address, *scores.shape, offset, window or 0, float(scale))
+
+
+def causal_softmax_backward_(weights: Tensor, grad: Tensor, offset: int, window: int | None, scale: float) -> None:
+    """The gradient of the unscaled scores over that of the weights, in place. Shapes: both (N, queries, keys)."""
+    name = "causal_softmax_backward"
+    first = _scores(name, "weights", weights, offset, weights)
+    second = _scores(name, "grad", grad, offset, weights)
+    _call(name, first, second, *grad.shape, offset, window or 0, float(scale))
+
+
+def _scores(name: str, argument: str, scores: Tensor, offset: int, like: Tensor) -> ctypes.c_void_p:
+    """The address of scores whose every query stands among the keys. Shapes: (N, queries, keys) of fp32.
+
+    Raises:
+        ValueError: One of them does not.
+    """
+    _dtype_of(name, argument, like, 3)
+    _, queries, keys = like.shape
+    if not 0 <= offset <= keys - queries:
+        raise _misfit(name, "offset", offset, f"0 to {keys - queries}, for {queries} queries among {keys} keys")
+    return _address(name, argument, scores, torch.float32, like.shape)
+
+
+def score_rows_(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: list[Tensor], needs_grad: bool) -> None:
+    """Write log-probability, entropy and top-1 of each row; over the logits, the gradient of the log-probability.
+
+    Shapes:
+        logits (N, V), bias (V) of fp32, labels (N) of int64 from 0 to V - 1, outputs three of (N) of fp32.
+    """
+    name, dtype = "score_rows", _dtype_of("score_rows", "logits", logits, 2)
+    rows, vocabulary = logits.shape
+    places = _address(name, "labels", labels, torch.int64, (rows,))
+    if rows:
+        low, high = (int(each) for each in torch.aminmax(labels))
+        if low < 0 or high >= vocabulary:
+            raise _misfit(name, "labels", f"{low} to {high}", f"0 to {vocabulary - 1}")
+    if len(outputs) != 3:
+        raise _misfit(name, "outputs", len(outputs), "three")
+    _call(
+        name,
+        _address(name, "logits", logits, dtype, logits.shape),
+        None if bias is None else _address(name, "bias", bias, torch.float32, (vocabulary,)),
+        places,
+        *(_address(name, "outputs", each, torch.float32, (rows,)) for each in outputs),
+        rows, vocabulary, bool(needs_grad), _is_wide(dtype),
+    )  # fmt: skip
+
+
+def from_4bit_(packed: Tensor, code: Tensor, scales: Tensor, weights: Tensor) -> None:
+    """Write the weights that 4 bits each stand for, `code[index] * scale` of the block, rounded to bf16.
+
+    Shapes:
+        packed (N / 2) of uint8, the first of two weights in the high half; code (16) and scales (blocks) of fp32;
+        weights of N elements of bf16, N / blocks a multiple of 32. Shapes of more dimensions are read row by row.
+    """
+    name, count, blocks = "from_4bit", weights.numel(), scales.numel()
+    if (blocks and count % (32 * blocks)) or (count and not blocks) or packed.numel() * 2 != count:
+        found = f"{packed.numel():,} bytes, {blocks:,} scales, {count:,} weights"
+        raise _misfit(name, "sizes", found, "two weights a byte, and a multiple of 32 for each scale")
+    _call(
+        name,
+        _address(name, "packed", packed, torch.uint8, packed.shape),
+        _address(name, "code", code, torch.float32, (16,)),
+        _address(name, "scales", scales, torch.float32, scales.shape),
+        _address(name, "weights", weights, torch.bfloat16, weights.shape),
+        blocks, count // max(1, blocks),
+    )  # fmt: skip

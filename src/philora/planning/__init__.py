@@ -1,0 +1,1 @@
+"""What a run will take: memory, time, steps, and what its machine lacks."""

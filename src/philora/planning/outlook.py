@@ -1,0 +1,150 @@
+"""What a run can be expected to learn, said before it starts, and what it did learn, said at its end.
+
+A run that made a step or two, or whose answers are no better than the base's, ends like any other unless it is said.
+`notices` looks at the plan, `judge` at the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from philora.configuration.config import Config
+from philora.evaluation.measures import LOSS, Paired
+from philora.planning.plan import Plan
+from philora.planning.schedule import FEW_STEPS, check_schedule, few_steps, trains_nothing
+
+STILL_FALLING = 0.1
+"""Share of the whole fall of the held-out loss that, in the second half of the steps, says it has not settled.
+
+Under a cosine or a straight line to 0 the second half has a fifth or a quarter of the summed learning rate: a loss that
+goes on in proportion falls by about twice this share there, and one that has settled by far less.
+"""
+
+
+def warmup_steps(config: Config, plan: Plan) -> float:
+    """Return the run's `warmup_steps`: none where nobody asked for it and it would be the whole of a very short run."""
+    given: float = config.training_config["warmup_steps"]
+    asked = config.origins.get("training_config.warmup_steps", "default") != "default"
+    return 0 if not asked and trains_nothing(config.training_config, plan.steps) else given
+
+
+def check(config: Config, plan: Plan) -> None:
+    """Refuse a run that would train nothing.
+
+    Args:
+        config: The configuration.
+        plan: The plan of the run.
+
+    Raises:
+        ConfigError: The learning rate is 0 at every step, or its schedule cannot be made.
+    """
+    settings = config.training_config | {
+        "learning_rate": plan.learning_rate,
+        "warmup_steps": warmup_steps(config, plan),
+    }
+    check_schedule(settings, plan.steps, f"{config.source}: training_config")
+
+
+def notices(config: Config, plan: Plan) -> list[str]:
+    """Return what a person should know about the steps of a run before it starts.
+
+    Args:
+        config: The configuration.
+        plan: The plan of the run.
+    """
+    found = []
+    if config.origins.get("model.name_or_path", "default") == "default" and config.model.adapter is None:
+        found.append(
+            "NO MODEL IS NAMED: this trains the bundled toy, which is there to try philora and knows nothing else. "
+            "Name one: --model phi-3-mini, or model.name_or_path in the configuration."
+        )
+    if plan.steps is not None and plan.steps < FEW_STEPS:
+        found.append(few_steps(plan.steps))
+    wanted = config.training_config.get("tokens_per_step")
+    if isinstance(wanted, int) and plan.step_tokens > 1.1 * wanted and plan.row_tokens > wanted:
+        found.append(
+            f"training_config.tokens_per_step={wanted:,}, but a step has about {plan.step_tokens:,} tokens: a pack is "
+            f"as long as the longest conversation. Set packing to false, or lower max_length, which cuts conversations."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came of a run.
+
+    Attributes:
+        verdict: `better`, `worse` or `unclear` than the base, by the 95% interval of the held-out loss's difference;
+            `unknown` where nothing was held out.
+        still_falling: Whether the held-out loss fell on in the second half of the steps; None where too few
+            evaluations tell.
+        sentences: The same for people, with what to do.
+    """
+
+    verdict: str
+    still_falling: bool | None
+    sentences: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "verdict": self.verdict,
+            "still_falling": self.still_falling,
+            "sentences": list(self.sentences),
+        }
+
+
+def judge(
+    comparison: Sequence[Paired], log: Sequence[Mapping[str, Any]], *, steps: int, updates: Sequence[Mapping[str, Any]]
+) -> Judgement:
+    """Judge a finished run by its rule: the interval against the base, and the second half's share of the fall.
+
+    Args:
+        comparison: Figures of the base beside the adapter.
+        log: Entries of the trainer's log, with `step` and, where it evaluated, `eval_loss`.
+        steps: Optimizer steps that the run made.
+        updates: Norms of what the adapter adds to each module.
+    """
+    loss = next((each for each in comparison if each.field == LOSS.field), None)
+    verdict = "unknown" if loss is None else loss.verdict
+    falling = None if loss is None else _still_falling(loss.before, log, steps)
+    sentences = []
+    if updates and not any(float(each.get("norm") or 0.0) for each in updates):
+        sentences.append("the adapter is still at its start: every B is 0, so nothing was trained.")
+    if loss is not None and verdict == "worse":
+        sentences.append(
+            f"worse than the base on held-out data: the loss rose by {_ends(loss)} (95% interval). "
+            f"Lower the learning rate, train for fewer epochs, or look at the data."
+        )
+    elif loss is not None and verdict == "unclear":
+        sentences.append(
+            f"no better than the base on held-out data: the loss changed by {_ends(loss)} (95% interval). "
+            f"Train for more steps, raise the learning rate, or hold out more rows."
+        )
+    if falling:
+        sentences.append(
+            f"the held-out loss still fell in the second half of the {steps} steps: more steps (num_train_epochs) or a "
+            f"higher learning rate would bring it lower."
+        )
+    return Judgement(verdict, falling, tuple(sentences))
+
+
+def _ends(loss: Paired) -> str:
+    """Return the interval of the loss's difference as text."""
+    if loss.low is None or loss.high is None:
+        return f"{loss.after - loss.before:+.3f}, one row, without an interval"
+    return f"{loss.low:+.3f} to {loss.high:+.3f}"
+
+
+def _still_falling(before: float, log: Sequence[Mapping[str, Any]], steps: int) -> bool | None:
+    """Return whether the second half of the steps has more than `STILL_FALLING` of the loss's whole fall."""
+    losses = {int(each["step"]): float(each["eval_loss"]) for each in log if "eval_loss" in each}
+    early = [step for step in losses if 0.4 * steps <= step <= 0.6 * steps]
+    late = [step for step in losses if step > 0.8 * steps]
+    if not early or not late:
+        return None
+    middle, end = losses[min(early, key=lambda step: abs(step - steps / 2))], losses[max(late)]
+    fall = before - end
+    return fall > 0 and middle - end > STILL_FALLING * fall

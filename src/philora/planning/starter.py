@@ -1,0 +1,176 @@
+"""From data to a first configuration: what was found, a model that fits this machine, few settings, as YAML.
+
+`philora init` writes the configuration; `philora train DATA` trains by the same one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from philora import families
+from philora.configuration.config import FIELDS, SourceConfig
+from philora.configuration.yaml_text import parse
+from philora.dataset.read import Fault, resolve
+from philora.dataset.store import recognised
+from philora.kernels.memory import available_bytes
+from philora.models.loading import bf16_is_fast
+from philora.runtime import hub
+
+SUGGESTED = ("phi-3-mini", "phi-3.5-mini", "phi-4-mini")
+"""Models that are chosen where none is named, the first that can be had; all have 3.8 G parameters."""
+
+BESIDE_THE_WEIGHTS_BYTES = 3_000_000_000
+"""What a first choice keeps for adapter, optimizer and a short row; `philora check` counts it exactly."""
+
+NF4_BYTES = 0.7
+"""Of a parameter in nf4: half a byte and its scales, with embeddings in 16 bits."""
+
+FEW_RECORDS = 8
+"""With fewer records nothing is held out."""
+
+
+class Machine(NamedTuple):
+    """What decides which model is chosen.
+
+    Attributes:
+        device: `cuda`, `mps` or `cpu`.
+        memory_bytes: What a run can have of its memory.
+        weight_bytes: Of a parameter as it is loaded there: 2 in bf16, 4 in fp32.
+        quantizes: Whether bitsandbytes is installed.
+        online: Whether the Hub can be reached.
+        cached: Hub ids that are in the Hub's cache.
+    """
+
+    device: str
+    memory_bytes: int
+    weight_bytes: int
+    quantizes: bool
+    online: bool
+    cached: frozenset[str]
+
+
+class ModelChoice(NamedTuple):
+    """A model for a first run: its name, the quantisation of its weights, and why."""
+
+    name: str
+    quantization: str
+    reason: str
+
+
+class Start(NamedTuple):
+    """A first configuration.
+
+    Attributes:
+        text: The YAML.
+        settings: The same as a mapping.
+        found: What was found in the data, for people.
+        model: Which model, and why.
+    """
+
+    text: str
+    settings: dict[str, Any]
+    found: str
+    model: ModelChoice
+
+
+def this_machine() -> Machine:
+    """Return the facts of this machine."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    ids = [families.hub_id(each) for each in SUGGESTED]
+    return Machine(
+        device,
+        available_bytes(device),
+        2 if bf16_is_fast() else 4,
+        importlib.util.find_spec("bitsandbytes") is not None,
+        not hub.reach(),
+        frozenset(each for each in ids if isinstance(try_to_load_from_cache(each, "config.json"), str)),
+    )
+
+
+def choose_model(machine: Machine, named: str | None = None) -> ModelChoice:
+    """Choose a model, and whether its weights are quantised.
+
+    Args:
+        machine: The facts.
+        named: A model that the person named: only the quantisation is chosen then, where its size is known.
+    """
+    names = [families.hub_id(each) for each in SUGGESTED]
+    chosen = next((each for each in names if each in machine.cached), names[0] if machine.online else None)
+    name = families.hub_id(named) if named is not None else chosen
+    where = f"{machine.memory_bytes / 1e9:.0f} GB on this machine's {machine.device}"
+    if name is None:
+        return ModelChoice("nano", "none", "a toy: the Hub cannot be reached, and no Phi model is in its cache")
+    known = families.find(name)
+    if known is None:
+        return ModelChoice(name, "none", "as named")
+    plain = known.parameters * machine.weight_bytes + BESIDE_THE_WEIGHTS_BYTES
+    small = int(known.parameters * NF4_BYTES) + BESIDE_THE_WEIGHTS_BYTES
+    if plain <= machine.memory_bytes:
+        return ModelChoice(name, "none", f"needs about {plain / 1e9:.0f} GB of {where}")
+    if small <= machine.memory_bytes and machine.quantizes:
+        return ModelChoice(name, "nf4", f"in 4 bits it needs about {small / 1e9:.0f} GB of {where}")
+    if named is not None:
+        return ModelChoice(name, "nf4" if machine.quantizes else "none", f"as named; it may not fit {where}")
+    fits = small <= machine.memory_bytes
+    todo = "; pip install 'philora[quantization]' makes one fit" if fits else ""
+    return ModelChoice("nano", "none", f"a toy: no Phi model fits {where}{todo}")
+
+
+def start(data: str, model: str | None = None, machine: Machine | None = None) -> Start:
+    """Look at data, choose, and write the configuration of a first run.
+
+    Args:
+        data: A file or folder that the readers take, or a hub id.
+        model: Hub id, short name or folder; default: one that fits this machine.
+        machine: Default: this one.
+
+    Raises:
+        DataError: The data cannot be read, or its shape is not known.
+    """
+    source, shape = recognised(resolve(SourceConfig(path=data), "train"), None)
+    count = sum(len(batch.records) for batch in source.open())
+    try:
+        messages = shape.read(next(source.open()).records[0]).messages
+    except Fault:  # `check` and `train` name every record that cannot be read
+        messages = []
+    turns = ", ".join(dict.fromkeys(str(each["role"]) for each in messages))
+    found = f"{count:,} records of {data}, read as {shape.name}" + (f" (turns of {turns})" if turns else "")
+    choice = choose_model(machine or this_machine(), model)
+    text = _yaml(data, count, found, choice)
+    return Start(text, parse(text)[1], found, choice)
+
+
+def _yaml(data: str, count: int, found: str, choice: ModelChoice) -> str:
+    """The configuration as text, with a comment on each line that a person may want to change."""
+    lines: list[tuple[str, str]] = [(f"# {found}", "")]
+    lines += [("model:", ""), (f"  name_or_path: {json.dumps(choice.name, ensure_ascii=False)}", choice.reason)]
+    commented = "# " if choice.quantization == "none" else ""
+    lines += [(f"  {commented}quantization: nf4", "4-bit weights: a quarter of the memory, slower")]
+    lines += [("data:", ""), (f"  train: {json.dumps(data, ensure_ascii=False)}", "")]
+    if count < FEW_RECORDS:
+        lines.append(("  eval: null", "too few records to hold some out"))
+    else:
+        lines.append((f"  eval: {0.1 if count < 1000 else 0.05}", "held out, to score before and after"))
+    epochs, length = (FIELDS[f"training_config.{key}"].default for key in ("num_train_epochs", "max_length"))
+    rank, alpha = (FIELDS[f"peft_config.{key}"].default for key in ("r", "lora_alpha"))
+    lines += [
+        ("training_config:", ""),
+        (f"  num_train_epochs: {epochs}", "passes over the data"),
+        ("  learning_rate: auto", "by the model's size"),
+        (f"  max_length: {length}", "tokens; longer conversations are cut"),
+        ("peft_config:", ""),
+        (f"  r: {rank}", "size of the adapter"),
+        (f"  lora_alpha: {alpha}", "its weight; twice r is usual"),
+    ]
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> str:
+    width = max(len(line) for line, comment in lines if comment)
+    return "".join(f"{line.ljust(width)}  # {comment}\n" if comment else f"{line}\n" for line, comment in lines)

@@ -1,0 +1,231 @@
+"""The model card of an adapter or of a merged model: what it is, how it was made, how well it does, how to load it."""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from philora import __version__
+from philora.configuration.config import read_yaml
+from philora.errors import ConfigError
+from philora.evaluation.scores import Scores, compare_table, stage_table
+from philora.models.loading import local_path
+from philora.models.locate import licence
+from philora.models.run_folder import SystemTurn, example_messages
+from philora.reporting.report import SECRETS
+
+logger = logging.getLogger("philora.run")
+
+_TAGS: Final = ("philora", "lora", "sft", "trl")
+# Settings that somebody needs who wants to train the same again, as far as a card goes; config.yaml has them all.
+_TRAINING: Final = (
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_length", "packing", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "optim", "seed",
+)  # fmt: skip
+_METRICS: Final = {"loss": "Loss", "token_accuracy": "Token accuracy", "exact_match": "Exact match"}
+
+
+def model_card(
+    folder: str,
+    *,
+    run: Path | None,
+    base: str | None,
+    adapter_config: Mapping[str, Any],
+    merged: bool = False,
+    tokenizer: bool = True,
+    system: SystemTurn | None = None,
+) -> str:
+    """The text of a README.md with the Hub's metadata.
+
+    Args:
+        folder: What the usage code loads: a repository, or a path.
+        run: The run folder, for data, settings and results; without it the card says what the adapter's config says.
+        base: The base as a hub id, `nano` or a folder. Of a folder only the last name is shown.
+        adapter_config: Content of `adapter_config.json`.
+        merged: Whether the weights hold the adapter.
+        tokenizer: Whether the folder has a tokenizer; else the usage code takes the base's.
+        system: The system turn that the training conversations began with; the usage code begins with it.
+    """
+    settings = _settings(run)
+    results = _json(run / "results.json") if run is not None else {}
+    named = _shown(base)
+    title = folder.rstrip("/").rpartition("/")[2] if not Path(folder).is_absolute() else Path(folder).name
+    what = "with a LoRA adapter merged into its weights" if merged else "with this LoRA adapter"
+    parts = [
+        f"# {_plain(title)}",
+        f"{_plain(named)} {what}, fine-tuned with [philora](https://pypi.org/project/philora/) {__version__}.",
+        _usage(folder, base, merged, tokenizer, system),
+        _results(results),
+        _data(settings, results),
+        _hyperparameters(settings, adapter_config),
+        _versions(results),
+    ]
+    data = ModelCardData(
+        base_model=base if base is not None and _on_hub(base) else None,
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="text-generation",
+        license=licence(base),
+        tags=[*_TAGS, *(["merged"] if merged else [])],
+        datasets=[each for each in _sources(settings) if _on_hub(each)] or None,
+        **_evaluated(title, settings, results),
+    )
+    body = "\n\n".join(part for part in parts if part)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    return str(SECRETS.sub("***", card.content))
+
+
+def _plain(value: object) -> str:
+    """A value as text of a Markdown page: one line, and no HTML, link, code or cell of a table of its own."""
+    return re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _settings(run: Path | None) -> dict[str, Any]:
+    """The sections of a run's configuration; a card is written without those that cannot be read."""
+    path = run / "config.yaml" if run is not None else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        given = read_yaml(path)
+    except ConfigError as error:
+        logger.warning("the card has no settings: %s", error)
+        return {}
+    return {name: section for name, section in given.items() if isinstance(section, Mapping)}
+
+
+def _on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not Path(name).expanduser().exists() and not name.startswith((".", "/", "~"))
+
+
+def _shown(name: str | None) -> str:
+    """A name without the folders of the machine that it stands on."""
+    if name is None:
+        return "a base model"
+    if name == local_path("nano"):
+        return "nano"
+    return name if _on_hub(name) else Path(name).name
+
+
+def _usage(folder: str, base: str | None, merged: bool, tokenizer: bool, system: SystemTurn | None) -> str:
+    nano = _shown(base) == "nano"
+    name = json.dumps(base if base and _on_hub(base) else f"path/to/{_shown(base)}", ensure_ascii=False)
+    name = 'local_path("nano")' if nano else name
+    repository = json.dumps(folder, ensure_ascii=False)
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if merged:
+        model = f'model = AutoModelForCausalLM.from_pretrained({repository}, dtype="auto")'
+    else:
+        imports = "from peft import PeftModel\n" + imports
+        imports += "\n\nfrom philora.models.loading import local_path" if nano else ""
+        model = f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")\n'
+        model += f"model = PeftModel.from_pretrained(base, {repository})"
+    source = repository if tokenizer or merged else name
+    return f"""## Use
+
+```python
+{imports}
+
+tokenizer = AutoTokenizer.from_pretrained({source})
+{model}
+
+messages = {example_messages(system)}
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=128)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+`generation_config.json` has the tokens at which an answer ends; `stop_tokens.json` has them for servers."""
+
+
+def _results(results: Mapping[str, Any]) -> str:
+    if not results.get("before") or not results.get("after"):
+        return ""
+    before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
+    columns: tuple[str, ...] = ("", "base", "fine-tuned", "change")
+    rows: Sequence[tuple[str, ...]] = compare_table(before, after)
+    if results.get("start"):
+        columns = ("", "base", "the adapter it began with", "fine-tuned", "change from there")
+        rows = stage_table(before, Scores.from_dict(results["start"]), after)
+    head = "|" + "|".join(f" {each} " if each else " " for each in columns) + "|"
+    lines = ["## Results", "", "On held-out data:", "", head, "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_plain(each) for each in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _sources(settings: Mapping[str, Any]) -> list[str]:
+    train = (settings.get("data") or {}).get("train")
+    entries = train if isinstance(train, list) else [train]
+    return [str(each["path"] if isinstance(each, Mapping) else each) for each in entries if each]
+
+
+def _data(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    named = ", ".join(_plain(_shown(each)) for each in _sources(settings))
+    figures = (results.get("data") or {}).get("train") or {}
+    if not named:
+        return ""
+    counted = [
+        f"{int(figures[key]):,} {text}"
+        for key, text in (("rows", "conversations"), ("tokens", "tokens"))
+        if figures.get(key)
+    ]
+    return f"## Data\n\n{named}" + (f": {', '.join(counted)}." if counted else ".")
+
+
+def _hyperparameters(settings: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
+    training = settings.get("training_config") or {}
+    rows = {name: training[name] for name in _TRAINING if training.get(name) is not None}
+    model = settings.get("model") or {}
+    rows |= {name: model[name] for name in ("dtype", "quantization") if model.get(name) not in (None, "none")}
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save"):
+        value = (settings.get("peft_config") or {}).get(name, adapter_config.get(name))
+        if value not in (None, False):
+            rows[name] = value
+    targets = (settings.get("peft_config") or {}).get("target_modules", adapter_config.get("target_modules"))
+    if targets:
+        rows["target_modules"] = ", ".join(sorted(targets)) if not isinstance(targets, str) else targets
+    lines = [
+        "## Settings",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {_plain(value)} |" for name, value in rows.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _versions(results: Mapping[str, Any]) -> str:
+    found = {"philora": results.get("philora", __version__), **(results.get("versions") or {})}
+    return "## Versions\n\n" + ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in found.items())
+
+
+def _evaluated(title: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results as the Hub's metadata."""
+    after = results.get("after") or {}
+    found = {name: after[name] for name in _METRICS if after.get(name) is not None}
+    if not found:
+        return {}
+    name = ", ".join(_shown(each) for each in _sources(settings)) or "held-out data"
+    return {
+        "model_name": title,
+        "eval_results": [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="custom",
+                dataset_name=f"{name}, held out",
+                metric_type=metric,
+                metric_name=_METRICS[metric],
+                metric_value=value,
+            )
+            for metric, value in found.items()
+        ],
+    }

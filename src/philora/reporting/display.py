@@ -1,0 +1,192 @@
+"""What a run and its commands show on a terminal: log lines, progress, figures, the result.
+
+The command line and `philora.train` in a script show the same, because both show it by these functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.segment import Segment
+from rich.table import Table
+
+from philora.errors import printable
+from philora.runtime import processes
+
+if TYPE_CHECKING:
+    from philora.evaluation.measures import Paired
+    from philora.reporting.progress import ProgressBar
+
+ROOT = "philora"
+"""Name of the logger above all of philora's."""
+
+
+class SafeConsole(Console):
+    """A console in which text of data, names and models cannot set the terminal: only rich's own styles do."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Render without control characters."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+class LogLines(logging.Handler):
+    """Log records as plain lines on a console; a warning of philora's is a notice to the person."""
+
+    def __init__(self, console: Console, level: int = logging.INFO) -> None:
+        super().__init__(level)
+        self.console = console
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record; a notice is shown once."""
+        text = escape(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            if text in self._shown:
+                return
+            self._shown.add(text)
+        line = f"[yellow]notice:[/] {text}" if record.levelno >= logging.WARNING else text
+        self.console.print(line, highlight=False)
+
+
+def log_lines(console: Console, level: str) -> LogLines:
+    """Return a handler that shows log lines from a level on; of several processes the first speaks for all.
+
+    Args:
+        console: Where to.
+        level: As `training_config.log_level` has it; `passive` shows warnings.
+    """
+    chosen = logging.WARNING if level == "passive" else int(getattr(logging, level.upper()))
+    return LogLines(console, chosen if processes.is_main() else logging.ERROR)
+
+
+def ignore_future_warnings() -> None:
+    """Leave out what transformers, TRL and PEFT say to each other about releases to come."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(transformers|trl|peft|torch|accelerate)\b")
+
+
+@contextlib.contextmanager
+def shown(level: str) -> Iterator[ProgressBar]:
+    """Show a run while it goes on: its log lines on standard error, the callback's progress on standard output.
+
+    Lines are left to whoever shows them already: the command line, or a handler of the script's own that writes to a
+    stream.
+
+    Args:
+        level: As for `log_lines`.
+
+    Yields:
+        The callback that shows the progress.
+    """
+    from philora.reporting.progress import ProgressBar
+
+    logger = logging.getLogger(ROOT)
+    before = logger.level
+    lines = log_lines(SafeConsole(stderr=True, soft_wrap=True), level)
+    handlers = [*logger.handlers, *logging.getLogger().handlers]
+    if not any(type(each) in (LogLines, logging.StreamHandler) for each in handlers):
+        logger.addHandler(lines)
+        logger.setLevel(min(logging.INFO, lines.level))
+    bar = ProgressBar(SafeConsole(soft_wrap=True))
+    try:
+        yield bar
+    finally:
+        bar.close()
+        if lines in logger.handlers:
+            logger.removeHandler(lines)
+            logger.setLevel(before)
+
+
+def show_result(folder: Path, results: Mapping[str, Any]) -> None:
+    """Show what came of a run: the held-out data before and after, a few answers, speed and files.
+
+    Args:
+        folder: The run folder.
+        results: The content of its `results.json`.
+    """
+    from philora.evaluation.scores import Scores, compare_table, stage_table
+
+    console = SafeConsole(soft_wrap=True)
+    if results["before"] and results["after"]:
+        before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
+        columns: tuple[str, ...] = ("", "base", "with adapter", "change")
+        rows: Sequence[tuple[str, ...]] = compare_table(before, after)
+        if results["start"]:
+            columns = ("", "base", "start", "result", "change from start")
+            rows = stage_table(before, Scores.from_dict(results["start"]), after)
+        table = Table(*columns, title="held-out data", title_justify="left", box=None)
+        for row in rows:
+            table.add_row(*row)
+        console.print()
+        console.print(table)
+    for sample in results["samples"]:
+        console.print()
+        for message in sample["prompt"]:
+            console.print(f"[bold]{escape(message['role'])}:[/] {escape(message['content'])}", highlight=False)
+        console.print(f"  [dim]base:   [/] {escape(_short(sample['base']))}", highlight=False)
+        mark = "[green]matches the reference[/]" if sample["adapter_matched"] else "[yellow]differs[/]"
+        console.print(f"  [dim]adapter:[/] {escape(_short(sample['adapter']))}  {mark}", highlight=False)
+    speed = results["throughput"]
+    console.print()
+    console.print(
+        f"{speed['tokens']:,} tokens in {speed['seconds']:.0f} s ({speed['tokens_per_second']:,.0f} tokens/s), "
+        f"peak memory {results['memory']['peak_bytes'] / 1e9:.1f} GB",
+        highlight=False,
+    )
+    console.print(f"adapter: {folder / 'adapter'}\nreport:  {folder / 'report.html'}", highlight=False)
+    console.print("\n[bold]next[/]", highlight=False)
+    for what, command in next_steps(folder):
+        console.print(f"  {what.ljust(8)} {escape(command)}", highlight=False)
+
+
+def next_steps(folder: Path) -> list[tuple[str, str]]:
+    """Return what a person can do with a run that has ended, each with its command."""
+    run = shlex.quote(str(folder))
+    exported = shlex.quote(f"{folder}-ollama")
+    return [
+        ("talk", f"philora chat {run}"),
+        ("compare", f"philora chat {run} --web    # base and adapter side by side, in the browser"),
+        ("report", f"philora report {run} --open"),
+        ("Ollama", f"philora export {run} --format ollama --dtype q8_0 --out {exported}"),
+    ]
+
+
+def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> None:
+    """Show the base beside the adapter, with the interval of the difference and on how many rows which is better.
+
+    Args:
+        console: Where to.
+        title: Above the table.
+        figures: Of the two.
+    """
+    from philora.evaluation.scores import interval_of, shown_figure
+
+    table = Table(title=title, title_justify="left", box=None)
+    for name in ("", "base", "adapter", "change, 95%", "better/same/worse"):
+        table.add_column(name, no_wrap=True)
+    for each in figures:
+        colour = {"better": "green", "worse": "red", "unclear": "dim"}[each.verdict]
+        cells = (shown_figure(each.before, each), shown_figure(each.after, each), f"[{colour}]{interval_of(each)}[/]")
+        table.add_row(each.title, *cells, f"{each.wins:,}/{each.ties:,}/{each.losses:,}")
+    console.print()
+    print_whole(console, table)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table in its own width, also where the terminal is narrower: figures that are cut cannot be read."""
+    wide = table.__rich_measure__(console, console.options.update(max_width=1000)).maximum
+    console.print(table, width=max(console.width, wide), crop=False)
+
+
+def _short(text: str, limit: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,0 +1,203 @@
+"""`philora push`: an adapter or a merged model with its card, in one commit to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from philora.adapters.peft_layers import RECORD_NAME
+from philora.configuration.config import Config
+from philora.errors import AdapterError, ConfigError, fault
+from philora.exporting.merged_folder import merge_to_folder
+from philora.files.checkpoint import read_peft_tensors, write_json, write_text
+from philora.models.loading import local_path
+from philora.models.locate import AdapterSource, find_adapter, require_base
+from philora.models.run_folder import TrainedRun
+from philora.models.tokenizer_files import Companions
+from philora.reporting.card import model_card
+from philora.runtime import hub
+
+logger = logging.getLogger(__name__)
+
+# Files in the root of a repository that transformers or PEFT read by name. transformers adds an adapter to a model that
+# it lies beside, so a repository holds one or the other.
+_ADAPTER_WEIGHTS = ("adapter_config.json", "adapter_model*")
+_MODEL_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*", "model*.bin*")
+_BESIDE_WEIGHTS = (
+    "config.json", RECORD_NAME, "generation_config.json", "stop_tokens.json", "chat_template.*", "tokenizer*",
+    "added_tokens.json", "special_tokens_map.json", "vocab.*", "merges.txt",
+)  # fmt: skip
+
+
+class Pushed(NamedTuple):
+    """What went to the Hub, or would.
+
+    Attributes:
+        repo_id: The repository.
+        files: Names and sizes in bytes.
+        url: Address of the commit; None after a dry run.
+        removed: Files of an earlier push that the same commit removed, since they would be read beside the new ones.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    url: str | None
+    removed: tuple[str, ...] = ()
+
+
+def push(
+    source: str | Path,
+    repo_id: str,
+    *,
+    merged: bool = False,
+    replace: bool = False,
+    private: bool | None = None,
+    dry_run: bool = False,
+    base: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Publish an adapter, or the merged model, with tokenizer, generation config, stop tokens and a model card.
+
+    Args:
+        source: Run folder, adapter folder or checkpoint. A run's card has its data, settings and results.
+        repo_id: `OWNER/NAME`, or `NAME` for the token's owner; made if it is not there yet.
+        merged: Push the whole model with the adapter in its weights, merged and verified as `merge_to_folder` does.
+        replace: Remove the adapter from a repository that gets the merged model, or the model from one that gets the
+            adapter. Without it such a push is refused. Old shards and tokenizer files of the same kind always go.
+        private: Whether a new repository is private; default: what the owner's settings say.
+        dry_run: Make everything and list it, but send nothing and ask for no token.
+        base: Base model; default: the one that the adapter names.
+        token: Default: that of the environment, of `.env`, or of the login.
+
+    Raises:
+        ConfigError: The name or the token is not usable, or the repository holds weights that would be loaded together
+            with the new ones; nothing was sent.
+        AdapterError: There is no whole adapter in PEFT's format.
+        RunError: The Hub cannot be reached or refuses the files. A commit is whole or absent.
+
+    Example:
+        >>> push("runs/helpdesk", "me/helpdesk", dry_run=True)  # doctest: +SKIP
+    """
+    hub.check_repo_id(repo_id, "push")
+    found = find_adapter(source, base, unfinished=False)
+    if not found.path.is_dir():
+        todo = "Convert it first: philora export"
+        raise AdapterError(fault("push", "source", str(source), "an adapter in PEFT's format", todo))
+    if not dry_run:
+        token = hub.require_token("push", token)
+        repo_id = hub.create_repository(repo_id, token, private, "push")
+        _require_one_kind(repo_id, token, "push", merged=merged, replace=replace)
+    with tempfile.TemporaryDirectory(prefix="philora-push-") as temporary:
+        folder = Path(temporary) / "files"
+        name = _base_name(found, base)
+        if merged:
+            require_base(found)
+            merge_to_folder(found.path, folder, base=base)
+        else:
+            folder.mkdir()
+            _copy_adapter(found, folder, name)
+        config = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
+        is_result = found.path.absolute().name == "adapter"
+        text = model_card(
+            repo_id,
+            run=found.run if is_result else None,  # the run's scores are not those of a checkpoint
+            base=name,
+            adapter_config=config,
+            merged=merged,
+            tokenizer=(folder / "tokenizer_config.json").is_file(),
+            system=None if found.run is None else TrainedRun(found.run).system,
+        )
+        write_text(folder / "README.md", text)
+        files = {
+            each.relative_to(folder).as_posix(): each.stat().st_size
+            for each in sorted(folder.rglob("*"))
+            if each.is_file()
+        }
+        if dry_run or token is None:
+            return Pushed(repo_id, files, None)
+        what = "merged model" if merged else "adapter"
+        removed = _stale(hub.files(repo_id, token, "push"), files)
+        url = hub.upload(folder, repo_id, token, f"Upload the {what} with philora", "push", remove=removed)
+    logger.info("pushed to %s", url)
+    return Pushed(repo_id, files, url, removed)
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _require_one_kind(repo_id: str, token: str, where: str, *, merged: bool, replace: bool = False) -> None:
+    """Refuse a repository whose weights would be loaded together with the new ones.
+
+    Raises:
+        ConfigError: It holds an adapter and gets a model, or the other way round.
+    """
+    other = _matching(hub.files(repo_id, token, where), _ADAPTER_WEIGHTS if merged else _MODEL_WEIGHTS)
+    if other and not replace:
+        new, old = ("a merged model", "an adapter") if merged else ("an adapter", "a model")
+        expected = f"a repository without {old}, since {new} is pushed and both would be loaded together"
+        todo = f"Give another repository, or remove {', '.join(other[:3])} from this one with philora push --replace"
+        raise ConfigError(fault(where, "repo_id", repo_id, expected, todo))
+
+
+def _stale(present: Sequence[str], new: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the files of a repository that would be read beside the new ones, such as the shards of a larger model."""
+    return _matching(
+        (name for name in present if name not in new), (*_ADAPTER_WEIGHTS, *_MODEL_WEIGHTS, *_BESIDE_WEIGHTS)
+    )
+
+
+class Target(NamedTuple):
+    """Where a run's adapter goes when it is done."""
+
+    repo_id: str
+    private: bool | None
+    token: str
+
+
+def target_of(config: Config) -> Target | None:
+    """Where `training_config.push_to_hub` sends a run's adapter; the repository is made, so that it can be.
+
+    Raises:
+        ConfigError, RunError: As `push`, before anything was trained.
+    """
+    training = config.training_config
+    if not training.get("push_to_hub"):
+        return None
+    repo_id = str(training.get("hub_model_id") or Path(training["output_dir"]).expanduser().absolute().name)
+    hub.check_repo_id(repo_id, config.source, "training_config.hub_model_id")
+    token = hub.require_token(config.source, training.get("hub_token"))
+    private = training.get("hub_private_repo")
+    if config.origins.get("training_config.hub_strategy", "default") != "default" and training["hub_strategy"] != "end":
+        logger.warning("training_config.hub_strategy: a run pushes its adapter once, when it is done")
+    repo_id = hub.create_repository(repo_id, token, private, config.source)
+    _require_one_kind(repo_id, token, config.source, merged=False)
+    return Target(repo_id, private, token)
+
+
+def _base_name(found: AdapterSource, base: str | None) -> str | None:
+    """What the repository calls the base: a hub id or `nano` where it is one, else the folder."""
+    name = base or found.base
+    return "nano" if name == local_path("nano") else name
+
+
+def _copy_adapter(found: AdapterSource, folder: Path, base: str | None) -> None:
+    """The adapter's files, and nothing else that stands in its folder, such as the state of an optimizer."""
+    read_peft_tensors(found.path)
+    shutil.copyfile(found.path / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    config: dict[str, Any] = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
+    if base is not None and Path(base).is_absolute():
+        expected = "a model on the hub, for those who download the adapter"
+        logger.warning("%s", fault("push", "base", Path(base).name, expected, "Say which: --base OWNER/NAME"))
+        base = Path(base).name  # where it stands on this machine is nobody's business
+    config["base_model_name_or_path"] = base
+    write_json(folder / "adapter_config.json", config)
+    if (found.path / RECORD_NAME).is_file():
+        shutil.copyfile(found.path / RECORD_NAME, folder / RECORD_NAME)
+    Companions(found.path, Path(found.base or ""), None).write(folder)

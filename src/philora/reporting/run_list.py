@@ -1,0 +1,98 @@
+"""`philora runs`: the runs of a folder, each with its base, date, score and status."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from philora.configuration.config import read_yaml
+from philora.errors import ConfigError, fault
+from philora.files.checkpoint import LOCK_NAME, read_json, run_lock
+from philora.models.run_folder import CONFIG_NAME, is_run
+
+
+class RunSummary(NamedTuple):
+    """A run in a row.
+
+    Attributes:
+        name: Its folder, seen from the one that was looked into.
+        folder: Its folder.
+        base: The base model as its configuration names it; empty where that cannot be read.
+        date: When it ended, or when something of it was last written; ISO 8601, in UTC.
+        loss_before: Held-out loss of the base; None where nothing was held out or the run has not ended.
+        loss: The same with the adapter.
+        exact_match: Share of the answers that equal their reference, with the adapter.
+        status: `done`, `running`, or `stopped after step N`.
+    """
+
+    name: str
+    folder: Path
+    base: str
+    date: str
+    loss_before: float | None
+    loss: float | None
+    exact_match: float | None
+    status: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**self._asdict(), "folder": str(self.folder)}
+
+
+def list_runs(folder: Path) -> list[RunSummary]:
+    """Return the runs in a folder and in the folders just below it, the newest first.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(fault("runs", "folder", str(folder), "a folder that holds runs", "Train one: philora train"))
+    found = [_summary(each, folder) for each in _run_folders(folder)]
+    return sorted(found, key=lambda each: each.date, reverse=True)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    places = [folder, *(each.parent for depth in ("*", "*/*") for each in folder.glob(f"{depth}/{CONFIG_NAME}"))]
+    return (each for each in places if is_run(each))
+
+
+def _summary(run: Path, seen_from: Path) -> RunSummary:
+    results = read_json(run / "results.json")
+    before, after = _scores(results, "before"), _scores(results, "after")
+    try:
+        model = read_yaml(run / CONFIG_NAME).get("model")
+    except ConfigError:
+        model = None
+    written = max(each.stat().st_mtime for each in run.iterdir())
+    last = datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="seconds")
+    return RunSummary(
+        name=run.name if run == seen_from else run.relative_to(seen_from).as_posix(),
+        folder=run,
+        base=str(model.get("name_or_path", "nano")) if isinstance(model, Mapping) else "",
+        date=str(results.get("finished") or last),
+        loss_before=before.get("loss"),
+        loss=after.get("loss"),
+        exact_match=after.get("exact_match"),
+        status="done" if results else _status(run),
+    )
+
+
+def _scores(results: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = results.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _status(run: Path) -> str:
+    """Say how far a run without results is; a process that holds it runs it now."""
+    try:
+        if (run / LOCK_NAME).is_file():
+            with run_lock(run):
+                pass
+    except ConfigError:
+        return "running"
+    except OSError:  # a disk that cannot be written to: nobody runs there
+        pass
+    steps = [each.name.removeprefix("checkpoint-") for each in (run / "checkpoints").glob("checkpoint-*")]
+    return f"stopped after step {max((int(each) for each in steps if each.isdecimal()), default=0)}"

@@ -1,0 +1,499 @@
+"""The endpoint that OpenAI's clients speak to, and the page that speaks to it.
+
+    request -> Guard (host, origin, key, type of body) -> ChatRequest -> Scheduler (a bound on requests)
+            -> one thread, a token of every answer at a time -> JSON, or events as they come
+
+Answers share the model: those of one adapter share each forward pass, in rows of their own, and each is drawn with its
+own generator. Some answers are made at a time, the others wait; past the bound a request is refused with 429.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from philora import __version__
+from philora.errors import ConfigError, DataError, fault
+from philora.generation.batches import GenerationSettings
+from philora.generation.conversation import ContextError, Reply, Voices, known
+from philora.generation.inference import with_system
+from philora.serving.chat_requests import ApiError, ChatRequest, Vote
+from philora.serving.scheduler import Event, Job, Scheduler
+
+MAX_BODY_BYTES = 4 * 2**20
+BODY_SECONDS = 60.0
+"""From the end of a request's header to the end of its body."""
+
+READ_AT_ONCE = 2
+"""Requests that are parsed and tokenised at a time; the others wait for that."""
+
+_Asked = TypeVar("_Asked")
+WEB = Path(__file__).parent / "web"
+PAGE = {
+    "/": ("chat.html", "text/html"),
+    "/chat.css": ("chat.css", "text/css"),
+    "/chat.js": ("chat.js", "text/javascript"),
+}
+SAFE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+# -- who may ask
+
+
+class Guard:
+    """Refuses what does not come from where it should, before anything else sees it.
+
+    On loopback the Host must be this machine's: a page elsewhere whose name was made to point here (DNS rebinding)
+    still sends its own name. An Origin must be the server's own; no header allows another to read answers. A body must
+    be declared as JSON, which a form of another page cannot do.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, key: str | None) -> None:
+        self.app = app
+        self.hosts = hosts
+        self.key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that is refused, else hand it on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        fault_found = self._fault(request)
+        if fault_found is not None:
+            await fault_found.response()(scope, receive, send)
+            return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] += [(name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
+            await send(message)
+
+        await self.app(scope, receive, send_safely)
+
+    def _fault(self, request: Request) -> ApiError | None:
+        host = request.headers.get("host", "")
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if self.hosts is not None and name.lower() not in self.hosts:
+            return ApiError(403, f"The host {name!r} is not served here.", code="host_not_allowed")
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
+            return ApiError(403, f"Pages of {origin!r} may not use this server.", code="origin_not_allowed")
+        if self.key is not None and not (request.method == "GET" and request.scope["path"] in PAGE):
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+            if not secrets.compare_digest(given.encode(), self.key.encode()):
+                text = "Incorrect API key provided." if given else "You didn't provide an API key."
+                return ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if request.method == "POST":
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                return ApiError(415, f"Content-Type is {kind!r}, not application/json.", code="unsupported_media_type")
+        return None
+
+
+# -- the application
+
+
+def build_app(
+    voices: Voices,
+    *,
+    defaults: GenerationSettings | None = None,
+    scheduler: Scheduler | None = None,
+    key: str | None = None,
+    hosts: frozenset[str] | None = None,
+    votes: Path | None = None,
+) -> Guard:
+    """The endpoint, and the page where `votes` is given.
+
+    Args:
+        voices: The model and its adapters.
+        defaults: For what a request does not say; greedy and up to 512 tokens when None.
+        scheduler: Who computes.
+        key: What requests must bring as `Authorization: Bearer`; None: nothing.
+        hosts: Names in the Host header that are served; None: any.
+        votes: File that the page's votes are added to.
+    """
+    defaults = defaults or GenerationSettings(max_new_tokens=512)
+    scheduler = scheduler or Scheduler(voices)
+    created = int(time.time())
+    endpoint = _Endpoint(voices, defaults, scheduler)
+
+    def described(name: str) -> dict[str, Any]:
+        parent = voices.base if name != voices.base else None
+        found = {"id": name, "object": "model", "created": created, "owned_by": "philora", "parent": parent}
+        return found | ({"system": voices.systems[name].text} if name in voices.systems else {})
+
+    names = (*voices.adapters, voices.base)
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [described(name) for name in names]})
+
+    async def model(request: Request) -> Response:
+        return JSONResponse(described(endpoint.known_model(request.path_params["name"])))
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok", "version": __version__, "answers": scheduler.load})
+
+    async def page(request: Request) -> Response:
+        name, kind = PAGE[request.scope["path"]]
+        return FileResponse(WEB / name, media_type=kind, headers={"Cache-Control": "no-cache"})
+
+    async def vote(request: Request) -> Response:
+        record = (await endpoint.read(request, Vote.read)).record()
+        assert votes is not None
+        try:
+            await asyncio.to_thread(append_vote, votes, record)
+        except OSError as error:
+            text = f"The vote is not stored: {error.strerror or error}."
+            raise ApiError(500, text, type="server_error", code="vote_not_stored") from error
+        return JSONResponse({"file": str(votes)})
+
+    routes = [
+        Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+    ]
+    if votes is not None:
+        routes += [Route(path, page) for path in PAGE]
+        routes += [Route("/votes", vote, methods=["POST"])]
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        scheduler.start()
+        yield
+        await asyncio.to_thread(scheduler.stop)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def not_there(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        text = f"{request.method} {request.scope['path']}: {error.detail}."
+        return ApiError(error.status_code, text, code="unknown_url", headers=error.headers).response()
+
+    async def failed(request: Request, error: Exception) -> Response:
+        text = "The server had an error; its log says more."
+        return ApiError(500, text, type="server_error", code="internal_error").response()
+
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={ApiError: refused, HTTPException: not_there, Exception: failed},
+    )
+    return Guard(app, hosts, key)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, of a bounded size and within a bounded time.
+
+    Raises:
+        ApiError: It is larger, takes longer, or the client has gone.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="request_too_large")
+    except TimeoutError as error:
+        headers = {"Connection": "close"}
+        raise ApiError(408, "The body did not come in time.", code="request_timeout", headers=headers) from error
+    except ClientDisconnect as error:
+        raise ApiError(499, "The client has gone.", code="client_closed_request") from error
+    return bytes(body)
+
+
+def _parsed(body: bytes) -> Any:
+    """The JSON of a body.
+
+    Raises:
+        ApiError: It is none, or holds text that is no Unicode.
+    """
+    try:
+        content = json.loads(body)
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which neither an answer nor a file can hold
+        raise ApiError(400, f"The body holds text that is no Unicode: {error.reason}.", code="invalid_value") from error
+    except (ValueError, RecursionError) as error:
+        text = f"The body is no JSON that can be read: {str(error)[:200]}"
+        raise ApiError(400, text, code="invalid_json") from error
+    return content
+
+
+# -- votes
+
+_votes_lock = threading.Lock()
+
+
+def check_votes(path: Path) -> None:
+    """Try a file of votes before any weight is loaded: a vote must not be the first to find that it cannot be kept.
+
+    Raises:
+        ConfigError: It cannot be written, or is no file.
+    """
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        expected = "a file that lines can be added to"
+        todo = f"{error.strerror or error}. Give another with --votes"
+        raise ConfigError(fault("chat", "votes", str(path), expected, todo)) from error
+
+
+def append_vote(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a file: on the disk when this returns, and no part of it in the file when this raises.
+
+    Raises:
+        OSError: There is no room, or the file cannot be written.
+    """
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    with _votes_lock:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                if file.read(1) != b"\n":  # a line that was cut short stays by itself
+                    line = b"\n" + line
+            try:
+                written = file.write(line)
+                while written < len(line):
+                    written += file.write(line[written:])
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):  # of a device, which has no size
+                    file.truncate(size)
+                raise
+
+
+class _Endpoint:
+    """`POST /v1/chat/completions`."""
+
+    def __init__(self, voices: Voices, defaults: GenerationSettings, scheduler: Scheduler) -> None:
+        self.voices = voices
+        self.defaults = defaults
+        self.scheduler = scheduler
+        self._reading = asyncio.Semaphore(READ_AT_ONCE)
+
+    async def read(self, request: Request, read: Callable[[Any], _Asked]) -> _Asked:
+        """What a request asks for, parsed beside the event loop.
+
+        Raises:
+            ApiError: It cannot be read.
+        """
+        body = await _body(request)
+        async with self._reading:
+            return await asyncio.to_thread(lambda: read(_parsed(body)))
+
+    def known_model(self, name: str) -> str:
+        """The name, if it is one.
+
+        Raises:
+            ApiError: 404.
+        """
+        names = (*self.voices.adapters, self.voices.base)
+        if name not in names:
+            text = f"The model '{name}' does not exist. {known(name, names)}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        return name
+
+    def _asked(self, body: Any) -> ChatRequest:
+        """The request of a body; one of more messages than the model has positions is not looked at."""
+        messages = body.get("messages") if isinstance(body, dict) else None
+        window = self.voices.window
+        if window is not None and isinstance(messages, list) and len(messages) >= window:
+            raise _too_long(ContextError(len(messages), window, exact=False))
+        return ChatRequest.read(body)
+
+    def _messages(self, asked: ChatRequest, adapter: str | None) -> list[dict[str, str]]:
+        """The conversation of a request; one without a system turn gets the adapter's, where it was trained with one.
+
+        An empty system turn is none, which is how a client asks for none.
+        """
+        messages = [each.plain() for each in asked.messages]
+        if not self.voices.systems:
+            return messages
+        if adapter is not None and adapter in self.voices.systems:
+            messages = with_system(messages, self.voices.systems[adapter].text)
+        return [each for each in messages if each["role"] != "system" or each["content"]]
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation, in one piece or as events."""
+        asked = await self.read(request, self._asked)
+        name = self.known_model(asked.model)
+        adapter = None if name == self.voices.base else name
+        try:
+            async with self._reading:
+                prompt = await asyncio.to_thread(self.voices.prompt, self._messages(asked, adapter))
+            settings = [asked.settings(self.defaults, choice) for choice in range(asked.n or 1)]
+        except ContextError as error:
+            raise _too_long(error) from error
+        except DataError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+        except ConfigError as error:
+            raise ApiError(400, str(error), code="invalid_value") from error
+
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def tell(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        replies = [self.voices.answer(prompt, each, adapter) for each in settings]
+        jobs = [Job(choice, reply, tell) for choice, reply in enumerate(replies)]
+        self.scheduler.submit(jobs)
+        answer = _Answer(name, len(prompt), jobs, events)
+        if asked.stream:
+            usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+            return _Stream(answer, answer.stream(request, usage))
+        try:
+            return await answer.whole(request)
+        finally:
+            answer.give_up()
+
+
+def _too_long(error: ContextError) -> ApiError:
+    text = (
+        f"This model's maximum context length is {error.window} tokens. However, your messages resulted in "
+        f"{error.count}. Please reduce the length of the messages."
+    )
+    return ApiError(400, text, param="messages", code="context_length_exceeded")
+
+
+class _Answer:
+    """The choices of one request on their way to the client."""
+
+    def __init__(self, model: str, prompt_tokens: int, jobs: Sequence[Job], events: asyncio.Queue[Event]) -> None:
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.prompt_tokens = prompt_tokens
+        self.jobs = jobs
+        self.events = events
+
+    def give_up(self) -> None:
+        """Compute no further; of no effect on what has ended."""
+        for job in self.jobs:
+            job.cancelled = True
+
+    async def _events(self, request: Request) -> AsyncIterator[Event]:
+        """Events of all choices until each has ended, or the client has hung up."""
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            open_choices = len(self.jobs)
+            while open_choices:
+                waiting = asyncio.ensure_future(self.events.get())
+                await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not waiting.done():
+                    waiting.cancel()
+                    return
+                event = waiting.result()
+                open_choices -= event.reply is not None or event.error is not None
+                yield event
+        finally:
+            gone.cancel()
+
+    async def whole(self, request: Request) -> Response:
+        texts = ["" for _ in self.jobs]
+        replies: list[Reply | None] = [None for _ in self.jobs]
+        async for event in self._events(request):
+            if event.error is not None:
+                raise event.error
+            texts[event.choice] += event.piece
+            replies[event.choice] = event.reply or replies[event.choice]
+        if not all(replies):
+            return Response(status_code=499)  # nobody is there to read it
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": reply.finish,
+            }
+            for index, (text, reply) in enumerate(zip(texts, replies, strict=True))
+            if reply is not None
+        ]
+        return JSONResponse(
+            {**self.head, "object": "chat.completion", "choices": choices, "usage": self._usage(replies)}
+        )
+
+    async def stream(self, request: Request, with_usage: bool) -> AsyncIterator[str]:
+        """Events of server-sent events, as OpenAI's: the role, pieces of text, the end of each choice, `[DONE]`."""
+
+        def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
+            body = {**self.head, "object": "chat.completion.chunk", "choices": choices}
+            return f"data: {json.dumps({**body, **more}, ensure_ascii=False)}\n\n"
+
+        def choice(index: int, delta: Mapping[str, str], finish: str | None = None) -> list[dict[str, Any]]:
+            return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}]
+
+        more = {"usage": None} if with_usage else {}
+        replies: list[Reply | None] = [None for _ in self.jobs]
+        for job in self.jobs:
+            yield chunk(choice(job.choice, {"role": "assistant", "content": ""}), **more)
+        async for event in self._events(request):
+            if event.error is not None:
+                yield f"data: {json.dumps(event.error.body)}\n\n"
+                return
+            if event.piece:
+                yield chunk(choice(event.choice, {"content": event.piece}), **more)
+            if event.reply is not None:
+                replies[event.choice] = event.reply
+                yield chunk(choice(event.choice, {}, event.reply.finish), **more)
+        if with_usage and all(replies):
+            yield chunk([], usage=self._usage(replies))
+        yield "data: [DONE]\n\n"
+
+    def _usage(self, replies: Sequence[Reply | None]) -> dict[str, int]:
+        generated = sum(each.tokens for each in replies if each is not None)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": self.prompt_tokens + generated,
+        }
+
+
+class _Stream(StreamingResponse):
+    """Events to a client. They may never begin, when it has hung up before."""
+
+    def __init__(self, answer: _Answer, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them; whoever hangs up ends the computation."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.give_up()
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

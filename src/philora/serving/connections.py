@@ -1,0 +1,241 @@
+"""The socket that the server listens on, and its connections: how many there may be, and how long each may take."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from philora.errors import ConfigError, fault
+from philora.serving.scheduler import Scheduler, stopping
+
+logger = logging.getLogger(__name__)
+
+HEADER_SECONDS = 15.0
+"""From the first byte, or the opening of a connection, to the end of a request's header."""
+
+STOP_SECONDS = 1.0
+"""What clients have to read the end of their answers in when the server stops."""
+
+MOST_CONNECTIONS = 1000
+_ACCEPTED_AT_ONCE = 16
+_RESERVED_DESCRIPTORS = 64
+_QUEUE = 128
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; taken before any weight is loaded, so that a port in use is told at once.
+
+    Raises:
+        ConfigError: The port is in use, or there is no such address.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, OverflowError) as error:
+        expected = "an address of this machine and a port that is free"
+        todo = "Give another --port, or 0 for any that is free"
+        raise ConfigError(fault("server", "address", f"{host}:{port}", expected, f"{error}. {todo}")) from error
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """The address as people type it."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def hosts_of(host: str) -> frozenset[str] | None:
+    """Names in the Host header that are served: on loopback those of this machine, elsewhere any (there is a key)."""
+    return frozenset({"localhost", "127.0.0.1", "::1", host.lower()}) if is_loopback(host) else None
+
+
+def check_key(host: str, key: str | None) -> None:
+    """Whoever reaches the server can use the machine, so beyond loopback it needs a key.
+
+    Raises:
+        ConfigError: There is none, or it is one that a header cannot hold.
+    """
+    if key is not None and (not key.isascii() or not key.isprintable() or not key.strip() == key or not key):
+        raise ConfigError(fault("server", "api_key", "...", "printable ASCII characters, without spaces around them"))
+    if key is None and not is_loopback(host):
+        todo = "Set --api-key or PHILORA_API_KEY, or leave --host out"
+        raise ConfigError(fault("server", "host", host, "a key where other machines reach the server", todo))
+
+
+# -- connections
+
+
+def most_connections() -> int:
+    """Connections that leave this process file descriptors for everything else."""
+    if sys.platform == "win32":
+        return MOST_CONNECTIONS
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    opened = 64
+    with contextlib.suppress(OSError):
+        opened = len(list(Path("/proc/self/fd").iterdir()))
+    return max(4, min(MOST_CONNECTIONS, soft - opened - _RESERVED_DESCRIPTORS))
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with bounded connections, and an end that tells every client.
+
+    uvicorn's own `limit_concurrency` refuses requests that have been read; connections that send nothing count there
+    and stay. Here they are refused when they open, and closed when a header takes too long.
+
+    Args:
+        app: What answers.
+        scheduler: Whose answers end with the server.
+        connections: Most at a time; default: what the process has file descriptors for.
+        header_seconds: As `HEADER_SECONDS`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        scheduler: Scheduler,
+        *,
+        connections: int | None = None,
+        header_seconds: float = HEADER_SECONDS,
+    ) -> None:
+        self.scheduler = scheduler
+        self.connections = most_connections() if connections is None else connections
+        self.header_seconds = header_seconds
+        self.refused = 0
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=self._protocol,  # type: ignore[arg-type]  # it is called like the class that it makes one of
+                ws="none",
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                backlog=_ACCEPTED_AT_ONCE,
+                timeout_graceful_shutdown=3,
+            )
+        )
+
+    def _protocol(self, **options: Any) -> H11Protocol:
+        return _Connection(self, **options)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen: few connections are accepted in one go, but more may queue."""
+        await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(_QUEUE)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End: answers with an error that says so, and who does not read it is cut off."""
+        self.scheduler.end_answers()
+        cut = asyncio.get_running_loop().call_later(STOP_SECONDS, self._cut_off)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()
+
+    def _cut_off(self) -> None:
+        for each in list(self.server_state.connections):
+            each.transport.abort()
+
+    def note_refused(self) -> None:
+        """Log the first connection that is refused, and every thousandth."""
+        if self.refused % 1000 == 0:
+            logger.warning("%d connections are open, as many as there may be: another is refused", self.connections)
+        self.refused += 1
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, which is refused where there are too many, and closed where a header does not come."""
+
+    def __init__(self, server: Server, **options: Any) -> None:
+        super().__init__(**options)
+        self._owner = server
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take it, or say that there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self._owner.connections:
+            self._owner.note_refused()
+            self._say(503, "The server has too many connections; try again later.", "too_many_connections")
+        else:
+            self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless it is refused."""
+        if not self.transport.is_closing():
+            super().data_received(data)
+            self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """End after the answer; a request whose body has not come yet gets none."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete and cycle.more_body and not cycle.response_started:
+            error = stopping()
+            self._say(error.status, str(error), "server_stopping")
+        else:
+            super().shutdown()
+
+    def _watch(self) -> None:
+        """A header must end in time, however slowly its bytes drip; an answer may take as long as it does."""
+        waiting = self.cycle is None or self.cycle.response_complete
+        if waiting and self._late is None:
+            self._late = self.loop.call_later(self._owner.header_seconds, self._too_late)
+        elif not waiting:
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _too_late(self) -> None:
+        self._late = None
+        if not self.transport.is_closing():
+            self._say(408, "The request did not come in time.", "request_timeout")
+
+    def _say(self, status: int, text: str, code: str) -> None:
+        """An error in OpenAI's form, outside of any request, and the end of the connection."""
+        error = {"message": text, "type": "server_error", "param": None, "code": code}
+        body = json.dumps({"error": error}).encode()
+        phrase = {408: "Request Timeout", 503: "Service Unavailable"}[status]
+        head = (
+            f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def run(app: ASGIApp, scheduler: Scheduler, bound: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM; answers in the making end with an error that says so."""
+    Server(app, scheduler).run(sockets=[bound])

@@ -1,0 +1,208 @@
+"""A conversation in the terminal, or over a pipe: lines in, answers out as they come.
+
+Reading and writing are handed in, so that the same loop serves a person, a script and a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from philora.errors import ConfigError, PhiloraError, fault, printable
+from philora.files.checkpoint import write_text
+from philora.generation.conversation import Conversation, chat_settings, known
+
+HELP = """\
+/reset            begin a new conversation
+/base             switch the adapter off, and on again
+/system [TEXT]    show or set the system prompt; a new conversation begins (/system - removes it)
+/params [K=V ...] show or set max_new_tokens, temperature, top_p, top_k, seed, stop
+/save FILE        write the conversation as a line of training data
+/help             this
+/exit             leave, as Ctrl-D does
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next. // at the start sends a message with one /."""
+
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "max_new_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "seed": int,
+    "stop": str,
+}
+
+
+class Terminal:
+    """The loop of `philora chat`.
+
+    Attributes:
+        refused: Messages and commands that could not be done.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        read: Callable[[], str],
+        write: Callable[[str], None],
+        note: Callable[[str], None],
+    ) -> None:
+        """Make one.
+
+        Args:
+            conversation: With the adapter that it begins with.
+            read: The next line; raises EOFError at the end, and KeyboardInterrupt for Ctrl-C.
+            write: Shows a piece of an answer, at once.
+            note: Shows a line about the conversation.
+        """
+        self.conversation = conversation
+        self.refused = 0
+        self._read = read
+        self._write = write
+        self._note = note
+        self._adapter = conversation.adapter
+        self._saved: set[Path] = set()
+
+    def run(self) -> None:
+        """Read, answer, and go on until the end of input or `/exit`."""
+        while True:
+            try:
+                line = self._line()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._note("Ctrl-D or /exit leaves")
+                continue
+            if line in ("/exit", "/quit"):
+                return
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    self._command(line)
+                elif line.strip():
+                    self._answer(line[1:] if line.startswith("//") else line)
+            except (PhiloraError, OSError) as error:
+                self.refused += 1
+                self._note(str(error))
+
+    def _line(self) -> str:
+        line = self._read()
+        while line.endswith("\\"):
+            line = f"{line[:-1]}\n{self._read()}"
+        return line
+
+    def _answer(self, text: str) -> None:
+        reply, forgotten = self.conversation.ask(text)
+        if forgotten:
+            window = self.conversation.voices.window
+            self._note(f"the history no longer fits {window} tokens: the oldest {forgotten} messages are left out")
+        with contextlib.suppress(KeyboardInterrupt), stoppable() as stopped:
+            for piece in reply:
+                self._write(printable(piece))
+                if stopped.is_set():
+                    break
+        self._write("\n")
+        self.conversation.keep(text, reply, forgotten)
+        if reply.finish is None:
+            kept = "what there is of it stays in the history" if reply.text else "the message is taken back"
+            self._note(f"stopped; {kept}")
+        elif reply.finish == "length":
+            self._note(f"cut after {reply.tokens} tokens (/params max_new_tokens=...)")
+
+    # -- commands
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line[1:].partition(" ")
+        commands: dict[str, Callable[[str], None]] = {
+            "reset": self._reset,
+            "base": self._base,
+            "system": self._system,
+            "params": self._params,
+            "save": self._save,
+            "help": lambda _: self._note(HELP),
+        }
+        if name not in commands:
+            names = [*commands, "exit"]
+            raise ConfigError(fault("chat", "command", f"/{name}", "a command", known(name, names)))
+        commands[name](rest.strip())
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        self._note("a new conversation")
+
+    def _base(self, _: str) -> None:
+        conversation = self.conversation
+        conversation.adapter = self._adapter if conversation.adapter is None else None
+        who = f"{conversation.adapter} answers" if conversation.adapter else "the base answers, without the adapter"
+        self._note(f"{who}; the history stays")
+
+    def _system(self, text: str) -> None:
+        conversation = self.conversation
+        if text:
+            conversation.system = None if text == "-" else text
+            conversation.reset()
+        self._note(f"system prompt: {conversation.system or 'none'}")
+
+    def _params(self, text: str) -> None:
+        conversation = self.conversation
+        settings = conversation.settings
+        values: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature or 0.0,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "seed": settings.seed,
+            "stop": settings.stop_strings,
+        }
+        for part in text.split():
+            name, equals, value = part.partition("=")
+            if name not in SETTINGS or not equals:
+                raise ConfigError(fault("chat", "params", part, "NAME=VALUE", known(name, list(SETTINGS))))
+            try:
+                values[name] = None if value in ("", "none", "null") else SETTINGS[name](value)
+            except ValueError as error:
+                raise ConfigError(fault("chat", name, value, "a number, or none")) from error
+        if values["temperature"] is None or values["max_new_tokens"] is None or values["seed"] is None:
+            raise ConfigError(fault("chat", "params", text, "a number for max_new_tokens, temperature and seed"))
+        stop = values["stop"] or ()
+        values["stop"] = (stop,) if isinstance(stop, str) else stop
+        conversation.settings = chat_settings(**values)
+        shown = {name: list(value) if name == "stop" else value for name, value in values.items()}
+        self._note("  ".join(f"{name}={value}" for name, value in shown.items()))
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise ConfigError(fault("chat", "save", name, "a file", "Such as: /save conversation.jsonl"))
+        if not self.conversation.messages:
+            raise ConfigError(fault("chat", "save", name, "a conversation with an answer in it"))
+        path = Path(name).expanduser().absolute()
+        if path.exists() and path not in self._saved:
+            raise ConfigError(fault("chat", "save", name, "a file that is not there yet", "Give another name"))
+        if not path.parent.is_dir():
+            raise ConfigError(fault("chat", "save", name, f"a file in a folder that exists; {path.parent} does not"))
+        write_text(path, json.dumps(self.conversation.record(), ensure_ascii=False) + "\n")
+        self._saved.add(path)
+        self._note(f"saved {len(self.conversation.messages)} messages in {path}")
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """SIGINT sets the event, so that an answer ends between two tokens; a second one interrupts at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

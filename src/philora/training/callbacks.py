@@ -1,0 +1,180 @@
+"""What watches a run: the metrics file, and losses and gradients that are not finite or jump."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from philora.errors import RunError, fault
+from philora.files.checkpoint import how_to_go_on, sync_file, write_text
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory that this process has held: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    # Linux hands ru_maxrss of the starting process on through exec, so that a small run would show its parent's.
+    peak = _peak_by_status(Path("/proc/self/status"))
+    if peak is not None:
+        return peak
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _peak_by_status(status: Path) -> int | None:
+    """The peak as Linux's status file of a process has it; some container runtimes leave the line out."""
+    try:
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(each.split()[1]) * 1024 for each in lines if each.startswith("VmHWM:")), None)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Appends each log entry to `metrics.jsonl`, with tokens per second and memory; whole lines only.
+
+    A checkpoint remembers how many lines there were, so that a run that goes on from it writes each entry once.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lines: int | None = None
+        self.tokens = 0
+        self.seconds = 0.0
+        self._since = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it; the file is synced up to here."""
+        lines, seconds = 0, time.monotonic() - self._since
+        if self.path.exists():
+            sync_file(self.path)
+            with self.path.open("rb") as file:
+                lines = sum(1 for _ in file)
+        return {
+            "args": {"path": str(self.path)},
+            "attributes": {"lines": lines, "tokens": self.tokens, "seconds": seconds},
+        }
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock; drop lines that a resumed run will write again."""
+        self._since = time.monotonic() - self.seconds
+        if self.path.exists() and state.is_world_process_zero:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # Without a count, in a checkpoint of an older release, the step decides.
+            old = [each for each in lines if _step_of(each) <= state.global_step]
+            kept = old if self.lines is None else lines[: self.lines]
+            if len(kept) != len(lines):
+                write_text(self.path, "".join(kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add throughput and memory to the entry, for whoever shows it next, and write it."""
+        if logs is None or not state.is_world_process_zero:
+            return
+        if "loss" in logs and "num_tokens" in logs:
+            now, tokens = time.monotonic(), int(logs["num_tokens"])
+            logs["tokens_per_second"] = round((tokens - self.tokens) / max(now - self._since, 1e-9), 1)
+            self._since, self.tokens = now, tokens
+        logs["memory_bytes"] = peak_memory_bytes()
+        entry = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
+        self._append(json.dumps(entry, allow_nan=True, default=float) + "\n")
+
+    def _append(self, line: str) -> None:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            expected = f"room to write to it: {error}"
+            todo = f"Free some space, then {how_to_go_on(self.path.parent / 'checkpoints')}"
+            raise RunError(fault("run", "metrics", str(self.path), expected, todo)) from error
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+SPIKE_WINDOW_STEPS, SPIKE_AFTER_STEPS = 50, 20
+
+
+class StepWatch:
+    """Looks at the loss and the gradient norm of each optimizer step; what it counts is part of a checkpoint.
+
+    A spike is a loss above 1.5 times the median of the last 50 finite losses that also lies more than 6 of their
+    scaled median absolute deviations above it; it is looked for once 20 losses are known.
+
+    Attributes:
+        in_a_row: Non-finite steps since the last finite one.
+        total: Non-finite steps of the run.
+        spikes: Losses that jumped.
+    """
+
+    def __init__(self) -> None:
+        self.in_a_row = self.total = self.spikes = 0
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW_STEPS)
+        self._jumped = False
+
+    def finite(self, loss: float, gradient_norm: float) -> bool:
+        """Whether the step may be taken; counts those that may not."""
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.total += 1
+        return False
+
+    def spike(self, loss: float) -> float | None:
+        """The running median that a loss jumps away from; None where it does not, or goes on from one that did."""
+        jumps, median = False, math.nan
+        if len(self._losses) >= SPIKE_AFTER_STEPS:
+            median = statistics.median(self._losses)
+            spread = 1.4826 * statistics.median(abs(each - median) for each in self._losses)
+            jumps = loss > 1.5 * median and loss > median + 6 * spread
+        self._losses.append(loss)
+        begins, self._jumped = jumps and not self._jumped, jumps
+        self.spikes += begins
+        return median if begins else None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "in_a_row": self.in_a_row,
+            "total": self.total,
+            "spikes": self.spikes,
+            "losses": list(self._losses),
+            "jumped": self._jumped,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from what `state` gave."""
+        self.in_a_row, self.total, self.spikes = (int(state.get(key, 0)) for key in ("in_a_row", "total", "spikes"))
+        self._losses = deque(map(float, state.get("losses", ())), maxlen=SPIKE_WINDOW_STEPS)
+        self._jumped = bool(state.get("jumped", False))

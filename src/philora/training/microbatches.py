@@ -1,0 +1,408 @@
+"""Micro-batches in parts, for a step that does not fit into memory as it was planned.
+
+The parts of a micro-batch are computed one after the other with the normaliser of the whole, so the loss and the
+gradient are those of the whole: the micro-batch is halved and accumulation doubled, while an optimizer step stays what
+it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from philora.compat.trl import trl
+from philora.dataset.ids import check_batch, vocabulary_of
+from philora.errors import RunError, fault
+from philora.kernels.layout import KEYWORDS, LABELS
+from philora.kernels.memory import out_of_memory
+from philora.lora.recomputation import random_state, set_random_state
+from philora.training.collation import HostLayout, layout_of_batch, without_layout
+
+logger = logging.getLogger(__name__)
+
+Inputs = dict[str, Any]
+
+
+class MicroBatchParts(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """How often micro-batches are halved, kept in the checkpoints' `trainer_state.json` and read from there on resume.
+
+    Attributes:
+        halvings: In training: 2^halvings parts.
+        evaluation_halvings: In the trainer's evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.halvings = 0
+        self.evaluation_halvings = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"args": {}, "attributes": dict(vars(self))}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take over what the checkpoint says; one of an older version says nothing."""
+        found = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.halvings, self.evaluation_halvings = (found["attributes"][each] for each in vars(self))
+
+
+def parts(inputs: Inputs, halvings: int) -> list[Inputs]:
+    """A micro-batch in up to 2^halvings parts; what cannot be halved stays whole.
+
+    Shapes:
+        As `halves`.
+    """
+    found = [inputs]
+    for _ in range(halvings):
+        found = [half for each in found for half in (halves(each) or (each,))]
+    carries = len(found) > 1 and LABELS[0] in inputs
+    return [each | layout_of_batch(each) for each in found] if carries else found
+
+
+def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
+    """The two halves of a micro-batch, or None where it is one row of one document, or of an unknown layout.
+
+    Args:
+        inputs: As TRL's collators make them: rows beside each other, or all documents in one row with `position_ids`
+            that start again at each and no mask; that is cut between the two documents nearest to its middle.
+
+    Shapes:
+        input_ids and its like (B, T), halved to (B / 2, T); or (1, T) of any number of documents.
+    """
+    inputs = without_layout(inputs)
+    ids = inputs["input_ids"]
+    rows, tokens = ids.shape[:2]
+    positions = inputs.get("position_ids")
+    others = [each for name, each in inputs.items() if isinstance(each, Tensor) and name not in KEYWORDS]
+    if rows > 1:
+        if any(each.ndim == 0 or len(each) != rows for each in others) or any(name in inputs for name in KEYWORDS):
+            return None
+        middle = rows // 2
+        first, second = (
+            {name: each[part] if isinstance(each, Tensor) else each for name, each in inputs.items()}
+            for part in (slice(0, middle), slice(middle, rows))
+        )
+        return first, second
+    if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
+        return None
+    if any(each.shape[:2] != ids.shape for each in others):
+        return None
+    starts = (positions[0] == 0).nonzero().flatten()[1:]
+    if not len(starts):
+        return None
+    cut = int(starts[(starts - tokens // 2).abs().argmin()])
+    return _documents(inputs, slice(0, cut)), _documents(inputs, slice(cut, tokens))
+
+
+def _documents(inputs: Inputs, part: slice) -> Inputs:
+    """Some documents of one row. Shapes: all of (1, T)."""
+    found = {
+        name: each[:, part] if isinstance(each, Tensor) and name not in KEYWORDS else each
+        for name, each in inputs.items()
+    }
+    positions = found["position_ids"]
+    if "seq_idx" in found:
+        found["seq_idx"] = found["seq_idx"] - found["seq_idx"][:, :1]
+    if "cu_seq_lens_q" in found:
+        starts = (positions[0] == 0).nonzero().flatten()
+        bounds = torch.cat([starts, starts.new_tensor([positions.shape[1]])]).to(torch.int32)
+        longest = int(bounds.diff().max())
+        found |= dict(zip(KEYWORDS, (bounds, bounds, longest, longest), strict=True))
+    return found
+
+
+def label_tokens(inputs: Inputs) -> int:
+    """Tokens of a micro-batch that the loss is a sum over. It waits for a GPU unless the batch carries its labels."""
+    if isinstance(rows := inputs.get(LABELS[0]), Tensor):
+        return len(rows)
+    return int((inputs["labels"][:, 1:] != -100).sum())
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """The devices whose generators a step of the model may draw from: the CPU, and each that holds a part of it."""
+    held = {each.device for each in (*model.parameters(), *model.buffers())}
+    return {torch.device("cpu")} | {each for each in held if each.type != "meta"}
+
+
+def numbers(values: list[Any]) -> list[Any]:
+    """Return a list with the values of its tensors of one number in their place, read together."""
+    tensors = [each for each in values if isinstance(each, Tensor)]
+    if not tensors:
+        return values
+    read = iter(torch.stack([each.double() for each in tensors]).tolist())
+    return [
+        each if not isinstance(each, Tensor) else next(read) if each.is_floating_point() else int(next(read))
+        for each in values
+    ]
+
+
+class _Step(NamedTuple):
+    """What an optimizer step began with, and its micro-batches so far: enough to begin it again.
+
+    Attributes:
+        batches: The micro-batches.
+        random: States of the generators of the CPU and of each device that the model is on.
+        entries: Entries of each of TRL's metrics.
+        tokens: TRL's count of tokens; a tensor until it is read.
+    """
+
+    batches: list[Inputs]
+    random: dict[torch.device, Tensor]
+    entries: dict[str, int]
+    tokens: Any
+
+
+class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, which goes on after out-of-memory: micro-batches are halved for the rest of the run.
+
+    The optimizer step begins again with the gradients, the random state and the counts that it began with, so that it
+    ends as if it had been computed in parts from the start. In one process without DeepSpeed or FSDP: elsewhere the
+    other processes would wait for this one. Not with `auto_find_batch_size`, which is transformers' answer.
+
+    Raises:
+        RunError: Memory does not suffice for one row, or one document of a packed row.
+    """
+
+    current_gradient_accumulation_steps: int
+    train_dataset: Any
+    data_collator: Any
+    _total_train_tokens: Any
+    _step: _Step | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(MicroBatchParts())
+        self._vocabulary = vocabulary_of(self.model)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; batches carry where their documents and labels are.
+
+        Not where accelerate deals one batch to several processes, where prompts that train stand before the tokens,
+        and under torch.compile, which would compile anew for each layout.
+        """
+        collate = self.data_collator
+        prompts = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
+        dealt = isinstance(dataset, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches
+        if not (prompts or dealt or self.args.torch_compile):
+            self.data_collator = HostLayout(collate)
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collate
+
+    def _check_ids(self, inputs: Inputs) -> None:
+        """Hold a batch against the vocabulary, where that takes no waiting for a GPU or its rows were not looked at.
+
+        Raises:
+            DataError: An id or label is none of the vocabulary's.
+        """
+        if self.args.device.type == "cpu" or not isinstance(self.train_dataset, datasets.Dataset):
+            check_batch(inputs, self._vocabulary, f"step {self.state.global_step + 1}, batch")
+
+    @property
+    def _micro_batch_parts(self) -> MicroBatchParts:
+        callbacks = self.callback_handler.callbacks
+        return next(each for each in callbacks if isinstance(each, MicroBatchParts))
+
+    def _may_split(self) -> bool:
+        alone = self.args.world_size == 1 and self.args.n_gpu <= 1
+        others = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.auto_find_batch_size
+        return alone and not others
+
+    def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
+        """As transformers'; in parts where memory did not suffice before, or does not now."""
+        self._check_ids(inputs)
+        if num_items_in_batch is None or not self._may_split():
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        if self._step is None:
+            entries = {name: len(values) for name, values in self._metrics["train"].items()}
+            states = {each: random_state(each) for each in devices_of(model)}
+            self._step = _Step([], states, entries, self._total_train_tokens)
+        step = self._step
+        step.batches.append(inputs)
+        todo = [inputs]
+        try:
+            while not isinstance(result := self._in_parts(model, todo, num_items_in_batch), Tensor):
+                # Nothing of the attempt is left here: its tensors were those of frames that have ended.
+                self._make_room(result, "halvings", f"step {self.state.global_step + 1}")
+                model.zero_grad()
+                self._rewind(step)
+                todo = step.batches
+        except BaseException:
+            self._step = None
+            raise
+        if self.accelerator.sync_gradients:
+            self._step = None
+        return result
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As TRL's; what is logged stays on the device until `log` or a checkpoint reads it.
+
+        TRL reads the entropy, the accuracy and the count of tokens of each micro-batch, which waits for the device. A
+        loss that is not the plain one goes TRL's way.
+        """
+        if return_outputs or not self._has_plain_loss():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        outputs = model(**(inputs | {"use_cache": False}), fused_lm_head=True)
+        rows = inputs.get(LABELS[0])
+        count = outputs.label_mask.sum() if rows is None else torch.tensor(len(rows))
+        divisor = count if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(divisor).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        with torch.no_grad():
+            self._note(mode, inputs, outputs, count)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, of figures that are read now."""
+        self.read_metrics()
+        super().log(logs, start_time)
+
+    def _has_plain_loss(self) -> bool:
+        """Whether the loss is the mean log-probability of the labels, and nothing is added to it."""
+        plain = self.compute_loss_func is None and self.label_smoother is None and self.args.loss_type == "nll"
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        return plain and not self.aux_loss_enabled and parallel is None
+
+    def _note(self, mode: str, inputs: Inputs, outputs: Any, count: Tensor) -> None:
+        """Add the figures of a micro-batch to TRL's metrics, as tensors. Shapes: count ()."""
+        valid = self._gathered(count.to(outputs.entropy.device, non_blocking=True))
+        for name, values in (("entropy", outputs.entropy), ("mean_token_accuracy", outputs.is_top1)):
+            total = self._gathered(values.sum())
+            self._metrics[mode][name].append(torch.where(valid > 0, total / valid, 0.0))
+        if mode == "train":
+            mask = inputs.get("attention_mask")
+            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+            if self.accelerator.num_processes > 1:
+                tokens = self._gathered(torch.as_tensor(tokens, device=outputs.entropy.device))
+            self._total_train_tokens = self._total_train_tokens + tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _gathered(self, value: Tensor) -> Tensor:
+        """Return the sum of a number over all processes. Shapes: (); returns ()."""
+        if self.accelerator.num_processes == 1:
+            return value
+        total: Tensor = self.accelerator.gather_for_metrics(value).sum()
+        return total
+
+    def read_metrics(self) -> None:
+        """Read what `compute_loss` has left on the device: numbers in the place of tensors, by one copy a device."""
+        for values in self._metrics["train"], self._metrics["eval"]:
+            for name, each in values.items():
+                values[name] = numbers(each)
+        self._total_train_tokens = numbers([self._total_train_tokens])[0]
+
+    def _in_parts(self, model: nn.Module, batches: list[Inputs], count: Any) -> Tensor | Inputs:
+        """Forward and backward of micro-batches; the last one's loss, or the part that there was no memory for."""
+        steps: int = self.current_gradient_accumulation_steps
+        loss = torch.zeros(())
+        for inputs in batches:
+            pieces = parts(inputs, self._micro_batch_parts.halvings)
+            begun = {name: len(values) for name, values in self._metrics["train"].items()}
+            losses = []
+            try:
+                self.current_gradient_accumulation_steps = steps * len(pieces)
+                for piece in pieces:
+                    losses.append(super().training_step(model, piece, count))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                return piece
+            finally:
+                self.current_gradient_accumulation_steps = steps
+            loss = losses[0]
+            if len(pieces) > 1:
+                self._as_one("train", begun, [label_tokens(piece) for piece in pieces])
+                loss = torch.stack(losses).sum()
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """As TRL's; in parts where memory did not suffice before, or does not now."""
+        self._check_ids(inputs)
+        if not self._may_split() or "labels" not in inputs:
+            whole: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return whole
+        while True:
+            pieces = parts(inputs, self._micro_batch_parts.evaluation_halvings)
+            begun = {name: len(values) for name, values in self._metrics["eval"].items()}
+            results: list[tuple[Any, Any, Any]] = []
+            refused = None
+            try:
+                for piece in pieces:
+                    results.append(super().prediction_step(model, piece, prediction_loss_only, ignore_keys))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                refused = piece
+            if refused is None:
+                break
+            results.clear()
+            for name, values in self._metrics["eval"].items():
+                del values[begun.get(name, 0) :]
+            self._make_room(refused, "evaluation_halvings", "evaluation")
+        if len(results) == 1:
+            return results[0]
+        weights = [label_tokens(piece) for piece in pieces]
+        self._as_one("eval", begun, weights)
+        along = 0 if len(inputs["input_ids"]) > 1 else 1
+        shares = torch.tensor(weights, dtype=torch.float32, device=results[0][0].device)
+        loss = (torch.stack([each[0] for each in results]) * shares).sum() / shares.sum().clamp(min=1)
+        joined = [None if each[0] is None else torch.cat(each, along) for each in list(zip(*results, strict=True))[1:]]
+        return loss, joined[0], joined[1]
+
+    def _make_room(self, refused: Inputs, which: str, where: str) -> None:
+        """Halve micro-batches from here on and free what can be freed; says so."""
+        tokens = refused["input_ids"].numel()
+        if halves(refused) is None:
+            expected = f"memory for {tokens:,} tokens, which cannot be divided further"
+            first = "" if self.args.gradient_checkpointing else "set gradient_checkpointing: true, "
+            todo = f"{first}lower max_length, or quantise the base (model.quantization: nf4)"
+            newest = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+            last = f". {Path(newest).name} is whole" if newest else ""
+            raise RunError(fault("out of memory", "in", where, expected, todo[0].upper() + todo[1:] + last))
+        state = self._micro_batch_parts
+        setattr(state, which, getattr(state, which) + 1)
+        count = 2 ** getattr(state, which)
+        accumulation = (
+            "" if which != "halvings" else f", accumulation {self.args.gradient_accumulation_steps} x {count}"
+        )
+        logger.warning(
+            "out of memory in %s, with %s tokens at once: from here on each batch is computed in %d parts%s. "
+            "Steps, losses and learning rate are those of the whole.",
+            where,
+            f"{tokens:,}",
+            count,
+            accumulation,
+        )
+        clear_device_cache(garbage_collection=True)
+
+    def _rewind(self, step: _Step) -> None:
+        """Random state and counts as the step began with them."""
+        for device, state in step.random.items():
+            set_random_state(device, state)
+        for name, values in self._metrics["train"].items():
+            del values[step.entries.get(name, 0) :]
+        self._total_train_tokens = step.tokens
+
+    def _as_one(self, mode: str, begun: dict[str, int], weights: list[int]) -> None:
+        """Let TRL's metrics of several parts count as those of one micro-batch: means over their labels."""
+        for name, values in self._metrics[mode].items():
+            new = values[begun.get(name, 0) :]
+            if len(new) == len(weights) > 1:
+                mean = sum(each * weight for each, weight in zip(new, weights, strict=True)) / max(1, sum(weights))
+                values[begun.get(name, 0) :] = [mean]

@@ -1,0 +1,415 @@
+"""Whether a run may begin in a folder or go on there: its lock, what it was started with, its newest whole checkpoint.
+
+`run.json` in the run folder holds what a run was started with besides its configuration: the base model and the
+adapter it starts from by their files, the dataset by its content, and what was chosen for this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from philora.configuration.config import Config, dump_yaml, load_config, without_secrets
+from philora.dataset import PreparedData
+from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
+from philora.files import checkpoint
+from philora.files.links import refuse_leading_out
+from philora.models import loading as models
+from philora.models.locate import find_adapter
+from philora.models.run_folder import HELD_OUT_NAME, RECORD_NAME
+from philora.native import library as native
+from philora.runtime import processes
+
+logger = logging.getLogger("philora.run")
+
+EARLIER_LEARNING_RATE = 2e-4
+"""The default of runs whose record does not say which settings philora chose."""
+_HASHED_WHOLE_BYTES = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Where a run goes on.
+
+    Attributes:
+        checkpoint: The newest whole checkpoint; None: there is none yet, and the run begins again.
+        facts: What `run.json` says; empty where there is none.
+        forced: Whether differences are to be passed over.
+        changed: Whether the configuration differs, so that what was chosen for the old one does not hold.
+        config: The configuration to go on with.
+        passed_over: Checkpoints that are newer and not whole.
+    """
+
+    checkpoint: Path | None
+    facts: Mapping[str, Any]
+    forced: bool
+    changed: bool
+    config: Config
+    passed_over: tuple[Path, ...] = ()
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """Batch, recomputation, row length and threads that the run goes on with; empty: to be chosen."""
+        if self.changed or self.facts.get("processes", processes.count()) != processes.count():
+            return {}  # a process's share of a step among others
+        if self.checkpoint is not None:
+            found = checkpoint.read_json(self.checkpoint / checkpoint.STATE_NAME).get("chosen")
+            if isinstance(found, Mapping):
+                return found
+        chosen = self.facts.get("chosen")
+        return chosen if isinstance(chosen, Mapping) else {}
+
+
+_FOREIGN = re.compile(r"\.DS_Store|\._.*|\.nfs.*|\.directory|Thumbs\.db|desktop\.ini|lost\+found", re.IGNORECASE)
+"""Files that file managers and file systems leave in any folder."""
+_ATTEMPTS = 20
+_OF_A_RUN = ("config.yaml", RECORD_NAME, "train.log", "metrics.jsonl", "trainer_state.json", HELD_OUT_NAME)
+
+
+class Claim:
+    """A new run's folder, held by this process from the start: what it makes there goes again unless the run begins.
+
+    Attributes:
+        kept: Whether the run has begun, so that everything stays.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kept = False
+        self._made: list[Path] = []
+
+    def take(self, config: Config, held: contextlib.ExitStack) -> None:
+        """Make the folder and lock it.
+
+        Args:
+            config: For the messages.
+            held: Gets the lock, and the removal of what was made, which comes before the lock ends.
+
+        Raises:
+            ConfigError: It holds something, another process has it, or it cannot be written to.
+            RunError: The disk is full.
+        """
+        open_fresh(self.folder, config)
+        if self.folder.is_dir():
+            refuse_leading_out(self.folder, ConfigError)
+        try:
+            self._lock(held)
+        except PhiloraError:
+            raise
+        except (OSError, ValueError) as error:
+            if checkpoint.disk_full(error):
+                todo = "Free some space, then start it again"
+                raise RunError(
+                    fault("run", "output_dir", str(self.folder), f"room to write to it: {error}", todo)
+                ) from error
+            raise ConfigError(
+                checkpoint.not_writable(config.source, "training_config.output_dir", self.folder, error)
+            ) from error
+        open_fresh(self.folder, config)  # another run may have come and gone meanwhile
+        held.callback(self._undo)
+
+    def _lock(self, held: contextlib.ExitStack) -> None:
+        """Make the folder and lock it, once more where another process has just removed it, which was its own."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._make()
+                held.enter_context(checkpoint.run_lock(self.folder))
+                return
+            except FileNotFoundError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+
+    def begin(self, config: Config) -> None:
+        """Write `config.yaml`, by which the run can be resumed, over what a run left that saved nothing."""
+        checkpoint.remove_leftovers(self.folder)
+        checkpoint.remove_leftovers(self.folder / "checkpoints")
+        checkpoint.write_text(self.folder / "config.yaml", dump_yaml(config))
+
+    def _make(self) -> None:
+        missing = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
+        for each in reversed(missing):
+            try:
+                each.mkdir()
+                self._made.append(each)
+            except FileExistsError:
+                if not each.is_dir():
+                    raise
+
+    def _undo(self) -> None:
+        if self.kept:
+            return
+        for name in ("config.yaml", "train.log", checkpoint.LOCK_NAME):
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
+        for each in reversed(self._made):
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                each.rmdir()
+
+
+def open_fresh(folder: Path, config: Config) -> None:
+    """Check that a run may begin in a folder: it is new, empty, or of a run that ended before it saved anything.
+
+    Raises:
+        ConfigError: It is a file, holds something, or cannot be written to.
+    """
+    name = "training_config.output_dir"
+    refused = checkpoint.unwritable(folder)
+    if isinstance(refused, NotADirectoryError) and folder.is_file():
+        raise ConfigError(fault(config.source, name, str(folder), "a folder, not a file"))
+    if refused is not None:
+        raise ConfigError(checkpoint.not_writable(config.source, name, folder, refused))
+    if not folder.is_dir() or not (there := _content(folder)) or _saved_nothing(folder, there):
+        return
+    what = "another run" if "config.yaml" in there else "other files"
+    expected = f"a new or empty folder; this one holds {what}"
+    goes_on = "config.yaml" in there and checkpoint.has_checkpoints(folder / "checkpoints")
+    todo = "Go on with --resume, or give another training_config.output_dir" if goes_on else f"Give another {name}"
+    raise ConfigError(fault(config.source, name, str(folder), expected, todo))
+
+
+def _content(folder: Path) -> set[str]:
+    """Names in a folder, without what a killed run, a file manager or a file system leaves there."""
+    names = {each.name for each in folder.iterdir() if not each.name.startswith(checkpoint.TEMPORARY_PREFIX)}
+    alone = {each for each in names if each == checkpoint.LOCK_NAME and not (folder / each).is_symlink()}
+    return {each for each in names - alone if not _FOREIGN.fullmatch(each)}
+
+
+def _saved_nothing(folder: Path, names: set[str]) -> bool:
+    """Whether all that is in a folder was written by a run that ended before its first checkpoint."""
+    files = names - {"checkpoints"}
+    if not files <= set(_OF_A_RUN) or not (folder / checkpoint.LOCK_NAME).is_file():
+        return False  # a run makes its lock first: a config.yaml without one is somebody's own
+    if any((folder / each).is_symlink() for each in names):
+        return False
+    kept = ("checkpoint-", checkpoint.PASSED_OVER_PREFIX)
+    return "checkpoints" not in names or not any(
+        each.name.startswith(kept) for each in (folder / "checkpoints").iterdir()
+    )
+
+
+def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib.ExitStack) -> Continued:
+    """Lock a run folder and find where its run goes on.
+
+    Args:
+        folder: The run folder.
+        config: The configuration that it is to go on with.
+        force: Go on although the configuration differs.
+        held: Gets the lock.
+
+    Raises:
+        ConfigError: There is no run, another process holds it, none of its checkpoints is whole, it is complete
+            without any, or it was started with another configuration: one line for each difference.
+    """
+    name = "training_config.output_dir"
+    refused = checkpoint.unwritable(folder)
+    if refused is not None:
+        raise ConfigError(checkpoint.not_writable(config.source, name, folder, refused))
+    if not (folder / "config.yaml").is_file():
+        expected = "a folder with a run to go on with"
+        raise ConfigError(fault(config.source, name, str(folder), expected, "Start it without --resume"))
+    refuse_leading_out(folder, ConfigError)
+    held.enter_context(checkpoint.run_lock(folder))
+    checkpoint.remove_leftovers(folder)
+    checkpoint.remove_leftovers(folder / "checkpoints")
+    facts = checkpoint.read_json(folder / RECORD_NAME)
+    then = load_config(folder / "config.yaml")
+    config = _with_recorded_rate(config, then, facts)
+    before, now = (without_secrets(each.to_dict()) for each in (then, config))
+    now["training_config"]["output_dir"] = before["training_config"]["output_dir"]  # the run may have moved
+    differences = _differences(before, now)
+    _refuse(config.source, differences, force)
+    found = _newest(folder, config)
+    passed_over = tuple(path for path, _ in found.passed_over)
+    return Continued(found.folder, facts, force, bool(differences), config, passed_over)
+
+
+def _newest(folder: Path, config: Config) -> checkpoint.Found:
+    """The newest whole checkpoint, and what is to be said of the others.
+
+    Raises:
+        ConfigError: There are checkpoints and none is whole, or the run is complete and has none.
+    """
+    found = checkpoint.newest_whole(folder / "checkpoints")
+    name = "training_config.output_dir"
+    if found.folder is None and found.passed_over:
+        damaged = "; ".join(f"{path.name}: {why}" for path, why in found.passed_over)
+        expected = f"a run with a whole checkpoint; none of its {len(found.passed_over)} is. {damaged}"
+        todo = (
+            f"Bring one of them back from a copy. To begin again, move {folder / 'checkpoints'} away and start it "
+            f"without --resume, or give another {name}"
+        )
+        raise ConfigError(fault(config.source, name, str(folder), expected, todo))
+    for path, why in found.passed_over:
+        logger.warning("%s is passed over: %s", path, why)
+    if found.folder is None:
+        if (folder / "adapter").exists():
+            expected = "a run with a checkpoint to go on from; this one has its adapter, and no checkpoints"
+            todo = f"Give another {name}; with model.adapter: {folder} it begins from this adapter"
+            raise ConfigError(fault(config.source, name, str(folder), expected, todo))
+        logger.warning("%s has no checkpoint yet; the run begins again.", folder)
+    elif foreign := checkpoint.foreign_files(found.folder):
+        logger.warning("%s also holds %s, not of this run and left alone.", found.folder, ", ".join(foreign))
+    return found
+
+
+def keep_passed_over(continued: Continued) -> None:
+    """Rename the checkpoints that were passed over: the run goes past their steps, and nothing replaces them."""
+    for path in continued.passed_over:
+        aside = checkpoint.set_aside(path)
+        logger.warning("%s stays as %s; delete it when you do not need it.", path, aside.name)
+
+
+def _with_recorded_rate(config: Config, then: Config, facts: Mapping[str, Any]) -> Config:
+    """Return the configuration with the run's learning rate, where philora chose it then and is to choose it now."""
+    name, key = "learning_rate", "training_config.learning_rate"
+    recorded, rule = then.training_config.get(name), facts.get("automatic", {}).get(key)
+    given = config.training_config.get(name)
+    # Of a run without a record of it the earlier default tells; one that was killed before it wrote any has no facts.
+    chosen = rule is not None or ("automatic" not in facts and (not facts or recorded == EARLIER_LEARNING_RATE))
+    if not chosen or given not in (("auto", recorded) if rule else ("auto",)):
+        return config
+    return replace(
+        config,
+        training_config=config.training_config | {name: recorded},
+        origins={**config.origins, key: rule or "auto: as the run was started with"},
+    )
+
+
+def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) -> None:
+    """Compare what a run goes on with to what it was started with.
+
+    Raises:
+        ConfigError: Model, adapter, data or the number of processes are others: one line for each difference.
+    """
+    if not continued.facts:
+        return
+    differences: list[tuple[str, Any, Any]] = []
+    for section in ("model", "adapter", "data", "processes"):
+        differences += _differences(continued.facts.get(section), facts.get(section), section)
+    _refuse(str(folder), differences, continued.forced)
+    for key, then, now in _differences(continued.facts.get("computes"), facts["computes"], "computes"):
+        logger.warning("%s was %s and is %s: the run goes on, but not bit for bit.", key, then, now)
+
+
+def _refuse(where: str, differences: list[tuple[str, Any, Any]], force: bool) -> None:
+    if differences and not force:
+        todo = "--resume=force goes on anyway"
+        raise ConfigError(
+            one_per_line(
+                [
+                    fault(where, key, now, f"what the run was started with: {then!r}", todo)
+                    for key, then, now in differences
+                ]
+            )
+        )
+    for key, then, now in differences:
+        logger.warning("%s is %r where the run was started with %r; it goes on as forced.", key, now, then)
+
+
+def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        found = []
+        for key in {**then, **now}:
+            found += _differences(then.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if then == now else [(path, then, now)]
+
+
+# ------------------------------------------------------------------------------------------------- facts
+
+
+def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData) -> dict[str, Any]:
+    """What a run is started with, in a form that is compared when it goes on.
+
+    Cost:
+        Reads the first mebibyte and 64 further blocks of each file of the model, whatever its size.
+    """
+    report = data.report.to_dict()
+    return {
+        "format": 1,
+        "model": _files(models.local_path(config.model.name_or_path), getattr(model_config, "_commit_hash", None)),
+        "adapter": None if config.model.adapter is None else _files(_adapter_place(config.model.adapter), None),
+        "data": {
+            "fingerprint": data.fingerprint,
+            "rows": {name: report[name]["rows"] for name in ("train", "eval") if report.get(name)},
+            "tokens": {name: report[name]["tokens"] for name in ("train", "eval") if report.get(name)},
+        },
+        "automatic": {key: origin for key, origin in config.origins.items() if origin.startswith("auto: ")},
+        "processes": processes.count(),
+        "computes": _computes(),
+    }
+
+
+def _computes() -> dict[str, Any]:
+    return {"torch": torch.__version__, "between the products": native.describe()}
+
+
+def _adapter_place(adapter: str) -> str:
+    """The adapter's own folder where it was named by its run; something on the hub by its id."""
+    return str(find_adapter(adapter).path) if Path(adapter).expanduser().is_dir() else adapter
+
+
+def _files(place: str, commit: str | None) -> dict[str, Any]:
+    """Digests of a model's or adapter's files by name; of something on the hub its commit."""
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        return {"id": place, "commit": commit}
+    kinds = (".safetensors", ".bin", ".json", ".model", ".jinja")
+    return {each.name: _sampled(each) for each in sorted(folder.iterdir()) if each.suffix in kinds and each.is_file()}
+
+
+def _sampled(path: Path) -> str:
+    """SHA-256 of a file's size, its first mebibyte and 64 blocks spread evenly over the rest."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_HASHED_WHOLE_BYTES))
+        if size > _HASHED_WHOLE_BYTES:
+            step = max(1, (size - _HASHED_WHOLE_BYTES) // _SAMPLES)
+            for start in range(_HASHED_WHOLE_BYTES, size, step):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Compute with this many threads inside; a sum in another order rounds differently."""
+    before = torch.get_num_threads()
+    if number is not None and number != before:
+        logger.info("%d threads, as the run was started with", number)
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    """Write `run.json`."""
+    checkpoint.write_json(folder / RECORD_NAME, {**facts, "chosen": dict(chosen)})
+
+
+__all__ = [
+    "Claim",
+    "Continued",
+    "check_facts",
+    "facts_of",
+    "keep_passed_over",
+    "open_fresh",
+    "open_to_go_on",
+    "threads",
+    "write_facts",
+]
