@@ -41,7 +41,7 @@ def test_init_writes_a_configuration_and_checks_it(tickets, cli):
     assert yaml.safe_load(text)["data"] == {"train": "tickets.csv", "eval": 0.1}
     assert "40 records of tickets.csv, read as prompt_completion" in done.out
     last = done.out.splitlines()[-1]
-    assert last.startswith("Ready: 36 conversations, ")
+    assert last.startswith("Ready: 32 conversations, ")
     assert last.endswith("Start: philora train tickets.yaml")
     assert not (tickets.parent / "runs").exists()
     again = cli("init", "tickets.csv")
@@ -143,14 +143,14 @@ def test_an_option_is_checked_as_its_setting_is(cli):
 def test_check_ends_in_a_verdict(tickets, cli):
     ready = cli("check", "tickets.csv", "--quiet", "--epochs", "1")
     assert ready.code == 0
-    assert ready.out.startswith("Ready: 36 conversations, ")
+    assert ready.out.startswith("Ready: 32 conversations, ")
     assert ready.out.endswith("Start: philora train tickets.csv --epochs 1\n")
     assert len(ready.out.splitlines()) == 1
     (tickets.parent / "full").mkdir()
     (tickets.parent / "full" / "notes.txt").touch()
     found = json.loads(cli("check", "tickets.csv", "--out", "full", "--json").out)
     assert not found["ready"]
-    assert found["verdict"].startswith("Not ready (36 conversations, ")
+    assert found["verdict"].startswith("Not ready (32 conversations, ")
     assert found["problems"][0] in found["notices"]
 
 

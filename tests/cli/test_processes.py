@@ -127,6 +127,7 @@ def both(tmp_path_factory):
     return folder, out, err
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(both):
     folder, out, err = both
     assert largest_gap(losses(folder / "two"), losses(folder / "one")) <= LOSS_STEP_FP32

@@ -268,6 +268,7 @@ def test_the_end_of_an_epoch_is_made_up_for(model, tmp_path):
     assert differs == {"rng_state.pth", "history"}
 
 
+@pytest.mark.slow
 def test_a_real_signal_in_an_evaluation(model, tmp_path):
     settings = settings_of(model, tmp_path / "run", eval_steps=1, logging_steps=1, max_steps=2, save_steps=2)
     settings["data"]["eval"]["limit"] = 200
@@ -610,6 +611,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, name):
 # ---------------------------------------------------------------------------------------------- the script
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 def test_the_short_form_of_the_torture(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}

@@ -227,6 +227,7 @@ def test_a_signal_saves_and_says_how_to_resume(config, tmp_path, number):
     assert not faults_of(saved[0])
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder(config, tmp_path):
     path = config(training_config__max_steps=2000, training_config__save_steps=5000)
     first = process("train", path)
@@ -294,7 +295,9 @@ def test_oddities_are_accepted_with_a_notice(cli, config, jsonl, tmp_path):
     assert "longer than 256 tokens and were cut there" in text
 
 
-@pytest.mark.parametrize("script", ["tests/scripts/trl_script.py", "examples/sample_finetune.py"])
+@pytest.mark.parametrize(
+    "script", ["tests/scripts/trl_script.py", pytest.param("examples/sample_finetune.py", marks=pytest.mark.slow)]
+)
 def test_scripts_with_the_import_changed_run(script, tmp_path):
     from importlib import resources
     from pathlib import Path

@@ -35,6 +35,7 @@ def loss_of(folder, **training):
     return philora.train(settings(folder, **training), quiet=True).results["after"]["loss"]
 
 
+@pytest.mark.slow
 def test_twice_in_one_process_in_a_thread_and_in_an_event_loop(tmp_path):
     found = []
 

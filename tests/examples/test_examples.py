@@ -84,6 +84,7 @@ def test_script(run):
     assert any(each.abs().max() > 0 for name, each in weights.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 @needs_rouge
 def test_code_generation(run, tmp_path, monkeypatch):
     with hub_server() as hub:
@@ -110,6 +111,7 @@ def test_code_generation(run, tmp_path, monkeypatch):
         assert b"eval/loss" in logged.read_bytes()
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @needs_rouge
 def test_qlora(run, caplog):
@@ -146,6 +148,7 @@ def test_the_model_cards_settings_are_the_same_in_both_forms():
         assert config.peft_config[name] == value, name
 
 
+@pytest.mark.slow
 def test_the_yaml_form_is_checked_and_trains(tmp_path):
     here = ["model.name_or_path=nano", "data.train={path: helpdesk, limit: 20}", "data.eval={path: helpdesk, limit: 4}"]
     here.append("training_config.max_steps=6")  # of one step all would be warm-up, which is refused

@@ -75,7 +75,7 @@ def label_shifted(trainer):
     [
         (torch.float32, False, LOSS_STEP_FP32),
         (torch.float32, True, LOSS_STEP_FP32),
-        (torch.bfloat16, True, LOSS_STEP_BF16),
+        pytest.param(torch.bfloat16, True, LOSS_STEP_BF16, marks=pytest.mark.slow),
     ],
 )
 def test_losses_follow_trl(rows, tmp_path, dtype, packing, tolerance):
@@ -87,6 +87,7 @@ def test_losses_follow_trl(rows, tmp_path, dtype, packing, tolerance):
     assert (mine - theirs).mean().abs() <= tolerance / 4, "the gap leans to one side"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [scaling_off_by_two_percent, label_shifted])
 def test_a_planted_fault_shows(rows, tmp_path, fault):
     theirs = losses(trl.SFTTrainer, trl.SFTConfig, rows, tmp_path, torch.float32, True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.segment import Segment
+from rich.segment import Segment, Segments
 from rich.table import Table
 
 from philora.errors import printable
@@ -183,8 +183,10 @@ def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> Non
 
 def print_whole(console: Console, table: Table) -> None:
     """Print a table in its own width, also where the terminal is narrower: figures that are cut cannot be read."""
-    wide = table.__rich_measure__(console, console.options.update(max_width=1000)).maximum
-    console.print(table, width=max(console.width, wide), crop=False)
+    options = console.options.update(max_width=1000)
+    wide = max(console.width, table.__rich_measure__(console, options).maximum)
+    # `print` takes no width beyond the console's.
+    console.print(Segments(list(console.render(table, options.update(width=wide)))), crop=False, end="")
 
 
 def _short(text: str, limit: int = 300) -> str:

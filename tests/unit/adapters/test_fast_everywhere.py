@@ -276,6 +276,7 @@ def result_of(shared, way, label_head):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "label_head"),
     [

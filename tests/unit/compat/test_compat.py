@@ -35,6 +35,7 @@ def test_the_trainer_does_not_import_wandb(tmp_path):
     assert in_a_process(code, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_trl_imports_wandb_and_leaves_folders(tmp_path):
     assert in_a_process("", tmp_path, before="import trl; trl.SFTTrainer"), "the test above can fail"
 

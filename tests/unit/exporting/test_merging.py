@@ -874,6 +874,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_bounded_by_a_shard_and_a_weight(large, tmp_path):
     size = (large / "base" / "model.safetensors").stat().st_size

@@ -311,6 +311,7 @@ print(peak - before, rss() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_16_bit_model_is_never_whole_in_memory(phi3, tmp_path):
     """Files count too: a weight is gone when it is quantised."""
@@ -445,6 +446,7 @@ def rows():
     return Dataset.from_list([{"input_ids": each, "labels": each} for each in ids])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
 @pytest.mark.parametrize("ratio", [None, 4])
 def test_optimizers_by_name(folder, rows, tmp_path, optim, ratio, caplog):

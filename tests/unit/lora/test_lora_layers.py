@@ -337,13 +337,16 @@ def test_transforms_of_torch_func() -> None:
 def test_torch_is_all_that_it_imports() -> None:
     package = Path(lora.__file__).parent
     own, imported = {"philora.errors", "philora.native.library", "philora.runtime.user_cache"}, set()
-    for file in [*package.glob("*.py"), *(package.parent / f"{each.partition('.')[2]}.py" for each in own)]:
+    for file in [
+        *package.glob("*.py"),
+        *(package.parent / f"{each.partition('.')[2].replace('.', '/')}.py" for each in own),
+    ]:
         for node in ast.parse(file.read_text("utf-8")).body:
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                whole = node.module == "philora"
-                imported |= {f"philora.{alias.name}" for alias in node.names} if whole else {str(node.module)}
+                modules = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= own & modules or {str(node.module)}
     foreign = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
     assert {n for n in foreign if n.partition(".")[0] != "torch" and not n.startswith("philora.lora")} == own
 

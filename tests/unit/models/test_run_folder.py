@@ -104,6 +104,7 @@ def test_an_adapter_in_a_folder_or_at_a_revision(hub, adapters, source, name):
     assert torch.equal(model(input_ids=tokens).logits, expected(input_ids=tokens).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded_in", ["the run", "the adapter"])
 def test_a_base_on_the_hub_is_taken_at_the_revision_that_was_trained_on(hub, adapters, tmp_path, recorded_in):
     nano = Path(local_path("nano"))

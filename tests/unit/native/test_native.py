@@ -136,7 +136,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-ASK = "from philora import native; print(native.available())"
+ASK = "from philora.native import library as native; print(native.available())"
 
 
 def test_it_is_compiled_once_into_the_users_cache(tmp_path):
@@ -184,7 +184,7 @@ def test_it_says_that_it_is_there():
 
 
 def test_the_source_is_in_the_package():
-    assert (Path(native.__file__).parent / "native.c").is_file()
+    assert (Path(native.__file__).parent / "library.c").is_file()
 
 
 def test_dropout_without_it_draws_bytes(monkeypatch):

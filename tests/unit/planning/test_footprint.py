@@ -44,7 +44,7 @@ def kept_bytes(model, wanted):
 
     ids = torch.randint(3, 97, (1, TOKENS), generator=torch.Generator().manual_seed(4))
     positions = torch.cat([torch.arange(each) for each in LENGTHS])[None]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), only_rows(wanted):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), only_rows(wanted, TOKENS):
         hidden = model.get_base_model().model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         loss = hidden.float().sum()
     total = sum(held.values())
@@ -65,7 +65,7 @@ def formula_bytes(found, recomputation, labelled):
 def test_what_backward_needs(phi3, dtype, recomputation, labelled):
     model = adapted(phi3(**SHAPE, max_position_embeddings=256).to(dtype))
     philora.optimize(model, recomputation=recomputation)
-    wanted = torch.arange(TOKENS)[None] < labelled * TOKENS
+    wanted = (torch.arange(TOKENS) < labelled * TOKENS).nonzero().flatten()
     found = counted(model, dtype)
     measured, ours = kept_bytes(model, wanted), formula_bytes(found, recomputation, labelled)
     # Not in the formula: as many as 63 rows that fill a product up, and a mean of 2.5 numbers a row. On a

@@ -46,6 +46,7 @@ def test_a_script_shows_plan_losses_and_result(tmp_path):
     assert "{'loss'" not in done.stdout, "transformers' own printer would show each entry twice"
 
 
+@pytest.mark.slow
 def test_a_quiet_script_shows_warnings_alone(tmp_path):
     done = run(tmp_path / "run", quiet=True)
     assert done.stdout == ""

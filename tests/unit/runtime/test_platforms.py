@@ -12,7 +12,6 @@ import pytest
 
 import philora
 from philora.files.checkpoint import is_inside
-from tests.architecture.test_imports import ORDER
 
 ROOT = Path(philora.__file__).parent
 
@@ -25,15 +24,15 @@ UNIX_NAMES = {
 }  # fmt: skip
 # Where they stand behind a condition of the platform or of what Linux alone has.
 GUARDED = {
-    "callbacks.py": {"resource"},
-    "checkpoint.py": {"fcntl", "os.register_at_fork"},
-    "cli.py": {"readline"},
-    "connections.py": {"resource"},
+    "training/callbacks.py": {"resource"},
+    "files/checkpoint.py": {"fcntl", "os.register_at_fork"},
+    "cli/commands.py": {"readline"},
+    "serving/connections.py": {"resource"},
     "kernels/memory.py": {"resource"},
-    "template_process.py": {"resource"},
-    "user_cache.py": {"os.getuid"},
-    "data/store.py": {"os.sched_getaffinity"},
-    "native.py": {"os.getuid"},
+    "runtime/template_process.py": {"resource"},
+    "runtime/user_cache.py": {"os.getuid"},
+    "dataset/store.py": {"os.sched_getaffinity"},
+    "native/library.py": {"os.getuid"},
 }
 
 
@@ -56,7 +55,9 @@ def test_what_unix_alone_has_is_behind_a_condition():
 @pytest.mark.slow
 def test_every_module_loads_without_what_windows_lacks():
     """In one process: the modules are blocked after the libraries, some of which guard them themselves, are loaded."""
-    modules = [f"philora.{each}" for each in ORDER if each != "__main__"]
+    files = [path.relative_to(ROOT.parent).with_suffix("") for path in ROOT.rglob("*.py")]
+    programs = ("__main__", "llama_process", "template_process")
+    modules = [".".join(file.parts).removesuffix(".__init__") for file in files if file.name not in programs]
     code = f"""
 import sys, os, signal
 import torch, peft, datasets, bitsandbytes, gguf, starlette.responses, uvicorn

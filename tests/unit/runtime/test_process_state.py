@@ -86,7 +86,7 @@ loaded = unchanged("load_adapter", lambda: philora.load_adapter(make_phi3().bflo
 from philora.models import loading as models
 from philora.configuration.config import ModelConfig
 unchanged("merge", lambda: loaded.merge_and_unload())
-unchanged("the hub's check", lambda: (__import__("philora.runtime.hub").hub.reach(), None)[1])
+unchanged("the hub's check", lambda: (__import__("philora.runtime.hub").runtime.hub.reach(), None)[1])
 print("unchanged")
 """
 
@@ -98,6 +98,7 @@ def test_library_calls_leave_the_process_as_it_is():
     assert run.stdout.splitlines()[-1] == "unchanged"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
