@@ -183,7 +183,7 @@ SLICES = (
     r"PEFT by itself would silently adapt .*(o_proj and down_proj|down_proj and o_proj) only: 8,912,896\."
 )
 END_AS_TEXT = r"rows end in the number of a stop token, written as text: the model would learn to write digits"
-TURNS_AS_TEXT = r"40 rows are plain text|38 rows are plain text"
+TURNS_AS_TEXT = r"32 rows are plain text"
 PAD = r"the model's tokenizer pads with <\|endoftext\|>, which is a stop token: <unk> takes its place"
 REMOTE = r"model\.trust_remote_code=True .*breaks generation on today's transformers"
 LEAK = r"rows of eval also stand in train: its scores will be too good"
