@@ -23,6 +23,7 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -689,6 +690,8 @@ class SFTTrainer(MicroBatchTrainer):
         if self._nonfinite_limit() is None or self.is_deepspeed_enabled or not self._step_losses:
             return norm
         self._settle_step()
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # each process holds a part of the sum
         losses = torch.stack(self._step_losses).float()
         loss = losses.sum()
         if self.accelerator.num_processes > 1:
