@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from importlib import resources
 
@@ -103,6 +106,12 @@ def test_the_page_gives_the_same_answers(voices, rows, spoken, tmp_path):
             assert "cut" not in page.text_content(".turn:last-child .answer:nth-child(2) .figures")
 
 
+def of_a_terminal():
+    """Take the terminal, and SIGINT as a shell gives it: who starts the tests in the background has it ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`philora` in a terminal of its own."""
 
@@ -116,7 +125,7 @@ class Terminal:
             stderr=slave,
             env=os.environ | {"TERM": "dumb"},
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=of_a_terminal,
         )
         os.close(slave)
         self.text = ""
