@@ -15,10 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 DATA = {
-    "philora/native.c", "philora/py.typed", "philora/nano/demo.yaml", "philora/nano/helpdesk/train.jsonl",
+    "philora/native/library.c", "philora/py.typed", "philora/nano/demo.yaml", "philora/nano/helpdesk/train.jsonl",
     "philora/nano/helpdesk/eval.jsonl", "philora/nano/model/model.safetensors", "philora/nano/model/tokenizer.json",
     "philora/nano/model/chat_template.jinja", "philora/templates/report.html.j2", "philora/templates/report.css",
-    "philora/web/chat.html", "philora/web/chat.js", "philora/forgetting/prompts.jsonl",
+    "philora/serving/web/chat.html", "philora/serving/web/chat.js", "philora/evaluation/forgetting/prompts.jsonl",
 }  # fmt: skip
 
 
