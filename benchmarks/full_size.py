@@ -181,7 +181,7 @@ def compare(folder: Path) -> dict[str, Any]:
     from peft import LoraConfig
 
     import philora
-    from philora.configuration.config import ModelConfig
+    from philora.configuration.sections import ModelConfig
     from philora.kernels.quantization import dequantize_
     from philora.lora.functional import fused
     from philora.models.loading import load_model

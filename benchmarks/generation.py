@@ -86,7 +86,7 @@ def contestants(folder: str, given: argparse.Namespace) -> dict[str, Callable[[]
     from transformers import AutoModelForCausalLM, pipeline
 
     from philora.adapters.peft_layers import optimize
-    from philora.configuration.config import ModelConfig, TokenizerConfig
+    from philora.configuration.sections import ModelConfig, TokenizerConfig
     from philora.generation.batches import GenerationSettings, generate
     from philora.models import loading as models
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import philora
-from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.configuration.sections import ModelConfig, TokenizerConfig
 from philora.generation.batches import GenerationSettings, generate
 from philora.models.loading import load_model, load_tokenizer
 from philora.training.run import RunResult

@@ -23,7 +23,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 import philora
-from philora.configuration.config import DataConfig, SourceConfig
+from philora.configuration.sections import DataConfig, SourceConfig
 from philora.dataset import IGNORED, prepare
 from philora.errors import DataError
 

@@ -904,7 +904,7 @@ def config_reader(folder: Path) -> tuple[Callable[[bytes], str], Any]:
 
 def data_reader(folder: Path) -> tuple[Callable[[tuple[str, bytes]], str], Any]:
     """Feeds files to the data reader, up to normalised conversations."""
-    from philora.configuration.config import SourceConfig
+    from philora.configuration.sections import SourceConfig
     from philora.dataset.read import resolve
     from philora.dataset.store import Settings, process_batch, recognised
     from philora.errors import DataError

@@ -14,7 +14,7 @@ import typer
 import philora
 from philora import errors, lora
 from philora.cli.commands import app
-from philora.configuration.config import FIELDS
+from philora.configuration.fields import FIELDS
 
 PROMISED = json.loads((Path(__file__).parent / "surface.json").read_text(encoding="utf-8"))
 

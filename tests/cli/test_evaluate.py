@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 import philora
-from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.configuration.sections import ModelConfig, TokenizerConfig
 from philora.models.loading import load_model, load_tokenizer
 
 

@@ -120,7 +120,8 @@ def test_a_named_folder_is_treated_as_ever(tickets, cli):
     ],
 )
 def test_options_are_settings(flag, value, key, read, monkeypatch, cli):
-    from philora.configuration.config import explain, load_config
+    from philora.configuration.config import load_config
+    from philora.configuration.writing import explain
     from philora.training import readiness
 
     found = {}

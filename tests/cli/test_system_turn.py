@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import philora
-from philora.configuration.config import TokenizerConfig, load_config
+from philora.configuration.config import load_config
+from philora.configuration.sections import TokenizerConfig
 from philora.dataset import prepare
 from philora.dataset.arrangement import Arrangement
 from philora.dataset.system_turns import commonest_system_turn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from philora.configuration.config import DataConfig, SourceConfig
+from philora.configuration.sections import DataConfig, SourceConfig
 from philora.dataset import prepare
 from tests.data_kinds import MODEL
 from tests.docs.test_blocks import blocks, write

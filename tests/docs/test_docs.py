@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import philora
-from philora.configuration.config import reference
+from philora.configuration.writing import reference
 
 ROOT = Path(__file__).parents[2]
 

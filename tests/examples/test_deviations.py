@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from philora.configuration import schema
-from philora.configuration.config import OWN_TRAINING_KEYS, load_config, translate_training_arguments
+from philora.configuration.config import load_config
+from philora.configuration.fields import OWN_TRAINING_KEYS
+from philora.configuration.spellings import translate_training_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import philora
-from philora.configuration.config import load_config, translate_training_arguments
+from philora.configuration.config import load_config
+from philora.configuration.spellings import translate_training_arguments
 from philora.models.loading import local_path
 from philora.training.readiness import preflight
 from tests.hub_server import TOKEN, hub_server

@@ -47,7 +47,7 @@ err = display.SafeConsole(stderr=True, soft_wrap=True)
 def _complete_setting(incomplete: str) -> list[str]:
     """Settings that a word of the shell may become: those of philora, TRL and PEFT, by their source."""
     from philora.configuration import schema
-    from philora.configuration.config import FIELDS
+    from philora.configuration.fields import FIELDS
 
     libraries = {"training_config": schema.training_fields(), "peft_config": schema.lora_fields()}
     names = {*FIELDS, *(f"{section}.{name}" for section, fields in libraries.items() for name in fields)}
@@ -173,7 +173,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune the bundled nano model on the bundled help desk, and show that it worked."""
-    from philora.configuration.config import unused_folder
+    from philora.configuration.folders import unused_folder
 
     folder = unused_folder(Path(output))
     _train("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False, as_json)
@@ -673,7 +673,8 @@ def push(
 @app.command("config")
 def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: JsonOption = False) -> None:
     """Show the effective configuration and where each value comes from."""
-    from philora.configuration.config import explain, load_config
+    from philora.configuration.config import load_config
+    from philora.configuration.writing import explain
 
     settings, given, _ = _with_choices(config, overrides or [], False)
     rows = list(explain(load_config(settings, given)))
@@ -843,7 +844,7 @@ def _with_choices(source: str, overrides: list[str], resume: bool | str) -> tupl
 
     A run on data gets a folder of its own, named after it; with `resume` it is the newest of that name.
     """
-    from philora.configuration.config import holds_data, newest_folder, unused_folder
+    from philora.configuration.folders import holds_data, newest_folder, unused_folder
     from philora.configuration.yaml_text import parse
 
     if not holds_data(source):

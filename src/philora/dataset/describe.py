@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from philora.configuration.config import Config, DataConfig, load_config
+from philora.configuration.config import load_config
+from philora.configuration.sections import Config, DataConfig
 from philora.dataset.lengths import row_lengths
 from philora.dataset.near import near_duplicates
 from philora.dataset.prepare import Conversations, PreparedData, SourceReport, SplitReport, places_of, prepare

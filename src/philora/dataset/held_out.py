@@ -43,7 +43,7 @@ from philora.errors import DataError, fault
 from philora.files.checkpoint import write_text
 
 if TYPE_CHECKING:
-    from philora.configuration.config import DataConfig, SourceConfig
+    from philora.configuration.sections import DataConfig, SourceConfig
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from philora.dataset.template import Encoder, Tokenizer
 from philora.errors import DataError, fault
 
 if TYPE_CHECKING:
-    from philora.configuration.config import DataConfig, SourceConfig
+    from philora.configuration.sections import DataConfig, SourceConfig
 
 logger = logging.getLogger("philora.dataset")
 

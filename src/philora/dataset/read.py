@@ -31,7 +31,7 @@ from philora.errors import DataError, fault, nearest
 from philora.files.links import refuse_leading_out
 
 if TYPE_CHECKING:
-    from philora.configuration.config import SourceConfig
+    from philora.configuration.sections import SourceConfig
 
 Role: TypeAlias = Literal["train", "eval"]
 Record: TypeAlias = "dict[str, Any] | bytes"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from philora.configuration.config import DataConfig
+from philora.configuration.sections import DataConfig
 from philora.dataset.prepare import PreparedData, shape_of
 from philora.dataset.read import Fault, resolve
 from philora.dataset.store import recognised

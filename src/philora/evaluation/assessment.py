@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import philora
-from philora.configuration.config import DataConfig, SourceConfig
+from philora.configuration.sections import DataConfig, SourceConfig
 from philora.dataset import prompts_and_references
 from philora.dataset.held_out import HeldOut, held_out, read_held_out, vocabulary_digest
 from philora.errors import ConfigError, DataError, RunError, fault, one_per_line

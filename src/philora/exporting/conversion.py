@@ -15,7 +15,7 @@ import psutil
 from torch import nn
 from transformers import PreTrainedModel
 
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.exporting.adapter import Adapter, as_fused, as_slices, check_updates, for_server
 from philora.exporting.loralib_file import WEIGHTS_NAME, read_loralib, write_loralib

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from philora.adapters.peft_layers import load_adapter
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.errors import AdapterError, ModelError, fault, one_per_line
 from philora.exporting import held_out, llama
 from philora.exporting.adapter import Adapter, Update, check_updates, for_server

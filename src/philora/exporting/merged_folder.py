@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from philora.adapters.peft_layers import load_adapter
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError, fault, one_per_line
 from philora.exporting.merging import (
     CHANGES_BASE,

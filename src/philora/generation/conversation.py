@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from philora.adapters.peft_layers import load_adapter
-from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.configuration.sections import ModelConfig, TokenizerConfig
 from philora.dataset.arrangement import Arrangement, PromptTooLong
 from philora.errors import AdapterError, ConfigError, DataError, fault, nearest
 from philora.families import longrope_switch_tokens

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from philora.adapters.peft_layers import load_adapter
-from philora.configuration.config import ModelConfig, SourceConfig, TokenizerConfig
+from philora.configuration.sections import ModelConfig, SourceConfig, TokenizerConfig
 from philora.dataset.arrangement import with_tools
 from philora.dataset.read import Fault, resolve, text_lines
 from philora.dataset.shapes import prompt_of

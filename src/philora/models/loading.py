@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils.hub import has_file as hub_has_file
 
-from philora.configuration.config import Config, ModelConfig, TokenizerConfig
+from philora.configuration.sections import Config, ModelConfig, TokenizerConfig
 from philora.errors import ConfigError, ModelError, fault, one_per_line
 from philora.families import NOT_IN_TRANSFORMERS, hub_id, stop_tokens_in
 from philora.files.checkpoint import indexed_files

@@ -17,7 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from philora.configuration.config import (
+from philora.configuration.config import load_config
+from philora.configuration.reader import read_yaml
+from philora.configuration.schema import Misfit
+from philora.configuration.sections import (
     HELPDESK,
     Config,
     DataConfig,
@@ -25,10 +28,7 @@ from philora.configuration.config import (
     ModelConfig,
     SourceConfig,
     TokenizerConfig,
-    load_config,
-    read_yaml,
 )
-from philora.configuration.schema import Misfit
 from philora.errors import ConfigError, fault, one_per_line, shorten
 from philora.files.checkpoint import newest_whole, read_json
 

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.models.phi3.modeling_phi3 import Phi3Model
 from transformers.pytorch_utils import Conv1D
 
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.decoder_stack.memory import StackSizes
 from philora.generation.decoding import packs
 from philora.generation.static_decoding import cache_tokens, filled_up

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from philora.configuration.config import Config
+from philora.configuration.sections import Config
 from philora.evaluation.measures import LOSS, Paired
 from philora.planning.plan import Plan
 from philora.planning.schedule import FEW_STEPS, check_schedule, few_steps, trains_nothing

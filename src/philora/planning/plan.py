@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from philora.adapters.peft_layers import apply_slices, check_adapter, optimize, resolve_for_training
-from philora.configuration.config import Config, ModelConfig
+from philora.configuration.sections import Config, ModelConfig
 from philora.dataset import DataReport, SplitReport
 from philora.decoder_stack.choice import BatchFacts, Choice, DeviceFacts, ModelFacts, stack_for
 from philora.decoder_stack.facts import facts_of_device

@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from philora.configuration.config import Config
+from philora.configuration.sections import Config
 from philora.errors import fault, nearest
 
 _ATTENTION = "model.attn_implementation"

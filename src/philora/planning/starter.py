@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from philora import families
-from philora.configuration.config import FIELDS, SourceConfig
+from philora.configuration.fields import FIELDS
+from philora.configuration.sections import SourceConfig
 from philora.configuration.yaml_text import parse
 from philora.dataset.read import Fault, resolve
 from philora.dataset.store import recognised

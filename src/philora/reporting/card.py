@@ -13,7 +13,7 @@ from typing import Any, Final
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from philora import __version__
-from philora.configuration.config import read_yaml
+from philora.configuration.reader import read_yaml
 from philora.errors import ConfigError
 from philora.evaluation.scores import Scores, compare_table, stage_table
 from philora.models.loading import local_path

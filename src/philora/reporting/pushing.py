@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from philora.adapters.peft_layers import RECORD_NAME
-from philora.configuration.config import Config
+from philora.configuration.sections import Config
 from philora.errors import AdapterError, ConfigError, fault
 from philora.exporting.merged_folder import merge_to_folder
 from philora.files.checkpoint import read_peft_tensors, write_json, write_text

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from philora.configuration.config import read_yaml
+from philora.configuration.reader import read_yaml
 from philora.errors import ConfigError, fault
 from philora.files.checkpoint import LOCK_NAME, read_json, run_lock
 from philora.models.run_folder import CONFIG_NAME, is_run

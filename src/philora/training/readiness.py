@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from philora.adapters.peft_layers import Coverage, coverage
-from philora.configuration.config import OWN_TRAINING_KEYS, Config, load_config
+from philora.configuration.config import load_config
+from philora.configuration.fields import OWN_TRAINING_KEYS
+from philora.configuration.sections import Config
 from philora.dataset import SourceReport, length_notices, prepare, preview
 from philora.dataset.ids import check_rows, vocabulary_of
 from philora.decoder_stack.choice import ModelFacts

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from philora.configuration.config import Config, dump_yaml, load_config, without_secrets
+from philora.configuration.config import load_config
+from philora.configuration.sections import Config
+from philora.configuration.writing import dump_yaml, without_secrets
 from philora.dataset import PreparedData
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.files import checkpoint

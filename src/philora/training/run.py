@@ -46,7 +46,9 @@ from philora.adapters.peft_layers import (
     sort_names,
     update_norms,
 )
-from philora.configuration.config import Config, dump_yaml, load_config
+from philora.configuration.config import load_config
+from philora.configuration.sections import Config
+from philora.configuration.writing import dump_yaml
 from philora.dataset import PreparedData, places_of, prepare, preview, prompts_and_references
 from philora.dataset.held_out import vocabulary_digest, write_held_out
 from philora.dataset.ids import check_rows, vocabulary_of

@@ -35,13 +35,9 @@ from transformers.trainer_callback import ExportableState, TrainerControl
 
 from philora.adapters.peft_layers import apply_slices, is_lora, keep_zeros_in_steps, optimize, resolve_for_training
 from philora.compat.trl import sft_trainer, trl
-from philora.configuration.config import (
-    FIELDS,
-    ONE_RATE_OPTIMIZERS,
-    translate_trainer_keywords,
-    translate_training_arguments,
-)
+from philora.configuration.fields import FIELDS, ONE_RATE_OPTIMIZERS
 from philora.configuration.schema import Misfit
+from philora.configuration.spellings import translate_trainer_keywords, translate_training_arguments
 from philora.dataset import length_notices
 from philora.dataset.ids import check_rows
 from philora.dataset.labelled import keep_labelled, refuse_empty

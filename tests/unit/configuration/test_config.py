@@ -13,19 +13,11 @@ import pytest
 import yaml
 
 from philora.configuration import schema
-from philora.configuration.config import (
-    FIELDS,
-    LIBRARY,
-    OWN_TRAINING_KEYS,
-    Config,
-    SourceConfig,
-    dump_yaml,
-    explain,
-    load_config,
-    reference,
-    translate_trainer_keywords,
-    translate_training_arguments,
-)
+from philora.configuration.config import load_config
+from philora.configuration.fields import FIELDS, LIBRARY, OWN_TRAINING_KEYS
+from philora.configuration.sections import Config, SourceConfig
+from philora.configuration.spellings import translate_trainer_keywords, translate_training_arguments
+from philora.configuration.writing import dump_yaml, explain, reference
 from philora.errors import ConfigError, shorten
 
 # The dicts of the model card's sample_finetune.py, key for key.
@@ -852,7 +844,6 @@ def test_the_translated_dicts_of_the_card_build_todays_classes(libraries: tuple[
             "max_seq_length=512 is an older spelling: read as max_length=512",
         ),
         ({"no_cuda": True}, {"use_cpu": True}, "read as use_cpu=True."),
-        ({"per_gpu_train_batch_size": 2}, {"per_device_train_batch_size": 2}, "read as per_device_train_batch_size=2."),
         ({"push_to_hub_token": "t"}, {"hub_token": "t"}, "read as hub_token"),
         ({"use_liger": True}, {"use_liger_kernel": True}, "read as use_liger_kernel=True."),
         ({"warmup_ratio": 0.1}, {"warmup_steps": 0.1}, "read as warmup_steps=0.1."),
@@ -897,11 +888,11 @@ def test_older_spellings(given: dict[str, Any], today: dict[str, Any], notice: s
 
 
 def test_no_older_spelling_is_a_key_of_the_installed_version() -> None:
-    from philora.configuration import config
+    from philora.configuration import spellings
 
-    older = {*config._RENAMED, *config._DROPPED, *config._CONVERTED, "warmup_ratio"}
+    older = {*spellings._RENAMED, *spellings._DROPPED, *spellings._CONVERTED, "warmup_ratio"}
     assert not older & set(schema.training_fields())
-    assert set(config._RENAMED.values()) <= set(schema.training_fields())
+    assert set(spellings._RENAMED.values()) <= set(schema.training_fields())
 
 
 def test_todays_spelling_passes_untouched() -> None:

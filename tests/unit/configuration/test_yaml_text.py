@@ -8,7 +8,8 @@ import math
 import pytest
 import yaml
 
-from philora.configuration.config import dump_yaml, load_config
+from philora.configuration.config import load_config
+from philora.configuration.writing import dump_yaml
 from philora.configuration.yaml_text import dump, parse
 from philora.errors import ConfigError
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import philora
-from philora.configuration.config import DataConfig, SourceConfig
+from philora.configuration.sections import DataConfig, SourceConfig
 from philora.dataset import IGNORED, prepare
 
 MODEL = Path(philora.__file__).parent / "nano" / "model"

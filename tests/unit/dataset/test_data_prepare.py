@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import philora
-from philora.configuration.config import DataConfig, SourceConfig
+from philora.configuration.sections import DataConfig, SourceConfig
 from philora.dataset import IGNORED, encode_conversation, prepare, preview, store
 from philora.dataset.prepare import hold_out
 from philora.errors import DataError, RunError

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from philora.configuration.config import SourceConfig
+from philora.configuration.sections import SourceConfig
 from philora.dataset import read
 from philora.dataset.read import Fault, parse_line, resolve
 from philora.errors import DataError

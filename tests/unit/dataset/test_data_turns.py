@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from philora.cli.commands import app
-from philora.configuration.config import DataConfig, SourceConfig, load_config
+from philora.configuration.config import load_config
+from philora.configuration.sections import DataConfig, SourceConfig
 from philora.dataset import prepare
 from philora.dataset.prepare import hold_out, places_of, wanted_rows
 from philora.dataset.shapes import detect

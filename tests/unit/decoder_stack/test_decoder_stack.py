@@ -104,7 +104,7 @@ def test_adapters_in_bf16_have_their_gradients_rounded_once(nodes):
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_over_a_quantised_base(nodes, tmp_path, scheme):
     pytest.importorskip("bitsandbytes")
-    from philora.configuration.config import ModelConfig
+    from philora.configuration.sections import ModelConfig
     from philora.models.loading import load_model
 
     make_phi3(num_hidden_layers=1, hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)

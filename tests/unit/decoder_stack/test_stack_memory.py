@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import philora
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.decoder_stack.memory import StackSizes
 from philora.planning.footprint import footprint
 from philora.planning.plan import choose, gradient_checkpointing_of, recomputation_of

@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig
 
 import philora
-from philora.configuration.config import dump_yaml, load_config
+from philora.configuration.config import load_config
+from philora.configuration.writing import dump_yaml
 from philora.dataset import prepare
 from philora.errors import AdapterError, ConfigError, DataError, RunError
 from philora.evaluation import assessment, measures

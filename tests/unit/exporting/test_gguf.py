@@ -20,7 +20,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import philora
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.dataset.arrangement import Arrangement
 from philora.errors import AdapterError, ConfigError, ModelError
 from philora.exporting import gguf_export, gguf_file, held_out

@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 import philora
 from philora.adapters.peft_layers import FastLinear
-from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.configuration.sections import ModelConfig, TokenizerConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError
 from philora.exporting.merged_folder import MergeResult, merge_to_folder
 from philora.exporting.merging import merge_layer

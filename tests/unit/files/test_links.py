@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import philora
-from philora.configuration.config import SourceConfig
+from philora.configuration.sections import SourceConfig
 from philora.dataset.read import resolve
 from philora.errors import AdapterError, DataError, ModelError
 from philora.exporting.conversion import export

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
 
-from philora.configuration.config import TokenizerConfig
+from philora.configuration.sections import TokenizerConfig
 from philora.errors import AdapterError, ConfigError, DataError, ModelError, TargetError
 from philora.generation import decoding
 from philora.generation.batches import Sampler

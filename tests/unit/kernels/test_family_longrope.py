@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import pack_dataset
 
 import philora
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.dataset import length_notices
 from philora.dataset.lengths import sequence_lengths
 from philora.errors import ConfigError, ModelError

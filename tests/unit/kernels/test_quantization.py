@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import philora
 from philora.adapters.peft_layers import lora_layers
-from philora.configuration.config import ModelConfig, load_config
+from philora.configuration.config import load_config
+from philora.configuration.sections import ModelConfig
 from philora.errors import ConfigError, ModelError
 from philora.exporting.merged_folder import merge_to_folder
 from philora.kernels import quantization

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.models.activation_offloading import OffloadActivations
 
 import philora
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.errors import ConfigError
 from philora.kernels import modules
 from philora.lora.functional import fused, lora_linear

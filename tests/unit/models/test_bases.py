@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import philora
-from philora.configuration.config import ModelConfig, TokenizerConfig
+from philora.configuration.sections import ModelConfig, TokenizerConfig
 from philora.errors import ModelError
 from philora.exporting.vocabulary import vocabulary
 from philora.families import NOT_IN_TRANSFORMERS

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save
 
 import philora
-from philora.configuration.config import DataConfig, ModelConfig, SourceConfig, TokenizerConfig
+from philora.configuration.sections import DataConfig, ModelConfig, SourceConfig, TokenizerConfig
 from philora.dataset import prepare
 from philora.dataset.held_out import held_out, read_held_out, spans_of, write_held_out
 from philora.errors import AdapterError, DataError

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import philora
-from philora.configuration.config import ModelConfig
+from philora.configuration.sections import ModelConfig
 from philora.generation import decoding
 from philora.kernels.modules import only_rows
 from philora.models.loading import bf16_is_fast

@@ -13,7 +13,8 @@ from peft import LoraConfig
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import philora
-from philora.configuration.config import ModelConfig, load_config
+from philora.configuration.config import load_config
+from philora.configuration.sections import ModelConfig
 from philora.dataset import prepare
 from philora.decoder_stack.choice import DeviceFacts
 from philora.errors import ConfigError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from philora.configuration.config import holds_data, load_config, newest_folder, unused_folder
+from philora.configuration.config import load_config
+from philora.configuration.folders import holds_data, newest_folder, unused_folder
 from philora.errors import ConfigError, DataError
 from philora.families import ALIASES, MODELS, OTHER, hub_id
 from philora.models.loading import local_path

@@ -14,7 +14,8 @@ from peft import LoraConfig
 from pyarrow import parquet
 
 import philora
-from philora.configuration.config import ModelConfig, SourceConfig, TokenizerConfig, load_config
+from philora.configuration.config import load_config
+from philora.configuration.sections import ModelConfig, SourceConfig, TokenizerConfig
 from philora.dataset.read import resolve
 from philora.errors import AdapterError, ConfigError, DataError, ModelError
 from philora.files.checkpoint import indexed_files

@@ -18,7 +18,8 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoTokenizer, HfArgumentParser
 
 import philora
-from philora.configuration.config import ONE_RATE_OPTIMIZERS, load_config
+from philora.configuration.config import load_config
+from philora.configuration.fields import ONE_RATE_OPTIMIZERS
 from philora.errors import ConfigError
 from philora.lora.state import loraplus_fast_parameters
 from philora.models.loading import local_path
