@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 
 from philora import __version__
 from philora.decoder_stack.choice import DeviceFacts
@@ -66,7 +66,7 @@ def examine() -> list[Finding]:
     found = [Finding("philora", "ok", __version__), Finding("Python", "ok", python)]
     found += packages()
     found += device(facts_of_device(), torch.version.cuda, bf16_is_fast())
-    found += [compilers(), *places(), the_hub(constants.HF_HUB_OFFLINE, not hub.reach(), hub.find_token() is not None)]
+    found += [compilers(), *places(), the_hub(constants.HF_HUB_OFFLINE, not hub.reach(), get_token() is not None)]
     return found
 
 

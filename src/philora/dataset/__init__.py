@@ -15,7 +15,8 @@ from philora.dataset.prepare import (
     places_of,
     prepare,
 )
-from philora.dataset.read import Source, resolve
+from philora.dataset.read import resolve
+from philora.dataset.records import Source
 from philora.dataset.shapes import FORMATS, Conversation, Message, Shape
 from philora.dataset.template import (
     IGNORED,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from philora.dataset.datasets_library import quiet_datasets
 from philora.dataset.prepare import (
     Conversations,
     DataReport,
@@ -36,7 +37,6 @@ from philora.dataset.prepare import (
     settings_of,
     weighted_rows,
 )
-from philora.dataset.read import quiet_datasets
 from philora.dataset.store import ANSWERS, cache_root
 from philora.dataset.template import IGNORED, Encoder, Tokenizer
 from philora.errors import DataError, fault

@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from philora.dataset.arrangement import with_tools
-from philora.dataset.read import Fault, Source, quiet_datasets, resolve
+from philora.dataset.datasets_library import quiet_datasets
+from philora.dataset.read import resolve
+from philora.dataset.records import Fault, Source
 from philora.dataset.shapes import Conversation, Message, Shape, shape_from_config
 from philora.dataset.store import (
     ANSWERS,

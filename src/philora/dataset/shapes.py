@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from philora.dataset.read import Fault, Record, parse_line
+from philora.dataset.records import Fault, Record, parse_line
 from philora.dataset.turns import TURN_KEYS, described, turn_columns
 from philora.errors import DataError, fault, nearest
 

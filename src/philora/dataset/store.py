@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from philora.dataset.read import Batch, Fault, Record, Source, parse_line
+from philora.dataset.records import Batch, Fault, Record, Source, parse_line
 from philora.dataset.shapes import Conversation, Shape, detect
 from philora.dataset.template import Encoder
 from philora.dataset.turns import described as turns_described

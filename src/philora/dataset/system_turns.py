@@ -9,7 +9,8 @@ from typing import Any
 
 from philora.configuration.sections import DataConfig
 from philora.dataset.prepare import PreparedData, shape_of
-from philora.dataset.read import Fault, resolve
+from philora.dataset.read import resolve
+from philora.dataset.records import Fault
 from philora.dataset.store import recognised
 from philora.models.run_folder import SystemTurn
 

@@ -40,7 +40,7 @@ from philora.dataset.arrangement import (
     split_tools,
     tools_not_shown,
 )
-from philora.dataset.read import Fault
+from philora.dataset.records import Fault
 from philora.dataset.shapes import Conversation, Message
 from philora.errors import DataError, fault
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from philora.dataset.read import BATCH_ROWS, Batch, Fault, Record, Source, parse_line
+from philora.dataset.records import BATCH_ROWS, Batch, Fault, Record, Source, parse_line
 from philora.errors import DataError, fault, nearest
 
 TURN_KEYS = ("conversation", "role", "content", "time")

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from philora.adapters.peft_layers import load_adapter
 from philora.configuration.sections import ModelConfig, SourceConfig, TokenizerConfig
 from philora.dataset.arrangement import with_tools
-from philora.dataset.read import Fault, resolve, text_lines
+from philora.dataset.file_bytes import text_lines
+from philora.dataset.read import resolve
+from philora.dataset.records import Fault
 from philora.dataset.shapes import prompt_of
 from philora.errors import AdapterError, DataError, ModelError, fault, one_per_line
 from philora.files.checkpoint import write_text

@@ -17,7 +17,8 @@ from philora import families
 from philora.configuration.fields import FIELDS
 from philora.configuration.sections import SourceConfig
 from philora.configuration.yaml_text import parse
-from philora.dataset.read import Fault, resolve
+from philora.dataset.read import resolve
+from philora.dataset.records import Fault
 from philora.dataset.store import recognised
 from philora.kernels.memory import available_bytes
 from philora.models.loading import bf16_is_fast

@@ -73,7 +73,7 @@ def push(
         private: Whether a new repository is private; default: what the owner's settings say.
         dry_run: Make everything and list it, but send nothing and ask for no token.
         base: Base model; default: the one that the adapter names.
-        token: Default: that of the environment, of `.env`, or of the login.
+        token: Default: that of `HF_TOKEN`, or of the login.
 
     Raises:
         ConfigError: The name or the token is not usable, or the repository holds weights that would be loaded together

@@ -131,34 +131,6 @@ def adapter_subfolders(place: HubPath) -> list[str]:
 
 # --------------------------------------------------------------------------------------------- writing to it
 
-_TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-
-
-def find_token(folder: Path | None = None) -> str | None:
-    """A token of the Hub: from the environment, from `.env` in a folder, or from the login.
-
-    Args:
-        folder: Where `.env` is looked for; default: the working directory.
-    """
-    for name in _TOKEN_NAMES:
-        if os.environ.get(name, "").strip():
-            return os.environ[name].strip()
-    return _from_dotenv((folder or Path.cwd()) / ".env") or get_token()
-
-
-def _from_dotenv(path: Path) -> str | None:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    for line in lines:
-        name, assigned, value = line.strip().removeprefix("export ").partition("=")
-        if assigned and name.strip() in _TOKEN_NAMES:
-            value = value.strip()
-            quoted = value[:1] in ("'", '"') and value.find(value[0], 1) > 0
-            return (value[1 : value.find(value[0], 1)] if quoted else value.partition(" #")[0].strip()) or None
-    return None
-
 
 def check_repo_id(repo_id: str, where: str, name: str = "repo_id") -> None:
     """Refuse a name that no repository can have.
@@ -174,15 +146,15 @@ def check_repo_id(repo_id: str, where: str, name: str = "repo_id") -> None:
 
 
 def require_token(where: str, token: str | None = None) -> str:
-    """The token that was given, else the one that is found.
+    """Return the token that was given, else that of `HF_TOKEN` or of the login.
 
     Raises:
         ConfigError: There is none.
     """
-    found = token or find_token()
+    found = token or get_token()
     if found is None:
         expected = "a token with write access"
-        todo = "Set HF_TOKEN, write HF_TOKEN=... into .env in this folder, or log in: hf auth login"
+        todo = "Set HF_TOKEN, or log in: hf auth login"
         raise ConfigError(fault(where, "token", None, expected, todo))
     return found
 

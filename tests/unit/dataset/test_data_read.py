@@ -10,8 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from philora.configuration.sections import SourceConfig
-from philora.dataset import read
-from philora.dataset.read import Fault, parse_line, resolve
+from philora.dataset import datasets_library, file_bytes, json_files
+from philora.dataset.read import resolve
+from philora.dataset.records import Fault, parse_line
 from philora.errors import DataError
 from philora.runtime import hub
 
@@ -101,7 +102,7 @@ def test_json_objects_one_after_another_are_read_to_the_end(tmp_path, monkeypatc
     file = tmp_path / "a.json"
     file.write_text(between.join(json.dumps(each, indent=2, ensure_ascii=False) for each in RECORDS), encoding="utf-8")
     assert values(file) == RECORDS
-    monkeypatch.setattr(read, "_JSON_BLOCK", 50)
+    monkeypatch.setattr(json_files, "BLOCK_CHARACTERS", 50)
     assert values(file) == RECORDS
     places = [int(where.rsplit(":")[-1]) for where, _ in records(file)]
     assert places[0] == 1
@@ -160,7 +161,7 @@ def test_the_splits_of_a_folder_are_those_of_the_hub(tmp_path, folder):
     assert [each["text"] for _, each in records(place, "eval")] == ["validation 0 1", "validation 1 1"]
     assert [each["text"] for each in values(place, split="test")] == ["test 0 2", "test 1 2"]
     if folder == "plain":
-        with read.quiet_datasets():
+        with datasets_library.quiet_datasets():
             loaded = datasets.load_dataset(str(place), cache_dir=str(tmp_path / "cache"))
         for name, rows in loaded.items():
             assert rows["text"] == [each["text"] for each in values(place, split=name)]
@@ -208,10 +209,10 @@ def test_lines_of_a_text_end_at_newlines_alone(tmp_path):
     said = ["one\u2028still one", "two\x85still two\x0cand", "", "three"]
     for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n"), ("utf-16", "\n")):
         file.write_bytes(end.join(said).encode(encoding))
-        assert [text for _, text in read.text_lines(file)] == said
+        assert [text for _, text in file_bytes.text_lines(file)] == said
     file.write_bytes("en\npå\n".encode("cp1252"))
     with pytest.raises(DataError, match=r"a.txt:2: byte='0xe5' - expected UTF-8 text.*windows-1252"):
-        list(read.text_lines(file))
+        list(file_bytes.text_lines(file))
 
 
 def test_names_that_stand_twice_are_refused(tmp_path):
@@ -227,7 +228,7 @@ def test_json_lines_under_the_name_json(tmp_path):
 
 
 def test_records_across_the_edges_of_the_window(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "_JSON_BLOCK", 7)
+    monkeypatch.setattr(json_files, "BLOCK_CHARACTERS", 7)
     file = tmp_path / "a.json"
     items = [*RECORDS, {"number": 1234567890.5, "flag": True, "none": None, "escape": '\u2028\\"\n é'}]
     for indent, ascii_only in ((None, True), (3, False)):
@@ -475,6 +476,6 @@ def test_datasets_is_quiet_and_then_as_before():
     import datasets
 
     datasets.enable_progress_bars()
-    with read.quiet_datasets():
+    with datasets_library.quiet_datasets():
         assert datasets.are_progress_bars_disabled()
     assert not datasets.are_progress_bars_disabled()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from philora.dataset.read import Fault
+from philora.dataset.records import Fault
 from philora.dataset.shapes import Shape, detect, prompt_of, shape_from_config
 from philora.errors import DataError
 

@@ -25,7 +25,7 @@ from philora.models.loading import local_path
 from philora.models.locate import licence
 from philora.reporting.card import model_card
 from philora.reporting.pushing import push
-from philora.runtime.hub import find_token
+from philora.runtime.hub import require_token
 from tests.hub_server import TOKEN, hub_server
 
 
@@ -35,7 +35,7 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("philora.runtime.hub.get_token", lambda: None)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/no/such/file")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
@@ -270,26 +270,20 @@ def test_names_that_no_repository_can_have(name, hub, run):
 def test_without_a_token(hub, run, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"token=None - expected a token with write access. Set HF_TOKEN, write HF_TOKEN"
-    ):
+    with pytest.raises(ConfigError, match=r"token=None - expected a token with write access. Set HF_TOKEN, or log in"):
         push(run, "me/x")
     assert not hub.requests
 
 
 def test_where_the_token_is_found(hub, monkeypatch, tmp_path):
-    assert find_token(tmp_path) == TOKEN
+    assert require_token("run", "hf_given") == "hf_given"
+    assert require_token("run") == TOKEN
     monkeypatch.delenv("HF_TOKEN")
-    for line in (
-        f"HF_TOKEN={TOKEN}",
-        f'export HF_TOKEN="{TOKEN}" # mine',
-        f"A=1\nHUGGING_FACE_HUB_TOKEN = {TOKEN} # x\n",
-    ):
-        (tmp_path / ".env").write_text(line)
-        assert find_token(tmp_path) == TOKEN
-    (tmp_path / ".env").write_text("HF_TOKEN=\nOTHER=hf_x")
-    monkeypatch.setattr("philora.runtime.hub.get_token", lambda: "of the login")
-    assert find_token(tmp_path) == "of the login"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\n")  # a secret of another program
+    (tmp_path / "login").write_text("of_the_login")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "login"))
+    assert require_token("run") == "of_the_login"
 
 
 def test_what_the_hub_refuses_is_one_message_without_the_token(hub, run, monkeypatch):
@@ -330,10 +324,14 @@ def test_only_peft_folders(tmp_path, hub):
 
 
 def test_the_command(hub, run, tmp_path):
-    """A real process, with the token in .env and the Hub's address in the environment."""
-    (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    """A real process, with the token and the Hub's address in the environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {
+        "HF_TOKEN": TOKEN,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     command = [sys.executable, "-m", "philora", "--debug", "push", str(run), "me/helpdesk", "--private"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -342,7 +340,7 @@ def test_the_command(hub, run, tmp_path):
     assert TOKEN not in done.stdout + done.stderr
     assert "adapter_model.safetensors" in hub.repositories["me/helpdesk"]
     for path in tmp_path.rglob("*"):
-        if path.is_file() and path.name != ".env":
+        if path.is_file():
             assert TOKEN.encode() not in path.read_bytes(), path
 
 
