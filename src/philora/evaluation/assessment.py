@@ -113,27 +113,62 @@ def evaluate(
         RunError: The judge failed.
     """
     started = time.monotonic()
-    if judge is not None:
-        _check_judge(judge)
-    names, missing = measures.choose(metrics)
-    for name in missing:
-        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
+    _check_judge(judge)
+    names = _overlap_names(metrics)
     loaded = load(source, base=base)
     folder = _folder(loaded, out)
     settings = _settings(loaded, generation or {})
     found = held_out_of(loaded, data)
     kept = rows_to_score(found, limit, keep_training_rows)
+    asked = _asked(loaded, found, kept, answers)
+    before, after, general = _both_models(loaded, found, kept, asked, settings, forgetting)
+    examples = _examples(found, kept, asked, before, after)
+    figures = _figures(names, judge, before, after, examples)
+    kept_knowledge = _forgetting(*general) if general else []
+    results = {
+        **_identity(loaded, command, source, data, settings),
+        **_rows(found, kept, keep_training_rows),
+        **_scores(before, after),
+        "comparison": [measure.to_dict() for measure in figures],
+        "forgetting": [measure.to_dict() for measure in kept_knowledge],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return Assessment(folder, _write(folder, results, examples), figures, kept_knowledge)
+
+
+def _figures(
+    names: Sequence[str], judge: str | None, before: Evaluation, after: Evaluation, examples: list[dict[str, Any]]
+) -> list[Paired]:
+    figures = compare(before, after) + _overlap(names, before, after, examples)
+    if judge is not None and after.samples:
+        figures.append(_judged(judge, examples))
+    return figures
+
+
+def _asked(loaded: Loaded, found: HeldOut, kept: Sequence[int], answers: int | None) -> list[int]:
+    """Return the rows that get an answer."""
     if answers is None:
         answers = loaded.run.evaluation.generate if loaded.run is not None else ANSWERS
     answerable = set(found.answerable)
-    asked = [row for row in kept if row in answerable][:answers]
+    return [row for row in kept if row in answerable][:answers]
+
+
+def _both_models(
+    loaded: Loaded,
+    found: HeldOut,
+    kept: Sequence[int],
+    asked: Sequence[int],
+    settings: GenerationSettings,
+    forgetting: bool,
+) -> tuple[Evaluation, Evaluation, tuple[_General, _General] | None]:
+    """Evaluate the base, then the adapter, on the same rows and prompts; the third: what each does of general ones."""
     rows = found.rows.select(kept)
     conversations = [prompts_and_references(found.conversations[row]) for row in asked]
     logger.info("evaluating %d rows, %d answers", len(kept), len(conversations))
     evaluations, general = [], []
-    for model_name in ("base", "adapter"):
-        with loaded.model.disable_adapter() if model_name == "base" else contextlib.nullcontext():
-            each = evaluate_model(
+    for name in ("base", "adapter"):
+        with loaded.model.disable_adapter() if name == "base" else contextlib.nullcontext():
+            evaluation = evaluate_model(
                 loaded.model,
                 loaded.tokenizer,
                 rows,
@@ -141,16 +176,26 @@ def evaluate(
                 settings,
                 pad_token_id=cast(int, loaded.tokenizer.pad_token_id),
             )
-            logger.info("%s: loss %.4f, %.0f s", model_name, each.scores.loss, each.seconds)
-            evaluations.append(each)
-            general.append(_general(loaded) if forgetting else None)
+            logger.info("%s: loss %.4f, %.0f s", name, evaluation.scores.loss, evaluation.seconds)
+            evaluations.append(evaluation)
+            if forgetting:
+                general.append(_general(loaded))
     before, after = evaluations
-    examples = _examples(found, kept, asked, before, after)
-    figures = compare(before, after) + _overlap(names, before, after, examples)
-    if judge is not None and after.samples:
-        figures.append(_judged(judge, examples))
-    kept_knowledge = _forgetting(general[0], general[1]) if general[0] and general[1] else []
-    results = {
+    return before, after, (general[0], general[1]) if forgetting else None
+
+
+def _overlap_names(metrics: Sequence[str] | None) -> list[str]:
+    """Return the measures of overlap that are computed, and warn of those whose package is not installed."""
+    names, missing = measures.choose(metrics)
+    for name in missing:
+        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
+    return list(names)
+
+
+def _identity(
+    loaded: Loaded, command: str, source: str | Path, data: str | Path | None, settings: GenerationSettings
+) -> dict[str, Any]:
+    return {
         "philora": philora.__version__,
         "versions": _versions(),
         "command": command,
@@ -158,23 +203,34 @@ def evaluate(
         "adapter": _adapter_in_run(loaded),
         "base": loaded.base,
         "data": str(data) if data is not None else "held out by the run",
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+def _rows(found: HeldOut, kept: Sequence[int], keep_training_rows: bool) -> dict[str, Any]:
+    return {
         "rows": len(kept),
         "training_rows_left_out": 0 if keep_training_rows else len(found.in_training or ()),
         "training_rows_known": found.in_training is not None,
+    }
+
+
+def _scores(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    return {
         "answers": len(after.samples),
         "too_long": after.too_long,
-        "settings": dataclasses.asdict(settings),
         "before": before.scores.to_dict(),
         "after": after.scores.to_dict(),
-        "comparison": [each.to_dict() for each in figures],
-        "forgetting": [each.to_dict() for each in kept_knowledge],
-        "seconds": round(time.monotonic() - started, 1),
     }
-    lines = "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in examples)
+
+
+def _write(folder: Path, results: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write results and examples; return the results as they are read back."""
+    lines = "".join(json.dumps(example, ensure_ascii=False, allow_nan=False) + "\n" for example in examples)
     with new_folder(folder) as temporary:
-        write_json(temporary / "results.json", results)
+        write_json(temporary / "results.json", dict(results))
         write_text(temporary / "examples.jsonl", lines)
-    return Assessment(folder, json.loads((folder / "results.json").read_text("utf-8")), figures, kept_knowledge)
+    return cast("dict[str, Any]", json.loads((folder / "results.json").read_text("utf-8")))
 
 
 # -- what is evaluated
@@ -434,8 +490,10 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
     return scores
 
 
-def _check_judge(command: str) -> None:
+def _check_judge(command: str | None) -> None:
     """Refuse a judge that cannot be started, before the models answer."""
+    if command is None:
+        return
     try:
         words = shlex.split(command)
     except ValueError:

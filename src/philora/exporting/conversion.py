@@ -96,11 +96,21 @@ def export(
     layout = layout or next(iter(FORMATS.get(format, ())), "")
     _check_arguments(format, layout, dtype, out)
     found = find_adapter(source, base)
-    place = require_base(found)
+    require_base(found)
     name = base or _base_name(found)
     if format in ("gguf", "ollama"):
         return _export_gguf(found, out, layout, dtype, name, lora_alpha, ollama=format == "ollama")
-    model = load_base(place, found.revision)
+    result = _export_adapter(found, out, format, layout, name, lora_alpha)
+    logger.info("%s: %s", out, result)
+    return Exported(out, result)
+
+
+def _export_adapter(
+    found: AdapterSource, out: Path, format: str, layout: str, name: str, lora_alpha: float | None
+) -> Agreement:
+    """Write an adapter in PEFT's or loralib's format, read it again and compare the logits of both."""
+    base = require_base(found)
+    model = load_base(base, found.revision)
     tokens = probe(model.config.get_text_config().vocab_size, model.device)
     plain = logits_of(model, tokens)
     with restored(model):
@@ -121,12 +131,11 @@ def export(
             check_updates(adapter, again)
             bound = ROUNDED_ONCE[next(model.parameters()).dtype]
             result = agreement(f"export to {format}", reference, logits_of(applied, tokens), bound, plain)
-        companions = Companions(found.path, Path(place), model.config)
+        companions = Companions(found.path, Path(base), model.config)
         companions.write(folder, files=format == "peft")
         if format == "peft":
             write_text(folder / "README.md", _readme(name, layout, wanted, companions))
-    logger.info("%s: %s", out, result)
-    return Exported(out, result)
+    return result
 
 
 def _check_arguments(format: str, layout: str, dtype: str, out: Path) -> None:

@@ -107,29 +107,11 @@ def write_gguf(
     words = vocabulary(companions.tokenizer, config.vocab_size, companions.stops)
     prompts = _prompts(found, companions.tokenizer, config)
 
-    model = _base_as_trained(found, base)
-    plain = row_logits(model, prompts.rows)
     facts = {"base_model": base_name, "license": licence(str(base)) or licence(base_name) or ""}
-    if layout == "merged":
-        files: tuple[str, ...] = (f"model-{file_type}.gguf",)
-        model, reference = _merged(model, found, prompts.rows, lora_alpha)
-        write_model(model, folder / files[0], words, file_type=file_type, name=name, facts=facts)
-        _check_tensors(model, folder / files[0], file_type)
-    else:
-        files = (f"base-{file_type}.gguf", "adapter.gguf")
-        write_model(
-            model, folder / files[0], words, file_type=file_type, name=base_name, facts={"license": facts["license"]}
-        )
-        _check_tensors(model, folder / files[0], file_type)
-        with restored(model):
-            applied, adapter = read_adapter(model, found, lora_alpha)
-            reference = row_logits(applied, prompts.rows)
-            served = for_server(adapter, model)
-        write_lora(served, model, folder / files[1], file_type=file_type, name=name, facts=facts)
-        _check_lora(served, model, folder / files[1])
-        del applied
-    del model
-    gc.collect()
+    source = _Source(found, base, lora_alpha)
+    write = _write_merged if layout == "merged" else _write_base_and_adapter
+    files, reference, plain = write(source, folder, words, prompts.rows, file_type, name, facts)
+    gc.collect()  # the model, before what was written is loaded
     compared = _compare(folder, files, file_type, prompts, reference, plain)
     if layout == "adapter":
         (folder / files[0]).unlink()
@@ -141,6 +123,50 @@ def write_gguf(
     readme = _readme(name, base_name, files, layout, companions, context_tokens(config), ollama, system)
     write_text(folder / "README.md", readme)
     return GGUFExport(files, *compared)
+
+
+class _Source(NamedTuple):
+    """The adapter that is written, the folder of its base, and the alpha of a loralib file that lacks it."""
+
+    found: AdapterSource
+    base: Path
+    lora_alpha: float | None
+
+
+_Written = tuple[tuple[str, ...], list[Tensor], list[Tensor]]
+"""The files, and the logits of the model with the adapter and of the base alone."""
+
+
+def _write_merged(
+    source: _Source, folder: Path, words: Any, rows: Any, file_type: str, name: str, facts: dict[str, str]
+) -> _Written:
+    """Write one model with the adapter in its weights."""
+    model = _base_as_trained(source.found, source.base)
+    plain = row_logits(model, rows)
+    file = f"model-{file_type}.gguf"
+    model, reference = _merged(model, source.found, rows, source.lora_alpha)
+    write_model(model, folder / file, words, file_type=file_type, name=name, facts=facts)
+    _check_tensors(model, folder / file, file_type)
+    return (file,), reference, plain
+
+
+def _write_base_and_adapter(
+    source: _Source, folder: Path, words: Any, rows: Any, file_type: str, name: str, facts: dict[str, str]
+) -> _Written:
+    """Write the base, and the adapter in a file of its own."""
+    model = _base_as_trained(source.found, source.base)
+    plain = row_logits(model, rows)
+    files = (f"base-{file_type}.gguf", "adapter.gguf")
+    license_fact, base_name = {"license": facts["license"]}, facts["base_model"]
+    write_model(model, folder / files[0], words, file_type=file_type, name=base_name, facts=license_fact)
+    _check_tensors(model, folder / files[0], file_type)
+    with restored(model):
+        applied, adapter = read_adapter(model, source.found, source.lora_alpha)
+        reference = row_logits(applied, rows)
+        served = for_server(adapter, model)
+    write_lora(served, model, folder / files[1], file_type=file_type, name=name, facts=facts)
+    _check_lora(served, model, folder / files[1])
+    return files, reference, plain
 
 
 def _prompts(found: AdapterSource, tokenizer: PreTrainedTokenizerBase, config: Any) -> _Prompts:

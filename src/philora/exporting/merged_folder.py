@@ -60,7 +60,7 @@ from philora.models.base_files import (
     read_trained_over,
 )
 from philora.models.loading import load_skeleton, local_path
-from philora.models.locate import find_adapter, require_base
+from philora.models.locate import AdapterSource, find_adapter, require_base
 from philora.models.run_folder import TrainedRun, example_messages
 from philora.models.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES, Companions, copy_files
 from philora.models.verify import Agreement, agreement, logits_of
@@ -136,12 +136,20 @@ def merge_to_folder(
     if not adapter.path.is_dir():
         expected, todo = "an adapter in PEFT's format", "Convert it first"
         raise AdapterError(fault("merge", "source", str(source), expected, todo))
-    place = require_base(adapter)
-    folder = base_folder(place, adapter.revision)
-    trained_over = read_trained_over(folder, place, adapter.path, fresh_base)
+    result = _merge(source, out, adapter, fresh_base, max_shard_size, verify)
+    logger.info("%s: %d files, %s", out, result.shards, result.agreement or "not verified")
+    return result
+
+
+def _merge(
+    source: str | Path, out: Path, adapter: AdapterSource, fresh_base: bool, max_shard_size: int | str, verify: bool
+) -> MergeResult:
+    base = require_base(adapter)
+    folder = base_folder(base, adapter.revision)
+    trained_over = read_trained_over(folder, base, adapter.path, fresh_base)
     weights = _Weights(folder, adapter.path, trained_over)
     shards = _shards(weights.like, max_shard_size)
-    needed = sum(each.nbytes for each in weights.like.values())
+    needed = sum(tensor.nbytes for tensor in weights.like.values())
     _check_room(out, needed)
     try:
         with whole_folder(out) as temporary:
@@ -149,15 +157,14 @@ def merge_to_folder(
             _write_companions(folder, adapter.path, temporary, untied=weights.untied)
             companions = Companions(temporary, temporary, weights.config)
             companions.write(temporary, files=False)
-            write_text(temporary / "README.md", _card(out.name, source, place, companions, adapter.run))
-            result = _compare(folder, adapter.path, temporary, trained_over) if verify else None
+            write_text(temporary / "README.md", _card(out.name, source, base, companions, adapter.run))
+            agreement = _compare(folder, adapter.path, temporary, trained_over) if verify else None
     except Exception as error:
         if not disk_full(error):
             raise
         todo = "Free some space, or give another folder; nothing was written"
         raise RunError(fault("merge", "out", str(out), f"room for {needed:,} bytes", todo)) from error
-    logger.info("%s: %d files, %s", out, len(shards), result or "not verified")
-    return MergeResult(out, result, len(shards), total)
+    return MergeResult(out, agreement, len(shards), total)
 
 
 def free_folder(out: str | Path) -> Path:

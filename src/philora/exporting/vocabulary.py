@@ -154,27 +154,20 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
         raise ModelError(one_per_line(faults))
     strips = _strips(added.values(), faults)
     tokens, types = _tokens(ids, added, described["model"], size)
+    pairs = [
+        tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in described["model"]["merges"]
+    ]
     scores: list[float] = []
     merges: list[str] = []
-    pre, space = "default", False
-    pairs = [
-        tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in described["model"]["merges"]
-    ]
+    model, pre, space = "gpt2", "default", False
     if described["model"].get("byte_fallback"):
         model = "llama"
         scores = _scores(tokens, types, pairs, faults)
         space = _space_after_special(described, backend, added, faults)
     else:
-        model = "gpt2"
-        merges = [" ".join(each) for each in pairs]
+        merges = [" ".join(pair) for pair in pairs]
         pre = _pre(described, backend, faults)
-    special = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else stops[-1],
-        "eot": stops[0] if stops else None,
-        "unknown": tokenizer.unk_token_id if model == "llama" else None,
-        "padding": tokenizer.pad_token_id,
-    }
+    special = _special(tokenizer, stops, model)
     if faults:
         raise ModelError(one_per_line(faults))
     return Vocabulary(
@@ -184,12 +177,24 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
         types=types,
         scores=scores,
         merges=merges,
-        special={name: int(each) for name, each in special.items() if each is not None},
+        special=special,
         add_bos=_begins_with_bos(tokenizer),
         add_space_prefix=space,
         strips=strips,
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     )
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], model: str) -> dict[str, int]:
+    """Return the ids of the tokens that GGUF knows by their role."""
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else stops[-1],
+        "eot": stops[0] if stops else None,
+        "unknown": tokenizer.unk_token_id if model == "llama" else None,
+        "padding": tokenizer.pad_token_id,
+    }
+    return {role: int(token) for role, token in special.items() if token is not None}
 
 
 def _strips(added: Iterable[Mapping[str, Any]], faults: list[str]) -> bool:

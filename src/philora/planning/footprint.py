@@ -263,7 +263,7 @@ class Footprint:
         kernels = KERNELS_CPU_BYTES if on_cpu else 0
         weights = self.weights + (self.stack.fp8_bytes if self.stack else 0)
         return Estimate(
-            weights=weights,
+            weights=math.ceil(sum(held for _, held in counts)),
             adapter=round(2 * self.trained_bytes * self.trainable + copies),
             optimizer=self.optimizer,
             activations=round(activations),
@@ -389,41 +389,30 @@ def footprint(
     dtype = resolve_dtype(settings.dtype)
     scheme, quantized = _quantized(base, settings.quantization, dtype)
     size = torch.finfo(dtype).bits // 8
-    trained = [each for each in model.parameters() if each.requires_grad]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     counts, matrices = _parameters(model, quantized, size)
-    weights = math.ceil(sum(held for _, held in counts))
-    plain = (
-        each.weight.numel()
-        for name, each in base.named_modules()
-        if isinstance(each, nn.Linear) and plain_name(f"{name}.weight") not in quantized
-    )
-    packed = sum(plain) * size if packs(model, device, dtype) else 0
+    packed = _plain_weights(base, quantized) * size if packs(model, device, dtype) else 0
     stored = getattr(config, "dtype", None) or dtype
     in_files = scheme_of(base.config) is not None or (scheme == "none" and stored == dtype)
     converts = scheme == "none" and stored != dtype
     parameters = sum(count for count, _ in counts)
-    heads = int(getattr(config, "num_attention_heads", 1))
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads, width, key_value = _attention_sizes(config)
     layers = decoder_layers(base)
     linears = list(_linears(layers[0]))
-    largest = max(linears, key=lambda each: each.out_features * each.in_features)
+    largest = max(linears, key=lambda linear: linear.out_features * linear.in_features)
     every = sum(one.out_features * one.in_features for layer in layers for one in _linears(layer))
-    key_value = int(getattr(config, "num_key_value_heads", None) or heads) * width
-    sizes = None
-    if stack:
-        fp8 = scheme == "none" and settings.base_products == "fp8"
-        sizes = _stack_sizes(config, linears, (len(layers), heads, width, key_value), size, fp8, every)
+    fp8, shape = scheme == "none" and settings.base_products == "fp8", (len(layers), heads, width, key_value)
     return Footprint(
         device=device,
         dtype=dtype,
         quantization=scheme,
         parameters=parameters,
-        trainable=sum(each.numel() for each in trained),
+        trainable=sum(weight.numel() for weight in trained),
         trained_bytes=trained_bytes,
-        weights=weights,
+        weights=math.ceil(sum(held for _, held in counts)),
         mapped=device == "cpu" and in_files,
         converted=parameters * torch.finfo(stored).bits // 8 if converts else 0,
-        optimizer=sum(optimizer_bytes(optim, each.shape, trained_bytes) for each in trained),
+        optimizer=sum(optimizer_bytes(optim, weight.shape, trained_bytes) for weight in trained),
         layers=len(layers),
         hidden=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
@@ -434,8 +423,24 @@ def footprint(
         quantized_matrix=max(matrices),
         skips_last=isinstance(base.base_model, Phi3Model),
         packed=packed,
-        stack=sizes,
+        stack=_stack_sizes(config, linears, shape, size, fp8, every) if stack else None,
     )
+
+
+def _plain_weights(base: nn.Module, quantized: Any) -> int:
+    """Return the number of weights in linear layers that are not quantised."""
+    return sum(
+        layer.weight.numel()
+        for name, layer in base.named_modules()
+        if isinstance(layer, nn.Linear) and plain_name(f"{name}.weight") not in quantized
+    )
+
+
+def _attention_sizes(config: Any) -> tuple[int, int, int]:
+    """Return the number of heads, the width of one, and the width of all keys."""
+    heads = int(getattr(config, "num_attention_heads", 1))
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return heads, width, int(getattr(config, "num_key_value_heads", None) or heads) * width
 
 
 def _parameters(
@@ -472,7 +477,7 @@ def _stack_sizes(
         element_bytes=size,
         dropout=any(getattr(drop, "p", 0.0) > 0 for each in adapters for drop in each.lora_dropout.values()),
         fp8=fp8,
-        weights=weights,
+        weights=math.ceil(sum(held for _, held in counts)),
     )
 
 

@@ -65,6 +65,9 @@ PRODUCT_SHARE = 0.58
 GRADES: tuple[Recomputation, ...] = ("none", "elementwise", "full", "host")
 
 
+DEFAULT_OPTIM = "adamw_torch_fused"
+
+
 class Change(NamedTuple):
     """A setting that would save memory.
 
@@ -269,59 +272,29 @@ def plan(
     config = with_learning_rate(config, adapted.get_base_model().config)
     given = {**config.training_config, **(chosen or {})}
     device = _device(given)
-    optim = str(given.get("optim") or "adamw_torch_fused")
-    trained_bytes = 2 if given.get("adapter_dtype") == "bfloat16" else 4
-    packing = bool(given.get("packing", True))
+    optim = str(given.get("optim") or DEFAULT_OPTIM)
     facts = facts_of_device(torch.device(device))
-    stacked = {each: decoder_layers(config, adapted, facts, each) for each in GRADES}
-    counted = footprint(adapted, config.model, optim, device, trained_bytes, stack=stacked["none"].path == "stack")
-    counted = replace(counted, graph=counted.stack is not None and device == "cuda" and graph_switch() == "all")
+    stacked = {grade: decoder_layers(config, adapted, facts, grade) for grade in GRADES}
+    counted = _footprint(config, adapted, given, device, stacked)
     max_length, tokens_per_step = _lengths(config, report, max_length, chosen, device)
-    train = None if report.streaming else report.train
-    mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
-    row_tokens = max_length if packing else min(mean, max_length)
-    # Rows that are not packed are filled up to the longest of their batch, and some batch has the longest of all.
-    longest = max_length if packing or train is None else min(max(train.longest_tokens, mean), max_length)
-    label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
-    memory = available_bytes(device) // sharing
-    answers = _answers(config, adapted, facts)
+    rows = _row_lengths(report, max_length, bool(given.get("packing", True)))
+    memory, answers = available_bytes(device) // sharing, _answers(config, adapted, facts)
     evaluated = _evaluated(config, report, max_length, counted, memory)._replace(by_graph=answers == BY_GRAPH)
-    wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
-    batch = choose(
-        counted,
-        row_tokens=row_tokens,
-        longest_row_tokens=longest,
-        tokens_per_step=tokens_per_step,
-        rows=wanted["per_device_train_batch_size"],
-        accumulation=wanted["gradient_accumulation_steps"],
-        recomputation=recomputation_of(given.get("gradient_checkpointing", "auto")),
-        host=stacked["host"].path == "stack",
-        memory=memory,
-        processes=processes,
-        label_share=label_share,
-        evaluation=evaluated,
-    )
-
-    situation = _Situation(config, adapted, counted, batch, max_length, longest, packing, label_share, evaluated)
-    notices = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
+    host = stacked["host"].path == "stack"
+    batch = _batch(given, counted, rows, evaluated, memory, tokens_per_step, processes, host)
+    lengths = (max_length, rows.longest, rows.packed, rows.label_share)
+    situation = _Situation(config, adapted, counted, batch, *lengths, evaluated)
     slow = situation.slow_bf16(optim, memory)
-    changes = situation.changes(optim, memory) if batch.estimate.peak > FILLED * memory else ()
-    rate = measure_rate(counted, batch.rows * row_tokens)
-    document = min(mean, max_length)
-    flops = counted.flops_per_token(batch.recomputation, label_share, document)
-    seconds = batch.rows * row_tokens * flops / rate.flops_per_second / PRODUCT_SHARE
-    if rate.dequantized_per_second is not None:
-        times = 3 if batch.recomputation in WHOLE_LAYERS else 2
-        seconds += times * counted.linears.weights / rate.dequantized_per_second
-    step_tokens = batch.rows * batch.accumulation * row_tokens * processes
+    notices = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
+    rate = measure_rate(counted, batch.rows * rows.tokens)
     return Plan(
         micro_batch_rows=batch.rows,
         accumulation=batch.accumulation,
         recomputation=batch.recomputation,
         max_length=max_length,
-        row_tokens=row_tokens,
-        step_tokens=step_tokens,
-        steps=_steps(given, train, packing, row_tokens, batch, processes),
+        row_tokens=rows.tokens,
+        step_tokens=batch.rows * batch.accumulation * rows.tokens * processes,
+        steps=_steps(given, rows.counts, rows.packed, rows.tokens, batch, processes),
         parameters=counted.parameters,
         trainable=counted.trainable,
         quantization=counted.quantization,
@@ -329,15 +302,93 @@ def plan(
         estimate=batch.estimate,
         available_bytes=memory,
         rate=rate,
-        step_seconds=seconds * batch.accumulation,
+        step_seconds=_micro_batch_seconds(counted, batch, rows, rate) * batch.accumulation,
         learning_rate=float(given["learning_rate"]),
         learning_rate_origin=config.origins.get("training_config.learning_rate", "default"),
-        changes=changes,
+        changes=situation.changes(optim, memory) if batch.estimate.peak > FILLED * memory else (),
         idle_gpus=idle_gpus(config.training_config, config.model.device_map),
         decoder_layers=stacked[batch.recomputation],
         answers=answers,
         notices=(*notices, *filter(None, [slow])),
     )
+
+
+def _footprint(
+    config: Config, adapted: PeftModel, given: Mapping[str, Any], device: str, stacked: Mapping[Any, Choice]
+) -> Footprint:
+    """Count the model as the run will compute it."""
+    trained_bytes = 2 if given.get("adapter_dtype") == "bfloat16" else 4
+    optim = str(given.get("optim") or DEFAULT_OPTIM)
+    counted = footprint(adapted, config.model, optim, device, trained_bytes, stack=stacked["none"].path == "stack")
+    return replace(counted, graph=counted.stack is not None and device == "cuda" and graph_switch() == "all")
+
+
+class _RowLengths(NamedTuple):
+    """Rows as they are trained on.
+
+    Attributes:
+        counts: Of the training data; None where it is streamed.
+        packed: Whether conversations are packed.
+        tokens: Of a row.
+        longest: Tokens of the longest row of a batch.
+        document: Tokens of a conversation.
+        label_share: Share of the tokens that the loss is a sum over.
+    """
+
+    counts: SplitReport | None
+    packed: bool
+    tokens: int
+    longest: int
+    document: int
+    label_share: float
+
+
+def _row_lengths(report: DataReport, max_length: int, packed: bool) -> _RowLengths:
+    train = None if report.streaming else report.train
+    mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
+    document = min(mean, max_length)
+    # Rows that are not packed are filled up to the longest of their batch, and some batch has the longest of all.
+    longest = max_length if packed or train is None else min(max(train.longest_tokens, mean), max_length)
+    label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
+    return _RowLengths(train, packed, max_length if packed else document, longest, document, label_share)
+
+
+def _batch(
+    given: Mapping[str, Any],
+    counted: Footprint,
+    rows: _RowLengths,
+    evaluated: Evaluated,
+    memory: int,
+    tokens_per_step: int,
+    processes: int,
+    host: bool,
+) -> Batch:
+    """Choose what the configuration leaves open of a batch; `host`: whether inputs can be kept in host memory."""
+    wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
+    return choose(
+        counted,
+        row_tokens=rows.tokens,
+        longest_row_tokens=rows.longest,
+        tokens_per_step=tokens_per_step,
+        rows=wanted["per_device_train_batch_size"],
+        accumulation=wanted["gradient_accumulation_steps"],
+        recomputation=recomputation_of(given.get("gradient_checkpointing", "auto")),
+        host=host,
+        memory=memory,
+        processes=processes,
+        label_share=rows.label_share,
+        evaluation=evaluated,
+    )
+
+
+def _micro_batch_seconds(counted: Footprint, batch: Batch, rows: _RowLengths, rate: Rate) -> float:
+    """Estimate the time of a micro-batch from the rate of products on this device."""
+    flops = counted.flops_per_token(batch.recomputation, rows.label_share, rows.document)
+    seconds = batch.rows * rows.tokens * flops / rate.flops_per_second / PRODUCT_SHARE
+    if rate.dequantized_per_second is not None:
+        times = 3 if batch.recomputation in WHOLE_LAYERS else 2
+        seconds += times * counted.linears.weights / rate.dequantized_per_second
+    return seconds
 
 
 def decoder_layers(config: Config, adapted: PeftModel, device: DeviceFacts, recomputation: Recomputation) -> Choice:

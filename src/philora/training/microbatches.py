@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
-from philora.compat.trl import trl
+from philora.compat.trl import SFTTrainerHooks
 from philora.dataset.ids import check_batch, vocabulary_of
 from philora.errors import RunError, fault
 from philora.kernels.layout import KEYWORDS, LABELS
@@ -160,7 +160,7 @@ class _Step(NamedTuple):
     tokens: Any
 
 
-class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
+class MicroBatchTrainer(SFTTrainerHooks):
     """TRL's trainer, which goes on after out-of-memory: micro-batches are halved for the rest of the run.
 
     The optimizer step begins again with the gradients, the random state and the counts that it began with, so that it
@@ -174,29 +174,22 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
     current_gradient_accumulation_steps: int
     train_dataset: Any
     data_collator: Any
-    _total_train_tokens: Any
     _step: _Step | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(MicroBatchParts())
-        self._vocabulary = vocabulary_of(self.model)
+        self.vocabulary = vocabulary_of(self.model)
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; batches carry where their documents and labels are.
+    def wrap_collator(self, rows: Any, collate: Any) -> Any:
+        """Return a collator whose batches carry where their documents and labels are.
 
         Not where accelerate deals one batch to several processes, where prompts that train stand before the tokens,
         and under torch.compile, which would compile anew for each layout.
         """
-        collate = self.data_collator
         prompts = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
-        dealt = isinstance(dataset, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches
-        if not (prompts or dealt or self.args.torch_compile):
-            self.data_collator = HostLayout(collate)
-        try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.data_collator = collate
+        dealt = isinstance(rows, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches
+        return collate if prompts or dealt or self.args.torch_compile else HostLayout(collate)
 
     def _check_ids(self, inputs: Inputs) -> None:
         """Hold a batch against the vocabulary, where that takes no waiting for a GPU or its rows were not looked at.
@@ -205,7 +198,7 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             DataError: An id or label is none of the vocabulary's.
         """
         if self.args.device.type == "cpu" or not isinstance(self.train_dataset, datasets.Dataset):
-            check_batch(inputs, self._vocabulary, f"step {self.state.global_step + 1}, batch")
+            check_batch(inputs, self.vocabulary, f"step {self.state.global_step + 1}, batch")
 
     @property
     def _micro_batch_parts(self) -> MicroBatchParts:
@@ -224,9 +217,9 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         if self._step is None:
-            entries = {name: len(values) for name, values in self._metrics["train"].items()}
+            entries = {name: len(values) for name, values in self.pending_metrics["train"].items()}
             states = {each: random_state(each) for each in devices_of(model)}
-            self._step = _Step([], states, entries, self._total_train_tokens)
+            self._step = _Step([], states, entries, self.counted_tokens)
         step = self._step
         step.batches.append(inputs)
         todo = [inputs]
@@ -282,14 +275,14 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
         valid = self._gathered(count.to(outputs.entropy.device, non_blocking=True))
         for name, values in (("entropy", outputs.entropy), ("mean_token_accuracy", outputs.is_top1)):
             total = self._gathered(values.sum())
-            self._metrics[mode][name].append(torch.where(valid > 0, total / valid, 0.0))
+            self.pending_metrics[mode][name].append(torch.where(valid > 0, total / valid, 0.0))
         if mode == "train":
             mask = inputs.get("attention_mask")
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
             if self.accelerator.num_processes > 1:
                 tokens = self._gathered(torch.as_tensor(tokens, device=outputs.entropy.device))
-            self._total_train_tokens = self._total_train_tokens + tokens // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            self.counted_tokens = self.counted_tokens + tokens // self.tensor_parallel_size
+        self.pending_metrics[mode]["num_tokens"] = [self.counted_tokens]
 
     def _gathered(self, value: Tensor) -> Tensor:
         """Return the sum of a number over all processes. Shapes: (); returns ()."""
@@ -300,10 +293,10 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     def read_metrics(self) -> None:
         """Read what `compute_loss` has left on the device: numbers in the place of tensors, by one copy a device."""
-        for values in self._metrics["train"], self._metrics["eval"]:
+        for values in self.pending_metrics["train"], self.pending_metrics["eval"]:
             for name, each in values.items():
                 values[name] = numbers(each)
-        self._total_train_tokens = numbers([self._total_train_tokens])[0]
+        self.counted_tokens = numbers([self.counted_tokens])[0]
 
     def _in_parts(self, model: nn.Module, batches: list[Inputs], count: Any) -> Tensor | Inputs:
         """Forward and backward of micro-batches; the last one's loss, or the part that there was no memory for."""
@@ -311,7 +304,7 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
         loss = torch.zeros(())
         for inputs in batches:
             pieces = parts(inputs, self._micro_batch_parts.halvings)
-            begun = {name: len(values) for name, values in self._metrics["train"].items()}
+            begun = {name: len(values) for name, values in self.pending_metrics["train"].items()}
             losses = []
             try:
                 self.current_gradient_accumulation_steps = steps * len(pieces)
@@ -339,7 +332,7 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             return whole
         while True:
             pieces = parts(inputs, self._micro_batch_parts.evaluation_halvings)
-            begun = {name: len(values) for name, values in self._metrics["eval"].items()}
+            begun = {name: len(values) for name, values in self.pending_metrics["eval"].items()}
             results: list[tuple[Any, Any, Any]] = []
             refused = None
             try:
@@ -352,7 +345,7 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             if refused is None:
                 break
             results.clear()
-            for name, values in self._metrics["eval"].items():
+            for name, values in self.pending_metrics["eval"].items():
                 del values[begun.get(name, 0) :]
             self._make_room(refused, "evaluation_halvings", "evaluation")
         if len(results) == 1:
@@ -395,13 +388,13 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
         """Random state and counts as the step began with them."""
         for device, state in step.random.items():
             set_random_state(device, state)
-        for name, values in self._metrics["train"].items():
+        for name, values in self.pending_metrics["train"].items():
             del values[step.entries.get(name, 0) :]
-        self._total_train_tokens = step.tokens
+        self.counted_tokens = step.tokens
 
     def _as_one(self, mode: str, begun: dict[str, int], weights: list[int]) -> None:
         """Let TRL's metrics of several parts count as those of one micro-batch: means over their labels."""
-        for name, values in self._metrics[mode].items():
+        for name, values in self.pending_metrics[mode].items():
             new = values[begun.get(name, 0) :]
             if len(new) == len(weights) > 1:
                 mean = sum(each * weight for each, weight in zip(new, weights, strict=True)) / max(1, sum(weights))

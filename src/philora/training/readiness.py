@@ -36,7 +36,8 @@ from philora.planning import outlook, requirements
 from philora.planning import plan as planning
 from philora.runtime import hub, process_state, processes
 from philora.training import resume
-from philora.training.trainer import SFTConfig, checkpoint_bytes
+from philora.training.arguments import SFTConfig
+from philora.training.checkpoints import checkpoint_bytes
 
 
 @dataclass(frozen=True)

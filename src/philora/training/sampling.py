@@ -106,6 +106,53 @@ def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[
     return concatenate_datasets([rows.with_format(None), blanks]), lengths
 
 
+class SharedRows:
+    """The training rows of a trainer, dealt to its processes so that each has about as many tokens.
+
+    Args:
+        rows: The training rows.
+        micro_batch_rows: Rows of a micro-batch in a process.
+        arguments: The trainer's.
+
+    Attributes:
+        rows: The rows, with empty ones behind them where the last step has too few.
+    """
+
+    def __init__(self, rows: Dataset, micro_batch_rows: int, arguments: Any) -> None:
+        groups = arguments.gradient_accumulation_steps * arguments.world_size
+        self.rows, self._lengths = with_empty_rows(rows, micro_batch_rows, groups)
+        self._micro_batch_rows, self._arguments = micro_batch_rows, arguments
+
+    def sampler(self, rows: Dataset, padded: bool) -> SharedSampler:
+        """Return the sampler of this process; `padded`: whether a micro-batch is padded to its longest row."""
+        arguments = self._arguments
+        return SharedSampler(
+            self._lengths,
+            len(rows) - len(self._lengths),
+            rows=self._micro_batch_rows,
+            accumulation=arguments.gradient_accumulation_steps,
+            processes=arguments.world_size,
+            rank=arguments.process_index,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            shuffle=arguments.train_sampling_strategy == "random",
+            padded=padded,
+        )
+
+
+def shares_rows(arguments: Any, accelerator: Any, rows: Any) -> bool:
+    """Return whether philora deals the rows to processes; else accelerate does, in the order they come."""
+    return (
+        arguments.world_size > 1
+        and arguments.train_sampling_strategy in ("random", "sequential")
+        and not arguments.dataloader_drop_last
+        and not arguments.auto_find_batch_size
+        and getattr(accelerator, "parallelism_config", None) is None
+        and not accelerator.split_batches
+        and not accelerator.dispatch_batches
+        and can_share(rows)
+    )
+
+
 def can_share(rows: Any) -> bool:
     """Whether these are rows that `with_empty_rows` takes: a table of tokens and their labels."""
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)

@@ -17,7 +17,7 @@ from philora.kernels.layout import LABELS
 from philora.models.loading import local_path
 from philora.training.collation import HostLayout
 from philora.training.microbatches import numbers
-from philora.training.trainer import NonFiniteError, reads_late
+from philora.training.nonfinite import NonFiniteError, reads_late
 from tests.conftest import make_phi3
 from tests.waiting import Waits, no_waiting
 
@@ -64,7 +64,7 @@ def trainer(folder: Any, model: Any, **settings: Any) -> Any:
 
 def late(made: Any, monkeypatch: Any) -> Any:
     """Have a trainer on a CPU read the figures of a step late, as on a GPU."""
-    monkeypatch.setattr(made, "_optimizer_that_leaves_out", lambda: made.optimizer.optimizer)
+    monkeypatch.setattr(made.nonfinite, "_late_optimizer", lambda: made.optimizer.optimizer)
     return made
 
 
@@ -118,7 +118,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, monkeypatch, model, dtype):
         return found
 
     def log_and_save(*args, **kwargs):
-        if made._is_looked_at():
+        if made.outcome_matters():
             torch.cuda.set_sync_debug_mode("default")
         return look(*args, **kwargs)
 
