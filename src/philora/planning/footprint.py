@@ -263,7 +263,7 @@ class Footprint:
         kernels = KERNELS_CPU_BYTES if on_cpu else 0
         weights = self.weights + (self.stack.fp8_bytes if self.stack else 0)
         return Estimate(
-            weights=math.ceil(sum(held for _, held in counts)),
+            weights=weights,
             adapter=round(2 * self.trained_bytes * self.trainable + copies),
             optimizer=self.optimizer,
             activations=round(activations),
@@ -477,7 +477,7 @@ def _stack_sizes(
         element_bytes=size,
         dropout=any(getattr(drop, "p", 0.0) > 0 for each in adapters for drop in each.lora_dropout.values()),
         fp8=fp8,
-        weights=math.ceil(sum(held for _, held in counts)),
+        weights=weights,
     )
 
 

@@ -282,8 +282,7 @@ def plan(
     evaluated = _evaluated(config, report, max_length, counted, memory)._replace(by_graph=answers == BY_GRAPH)
     host = stacked["host"].path == "stack"
     batch = _batch(given, counted, rows, evaluated, memory, tokens_per_step, processes, host)
-    lengths = (max_length, rows.longest, rows.packed, rows.label_share)
-    situation = _Situation(config, adapted, counted, batch, *lengths, evaluated)
+    situation = _Situation(config, adapted, counted, batch, max_length, rows, evaluated)
     slow = situation.slow_bf16(optim, memory)
     notices = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
     rate = measure_rate(counted, batch.rows * rows.tokens)
@@ -609,16 +608,14 @@ def gradient_checkpointing_of(recomputation: Recomputation) -> bool | str:
 
 @dataclass(frozen=True)
 class _Situation:
-    """What a run would do, to see what it would need if one thing were different."""
+    """A planned run, to estimate what it would need if one thing were different."""
 
     config: Config
     adapted: PeftModel
     counted: Footprint
     batch: Batch
     max_length: int
-    row_tokens: int
-    packing: bool
-    label_share: float
+    lengths: _RowLengths
     evaluated: Evaluated
 
     def peak(
@@ -630,11 +627,11 @@ class _Situation:
         grade: Recomputation | None = None,
         evaluated: Evaluated | None = None,
     ) -> int:
-        """The peak with these in place of what it would do."""
+        """Return the peak of memory with these values in place of the run's."""
         estimate = (counted or self.counted).estimate(
-            (rows or self.batch.rows) * (row_tokens or self.row_tokens),
+            (rows or self.batch.rows) * (row_tokens or self.lengths.longest),
             grade or self.batch.recomputation,
-            label_share=self.label_share,
+            label_share=self.lengths.label_share,
             evaluation=evaluated or self.evaluated,
         )
         return estimate.peak
@@ -654,7 +651,7 @@ class _Situation:
         return slow_bf16(peak, int(FILLED * memory))
 
     def changes(self, optim: str, memory: int) -> tuple[Change, ...]:
-        """What would save memory by itself, from what costs least; what does not suffice comes after what does."""
+        """Return changes that each save memory, the cheapest first; those that do not suffice come last."""
         micro, _, grade, estimate = self.batch
         settings = self.config.model
         answers = self.evaluated.answers
@@ -679,16 +676,16 @@ class _Situation:
                 other = replace(settings, quantization=scheme)
                 small = self.counted_with(other, optim)
                 offers.append((f"model.quantization={scheme}", "a rounded base", self.peak(counted=small)))
-        if self.packing and self.max_length >= 256:
+        if self.lengths.packed and self.max_length >= 256:
             half = self.max_length // 2
             offers.append(
                 (f"training_config.max_length={half}", "long conversations are cut", self.peak(row_tokens=half))
             )
         found = [Change(setting, estimate.peak - after, after, costs) for setting, costs, after in offers]
-        useful = [each for each in found if each.saves_bytes > 0.01 * estimate.peak]
-        enough = [each for each in useful if each.peak_bytes <= FILLED * memory]
-        rest = [each for each in useful if each.peak_bytes > FILLED * memory]
-        return (*enough, *sorted(rest, key=lambda each: -each.saves_bytes))
+        useful = [change for change in found if change.saves_bytes > 0.01 * estimate.peak]
+        enough = [change for change in useful if change.peak_bytes <= FILLED * memory]
+        rest = [change for change in useful if change.peak_bytes > FILLED * memory]
+        return (*enough, *sorted(rest, key=lambda change: -change.saves_bytes))
 
 
 # ------------------------------------------------------------------------------------------- this machine
