@@ -31,13 +31,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as peft_layer
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
@@ -48,6 +42,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from philora.adapters.embeddings import Whole
+from philora.compat.peft import ExcludedModule, check_target_module_exists, expand_all_linear
 from philora.decoder_stack.facts import not_one_adapter
 from philora.decoder_stack.model import use_decoder_stack
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
@@ -263,7 +258,7 @@ def resolve_for_training(model: nn.Module, peft_config: LoraConfig, where: str =
     for name, module in model.named_modules():
         if module is head and targets is not None and not everything:
             matched = check_target_module_exists(resolution.config, name)
-            if matched and not isinstance(matched, _ExcludedModule):
+            if matched and not isinstance(matched, ExcludedModule):
                 expected = "no adapter on the output head: the loss is computed from its weight, so it would not train"
                 todo = f"Train the head itself with modules_to_save: [{name}], or leave it out"
                 raise TargetError(fault(where, "target_modules", name, expected, todo))
@@ -288,7 +283,7 @@ def _resolve_targets(
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             probe = copy.copy(config)
-            expanded = sorted(cast("set[str]", _maybe_include_all_linear_layers(probe, model).target_modules))
+            expanded = sorted(cast("set[str]", expand_all_linear(probe, model).target_modules))
             kept = [name for name in expanded if not _is_own_linear(names.modules[name])]
             if kept != expanded:
                 config.target_modules = set(names.condensed(kept))

@@ -16,7 +16,7 @@ PRIVATE = (
     ),
     PrivateName(
         "accelerate.hooks.add_hook_to_module",
-        "sets `_hf_hook` on modules whose weights are elsewhere, which the fast paths leave alone",
+        "sets `_hf_hook` on modules whose weights are elsewhere; kernels and generation leave those alone",
         "no function tells whether a module has a hook",
     ),
 )

@@ -34,6 +34,22 @@ PRIVATE = (
     PrivateName("transformers.Trainer._globalstep_last_logged", "resumes the logged loss", _NO_COUNTER),
     PrivateName("transformers.Trainer._initial_global_step", "reports the whole training", _NO_COUNTER),
     PrivateName("transformers.Trainer._train_batch_size", "rows of a micro-batch over all devices", _NO_COUNTER),
+    PrivateName(
+        "transformers.trainer_pt_utils.BatchRebalanceSampler._yield_global_batch",
+        "deals a step's rows to processes",
+        "__iter__ repeats rows in the last step",
+    ),
+    PrivateName(
+        "transformers.trainer_pt_utils.BatchRebalanceSampler._assign",
+        "deals packed rows by tokens",
+        "no argument for it",
+    ),
+    PrivateName(
+        "transformers.models.phi3.modeling_phi3.Phi3Model",
+        "models, their attention, feed-forward, norms and rotary embeddings get fast classes by `__class__`, in kernels "
+        "and decoder_stack; `forward` gets the loss at labels, in kernels/loss.py",
+        "the kernels hub takes layers from the Hub only",
+    ),
     PrivateName("transformers.TrainingArguments._n_gpu", "one GPU a process", "n_gpu is read-only"),
     PrivateName(
         "transformers.PreTrainedConfig._attn_implementation",

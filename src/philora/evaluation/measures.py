@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from philora.compat.sacrebleu import score_of, statistics_of
 from philora.errors import ConfigError, fault
 
 RESAMPLES = 2000
@@ -253,11 +254,11 @@ def _from_sacrebleu(name: str, answers: Sequence[str], references: Sequence[str]
     from sacrebleu.metrics.chrf import CHRF
 
     metric: Any = BLEU(effective_order=True) if name == "bleu" else CHRF()
-    # As sacrebleu's own significance tests do it; a test holds these sums to `corpus_score`.
-    sums = np.asarray(metric._extract_corpus_statistics(list(answers), [list(references)]), float)
+    # A test compares these sums with `corpus_score`.
+    sums = np.asarray(statistics_of(metric, answers, references), float)
 
     def figure(total: Sums) -> float:
-        return float(metric._compute_score_from_stats([int(each) for each in total]).score)
+        return score_of(metric, [int(count) for count in total])
 
     return Measure(name, "BLEU" if name == "bleu" else "chrF", True, False, figure, digits=1), sums
 

@@ -358,7 +358,7 @@ def _batch(
     rows: _RowLengths,
     evaluated: Evaluated,
     memory: int,
-    tokens_per_step: int,
+    tokens_per_step: int | None,
     processes: int,
     host: bool,
 ) -> Batch:

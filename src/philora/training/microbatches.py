@@ -175,11 +175,16 @@ class MicroBatchTrainer(SFTTrainerHooks):
     train_dataset: Any
     data_collator: Any
     _step: _Step | None = None
+    _devices: set[torch.device] | None = None  # of the model, while it trains
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(MicroBatchParts())
         self.vocabulary = vocabulary_of(self.model)
+
+    def begin_training(self, checkpoint: str | None) -> None:
+        """Look at the model's devices again: it may have been moved since an earlier training."""
+        self._devices = None
 
     def wrap_collator(self, rows: Any, collate: Any) -> Any:
         """Return a collator whose batches carry where their documents and labels are.
@@ -218,7 +223,9 @@ class MicroBatchTrainer(SFTTrainerHooks):
             return loss
         if self._step is None:
             entries = {name: len(values) for name, values in self.pending_metrics["train"].items()}
-            states = {each: random_state(each) for each in devices_of(model)}
+            if self._devices is None:
+                self._devices = devices_of(model)
+            states = {device: random_state(device) for device in self._devices}
             self._step = _Step([], states, entries, self.counted_tokens)
         step = self._step
         step.batches.append(inputs)

@@ -185,6 +185,7 @@ class SFTTrainer(MicroBatchTrainer):
 
     def begin_training(self, checkpoint: str | None) -> None:
         """Restore what transformers does not of a checkpoint."""
+        super().begin_training(checkpoint)
         self.loop.begin(checkpoint)
 
     def run_epoch(self, start: EpochStart, run: Callable[[], None]) -> None:
