@@ -46,8 +46,8 @@ PRIVATE = (
     ),
     PrivateName(
         "transformers.models.phi3.modeling_phi3.Phi3Model",
-        "models, their attention, feed-forward, norms and rotary embeddings get fast classes by `__class__`, in kernels "
-        "and decoder_stack; `forward` gets the loss at labels, in kernels/loss.py",
+        "models, their attention, feed-forward, norms and rotary embeddings get fast classes by `__class__`, in "
+        "kernels and decoder_stack; `forward` gets the loss at labels, in kernels/loss.py",
         "the kernels hub takes layers from the Hub only",
     ),
     PrivateName("transformers.TrainingArguments._n_gpu", "one GPU a process", "n_gpu is read-only"),
