@@ -27,7 +27,6 @@ from philora.models.tokenizer_files import Companions
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("system", "user", "assistant")
 _FOLDED = "\n\n"
 """What stands between a folded system turn and the user's; a template that keeps system turns writes a role there."""
 _MARKS = ("\x02one\x03", "\x02two\x03", "\x02three\x03")
