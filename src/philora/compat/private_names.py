@@ -54,14 +54,14 @@ def faults(names: Iterable[PrivateName], *, read_source: bool = True) -> list[st
     """Return a message for each name that the installed version of its library lacks."""
     return [
         fault(
-            each.library,
+            name.library,
             "version",
-            version(each.library),
-            f"one that has {each.name} ({each.use})",
-            f"Install a version of {each.library} that philora allows: pip install --force-reinstall philora",
+            version(name.library),
+            f"one that has {name.name} ({name.use})",
+            f"Install a version of {name.library} that philora allows: pip install --force-reinstall philora",
         )
-        for each in names
-        if not exists(each.name, read_source=read_source)
+        for name in names
+        if not exists(name.name, read_source=read_source)
     ]
 
 

@@ -28,7 +28,9 @@ PRIVATE = (
     PrivateName("torch._C._is_tracing", "the fused function is not traced", "torch.jit.is_tracing costs a call more"),
     PrivateName("torch._C._are_functorch_transforms_active", "falls back under torch.func", "none"),
     PrivateName("torch._C._len_torch_dispatch_stack", "falls back under dispatch modes", "none"),
-    PrivateName("torch._C._has_mkldnn", "whether oneDNN's products are there", "torch.backends.mkldnn says it late"),
+    PrivateName(
+        "torch._C._has_mkldnn", "whether oneDNN's products are there", "torch.backends.mkldnn costs a call more"
+    ),
     PrivateName("torch._C._nn", "names of functions that a product may be", "none"),
     PrivateName("torch._foreach_copy_", "copies many tensors by one launch", "optimizers alone use it in public"),
     PrivateName("torch._foreach_mul_", "scales many tensors by one launch", "optimizers alone use it in public"),

@@ -177,7 +177,7 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
         self._load_rng_state(checkpoint)
 
     def log_evaluate_save(self, end: StepEnd, epoch: Any, start_time: float) -> None:
-        """Log, evaluate and save after a step, as far as `control` says so."""
+        """Log, evaluate and save after a step, as `control` demands."""
         self._maybe_log_save_evaluate(
             self._tr_loss, end.gradient_norm, end.model, end.trial, epoch, None, start_time, end.learning_rate
         )
@@ -269,4 +269,4 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
             self.data_collator = collate
 
 
-require(each for each in PRIVATE if "Trainer." in each.name)
+require(entry for entry in PRIVATE if "Trainer." in entry.name)

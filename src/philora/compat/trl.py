@@ -114,6 +114,6 @@ class SFTTrainerHooks(TrainerHooks, trl.SFTTrainer):  # type: ignore[misc]
         return self.prepare_rows(dataset, dataset_name, args.max_length, prepare)
 
 
-require(each for each in PRIVATE if "SFTTrainer." in each.name)
+require(entry for entry in PRIVATE if "SFTTrainer." in entry.name)
 
 __all__ = ["FusedCausalLMOutput", "SFTTrainerHooks", "maybe_gather_lm_head_ctx", "trl"]

@@ -1,4 +1,4 @@
-"""What a run needs, before any weight is loaded: memory by part, the batch that fits, steps, time, and advice.
+"""The plan of a run, before any weight is loaded: memory by part, the batch that fits, steps, time, and advice.
 
 `plan` is the one way to it: `philora check` shows what it returns, a run follows it. It needs the configuration, the
 model without weights and the counts of the data, and measures for a moment how fast this machine multiplies.
@@ -152,17 +152,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves a tenth of the memory free."""
+        """Return whether the peak leaves a tenth of the memory free."""
         return self.estimate.peak <= FILLED * self.available_bytes
 
     @property
     def seconds(self) -> float | None:
-        """Estimated time of all steps, without evaluation and saving."""
+        """Return the estimated time of all steps, without evaluation and saving."""
         return None if self.steps is None else self.steps * self.step_seconds
 
     @property
     def warning(self) -> str | None:
-        """What to change where the run does not fit, else None."""
+        """Return what to change where the run does not fit, else None."""
         if self.fits:
             return None
         seen, needs = self.available_bytes / 1e9, self.estimate.peak / 1e9
@@ -171,18 +171,19 @@ class Plan:
         if held <= FILLED * self.available_bytes:
             text += f"Without the pages of the model's files it is {held / 1e9:.2f} GB: it runs, and reads them again. "
         offers = [
-            f"{each.setting} saves {each.saves_bytes / 1e9:.2f} GB (peak {each.peak_bytes / 1e9:.2f} GB; {each.costs})"
-            for each in self.changes
+            f"{change.setting} saves {change.saves_bytes / 1e9:.2f} GB "
+            f"(peak {change.peak_bytes / 1e9:.2f} GB; {change.costs})"
+            for change in self.changes
         ]
         return text + (f"To save memory: {'; '.join(offers)}." if offers else "Take a smaller model.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; times and the rate are of this machine at this moment."""
+        """Return plain values for JSON."""
         values = asdict(self)
         values |= {
             "estimate": self.estimate.to_dict(),
             "rate": self.rate._asdict(),
-            "changes": [each._asdict() for each in self.changes],
+            "changes": [change._asdict() for change in self.changes],
             "decoder_layers": {"path": self.decoder_layers.path, "reasons": list(self.decoder_layers.reasons)},
             "notices": list(self.notices),
             "fits": self.fits,
@@ -191,7 +192,7 @@ class Plan:
         return values
 
     def rows(self) -> list[tuple[str, str]]:
-        """A table for people: what, and how much."""
+        """Return a table for people."""
         estimate = self.estimate
         parts = [(name, getattr(estimate, name)) for name in PARTS]
         phases = [("training", estimate.training), ("loading", estimate.loading), ("evaluation", estimate.evaluation)]
@@ -227,7 +228,7 @@ def duration(seconds: float) -> str:
 
 
 def weightless(config: Config, skeleton: PreTrainedModel) -> PeftModel:
-    """The model of a run on the meta device, with its adapter and slices; the skeleton is changed.
+    """Return the model of a run on the meta device, with its adapter and slices; the skeleton is changed.
 
     Raises:
         TargetError: A name matches nothing.
@@ -265,7 +266,7 @@ def plan(
         adapted: What `weightless` made of it.
         report: Counts of the data.
         max_length: Tokens of a row at most, within the model's context.
-        chosen: What a run that goes on has chosen already: keys of `training_config`.
+        chosen: What a resumed run was started with: keys of `training_config`.
         processes: Processes that share a step.
         sharing: Processes that share this machine's memory.
     """
@@ -479,13 +480,13 @@ def _lengths(
     if tokens is not None and not report.streaming:
         # A pack is one row, and a step has at least one: a pack longer than the step would make larger steps than
         # were asked for. Conversations stay whole.
-        longest = max((each.longest_tokens for each in report.splits.values()), default=0)
+        longest = max((split.longest_tokens for split in report.splits.values()), default=0)
         max_length = min(max_length, max(tokens, longest, 8))
     return max_length, tokens
 
 
 def _evaluated(config: Config, report: DataReport, max_length: int, counted: Footprint, memory: int) -> Evaluated:
-    """What the run evaluates at once before training and after it."""
+    """Return what the run evaluates at once before and after training."""
     figures = report.eval
     if figures is None or not figures.rows:
         return NOT_EVALUATED
@@ -499,7 +500,7 @@ def _evaluated(config: Config, report: DataReport, max_length: int, counted: Foo
 def _steps(
     given: Mapping[str, Any], train: SplitReport | None, packing: bool, row_tokens: int, batch: Batch, processes: int
 ) -> int | None:
-    """Optimizer steps as transformers counts them."""
+    """Count optimizer steps as transformers does."""
     steps = int(given.get("max_steps") or -1)
     if steps > 0:
         return steps
@@ -558,17 +559,17 @@ def choose(
     in_a_step = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
     wanted = max(1, round(math.ceil(in_a_step / processes) / (accumulation or 1)))
     wanted_grades = {None: GRADES, "full": WHOLE_LAYERS}.get(recomputation, (recomputation,))
-    grades = [each for each in GRADES if each in wanted_grades and (host or each != "host")]
+    grades = [entry for entry in GRADES if entry in wanted_grades and (host or entry != "host")]
     sizes = [rows] if rows is not None else [n for n in range(wanted, 0, -1) if wanted % n == 0 or n == 1]
     options = [(micro, grade) for grade in grades for micro in sizes]
-    options.sort(key=lambda each: _rank(each[0] * row_tokens, each[1], sizes[0] * row_tokens, counted.device))
+    options.sort(key=lambda option: _rank(option[0] * row_tokens, option[1], sizes[0] * row_tokens, counted.device))
     found = [
         (micro, grade, counted.estimate(micro * longest, grade, label_share=label_share, evaluation=evaluation))
         for micro, grade in options
     ]
     # Evaluation and loading are what they are, whatever the batch.
-    least = min(found, key=lambda each: each[2].training)
-    micro, grade, estimate = next((each for each in found if each[2].training <= FILLED * memory), least)
+    least = min(found, key=lambda option: option[2].training)
+    micro, grade, estimate = next((entry for entry in found if entry[2].training <= FILLED * memory), least)
     return Batch(micro, accumulation or max(1, round(wanted / micro) if rows is None else 1), grade, estimate)
 
 
@@ -591,7 +592,7 @@ def _rank(tokens: int, recomputation: Recomputation, most: int, device: str) -> 
 
 
 def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None:
-    """The grade that `training_config.gradient_checkpointing` stands for; None where the estimate decides (auto)."""
+    """Return the grade that `training_config.gradient_checkpointing` stands for; None for auto."""
     named: dict[bool | str, Recomputation] = {
         False: "none", "elementwise": "elementwise", True: "full", "host": "host",
     }  # fmt: skip
@@ -599,7 +600,7 @@ def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None
 
 
 def gradient_checkpointing_of(recomputation: Recomputation) -> bool | str:
-    """The other way: what `SFTConfig(gradient_checkpointing=...)` takes for a grade."""
+    """Return what `SFTConfig(gradient_checkpointing=...)` takes for a grade."""
     return recomputation if recomputation in ("elementwise", "host") else recomputation == "full"
 
 
@@ -695,7 +696,7 @@ _SLOW_SECONDS = 0.25
 
 
 def measure_rate(counted: Footprint, tokens: int) -> Rate:
-    """How fast products of the model's largest linear layer are at this moment, with the run's threads.
+    """Measure the rate of products of the model's largest linear layer, with the run's threads.
 
     Rows are added, from one on, until a product takes 20 ms or has the micro-batch's rows; forward and backward count
     alike. A processor without instructions for the dtype, which is a hundred times slower, is measured in a second too.
@@ -725,7 +726,7 @@ def measure_rate(counted: Footprint, tokens: int) -> Rate:
     rows = 1
     with torch.no_grad():
         while True:
-            x, dy = (torch.full((rows, each), 0.01, dtype=dtype, device=device) for each in reversed(shape))
+            x, dy = (torch.full((rows, size), 0.01, dtype=dtype, device=device) for size in reversed(shape))
 
             def both(x: torch.Tensor = x, dy: torch.Tensor = dy) -> None:
                 torch.mm(x, weight.t())
@@ -744,7 +745,7 @@ def measure_rate(counted: Footprint, tokens: int) -> Rate:
 
 
 def _dequantized_per_second(counted: Footprint, seconds_of: Callable[[Callable[[], object]], float]) -> float:
-    """Weights a second, at a layer of 1024 x 4096."""
+    """Measure how many weights a second are dequantised, at a layer of 1024 x 4096."""
     layer = empty_layer(counted.quantization, 4096, 1024, counted.dtype).to(counted.device)
 
     weight = QuantizedWeight(layer)

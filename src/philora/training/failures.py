@@ -1,4 +1,4 @@
-"""Failures of a run that libraries report in many words become one error that names the way out."""
+"""Errors of libraries in a run, as one message that tells what to do."""
 
 from __future__ import annotations
 

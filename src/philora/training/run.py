@@ -67,7 +67,7 @@ class RunResult:
 
     @property
     def adapter(self) -> Path:
-        """The adapter in PEFT's format."""
+        """Return the adapter in PEFT's format."""
         return self.folder / "adapter"
 
 
@@ -80,15 +80,16 @@ def train(
     command: str | None = None,
     quiet: bool = False,
 ) -> RunResult:
-    """Fine-tune as a configuration says, show how it goes, and leave a run folder.
+    """Fine-tune by a configuration, show the progress, and leave a run folder.
 
     Args:
         source: A YAML file, the same as a dict, or a Config.
         overrides: `KEY=VALUE` strings that go over it.
-        resume: Go on from the newest whole checkpoint of the run folder; "force" also when the configuration changed.
+        resume: Resume from the newest complete checkpoint of the run folder; "force": even if the configuration
+            changed.
         callbacks: Further callbacks of transformers' Trainer.
         command: What the report names as the command; default: the process's own.
-        quiet: Show nothing but warnings; default: what `philora train` shows, as `training_config.log_level` says.
+        quiet: Show nothing but warnings; default: what `philora train` shows, by `training_config.log_level`.
 
     Returns:
         The run folder and its results.
@@ -97,8 +98,8 @@ def train(
         ConfigError, DataError, ModelError, TargetError, AdapterError: Something is wrong with what was given;
             nothing has been written.
         Interrupted: A signal stopped the run; what it had trained is in a checkpoint.
-        RunError: The run failed; what exists in its folder is whole.
-        Elsewhere: Another process of the run failed and says why.
+        RunError: The run failed; every file in its folder is complete.
+        Elsewhere: Another process of the run failed and names the reason.
 
     Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
     """

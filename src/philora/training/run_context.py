@@ -1,4 +1,4 @@
-"""What a run knows before it loads weights; all its parts read it."""
+"""The facts of a run before it loads weights; all its parts read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes into its folder: its log, facts, held-out rows, adapter, model card, results and report."""
+"""The files of a run folder: log, facts, held-out rows, adapter, model card, results and report."""
 
 from __future__ import annotations
 

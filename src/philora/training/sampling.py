@@ -1,4 +1,4 @@
-"""Which rows a process trains on: one process's batches, shared out so that no process waits long for another."""
+"""The rows that a process trains on: one process's batches, dealt so that no process waits long for another."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
         self._padded = padded
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The rows of this process's micro-batches."""
+        """Return the rows of this process's micro-batches."""
         order = list(range(self._real))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -65,7 +65,7 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
             yield from self._yield_global_batch(order[start : start + self.effective_batch_size])
 
     def _assign(self, indices: list[int], lengths: list[int]) -> list[list[list[int]]]:
-        """Rows by process and micro-batch: the longest row left goes to the micro-batch with the fewest tokens."""
+        """Assign rows to processes and micro-batches: the longest goes to the micro-batch with the fewest tokens."""
         if self._padded:
             return cast("list[list[list[int]]]", super()._assign(indices, lengths))
         groups: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(self.dp_size * self.grad_accum)]
@@ -76,12 +76,13 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
         ordered = [rows for _, _, rows in sorted(groups, key=lambda group: (-group[0], group[1]))]
         rounds = [ordered[start : start + self.dp_size] for start in range(0, len(ordered), self.dp_size)]
         return [
-            [each[-1 - rank if turn % 2 else rank] for turn, each in enumerate(rounds)] for rank in range(self.dp_size)
+            [entry[-1 - rank if turn % 2 else rank] for turn, entry in enumerate(rounds)]
+            for rank in range(self.dp_size)
         ]
 
 
 def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[Dataset, list[int]]:
-    """Rows for a `SharedSampler`: as they are, or with empty ones behind them for the last step.
+    """Return rows for a `SharedSampler`: as they are, or with empty ones behind them for the last step.
 
     Args:
         rows: Tokenised rows with `input_ids` and `labels`, packed or not.
@@ -154,5 +155,5 @@ def shares_rows(arguments: Any, accelerator: Any, rows: Any) -> bool:
 
 
 def can_share(rows: Any) -> bool:
-    """Whether these are rows that `with_empty_rows` takes: a table of tokens and their labels."""
+    """Return whether these are rows that `with_empty_rows` takes: a table of tokens and their labels."""
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)

@@ -111,7 +111,7 @@ def _skeleton(name: str, args: Any) -> nn.Module:
     """Return the model that TRL will load, without weights, so that names are checked before gigabytes are read.
 
     As in TRL, the class is the one that the model's config names, else the one that its own code offers. Its own code
-    runs only where `trust_remote_code` says so.
+    runs only with `trust_remote_code`.
     """
     options = dict(getattr(args, "model_init_kwargs", None) or {})
     trusts = bool(options.get("trust_remote_code", getattr(args, "trust_remote_code", False)))

@@ -282,7 +282,7 @@ class SFTTrainer(MicroBatchTrainer):
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """Gather the weights that processes share, for saving; every process has to call it.
 
-        Under ZeRO-3 those that train, whatever `stage3_gather_16bit_weights_on_model_save` says: it stands for the
+        Under ZeRO-3 those that train, whatever `stage3_gather_16bit_weights_on_model_save` is: it stands for the
         whole model, and an adapter is small. The frozen base is not gathered.
 
         Returns:
