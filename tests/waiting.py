@@ -53,7 +53,7 @@ def no_waiting(trainer: Any, monkeypatch: Any) -> Iterator[None]:
     monkeypatch.setattr(loss, "_check_labels", lambda *_: None)
     modes = NoReading(), NoLists()
     entered = False
-    get, look, settle = trainer.get_batch_samples, trainer._maybe_log_save_evaluate, trainer._settle_step
+    get, look, settle = trainer.get_batch_samples, trainer._maybe_log_save_evaluate, trainer.nonfinite.settle
 
     def enter() -> None:
         nonlocal entered
@@ -75,7 +75,7 @@ def no_waiting(trainer: Any, monkeypatch: Any) -> Iterator[None]:
         return found
 
     def settle_step() -> None:
-        unread = trainer._unread
+        unread = trainer.nonfinite.unread
         if not entered or unread is None or unread.step > trainer.state.global_step:
             settle()
             return
@@ -84,12 +84,12 @@ def no_waiting(trainer: Any, monkeypatch: Any) -> Iterator[None]:
         enter()
 
     def log_and_save(*args: Any, **kwargs: Any) -> Any:
-        if trainer._is_looked_at():
+        if trainer.outcome_matters():
             leave()  # it reads the losses then
         return look(*args, **kwargs)
 
     monkeypatch.setattr(trainer, "get_batch_samples", samples)
-    monkeypatch.setattr(trainer, "_settle_step", settle_step)
+    monkeypatch.setattr(trainer.nonfinite, "settle", settle_step)
     monkeypatch.setattr(trainer, "_maybe_log_save_evaluate", log_and_save)
     try:
         yield

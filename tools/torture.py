@@ -446,7 +446,7 @@ def plant(name: str) -> None:
     """Spoil one part of philora in this process and what it forks: the trials must find it."""
     from philora.files import checkpoint
     from philora.runtime import signals
-    from philora.training import resume, trainer
+    from philora.training import loop, resume, trainer
 
     if name == "refused-deletes":  # the second of two runs removes what the first has written
         take = resume.Claim.take
@@ -468,7 +468,7 @@ def plant(name: str) -> None:
     elif name == "passed-over-goes":
         checkpoint.set_aside = lambda path: (shutil.rmtree(path), path)[1]
     elif name == "forgotten-evaluation":  # one that a signal ended is not made again
-        trainer.SFTTrainer._left = lambda self: {  # type: ignore[method-assign]
+        loop.ResumableLoop.pending_work = lambda self: {  # type: ignore[method-assign]
             "evaluation": False, "epoch_end": False, "grad_norm": None, "learning_rate": None
         }  # fmt: skip
     elif name == "always-3":  # the exit code says that something is saved

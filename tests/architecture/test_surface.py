@@ -1,7 +1,7 @@
 """What people script against stays: names, commands, keys of the configuration, exit codes.
 
-`surface.json` has all that a release has had. What is removed on purpose goes from it together with its line in the
-changelog.
+`surface.json` has all that a release has had. What is removed on purpose moves to its list `removed`, together with a
+line in the changelog.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from philora.cli.commands import app
 from philora.configuration.fields import FIELDS
 
 PROMISED = json.loads((Path(__file__).parent / "surface.json").read_text(encoding="utf-8"))
+REMOVED = PROMISED.pop("removed")
 
 
 def surface() -> dict:
@@ -51,3 +52,7 @@ def test_a_lost_name_is_found():
     now["commands"].remove("merge")
     now["exit_codes"]["ConfigError"] = 1
     assert lost(now) == ["commands: merge", "exit code: ConfigError"]
+
+
+def test_what_was_removed_is_public_no_more():
+    assert [entry for entry in REMOVED if entry.partition(": ")[2] in surface()[entry.partition(": ")[0]]] == []

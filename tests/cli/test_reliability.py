@@ -29,7 +29,7 @@ from philora.planning import plan as planning
 from philora.reporting.progress import ProgressBar
 from philora.runtime.signals import Interrupted
 from philora.training.callbacks import StepWatch
-from philora.training.trainer import NonFiniteError
+from philora.training.nonfinite import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("torture", ROOT / "tools" / "torture.py")

@@ -32,17 +32,17 @@ class WholeEmbedding(ModulesToSaveWrapper):  # type: ignore[misc]
             parameter.requires_grad_(False)
 
     def update(self, adapter_name: str, **kwargs: Any) -> None:
-        """As PEFT's."""
+        """Update as PEFT."""
         super().update(adapter_name, **kwargs)
         self._freeze()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As PEFT's."""
+        """Enable as PEFT."""
         super().enable_adapters(enabled)
         self._freeze()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's."""
+        """Set as PEFT."""
         super().set_adapter(adapter_names, inference_mode=True)
 
 
@@ -101,7 +101,7 @@ class Whole:
 
     def copies(self, base: nn.Module) -> dict[str, Tensor]:
         """Return copies of the base's own weights, which PEFT is about to write over."""
-        return {name: each.detach().clone() for name, each in _embeddings(base).items() if name in self.own}
+        return {name: embedding.detach().clone() for name, embedding in _embeddings(base).items() if name in self.own}
 
     def put(self, model: PeftModel, adapter_name: str, before: Mapping[str, Tensor]) -> None:
         """Give the base its own weights back, and the adapter those of its file."""
@@ -120,7 +120,11 @@ class Whole:
             if adapter_name in model.active_adapters:
                 module.set_adapter(adapter_name, inference_mode=True)
             else:
-                active = [each for each in model.active_adapters if each in module.modules_to_save]
+                active = [
+                    active_adapter
+                    for active_adapter in model.active_adapters
+                    if active_adapter in module.modules_to_save
+                ]
                 module.set_adapter(active[:1], inference_mode=True)
             if id(value) not in placed:
                 placed[id(value)] = nn.Parameter(value.to(original.weight.device), requires_grad=False)
@@ -135,14 +139,14 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def _embeddings(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own weights of input and output embeddings, by the full name of their module."""
+    """Return the base's own weights of input and output embeddings, by the full name of their module."""
     base = _plain(model)
     if not isinstance(base, PreTrainedModel):
         return {}
-    own = [each for each in (base.get_input_embeddings(), base.get_output_embeddings()) if each is not None]
+    own = [entry for entry in (base.get_input_embeddings(), base.get_output_embeddings()) if entry is not None]
     found: dict[str, Tensor] = {}
     for name, module in base.named_modules():
-        if any(module is each for each in own):
+        if any(module is entry for entry in own):
             inner = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             inner = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
             found[name] = inner.weight
@@ -155,8 +159,8 @@ def stay_tied(model: PeftModel) -> bool:
     if not isinstance(base, PreTrainedModel):
         return False
     weights = [
-        each.modules_to_save[each.active_adapters[0]].weight
-        for each in (base.get_input_embeddings(), base.get_output_embeddings())
-        if isinstance(each, WholeEmbedding) and each.active_adapters
+        entry.modules_to_save[entry.active_adapters[0]].weight
+        for entry in (base.get_input_embeddings(), base.get_output_embeddings())
+        if isinstance(entry, WholeEmbedding) and entry.active_adapters
     ]
     return len(weights) == 2 and weights[0] is weights[1]

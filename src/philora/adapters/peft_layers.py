@@ -31,13 +31,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as peft_layer
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
@@ -48,6 +42,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from philora.adapters.embeddings import Whole
+from philora.compat.peft import ExcludedModule, check_target_module_exists, expand_all_linear
 from philora.decoder_stack.facts import not_one_adapter
 from philora.decoder_stack.model import use_decoder_stack
 from philora.errors import AdapterError, ConfigError, PhiloraError, TargetError, fault, nearest, one_per_line
@@ -122,14 +117,14 @@ class Names:
 
     def __post_init__(self) -> None:
         self.fused_of = {
-            f"{fused.rpartition('.')[0]}.{each}".lstrip("."): (fused, each)
+            f"{fused.rpartition('.')[0]}.{part}".lstrip("."): (fused, part)
             for fused, slices in self.rows.items()
-            for each in slices
+            for part in slices
         }
 
     @classmethod
     def of(cls, model: nn.Module) -> Names:
-        """The names of a model."""
+        """Return the names of a model."""
         modules = {name: module for name, module in model.named_modules() if name}
         layout = fused_slices(getattr(model, "config", None))
         rows = {}
@@ -140,16 +135,16 @@ class Names:
         return cls(modules, rows)
 
     def matching(self, target: str, pool: Iterable[str]) -> list[str]:
-        """Names that PEFT takes `target` of a list for: the name itself or its last parts."""
+        """Return names that PEFT takes `target` of a list for: the name itself or its last parts."""
         return [name for name in pool if name == target or name.endswith(f".{target}")]
 
     def adaptable(self) -> list[str]:
-        """The short names that a person can target, for messages."""
+        """Return the short names that a person can target, for messages."""
         leaves = {name.rpartition(".")[2] for name, module in self.modules.items() if _is_adaptable(module)}
-        return sorted(leaves | {each for slices in self.rows.values() for each in slices})
+        return sorted(leaves | {part for slices in self.rows.values() for part in slices})
 
     def condensed(self, full_names: Iterable[str]) -> list[str]:
-        """The same modules by their last name part, wherever that part names no other module."""
+        """Return the same modules by their last name part, wherever that part names no other module."""
         chosen = set(full_names)
         short: set[str] = set()
         for name in chosen:
@@ -163,7 +158,9 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 
 def _is_own_linear(module: nn.Module) -> bool:
-    """Whether a linear layer belongs to one architecture and does more than a product, as a router of experts does."""
+    """Return whether a linear layer belongs to one architecture and does more than a product, as a router of experts
+    does.
+    """
     kind = type(module)
     own = kind.__module__.startswith("transformers.models.")
     return own and isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward
@@ -179,7 +176,7 @@ def _as_list(names: str | Iterable[str] | None) -> list[str]:
 
 
 def _matches_pattern(pattern: str, name: str) -> bool:
-    """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
+    """Return whether a key of rank_pattern or alpha_pattern matches, by PEFT's rule."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -231,13 +228,13 @@ def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config
     heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     for name in _as_list(config.modules_to_save):
         if name not in heads and not names.matching(name, names.modules):
-            missing("modules_to_save", name, (each.rpartition(".")[2] for each in names.modules), "a module")
+            missing("modules_to_save", name, (module.rpartition(".")[2] for module in names.modules), "a module")
     if config.layers_to_transform is not None:
         _check_layers(config, names, faults, where)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
             if not any(_matches_pattern(pattern, name) for name in [*real, *wanted]):
-                missing(key, pattern, (each.rpartition(".")[2] for each in [*real, *wanted]), "a targeted module")
+                missing(key, pattern, (entry.rpartition(".")[2] for entry in [*real, *wanted]), "a targeted module")
 
     slices = _resolve_slices(config, names, real, wanted, faults, where)
     text = one_per_line(list(dict.fromkeys(faults)))
@@ -251,7 +248,7 @@ def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config
 
 
 def resolve_for_training(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config") -> Resolution:
-    """`resolve`, for TRL's trainer: it computes the loss from the head's weight, so the head cannot have an adapter.
+    """Resolve for TRL's trainer: it computes the loss from the head's weight, so no adapter can be there.
 
     Raises:
         TargetError: As `resolve`, and when the output head is a target.
@@ -263,7 +260,7 @@ def resolve_for_training(model: nn.Module, peft_config: LoraConfig, where: str =
     for name, module in model.named_modules():
         if module is head and targets is not None and not everything:
             matched = check_target_module_exists(resolution.config, name)
-            if matched and not isinstance(matched, _ExcludedModule):
+            if matched and not isinstance(matched, ExcludedModule):
                 expected = "no adapter on the output head: the loss is computed from its weight, so it would not train"
                 todo = f"Train the head itself with modules_to_save: [{name}], or leave it out"
                 raise TargetError(fault(where, "target_modules", name, expected, todo))
@@ -273,7 +270,7 @@ def resolve_for_training(model: nn.Module, peft_config: LoraConfig, where: str =
 def _resolve_targets(
     model: nn.Module, config: LoraConfig, names: Names, missing: Any, faults: list[str], where: str
 ) -> tuple[list[str], list[str]]:
-    """Full names of the modules and of the slices that `target_modules` names."""
+    """Return the full names of the modules and of the slices that `target_modules` names."""
     targets = config.target_modules
     if targets is None:
         if config.target_parameters:
@@ -288,7 +285,7 @@ def _resolve_targets(
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             probe = copy.copy(config)
-            expanded = sorted(cast("set[str]", _maybe_include_all_linear_layers(probe, model).target_modules))
+            expanded = sorted(cast("set[str]", expand_all_linear(probe, model).target_modules))
             kept = [name for name in expanded if not _is_own_linear(names.modules[name])]
             if kept != expanded:
                 config.target_modules = set(names.condensed(kept))
@@ -339,7 +336,7 @@ def _apply_exclusions(
         fused, slice_name = names.fused_of[name]
         if fused in real and fused not in hit:
             leaf = fused.rpartition(".")[2]
-            others = [each for each in names.rows[fused] if each != slice_name]
+            others = [entry for entry in names.rows[fused] if entry != slice_name]
             todo = f"{leaf} is targeted as one matrix; target {' and '.join(others)} in its place"
             faults.append(fault(where, "exclude_modules", slice_name, "a module that is targeted by itself", todo))
     return [name for name in real if name not in hit], [name for name in wanted if name not in hit]
@@ -379,7 +376,7 @@ def _resolve_slices(
     alpha_pattern: dict[str, dict[str, float]] = {}
     for fused, chosen in by_module.items():
         leaf = fused.rpartition(".")[2]
-        ordered = [each for each in names.rows[fused] if each in chosen]
+        ordered = [entry for entry in names.rows[fused] if entry in chosen]
         if fused in real:
             todo = f"Name {leaf} for one matrix of rank r, or its slices for a rank r of each"
             faults.append(fault(where, "target_modules", [leaf, *ordered], f"{leaf} or its slices, not both", todo))
@@ -388,21 +385,21 @@ def _resolve_slices(
         values: dict[str, dict[str, float]] = {}
         for key, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
             pattern = getattr(config, key)
-            full = {each: f"{parent}.{each}".lstrip(".") for each in ordered}
-            values[key] = {each: pattern.get(get_pattern_key(pattern, full[each]), default) for each in ordered}
+            full = {entry: f"{parent}.{entry}".lstrip(".") for entry in ordered}
+            values[key] = {entry: pattern.get(get_pattern_key(pattern, full[entry]), default) for entry in ordered}
             if len(set(values[key].values())) > 1:
                 expected = f"one value for all slices of {leaf}, which share one A and one B on disk"
                 faults.append(fault(where, key, values[key], expected, "Give them the same value"))
         r, alpha = int(values["rank_pattern"][ordered[0]]), values["alpha_pattern"][ordered[0]]
         slices[fused] = tuple(
-            Slice(each, *names.rows[fused][each], index * r, (index + 1) * r) for index, each in enumerate(ordered)
+            Slice(entry, *names.rows[fused][entry], index * r, (index + 1) * r) for index, entry in enumerate(ordered)
         )
         stacked = len(ordered)
         rank_pattern.setdefault(leaf, {})[fused] = r * stacked
         alpha_pattern.setdefault(leaf, {})[fused] = alpha * (math.sqrt(stacked) if config.use_rslora else stacked)
     config.target_modules = set(names.condensed([*real, *by_module]))
     if config.exclude_modules and not isinstance(config.exclude_modules, str):
-        kept = [each for each in _as_list(config.exclude_modules) if names.matching(each, names.modules)]
+        kept = [entry for entry in _as_list(config.exclude_modules) if names.matching(entry, names.modules)]
         config.exclude_modules = kept or None
     # The first key that matches counts for PEFT, so the fused modules' own stand before the person's.
     config.rank_pattern = _pattern_keys(rank_pattern) | _without_slices(config.rank_pattern, real)
@@ -441,11 +438,11 @@ class _FastForward:
 
     @property
     def slices(self) -> dict[str, Slices]:
-        """The slices of each adapter that has some. They are kept at its B, with which they come and go."""
+        """Return the slices of each adapter that has some. They are kept at its B, with which they come and go."""
         return {name: up.slice_layout for name, up in self.lora_B.items() if hasattr(up, "slice_layout")}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's. Shapes: x (..., in); returns (..., out)."""
+        """Compute PEFT's forward. Shapes: x (..., in); returns (..., out)."""
         why = "arguments" if args or kwargs else not_plain(cast(LoraLayer, self))
         if why is not None:
             if why == _SHARDED_ALONE:
@@ -455,7 +452,7 @@ class _FastForward:
                 return QuantizedWeight(self.base_layer).product(x, self.base_layer.bias)
             _keep_zeros(cast(LoraLayer, self))
             return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
-        adapter = next(each for each in self.active_adapters if each in self.lora_A)
+        adapter = next(active_adapter for active_adapter in self.active_adapters if active_adapter in self.lora_A)
         base, dropout = self.base_layer, self.lora_dropout[adapter]
         up = self.lora_B[adapter]
         adapters = (self.lora_A[adapter].weight, up.weight)
@@ -470,7 +467,7 @@ class _FastForward:
             x = x.to(weight.compute_dtype or dtype)
             bias = None if bias is None else bias.to(x.dtype)
         if slices:
-            blocks = [each[1:] for each in slices]
+            blocks = [part[1:] for part in slices]
             y = lora_sliced_linear(x, weight, bias, *adapters, blocks, scaling, p, dropout.training, self.recomputes)
         else:
             y = lora_linear(x, weight, bias, *adapters, scaling, p, dropout.training, self.recomputes)
@@ -479,39 +476,43 @@ class _FastForward:
     def _plain_adapter(self) -> str | None:
         """Name of the one adapter that the fused function can compute, or None."""
         layer = cast(LoraLayer, self)
-        return None if not_plain(layer) else next(each for each in layer.active_adapters if each in layer.lora_A)
+        return (
+            None
+            if not_plain(layer)
+            else next(active_adapter for active_adapter in layer.active_adapters if active_adapter in layer.lora_A)
+        )
 
 
 _SHARDED_ALONE = "FSDP shards its parts by themselves"
 
 
 def not_plain(layer: LoraLayer) -> str | None:
-    """Say why a LoRA layer needs PEFT's own forward; None where it is the plain case.
+    """Return why a LoRA layer needs PEFT's own forward; None where it is the plain case.
 
     Plain is what one function of the weights computes alike: one active adapter without a variant (DoRA, ...), not
     merged, not disabled, no bias of B, a scaling that is a number, and nobody who takes part in the calls of the inner
     modules, which the function does not make: hooks, a replaced forward, parametrizations, weights of other classes.
 
     Args:
-        layer: PEFT's layer of a linear layer, or one that stands in for it.
+        layer: PEFT's layer of a linear layer, or one that replaces it.
     """
     why = not_one_adapter(layer)
     if why is not None:
         return why
-    adapter: str = next(each for each in layer.active_adapters if each in layer.lora_A)
+    adapter: str = next(active_adapter for active_adapter in layer.active_adapters if active_adapter in layer.lora_A)
     if type(layer.scaling[adapter]) not in (float, int):
         return "its scaling is no plain number"
     base, dropout = layer.base_layer, layer.lora_dropout[adapter]
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if not _is_plain_base(base) or type(down) is not nn.Linear or type(up) is not nn.Linear:
-        sharded = any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in (base, down, up))
+        sharded = any(isinstance(entry, FSDPModule | FullyShardedDataParallel) for entry in (base, down, up))
         return _SHARDED_ALONE if sharded else "its parts are no plain linear layers"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return "its dropout is another module"
     if is_fx_symbolic_tracing():
         return None  # it replaces every module's call, and hands over stand-ins for weights
     weights = (down.weight, up.weight, base.weight) if type(base) is nn.Linear else (down.weight, up.weight)
-    if any(type(each) not in (nn.Parameter, Tensor) for each in weights) or cast(Any, down).bias is not None:
+    if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights) or cast(Any, down).bias is not None:
         return "its weights are of a class of their own, or A has a bias"
     if is_hooked(base) or is_hooked(down) or is_hooked(up) or is_hooked(dropout):
         return "its parts have hooks"
@@ -526,7 +527,7 @@ def not_plain(layer: LoraLayer) -> str | None:
 
 @cache
 def _say_sharded_alone() -> None:
-    """Say once that layers run PEFT's forward, because a weight is whole only while its own module runs."""
+    """Warn once that layers run PEFT's forward, because a weight is whole only while its own module runs."""
     logger.warning(
         "FSDP shards linear layers inside LoRA layers by themselves, so those run PEFT's own forward. "
         "Wrap whole decoder layers to have the fused one."
@@ -538,21 +539,21 @@ def _evaluates_quantized(layer: nn.Module) -> bool:
 
 
 def _is_plain_base(layer: nn.Module) -> bool:
-    """Whether its weight is there whenever it is read; FSDP's modules are of classes of their own."""
+    """Return whether its weight is there whenever it is read; FSDP's modules are of classes of their own."""
     return type(layer) is nn.Linear or (is_quantized(layer) and not isinstance(layer, FSDPModule))
 
 
 class FastLinear(_FastForward, PeftLinear):  # type: ignore[misc]
     """PEFT's LoRA layer of a `torch.nn.Linear`, computed as one autograd node where the case is the plain one.
 
-    `not_plain` says what is not plain; that runs PEFT's own forward. `optimize` sets the class of existing layers;
+    `not_plain` returns what is not plain; that runs PEFT's own forward. `optimize` sets the class of existing layers;
     nothing else about them changes, so state dicts, saving and PEFT's methods stay PEFT's, and it goes by the name of
     PEFT's class in `print(model)` and wherever a tool reads it.
     """
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: FastLinear}
-"""PEFT's LoRA layers and the classes that stand in for them."""
+"""PEFT's LoRA layers and the classes that replace them."""
 
 if is_bnb_4bit_available():
     from peft.tuners.lora import Linear4bit, Linear8bitLt
@@ -570,7 +571,7 @@ for _plain, _fast in FAST.items():
 
 
 def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | None = None) -> nn.Module:
-    """Switch on the fast paths of a model that somebody else made, in place.
+    """Use the fast paths in a model that somebody else made, in place.
 
     Swaps the class of each of PEFT's LoRA layers over a `torch.nn.Linear`, or over a quantised layer of bitsandbytes,
     for `FastLinear` or its like, transformers' `sdpa` attention for the one that treats the documents of a packed row
@@ -614,14 +615,14 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
     use_document_rotary(model)
     if recomputation is not None:
         _set_recomputation(model, recomputation == "elementwise")
-    if all(each.device.type == "cpu" for each in model.parameters()):
-        matrices_come_and_go = any(is_quantized(each) and not shares_memory(each) for each in model.modules())
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        matrices_come_and_go = any(is_quantized(module) and not shares_memory(module) for module in model.modules())
         return_large_blocks() if matrices_come_and_go else keep_freed_memory()
     return model
 
 
 def _set_recomputation(model: nn.Module, on: bool) -> None:
-    """Have the fast modules and layers keep less for backward, or as usual; says what that does not cover."""
+    """Let the fast modules and layers keep less for backward, or as usual; warn of what that does not cover."""
     parts = recompute_elementwise(model, on)
     kept = 0
     for layer in model.modules():
@@ -642,14 +643,20 @@ def _set_recomputation(model: nn.Module, on: bool) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers by the name that their module has in the base model; AdaLoRA's are no such layers."""
-    return {name: each for name, each in _low_rank_layers(model).items() if not isinstance(each, AdaLoraLayer)}
+    """Return PEFT's LoRA layers by the name that their module has in the base model; AdaLoRA's are no such layers."""
+    return {
+        name: low_rank_layer
+        for name, low_rank_layer in _low_rank_layers(model).items()
+        if not isinstance(low_rank_layer, AdaLoraLayer)
+    }
 
 
 def _low_rank_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Return LoRA's layers and AdaLoRA's, whose A and B are parameters and no modules, by their name in the base."""
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""
-    return {name.removeprefix(prefix): each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
+    return {
+        name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
 
 
 def apply_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_name: str = "default") -> None:
@@ -685,7 +692,7 @@ class _ZeroOutside:
 
 
 def _keep_zeros(layer: LoraLayer, *_: Any) -> None:
-    """See to it that every sliced B that trains has its hook, before PEFT's own forward runs (DoRA, ...).
+    """Ensure that every sliced B that trains has its hook, before PEFT's own forward runs (DoRA, ...).
 
     A B that did not train yet could not have one, and copying or pickling a layer drops it.
     """
@@ -694,7 +701,9 @@ def _keep_zeros(layer: LoraLayer, *_: Any) -> None:
     for up in layer.lora_B.values():
         if not hasattr(up, "slice_layout") or not up.weight.requires_grad:
             continue
-        if not any(isinstance(each, _ZeroOutside) for each in (up.weight._backward_hooks or {}).values()):
+        if not any(
+            isinstance(backward_hook, _ZeroOutside) for backward_hook in (up.weight._backward_hooks or {}).values()
+        ):
             up.weight.register_hook(_ZeroOutside(_inside(up.weight, up.slice_layout)))
 
 
@@ -721,10 +730,10 @@ def keep_zeros_in_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> N
 
 
 def _inside(weight: Tensor, slices: Slices) -> Tensor:
-    """Mask of the blocks of B. Shape: that of `weight`, (out, R)."""
+    """Return the mask of the blocks of B. Shape: that of `weight`, (out, R)."""
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-    for each in slices:
-        mask[each.row_start : each.row_stop, each.rank_start : each.rank_stop] = True
+    for part in slices:
+        mask[part.row_start : part.row_stop, part.rank_start : part.rank_stop] = True
     return mask
 
 
@@ -737,12 +746,12 @@ class _RecordsSlices:
     philora_slices: dict[str, dict[str, Slices]]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; its slices are forgotten with it."""
+        """Delete as PEFT; the adapter's slices are forgotten with it."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         self.philora_slices.pop(adapter_name, None)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, and beside each adapter `philora.json`: its slices, and how its base is quantised."""
+        """Save as PEFT, and beside each adapter `philora.json`: its slices, and how its base is quantised."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", True):
             return
@@ -757,7 +766,7 @@ class _RecordsSlices:
 
 
 def sort_names(config: Path) -> None:
-    """Sort the lists of names in `adapter_config.json`, which PEFT keeps as sets: their order changes by process."""
+    """Sort the lists of names in `adapter_config.json`, which PEFT keeps as sets in an order of the process."""
     content = json.loads(config.read_text(encoding="utf-8"))
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(content.get(key), list):
@@ -787,11 +796,11 @@ def _remember_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_nam
 
 
 def slice_record(slices: Mapping[str, Slices]) -> dict[str, Any]:
-    """What `philora.json` says of an adapter's slices: names in the order of their blocks, and the rank of each."""
+    """Return the slices for `philora.json`: names in the order of their blocks, and the rank of each."""
     return {
         "format": 1,
         "slices": {
-            module: {"names": [each.name for each in parts], "r": parts[0].rank_stop - parts[0].rank_start}
+            module: {"names": [part.name for part in parts], "r": parts[0].rank_stop - parts[0].rank_start}
             for module, parts in slices.items()
         },
     }
@@ -800,7 +809,7 @@ def slice_record(slices: Mapping[str, Slices]) -> dict[str, Any]:
 def get_peft_model(
     model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel:
-    """PEFT's `get_peft_model`, made strict and slice-aware, with the fast layers switched on.
+    """Make PEFT's model, with strict names, slices and the fast layers.
 
     Args:
         model: The base model; changed in place, as by PEFT.
@@ -839,7 +848,7 @@ def load_adapter(
         source: A folder in PEFT's format, or a hub id, with a subfolder and a revision if need be:
             `OWNER/NAME/SUB/FOLDER@REVISION`.
         adapter_name: The name it gets.
-        is_trainable: Whether training goes on from it.
+        is_trainable: Whether training continues from it.
         **kwargs: Further arguments of `PeftModel.from_pretrained`.
 
     Returns:
@@ -895,7 +904,7 @@ def check_adapter(model: nn.Module, folder: Path) -> tuple[PeftConfig, dict[str,
 
 
 def _named_place(source: str | Path) -> Path:
-    """The folder of an adapter, downloaded where a folder or revision of the Hub is named; a plain id is PEFT's."""
+    """Return the folder of an adapter, downloaded if a folder or revision of the Hub is named; PEFT loads plain ids."""
     place = None if Path(source).exists() else parse_hub_path(str(source))
     if place is None or not (place.subfolder or place.revision):
         return Path(source)
@@ -907,7 +916,7 @@ def _named_place(source: str | Path) -> Path:
 
 
 def _say_changed_base(model: nn.Module, whole: Whole, folder: Path) -> None:
-    """Refuse an adapter that changes a base which others compute with; say so of one that comes alone.
+    """Refuse an adapter that changes a base which others compute with; warn of one that comes alone.
 
     Raises:
         AdapterError: The model has an adapter already, and this one or that one changes the base itself.
@@ -928,7 +937,7 @@ def _say_changed_base(model: nn.Module, whole: Whole, folder: Path) -> None:
 def _with_adapter(
     model: nn.Module, source: str | Path, adapter_name: str, is_trainable: bool, **kwargs: Any
 ) -> PeftModel:
-    """The model with an adapter of PEFT's on it, beside those that it has."""
+    """Return the model with one more adapter of PEFT's."""
     if isinstance(model, PeftModel):
         model.load_adapter(str(source), adapter_name, is_trainable=is_trainable, **kwargs)
         return model
@@ -937,7 +946,7 @@ def _with_adapter(
 
 
 def _without_adapters(model: PeftModel) -> nn.Module:
-    """The base of a PeftModel as it was before its first adapter, without weights."""
+    """Return the base of a PeftModel as it was before its first adapter, without weights."""
     base = model.get_base_model()
     if not isinstance(base, PreTrainedModel):
         expected = "a model of transformers, where an adapter is there already"
@@ -949,7 +958,7 @@ def _without_adapters(model: PeftModel) -> nn.Module:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """What PEFT raises over a folder's values, whatever they lead it to, names the file that holds them."""
+    """Name the file in errors that PEFT raises over the values of a folder."""
     try:
         yield
     except (PhiloraError, MemoryError, torch.OutOfMemoryError):
@@ -1009,7 +1018,7 @@ def _check_harmless(config: LoraConfig, folder: Path) -> None:
 
 
 def _is_quick(pattern: str) -> bool:
-    """Whether Python's `re`, which goes back through all ways of matching, ends soon on names of modules."""
+    """Return whether Python's `re`, which backtracks, ends soon on names of modules."""
     if len(pattern) > 10_000:
         return False
     inside = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)  # escaped characters and classes are one place each
@@ -1019,20 +1028,20 @@ def _is_quick(pattern: str) -> bool:
 
 
 def _recorded_slices(folder: Path, names: Names) -> dict[str, Any] | None:
-    """What `philora.json` says of the slices, checked against the model; None where there is none.
+    """Return the slices in `philora.json`, checked against the model; None where there are none.
 
     Raises:
-        AdapterError: It is torn, or says what cannot be.
+        AdapterError: It is damaged, or has values that cannot be.
     """
     path = folder / RECORD_NAME
     if not path.is_file():
         return None
     try:
         recorded = json.loads(path.read_text(encoding="utf-8")).get("slices", {})
-        for module, each in recorded.items():
-            known = all(isinstance(name, str) and name in names.rows.get(module, {name: ()}) for name in each["names"])
-            if not (known and each["names"] and isinstance(each["names"], list) and 1 <= int(each["r"]) < 2**31):
-                raise ValueError(f"slices of {module}: {each}")
+        for module, entry in recorded.items():
+            known = all(isinstance(name, str) and name in names.rows.get(module, {name: ()}) for name in entry["names"])
+            if not (known and entry["names"] and isinstance(entry["names"], list) and 1 <= int(entry["r"]) < 2**31):
+                raise ValueError(f"slices of {module}: {entry}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         expected = "slices of fused modules, as philora writes them"
         todo = "Copy it again; without it the slices are read from the zeros of B"
@@ -1074,7 +1083,7 @@ def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, T
 def _saved_slices(
     model: PeftModel, recorded: Mapping[str, Any] | None, folder: Path, adapter_name: str
 ) -> dict[str, Slices]:
-    """Slices of an adapter just loaded: as recorded, else as its zeros show; none where the zeros are gone."""
+    """Return the slices of an adapter just loaded: as recorded, else as its zeros show; none without zeros."""
     names = Names.of(model.get_base_model())
     found: dict[str, Slices] = {}
     changed: list[str] = []
@@ -1086,13 +1095,13 @@ def _saved_slices(
         if recorded is not None:
             if name not in recorded:
                 continue
-            r, chosen = int(recorded[name]["r"]), [str(each) for each in recorded[name]["names"]]
+            r, chosen = int(recorded[name]["r"]), [str(entry) for entry in recorded[name]["names"]]
         else:
             seen = ranked_by_zeros(weight, rows)
             if seen is None:
                 continue
             r, chosen = seen
-        parts = tuple(Slice(each, *rows[each], i * r, (i + 1) * r) for i, each in enumerate(chosen))
+        parts = tuple(Slice(entry, *rows[entry], i * r, (i + 1) * r) for i, entry in enumerate(chosen))
         if parts[-1].rank_stop != weight.shape[1] or bool(weight[~_inside(weight, parts)].any()):
             changed.append(name)
         else:
@@ -1109,7 +1118,7 @@ def _saved_slices(
 
 
 def ranked_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]]) -> tuple[int, list[str]] | None:
-    """Rank and names of the slices that make up B, or None when B is not of that form; a pattern may set any rank."""
+    """Return rank and names of the slices that make up B, or None when B is not of that form."""
     for count in range(1, len(rows) + 1):
         r, rest = divmod(weight.shape[1], count)
         chosen = None if rest else _slices_by_zeros(weight, rows, r)
@@ -1119,18 +1128,18 @@ def ranked_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]]) -> tupl
 
 
 def _slices_by_zeros(weight: Tensor, rows: Mapping[str, tuple[int, int]], r: int) -> list[str] | None:
-    """Names of the slices whose blocks of width r make up B, or None when B is not of that form."""
+    """Return the slices whose blocks of width r make up B, or None when B is not of that form."""
     blocks = weight.shape[1] // r
     if weight.shape[1] % r:
         return None
     chosen = []
     for block in range(blocks):
         part = weight[:, block * r : (block + 1) * r]
-        filled = [each for each, (start, stop) in rows.items() if bool(part[start:stop].any())]
+        filled = [name for name, (start, stop) in rows.items() if bool(part[start:stop].any())]
         if len(filled) != 1:
             return None
         chosen.append(filled[0])
-    return chosen if chosen == [each for each in rows if each in chosen] else None
+    return chosen if chosen == [row for row in rows if row in chosen] else None
 
 
 # ------------------------------------------------------------------------------------------ coverage
@@ -1176,13 +1185,13 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Which modules and slices have an adapter, of which rank, and how many parameters that trains."""
+    """Return which modules and slices have an adapter, of which rank, and how many parameters train."""
     rows: dict[tuple[str, str, int, float], list[int]] = {}
     layers = _low_rank_layers(model)
     adapted_parameters: set[int] = set()
     for name, layer in layers.items():
         pattern = re.sub(r"\.\d+\.", ".*.", name)
-        adapted_parameters.update(id(each) for key, each in layer.named_parameters() if "lora_" in key)
+        adapted_parameters.update(id(parameter) for key, parameter in layer.named_parameters() if "lora_" in key)
         for adapter in layer.active_adapters:
             extra = 0
             if isinstance(layer, AdaLoraLayer) and adapter in layer.lora_A:
@@ -1197,15 +1206,15 @@ def coverage(model: nn.Module) -> Coverage:
             scaling = float(layer.scaling[adapter])
             if not slices:
                 rows.setdefault((pattern, "", layer.r[adapter], scaling), []).append(down.numel() + up.numel() + extra)
-            for each in slices:
-                r = each.rank_stop - each.rank_start
-                count = r * (down.shape[1] + each.row_stop - each.row_start)
-                rows.setdefault((pattern, each.name, r, scaling), []).append(count)
+            for entry in slices:
+                r = entry.rank_stop - entry.rank_start
+                count = r * (down.shape[1] + entry.row_stop - entry.row_start)
+                rows.setdefault((pattern, entry.name, r, scaling), []).append(count)
     table = tuple(CoverageRow(*key, len(counts), sum(counts)) for key, counts in rows.items())
     others = tuple(
-        (re.sub(r"^base_model\.model\.|\.modules_to_save\.[^.]+", "", name), each.numel())
-        for name, each in model.named_parameters()
-        if each.requires_grad and id(each) not in adapted_parameters
+        (re.sub(r"^base_model\.model\.|\.modules_to_save\.[^.]+", "", name), parameter.numel())
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in adapted_parameters
     )
     inside = {id(part) for layer in layers.values() for part in layer.modules()}
     frozen: dict[str, int] = {}
@@ -1216,7 +1225,7 @@ def coverage(model: nn.Module) -> Coverage:
                 continue
             frozen[pattern] = frozen.get(pattern, 0) + 1
     trainable = sum(row.parameters for row in table) + sum(count for _, count in others)
-    total = sum(parameters_in(each) for each in model.parameters())
+    total = sum(parameters_in(parameter) for parameter in model.parameters())
     return Coverage(table, others, tuple(frozen.items()), trainable, total)
 
 
@@ -1237,7 +1246,7 @@ class UpdateNorm(NamedTuple):
 
 
 def update_norms(model: nn.Module) -> list[UpdateNorm]:
-    """The size of each update of the active adapters on linear layers, in the order of the modules.
+    """Return the size of each update of the active adapters on linear layers, in the order of the modules.
 
     Numerics:
         fp32; ‖B A‖² is the sum over (BᵀB) ∘ (A Aᵀ), so no (out, in) matrix is made.
@@ -1253,8 +1262,8 @@ def update_norms(model: nn.Module) -> list[UpdateNorm]:
                 continue
             whole = ("", slice(None), slice(None))
             layout = [
-                (each.name, slice(each.row_start, each.row_stop), slice(each.rank_start, each.rank_stop))
-                for each in getattr(layer.lora_B[adapter], "slice_layout", ())
+                (entry.name, slice(entry.row_start, entry.row_stop), slice(entry.rank_start, entry.rank_stop))
+                for entry in getattr(layer.lora_B[adapter], "slice_layout", ())
             ]
             for title, rows, ranks in layout or [whole]:
                 a, b = down[ranks].float(), up[rows, ranks].float()

@@ -1,1 +1,1 @@
-"""One module for a library: how philora imports it, and the names of it that are not public."""
+"""One file for each library: its private names that philora uses, under public ones."""

@@ -1,4 +1,4 @@
-"""TRL, imported without wandb.
+"""TRL, imported without wandb, and the private names of its trainer under public ones.
 
 TRL's trainer imports wandb wherever it is installed, though only a run that reports to it needs it, and `import wandb`
 makes two temporary folders that stay when the process is killed. So wandb looks absent while TRL is imported, and
@@ -7,16 +7,20 @@ TRL's modules import it when they use it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import accelerate.utils
 import transformers
 import transformers.integrations
+
+from philora.compat.private_names import PrivateName, require
+from philora.compat.transformers import TrainerHooks
 
 _OWNERS = (transformers, transformers.integrations, accelerate.utils)
 """The modules from which TRL's import `is_wandb_available`."""
@@ -53,7 +57,63 @@ def without_wandb() -> Iterator[None]:
 
 with without_wandb():
     import trl
-    from trl.trainer import sft_trainer
     from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-__all__ = ["FusedCausalLMOutput", "maybe_gather_lm_head_ctx", "sft_trainer", "trl"]
+_NO_METRICS = "TRL's metrics are counted by its compute_loss and logged by its log, with nothing in between"
+
+PRIVATE = (
+    PrivateName("trl.SFTTrainer._prepare_dataset", "counts rows without labels", "there is no hook around it"),
+    PrivateName("trl.SFTTrainer._metrics", "resumes and reads metrics", _NO_METRICS),
+    PrivateName("trl.SFTTrainer._total_train_tokens", "resumes the count of tokens", _NO_METRICS),
+    PrivateName("trl.SFTTrainer._tp_size", "tokens under tensor parallelism", _NO_METRICS),
+    PrivateName("trl.SFTTrainer._skip_prepare_dataset", "whether rows are tokenised", "dataset_kwargs has it raw"),
+    PrivateName("trl.trainer.utils.FusedCausalLMOutput", "the output of the fused loss", "TRL does not export it"),
+    PrivateName("trl.trainer.utils.maybe_gather_lm_head_ctx", "the head under ZeRO-3", "TRL does not export it"),
+    PrivateName("trl.trainer.sft_trainer.is_wandb_available", "wandb is imported when it is used", "TRL has no switch"),
+)
+
+
+class SFTTrainerHooks(TrainerHooks, trl.SFTTrainer):  # type: ignore[misc]
+    """`trl.SFTTrainer` with the hooks of `TrainerHooks`, and with public names for its metrics."""
+
+    _total_train_tokens: Any
+
+    def prepare_rows(self, dataset: Any, name: str, max_length: int | None, prepare: Callable[[], Any]) -> Any:
+        """Run the preparation of a dataset and return its rows."""
+        return prepare()
+
+    @property
+    def rows_are_prepared(self) -> bool:
+        """Return whether the rows were given as tokens and labels."""
+        return bool(self._skip_prepare_dataset)
+
+    @property
+    def pending_metrics(self) -> dict[str, dict[str, list[Any]]]:
+        """Return what will be logged next, by "train" or "eval" and by name: an entry for each micro-batch."""
+        return cast("dict[str, dict[str, list[Any]]]", self._metrics)
+
+    @property
+    def counted_tokens(self) -> Any:
+        """Return the tokens that were trained on; a tensor until it is read."""
+        return self._total_train_tokens
+
+    @counted_tokens.setter
+    def counted_tokens(self, count: Any) -> None:
+        self._total_train_tokens = count
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Return the number of processes that share each tensor."""
+        return int(self._tp_size)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        given = (dataset, processing_class, args, packing, formatting_func, dataset_name)
+        prepare = functools.partial(super()._prepare_dataset, *given)
+        return self.prepare_rows(dataset, dataset_name, args.max_length, prepare)
+
+
+require(entry for entry in PRIVATE if "SFTTrainer." in entry.name)
+
+__all__ = ["FusedCausalLMOutput", "SFTTrainerHooks", "maybe_gather_lm_head_ctx", "trl"]

@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -99,51 +99,82 @@ def held_out(
     if data.eval is None and other is None:
         expected = "a held-out part of the run's data, but it held nothing out"
         raise DataError(fault("evaluate", "data", None, expected, "Give rows: --data FILE"))
-    known = bool(data.train) and not any(source.streaming for source in data.train)
+    training = _training_rows(loader, data, report, seed, recorded_rows, required=other is None)
+    fingerprint = None
+    if other is not None:
+        chosen = [loader.load(other, "eval", report)]
+        notice_source(report, "data", report.sources["eval"][-1])
+        indices = [np.arange(len(entry.rows)) for entry in chosen]
+    else:
+        if training is not None and training.held is not None:
+            chosen, indices = training.entries, training.held
+        else:
+            sources = data.eval if isinstance(data.eval, tuple) else ()
+            chosen = [loader.load(source, "eval", report) for source in sources]
+            indices = [np.arange(len(entry.rows)) for entry in chosen]
+        if training is not None:
+            weighted = [
+                weighted_rows(rows, source.weight, seed, position)
+                for position, (rows, source) in enumerate(zip(training.kept, data.train, strict=True))
+            ]
+            fingerprint = fingerprint_of(training.entries, weighted, chosen, indices)
+    if not sum(len(rows) for rows in indices):
+        raise DataError(fault("evaluate", "rows", 0, "at least one row that fits the limit of tokens"))
+    in_training = None if training is None else rows_in_training(chosen, indices, training.entries, training.kept)
+    flags = np.concatenate([entry.rows["flags"][rows] for entry, rows in zip(chosen, indices, strict=True)])
+    rows, conversations = assemble(chosen, indices, None)
+    answerable = np.flatnonzero(flags & ANSWERS).tolist()
+    return HeldOut(rows, conversations, answerable, in_training, fingerprint)
+
+
+class _TrainingRows(NamedTuple):
+    """The rows that a run was trained on.
+
+    Attributes:
+        entries: Its sources.
+        held: Of each source the rows that were held out of it; None where other sources are the held-out ones.
+        kept: Of each source the rows that were not.
+    """
+
+    entries: list[Any]
+    held: list[Any] | None
+    kept: list[Any]
+
+
+def _training_rows(
+    loader: Loader, data: DataConfig, report: DataReport, seed: int, recorded_rows: int | None, *, required: bool
+) -> _TrainingRows | None:
+    """Return the rows of a run's training sources; None where they cannot be known.
+
+    Args:
+        loader: Reads and tokenises a source.
+        data: The `data` section of the run.
+        report: Where sources are counted.
+        seed: The run's.
+        recorded_rows: How many rows the run held out, as it has recorded.
+        required: Whether the held-out rows are taken from these sources, so that they have to be there.
+
+    Raises:
+        DataError: They are required and a source cannot be used.
+    """
+    if not data.train or any(source.streaming for source in data.train):
+        return None
     fraction = isinstance(data.eval, float | int)
-    entries = []
-    if known:
-        try:
-            entries = [loader.load(source, "train", report) for source in data.train]
-        except DataError:
-            if other is None and fraction:
-                raise
-            known = False
-    hashes = [entry.rows["hash"] for entry in entries]
+    try:
+        entries = [loader.load(source, "train", report) for source in data.train]
+    except DataError:
+        if required and fraction:
+            raise
+        return None
     held = None
-    if known and isinstance(data.eval, float | int):
+    if isinstance(data.eval, float | int):
+        hashes = [entry.rows["hash"] for entry in entries]
         held = hold_out(hashes, part_of(data.eval, recorded_rows, sum(map(len, hashes))), seed)
     kept = [
         np.setdiff1d(np.arange(len(entry.rows)), held[position] if held is not None else [], assume_unique=True)
         for position, entry in enumerate(entries)
     ]
-    fingerprint = None
-    if other is not None:
-        chosen = [loader.load(other, "eval", report)]
-        notice_source(report, "data", report.sources["eval"][-1])
-        indices = [np.arange(len(each.rows)) for each in chosen]
-    else:
-        if held is not None:
-            chosen, indices = entries, held
-        else:
-            sources = data.eval if isinstance(data.eval, tuple) else ()
-            chosen = [loader.load(source, "eval", report) for source in sources]
-            indices = [np.arange(len(each.rows)) for each in chosen]
-        if known:
-            weighted = [
-                weighted_rows(each, source.weight, seed, position)
-                for position, (each, source) in enumerate(zip(kept, data.train, strict=True))
-            ]
-            fingerprint = fingerprint_of(entries, weighted, chosen, indices)
-    if not sum(len(each) for each in indices):
-        raise DataError(fault("evaluate", "rows", 0, "at least one row that fits the limit of tokens"))
-    in_training = None
-    if known:
-        in_training = rows_in_training(chosen, indices, entries, kept)
-    flags = np.concatenate([entry.rows["flags"][each] for entry, each in zip(chosen, indices, strict=True)])
-    rows, conversations = assemble(chosen, indices, None)
-    answerable = np.flatnonzero(flags & ANSWERS).tolist()
-    return HeldOut(rows, conversations, answerable, in_training, fingerprint)
+    return _TrainingRows(entries, held, kept)
 
 
 # -- the rows that a run keeps

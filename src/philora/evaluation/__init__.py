@@ -1,1 +1,1 @@
-"""How good a model's answers are: losses, scores and their intervals, judges, what was forgotten."""
+"""Evaluation of models: losses, scores and their intervals, judges, forgetting."""

@@ -1,6 +1,6 @@
 """`philora evaluate`: whether a trained adapter is better than its base, on rows that it was not trained on.
 
-    run or adapter -> the held-out rows that the run kept, less those that stand in the training set
+    run or adapter -> the held-out rows that the run kept, without those of the training set
                    -> the base, then the adapter: loss row by row, answers, and what a forgetting check asks
                    -> figures with intervals, wins, ties and losses -> results.json, examples.jsonl
 
@@ -46,7 +46,7 @@ from philora.models.run_folder import HELD_OUT_NAME, TrainedRun, recorded_eval_r
 logger = logging.getLogger("philora.evaluate")
 
 ANSWERS = 200
-"""Conversations that get an answer where nothing says how many."""
+"""Conversations that get an answer by default."""
 
 NAMED = 10
 """Training rows that a notice names."""
@@ -101,7 +101,7 @@ def evaluate(
         metrics: Of `rouge`, `bleu` and `chrf`; default: those whose package is installed.
         judge: Command that scores answers, see `judged`.
         forgetting: Score the bundled general prompts and texts as well.
-        keep_training_rows: Score rows that stand in the training set too; default: they are left out and named.
+        keep_training_rows: Score rows of the training set too; default: they are left out and named.
         out: Folder for the results; default: `evaluation` in the run folder, of a checkpoint
             `evaluation-checkpoint-N`.
         command: What the results name as the command.
@@ -113,27 +113,62 @@ def evaluate(
         RunError: The judge failed.
     """
     started = time.monotonic()
-    if judge is not None:
-        _check_judge(judge)
-    names, missing = measures.choose(metrics)
-    for name in missing:
-        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
+    _check_judge(judge)
+    names = _overlap_names(metrics)
     loaded = load(source, base=base)
     folder = _folder(loaded, out)
     settings = _settings(loaded, generation or {})
     found = held_out_of(loaded, data)
     kept = rows_to_score(found, limit, keep_training_rows)
+    asked = _asked(loaded, found, kept, answers)
+    before, after, general = _both_models(loaded, found, kept, asked, settings, forgetting)
+    examples = _examples(found, kept, asked, before, after)
+    figures = _figures(names, judge, before, after, examples)
+    kept_knowledge = _forgetting(*general) if general else []
+    results = {
+        **_identity(loaded, command, source, data, settings),
+        **_rows(found, kept, keep_training_rows),
+        **_scores(before, after),
+        "comparison": [measure.to_dict() for measure in figures],
+        "forgetting": [measure.to_dict() for measure in kept_knowledge],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return Assessment(folder, _write(folder, results, examples), figures, kept_knowledge)
+
+
+def _figures(
+    names: Sequence[str], judge: str | None, before: Evaluation, after: Evaluation, examples: list[dict[str, Any]]
+) -> list[Paired]:
+    figures = compare(before, after) + _overlap(names, before, after, examples)
+    if judge is not None and after.samples:
+        figures.append(_judged(judge, examples))
+    return figures
+
+
+def _asked(loaded: Loaded, found: HeldOut, kept: Sequence[int], answers: int | None) -> list[int]:
+    """Return the rows that get an answer."""
     if answers is None:
         answers = loaded.run.evaluation.generate if loaded.run is not None else ANSWERS
     answerable = set(found.answerable)
-    asked = [row for row in kept if row in answerable][:answers]
+    return [row for row in kept if row in answerable][:answers]
+
+
+def _both_models(
+    loaded: Loaded,
+    found: HeldOut,
+    kept: Sequence[int],
+    asked: Sequence[int],
+    settings: GenerationSettings,
+    forgetting: bool,
+) -> tuple[Evaluation, Evaluation, tuple[_General, _General] | None]:
+    """Evaluate the base, then the adapter, on the same rows and prompts; the third: what each does of general ones."""
     rows = found.rows.select(kept)
     conversations = [prompts_and_references(found.conversations[row]) for row in asked]
     logger.info("evaluating %d rows, %d answers", len(kept), len(conversations))
     evaluations, general = [], []
-    for model_name in ("base", "adapter"):
-        with loaded.model.disable_adapter() if model_name == "base" else contextlib.nullcontext():
-            each = evaluate_model(
+    for name in ("base", "adapter"):
+        with loaded.model.disable_adapter() if name == "base" else contextlib.nullcontext():
+            evaluation = evaluate_model(
                 loaded.model,
                 loaded.tokenizer,
                 rows,
@@ -141,16 +176,26 @@ def evaluate(
                 settings,
                 pad_token_id=cast(int, loaded.tokenizer.pad_token_id),
             )
-            logger.info("%s: loss %.4f, %.0f s", model_name, each.scores.loss, each.seconds)
-            evaluations.append(each)
-            general.append(_general(loaded) if forgetting else None)
+            logger.info("%s: loss %.4f, %.0f s", name, evaluation.scores.loss, evaluation.seconds)
+            evaluations.append(evaluation)
+            if forgetting:
+                general.append(_general(loaded))
     before, after = evaluations
-    examples = _examples(found, kept, asked, before, after)
-    figures = compare(before, after) + _overlap(names, before, after, examples)
-    if judge is not None and after.samples:
-        figures.append(_judged(judge, examples))
-    kept_knowledge = _forgetting(general[0], general[1]) if general[0] and general[1] else []
-    results = {
+    return before, after, (general[0], general[1]) if forgetting else None
+
+
+def _overlap_names(metrics: Sequence[str] | None) -> list[str]:
+    """Return the measures of overlap that are computed, and warn of those whose package is not installed."""
+    names, missing = measures.choose(metrics)
+    for name in missing:
+        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
+    return list(names)
+
+
+def _identity(
+    loaded: Loaded, command: str, source: str | Path, data: str | Path | None, settings: GenerationSettings
+) -> dict[str, Any]:
+    return {
         "philora": philora.__version__,
         "versions": _versions(),
         "command": command,
@@ -158,30 +203,41 @@ def evaluate(
         "adapter": _adapter_in_run(loaded),
         "base": loaded.base,
         "data": str(data) if data is not None else "held out by the run",
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+def _rows(found: HeldOut, kept: Sequence[int], keep_training_rows: bool) -> dict[str, Any]:
+    return {
         "rows": len(kept),
         "training_rows_left_out": 0 if keep_training_rows else len(found.in_training or ()),
         "training_rows_known": found.in_training is not None,
+    }
+
+
+def _scores(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    return {
         "answers": len(after.samples),
         "too_long": after.too_long,
-        "settings": dataclasses.asdict(settings),
         "before": before.scores.to_dict(),
         "after": after.scores.to_dict(),
-        "comparison": [each.to_dict() for each in figures],
-        "forgetting": [each.to_dict() for each in kept_knowledge],
-        "seconds": round(time.monotonic() - started, 1),
     }
-    lines = "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in examples)
+
+
+def _write(folder: Path, results: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write results and examples; return the results as they are read back."""
+    lines = "".join(json.dumps(example, ensure_ascii=False, allow_nan=False) + "\n" for example in examples)
     with new_folder(folder) as temporary:
-        write_json(temporary / "results.json", results)
+        write_json(temporary / "results.json", dict(results))
         write_text(temporary / "examples.jsonl", lines)
-    return Assessment(folder, json.loads((folder / "results.json").read_text("utf-8")), figures, kept_knowledge)
+    return cast("dict[str, Any]", json.loads((folder / "results.json").read_text("utf-8")))
 
 
 # -- what is evaluated
 
 
 def _folder(loaded: Loaded, out: str | Path | None) -> Path:
-    """Where the results go; known before anything is computed."""
+    """Return the folder for the results, before anything is computed."""
     if out is None and loaded.run is None:
         expected = "a folder for the results, since the adapter is in no run folder"
         raise ConfigError(fault("evaluate", "out", None, expected, "Give --out DIR"))
@@ -193,20 +249,20 @@ def _folder(loaded: Loaded, out: str | Path | None) -> Path:
 
 
 def _own_folder(loaded: Loaded) -> Path:
-    """Where an evaluation of a run stays: that of its adapter by itself, since the report shows it as the run's."""
+    """Return the folder of an evaluation in its run; the report shows that of the run's own adapter."""
     name = loaded.source.path.absolute().name
     return cast(TrainedRun, loaded.run).folder / ("evaluation" if name == "adapter" else f"evaluation-{name}")
 
 
 def _adapter_in_run(loaded: Loaded) -> str | None:
-    """Which adapter of the run was evaluated, as a path in its folder; None for an adapter of no run."""
+    """Return which adapter of the run was evaluated, as a path in its folder; None for an adapter of no run."""
     if loaded.run is None:
         return None
     return loaded.source.path.absolute().relative_to(loaded.run.folder.absolute()).as_posix()
 
 
 def _is_ours(folder: Path) -> bool:
-    names = {each.name for each in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
     return not names or names == {"results.json", "examples.jsonl"}
 
 
@@ -222,7 +278,7 @@ def held_out_of(loaded: Loaded, data: str | Path | None) -> HeldOut:
     """Return the rows to judge by: those of a file, else those that the run kept, else its data's, found by the seed.
 
     Raises:
-        DataError: There are none, the run's data is gone or has changed, or a source cannot be used.
+        DataError: There are none, the run's data is missing or has changed, or a source cannot be used.
         ConfigError: A part of the run's configuration that is needed has a value that it cannot have.
     """
     run = loaded.run
@@ -238,7 +294,7 @@ def held_out_of(loaded: Loaded, data: str | Path | None) -> HeldOut:
 
 
 def _kept_rows(loaded: Loaded) -> HeldOut | None:
-    """The rows of the run's `held_out.jsonl`; None, with a notice, where they have to be taken from the data again."""
+    """Return the rows of `held_out.jsonl`; None, with a warning, if they have to be taken from the data again."""
     run = cast(TrainedRun, loaded.run)
     file, recorded = run.folder / HELD_OUT_NAME, run.record.get("held_out")
     if not file.is_file():
@@ -253,7 +309,7 @@ def _kept_rows(loaded: Loaded) -> HeldOut | None:
 
 
 def _rows_of_sources(loaded: Loaded, data: str | Path | None) -> HeldOut:
-    """The rows of a file, or those that the run held out of its data, read and tokenised now."""
+    """Read and tokenise the rows of a file, or those that the run held out of its data."""
     other = SourceConfig(path=str(data)) if data is not None else None
     base = loaded.model.get_base_model()
     stops = models.stop_token_ids(loaded.tokenizer, getattr(base.generation_config, "eos_token_id", None))
@@ -282,19 +338,19 @@ def _rows_of_sources(loaded: Loaded, data: str | Path | None) -> HeldOut:
     if other is None and None not in (recorded, found.fingerprint) and recorded != found.fingerprint:
         expected = "the data that the run was trained with; it has changed, so the held-out rows are not known"
         todo = "Restore the data, or give rows of your own: --data FILE"
-        raise DataError(fault("evaluate", "data", [each.path for each in of_the_run.train], expected, todo))
+        raise DataError(fault("evaluate", "data", [entry.path for entry in of_the_run.train], expected, todo))
     return found
 
 
 def _longest_row(run: TrainedRun, model_config: Any) -> int:
-    """Tokens of a row as in the run: what is configured, within the model's context and the tokenizer's limit."""
+    """Return the tokens of a row as in the run: the setting, within the limits of model and tokenizer."""
     context = int(getattr(model_config, "max_position_embeddings", run.max_length or 2**20))
     limit = min(context, run.tokenizer.model_max_length or context)
     return min(run.max_length or limit, limit)
 
 
 def _recorded_fingerprint(run: Path) -> str | None:
-    """Of the data in `results.json`; a run that has not ended has none."""
+    """Return the fingerprint of the data in `results.json`; None for a run that has not ended."""
     try:
         data = json.loads((run / "results.json").read_text(encoding="utf-8")).get("data", {})
     except (OSError, ValueError):
@@ -303,7 +359,7 @@ def _recorded_fingerprint(run: Path) -> str | None:
 
 
 def rows_to_score(found: HeldOut, limit: int | None, keep_training_rows: bool) -> list[int]:
-    """Places of the rows that are scored; those of the training set are named."""
+    """Return the indices of the rows that are scored; warn of those of the training set by name."""
     trained = set(found.in_training or ())
     if trained:
         named = [f"row {row + 1} ({_begins(found.conversations[row])})" for row in sorted(trained)[:NAMED]]
@@ -318,16 +374,19 @@ def rows_to_score(found: HeldOut, limit: int | None, keep_training_rows: bool) -
 
 
 def _begins(conversation: Sequence[Mapping[str, Any]]) -> str:
-    text = " ".join(next((str(each["content"]) for each in conversation if each["role"] == "user"), "").split())
+    text = " ".join(next((str(entry["content"]) for entry in conversation if entry["role"] == "user"), "").split())
     return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 def _examples(
     found: HeldOut, kept: Sequence[int], asked: Sequence[int], before: Evaluation, after: Evaluation
 ) -> list[dict[str, Any]]:
-    """One entry for each row: its loss by both models and, where it was asked, their answers."""
+    """Return an entry for each row: its loss by both models and, where it was asked, their answers."""
     samples = {}
-    fitting = {_question(each): each for each in before.samples}, {_question(each): each for each in after.samples}
+    fitting = (
+        {_question(sample): sample for sample in before.samples},
+        {_question(sample): sample for sample in after.samples},
+    )
     for row in asked:
         key = repr(prompts_and_references(found.conversations[row]))
         if key in fitting[0] and key in fitting[1]:
@@ -364,21 +423,21 @@ def _question(sample: Any) -> str:
 def _overlap(
     names: Sequence[str], before: Evaluation, after: Evaluation, examples: Sequence[dict[str, Any]]
 ) -> list[Paired]:
-    """ROUGE, BLEU and chrF of both models' answers; each example gets its own figures."""
-    references = [each.reference for each in after.samples]
+    """Compute ROUGE, BLEU and chrF of both models' answers, and add them to the examples."""
+    references = [sample.reference for sample in after.samples]
     sides = [
-        measures.overlap(names, [sample.answer for sample in each.samples], references) for each in (before, after)
+        measures.overlap(names, [sample.answer for sample in entry.samples], references) for entry in (before, after)
     ]
     answered = _by_question(examples)
     for name, evaluation, side in zip(("base", "adapter"), (before, after), sides, strict=True):
         for index, sample in enumerate(evaluation.samples):
             for entry in answered[_question(sample)]:
-                entry[name] |= {each.field: round(each.figure(sums[index]), 4) for each, sums in side}
+                entry[name] |= {entry.field: round(entry.figure(sums[index]), 4) for entry, sums in side}
     return [paired(measure, old, new) for (measure, old), (_, new) in zip(*sides, strict=True)]
 
 
 def _by_question(examples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Entries with an answer; equal questions stand in several rows."""
+    """Return the entries with an answer by question; equal questions are in several rows."""
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in examples:
         if "prompt" in entry:
@@ -390,7 +449,7 @@ def _by_question(examples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
 
 
 def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Scores of answers by a command that a person has.
+    """Return the scores of answers by a command.
 
     The command gets a line of JSON for each answer on standard input, with `id`, `prompt` (messages), `reference` and
     `answer`, and writes a line of JSON with `id` and `score` for each on standard output, in any order; higher is
@@ -404,7 +463,7 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
         ConfigError: There is no such command.
         RunError: It failed, or did not score every answer once by a finite number.
     """
-    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in questions)
+    lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
     try:
         words = shlex.split(command)
         done = subprocess.run(words, input=lines, capture_output=True, encoding="utf-8", check=False)
@@ -413,7 +472,7 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
     if done.returncode:
         expected = f"a command that ends with 0, not {done.returncode}"
         raise RunError(fault("evaluate", "judge", command, expected, f"It says: {done.stderr.strip()[-300:]}"))
-    wanted = {str(each["id"]) for each in questions}
+    wanted = {str(question["id"]) for question in questions}
     scores: dict[str, float] = {}
     for number, line in enumerate(done.stdout.splitlines(), 1):
         if not line.strip():
@@ -434,8 +493,10 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
     return scores
 
 
-def _check_judge(command: str) -> None:
+def _check_judge(command: str | None) -> None:
     """Refuse a judge that cannot be started, before the models answer."""
+    if command is None:
+        return
     try:
         words = shlex.split(command)
     except ValueError:
@@ -445,7 +506,7 @@ def _check_judge(command: str) -> None:
 
 
 def _judged(command: str, examples: Sequence[dict[str, Any]]) -> Paired:
-    """The judge's scores of all answers, of both models in one mixed order; each example gets its own."""
+    """Score all answers by the judge, of both models in one mixed order, and add the scores to the examples."""
     questions, owners = [], []
     for entry in examples:
         for name in ("base", "adapter") if "prompt" in entry else ():
@@ -480,18 +541,18 @@ def _bundled(name: str) -> list[dict[str, Any]]:
 
 
 def is_accepted(answer: str, accept: Sequence[str], case: bool = False) -> bool:
-    """Whether one of the accepted words stands in an answer, as a word of its own.
+    """Return whether one of the accepted words is in an answer, as a word of its own.
 
     Example:
         >>> is_accepted("It is Paris.", ["paris"]), is_accepted("100", ["0"])
         (True, False)
     """
     flags = 0 if case else re.IGNORECASE
-    return any(re.search(rf"(?<!\w){re.escape(each)}(?!\w)", answer, flags) for each in accept)
+    return any(re.search(rf"(?<!\w){re.escape(entry)}(?!\w)", answer, flags) for entry in accept)
 
 
 def _general(loaded: Loaded) -> _General:
-    """Loss on every token of the texts, and the answers to the prompts."""
+    """Compute the loss on every token of the texts, and the answers to the prompts."""
     tokenizer = loaded.tokenizer
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     rows = []
@@ -500,25 +561,25 @@ def _general(loaded: Loaded) -> _General:
         rows.append({"input_ids": ids, "labels": ids})
     prompts = _bundled("prompts.jsonl")
     losses = score_rows(loaded.model, rows, pad_token_id=cast(int, tokenizer.pad_token_id))
-    conversations = [[{"role": "user", "content": each["prompt"]}] for each in prompts]
+    conversations = [[{"role": "user", "content": prompt["prompt"]}] for prompt in prompts]
     answers = generate(loaded.model, tokenizer, conversations, GenerationSettings(max_new_tokens=FORGETTING_TOKENS))
     correct = [
-        float(is_accepted(answer.text, each["accept"], bool(each.get("case"))))
-        for answer, each in zip(answers, prompts, strict=True)
+        float(is_accepted(answer.text, prompt["accept"], bool(prompt.get("case"))))
+        for answer, prompt in zip(answers, prompts, strict=True)
     ]
     return _General(losses, correct, answers)
 
 
 def _forgetting(before: _General, after: _General) -> list[Paired]:
     losses = [
-        of_means([row.loss for row in each.losses], [row.label_tokens for row in each.losses])
-        for each in (before, after)
+        of_means([row.loss for row in entry.losses], [row.label_tokens for row in entry.losses])
+        for entry in (before, after)
     ]
     text_loss = dataclasses.replace(LOSS, field="forgetting_loss", title="Plain text, loss")
     perplexity = dataclasses.replace(PERPLEXITY, field="forgetting_perplexity", title="Plain text, perplexity")
     found = [paired(text_loss, *losses), paired(perplexity, *losses)]
     found.append(paired(FORGETTING_CORRECT, of_means(before.correct), of_means(after.correct)))
-    worse = [each.title for each in found if each.verdict == "worse"]
+    worse = [entry.title for entry in found if entry.verdict == "worse"]
     if worse:
         logger.warning("forgetting: with the adapter the model is worse at %s", ", ".join(worse))
     return found

@@ -45,7 +45,7 @@ def merge_into_fresh_base(
     data: str | Path | None = None,
     **options: Any,
 ) -> tuple[MergeResult, BaseScores | None]:
-    """`merge_to_folder(fresh_base=True)`, and the loss of both bases.
+    """Merge as `merge_to_folder(fresh_base=True)`, and compare the loss of both bases.
 
     Args:
         source: As for `merge_to_folder`.
@@ -84,7 +84,7 @@ def merge_into_fresh_base(
 
 
 def _rows(loaded: Loaded, data: str | Path | None) -> Any:
-    """Tokenised rows that were not trained on; None where there are none."""
+    """Return tokenised rows that were not trained on; None where there are none."""
     if data is None and (loaded.run is None or not loaded.run.holds_out):
         logger.warning("the loss of both bases needs rows that were not trained on: --data FILE gives them")
         return None
@@ -93,7 +93,7 @@ def _rows(loaded: Loaded, data: str | Path | None) -> Any:
 
 
 def _as_trained(loaded: Loaded) -> Any:
-    """The adapter on the base as it was in training; None where that was not quantised.
+    """Return the adapter on the base as it was in training; None where that was not quantised.
 
     Without the run's configuration the record beside the adapter says how it was.
     """

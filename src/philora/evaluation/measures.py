@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from philora.compat.sacrebleu import score_of, statistics_of
 from philora.errors import ConfigError, fault
 
 RESAMPLES = 2000
@@ -88,30 +89,30 @@ class Paired:
 
     @property
     def examples(self) -> int:
-        """How many were compared."""
+        """Return how many were compared."""
         return self.wins + self.ties + self.losses
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `unclear` where the interval holds no difference at all."""
+        """Return `better`, `worse`, or `unclear` where the interval contains no difference."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "unclear"
         return "better" if (self.low > 0) == self.higher_is_better else "worse"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {"verdict": self.verdict}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Paired:
-        """What `to_dict` wrote; a figure that JSON had no number for is NaN."""
-        known = {each.name for each in fields(cls)}
+        """Read what `to_dict` wrote; what is missing or null becomes NaN, or 0 for a count."""
+        known = {field.name for field in fields(cls)}
         numbers = {name: math.nan if values.get(name) is None else values[name] for name in ("before", "after")}
         return cls(**({name: value for name, value in values.items() if name in known} | numbers))
 
 
 def mean(sums: Sums) -> float:
-    """The first sum over the second."""
+    """Return the first sum over the second."""
     return float(sums[0] / sums[1]) if sums[1] else math.nan
 
 
@@ -123,7 +124,7 @@ JUDGE = Measure("judge", "Judge", True, False, mean, digits=2)
 
 
 def of_means(values: Sequence[float], weights: Sequence[float] | None = None) -> Sums:
-    """Sums whose `mean` is the weighted mean of values. Shapes: returns (n, 2)."""
+    """Return the sums whose `mean` is the weighted mean of values. Shapes: returns (n, 2)."""
     weights = [1.0] * len(values) if weights is None else weights
     return np.column_stack([np.asarray(values, float), np.asarray(weights, float)])
 
@@ -132,7 +133,7 @@ def paired(measure: Measure, before: Sums, after: Sums) -> Paired:
     """Compare two models on the same examples.
 
     The interval is that of the paired percentile bootstrap: whole examples are drawn with replacement, both models'
-    sums together, and the 2.5th and 97.5th percentile of the difference are taken. It says how far the difference
+    sums together, and the 2.5th and 97.5th percentile of the difference are taken. It shows how far the difference
     depends on which examples these are; it knows nothing of other seeds of training.
 
     Args:
@@ -178,7 +179,7 @@ def _interval(figure: Callable[[Sums], float], before: Sums, after: Sums) -> tup
     for start in range(0, RESAMPLES, step):
         times = generator.multinomial(count, np.full(count, 1 / count), min(step, RESAMPLES - start)).astype(float)
         differences += [figure(b) - figure(a) for a, b in zip(times @ before, times @ after, strict=True)]
-    finite = [each for each in differences if math.isfinite(each)]
+    finite = [difference for difference in differences if math.isfinite(difference)]
     if len(finite) < len(differences):
         return None, None
     low, high = np.percentile(finite, [2.5, 97.5])
@@ -189,7 +190,7 @@ def _interval(figure: Callable[[Sums], float], before: Sums, after: Sums) -> tup
 
 
 def choose(asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Which measures of common words are computed, and which are left out because their package is not there.
+    """Return the measures of common words that are computed, and those whose package is missing.
 
     Args:
         asked: Names of `OVERLAP`; None: all that can be computed.
@@ -197,19 +198,19 @@ def choose(asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
     Raises:
         ConfigError: A name is unknown, or one that was asked for needs a package that is not installed.
     """
-    unknown = [each for each in asked or () if each not in OVERLAP]
+    unknown = [entry for entry in asked or () if entry not in OVERLAP]
     if unknown:
         raise ConfigError(fault("evaluate", "metrics", unknown[0], f"some of {', '.join(OVERLAP)}"))
     wanted = list(OVERLAP if asked is None else dict.fromkeys(asked))
-    missing = [each for each in wanted if not _installed(OVERLAP[each])]
+    missing = [entry for entry in wanted if not _installed(OVERLAP[entry])]
     if missing and asked is not None:
         expected = f"the package {OVERLAP[missing[0]].replace('_', '-')}, which is not installed"
         raise ConfigError(fault("evaluate", "metrics", missing[0], expected, INSTALL))
-    return [each for each in wanted if each not in missing], missing
+    return [entry for entry in wanted if entry not in missing], missing
 
 
 def _installed(package: str) -> bool:
-    """Whether it can be imported, and not only found: half-installed packages exist."""
+    """Return whether a package can be imported, and not only found: half-installed packages exist."""
     try:
         __import__(package)
     except ImportError:
@@ -218,7 +219,7 @@ def _installed(package: str) -> bool:
 
 
 def overlap(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[tuple[Measure, Sums]]:
-    """Sums of ROUGE, BLEU and chrF of answers against one reference each.
+    """Return sums of ROUGE, BLEU and chrF of answers against one reference each.
 
     ROUGE-1, -2, -L and -Lsum are the means of the F-measures of rouge-score with its stemmer, in percent; they know
     words of Latin letters and digits only. BLEU and chrF are sacrebleu's with its defaults, of the whole corpus; of one
@@ -243,7 +244,7 @@ def _rouge(answers: Sequence[str], references: Sequence[str]) -> list[tuple[Meas
     scorer = RougeScorer(list(titles), use_stemmer=True)
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     return [
-        (Measure(key, title, True, False, mean, digits=1), of_means([100 * each[key].fmeasure for each in scores]))
+        (Measure(key, title, True, False, mean, digits=1), of_means([100 * score[key].fmeasure for score in scores]))
         for key, title in titles.items()
     ]
 
@@ -253,15 +254,15 @@ def _from_sacrebleu(name: str, answers: Sequence[str], references: Sequence[str]
     from sacrebleu.metrics.chrf import CHRF
 
     metric: Any = BLEU(effective_order=True) if name == "bleu" else CHRF()
-    # As sacrebleu's own significance tests do it; a test holds these sums to `corpus_score`.
-    sums = np.asarray(metric._extract_corpus_statistics(list(answers), [list(references)]), float)
+    # A test compares these sums with `corpus_score`.
+    sums = np.asarray(statistics_of(metric, answers, references), float)
 
     def figure(total: Sums) -> float:
-        return float(metric._compute_score_from_stats([int(each) for each in total]).score)
+        return score_of(metric, [int(count) for count in total])
 
     return Measure(name, "BLEU" if name == "bleu" else "chrF", True, False, figure, digits=1), sums
 
 
 def exp_or_inf(value: float) -> float:
-    """exp; infinite where it is beyond a float."""
+    """Return exp(value); infinite where it is beyond a float."""
     return math.exp(value) if value < 700 else math.inf

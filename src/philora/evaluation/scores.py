@@ -1,7 +1,7 @@
 """How good a model is on held-out data: loss, perplexity, token accuracy, and answers that equal the reference.
 
 `score` reads labels, `evaluate` also generates answers. Both see the model as it is: the base is evaluated by the same
-calls with its adapter disabled, on the same rows and prompts, so that the two stand beside each other.
+calls with its adapter disabled, on the same rows and prompts, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Message = dict[str, Any]
 
 
 class TokenScores(NamedTuple):
-    """What labels alone say: means over the labelled tokens."""
+    """Scores of the labels: means over the labelled tokens."""
 
     loss: float
     perplexity: float
@@ -66,7 +66,7 @@ class TokenScores(NamedTuple):
 
 
 class RowScores(NamedTuple):
-    """What the labels of one row say: sums over its labelled tokens."""
+    """Scores of the labels of one row: sums over its labelled tokens."""
 
     loss: float
     correct: int
@@ -96,14 +96,14 @@ class Scores:
     answers: int = 0
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON, where a number that is not finite becomes null."""
+        """Return plain values for JSON."""
         return {name: _finite(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scores:
-        """The scores in a `results.json`; what is missing or null there is NaN, or 0 for a count."""
+        """Read what `to_dict` wrote; what is missing or null becomes NaN, or 0 for a count."""
         empty = cls(loss=math.nan, perplexity=math.nan, token_accuracy=math.nan, label_tokens=0)
-        known = {each.name for each in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         return cls(**(asdict(empty) | {k: v for k, v in values.items() if k in known and v is not None}))
 
 
@@ -167,7 +167,7 @@ def score(
     pad_token_id: int,
     batch_tokens: int = 8192,
 ) -> TokenScores:
-    """Loss, perplexity and token accuracy of a model on tokenised rows.
+    """Compute loss, perplexity and token accuracy of a model on tokenised rows.
 
     Every labelled token counts once, whatever batch it is in. The output layer is applied at labelled positions only
     and in chunks, so that the logits never exist as a whole.
@@ -193,12 +193,12 @@ def score(
 
 
 def summary(rows: Sequence[RowScores]) -> TokenScores:
-    """Means over all labelled tokens; NaN for no labelled token at all."""
-    count = sum(each.label_tokens for each in rows)
+    """Return means over all labelled tokens; NaN if there is none."""
+    count = sum(row.label_tokens for row in rows)
     if count == 0:
         return TokenScores(math.nan, math.nan, math.nan, 0)
-    mean = math.fsum(each.loss for each in rows) / count
-    return TokenScores(mean, exp_or_inf(mean), sum(each.correct for each in rows) / count, count)
+    mean = math.fsum(row.loss for row in rows) / count
+    return TokenScores(mean, exp_or_inf(mean), sum(row.correct for row in rows) / count, count)
 
 
 def score_rows(
@@ -208,7 +208,7 @@ def score_rows(
     pad_token_id: int,
     batch_tokens: int = 8192,
 ) -> list[RowScores]:
-    """`score` by itself for each row; arguments, numerics and cost are those of `score`.
+    """Compute `score` for each row by itself; arguments, numerics and cost are those of `score`.
 
     A batch that there is no memory for is halved, and so are later ones of its size.
     """
@@ -222,7 +222,7 @@ def score_rows(
             pending = [batch]
             while pending:
                 part = pending.pop()
-                pieces = [_read(rows, each) for each in part]
+                pieces = [_read(rows, entry) for entry in part]
                 positions = len(part) * max(len(ids) for ids, _ in pieces)
                 found = None
                 if positions <= most or len(part) == 1:
@@ -239,13 +239,13 @@ def score_rows(
                     losses[piece.row] += its_loss
                     corrects[piece.row] += its_correct
                     counts[piece.row] += its_count
-    return [RowScores(*each) for each in zip(losses, corrects, counts, strict=True)]
+    return [RowScores(*entry) for entry in zip(losses, corrects, counts, strict=True)]
 
 
 def _score_batch(
     logits_of: Any, pieces: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device
 ) -> list[tuple[float, int, int]] | None:
-    """Loss, correct and labelled tokens of each sequence; None where there is no memory for more than one."""
+    """Return loss, correct and labelled tokens of each sequence; None if memory suffices for one only."""
     try:
         input_ids = pad([ids for ids, _ in pieces], pad_token_id, "right", device)
         labels = pad([labels for _, labels in pieces], IGNORED, "right", device)
@@ -257,7 +257,7 @@ def _score_batch(
         correct = torch.zeros(len(pieces), dtype=torch.int64, device=device)
         start = 0
         for logits in logits_of(input_ids, mask, wanted) if len(targets) else ():
-            target, owner = (each[start : start + len(logits)] for each in (targets, owners))
+            target, owner = (entry[start : start + len(logits)] for entry in (targets, owners))
             loss.index_add_(0, owner, cross_entropy(logits, target, reduction="none").double())
             correct.index_add_(0, owner, (logits.argmax(dim=-1) == target).long())
             start += len(logits)
@@ -269,7 +269,7 @@ def _score_batch(
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether an answer says what the reference says, to the letter.
+    """Return whether an answer equals the reference.
 
     White space at the ends is dropped and any run of white space inside counts as one space; letter case and
     punctuation count.
@@ -336,7 +336,7 @@ def _answers(
     prompts: Sequence[Sequence[Mapping[str, Any]]],
     settings: GenerationSettings,
 ) -> list[Answer]:
-    """As `generate`; a model of NaN gives empty answers, so that its evaluation says what became of it."""
+    """Answer as `generate`; a model of NaN gives empty answers, so that its evaluation reports it."""
     try:
         return generate(model, tokenizer, prompts, settings)
     except NotFiniteError as error:
@@ -345,13 +345,13 @@ def _answers(
 
 
 def _scores(rows: Sequence[RowScores], samples: Sequence[Sample]) -> Scores:
-    matches = sum(each.matched for each in samples)
+    matches = sum(sample.matched for sample in samples)
     share = matches / len(samples) if samples else None
     return Scores(*summary(rows), exact_match=share, exact_match_count=matches, answers=len(samples))
 
 
 def compare(before: Evaluation, after: Evaluation) -> list[Paired]:
-    """The figures of `METRICS` with their intervals: both models on the same rows and the same conversations.
+    """Return the figures of `METRICS` with their intervals: both models on the same rows and conversations.
 
     Raises:
         ValueError: They did not see the same.
@@ -360,24 +360,24 @@ def compare(before: Evaluation, after: Evaluation) -> list[Paired]:
     if before.rows and after.rows:
         sums = [
             {
-                LOSS: of_means([row.loss for row in each.rows], [row.label_tokens for row in each.rows]),
-                TOKEN_ACCURACY: of_means([row.correct for row in each.rows], [row.label_tokens for row in each.rows]),
+                LOSS: of_means([row.loss for row in entry.rows], [row.label_tokens for row in entry.rows]),
+                TOKEN_ACCURACY: of_means([row.correct for row in entry.rows], [row.label_tokens for row in entry.rows]),
             }
-            for each in (before, after)
+            for entry in (before, after)
         ]
         labelled = np.array([row.label_tokens > 0 for row in after.rows])
         for measure, kind in ((LOSS, LOSS), (PERPLEXITY, LOSS), (TOKEN_ACCURACY, TOKEN_ACCURACY)):
-            compared.append(paired(measure, *(each[kind][labelled] for each in sums)))
+            compared.append(paired(measure, *(entry[kind][labelled] for entry in sums)))
     if before.samples and after.samples:
-        if [_key(each) for each in before.samples] != [_key(each) for each in after.samples]:
+        if [_key(sample) for sample in before.samples] != [_key(sample) for sample in after.samples]:
             raise ValueError("compare: samples - expected the same prompts before and after.")
-        matched = [of_means([float(sample.matched) for sample in each.samples]) for each in (before, after)]
+        matched = [of_means([float(sample.matched) for sample in entry.samples]) for entry in (before, after)]
         compared.append(paired(EXACT_MATCH, *matched))
     return compared
 
 
 def joined(parts: Sequence[Evaluation]) -> Evaluation:
-    """One evaluation from those of several parts of a held-out set, in the order of the data.
+    """Join the evaluations of several parts of a held-out set, in the order of the data.
 
     Numerics:
         Means are weighted by labelled tokens in double precision: what one evaluation of all gives, but for the order
@@ -385,20 +385,20 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
     """
     if len(parts) == 1:
         return parts[0]
-    rows = [row for each in parts for row in each.rows]
-    samples = [sample for each in parts for sample in each.samples]
-    seconds, too_long = max(each.seconds for each in parts), sum(each.too_long for each in parts)
+    rows = [row for part in parts for row in part.rows]
+    samples = [sample for part in parts for sample in part.samples]
+    seconds, too_long = max(part.seconds for part in parts), sum(part.too_long for part in parts)
     return Evaluation(_scores(rows, samples), samples, seconds, too_long, rows)
 
 
 def compare_table(before: Scores, after: Scores) -> list[Comparison]:
-    """The before/after table: metric, before, after and change, as text.
+    """Return the before/after table as text: metric, before, after and change.
 
     A figure that neither side has (no answers were generated) has no row; one that a side lacks is a dash.
     """
     table = []
     for metric in METRICS:
-        old, new = (_number(getattr(each, metric.field)) for each in (before, after))
+        old, new = (_number(getattr(entry, metric.field)) for entry in (before, after))
         if old is None and new is None:
             continue
         table.append(Comparison(metric.title, _shown(old, metric), _shown(new, metric), _change(old, new, metric)))
@@ -425,22 +425,22 @@ def stage_table(base: Scores, start: Scores, after: Scores) -> list[StageCompari
 
 
 def shown_figure(value: float | None, measure: Measure | Paired) -> str:
-    """A figure as people read it; a dash for none."""
+    """Format a figure; a dash for none."""
     return _shown(_number(value), measure)
 
 
 def interval_of(figure: Paired) -> str:
-    """The difference, and its 95% interval in brackets; of shares in percentage points."""
+    """Format the difference with its 95% interval in brackets; of shares in percentage points."""
     change = _change(_number(figure.before), _number(figure.after), figure)
     if figure.low is None or figure.high is None:
         return change
     size = max(abs(figure.before), abs(figure.after))
-    ends = (_signed(each, figure, size).removesuffix(" pp") for each in (figure.low, figure.high))
+    ends = (_signed(entry, figure, size).removesuffix(" pp") for entry in (figure.low, figure.high))
     return f"{change} [{', '.join(ends)}]"
 
 
 def better(metric: Measure, before: float | None, after: float | None) -> bool | None:
-    """Whether a figure got better; None when it is the same or a side lacks it."""
+    """Return whether a figure got better; None when it is the same or a side lacks it."""
     before, after = _number(before), _number(after)
     if before is None or after is None or before == after:
         return None
@@ -448,7 +448,7 @@ def better(metric: Measure, before: float | None, after: float | None) -> bool |
 
 
 def pick_samples(before: Evaluation, after: Evaluation, n: int = 3) -> list[dict[str, Any]]:
-    """A few prompts with the base's and the adapter's answer, chosen so that a person learns from them.
+    """Choose a few prompts with the base's and the adapter's answer that a person learns from.
 
     First a conversation of several turns, when there is one; then an answer that became right; then one that is still
     (or newly) wrong, so that the page does not only flatter; then what became right, changed, and the rest. Equal
@@ -457,8 +457,8 @@ def pick_samples(before: Evaluation, after: Evaluation, n: int = 3) -> list[dict
     Returns:
         At most `n`, in the form of `results.json`.
     """
-    others = {_key(each): each for each in before.samples}
-    pairs = [(others[_key(each)], each) for each in after.samples if _key(each) in others]
+    others = {_key(sample): sample for sample in before.samples}
+    pairs = [(others[_key(sample)], sample) for sample in after.samples if _key(sample) in others]
 
     def rank(pair: tuple[Sample, Sample]) -> int:
         base, adapter = pair
@@ -473,7 +473,7 @@ def pick_samples(before: Evaluation, after: Evaluation, n: int = 3) -> list[dict
         next((pair for pair in ranked if _user_turns(pair[1]) == 1 and not pair[1].matched), None),
     ]
     chosen: list[tuple[Sample, Sample]] = []
-    for pair in [*(each for each in first if each is not None), *ranked]:
+    for pair in [*(entry for entry in first if entry is not None), *ranked]:
         if pair not in chosen and len(chosen) < n:
             chosen.append(pair)
     return [
@@ -498,7 +498,7 @@ class _Piece(NamedTuple):
 
 
 def _sequences(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Piece]:
-    """Every sequence in which a token follows another: a row is one, and a pack is as many as it has lengths."""
+    """Yield every sequence in which a token follows another: a row is one, a pack as many as it has lengths."""
     for index, row in enumerate(rows):
         start = 0
         for length in row.get("seq_lengths") or [len(row["input_ids"])]:
@@ -508,16 +508,16 @@ def _sequences(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Piece]:
 
 
 def _read(rows: Sequence[Mapping[str, Any]], piece: _Piece) -> tuple[list[int], list[int]]:
-    """The token ids and labels of one sequence."""
+    """Return the token ids and labels of one sequence."""
     row = rows[piece.row]
     return row["input_ids"][piece.start : piece.stop], row["labels"][piece.start : piece.stop]
 
 
 def _token_batches(sequences: Sequence[_Piece], batch_tokens: int, switch: int | None) -> Iterator[list[_Piece]]:
-    """Sequences of similar length, longest first, up to `batch_tokens` positions with their padding."""
+    """Yield batches of sequences of similar length, longest first, up to `batch_tokens` with their padding."""
     batch: list[_Piece] = []
     width = 0
-    for piece in sorted(sequences, key=lambda each: (each.start - each.stop, each)):
+    for piece in sorted(sequences, key=lambda piece: (piece.start - piece.stop, piece)):
         length = piece.stop - piece.start
         crosses = switch is not None and length <= switch < width
         if batch and ((len(batch) + 1) * width > batch_tokens or crosses):
@@ -563,7 +563,7 @@ class _FromModel:
 def _label_logits(
     model: Any, rows: Sequence[Mapping[str, Any]], sequences: Sequence[_Piece], device: torch.device
 ) -> _FromHidden | _FromModel:
-    """The cheap way where it gives the model's own logits, which a few tokens of the data tell.
+    """Return the cheap way to the logits if it gives the model's own, which is tried on a few tokens.
 
     Some models scale or cap their logits after the output layer, and some adapters add virtual tokens: rather than
     keep a list of them, compare.
@@ -582,17 +582,17 @@ def _label_logits(
 
 def _sample(prompt: Sequence[Mapping[str, Any]], reference: str, answer: Answer) -> Sample:
     matched = exact_match(answer.text, reference)
-    messages = [dict(each) for each in prompt]
+    messages = [dict(entry) for entry in prompt]
     return Sample(messages, reference, answer.text, matched, stopped=answer.stopped, tokens=answer.tokens)
 
 
 def _key(sample: Sample) -> str:
-    """What makes two samples the same question."""
+    """Return what makes two samples the same question."""
     return repr((sample.prompt, sample.reference))
 
 
 def _user_turns(sample: Sample) -> int:
-    return sum(each.get("role") == "user" for each in sample.prompt)
+    return sum(entry.get("role") == "user" for entry in sample.prompt)
 
 
 def _finite(value: float | int | None) -> float | int | None:
@@ -600,7 +600,7 @@ def _finite(value: float | int | None) -> float | int | None:
 
 
 def _number(value: float | None) -> float | None:
-    """A figure, or None for one that is missing (NaN after a null in `results.json`)."""
+    """Return a figure, or None for one that is missing (NaN after a null in `results.json`)."""
     return None if value is None or math.isnan(value) else value
 
 
@@ -613,14 +613,14 @@ def _shown(value: float | None, metric: Measure | Paired) -> str:
 
 
 def _change(before: float | None, after: float | None, metric: Measure | Paired) -> str:
-    """The difference with its sign, to as many digits as its figures; of shares in percentage points."""
+    """Format the difference with its sign and the digits of its figures; of shares in percentage points."""
     if before is None or after is None:
         return "–"
     return _signed(after - before, metric, max(abs(before), abs(after)))
 
 
 def _signed(change: float, metric: Measure | Paired, size: float) -> str:
-    """A difference between figures of about that size."""
+    """Format a difference between figures of about that size."""
     if math.isnan(change):  # infinite before and after
         return "–"
     if metric.percent:

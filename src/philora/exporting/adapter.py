@@ -34,11 +34,11 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """R, of all slices together."""
+        """Return R, of all slices together."""
         return self.lora_A.shape[0]
 
     def delta(self) -> Tensor:
-        """`scaling * B A` in fp32 or more. Shape: (out, in)."""
+        """Return `scaling * B A` in fp32 or more. Shape: (out, in)."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)) * self.scaling
 
@@ -53,18 +53,18 @@ class Adapter:
 
 
 def plain_number(value: float) -> float:
-    """A whole number as an int, as PEFT writes alpha; else the value."""
+    """Return a whole number as an int, as PEFT writes alpha; else the value."""
     near = round(value)
     return near if math.isclose(value, near, rel_tol=1e-12) else value
 
 
 def as_fused(adapter: Adapter, model: PreTrainedModel) -> Adapter:
-    """The same matrices, each of a whole module: further training may fill the zeros between the blocks."""
-    return replace(adapter, updates={name: replace(each, slices=()) for name, each in adapter.updates.items()})
+    """Return the same matrices, each of a whole module: further training may fill the zeros between the blocks."""
+    return replace(adapter, updates={name: replace(update, slices=()) for name, update in adapter.updates.items()})
 
 
 def as_slices(adapter: Adapter, model: PreTrainedModel) -> Adapter:
-    """Updates of fused modules as one of each slice.
+    """Return the updates of fused modules as one of each slice.
 
     A fused update whose B is block-diagonal is taken apart; of any other, each slice gets all of A and its rows of B:
     exact, at as many times the rank as there are slices.
@@ -74,10 +74,10 @@ def as_slices(adapter: Adapter, model: PreTrainedModel) -> Adapter:
     """
     rows = Names.of(model).rows
     updates = {}
-    for name, each in adapter.updates.items():
-        if name in rows and not each.slices:
-            each = _sliced(each, rows[name])
-        updates[name] = each
+    for name, update in adapter.updates.items():
+        if name in rows and not update.slices:
+            update = _sliced(update, rows[name])
+        updates[name] = update
     return replace(adapter, updates=updates)
 
 
@@ -88,18 +88,18 @@ def _sliced(update: Update, rows: Mapping[str, tuple[int, int]]) -> Update:
         return replace(update, slices=_parts(chosen, rows, r))
     parts = _parts(list(rows), rows, update.rank)
     up = update.lora_B.new_zeros(update.lora_B.shape[0], parts[-1].rank_stop)
-    for each in parts:
-        span = slice(each.row_start, each.row_stop)
-        up[span, each.rank_start : each.rank_stop] = update.lora_B[span]
+    for part in parts:
+        span = slice(part.row_start, part.row_stop)
+        up[span, part.rank_start : part.rank_stop] = update.lora_B[span]
     return replace(update, lora_A=update.lora_A.repeat(len(parts), 1), lora_B=up, slices=parts)
 
 
 def _parts(names: Sequence[str], rows: Mapping[str, tuple[int, int]], r: int) -> Slices:
-    return tuple(Slice(each, *rows[each], i * r, (i + 1) * r) for i, each in enumerate(names))
+    return tuple(Slice(name, *rows[name], i * r, (i + 1) * r) for i, name in enumerate(names))
 
 
 def for_server(adapter: Adapter, model: PreTrainedModel) -> Adapter:
-    """One rank and one alpha for all modules: llama.cpp knows one alpha, vLLM no patterns.
+    """Return updates of one rank and one alpha for all modules: llama.cpp knows one alpha, vLLM no patterns.
 
     Numerics:
         B times its scaling is rounded once to B's dtype (exact when the scaling is a power of two).
@@ -110,36 +110,36 @@ def for_server(adapter: Adapter, model: PreTrainedModel) -> Adapter:
     todo = "Merge it in its place (philora merge), or export --layout fused"
     faults = [
         fault("export", "layout server", name, "updates of linear layers only", todo)
-        for name in [*adapter.whole, *(name for name, each in adapter.updates.items() if each.embedding)]
+        for name in [*adapter.whole, *(name for name, update in adapter.updates.items() if update.embedding)]
     ]
     if faults:
         raise AdapterError(one_per_line(faults))
-    rank = max(each.rank for each in adapter.updates.values())
+    rank = max(update.rank for update in adapter.updates.values())
     updates = {}
-    for name, each in adapter.updates.items():
-        missing = rank - each.rank
-        up = (each.lora_B.double() * each.scaling).to(each.lora_B.dtype)
+    for name, update in adapter.updates.items():
+        missing = rank - update.rank
+        up = (update.lora_B.double() * update.scaling).to(update.lora_B.dtype)
         updates[name] = Update(
-            nn.functional.pad(each.lora_A, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing)), 1.0
+            nn.functional.pad(update.lora_A, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing)), 1.0
         )
     return replace(adapter, updates=updates)
 
 
 def check_updates(adapter: Adapter, again: Adapter) -> None:
-    """The update of every module is the same, whatever its effect on the logits of a few tokens.
+    """Check that the update of every module is the same, whatever its effect on the logits of a few tokens.
 
     Raises:
         AdapterError: One is missing, or differs by more than a rounding.
     """
     faults = []
-    for name, each in adapter.updates.items():
+    for name, update in adapter.updates.items():
         other = again.updates.get(name)
         if other is None:
             faults.append(fault("export", name, "missing", "every update in the result"))
             continue
-        want, got = each.delta(), other.delta()
+        want, got = update.delta(), other.delta()
         difference = float((got - want).norm() / want.norm().clamp(min=1e-30))
-        bound = UPDATE_TOLERANCE[each.lora_B.dtype]
+        bound = UPDATE_TOLERANCE[update.lora_B.dtype]
         if not difference <= bound:
             faults.append(fault("export", name, difference, f"an update that differs by at most {bound:g}"))
     for name, value in adapter.whole.items():

@@ -96,11 +96,21 @@ def export(
     layout = layout or next(iter(FORMATS.get(format, ())), "")
     _check_arguments(format, layout, dtype, out)
     found = find_adapter(source, base)
-    place = require_base(found)
+    require_base(found)
     name = base or _base_name(found)
     if format in ("gguf", "ollama"):
         return _export_gguf(found, out, layout, dtype, name, lora_alpha, ollama=format == "ollama")
-    model = load_base(place, found.revision)
+    result = _export_adapter(found, out, format, layout, name, lora_alpha)
+    logger.info("%s: %s", out, result)
+    return Exported(out, result)
+
+
+def _export_adapter(
+    found: AdapterSource, out: Path, format: str, layout: str, name: str, lora_alpha: float | None
+) -> Agreement:
+    """Write an adapter in PEFT's or loralib's format, read it again and compare the logits of both."""
+    base = require_base(found)
+    model = load_base(base, found.revision)
     tokens = probe(model.config.get_text_config().vocab_size, model.device)
     plain = logits_of(model, tokens)
     with restored(model):
@@ -121,12 +131,11 @@ def export(
             check_updates(adapter, again)
             bound = ROUNDED_ONCE[next(model.parameters()).dtype]
             result = agreement(f"export to {format}", reference, logits_of(applied, tokens), bound, plain)
-        companions = Companions(found.path, Path(place), model.config)
+        companions = Companions(found.path, Path(base), model.config)
         companions.write(folder, files=format == "peft")
         if format == "peft":
             write_text(folder / "README.md", _readme(name, layout, wanted, companions))
-    logger.info("%s: %s", out, result)
-    return Exported(out, result)
+    return result
 
 
 def _check_arguments(format: str, layout: str, dtype: str, out: Path) -> None:
@@ -170,14 +179,14 @@ def _export_gguf(
 
 
 def _shown(base: str) -> str:
-    """A base's name in files that others get: without the folders of this machine."""
+    """Return a base's name for files that others get: without the folders of this machine."""
     if base == local_path("nano"):
         return "nano"
     return Path(base).name if Path(base).is_dir() else base
 
 
 def _base_name(found: AdapterSource) -> str:
-    """What the result calls its base: the name that the source has for it, which may be a hub id."""
+    """Return what the result calls its base: the name that the source has for it, which may be a Hub id."""
     if found.path.is_dir():
         config = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
         return str(config.get("base_model_name_or_path") or found.base)
@@ -185,8 +194,8 @@ def _base_name(found: AdapterSource) -> str:
 
 
 def _readme(base: str, layout: str, adapter: Adapter, companions: Companions) -> str:
-    rank = max(each.rank for each in adapter.updates.values())
-    stops = ", ".join(f"`{each}`" for each in companions.stop_tokens)
+    rank = max(update.rank for update in adapter.updates.values())
+    stops = ", ".join(f"`{stop_token}`" for stop_token in companions.stop_tokens)
     ends = f" An answer ends at {stops}; `stop_tokens.json` has them by id." if stops else ""
     serve = f"""
 ```
@@ -217,12 +226,12 @@ def load_base(name: str, revision: str | None = None) -> PreTrainedModel:
 
 @contextmanager
 def restored(model: PreTrainedModel) -> Iterator[None]:
-    """In this block modules and parameters of the model may be replaced; afterwards it is what it was."""
-    held = [(each, type(each), dict(each._modules), dict(each._parameters)) for each in model.modules()]
-    hooks = [(each, each._forward_pre_hooks.copy()) for each in model.modules()]
+    """Restore in the end what this block replaces of the model's modules and parameters."""
+    held = [(module, type(module), dict(module._modules), dict(module._parameters)) for module in model.modules()]
+    hooks = [(module, module._forward_pre_hooks.copy()) for module in model.modules()]
     attention = model.config._attn_implementation
-    trains = [(each, each.requires_grad) for each in model.parameters()]
-    biases = [(each, each.detach().clone()) for name, each in model.named_parameters() if "bias" in name]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    biases = [(parameter, parameter.detach().clone()) for name, parameter in model.named_parameters() if "bias" in name]
     attributes = set(vars(model))
     try:
         yield

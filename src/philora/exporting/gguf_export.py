@@ -90,7 +90,7 @@ def write_gguf(
         name: What the model is called.
         base_name: What the files call the base.
         ollama: Whether to write a Modelfile as well.
-        lora_alpha: Of a loralib file that does not say it.
+        lora_alpha: Of a loralib file that lacks it.
 
     Raises:
         ModelError: The model or tokenizer is of a kind that llama.cpp's `phi3` does not compute, or llama.cpp reads
@@ -107,29 +107,11 @@ def write_gguf(
     words = vocabulary(companions.tokenizer, config.vocab_size, companions.stops)
     prompts = _prompts(found, companions.tokenizer, config)
 
-    model = _base_as_trained(found, base)
-    plain = row_logits(model, prompts.rows)
     facts = {"base_model": base_name, "license": licence(str(base)) or licence(base_name) or ""}
-    if layout == "merged":
-        files: tuple[str, ...] = (f"model-{file_type}.gguf",)
-        model, reference = _merged(model, found, prompts.rows, lora_alpha)
-        write_model(model, folder / files[0], words, file_type=file_type, name=name, facts=facts)
-        _check_tensors(model, folder / files[0], file_type)
-    else:
-        files = (f"base-{file_type}.gguf", "adapter.gguf")
-        write_model(
-            model, folder / files[0], words, file_type=file_type, name=base_name, facts={"license": facts["license"]}
-        )
-        _check_tensors(model, folder / files[0], file_type)
-        with restored(model):
-            applied, adapter = read_adapter(model, found, lora_alpha)
-            reference = row_logits(applied, prompts.rows)
-            served = for_server(adapter, model)
-        write_lora(served, model, folder / files[1], file_type=file_type, name=name, facts=facts)
-        _check_lora(served, model, folder / files[1])
-        del applied
-    del model
-    gc.collect()
+    source = _Source(found, base, lora_alpha)
+    write = _write_merged if layout == "merged" else _write_base_and_adapter
+    files, reference, plain = write(source, folder, words, prompts.rows, file_type, name, facts)
+    gc.collect()  # the model, before what was written is loaded
     compared = _compare(folder, files, file_type, prompts, reference, plain)
     if layout == "adapter":
         (folder / files[0]).unlink()
@@ -143,16 +125,62 @@ def write_gguf(
     return GGUFExport(files, *compared)
 
 
+class _Source(NamedTuple):
+    """The adapter that is written, the folder of its base, and the alpha of a loralib file that lacks it."""
+
+    found: AdapterSource
+    base: Path
+    lora_alpha: float | None
+
+
+_Written = tuple[tuple[str, ...], list[Tensor], list[Tensor]]
+"""The files, and the logits of the model with the adapter and of the base alone."""
+
+
+def _write_merged(
+    source: _Source, folder: Path, words: Any, rows: Any, file_type: str, name: str, facts: dict[str, str]
+) -> _Written:
+    """Write one model with the adapter in its weights."""
+    model = _base_as_trained(source.found, source.base)
+    plain = row_logits(model, rows)
+    file = f"model-{file_type}.gguf"
+    model, reference = _merged(model, source.found, rows, source.lora_alpha)
+    write_model(model, folder / file, words, file_type=file_type, name=name, facts=facts)
+    _check_tensors(model, folder / file, file_type)
+    return (file,), reference, plain
+
+
+def _write_base_and_adapter(
+    source: _Source, folder: Path, words: Any, rows: Any, file_type: str, name: str, facts: dict[str, str]
+) -> _Written:
+    """Write the base, and the adapter in a file of its own."""
+    model = _base_as_trained(source.found, source.base)
+    plain = row_logits(model, rows)
+    files = (f"base-{file_type}.gguf", "adapter.gguf")
+    license_fact, base_name = {"license": facts["license"]}, facts["base_model"]
+    write_model(model, folder / files[0], words, file_type=file_type, name=base_name, facts=license_fact)
+    _check_tensors(model, folder / files[0], file_type)
+    with restored(model):
+        applied, adapter = read_adapter(model, source.found, source.lora_alpha)
+        reference = row_logits(applied, rows)
+        served = for_server(adapter, model)
+    write_lora(served, model, folder / files[1], file_type=file_type, name=name, facts=facts)
+    _check_lora(served, model, folder / files[1])
+    return files, reference, plain
+
+
 def _prompts(found: AdapterSource, tokenizer: PreTrainedTokenizerBase, config: Any) -> _Prompts:
-    """Rows that stay within what llama.cpp computes alike: the attention window, and LongRoPE's short factors."""
+    """Return rows within what llama.cpp computes alike: the attention window, and LongRoPE's short
+    factors.
+    """
     windows = (config.max_position_embeddings, config.sliding_window, longrope_switch_tokens(config))
-    limit = min(held_out.TOKENS, *(each for each in windows if each))
+    limit = min(held_out.TOKENS, *(window for window in windows if window))
     written = held_out.texts(found.run, tokenizer)
     return _Prompts(written, held_out.token_rows(written, tokenizer, limit), tokenizer.chat_template is not None)
 
 
 def _base_as_trained(found: AdapterSource, base: Path) -> PreTrainedModel:
-    """The base with the weights that the adapter was trained over, in fp32 where there is memory for it."""
+    """Load the base with the weights that the adapter was trained over, in fp32 if there is memory for it."""
     trained_over = read_trained_over(base, cast(str, found.base), found.path, fresh_base=False)
     if trained_over is not None:
         model = load_trained_over(base, trained_over)
@@ -162,14 +190,14 @@ def _base_as_trained(found: AdapterSource, base: Path) -> PreTrainedModel:
 
 
 def _fits_fp32(model: nn.Module) -> bool:
-    parameters = sum(each.numel() for each in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return bool(psutil.virtual_memory().available > 2 * 4 * parameters)
 
 
 def _merged(
     model: PreTrainedModel, found: AdapterSource, rows: Sequence[Sequence[int]], lora_alpha: float | None
 ) -> tuple[PreTrainedModel, list[Tensor]]:
-    """The base with the adapter in its weights, and the logits of what was trained; the base is used up."""
+    """Merge the adapter into the base, which is used up; return it with the logits of what was trained."""
     with tempfile.TemporaryDirectory() as temporary:
         source = found.path
         if source.is_file():
@@ -186,11 +214,11 @@ def _merged(
 
 
 def _check_tensors(model: PreTrainedModel, file: Path, file_type: str) -> None:
-    """Every tensor of the file is the model's, within the rounding of its type."""
+    """Check that every tensor of the file is the model's, within the rounding of its type."""
     written, faults = GGUFFile(file), []
     for name, tensor in model_tensors(model).items():
         want, got = tensor.float().cpu(), written.tensor(name)
-        kind = next(key for key, (_, each) in FILE_TYPES.items() if each is type_of(tensor, file_type))
+        kind = next(key for key, (_, entry) in FILE_TYPES.items() if entry is type_of(tensor, file_type))
         difference = float((got - want).norm() / want.norm().clamp(min=1e-30)) if got.shape == want.shape else torch.inf
         if not difference <= _ROUNDED[kind]:
             faults.append(fault(file.name, name, difference, f"the model's tensor within {_ROUNDED[kind]:g}"))
@@ -199,7 +227,7 @@ def _check_tensors(model: PreTrainedModel, file: Path, file_type: str) -> None:
 
 
 def _check_lora(served: Adapter, model: PreTrainedModel, file: Path) -> None:
-    """Every update of the file is the adapter's, with the multiplier that llama.cpp applies."""
+    """Check that every update of the file is the adapter's, with the multiplier that llama.cpp applies."""
     written = GGUFFile(file)
     alpha = float(written.field("adapter.lora.alpha"))
     blocks = int(model.config.num_hidden_layers)
@@ -210,7 +238,8 @@ def _check_lora(served: Adapter, model: PreTrainedModel, file: Path) -> None:
         updates[name] = Update(down, up, alpha / down.shape[0])
     # Compared as f16's rounding allows, whatever the adapter's own dtype.
     wanted = {
-        name: Update(each.lora_A.half(), each.lora_B.half(), each.scaling) for name, each in served.updates.items()
+        name: Update(update.lora_A.half(), update.lora_B.half(), update.scaling)
+        for name, update in served.updates.items()
     }
     check_updates(Adapter(wanted), Adapter(updates))
 
@@ -259,7 +288,7 @@ def _readme(
     name: str, base: str, files: Sequence[str], layout: str, companions: Companions, context: int, ollama: bool,
     system: SystemTurn | None,
 ) -> str:  # fmt: skip
-    stops = ", ".join(f"`{each}`" for each in companions.stop_tokens)
+    stops = ", ".join(f"`{stop_token}`" for stop_token in companions.stop_tokens)
     lora = layout != "merged"
     main = files[0] if layout != "adapter" else "BASE.gguf"
     flag = " --lora adapter.gguf" if lora else ""
@@ -292,5 +321,5 @@ print(answer["choices"][0]["message"]["content"])
 
 
 def _ollama_name(name: str) -> str:
-    kept = "".join(each if each.isalnum() or each in "._-" else "-" for each in name.lower()).strip("._-")
+    kept = "".join(entry if entry.isalnum() or entry in "._-" else "-" for entry in name.lower()).strip("._-")
     return kept or "model"

@@ -31,11 +31,11 @@ FILE_TYPES: Final[Mapping[str, tuple[gguf.LlamaFileType, gguf.GGMLQuantizationTy
     "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
     "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
 }
-"""What weights can be written as: the field that says so, and the type of a matrix. Vectors are always fp32."""
+"""Types of weights: the field that names one, and the type of a matrix. Vectors are always fp32."""
 
 _ROPE_LONG, _ROPE_SHORT = (
-    f"{gguf.TENSOR_NAMES[each]}.weight"
-    for each in (gguf.MODEL_TENSOR.ROPE_FACTORS_LONG, gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT)
+    f"{gguf.TENSOR_NAMES[entry]}.weight"
+    for entry in (gguf.MODEL_TENSOR.ROPE_FACTORS_LONG, gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT)
 )
 
 
@@ -63,7 +63,7 @@ def check_architecture(config: Any) -> None:
 
 
 def tensor_name(name: str, blocks: int) -> str | None:
-    """GGUF's name of a parameter of transformers, or None where it has none."""
+    """Return GGUF's name of a parameter of transformers, or None where it has none."""
     module, _, leaf = name.rpartition(".")
     found = gguf.get_tensor_name_map(ARCHITECTURE, blocks).get_name(module)
     return None if found is None else f"{found}.{leaf}"
@@ -106,7 +106,7 @@ def write_model(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write_config(writer, model.config)
     vocabulary.write(writer)
-    _write_tensors(writer, {key: (each, type_of(each, file_type)) for key, each in tensors.items()})
+    _write_tensors(writer, {key: (tensor, type_of(tensor, file_type)) for key, tensor in tensors.items()})
 
 
 def write_lora(
@@ -135,22 +135,22 @@ def write_lora(
     """
     check_architecture(model.config)
     blocks = int(model.config.num_hidden_layers)
-    ranks = {each.rank for each in adapter.updates.values()}
-    scalings = {each.scaling for each in adapter.updates.values()}
+    ranks = {update.rank for update in adapter.updates.values()}
+    scalings = {update.scaling for update in adapter.updates.values()}
     if len(ranks) != 1 or len(scalings) != 1:
         expected = "one rank and one scaling for all modules, as in the server layout"
         raise AdapterError(fault("export to gguf", "ranks, scalings", (ranks, scalings), expected))
     kind = FILE_TYPES["f32" if file_type == "f32" else "f16"]
     tensors: dict[str, tuple[Tensor, gguf.GGMLQuantizationType]] = {}
     faults = []
-    for module, each in adapter.updates.items():
+    for module, update in adapter.updates.items():
         own = tensor_name(f"{module}.weight", blocks)
         if own is None or (module == "lm_head" and model.config.tie_word_embeddings):
             expected = "modules that llama.cpp can adapt by themselves"
             faults.append(fault("export to gguf", "module", module, expected, "Merge it: --layout merged"))
             continue
-        tensors[f"{own}.lora_a"] = each.lora_A, kind[1]
-        tensors[f"{own}.lora_b"] = each.lora_B, kind[1]
+        tensors[f"{own}.lora_a"] = update.lora_A, kind[1]
+        tensors[f"{own}.lora_b"] = update.lora_B, kind[1]
     if faults:
         raise AdapterError(one_per_line(faults))
     writer = gguf.GGUFWriter(file, _NAME)
@@ -163,7 +163,9 @@ def write_lora(
 
 
 def model_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's tensors by GGUF's names; without an output embedding that is the input's, as llama.cpp wants it."""
+    """Return the model's tensors by GGUF's names; without an output embedding that is the input's, as llama.cpp wants
+    it.
+    """
     blocks = int(model.config.num_hidden_layers)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -187,7 +189,7 @@ def model_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def type_of(tensor: Tensor, file_type: str) -> gguf.GGMLQuantizationType:
-    """The type that a tensor is written in."""
+    """Return the type that a tensor is written in."""
     if tensor.ndim == 1:
         return gguf.GGMLQuantizationType.F32
     kind = FILE_TYPES[file_type][1]
@@ -196,7 +198,7 @@ def type_of(tensor: Tensor, file_type: str) -> gguf.GGMLQuantizationType:
 
 
 def _write_tensors(writer: gguf.GGUFWriter, tensors: Mapping[str, tuple[Tensor, gguf.GGMLQuantizationType]]) -> None:
-    """Header first, then one tensor after the other, so that only one is held in its new type."""
+    """Write the header, then one tensor after the other, so that only one is held in its new type."""
     try:
         for name, (tensor, kind) in tensors.items():
             block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -253,7 +255,7 @@ def _write_config(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def attention_factor(config: Any) -> float:
-    """What LongRoPE multiplies cosine and sine with.
+    """Return what LongRoPE multiplies cosine and sine with.
 
     Source: transformers 5.23, `modeling_rope_utils._compute_longrope_parameters`.
     """
@@ -280,10 +282,10 @@ class GGUFFile:
             self._reader = gguf.GGUFReader(file)
         except (OSError, ValueError, IndexError) as error:
             raise ModelError(fault(str(file), "content", str(error), "a whole GGUF file")) from error
-        self._tensors = {each.name: each for each in self._reader.tensors}
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
     def field(self, key: str, default: Any = None) -> Any:
-        """The value of a field; `{arch}` in its name is the architecture's."""
+        """Return the value of a field; `{arch}` in its name is the architecture's."""
         found = self._reader.get_field(key.format(arch=_NAME))
         return default if found is None else found.contents()
 
@@ -291,23 +293,23 @@ class GGUFFile:
         return name in self._tensors
 
     def names(self) -> Iterator[str]:
-        """Names of the tensors in the order of the file."""
+        """Return the names of the tensors in the order of the file."""
         return iter(self._tensors)
 
     def size(self, name: str) -> int:
-        """Number of a tensor's elements."""
+        """Return the number of a tensor's elements."""
         return int(self._tensors[name].n_elements)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in fp32, in torch's order of dimensions."""
+        """Return one tensor in fp32, in torch's order of dimensions."""
         found = self._tensors[name]
         values = gguf.dequantize(found.data, found.tensor_type)
-        shape = tuple(int(each) for each in reversed(found.shape.tolist()))
+        shape = tuple(int(entry) for entry in reversed(found.shape.tolist()))
         return torch.from_numpy(np.array(values, dtype=np.float32).reshape(shape))
 
 
 def read_config(file: GGUFFile) -> Phi3Config:
-    """The configuration that a file of the phi3 architecture describes."""
+    """Return the configuration that a file of the phi3 architecture describes."""
     keys = gguf.Keys
     field = file.field
     heads, width = field(keys.Attention.HEAD_COUNT), field(keys.LLM.EMBEDDING_LENGTH)
@@ -342,7 +344,7 @@ def read_config(file: GGUFFile) -> Phi3Config:
 
 
 def read_model(file: GGUFFile, lora: GGUFFile | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a file in transformers, dequantised; with an adapter's file added to its weights.
+    """Return the model of a file in transformers, dequantised; with an adapter's file added to its weights.
 
     Raises:
         ModelError: A tensor is missing, of another shape, or one too many.
@@ -381,5 +383,5 @@ def read_model(file: GGUFFile, lora: GGUFFile | None = None, dtype: torch.dtype 
 
 
 def _fresh_rotary(model: Any) -> None:
-    """The rotary embedding's buffers, which no state dict holds."""
+    """Return the rotary embedding's buffers, which no state dict holds."""
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)

@@ -1,4 +1,4 @@
-"""Conversations that written models are compared on: the held-out ones of the run, and some of everybody's."""
+"""Conversations that written models are compared on: the held-out ones of the run, and some general ones."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _OWN: Final[Sequence[Sequence[Mapping[str, str]]]] = (
 
 
 def conversations(run: Path | None) -> list[list[dict[str, str]]]:
-    """Held-out conversations of a run, with the reference answers, then philora's own."""
+    """Return held-out conversations of a run, with the reference answers, then philora's own."""
     found: list[list[dict[str, str]]] = []
     results = run / "results.json" if run is not None else None
     if results is not None and results.is_file():
         for sample in json.loads(results.read_text(encoding="utf-8")).get("samples") or []:
             answer = [{"role": "assistant", "content": sample["reference"]}] if sample.get("reference") else []
             found.append([*sample["prompt"], *answer])
-    return found + [[dict(each) for each in talk] for talk in _OWN]
+    return found + [[dict(entry) for entry in talk] for talk in _OWN]
 
 
 def texts(run: Path | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The conversations as the model reads them; without a chat template, the plain contents."""
+    """Return the conversations as the model reads them; without a chat template, the plain contents."""
     talks = conversations(run)
     if tokenizer.chat_template is None:
-        return ["\n".join(each["content"] for each in talk) for talk in talks]
+        return ["\n".join(entry["content"] for entry in talk) for talk in talks]
     rendered: list[str] = []
     for talk in talks:
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": talk[-1]["role"] != "assistant"}
@@ -51,7 +51,7 @@ def texts(run: Path | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def token_rows(written: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int = TOKENS) -> list[list[int]]:
-    """Token ids of texts, each of at most `limit` tokens."""
+    """Return the token ids of texts, each of at most `limit` tokens."""
     chat = tokenizer.chat_template is not None
     ids: list[list[int]] = tokenizer(list(written), add_special_tokens=not chat)["input_ids"]
     return [row[:limit] for row in ids]

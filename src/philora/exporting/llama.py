@@ -55,7 +55,7 @@ def reader_name() -> str:
 def read(
     model: Path, lora: Path | None, texts: Sequence[str], rows: Sequence[Sequence[int]], *, add_bos: bool
 ) -> Reading:
-    """Tokenize texts and compute logits with llama.cpp, on the CPU, in a process of its own.
+    """Tokenise texts and compute logits with llama.cpp, on the CPU, in a process of its own.
 
     Args:
         model: GGUF file of a model.
@@ -66,7 +66,7 @@ def read(
 
     Raises:
         ModelError: llama.cpp refuses a file.
-        Unreadable: The process crashed or could not start; the message says how and what to do.
+        Unreadable: The process crashed or could not start; the message names the cause and what to do.
     """
     with tempfile.TemporaryDirectory(prefix="philora-llama-") as temporary:
         folder = Path(temporary)
@@ -92,7 +92,7 @@ def read(
 
 
 def _why(code: int, stderr: str) -> str:
-    """Say how the process ended."""
+    """Return how the process ended."""
     if code >= 0:
         last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), "")
         return f"{reader_name()} ended with exit code {code}: {last[:200]}"

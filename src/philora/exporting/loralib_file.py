@@ -57,7 +57,7 @@ def _is_update(name: str) -> bool:
 
 
 def _layers_file(path: Path) -> dict[str, dict[str, Any]]:
-    """The layers that `lora.json` describes."""
+    """Return the layers that `lora.json` describes."""
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         return {str(name): dict(arguments) for name, arguments in layers.items()}
@@ -69,14 +69,14 @@ def _layers_file(path: Path) -> dict[str, dict[str, Any]]:
 def _layers_from_shapes(
     model: PreTrainedModel, state: Mapping[str, Any], file: Path, lora_alpha: float | None
 ) -> dict[str, dict[str, Any]]:
-    """How the layers of a file were made, as far as the shapes of A and B tell."""
+    """Return how the layers of a file were made, as far as the shapes of A and B show it."""
     if lora_alpha is None:
         expected = "the lora_alpha of the layers that wrote the file: it does not hold it"
         raise ConfigError(fault(str(file), "lora_alpha", None, expected, "Give it: --lora-alpha NUMBER"))
     rows = Names.of(model).rows
     layers: dict[str, dict[str, Any]] = {}
     faults = []
-    for name in [each.removesuffix(".lora_A") for each in state if each.endswith(".lora_A")]:
+    for name in [entry.removesuffix(".lora_A") for entry in state if entry.endswith(".lora_A")]:
         down, up = state[f"{name}.lora_A"], state.get(f"{name}.lora_B")
         if not isinstance(down, Tensor) or not isinstance(up, Tensor) or down.ndim != 2 or up.ndim != 2:
             faults.append(fault(str(file), f"{name}.lora_B", up, "lora_A and lora_B, both matrices"))
@@ -107,7 +107,7 @@ def _layers_from_shapes(
 def _check_loralib(
     model: PreTrainedModel, state: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], file: Path
 ) -> None:
-    """Everything that does not fit, before a layer is replaced: names, kinds of layer, tensors and their shapes."""
+    """Check names, kinds of layer, tensors and their shapes before a layer is replaced; report all faults."""
     bare = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     faults = []
@@ -132,7 +132,7 @@ def _check_loralib(
     for name, value in state.items():
         known = expected.get(name, tuple(bare[name].shape) if name in bare else None)
         if known is None:
-            if not any(name.startswith(f"{each}.") for each in layers if each not in modules):
+            if not any(name.startswith(f"{layer}.") for layer in layers if layer not in modules):
                 todo = nearest(name, [*expected, *bare])
                 faults.append(fault(str(file), name, "unexpected", "a tensor of the base or of its LoRA layers", todo))
         elif not isinstance(value, Tensor) or tuple(value.shape) != known:
@@ -143,17 +143,19 @@ def _check_loralib(
 
 
 def _without_weights(module: nn.Module) -> nn.Module:
-    """The same module on the meta device."""
+    """Return the same module on the meta device."""
     like = copy.copy(module)
     like._parameters = {
-        name: None if each is None else nn.Parameter(torch.empty_like(each, device="meta"), requires_grad=False)
-        for name, each in module._parameters.items()
+        name: None
+        if parameter is None
+        else nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for name, parameter in module._parameters.items()
     }
     return like
 
 
 def _named_slices(layer: lora.MergedLinear, rows: Mapping[str, tuple[int, int]]) -> Slices:
-    """The adapted slices of a layer; without names of a family's, they are numbered."""
+    """Return the adapted slices of a layer; without names of a family's, they are numbered."""
     starts = [sum(layer.slices[:index]) for index in range(len(layer.slices))]
     names = {span: name for name, span in rows.items()}
     adapted = [index for index, enabled in enumerate(layer.enable_lora) if enabled]
@@ -170,12 +172,12 @@ def _named_slices(layer: lora.MergedLinear, rows: Mapping[str, tuple[int, int]])
 
 
 def _on_the_diagonal(compact: Tensor, slices: Slices, out_features: int) -> Tensor:
-    """loralib's B of the adapted slices, (rows, r), as a full-height block-diagonal one."""
+    """Return loralib's B of the adapted slices, (rows, r), as a full-height block-diagonal one."""
     up = compact.new_zeros(out_features, slices[-1].rank_stop)
     row = 0
-    for each in slices:
-        height = each.row_stop - each.row_start
-        up[each.row_start : each.row_stop, each.rank_start : each.rank_stop] = compact[row : row + height]
+    for part in slices:
+        height = part.row_stop - part.row_start
+        up[part.row_start : part.row_stop, part.rank_start : part.rank_stop] = compact[row : row + height]
         row += height
     return up
 
@@ -185,18 +187,18 @@ def write_loralib(adapter: Adapter, model: PreTrainedModel, folder: Path, base: 
     rows = Names.of(model).rows
     state: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
-    for name, each in adapter.updates.items():
-        if each.slices:
-            r = each.slices[0].rank_stop - each.slices[0].rank_start
-            sizes, used = _all_slices(each, rows.get(name, {}))
+    for name, update in adapter.updates.items():
+        if update.slices:
+            r = update.slices[0].rank_stop - update.slices[0].rank_start
+            sizes, used = _all_slices(update, rows.get(name, {}))
             layers[name] = {"r": r, "enable_lora": used, "slices": sizes}
-            blocks = [each.lora_B[s.row_start : s.row_stop, s.rank_start : s.rank_stop] for s in each.slices]
+            blocks = [update.lora_B[s.row_start : s.row_stop, s.rank_start : s.rank_stop] for s in update.slices]
             up = torch.cat(blocks)
         else:
-            r, up = each.rank, each.lora_B
+            r, up = update.rank, update.lora_B
             layers[name] = {"r": r}
-        layers[name]["lora_alpha"] = plain_number(each.scaling * r)
-        state[f"{name}.lora_A"], state[f"{name}.lora_B"] = each.lora_A.clone(), up.clone()
+        layers[name]["lora_alpha"] = plain_number(update.scaling * r)
+        state[f"{name}.lora_A"], state[f"{name}.lora_B"] = update.lora_A.clone(), up.clone()
     state |= {name: value.clone() for name, value in adapter.whole.items()}
     torch.save(state, folder / WEIGHTS_NAME)
     write_json(folder / LAYERS_NAME, {"format": 1, "base_model": base, "layers": layers})
@@ -204,12 +206,14 @@ def write_loralib(adapter: Adapter, model: PreTrainedModel, folder: Path, base: 
 
 
 def _all_slices(update: Update, rows: Mapping[str, tuple[int, int]]) -> tuple[list[int], list[bool]]:
-    """Sizes of all slices of a module and which of them are adapted; what lies between adapted ones is one slice."""
+    """Return the sizes of all slices of a module and which of them are adapted; what lies between adapted ones is one
+    slice.
+    """
     spans = sorted(rows.values())
     if not spans:
         edges = sorted({0, update.lora_B.shape[0], *(e for s in update.slices for e in (s.row_start, s.row_stop))})
         spans = list(itertools.pairwise(edges))
-    adapted = {(each.row_start, each.row_stop) for each in update.slices}
+    adapted = {(part.row_start, part.row_stop) for part in update.slices}
     return [stop - start for start, stop in spans], [span in adapted for span in spans]
 
 

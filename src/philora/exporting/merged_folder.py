@@ -60,7 +60,7 @@ from philora.models.base_files import (
     read_trained_over,
 )
 from philora.models.loading import load_skeleton, local_path
-from philora.models.locate import find_adapter, require_base
+from philora.models.locate import AdapterSource, find_adapter, require_base
 from philora.models.run_folder import TrainedRun, example_messages
 from philora.models.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES, Companions, copy_files
 from philora.models.verify import Agreement, agreement, logits_of
@@ -136,12 +136,20 @@ def merge_to_folder(
     if not adapter.path.is_dir():
         expected, todo = "an adapter in PEFT's format", "Convert it first"
         raise AdapterError(fault("merge", "source", str(source), expected, todo))
-    place = require_base(adapter)
-    folder = base_folder(place, adapter.revision)
-    trained_over = read_trained_over(folder, place, adapter.path, fresh_base)
+    result = _merge(source, out, adapter, fresh_base, max_shard_size, verify)
+    logger.info("%s: %d files, %s", out, result.shards, result.agreement or "not verified")
+    return result
+
+
+def _merge(
+    source: str | Path, out: Path, adapter: AdapterSource, fresh_base: bool, max_shard_size: int | str, verify: bool
+) -> MergeResult:
+    base = require_base(adapter)
+    folder = base_folder(base, adapter.revision)
+    trained_over = read_trained_over(folder, base, adapter.path, fresh_base)
     weights = _Weights(folder, adapter.path, trained_over)
     shards = _shards(weights.like, max_shard_size)
-    needed = sum(each.nbytes for each in weights.like.values())
+    needed = sum(tensor.nbytes for tensor in weights.like.values())
     _check_room(out, needed)
     try:
         with whole_folder(out) as temporary:
@@ -149,19 +157,18 @@ def merge_to_folder(
             _write_companions(folder, adapter.path, temporary, untied=weights.untied)
             companions = Companions(temporary, temporary, weights.config)
             companions.write(temporary, files=False)
-            write_text(temporary / "README.md", _card(out.name, source, place, companions, adapter.run))
-            result = _compare(folder, adapter.path, temporary, trained_over) if verify else None
+            write_text(temporary / "README.md", _card(out.name, source, base, companions, adapter.run))
+            agreement = _compare(folder, adapter.path, temporary, trained_over) if verify else None
     except Exception as error:
         if not disk_full(error):
             raise
         todo = "Free some space, or give another folder; nothing was written"
         raise RunError(fault("merge", "out", str(out), f"room for {needed:,} bytes", todo)) from error
-    logger.info("%s: %d files, %s", out, len(shards), result or "not verified")
-    return MergeResult(out, result, len(shards), total)
+    return MergeResult(out, agreement, len(shards), total)
 
 
 def free_folder(out: str | Path) -> Path:
-    """The folder to write; raises ConfigError where it holds something or cannot be made."""
+    """Return the folder to write; raise ConfigError where it holds something or cannot be made."""
     path = Path(out).expanduser().absolute()
     refused = unwritable(path)
     if refused is not None:
@@ -173,7 +180,7 @@ def free_folder(out: str | Path) -> Path:
 
 
 def _check_room(out: Path, needed: int) -> None:
-    existing = next(each for each in out.parents if each.is_dir())
+    existing = next(parent for parent in out.parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
         expected = f"room for {needed:,} bytes; {free:,} are free"
@@ -212,7 +219,7 @@ class _Weights:
             if converted & transposed.keys():
                 expected = "weights that the base's files hold by themselves, to quantise them as in training"
                 raise AdapterError(fault("merge", "base", sorted(converted & transposed.keys()), expected, IN_MEMORY))
-            by_file = {self._file_names[name]: each for name, each in transposed.items()}
+            by_file = {self._file_names[name]: entry for name, entry in transposed.items()}
             self._made = rounded_weights(self._base, by_file, trained_over.quantization, trained_over.dtype)
         for name in dict(skeleton.named_parameters(remove_duplicate=False)):
             if name not in converted:
@@ -248,7 +255,7 @@ class _Weights:
         self._ready: dict[str, Tensor] = {}
 
     def _check_base(self, folder: Path, skeleton: PreTrainedModel, converted: set[str]) -> None:
-        """Compare the files with what config.json says."""
+        """Compare the files with config.json."""
         faults = []
         for name, parameter in skeleton.named_parameters(remove_duplicate=False):
             file = self._file_names.get(name) or self._file_names.get(self._partner(name) or "")
@@ -261,17 +268,17 @@ class _Weights:
             raise ModelError(one_per_line(list(dict.fromkeys(faults))))
 
     def _partner(self, name: str) -> str | None:
-        """The parameter that shares its tensor with `name`."""
-        return self._ties.get(name) or next((target for target, each in self._ties.items() if each == name), None)
+        """Return the parameter that shares its tensor with `name`."""
+        return self._ties.get(name) or next((target for target, ty in self._ties.items() if ty == name), None)
 
     def _source(self, name: str) -> Tensor:
-        """The base's tensor of a parameter."""
+        """Return the base's tensor of a parameter."""
         file = self._file_names.get(name)
         return self._base[file if file in self._base else self._file_names[cast(str, self._partner(name))]]
 
     def _untie(self) -> bool:
         """Give embeddings that the base's files hold as one a name each, if the adapter makes them differ."""
-        touched = {each for pair in self._ties.items() if self._changed.intersection(pair) for each in pair}
+        touched = {entry for pair in self._ties.items() if self._changed.intersection(pair) for entry in pair}
         absent = touched - self._file_names.keys()
         if stays_tied(self._adapted):
             self._changed -= absent
@@ -280,7 +287,7 @@ class _Weights:
         return bool(touched)
 
     def make(self, file_name: str) -> Tensor:
-        """One tensor of the merged model, in the base's dtype. To be asked for once: it is not kept."""
+        """Return one tensor of the merged model, in the base's dtype. It is not kept: ask for it once."""
         name = self._model_names.get(file_name)
         if name is None or name not in self._changed:
             return self._made[file_name]() if file_name in self._made else self.like[file_name]
@@ -317,12 +324,12 @@ def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _plain_name(key: str) -> str:
-    """The name in the base model of a tensor that an adapter's file holds whole."""
+    """Return the name in the base model of a tensor that an adapter's file holds whole."""
     return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _without_initialisation(adapter: Path) -> tuple[PeftConfig, LoraConfig | None]:
-    """An adapter's config to load it with; and, if its initialisation changes the base (PiSSA, ...), the one to do so.
+    """Return a config to load the adapter with; and, if its initialisation changes the base, the one to do so.
 
     Raises:
         AdapterError: It is not LoRA, or replicates layers.
@@ -345,9 +352,9 @@ def _without_initialisation(adapter: Path) -> tuple[PeftConfig, LoraConfig | Non
 
 
 def _initialise(layer: LoraLayer, config: LoraConfig) -> None:
-    """Do to a base weight what loading the adapter with its own config does."""
+    """Change a base weight as loading the adapter with its own config does."""
     adapter = layer.active_adapters[0]
-    trained = {name: each for name, each in layer.state_dict().items() if not name.startswith("base_layer.")}
+    trained = {name: entry for name, entry in layer.state_dict().items() if not name.startswith("base_layer.")}
     layer.update_layer(adapter, layer.r[adapter], lora_alpha=layer.lora_alpha[adapter], config=config)
     layer.load_state_dict(trained, strict=False, assign=True)  # PEFT has made the new ones in the base's dtype
 
@@ -357,10 +364,10 @@ def _all_merged(layers: Iterable[BaseTunerLayer]) -> list[str]:
 
 
 def _file_names(skeleton: PreTrainedModel, tensors: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """Names in the files by names in the model, as transformers maps them; and names that it makes out of several."""
+    """Return names in the files by names in the model, and names that transformers makes out of several."""
     transforms = get_model_conversion_mapping(skeleton)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     known = skeleton.state_dict()
     plain: dict[str, str] = {}
     converted = set()
@@ -377,7 +384,7 @@ def _file_names(skeleton: PreTrainedModel, tensors: Iterable[str]) -> tuple[dict
 
 
 def _shards(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, list[str]]:
-    """Names of the files and of the tensors in each.
+    """Return the names of the files and of the tensors in each.
 
     Raises:
         ConfigError: `max_shard_size` is no size.
@@ -406,7 +413,7 @@ def _write_weights(weights: _Weights, shards: Mapping[str, list[str]], folder: P
 
 
 def _write_companions(base: Path, adapter: Path, folder: Path, *, untied: bool) -> None:
-    """Config, generation config and tokenizer."""
+    """Write config, generation config and tokenizer."""
     config = read_config_file(base / "config.json")
     config.pop("quantization_config", None)
     if untied:
@@ -435,7 +442,7 @@ def _card(title: str, source: str | Path, base: str, companions: Companions, run
         f"Made with philora {version('philora')}; it loads as the base does, without peft.\n"
     )
     if companions.stop_tokens:
-        stops = ", ".join(f"`{each}`" for each in companions.stop_tokens)
+        stops = ", ".join(f"`{stop_token}`" for stop_token in companions.stop_tokens)
         text += f"An answer ends at {stops}; `stop_tokens.json` has them by id.\n"
     if companions.tokenizer is None:
         return text
@@ -456,7 +463,7 @@ vllm serve . --served-model-name {title}
 
 
 def _compare(base: Path, adapter: Path, merged: Path, trained_over: TrainedOver | None = None) -> Agreement:
-    """Logits of the base, of base and adapter, and of the merged folder; at most one model is in memory at a time."""
+    """Compare logits of base and adapter with those of the merged folder; one model is in memory at a time."""
     model = load_trained_over(base, trained_over)
     tokens = probe_tokens(model.config.get_text_config().vocab_size)
     plain = logits_of(model, tokens)

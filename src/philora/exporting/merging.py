@@ -71,7 +71,7 @@ def merge_layer(layer: BaseTunerLayer, where: str) -> None:
         for name, parameter in before.items():
             # A parameter of its own: a weight that is shared (tied embeddings) stays what it was for the others.
             setattr(base, name, nn.Parameter(parameter.to(wide, copy=True), requires_grad=False))
-        inside = {id(each) for each in base.parameters()}
+        inside = {id(parameter) for parameter in base.parameters()}
         for parameter in layer.parameters():
             if id(parameter) not in inside:
                 parameter.data = parameter.data.to(wide)
@@ -85,7 +85,7 @@ def merge_layer(layer: BaseTunerLayer, where: str) -> None:
 
 
 def merged_parameters(layer: BaseTunerLayer) -> list[str]:
-    """Parameters of the base layer that merging may change; none for layers that are left to PEFT."""
+    """Return the parameters of the base layer that merging may change; none for layers that are left to PEFT."""
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
         return [layer.parameter_name]
@@ -95,7 +95,7 @@ def merged_parameters(layer: BaseTunerLayer) -> list[str]:
 
 
 def _is_plain(parameter: Any) -> bool:
-    """Whether it is a matrix of floats as torch has them; quantised weights are of other classes or of a byte each."""
+    """Return whether it is a matrix of floats as torch has them; quantised weights are of other classes."""
     return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
 
 
@@ -105,15 +105,15 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def mergeable(model: PeftModel) -> dict[str, BaseTunerLayer]:
-    """PEFT's layers by the name of their module in the base, once it is clear that all of them can be merged."""
+    """Return PEFT's layers by the name of their module in the base, if all of them can be merged."""
     if not isinstance(model.base_model, BaseTuner):
         kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
         expected = "an adapter of weights, such as LoRA; prompts and prefixes have nothing to add to a weight"
         raise AdapterError(fault("merge", "peft_type", kind, expected))
     layers = {
-        name.removeprefix("base_model.model."): each
-        for name, each in model.named_modules()
-        if isinstance(each, BaseTunerLayer)
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
     }
     obstacles: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers.items():
@@ -132,10 +132,10 @@ def mergeable(model: PeftModel) -> dict[str, BaseTunerLayer]:
 
 
 def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
-    """What keeps a layer from being merged: what was expected, and what to do."""
+    """Return what keeps a layer from being merged: what was expected, and what to do."""
     base, active = layer.get_base_layer(), layer.active_adapters
-    variants = [each for name, each in getattr(layer, "lora_variant", {}).items() if name in active]
-    if any(isinstance(each, ALoraLinearVariant | ArrowLinearVariant) for each in variants):
+    variants = [entry for name, entry in getattr(layer, "lora_variant", {}).items() if name in active]
+    if any(isinstance(variant, ALoraLinearVariant | ArrowLinearVariant) for variant in variants):
         yield "an update that is the same for every token (it is aLoRA's or Arrow's)", "Serve base and adapter"
     if isinstance(layer, LoraLayer):
         if getattr(base, "groups", 1) > 1:
@@ -143,9 +143,13 @@ def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
         biased = any(layer.lora_bias.get(name) for name in active)
         if biased and getattr(base, "bias", None) is None:
             yield "a base layer with a bias, as lora_bias has one", "Serve base and adapter"
-    inside = {id(each) for each in base.parameters()}
-    own = [each for each in layer.parameters() if id(each) not in inside and each.numel() and not each.is_meta]
-    if not all(_is_finite(each.detach()) for each in own):
+    inside = {id(parameter) for parameter in base.parameters()}
+    own = [
+        parameter
+        for parameter in layer.parameters()
+        if id(parameter) not in inside and parameter.numel() and not parameter.is_meta
+    ]
+    if not all(_is_finite(entry.detach()) for entry in own):
         yield "finite adapter weights", "The training diverged: use an earlier checkpoint"
 
 
@@ -194,7 +198,7 @@ def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Mod
 def _dequantise(model: PeftModel, layers: Iterable[BaseTunerLayer]) -> None:
     """Put plain layers in the place of quantised ones, and PEFT's layer of plain ones around them."""
     base = model.get_base_model()
-    over = [each for each in layers if is_quantized(each.get_base_layer())]
+    over = [layer for layer in layers if is_quantized(layer.get_base_layer())]
     if not isinstance(base, PreTrainedModel) or not over:
         return
     dequantize_(base)
@@ -216,16 +220,16 @@ def _logits(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor:
 
 
 def rounding_bound(model: nn.Module) -> float:
-    """What one more rounding may do to the logits: that of the model's coarsest dtype; unknown ones are quantised."""
-    return max(ROUNDED_ONCE.get(each.dtype, ROUNDED_ONCE[torch.bfloat16]) for each in model.parameters())
+    """Return what one more rounding may do to the logits: that of the model's coarsest dtype."""
+    return max(ROUNDED_ONCE.get(parameter.dtype, ROUNDED_ONCE[torch.bfloat16]) for parameter in model.parameters())
 
 
 def whole_modules(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Modules of the base, and what `modules_to_save` trained in their place."""
+    """Return modules of the base, and what `modules_to_save` trained in their place."""
     return [
-        (each.original_module, each.modules_to_save[each.active_adapters[0]])
-        for each in model.modules()
-        if isinstance(each, ModulesToSaveWrapper) and each.active_adapters
+        (module.original_module, module.modules_to_save[module.active_adapters[0]])
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters
     ]
 
 
@@ -237,8 +241,8 @@ def _round_whole_modules(model: nn.Module) -> None:
 
 
 def stays_tied(model: PeftModel) -> bool:
-    """Whether the adapter changes shared embeddings alike, if it changes them."""
-    if any(getattr(each, "ensure_weight_tying", False) for each in model.peft_config.values()):
+    """Return whether the adapter changes shared embeddings alike, if it changes them."""
+    if any(getattr(value, "ensure_weight_tying", False) for value in model.peft_config.values()):
         return True
     if stay_tied(model):
         return True

@@ -27,7 +27,6 @@ from philora.models.tokenizer_files import Companions
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("system", "user", "assistant")
 _FOLDED = "\n\n"
 """What stands between a folded system turn and the user's; a template that keeps system turns writes a role there."""
 _MARKS = ("\x02one\x03", "\x02two\x03", "\x02three\x03")
@@ -49,13 +48,13 @@ class Markup(NamedTuple):
     asking: str
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt that asks for an answer to the messages."""
+        """Return the prompt that asks for an answer to the messages."""
         arranged = messages if "system" in self.before else fold_system(messages)[0]
-        body = "".join(self.before[each["role"]] + each["content"] + self.after[each["role"]] for each in arranged)
+        body = "".join(self.before[entry["role"]] + entry["content"] + self.after[entry["role"]] for entry in arranged)
         return self.opening + body + self.asking
 
     def go(self) -> str:
-        """The same in Go's `text/template`, for Ollama's `.Messages`."""
+        """Return the same in Go's `text/template`, for Ollama's `.Messages`."""
         folds = "system" not in self.before
         branches = _FOLD_SYSTEM if folds else ""
         for role in self.before:
@@ -74,7 +73,7 @@ _FOLDED_CONTENT = '{{ if $system }}{{ $system }}{{ "\\n\\n" }}{{ $system = "" }}
 
 
 def _literal(text: str) -> str:
-    """A string of Go's: an escaped one keeps its line breaks wherever the template's own spaces are trimmed."""
+    """Return a string of Go's: an escaped one keeps its line breaks where the template trims spaces."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
@@ -99,7 +98,7 @@ def markup(tokenizer: PreTrainedTokenizerBase, *, writes_bos: bool = True) -> Ma
         bos = tokenizer.bos_token or ""
         return text if writes_bos or not bos else text.removeprefix(str(bos))
 
-    found = _derive(prompt, [str(each) for each in tokenizer.get_added_vocab()])
+    found = _derive(prompt, [str(entry) for entry in tokenizer.get_added_vocab()])
     for messages in _trials():
         if prompt(messages) != found.render(messages):
             expected = "a template that writes the same text around every content of a role"
@@ -143,7 +142,7 @@ def _trials() -> list[list[dict[str, str]]]:
     again = {**question, "content": "é 1\n"}
     talks = [[question], [question, answer, question], [question, answer, question, answer, again]]
     system, later = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "In French."}
-    talks += [[system, *each] for each in talks]
+    talks += [[system, *talk] for talk in talks]
     return [*talks, [question, answer, later, again], [system, later, question, answer, system, again]]
 
 
@@ -153,12 +152,12 @@ def _common_suffix(a: str, b: str) -> str:
 
 def _common_prefix(a: str, b: str) -> str:
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    return "".join(each for each, _ in same)
+    return "".join(entry for entry, _ in same)
 
 
 def _from_special(text: str, special: Sequence[str]) -> str:
-    """The part of a text from its first special token on; all of it where there is none."""
-    starts = [text.index(each) for each in special if each in text]
+    """Return the part of a text from its first special token on; all of it where there is none."""
+    starts = [text.index(entry) for entry in special if entry in text]
     return text[min(starts) :] if starts else text
 
 
@@ -184,31 +183,31 @@ def write_modelfile(
     lines.append(f'TEMPLATE """{template}"""')
     if system is not None:
         lines += _system(system.text)
-    lines += [f"PARAMETER stop {json.dumps(each, ensure_ascii=False)}" for each in companions.stop_tokens]
+    lines += [f"PARAMETER stop {json.dumps(stop_token, ensure_ascii=False)}" for stop_token in companions.stop_tokens]
     lines += [f"PARAMETER {name} {value}" for name, value in _parameters(companions, config).items()]
     write_text(folder / "Modelfile", "\n".join(lines) + "\n")
 
 
 def _system(text: str) -> list[str]:
-    """The instruction SYSTEM; none for a text that a Modelfile cannot hold, which is said.
+    """Return the instruction SYSTEM; none, with a warning, for a text that a Modelfile cannot hold.
 
     Source: Ollama's parser/parser.go, where quotes end at the first line that ends in three of them.
     """
     before_the_last = re.split(r"[\r\n]", text)[:-1]
-    if any(each.rstrip().endswith('"""') for each in before_the_last):
+    if any(entry.rstrip().endswith('"""') for entry in before_the_last):
         logger.warning("the Modelfile has no SYSTEM: the system prompt has a line that ends in three quotation marks")
         return []
     return [f'SYSTEM """{text}"""']
 
 
 def context_tokens(config: Any) -> int:
-    """The largest context that llama.cpp computes as short conversations were trained: LongRoPE's short factors."""
+    """Return the largest context that llama.cpp computes as in training: that of LongRoPE's short factors."""
     context = int(config.max_position_embeddings)
     return min(context, longrope_switch_tokens(config) or context)
 
 
 def _parameters(companions: Companions, config: Any) -> dict[str, float]:
-    """Sampling as the generation config has it, and a context that llama.cpp computes as the model was trained."""
+    """Return sampling as in the generation config, and a context that llama.cpp computes as in training."""
     generation = companions.generation
     parameters: dict[str, float] = {"num_ctx": context_tokens(config), "repeat_penalty": 1.0}
     sampled = generation is not None and generation.do_sample

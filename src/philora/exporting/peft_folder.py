@@ -59,7 +59,7 @@ def _check_plain(folder: Path) -> None:
 
 
 def _of_peft(model: PeftModel, dtype: torch.dtype) -> Adapter:
-    """The updates of a PeftModel's adapter `default`, in the dtype of their file (PEFT widens them as it loads)."""
+    """Return the updates of a PeftModel's adapter `default`, in the dtype of their file (PEFT loads them wider)."""
     updates = {}
     for name, layer in lora_layers(model).items():
         if "default" in layer.lora_A:
@@ -89,7 +89,7 @@ def read_peft(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, Adapter]
         AdapterError: A file is torn or does not fit the base, or the adapter is no plain LoRA.
     """
     _check_plain(folder)
-    dtypes = {each.dtype for name, each in read_peft_tensors(folder).items() if "lora_" in name}
+    dtypes = {read_peft_tensor.dtype for name, read_peft_tensor in read_peft_tensors(folder).items() if "lora_" in name}
     adapted = load_adapter(model, folder)
     if adapted.changed_base:
         expected = "the base's own weights under LoRA"
@@ -106,10 +106,10 @@ def write_peft(adapter: Adapter, model: PreTrainedModel, folder: Path, base: str
     """
     names = Names.of(model)
     tensors: dict[str, Tensor] = {}
-    for name, each in adapter.updates.items():
-        down, up = ("lora_embedding_A", "lora_embedding_B") if each.embedding else ("lora_A.weight", "lora_B.weight")
-        tensors[f"{_PREFIX}{name}.{down}"] = each.lora_A.contiguous()
-        tensors[f"{_PREFIX}{name}.{up}"] = each.lora_B.contiguous()
+    for name, update in adapter.updates.items():
+        down, up = ("lora_embedding_A", "lora_embedding_B") if update.embedding else ("lora_A.weight", "lora_B.weight")
+        tensors[f"{_PREFIX}{name}.{down}"] = update.lora_A.contiguous()
+        tensors[f"{_PREFIX}{name}.{up}"] = update.lora_B.contiguous()
     for name, value in adapter.whole.items():
         tensors[f"{_PREFIX}{name}"] = value.contiguous()
     config = copy.deepcopy(adapter.config)
@@ -125,19 +125,19 @@ def write_peft(adapter: Adapter, model: PreTrainedModel, folder: Path, base: str
     biases = {name for name in adapter.whole if name.endswith(".bias") and name.rpartition(".")[0] not in saved}
     adapted = {f"{name}.bias" for name in adapter.updates}
     config.bias = "none" if not biases else "lora_only" if biases <= adapted else "all"
-    ranks = {name: each.rank for name, each in adapter.updates.items()}
+    ranks = {name: update.rank for name, update in adapter.updates.items()}
     # PEFT divides alpha by the rank again; a scaling of two is alpha = 2 r.
-    alphas = {name: plain_number(each.scaling * each.rank) for name, each in adapter.updates.items()}
+    alphas = {name: plain_number(update.scaling * update.rank) for name, update in adapter.updates.items()}
     config.r, config.rank_pattern = _with_pattern(ranks)
     config.lora_alpha, config.alpha_pattern = _with_pattern(alphas)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(str(folder))
-    slices = {name: each.slices for name, each in adapter.updates.items() if each.slices and name in names.rows}
+    slices = {name: update.slices for name, update in adapter.updates.items() if update.slices and name in names.rows}
     write_json(folder / RECORD_NAME, slice_record(slices))
 
 
 def _with_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and by full name those that differ, condensed to the last part where it says it all."""
+    """Return the most common value, and by name those that differ, condensed to the last part where possible."""
     common = Counter(values.values()).most_common(1)[0][0]
     by_leaf: dict[str, set[Any]] = {}
     for name, value in values.items():

@@ -51,7 +51,7 @@ _PROBE: Final = (
     "naïve Größe ŁÓDŹ здравей Свят שלום 中文字 العربية हिन्दी ภาษา 😀👍🏽 —“q”… a/b/\nc"
 )
 
-# llama.cpp strips the space after special tokens where the model's name has one of these in it, whatever the file says
+# llama.cpp strips the space after special tokens where the model's name has one of these in it, whatever the file has
 # (llama_vocab::impl::load); these tokens it leaves out, and it expects them to be there.
 STRIPPING_NAMES: Final = ("phi-3", "phi3")
 _NOT_STRIPPED: Final = frozenset({"<unk>", "<s>", "<|endoftext|>"})
@@ -115,15 +115,15 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
     def model_name(self, name: str) -> str:
-        """A name under which llama.cpp treats the space after special tokens as this tokenizer does."""
+        """Return a name under which llama.cpp treats the space after special tokens as this tokenizer does."""
         lower = name.lower()
-        if self.strips and not any(each in lower for each in STRIPPING_NAMES):
+        if self.strips and not any(entry in lower for entry in STRIPPING_NAMES):
             return f"Phi-3 {name}"
         if not self.strips:
-            for each in STRIPPING_NAMES:
-                while each in name.lower():
-                    start = name.lower().index(each)
-                    name = f"{name[:start]}Phi_3{name[start + len(each) :]}"
+            for entry in STRIPPING_NAMES:
+                while entry in name.lower():
+                    start = name.lower().index(entry)
+                    name = f"{name[:start]}Phi_3{name[start + len(entry) :]}"
         return name
 
 
@@ -144,7 +144,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
         raise ModelError(fault("export to gguf", "tokenizer", type(tokenizer).__name__, expected))
     described = json.loads(backend.to_str())
     ids = tokenizer.get_vocab()
-    added = {each["id"]: each for each in described["added_tokens"]}
+    added = {added_token["id"]: added_token for added_token in described["added_tokens"]}
     faults: list[str] = []
     if max(ids.values()) >= size:
         expected = f"at most {size} tokens, the rows of the model's embedding"
@@ -154,27 +154,20 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
         raise ModelError(one_per_line(faults))
     strips = _strips(added.values(), faults)
     tokens, types = _tokens(ids, added, described["model"], size)
+    pairs = [
+        tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in described["model"]["merges"]
+    ]
     scores: list[float] = []
     merges: list[str] = []
-    pre, space = "default", False
-    pairs = [
-        tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in described["model"]["merges"]
-    ]
+    model, pre, space = "gpt2", "default", False
     if described["model"].get("byte_fallback"):
         model = "llama"
         scores = _scores(tokens, types, pairs, faults)
         space = _space_after_special(described, backend, added, faults)
     else:
-        model = "gpt2"
-        merges = [" ".join(each) for each in pairs]
+        merges = [" ".join(pair) for pair in pairs]
         pre = _pre(described, backend, faults)
-    special = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else stops[-1],
-        "eot": stops[0] if stops else None,
-        "unknown": tokenizer.unk_token_id if model == "llama" else None,
-        "padding": tokenizer.pad_token_id,
-    }
+    special = _special(tokenizer, stops, model)
     if faults:
         raise ModelError(one_per_line(faults))
     return Vocabulary(
@@ -184,7 +177,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
         types=types,
         scores=scores,
         merges=merges,
-        special={name: int(each) for name, each in special.items() if each is not None},
+        special=special,
         add_bos=_begins_with_bos(tokenizer),
         add_space_prefix=space,
         strips=strips,
@@ -192,17 +185,29 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
     )
 
 
+def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], model: str) -> dict[str, int]:
+    """Return the ids of the tokens that GGUF knows by their role."""
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else stops[-1],
+        "eot": stops[0] if stops else None,
+        "unknown": tokenizer.unk_token_id if model == "llama" else None,
+        "padding": tokenizer.pad_token_id,
+    }
+    return {role: int(token) for role, token in special.items() if token is not None}
+
+
 def _strips(added: Iterable[Mapping[str, Any]], faults: list[str]) -> bool:
-    """Whether special tokens drop the space after them, all alike as llama.cpp does it."""
+    """Return whether special tokens drop the space after them, all alike as llama.cpp does it."""
     added = list(added)
     for flag in ("lstrip", "single_word"):
-        named = [each["content"] for each in added if each[flag]]
+        named = [entry["content"] for entry in added if entry[flag]]
         if named:
             faults.append(fault("export to gguf", f"tokens with {flag}", named, "none: llama.cpp has no such tokens"))
-    stripping = {each["content"] for each in added if each["rstrip"]}
+    stripping = {entry["content"] for entry in added if entry["rstrip"]}
     if not stripping:
         return False
-    present = {each["content"] for each in added}
+    present = {entry["content"] for entry in added}
     differing = (present - _NOT_STRIPPED) ^ stripping
     if differing or not present >= _EXPECTED:
         expected = f"rstrip on all added tokens but {sorted(_NOT_STRIPPED)}, or on none, as llama.cpp has it"
@@ -235,7 +240,7 @@ def _tokens(
 def _scores(
     tokens: Sequence[str], types: Sequence[TokenType], pairs: Sequence[tuple[str, ...]], faults: list[str]
 ) -> list[float]:
-    """A score for each piece, so that llama.cpp forms them in the order of the merges.
+    """Return a score for each piece, so that llama.cpp forms them in the order of the merges.
 
     llama.cpp joins any two neighbours that make a piece, the best piece first; the merges have to name them all.
     """
@@ -265,14 +270,14 @@ def _space_after_special(
 ) -> bool:
     normalizer, split = described["normalizer"], described["pre_tokenizer"]
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    for each in steps:
-        if each["type"] == "Replace" and (each["pattern"], each["content"]) == ({"String": " "}, "▁"):
+    for step in steps:
+        if step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, "▁"):
             continue
-        if each["type"] != "Prepend" or each["prepend"] != "▁":
-            faults.append(fault("export to gguf", "normalizer", each, "▁ for spaces and nothing else"))
+        if step["type"] != "Prepend" or step["prepend"] != "▁":
+            faults.append(fault("export to gguf", "normalizer", step, "▁ for spaces and nothing else"))
     if split is not None and (split["type"] != "Metaspace" or split.get("replacement") != "▁" or split.get("split")):
         faults.append(fault("export to gguf", "pre_tokenizer", split, "none, or Metaspace without splitting"))
-    special = next((each["content"] for each in added.values() if each["special"]), None)
+    special = next((entry["content"] for entry in added.values() if entry["special"]), None)
     if special is None:
         return False
     after = backend.encode(f"{special}a", add_special_tokens=False).tokens[1:]
@@ -280,7 +285,7 @@ def _space_after_special(
 
 
 def _pre(described: Mapping[str, Any], backend: Tokenizer, faults: list[str]) -> str:
-    """The name of llama.cpp's way to split text that splits as this tokenizer does."""
+    """Return the name of llama.cpp's way to split text that splits as this tokenizer does."""
     if described["normalizer"] is not None:
         faults.append(fault("export to gguf", "normalizer", described["normalizer"], "none before byte-level BPE"))
     if described["model"].get("ignore_merges"):

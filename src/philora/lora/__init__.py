@@ -19,11 +19,8 @@ from philora.lora.functional import (
     fused,
     fused_enabled,
     lora_linear,
-    lora_linear_reference,
     lora_merged_linear,
-    lora_merged_linear_reference,
     lora_sliced_linear,
-    lora_sliced_linear_reference,
 )
 from philora.lora.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from philora.lora.replace import replace_layers
@@ -50,11 +47,8 @@ __all__ = [
     "fused_enabled",
     "load_lora",
     "lora_linear",
-    "lora_linear_reference",
     "lora_merged_linear",
-    "lora_merged_linear_reference",
     "lora_sliced_linear",
-    "lora_sliced_linear_reference",
     "lora_state_dict",
     "loraplus_parameter_groups",
     "mark_only_lora_as_trainable",

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -441,6 +441,23 @@ def _check_heads(name: str, argument: str, flat: Tensor) -> None:
         raise _misfit(name, argument, flat, expected)
 
 
+def _ranges(starts: Tensor, lengths: Tensor, tokens: int) -> tuple[int, int, int, int, bool]:
+    """Return the ranges of starts and lengths, and whether a document reaches beyond the tokens.
+
+    All layers of a step have the same documents, so what was found is kept with `starts` until one is written to.
+    """
+    tracked = not (starts.is_inference() or lengths.is_inference())
+    key = (tokens, starts._version, lengths._version) if tracked else None
+    kept = getattr(starts, "philora_ranges", None)
+    if kept is not None and kept[0] is lengths and kept[1] == key:
+        return cast("tuple[int, int, int, int, bool]", kept[2])
+    (low, high), (least, most) = (tuple(map(int, torch.aminmax(numbers))) for numbers in (starts, lengths))
+    beyond = low >= 0 and high + most > tokens and bool((lengths > tokens - starts).any())
+    if tracked:
+        setattr(starts, "philora_ranges", (lengths, key, (low, high, least, most, beyond)))  # noqa: B010
+    return low, high, least, most, beyond
+
+
 def _documents(
     name: str, starts: Tensor, lengths: Tensor, tokens: int, longest: int
 ) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
@@ -453,9 +470,8 @@ def _documents(
     first = _address(name, "starts", starts, torch.int64, (count,))
     second = _address(name, "lengths", lengths, torch.int64, (count,))
     if count:
-        (low, high), (least, most) = ((int(each) for each in torch.aminmax(every)) for every in (starts, lengths))
-        inside = low >= 0 and least >= 0 and most <= longest
-        if not inside or (high + most > tokens and bool((lengths > tokens - starts).any())):
+        low, high, least, most, beyond = _ranges(starts, lengths, tokens)
+        if low < 0 or least < 0 or most > longest or beyond:
             found = f"{low:,} to {high:,} and {least:,} to {most:,}"
             raise _misfit(name, "starts and lengths", found, f"documents of up to {longest:,} of {tokens:,} tokens")
     return first, second

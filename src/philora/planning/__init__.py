@@ -1,1 +1,1 @@
-"""What a run will take: memory, time, steps, and what its machine lacks."""
+"""Estimates before a run: memory, time, steps, and limits of the machine."""

@@ -1,4 +1,4 @@
-"""What a run holds in memory and multiplies, counted on the model without weights.
+"""Memory and operations of a run, counted on the model without weights.
 
 `footprint` walks the modules once and notes bytes a token and bytes in all; `Footprint.estimate` adds them up for a
 micro-batch. Each term says what it counts. The formulas are those of philora's fast path, which
@@ -103,16 +103,16 @@ class Estimate:
 
     @property
     def training(self) -> int:
-        """Peak of a training step: the sum of the parts."""
+        """Return the peak of a training step: the sum of the parts."""
         return sum(value for name, value in asdict(self).items() if name in PARTS)
 
     @property
     def peak(self) -> int:
-        """The largest memory of the run: while it trains, loads or evaluates."""
+        """Return the largest memory of the run: while it trains, loads or evaluates."""
         return max(self.training, self.loading, self.evaluation)
 
     def to_dict(self) -> dict[str, int]:
-        """Parts, phases and the peak."""
+        """Return plain values for JSON."""
         return {**asdict(self), "training": self.training, "peak": self.peak}
 
 
@@ -183,7 +183,7 @@ class Footprint:
         quantization: none, nf4, fp4 or int8.
         parameters: Of the base.
         trainable: Parameters that train.
-        trained_bytes: Of one of them: 4, or 2 where `training_config.adapter_dtype` says so.
+        trained_bytes: Of one of them: 4, or 2 with `training_config.adapter_dtype: bfloat16`.
         weights: Bytes of the base as it is held.
         mapped: Whether they are pages of mapped files.
         converted: Bytes of files that are mapped while weights are made from them in another dtype.
@@ -227,14 +227,14 @@ class Footprint:
 
     @property
     def anonymous(self) -> int:
-        """Bytes that the process holds while it evaluates, without what belongs to a batch and pages of files."""
+        """Return the bytes that the process holds while it evaluates, without batches and pages of files."""
         runtime = RUNTIME_CPU_BYTES + KERNELS_CPU_BYTES if self.device == "cpu" else RUNTIME_GPU_BYTES
         trained = self.trained_bytes * self.trainable + self.optimizer
         return runtime + trained + (0 if self.mapped else self.weights)
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an activation."""
+        """Return the bytes of an activation."""
         return torch.finfo(self.dtype).bits // 8
 
     def estimate(
@@ -245,7 +245,7 @@ class Footprint:
         label_share: float = 1.0,
         evaluation: Evaluated = NOT_EVALUATED,
     ) -> Estimate:
-        """Memory by part.
+        """Estimate the memory by part.
 
         Args:
             tokens: Tokens of a micro-batch.
@@ -308,7 +308,7 @@ class Footprint:
         return self._activations(tokens, recomputation, labelled), temporary, copies
 
     def _activations(self, tokens: int, recomputation: Recomputation, labelled: float) -> float:
-        """What backward needs of all layers."""
+        """Return the bytes that backward needs of all layers."""
         # The last norm's output; the embeddings' output where something is computed again from it (nothing before it
         # trains, so that otherwise nobody needs it); token ids, labels, positions in int64.
         ends = 1 if recomputation == "none" else 2
@@ -326,14 +326,14 @@ class Footprint:
         return around + tokens * (self.layers * (self.layer.kept + cheap) - (1 - labelled) * dropped + copied)
 
     def _loss(self, tokens: int, label_share: float) -> float:
-        """The label head: labelled hidden states, padded ones, their gradient, and a chunk of logits."""
+        """Return the bytes of the label head: hidden states, their gradient, and a chunk of logits."""
         labels = tokens * label_share
         chunk = min(labels, max(FEWEST_TOKENS, CHUNK_BYTES // (self.vocabulary * self.element_bytes)))
         blocks = 0 if self.device == "cpu" else 4 * SCORE_BLOCKS  # on a CPU they are small
         return labels * 3 * self.hidden * self.element_bytes + chunk * self.vocabulary * (self.element_bytes + blocks)
 
     def _evaluation(self, evaluated: Evaluated, label_share: float) -> int:
-        """Scoring a batch, or making answers with a cache of keys and values, when the run has trained: no gradient."""
+        """Return the bytes of scoring a batch, or of answers with a cache of keys and values."""
         tokens, answers, answer_tokens, packed, by_graph = evaluated
         size = self.element_bytes
         # One layer at a time: residual, norm, output of the widest product, half of it after SwiGLU, and the mask.
@@ -352,7 +352,7 @@ class Footprint:
     # -- time
 
     def flops_per_token(self, recomputation: Recomputation, label_share: float, document_tokens: float) -> float:
-        """Operations of a token's step: products of the frozen base forward and for the gradient of the activations.
+        """Count the operations of a token's step: products of the base forward and for the gradient.
 
         4 N, with full recomputation 6 N; the head at labels, twice; causal attention of a document (forward once,
         backward two and a half times); adapters forward and twice backward.
@@ -389,41 +389,30 @@ def footprint(
     dtype = resolve_dtype(settings.dtype)
     scheme, quantized = _quantized(base, settings.quantization, dtype)
     size = torch.finfo(dtype).bits // 8
-    trained = [each for each in model.parameters() if each.requires_grad]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     counts, matrices = _parameters(model, quantized, size)
-    weights = math.ceil(sum(held for _, held in counts))
-    plain = (
-        each.weight.numel()
-        for name, each in base.named_modules()
-        if isinstance(each, nn.Linear) and plain_name(f"{name}.weight") not in quantized
-    )
-    packed = sum(plain) * size if packs(model, device, dtype) else 0
+    packed = _plain_weights(base, quantized) * size if packs(model, device, dtype) else 0
     stored = getattr(config, "dtype", None) or dtype
     in_files = scheme_of(base.config) is not None or (scheme == "none" and stored == dtype)
     converts = scheme == "none" and stored != dtype
     parameters = sum(count for count, _ in counts)
-    heads = int(getattr(config, "num_attention_heads", 1))
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads, width, key_value = _attention_sizes(config)
     layers = decoder_layers(base)
     linears = list(_linears(layers[0]))
-    largest = max(linears, key=lambda each: each.out_features * each.in_features)
+    largest = max(linears, key=lambda linear: linear.out_features * linear.in_features)
     every = sum(one.out_features * one.in_features for layer in layers for one in _linears(layer))
-    key_value = int(getattr(config, "num_key_value_heads", None) or heads) * width
-    sizes = None
-    if stack:
-        fp8 = scheme == "none" and settings.base_products == "fp8"
-        sizes = _stack_sizes(config, linears, (len(layers), heads, width, key_value), size, fp8, every)
+    fp8, shape = scheme == "none" and settings.base_products == "fp8", (len(layers), heads, width, key_value)
     return Footprint(
         device=device,
         dtype=dtype,
         quantization=scheme,
         parameters=parameters,
-        trainable=sum(each.numel() for each in trained),
+        trainable=sum(weight.numel() for weight in trained),
         trained_bytes=trained_bytes,
-        weights=weights,
+        weights=math.ceil(sum(held for _, held in counts)),
         mapped=device == "cpu" and in_files,
         converted=parameters * torch.finfo(stored).bits // 8 if converts else 0,
-        optimizer=sum(optimizer_bytes(optim, each.shape, trained_bytes) for each in trained),
+        optimizer=sum(optimizer_bytes(optim, weight.shape, trained_bytes) for weight in trained),
         layers=len(layers),
         hidden=int(config.hidden_size),
         vocabulary=int(config.vocab_size),
@@ -434,8 +423,24 @@ def footprint(
         quantized_matrix=max(matrices),
         skips_last=isinstance(base.base_model, Phi3Model),
         packed=packed,
-        stack=sizes,
+        stack=_stack_sizes(config, linears, shape, size, fp8, every) if stack else None,
     )
+
+
+def _plain_weights(base: nn.Module, quantized: Any) -> int:
+    """Return the number of weights in linear layers that are not quantised."""
+    return sum(
+        layer.weight.numel()
+        for name, layer in base.named_modules()
+        if isinstance(layer, nn.Linear) and plain_name(f"{name}.weight") not in quantized
+    )
+
+
+def _attention_sizes(config: Any) -> tuple[int, int, int]:
+    """Return the number of heads, the width of one, and the width of all keys."""
+    heads = int(getattr(config, "num_attention_heads", 1))
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return heads, width, int(getattr(config, "num_key_value_heads", None) or heads) * width
 
 
 def _parameters(
@@ -444,14 +449,14 @@ def _parameters(
     """Return of each parameter of the base its elements and bytes; and 0 with the elements of the quantised ones."""
     counts: dict[int, tuple[int, float]] = {}
     matrices = [0]
-    for name, each in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if "lora_" in name or ".modules_to_save." in name:
             continue
         held = float(size)
         if plain_name(name) in quantized:
-            held = quantized[plain_name(name)](each)
-            matrices.append(each.numel())
-        counts[id(each)] = each.numel(), each.numel() * held
+            held = quantized[plain_name(name)](parameter)
+            matrices.append(parameter.numel())
+        counts[id(parameter)] = parameter.numel(), parameter.numel() * held
     return list(counts.values()), matrices
 
 
@@ -460,7 +465,7 @@ def _stack_sizes(
 ) -> StackSizes:
     """Return the sizes for the decoder stack; `shape`: layers, query heads, their size, columns of all keys."""
     layers, heads, width, key_value = shape
-    adapters = [each.adapter for each in linears if each.adapter is not None]
+    adapters = [linear.adapter for linear in linears if linear.adapter is not None]
     return StackSizes(
         layers=layers,
         hidden=int(config.hidden_size),
@@ -468,23 +473,23 @@ def _stack_sizes(
         query=heads * width,
         key_value=key_value,
         heads=heads,
-        ranks=sum(sum(each.r.values()) for each in adapters),
+        ranks=sum(sum(adapter.r.values()) for adapter in adapters),
         element_bytes=size,
-        dropout=any(getattr(drop, "p", 0.0) > 0 for each in adapters for drop in each.lora_dropout.values()),
+        dropout=any(getattr(drop, "p", 0.0) > 0 for adapter in adapters for drop in adapter.lora_dropout.values()),
         fp8=fp8,
         weights=weights,
     )
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter has without PEFT's layers around it."""
+    """Return the name that a parameter has without PEFT's layers around it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _quantized(
     base: PreTrainedModel, wanted: Any, dtype: torch.dtype
 ) -> tuple[str, dict[str, Callable[[nn.Parameter], float]]]:
-    """How a base is quantised, and bytes a weight of each parameter that is."""
+    """Return how a base is quantised, and bytes a weight of each parameter that is."""
     found = getattr(base.config, "quantization_config", None)
     if found is not None:
         keys = found if isinstance(found, Mapping) else found.to_dict()
@@ -505,7 +510,7 @@ def _quantized(
 
 
 def optimizer_bytes(optim: str, shape: torch.Size, parameter_bytes: int = 4) -> int:
-    """Bytes of an optimizer's states for a parameter, by its name in `training_config.optim`.
+    """Return the bytes of an optimizer's states for a parameter, by its name in `training_config.optim`.
 
     Source: the optimizers' state dicts in torch 2.13, transformers 5.23 and bitsandbytes 0.50.
     """
@@ -525,8 +530,8 @@ def optimizer_bytes(optim: str, shape: torch.Size, parameter_bytes: int = 4) -> 
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the longest of the model's module lists."""
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
+    """Return the list of decoder layers: the longest of the model's module lists."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=nn.ModuleList([model]))
 
 
@@ -539,7 +544,7 @@ class _Linear(NamedTuple):
 
 
 def _linears(layer: nn.Module) -> Iterator[_Linear]:
-    """Linear layers, adapted or not, with the module that each is a part of."""
+    """Return the linear layers, adapted or not, with the module that each is a part of."""
     inside: set[int] = set()
     for name, module in layer.named_modules():
         adapter = module if isinstance(module, LoraLayer) else None
@@ -547,7 +552,7 @@ def _linears(layer: nn.Module) -> Iterator[_Linear]:
         if id(module) in inside or not isinstance(plain, nn.Linear | Conv1D):
             continue
         if adapter is not None:
-            inside |= {id(each) for each in module.modules()}
+            inside |= {id(entry) for entry in module.modules()}
         first, second = plain.weight.shape
         sizes = (first, second) if isinstance(plain, Conv1D) else (second, first)
         yield _Linear(name.rpartition(".")[2], layer.get_submodule(name.rpartition(".")[0]), *sizes, adapter)
@@ -556,53 +561,55 @@ def _linears(layer: nn.Module) -> Iterator[_Linear]:
 def _layer_bytes(
     layer: nn.Module, linears: Sequence[_Linear], size: int, heads: int, width: int, device: str
 ) -> LayerBytes:
-    """Bytes of a token in one layer, from what its modules are."""
+    """Return the bytes of a token in one layer, from what its modules are."""
     # What a linear layer returns is kept: by attention (q, k, v), by SwiGLU (gate and up), and as the residual after
     # it, which is the input of the next norm.
-    kept = float(size * sum(each.out_features for each in linears))
+    kept = float(size * sum(linear.out_features for linear in linears))
     cheap = unlabelled_cheap = 0.0
     unlabelled_kept = 0.0 if size < 4 else float(heads * width * size)
     # Attention's output, cos and sin in fp32, and of each head the logarithm of the normaliser. In fp32 attention works
     # in tiles and keeps neither that nor its output, which the output projection keeps, of labelled tokens alone.
     kept += heads * width * size + 4 * width + (4 * heads if size < 4 else 0)
-    fast_norms = [each for each in layer.modules() if isinstance(each, tuple(FAST.values())) and _is_norm(each)]
+    fast_norms = [module for module in layer.modules() if isinstance(module, tuple(FAST.values())) and _is_norm(module)]
     for norm in filter(_is_norm, layer.modules()):
         # One number a row; transformers' own norm also keeps its input in fp32, twice.
         kept += 4 if norm in fast_norms else 8 * cast(nn.Parameter, norm.weight).numel()
     for module in layer.modules():
-        names = {each.name for each in linears if each.parent is module}
+        names = {linear.name for linear in linears if linear.parent is module}
         if {"gate_proj", "up_proj"} <= names:  # silu(gate) beside gate and up, where SwiGLU is not one node
-            kept += next(size * each.out_features for each in linears if each.name == "gate_proj")
+            kept += next(size * linear.out_features for linear in linears if linear.name == "gate_proj")
     read: set[tuple[int, Role, str]] = set()
-    for each in linears:
-        in_feed_forward = each.name in ("gate_up_proj", "down_proj")
+    for linear in linears:
+        in_feed_forward = linear.name in ("gate_up_proj", "down_proj")
         if in_feed_forward:
-            unlabelled_kept += size * each.out_features * (each.name == "gate_up_proj")
-        if each.adapter is None:
+            unlabelled_kept += size * linear.out_features * (linear.name == "gate_up_proj")
+        if linear.adapter is None:
             continue
         # An adapted layer keeps what it reads, once for all that read it, x A, and dropout's mask.
-        role = _ROLES.get(each.name, "other")
-        rank = sum(each.adapter.r.values())
-        p = max((float(getattr(drop, "p", 0.0)) for drop in each.adapter.lora_dropout.values()), default=0.0)
-        mask = each.in_features / (8 if device == "cpu" and native.available() else 1) if p > 0 else 0
+        role = _ROLES.get(linear.name, "other")
+        rank = sum(linear.adapter.r.values())
+        p = max((float(getattr(drop, "p", 0.0)) for drop in linear.adapter.lora_dropout.values()), default=0.0)
+        mask = linear.in_features / (8 if device == "cpu" and native.available() else 1) if p > 0 else 0
         kept += rank * size
         cheap += mask
-        source = id(each.parent), role, each.name if role == "other" else ""
-        given = size * each.in_features
-        if source in read or each.name == "o_proj":  # attention's output is counted above
+        source = id(linear.parent), role, linear.name if role == "other" else ""
+        given = size * linear.in_features
+        if source in read or linear.name == "o_proj":  # attention's output is counted above
             given = 0
         read.add(source)
         again = (role in ("attention", "feed-forward") and bool(fast_norms)) or (
-            role == "product" and isinstance(each.parent, FastPhi3MLP)
+            role == "product" and isinstance(linear.parent, FastPhi3MLP)
         )
         if again:
             cheap += given
         else:
             kept += given
-        if in_feed_forward or each.name == "o_proj":
+        if in_feed_forward or linear.name == "o_proj":
             unlabelled_cheap += mask + (given if again else 0)
             unlabelled_kept += rank * size + (0 if again else given)
-    return LayerBytes(kept, cheap, unlabelled_kept, unlabelled_cheap, size * max(each.out_features for each in linears))
+    return LayerBytes(
+        kept, cheap, unlabelled_kept, unlabelled_cheap, size * max(linear.out_features for linear in linears)
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What a device cannot do well, told before a run: plain functions of facts, without a device in them."""
+"""Limits of a device, named before a run: plain functions of facts, without a device in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def hardware_notices(device: DeviceFacts, dtype: str, cuda: str | None, use_cpu:
         use_cpu: Whether the run was asked to compute on the CPU.
     """
     found = [None if use_cpu else unusable_gpu(device, cuda), old_gpu(device, dtype)]
-    return tuple(each for each in found if each is not None)
+    return tuple(entry for entry in found if entry is not None)
 
 
 def unusable_gpu(device: DeviceFacts, cuda: str | None) -> str | None:

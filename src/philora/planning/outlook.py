@@ -1,6 +1,6 @@
-"""What a run can be expected to learn, said before it starts, and what it did learn, said at its end.
+"""What a run can be expected to learn, before it starts, and what it did learn, at its end.
 
-A run that made a step or two, or whose answers are no better than the base's, ends like any other unless it is said.
+A run that made a step or two, or whose answers are no better than the base's, ends like any other without a warning.
 `notices` looks at the plan, `judge` at the results.
 """
 
@@ -16,10 +16,10 @@ from philora.planning.plan import Plan
 from philora.planning.schedule import FEW_STEPS, check_schedule, few_steps, trains_nothing
 
 STILL_FALLING = 0.1
-"""Share of the whole fall of the held-out loss that, in the second half of the steps, says it has not settled.
+"""Share of the whole fall of the held-out loss that, in the second half of the steps, shows that it has not settled.
 
 Under a cosine or a straight line to 0 the second half has a fifth or a quarter of the summed learning rate: a loss that
-goes on in proportion falls by about twice this share there, and one that has settled by far less.
+continues in proportion falls by about twice this share there, and one that has settled by far less.
 """
 
 
@@ -99,7 +99,7 @@ class Judgement:
 def judge(
     comparison: Sequence[Paired], log: Sequence[Mapping[str, Any]], *, steps: int, updates: Sequence[Mapping[str, Any]]
 ) -> Judgement:
-    """Judge a finished run by its rule: the interval against the base, and the second half's share of the fall.
+    """Judge a finished run: the interval against the base, and the second half's share of the fall in loss.
 
     Args:
         comparison: Figures of the base beside the adapter.
@@ -107,11 +107,11 @@ def judge(
         steps: Optimizer steps that the run made.
         updates: Norms of what the adapter adds to each module.
     """
-    loss = next((each for each in comparison if each.field == LOSS.field), None)
+    loss = next((entry for entry in comparison if entry.field == LOSS.field), None)
     verdict = "unknown" if loss is None else loss.verdict
     falling = None if loss is None else _still_falling(loss.before, log, steps)
     sentences = []
-    if updates and not any(float(each.get("norm") or 0.0) for each in updates):
+    if updates and not any(float(update.get("norm") or 0.0) for update in updates):
         sentences.append("the adapter is still at its start: every B is 0, so nothing was trained.")
     if loss is not None and verdict == "worse":
         sentences.append(
@@ -140,7 +140,7 @@ def _ends(loss: Paired) -> str:
 
 def _still_falling(before: float, log: Sequence[Mapping[str, Any]], steps: int) -> bool | None:
     """Return whether the second half of the steps has more than `STILL_FALLING` of the loss's whole fall."""
-    losses = {int(each["step"]): float(each["eval_loss"]) for each in log if "eval_loss" in each}
+    losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in log if "eval_loss" in entry}
     early = [step for step in losses if 0.4 * steps <= step <= 0.6 * steps]
     late = [step for step in losses if step > 0.8 * steps]
     if not early or not late:

@@ -1,4 +1,4 @@
-"""What a run needs, before any weight is loaded: memory by part, the batch that fits, steps, time, and advice.
+"""The plan of a run, before any weight is loaded: memory by part, the batch that fits, steps, time, and advice.
 
 `plan` is the one way to it: `philora check` shows what it returns, a run follows it. It needs the configuration, the
 model without weights and the counts of the data, and measures for a moment how fast this machine multiplies.
@@ -63,6 +63,9 @@ TOKENS_AT_LEAST_ACCELERATOR, TOKENS_BEFORE_WHOLE_LAYERS = 8192, 4096
 # dropout); attention, adapters, what stands between, and the optimizer are the rest.
 PRODUCT_SHARE = 0.58
 GRADES: tuple[Recomputation, ...] = ("none", "elementwise", "full", "host")
+
+
+DEFAULT_OPTIM = "adamw_torch_fused"
 
 
 class Change(NamedTuple):
@@ -149,17 +152,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves a tenth of the memory free."""
+        """Return whether the peak leaves a tenth of the memory free."""
         return self.estimate.peak <= FILLED * self.available_bytes
 
     @property
     def seconds(self) -> float | None:
-        """Estimated time of all steps, without evaluation and saving."""
+        """Return the estimated time of all steps, without evaluation and saving."""
         return None if self.steps is None else self.steps * self.step_seconds
 
     @property
     def warning(self) -> str | None:
-        """What to change where the run does not fit, else None."""
+        """Return what to change where the run does not fit, else None."""
         if self.fits:
             return None
         seen, needs = self.available_bytes / 1e9, self.estimate.peak / 1e9
@@ -168,18 +171,19 @@ class Plan:
         if held <= FILLED * self.available_bytes:
             text += f"Without the pages of the model's files it is {held / 1e9:.2f} GB: it runs, and reads them again. "
         offers = [
-            f"{each.setting} saves {each.saves_bytes / 1e9:.2f} GB (peak {each.peak_bytes / 1e9:.2f} GB; {each.costs})"
-            for each in self.changes
+            f"{change.setting} saves {change.saves_bytes / 1e9:.2f} GB "
+            f"(peak {change.peak_bytes / 1e9:.2f} GB; {change.costs})"
+            for change in self.changes
         ]
         return text + (f"To save memory: {'; '.join(offers)}." if offers else "Take a smaller model.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; times and the rate are of this machine at this moment."""
+        """Return plain values for JSON."""
         values = asdict(self)
         values |= {
             "estimate": self.estimate.to_dict(),
             "rate": self.rate._asdict(),
-            "changes": [each._asdict() for each in self.changes],
+            "changes": [change._asdict() for change in self.changes],
             "decoder_layers": {"path": self.decoder_layers.path, "reasons": list(self.decoder_layers.reasons)},
             "notices": list(self.notices),
             "fits": self.fits,
@@ -188,7 +192,7 @@ class Plan:
         return values
 
     def rows(self) -> list[tuple[str, str]]:
-        """A table for people: what, and how much."""
+        """Return a table for people."""
         estimate = self.estimate
         parts = [(name, getattr(estimate, name)) for name in PARTS]
         phases = [("training", estimate.training), ("loading", estimate.loading), ("evaluation", estimate.evaluation)]
@@ -224,7 +228,7 @@ def duration(seconds: float) -> str:
 
 
 def weightless(config: Config, skeleton: PreTrainedModel) -> PeftModel:
-    """The model of a run on the meta device, with its adapter and slices; the skeleton is changed.
+    """Return the model of a run on the meta device, with its adapter and slices; the skeleton is changed.
 
     Raises:
         TargetError: A name matches nothing.
@@ -262,66 +266,35 @@ def plan(
         adapted: What `weightless` made of it.
         report: Counts of the data.
         max_length: Tokens of a row at most, within the model's context.
-        chosen: What a run that goes on has chosen already: keys of `training_config`.
+        chosen: What a resumed run was started with: keys of `training_config`.
         processes: Processes that share a step.
         sharing: Processes that share this machine's memory.
     """
     config = with_learning_rate(config, adapted.get_base_model().config)
     given = {**config.training_config, **(chosen or {})}
     device = _device(given)
-    optim = str(given.get("optim") or "adamw_torch_fused")
-    trained_bytes = 2 if given.get("adapter_dtype") == "bfloat16" else 4
-    packing = bool(given.get("packing", True))
+    optim = str(given.get("optim") or DEFAULT_OPTIM)
     facts = facts_of_device(torch.device(device))
-    stacked = {each: decoder_layers(config, adapted, facts, each) for each in GRADES}
-    counted = footprint(adapted, config.model, optim, device, trained_bytes, stack=stacked["none"].path == "stack")
-    counted = replace(counted, graph=counted.stack is not None and device == "cuda" and graph_switch() == "all")
+    stacked = {grade: decoder_layers(config, adapted, facts, grade) for grade in GRADES}
+    counted = _footprint(config, adapted, given, device, stacked)
     max_length, tokens_per_step = _lengths(config, report, max_length, chosen, device)
-    train = None if report.streaming else report.train
-    mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
-    row_tokens = max_length if packing else min(mean, max_length)
-    # Rows that are not packed are filled up to the longest of their batch, and some batch has the longest of all.
-    longest = max_length if packing or train is None else min(max(train.longest_tokens, mean), max_length)
-    label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
-    memory = available_bytes(device) // sharing
-    answers = _answers(config, adapted, facts)
+    rows = _row_lengths(report, max_length, bool(given.get("packing", True)))
+    memory, answers = available_bytes(device) // sharing, _answers(config, adapted, facts)
     evaluated = _evaluated(config, report, max_length, counted, memory)._replace(by_graph=answers == BY_GRAPH)
-    wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
-    batch = choose(
-        counted,
-        row_tokens=row_tokens,
-        longest_row_tokens=longest,
-        tokens_per_step=tokens_per_step,
-        rows=wanted["per_device_train_batch_size"],
-        accumulation=wanted["gradient_accumulation_steps"],
-        recomputation=recomputation_of(given.get("gradient_checkpointing", "auto")),
-        host=stacked["host"].path == "stack",
-        memory=memory,
-        processes=processes,
-        label_share=label_share,
-        evaluation=evaluated,
-    )
-
-    situation = _Situation(config, adapted, counted, batch, max_length, longest, packing, label_share, evaluated)
-    notices = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
+    host = stacked["host"].path == "stack"
+    batch = _batch(given, counted, rows, evaluated, memory, tokens_per_step, processes, host)
+    situation = _Situation(config, adapted, counted, batch, max_length, rows, evaluated)
     slow = situation.slow_bf16(optim, memory)
-    changes = situation.changes(optim, memory) if batch.estimate.peak > FILLED * memory else ()
-    rate = measure_rate(counted, batch.rows * row_tokens)
-    document = min(mean, max_length)
-    flops = counted.flops_per_token(batch.recomputation, label_share, document)
-    seconds = batch.rows * row_tokens * flops / rate.flops_per_second / PRODUCT_SHARE
-    if rate.dequantized_per_second is not None:
-        times = 3 if batch.recomputation in WHOLE_LAYERS else 2
-        seconds += times * counted.linears.weights / rate.dequantized_per_second
-    step_tokens = batch.rows * batch.accumulation * row_tokens * processes
+    notices = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
+    rate = measure_rate(counted, batch.rows * rows.tokens)
     return Plan(
         micro_batch_rows=batch.rows,
         accumulation=batch.accumulation,
         recomputation=batch.recomputation,
         max_length=max_length,
-        row_tokens=row_tokens,
-        step_tokens=step_tokens,
-        steps=_steps(given, train, packing, row_tokens, batch, processes),
+        row_tokens=rows.tokens,
+        step_tokens=batch.rows * batch.accumulation * rows.tokens * processes,
+        steps=_steps(given, rows.counts, rows.packed, rows.tokens, batch, processes),
         parameters=counted.parameters,
         trainable=counted.trainable,
         quantization=counted.quantization,
@@ -329,15 +302,93 @@ def plan(
         estimate=batch.estimate,
         available_bytes=memory,
         rate=rate,
-        step_seconds=seconds * batch.accumulation,
+        step_seconds=_micro_batch_seconds(counted, batch, rows, rate) * batch.accumulation,
         learning_rate=float(given["learning_rate"]),
         learning_rate_origin=config.origins.get("training_config.learning_rate", "default"),
-        changes=changes,
+        changes=situation.changes(optim, memory) if batch.estimate.peak > FILLED * memory else (),
         idle_gpus=idle_gpus(config.training_config, config.model.device_map),
         decoder_layers=stacked[batch.recomputation],
         answers=answers,
         notices=(*notices, *filter(None, [slow])),
     )
+
+
+def _footprint(
+    config: Config, adapted: PeftModel, given: Mapping[str, Any], device: str, stacked: Mapping[Any, Choice]
+) -> Footprint:
+    """Count the model as the run will compute it."""
+    trained_bytes = 2 if given.get("adapter_dtype") == "bfloat16" else 4
+    optim = str(given.get("optim") or DEFAULT_OPTIM)
+    counted = footprint(adapted, config.model, optim, device, trained_bytes, stack=stacked["none"].path == "stack")
+    return replace(counted, graph=counted.stack is not None and device == "cuda" and graph_switch() == "all")
+
+
+class _RowLengths(NamedTuple):
+    """Rows as they are trained on.
+
+    Attributes:
+        counts: Of the training data; None where it is streamed.
+        packed: Whether conversations are packed.
+        tokens: Of a row.
+        longest: Tokens of the longest row of a batch.
+        document: Tokens of a conversation.
+        label_share: Share of the tokens that the loss is a sum over.
+    """
+
+    counts: SplitReport | None
+    packed: bool
+    tokens: int
+    longest: int
+    document: int
+    label_share: float
+
+
+def _row_lengths(report: DataReport, max_length: int, packed: bool) -> _RowLengths:
+    train = None if report.streaming else report.train
+    mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
+    document = min(mean, max_length)
+    # Rows that are not packed are filled up to the longest of their batch, and some batch has the longest of all.
+    longest = max_length if packed or train is None else min(max(train.longest_tokens, mean), max_length)
+    label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
+    return _RowLengths(train, packed, max_length if packed else document, longest, document, label_share)
+
+
+def _batch(
+    given: Mapping[str, Any],
+    counted: Footprint,
+    rows: _RowLengths,
+    evaluated: Evaluated,
+    memory: int,
+    tokens_per_step: int | None,
+    processes: int,
+    host: bool,
+) -> Batch:
+    """Choose what the configuration leaves open of a batch; `host`: whether inputs can be kept in host memory."""
+    wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
+    return choose(
+        counted,
+        row_tokens=rows.tokens,
+        longest_row_tokens=rows.longest,
+        tokens_per_step=tokens_per_step,
+        rows=wanted["per_device_train_batch_size"],
+        accumulation=wanted["gradient_accumulation_steps"],
+        recomputation=recomputation_of(given.get("gradient_checkpointing", "auto")),
+        host=host,
+        memory=memory,
+        processes=processes,
+        label_share=rows.label_share,
+        evaluation=evaluated,
+    )
+
+
+def _micro_batch_seconds(counted: Footprint, batch: Batch, rows: _RowLengths, rate: Rate) -> float:
+    """Estimate the time of a micro-batch from the rate of products on this device."""
+    flops = counted.flops_per_token(batch.recomputation, rows.label_share, rows.document)
+    seconds = batch.rows * rows.tokens * flops / rate.flops_per_second / PRODUCT_SHARE
+    if rate.dequantized_per_second is not None:
+        times = 3 if batch.recomputation in WHOLE_LAYERS else 2
+        seconds += times * counted.linears.weights / rate.dequantized_per_second
+    return seconds
 
 
 def decoder_layers(config: Config, adapted: PeftModel, device: DeviceFacts, recomputation: Recomputation) -> Choice:
@@ -429,13 +480,13 @@ def _lengths(
     if tokens is not None and not report.streaming:
         # A pack is one row, and a step has at least one: a pack longer than the step would make larger steps than
         # were asked for. Conversations stay whole.
-        longest = max((each.longest_tokens for each in report.splits.values()), default=0)
+        longest = max((split.longest_tokens for split in report.splits.values()), default=0)
         max_length = min(max_length, max(tokens, longest, 8))
     return max_length, tokens
 
 
 def _evaluated(config: Config, report: DataReport, max_length: int, counted: Footprint, memory: int) -> Evaluated:
-    """What the run evaluates at once before training and after it."""
+    """Return what the run evaluates at once before and after training."""
     figures = report.eval
     if figures is None or not figures.rows:
         return NOT_EVALUATED
@@ -449,7 +500,7 @@ def _evaluated(config: Config, report: DataReport, max_length: int, counted: Foo
 def _steps(
     given: Mapping[str, Any], train: SplitReport | None, packing: bool, row_tokens: int, batch: Batch, processes: int
 ) -> int | None:
-    """Optimizer steps as transformers counts them."""
+    """Count optimizer steps as transformers does."""
     steps = int(given.get("max_steps") or -1)
     if steps > 0:
         return steps
@@ -508,17 +559,17 @@ def choose(
     in_a_step = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
     wanted = max(1, round(math.ceil(in_a_step / processes) / (accumulation or 1)))
     wanted_grades = {None: GRADES, "full": WHOLE_LAYERS}.get(recomputation, (recomputation,))
-    grades = [each for each in GRADES if each in wanted_grades and (host or each != "host")]
+    grades = [entry for entry in GRADES if entry in wanted_grades and (host or entry != "host")]
     sizes = [rows] if rows is not None else [n for n in range(wanted, 0, -1) if wanted % n == 0 or n == 1]
     options = [(micro, grade) for grade in grades for micro in sizes]
-    options.sort(key=lambda each: _rank(each[0] * row_tokens, each[1], sizes[0] * row_tokens, counted.device))
+    options.sort(key=lambda option: _rank(option[0] * row_tokens, option[1], sizes[0] * row_tokens, counted.device))
     found = [
         (micro, grade, counted.estimate(micro * longest, grade, label_share=label_share, evaluation=evaluation))
         for micro, grade in options
     ]
     # Evaluation and loading are what they are, whatever the batch.
-    least = min(found, key=lambda each: each[2].training)
-    micro, grade, estimate = next((each for each in found if each[2].training <= FILLED * memory), least)
+    least = min(found, key=lambda option: option[2].training)
+    micro, grade, estimate = next((entry for entry in found if entry[2].training <= FILLED * memory), least)
     return Batch(micro, accumulation or max(1, round(wanted / micro) if rows is None else 1), grade, estimate)
 
 
@@ -541,7 +592,7 @@ def _rank(tokens: int, recomputation: Recomputation, most: int, device: str) -> 
 
 
 def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None:
-    """The grade that `training_config.gradient_checkpointing` stands for; None where the estimate decides (auto)."""
+    """Return the grade that `training_config.gradient_checkpointing` stands for; None for auto."""
     named: dict[bool | str, Recomputation] = {
         False: "none", "elementwise": "elementwise", True: "full", "host": "host",
     }  # fmt: skip
@@ -549,7 +600,7 @@ def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None
 
 
 def gradient_checkpointing_of(recomputation: Recomputation) -> bool | str:
-    """The other way: what `SFTConfig(gradient_checkpointing=...)` takes for a grade."""
+    """Return what `SFTConfig(gradient_checkpointing=...)` takes for a grade."""
     return recomputation if recomputation in ("elementwise", "host") else recomputation == "full"
 
 
@@ -558,16 +609,14 @@ def gradient_checkpointing_of(recomputation: Recomputation) -> bool | str:
 
 @dataclass(frozen=True)
 class _Situation:
-    """What a run would do, to see what it would need if one thing were different."""
+    """A planned run, to estimate what it would need if one thing were different."""
 
     config: Config
     adapted: PeftModel
     counted: Footprint
     batch: Batch
     max_length: int
-    row_tokens: int
-    packing: bool
-    label_share: float
+    lengths: _RowLengths
     evaluated: Evaluated
 
     def peak(
@@ -579,11 +628,11 @@ class _Situation:
         grade: Recomputation | None = None,
         evaluated: Evaluated | None = None,
     ) -> int:
-        """The peak with these in place of what it would do."""
+        """Return the peak of memory with these values in place of the run's."""
         estimate = (counted or self.counted).estimate(
-            (rows or self.batch.rows) * (row_tokens or self.row_tokens),
+            (rows or self.batch.rows) * (row_tokens or self.lengths.longest),
             grade or self.batch.recomputation,
-            label_share=self.label_share,
+            label_share=self.lengths.label_share,
             evaluation=evaluated or self.evaluated,
         )
         return estimate.peak
@@ -603,7 +652,7 @@ class _Situation:
         return slow_bf16(peak, int(FILLED * memory))
 
     def changes(self, optim: str, memory: int) -> tuple[Change, ...]:
-        """What would save memory by itself, from what costs least; what does not suffice comes after what does."""
+        """Return changes that each save memory, the cheapest first; those that do not suffice come last."""
         micro, _, grade, estimate = self.batch
         settings = self.config.model
         answers = self.evaluated.answers
@@ -628,16 +677,16 @@ class _Situation:
                 other = replace(settings, quantization=scheme)
                 small = self.counted_with(other, optim)
                 offers.append((f"model.quantization={scheme}", "a rounded base", self.peak(counted=small)))
-        if self.packing and self.max_length >= 256:
+        if self.lengths.packed and self.max_length >= 256:
             half = self.max_length // 2
             offers.append(
                 (f"training_config.max_length={half}", "long conversations are cut", self.peak(row_tokens=half))
             )
         found = [Change(setting, estimate.peak - after, after, costs) for setting, costs, after in offers]
-        useful = [each for each in found if each.saves_bytes > 0.01 * estimate.peak]
-        enough = [each for each in useful if each.peak_bytes <= FILLED * memory]
-        rest = [each for each in useful if each.peak_bytes > FILLED * memory]
-        return (*enough, *sorted(rest, key=lambda each: -each.saves_bytes))
+        useful = [change for change in found if change.saves_bytes > 0.01 * estimate.peak]
+        enough = [change for change in useful if change.peak_bytes <= FILLED * memory]
+        rest = [change for change in useful if change.peak_bytes > FILLED * memory]
+        return (*enough, *sorted(rest, key=lambda change: -change.saves_bytes))
 
 
 # ------------------------------------------------------------------------------------------- this machine
@@ -647,7 +696,7 @@ _SLOW_SECONDS = 0.25
 
 
 def measure_rate(counted: Footprint, tokens: int) -> Rate:
-    """How fast products of the model's largest linear layer are at this moment, with the run's threads.
+    """Measure the rate of products of the model's largest linear layer, with the run's threads.
 
     Rows are added, from one on, until a product takes 20 ms or has the micro-batch's rows; forward and backward count
     alike. A processor without instructions for the dtype, which is a hundred times slower, is measured in a second too.
@@ -677,7 +726,7 @@ def measure_rate(counted: Footprint, tokens: int) -> Rate:
     rows = 1
     with torch.no_grad():
         while True:
-            x, dy = (torch.full((rows, each), 0.01, dtype=dtype, device=device) for each in reversed(shape))
+            x, dy = (torch.full((rows, size), 0.01, dtype=dtype, device=device) for size in reversed(shape))
 
             def both(x: torch.Tensor = x, dy: torch.Tensor = dy) -> None:
                 torch.mm(x, weight.t())
@@ -696,7 +745,7 @@ def measure_rate(counted: Footprint, tokens: int) -> Rate:
 
 
 def _dequantized_per_second(counted: Footprint, seconds_of: Callable[[Callable[[], object]], float]) -> float:
-    """Weights a second, at a layer of 1024 x 4096."""
+    """Measure how many weights a second are dequantised, at a layer of 1024 x 4096."""
     layer = empty_layer(counted.quantization, 4096, 1024, counted.dtype).to(counted.device)
 
     weight = QuantizedWeight(layer)

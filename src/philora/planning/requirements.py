@@ -1,4 +1,4 @@
-"""What a run needs besides weights and data, looked for before it starts rather than when it is needed."""
+"""Checks before a run of what it needs besides weights and data."""
 
 from __future__ import annotations
 

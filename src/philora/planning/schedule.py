@@ -85,7 +85,7 @@ def check_schedule(settings: Mapping[str, Any], steps: int | None, where: str) -
 
 
 def few_steps(steps: int) -> str:
-    """Return what is said of a run of fewer than `FEW_STEPS` optimizer steps."""
+    """Return the warning of a run with fewer than `FEW_STEPS` optimizer steps."""
     return (
         f"the run makes {steps} optimizer steps: below about {FEW_STEPS} an adapter learns little or nothing. Give "
         f"more rows, more epochs, or smaller steps (fewer rows of a batch, less accumulation)."

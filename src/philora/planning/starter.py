@@ -84,14 +84,14 @@ class Start(NamedTuple):
 def this_machine() -> Machine:
     """Return the facts of this machine."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    ids = [families.hub_id(each) for each in SUGGESTED]
+    ids = [families.hub_id(entry) for entry in SUGGESTED]
     return Machine(
         device,
         available_bytes(device),
         2 if bf16_is_fast() else 4,
         importlib.util.find_spec("bitsandbytes") is not None,
         not hub.reach(),
-        frozenset(each for each in ids if isinstance(try_to_load_from_cache(each, "config.json"), str)),
+        frozenset(entry for entry in ids if isinstance(try_to_load_from_cache(entry, "config.json"), str)),
     )
 
 
@@ -102,8 +102,8 @@ def choose_model(machine: Machine, named: str | None = None) -> ModelChoice:
         machine: The facts.
         named: A model that the person named: only the quantisation is chosen then, where its size is known.
     """
-    names = [families.hub_id(each) for each in SUGGESTED]
-    chosen = next((each for each in names if each in machine.cached), names[0] if machine.online else None)
+    names = [families.hub_id(entry) for entry in SUGGESTED]
+    chosen = next((name for name in names if name in machine.cached), names[0] if machine.online else None)
     name = families.hub_id(named) if named is not None else chosen
     where = f"{machine.memory_bytes / 1e9:.0f} GB on this machine's {machine.device}"
     if name is None:
@@ -141,7 +141,7 @@ def start(data: str, model: str | None = None, machine: Machine | None = None) -
         messages = shape.read(next(source.open()).records[0]).messages
     except Fault:  # `check` and `train` name every record that cannot be read
         messages = []
-    turns = ", ".join(dict.fromkeys(str(each["role"]) for each in messages))
+    turns = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
     found = f"{count:,} records of {data}, read as {shape.name}" + (f" (turns of {turns})" if turns else "")
     choice = choose_model(machine or this_machine(), model)
     text = _yaml(data, count, found, choice)
@@ -149,7 +149,7 @@ def start(data: str, model: str | None = None, machine: Machine | None = None) -
 
 
 def _yaml(data: str, count: int, found: str, choice: ModelChoice) -> str:
-    """The configuration as text, with a comment on each line that a person may want to change."""
+    """Return the configuration as text, with a comment on each line that a person may want to change."""
     lines: list[tuple[str, str]] = [(f"# {found}", "")]
     lines += [("model:", ""), (f"  name_or_path: {json.dumps(choice.name, ensure_ascii=False)}", choice.reason)]
     commented = "# " if choice.quantization == "none" else ""

@@ -1,4 +1,4 @@
-"""What watches a run: the metrics file, and losses and gradients that are not finite or jump."""
+"""The metrics file of a run, and the watch for losses and gradients that are not finite or jump."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from philora.files.checkpoint import how_to_go_on, sync_file, write_text
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory that this process has held: allocated on the GPU where there is one, else resident."""
+    """Return the largest memory that this process has held: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     # Linux hands ru_maxrss of the starting process on through exec, so that a small run would show its parent's.
@@ -39,10 +39,10 @@ def peak_memory_bytes() -> int:
 
 
 def _peak_by_status(status: Path) -> int | None:
-    """The peak as Linux's status file of a process has it; some container runtimes leave the line out."""
+    """Return the peak as Linux's status file of a process has it; some container runtimes leave the line out."""
     try:
         lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-        return next((int(each.split()[1]) * 1024 for each in lines if each.startswith("VmHWM:")), None)
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
     except (OSError, ValueError, IndexError):
         return None
 
@@ -50,7 +50,7 @@ def _peak_by_status(status: Path) -> int | None:
 class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Appends each log entry to `metrics.jsonl`, with tokens per second and memory; whole lines only.
 
-    A checkpoint remembers how many lines there were, so that a run that goes on from it writes each entry once.
+    A checkpoint remembers how many lines there were, so that a run that resumes from it writes each entry once.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,7 +61,7 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._since = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it; the file is synced up to here."""
+        """Return what a checkpoint keeps."""
         lines, seconds = 0, time.monotonic() - self._since
         if self.path.exists():
             sync_file(self.path)
@@ -78,7 +78,7 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.path.exists() and state.is_world_process_zero:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             # Without a count, in a checkpoint of an older release, the step decides.
-            old = [each for each in lines if _step_of(each) <= state.global_step]
+            old = [line for line in lines if _step_of(line) <= state.global_step]
             kept = old if self.lines is None else lines[: self.lines]
             if len(kept) != len(lines):
                 write_text(self.path, "".join(kept))
@@ -143,7 +143,7 @@ class StepWatch:
         self._jumped = False
 
     def finite(self, loss: float, gradient_norm: float) -> bool:
-        """Whether the step may be taken; counts those that may not."""
+        """Return whether the step may be taken; count those that may not."""
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self.in_a_row = 0
             return True
@@ -152,11 +152,13 @@ class StepWatch:
         return False
 
     def spike(self, loss: float) -> float | None:
-        """The running median that a loss jumps away from; None where it does not, or goes on from one that did."""
+        """Return the running median that a loss jumps away from; None where it does not, or where the last one did
+        already.
+        """
         jumps, median = False, math.nan
         if len(self._losses) >= SPIKE_AFTER_STEPS:
             median = statistics.median(self._losses)
-            spread = 1.4826 * statistics.median(abs(each - median) for each in self._losses)
+            spread = 1.4826 * statistics.median(abs(loss - median) for loss in self._losses)
             jumps = loss > 1.5 * median and loss > median + 6 * spread
         self._losses.append(loss)
         begins, self._jumped = jumps and not self._jumped, jumps
@@ -164,7 +166,7 @@ class StepWatch:
         return median if begins else None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {
             "in_a_row": self.in_a_row,
             "total": self.total,
@@ -174,7 +176,7 @@ class StepWatch:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on counting from what `state` gave."""
+        """Continue counting from what `state` returned."""
         self.in_a_row, self.total, self.spikes = (int(state.get(key, 0)) for key in ("in_a_row", "total", "spikes"))
         self._losses = deque(map(float, state.get("losses", ())), maxlen=SPIKE_WINDOW_STEPS)
         self._jumped = bool(state.get("jumped", False))

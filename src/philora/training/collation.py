@@ -1,4 +1,4 @@
-"""What a batch carries beside its tokens: where documents and labels are, counted once, on the host."""
+"""Documents and labels of a batch, located once on the host and carried beside its tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def layout_of_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     Labels that a batch has shifted itself are left to whoever reads them.
 
     Shapes:
-        labels and attention_mask (B, T); cu_seq_lens_q (documents + 1) where the documents stand in one row.
+        labels and attention_mask (B, T); cu_seq_lens_q (documents + 1) where the documents are in one row.
     """
     labels, bounds, mask = batch.get("labels"), batch.get(KEYWORDS[0]), batch.get("attention_mask")
     found: dict[str, Any] = {}
@@ -48,11 +48,11 @@ def layout_of_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pads_on_the_right(mask: Tensor) -> Tensor:
-    """Whether each row begins with its tokens, at least one. Shapes: mask (B, T); returns ()."""
+    """Return whether each row begins with its tokens, at least one. Shapes: mask (B, T); returns ()."""
     whole = (mask == 0) | (mask == 1)
     return whole.all() & (mask[:, 0] == 1).all() & (mask[:, 1:] <= mask[:, :-1]).all()
 
 
 def without_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch without what `HostLayout` has added, for a batch that is changed afterwards."""
-    return {name: each for name, each in batch.items() if name not in (*LABELS, *TOKENS, LENGTHS)}
+    return {name: entry for name, entry in batch.items() if name not in (*LABELS, *TOKENS, LENGTHS)}

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
-from philora.compat.trl import trl
+from philora.compat.trl import SFTTrainerHooks
 from philora.dataset.ids import check_batch, vocabulary_of
 from philora.errors import RunError, fault
 from philora.kernels.layout import KEYWORDS, LABELS
@@ -45,30 +45,30 @@ class MicroBatchParts(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.evaluation_halvings = 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint holds."""
         return {"args": {}, "attributes": dict(vars(self))}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take over what the checkpoint says; one of an older version says nothing."""
+        """Read the state of the checkpoint; one of an older version has none."""
         found = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.halvings, self.evaluation_halvings = (found["attributes"][each] for each in vars(self))
+        self.halvings, self.evaluation_halvings = (found["attributes"][var] for var in vars(self))
 
 
 def parts(inputs: Inputs, halvings: int) -> list[Inputs]:
-    """A micro-batch in up to 2^halvings parts; what cannot be halved stays whole.
+    """Return a micro-batch in up to 2^halvings parts; what cannot be halved stays whole.
 
     Shapes:
         As `halves`.
     """
     found = [inputs]
     for _ in range(halvings):
-        found = [half for each in found for half in (halves(each) or (each,))]
+        found = [half for entry in found for half in (halves(entry) or (entry,))]
     carries = len(found) > 1 and LABELS[0] in inputs
-    return [each | layout_of_batch(each) for each in found] if carries else found
+    return [entry | layout_of_batch(entry) for entry in found] if carries else found
 
 
 def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
-    """The two halves of a micro-batch, or None where it is one row of one document, or of an unknown layout.
+    """Return the two halves of a micro-batch, or None where it is one row of one document, or of an unknown layout.
 
     Args:
         inputs: As TRL's collators make them: rows beside each other, or all documents in one row with `position_ids`
@@ -81,19 +81,19 @@ def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
     ids = inputs["input_ids"]
     rows, tokens = ids.shape[:2]
     positions = inputs.get("position_ids")
-    others = [each for name, each in inputs.items() if isinstance(each, Tensor) and name not in KEYWORDS]
+    others = [entry for name, entry in inputs.items() if isinstance(entry, Tensor) and name not in KEYWORDS]
     if rows > 1:
-        if any(each.ndim == 0 or len(each) != rows for each in others) or any(name in inputs for name in KEYWORDS):
+        if any(other.ndim == 0 or len(other) != rows for other in others) or any(name in inputs for name in KEYWORDS):
             return None
         middle = rows // 2
         first, second = (
-            {name: each[part] if isinstance(each, Tensor) else each for name, each in inputs.items()}
+            {name: entry[part] if isinstance(entry, Tensor) else entry for name, entry in inputs.items()}
             for part in (slice(0, middle), slice(middle, rows))
         )
         return first, second
     if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
         return None
-    if any(each.shape[:2] != ids.shape for each in others):
+    if any(other.shape[:2] != ids.shape for other in others):
         return None
     starts = (positions[0] == 0).nonzero().flatten()[1:]
     if not len(starts):
@@ -103,10 +103,10 @@ def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
 
 
 def _documents(inputs: Inputs, part: slice) -> Inputs:
-    """Some documents of one row. Shapes: all of (1, T)."""
+    """Return some documents of one row. Shapes: all of (1, T)."""
     found = {
-        name: each[:, part] if isinstance(each, Tensor) and name not in KEYWORDS else each
-        for name, each in inputs.items()
+        name: entry[:, part] if isinstance(entry, Tensor) and name not in KEYWORDS else entry
+        for name, entry in inputs.items()
     }
     positions = found["position_ids"]
     if "seq_idx" in found:
@@ -120,27 +120,27 @@ def _documents(inputs: Inputs, part: slice) -> Inputs:
 
 
 def label_tokens(inputs: Inputs) -> int:
-    """Tokens of a micro-batch that the loss is a sum over. It waits for a GPU unless the batch carries its labels."""
+    """Count the tokens that the loss is a sum over. It waits for a GPU unless the batch carries its labels."""
     if isinstance(rows := inputs.get(LABELS[0]), Tensor):
         return len(rows)
     return int((inputs["labels"][:, 1:] != -100).sum())
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
-    """The devices whose generators a step of the model may draw from: the CPU, and each that holds a part of it."""
-    held = {each.device for each in (*model.parameters(), *model.buffers())}
-    return {torch.device("cpu")} | {each for each in held if each.type != "meta"}
+    """Return the devices whose generators a step may draw from: the CPU, and each that holds a part of the model."""
+    held = {parameter.device for parameter in (*model.parameters(), *model.buffers())}
+    return {torch.device("cpu")} | {entry for entry in held if entry.type != "meta"}
 
 
 def numbers(values: list[Any]) -> list[Any]:
     """Return a list with the values of its tensors of one number in their place, read together."""
-    tensors = [each for each in values if isinstance(each, Tensor)]
+    tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return values
-    read = iter(torch.stack([each.double() for each in tensors]).tolist())
+    read = iter(torch.stack([tensor.double() for tensor in tensors]).tolist())
     return [
-        each if not isinstance(each, Tensor) else next(read) if each.is_floating_point() else int(next(read))
-        for each in values
+        value if not isinstance(value, Tensor) else next(read) if value.is_floating_point() else int(next(read))
+        for value in values
     ]
 
 
@@ -160,8 +160,8 @@ class _Step(NamedTuple):
     tokens: Any
 
 
-class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, which goes on after out-of-memory: micro-batches are halved for the rest of the run.
+class MicroBatchTrainer(SFTTrainerHooks):
+    """TRL's trainer, which continues after out-of-memory: micro-batches are halved for the rest of the run.
 
     The optimizer step begins again with the gradients, the random state and the counts that it began with, so that it
     ends as if it had been computed in parts from the start. In one process without DeepSpeed or FSDP: elsewhere the
@@ -174,29 +174,27 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
     current_gradient_accumulation_steps: int
     train_dataset: Any
     data_collator: Any
-    _total_train_tokens: Any
     _step: _Step | None = None
+    _devices: set[torch.device] | None = None  # of the model, while it trains
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(MicroBatchParts())
-        self._vocabulary = vocabulary_of(self.model)
+        self.vocabulary = vocabulary_of(self.model)
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; batches carry where their documents and labels are.
+    def begin_training(self, checkpoint: str | None) -> None:
+        """Look at the model's devices again: it may have been moved since an earlier training."""
+        self._devices = None
+
+    def wrap_collator(self, rows: Any, collate: Any) -> Any:
+        """Return a collator whose batches carry where their documents and labels are.
 
         Not where accelerate deals one batch to several processes, where prompts that train stand before the tokens,
         and under torch.compile, which would compile anew for each layout.
         """
-        collate = self.data_collator
         prompts = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
-        dealt = isinstance(dataset, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches
-        if not (prompts or dealt or self.args.torch_compile):
-            self.data_collator = HostLayout(collate)
-        try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.data_collator = collate
+        dealt = isinstance(rows, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches
+        return collate if prompts or dealt or self.args.torch_compile else HostLayout(collate)
 
     def _check_ids(self, inputs: Inputs) -> None:
         """Hold a batch against the vocabulary, where that takes no waiting for a GPU or its rows were not looked at.
@@ -205,12 +203,12 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             DataError: An id or label is none of the vocabulary's.
         """
         if self.args.device.type == "cpu" or not isinstance(self.train_dataset, datasets.Dataset):
-            check_batch(inputs, self._vocabulary, f"step {self.state.global_step + 1}, batch")
+            check_batch(inputs, self.vocabulary, f"step {self.state.global_step + 1}, batch")
 
     @property
     def _micro_batch_parts(self) -> MicroBatchParts:
         callbacks = self.callback_handler.callbacks
-        return next(each for each in callbacks if isinstance(each, MicroBatchParts))
+        return next(callback for callback in callbacks if isinstance(callback, MicroBatchParts))
 
     def _may_split(self) -> bool:
         alone = self.args.world_size == 1 and self.args.n_gpu <= 1
@@ -218,22 +216,24 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
         return alone and not others
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
-        """As transformers'; in parts where memory did not suffice before, or does not now."""
+        """Compute a micro-batch; in parts where memory did not suffice before, or does not now."""
         self._check_ids(inputs)
         if num_items_in_batch is None or not self._may_split():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         if self._step is None:
-            entries = {name: len(values) for name, values in self._metrics["train"].items()}
-            states = {each: random_state(each) for each in devices_of(model)}
-            self._step = _Step([], states, entries, self._total_train_tokens)
+            entries = {name: len(values) for name, values in self.pending_metrics["train"].items()}
+            if self._devices is None:
+                self._devices = devices_of(model)
+            states = {device: random_state(device) for device in self._devices}
+            self._step = _Step([], states, entries, self.counted_tokens)
         step = self._step
         step.batches.append(inputs)
         todo = [inputs]
         try:
             while not isinstance(result := self._in_parts(model, todo, num_items_in_batch), Tensor):
                 # Nothing of the attempt is left here: its tensors were those of frames that have ended.
-                self._make_room(result, "halvings", f"step {self.state.global_step + 1}")
+                self._halve(result, "halvings", f"step {self.state.global_step + 1}")
                 model.zero_grad()
                 self._rewind(step)
                 todo = step.batches
@@ -247,7 +247,7 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As TRL's; what is logged stays on the device until `log` or a checkpoint reads it.
+        """Compute TRL's loss; what is logged stays on the device until `log` or a checkpoint reads it.
 
         TRL reads the entropy, the accuracy and the count of tokens of each micro-batch, which waits for the device. A
         loss that is not the plain one goes TRL's way.
@@ -267,12 +267,12 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, of figures that are read now."""
+        """Log as TRL, figures that are read now."""
         self.read_metrics()
         super().log(logs, start_time)
 
     def _has_plain_loss(self) -> bool:
-        """Whether the loss is the mean log-probability of the labels, and nothing is added to it."""
+        """Return whether the loss is the mean log-probability of the labels, and nothing is added to it."""
         plain = self.compute_loss_func is None and self.label_smoother is None and self.args.loss_type == "nll"
         parallel = getattr(self.accelerator, "parallelism_config", None)
         return plain and not self.aux_loss_enabled and parallel is None
@@ -282,14 +282,14 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
         valid = self._gathered(count.to(outputs.entropy.device, non_blocking=True))
         for name, values in (("entropy", outputs.entropy), ("mean_token_accuracy", outputs.is_top1)):
             total = self._gathered(values.sum())
-            self._metrics[mode][name].append(torch.where(valid > 0, total / valid, 0.0))
+            self.pending_metrics[mode][name].append(torch.where(valid > 0, total / valid, 0.0))
         if mode == "train":
             mask = inputs.get("attention_mask")
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
             if self.accelerator.num_processes > 1:
                 tokens = self._gathered(torch.as_tensor(tokens, device=outputs.entropy.device))
-            self._total_train_tokens = self._total_train_tokens + tokens // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            self.counted_tokens = self.counted_tokens + tokens // self.tensor_parallel_size
+        self.pending_metrics[mode]["num_tokens"] = [self.counted_tokens]
 
     def _gathered(self, value: Tensor) -> Tensor:
         """Return the sum of a number over all processes. Shapes: (); returns ()."""
@@ -300,18 +300,18 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     def read_metrics(self) -> None:
         """Read what `compute_loss` has left on the device: numbers in the place of tensors, by one copy a device."""
-        for values in self._metrics["train"], self._metrics["eval"]:
-            for name, each in values.items():
-                values[name] = numbers(each)
-        self._total_train_tokens = numbers([self._total_train_tokens])[0]
+        for values in self.pending_metrics["train"], self.pending_metrics["eval"]:
+            for name, value in values.items():
+                values[name] = numbers(value)
+        self.counted_tokens = numbers([self.counted_tokens])[0]
 
     def _in_parts(self, model: nn.Module, batches: list[Inputs], count: Any) -> Tensor | Inputs:
-        """Forward and backward of micro-batches; the last one's loss, or the part that there was no memory for."""
+        """Compute forward and backward; return the last loss, or the part that there was no memory for."""
         steps: int = self.current_gradient_accumulation_steps
         loss = torch.zeros(())
         for inputs in batches:
             pieces = parts(inputs, self._micro_batch_parts.halvings)
-            begun = {name: len(values) for name, values in self._metrics["train"].items()}
+            begun = {name: len(values) for name, values in self.pending_metrics["train"].items()}
             losses = []
             try:
                 self.current_gradient_accumulation_steps = steps * len(pieces)
@@ -332,14 +332,14 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
     def prediction_step(
         self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        """As TRL's; in parts where memory did not suffice before, or does not now."""
+        """Predict as TRL; in parts where memory did not suffice before, or does not now."""
         self._check_ids(inputs)
         if not self._may_split() or "labels" not in inputs:
             whole: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             return whole
         while True:
             pieces = parts(inputs, self._micro_batch_parts.evaluation_halvings)
-            begun = {name: len(values) for name, values in self._metrics["eval"].items()}
+            begun = {name: len(values) for name, values in self.pending_metrics["eval"].items()}
             results: list[tuple[Any, Any, Any]] = []
             refused = None
             try:
@@ -352,21 +352,23 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
             if refused is None:
                 break
             results.clear()
-            for name, values in self._metrics["eval"].items():
+            for name, values in self.pending_metrics["eval"].items():
                 del values[begun.get(name, 0) :]
-            self._make_room(refused, "evaluation_halvings", "evaluation")
+            self._halve(refused, "evaluation_halvings", "evaluation")
         if len(results) == 1:
             return results[0]
         weights = [label_tokens(piece) for piece in pieces]
         self._as_one("eval", begun, weights)
         along = 0 if len(inputs["input_ids"]) > 1 else 1
         shares = torch.tensor(weights, dtype=torch.float32, device=results[0][0].device)
-        loss = (torch.stack([each[0] for each in results]) * shares).sum() / shares.sum().clamp(min=1)
-        joined = [None if each[0] is None else torch.cat(each, along) for each in list(zip(*results, strict=True))[1:]]
+        loss = (torch.stack([result[0] for result in results]) * shares).sum() / shares.sum().clamp(min=1)
+        joined = [
+            None if entry[0] is None else torch.cat(entry, along) for entry in list(zip(*results, strict=True))[1:]
+        ]
         return loss, joined[0], joined[1]
 
-    def _make_room(self, refused: Inputs, which: str, where: str) -> None:
-        """Halve micro-batches from here on and free what can be freed; says so."""
+    def _halve(self, refused: Inputs, which: str, where: str) -> None:
+        """Halve micro-batches from here on, free memory, and warn of it."""
         tokens = refused["input_ids"].numel()
         if halves(refused) is None:
             expected = f"memory for {tokens:,} tokens, which cannot be divided further"
@@ -392,17 +394,17 @@ class MicroBatchTrainer(trl.SFTTrainer):  # type: ignore[misc]
         clear_device_cache(garbage_collection=True)
 
     def _rewind(self, step: _Step) -> None:
-        """Random state and counts as the step began with them."""
+        """Restore the random state and the counts that the step began with."""
         for device, state in step.random.items():
             set_random_state(device, state)
-        for name, values in self._metrics["train"].items():
+        for name, values in self.pending_metrics["train"].items():
             del values[step.entries.get(name, 0) :]
-        self._total_train_tokens = step.tokens
+        self.counted_tokens = step.tokens
 
     def _as_one(self, mode: str, begun: dict[str, int], weights: list[int]) -> None:
         """Let TRL's metrics of several parts count as those of one micro-batch: means over their labels."""
-        for name, values in self._metrics[mode].items():
+        for name, values in self.pending_metrics[mode].items():
             new = values[begun.get(name, 0) :]
             if len(new) == len(weights) > 1:
-                mean = sum(each * weight for each, weight in zip(new, weights, strict=True)) / max(1, sum(weights))
+                mean = sum(entry * weight for entry, weight in zip(new, weights, strict=True)) / max(1, sum(weights))
                 values[begun.get(name, 0) :] = [mean]

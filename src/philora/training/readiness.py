@@ -1,4 +1,4 @@
-"""What a run needs, looked at before any weight is loaded: by `train` before it begins, and by `philora check`."""
+"""Checks of all that a run needs, before any weight is loaded: by `train`, and by `philora check`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ from philora.planning import outlook, requirements
 from philora.planning import plan as planning
 from philora.runtime import hub, process_state, processes
 from philora.training import resume
-from philora.training.trainer import SFTConfig, checkpoint_bytes
+from philora.training.arguments import SFTConfig
+from philora.training.checkpoints import checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Preflight:
     plan: planning.Plan
     sources: dict[str, list[SourceReport]]
     problems: tuple[str, ...] = ()
-    """What stands in the way of the run; these are among the notices too."""
+    """Problems that would stop the run; they are among the notices too."""
 
     def verdict(self, command: str) -> str:
         """Return whether the run can begin, its figures, and the command that starts it."""
@@ -105,8 +106,8 @@ class Preflight:
         return f"Ready: {figures}. Start: {command}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        covered = asdict(self.coverage) | {"rows": [each._asdict() for each in self.coverage.rows]}
+        """Return plain values for JSON."""
+        covered = asdict(self.coverage) | {"rows": [row._asdict() for row in self.coverage.rows]}
         return {**asdict(self), "coverage": covered, "plan": self.plan.to_dict(), "ready": not self.problems}
 
 
@@ -138,11 +139,11 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     idle = processes.idle_gpus_notice(config.training_config, config.model.device_map)
     refused = processes.not_here(config.training_config, config.source)
     problems = [*filter(None, [plan.warning, _taken(folder, config)])]
-    problems += [f"a run here would be refused: {each}" for each in refused]
+    problems += [f"a run here would be refused: {entry}" for entry in refused]
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
         hardware=_hardware(config, adapted, dtype, plan),
-        stop_tokens=[str(each) for each in tokenizer.convert_ids_to_tokens(stops)],
+        stop_tokens=[str(convert_ids_to_token) for convert_ids_to_token in tokenizer.convert_ids_to_tokens(stops)],
         padding_token=str(tokenizer.pad_token),
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
         notices=[
@@ -178,7 +179,7 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 
 
 def require(config: Config) -> None:
-    """See to it that there is what the run will load and import: packages, weights, a token for the Hub.
+    """Check that there is what the run will load and import: packages, weights, a token for the Hub.
 
     Raises:
         ConfigError: A package is missing, the run folder cannot be written to, or nothing could be pushed.
@@ -243,14 +244,14 @@ def _require_arguments(config: Config) -> None:
 
 
 def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
-    """A fault for each package that the training imports only when it begins."""
+    """Return a message for each package that is missing and that training imports only when it begins."""
     optim = str(given.get("optim") or "")
     needed: list[tuple[str, str, tuple[str, ...]]] = []
     needed += [("optim", optim, (module,)) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]
     if given.get("use_liger_kernel"):
         needed.append(("use_liger_kernel", "true", ("liger_kernel",)))
     for key, value, modules in needed:
-        if not any(importlib.util.find_spec(each) is not None for each in modules):
+        if not any(importlib.util.find_spec(module) is not None for module in modules):
             expected = f"the package {modules[0]} for it, which is not installed"
             yield fault(source, f"training_config.{key}", value, expected, "Install it, or choose another value")
 
@@ -266,29 +267,29 @@ def _require_weights(config: Config) -> None:
     folder = Path(models.local_path(name))
     expected = f"a model with its weights: {SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME} and the files it names"
     if not folder.is_dir():
-        # Where not even its configuration is found, loading says why.
+        # Where not even its configuration is found, loading gives the reason.
         if models.has_file(config.model, ("config.json",)) and not models.has_file(config.model, _WEIGHTS):
             raise ModelError(fault("model", "name_or_path", name, expected, "Download the whole model"))
         return
-    there = next((each for each in _WEIGHTS if (folder / each).is_file()), None)
+    there = next((entry for entry in _WEIGHTS if (folder / entry).is_file()), None)
     if there is None:
         raise ModelError(fault("model", "name_or_path", name, expected, "Copy the whole model into the folder"))
     shards = checkpoint.indexed_files(folder / there) if there.endswith(".index.json") else [there]
-    for each in shards:
-        if not each.endswith(".safetensors"):
+    for shard in shards:
+        if not shard.endswith(".safetensors"):
             continue
         try:
-            with safe_open(folder / each, framework="pt"):  # the header, and whether the file is as long as it says
+            with safe_open(folder / shard, framework="pt"):  # the header, and whether the file is as long as it says
                 pass
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             todo = "Copy the model again"
             raise ModelError(
-                fault(str(folder / each), "content", str(error), "a whole safetensors file", todo)
+                fault(str(folder / shard), "content", str(error), "a whole safetensors file", todo)
             ) from error
 
 
 def require_room(folder: Path, size: int, limit: int | None) -> None:
-    """See to it that the checkpoints which will be there together, and the adapter, fit on the disk.
+    """Check that the checkpoints which will exist together, and the adapter, fit on the disk.
 
     Args:
         folder: The run folder.
@@ -298,7 +299,7 @@ def require_room(folder: Path, size: int, limit: int | None) -> None:
     Raises:
         RunError: They do not.
     """
-    there = [checkpoint.bytes_in(each) for each in (folder / "checkpoints").glob("checkpoint-*")]
+    there = [checkpoint.bytes_in(path) for path in (folder / "checkpoints").glob("checkpoint-*")]
     needed = size * (1 + max(1, limit or 1)) + size - sum(there)  # while one is written, those that stay are there too
     missing = checkpoint.missing_bytes(folder, needed)
     if missing:
@@ -308,7 +309,7 @@ def require_room(folder: Path, size: int, limit: int | None) -> None:
 
 
 def _taken(folder: Path, config: Config) -> str | None:
-    """That a run cannot begin in the folder, which may be meant: with `--resume` it goes on there."""
+    """Return why a run cannot begin in the folder, which may be intended: with `--resume` it continues there."""
     try:
         resume.open_fresh(folder, config)
     except ConfigError as error:
@@ -317,7 +318,7 @@ def _taken(folder: Path, config: Config) -> str | None:
 
 
 def _hardware(config: Config, adapted: nn.Module, dtype: str, plan: planning.Plan) -> Hardware:
-    """Say what the run would compute on and which way its decoder layers would go, by the model without weights."""
+    """Return what the run would compute on and which way its decoder layers would go, by the model without weights."""
     device = facts_of_device(torch.device(plan.device))
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
@@ -347,7 +348,7 @@ def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: Pr
 def _notices(
     config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], covered: Coverage
 ) -> Iterator[str]:
-    """What scripts for other libraries do by accident, where this run does something else."""
+    """Return notices of settings for other libraries that have another effect here."""
     origins = config.origins
     sections = {
         section: any(key.startswith(section) and origin != "default" for key, origin in origins.items())

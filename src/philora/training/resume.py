@@ -1,4 +1,4 @@
-"""Whether a run may begin in a folder or go on there: its lock, what it was started with, its newest whole checkpoint.
+"""Beginning or resuming a run in a folder: its lock, what it was started with, its newest complete checkpoint.
 
 `run.json` in the run folder holds what a run was started with besides its configuration: the base model and the
 adapter it starts from by their files, the dataset by its content, and what was chosen for this machine.
@@ -34,21 +34,21 @@ from philora.runtime import processes
 logger = logging.getLogger("philora.run")
 
 EARLIER_LEARNING_RATE = 2e-4
-"""The default of runs whose record does not say which settings philora chose."""
+"""The default of runs whose record lacks the settings that philora chose."""
 _HASHED_WHOLE_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
 class Continued:
-    """Where a run goes on.
+    """A run that is resumed.
 
     Attributes:
         checkpoint: The newest whole checkpoint; None: there is none yet, and the run begins again.
-        facts: What `run.json` says; empty where there is none.
+        facts: The content of `run.json`; empty where there is none.
         forced: Whether differences are to be passed over.
         changed: Whether the configuration differs, so that what was chosen for the old one does not hold.
-        config: The configuration to go on with.
+        config: The configuration to resume with.
         passed_over: Checkpoints that are newer and not whole.
     """
 
@@ -61,7 +61,7 @@ class Continued:
 
     @property
     def chosen(self) -> Mapping[str, Any]:
-        """Batch, recomputation, row length and threads that the run goes on with; empty: to be chosen."""
+        """Return batch, recomputation, row length and threads that the run resumes with; empty: to be chosen."""
         if self.changed or self.facts.get("processes", processes.count()) != processes.count():
             return {}  # a process's share of a step among others
         if self.checkpoint is not None:
@@ -138,13 +138,13 @@ class Claim:
         checkpoint.write_text(self.folder / "config.yaml", dump_yaml(config))
 
     def _make(self) -> None:
-        missing = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
-        for each in reversed(missing):
+        missing = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
+        for entry in reversed(missing):
             try:
-                each.mkdir()
-                self._made.append(each)
+                entry.mkdir()
+                self._made.append(entry)
             except FileExistsError:
-                if not each.is_dir():
+                if not entry.is_dir():
                     raise
 
     def _undo(self) -> None:
@@ -153,9 +153,9 @@ class Claim:
         for name in ("config.yaml", "train.log", checkpoint.LOCK_NAME):
             with contextlib.suppress(OSError):
                 (self.folder / name).unlink()
-        for each in reversed(self._made):
+        for entry in reversed(self._made):
             with contextlib.suppress(OSError):  # somebody else has put something there
-                each.rmdir()
+                entry.rmdir()
 
 
 def open_fresh(folder: Path, config: Config) -> None:
@@ -180,31 +180,31 @@ def open_fresh(folder: Path, config: Config) -> None:
 
 
 def _content(folder: Path) -> set[str]:
-    """Names in a folder, without what a killed run, a file manager or a file system leaves there."""
-    names = {each.name for each in folder.iterdir() if not each.name.startswith(checkpoint.TEMPORARY_PREFIX)}
-    alone = {each for each in names if each == checkpoint.LOCK_NAME and not (folder / each).is_symlink()}
-    return {each for each in names - alone if not _FOREIGN.fullmatch(each)}
+    """Return names in a folder, without what a killed run, a file manager or a file system leaves there."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(checkpoint.TEMPORARY_PREFIX)}
+    alone = {name for name in names if name == checkpoint.LOCK_NAME and not (folder / name).is_symlink()}
+    return {name for name in names - alone if not _FOREIGN.fullmatch(name)}
 
 
 def _saved_nothing(folder: Path, names: set[str]) -> bool:
-    """Whether all that is in a folder was written by a run that ended before its first checkpoint."""
+    """Return whether all that is in a folder was written by a run that ended before its first checkpoint."""
     files = names - {"checkpoints"}
     if not files <= set(_OF_A_RUN) or not (folder / checkpoint.LOCK_NAME).is_file():
         return False  # a run makes its lock first: a config.yaml without one is somebody's own
-    if any((folder / each).is_symlink() for each in names):
+    if any((folder / name).is_symlink() for name in names):
         return False
     kept = ("checkpoint-", checkpoint.PASSED_OVER_PREFIX)
     return "checkpoints" not in names or not any(
-        each.name.startswith(kept) for each in (folder / "checkpoints").iterdir()
+        path.name.startswith(kept) for path in (folder / "checkpoints").iterdir()
     )
 
 
 def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib.ExitStack) -> Continued:
-    """Lock a run folder and find where its run goes on.
+    """Lock a run folder and find the checkpoint that its run resumes from.
 
     Args:
         folder: The run folder.
-        config: The configuration that it is to go on with.
+        config: The configuration to resume with.
         force: Go on although the configuration differs.
         held: Gets the lock.
 
@@ -226,7 +226,7 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     facts = checkpoint.read_json(folder / RECORD_NAME)
     then = load_config(folder / "config.yaml")
     config = _with_recorded_rate(config, then, facts)
-    before, now = (without_secrets(each.to_dict()) for each in (then, config))
+    before, now = (without_secrets(entry.to_dict()) for entry in (then, config))
     now["training_config"]["output_dir"] = before["training_config"]["output_dir"]  # the run may have moved
     differences = _differences(before, now)
     _refuse(config.source, differences, force)
@@ -236,7 +236,7 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
 
 
 def _newest(folder: Path, config: Config) -> checkpoint.Found:
-    """The newest whole checkpoint, and what is to be said of the others.
+    """Return the newest complete checkpoint, and warnings about the others.
 
     Raises:
         ConfigError: There are checkpoints and none is whole, or the run is complete and has none.
@@ -265,7 +265,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
 
 
 def keep_passed_over(continued: Continued) -> None:
-    """Rename the checkpoints that were passed over: the run goes past their steps, and nothing replaces them."""
+    """Rename the checkpoints that were passed over: the run repeats their steps, and nothing replaces them."""
     for path in continued.passed_over:
         aside = checkpoint.set_aside(path)
         logger.warning("%s stays as %s; delete it when you do not need it.", path, aside.name)
@@ -288,7 +288,7 @@ def _with_recorded_rate(config: Config, then: Config, facts: Mapping[str, Any]) 
 
 
 def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) -> None:
-    """Compare what a run goes on with to what it was started with.
+    """Compare what a run resumes with to what it was started with.
 
     Raises:
         ConfigError: Model, adapter, data or the number of processes are others: one line for each difference.
@@ -331,7 +331,7 @@ def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, An
 
 
 def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData) -> dict[str, Any]:
-    """What a run is started with, in a form that is compared when it goes on.
+    """Return what a run is started with, in a form that is compared when it resumes.
 
     Cost:
         Reads the first mebibyte and 64 further blocks of each file of the model, whatever its size.
@@ -357,21 +357,21 @@ def _computes() -> dict[str, Any]:
 
 
 def _adapter_place(adapter: str) -> str:
-    """The adapter's own folder where it was named by its run; something on the hub by its id."""
+    """Return the adapter's own folder where it was named by its run; the id of one on the Hub."""
     return str(find_adapter(adapter).path) if Path(adapter).expanduser().is_dir() else adapter
 
 
 def _files(place: str, commit: str | None) -> dict[str, Any]:
-    """Digests of a model's or adapter's files by name; of something on the hub its commit."""
+    """Return digests of a model's or adapter's files by name; of something on the Hub its commit."""
     folder = Path(place).expanduser()
     if not folder.is_dir():
         return {"id": place, "commit": commit}
     kinds = (".safetensors", ".bin", ".json", ".model", ".jinja")
-    return {each.name: _sampled(each) for each in sorted(folder.iterdir()) if each.suffix in kinds and each.is_file()}
+    return {path.name: _sampled(path) for path in sorted(folder.iterdir()) if path.suffix in kinds and path.is_file()}
 
 
 def _sampled(path: Path) -> str:
-    """SHA-256 of a file's size, its first mebibyte and 64 blocks spread evenly over the rest."""
+    """Return the SHA-256 of a file's size, its first mebibyte and 64 blocks spread evenly over the rest."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Which rows a process trains on: one process's batches, shared out so that no process waits long for another."""
+"""The rows that a process trains on: one process's batches, dealt so that no process waits long for another."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
         self._padded = padded
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The rows of this process's micro-batches."""
+        """Return the rows of this process's micro-batches."""
         order = list(range(self._real))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -65,7 +65,7 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
             yield from self._yield_global_batch(order[start : start + self.effective_batch_size])
 
     def _assign(self, indices: list[int], lengths: list[int]) -> list[list[list[int]]]:
-        """Rows by process and micro-batch: the longest row left goes to the micro-batch with the fewest tokens."""
+        """Assign rows to processes and micro-batches: the longest goes to the micro-batch with the fewest tokens."""
         if self._padded:
             return cast("list[list[list[int]]]", super()._assign(indices, lengths))
         groups: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(self.dp_size * self.grad_accum)]
@@ -76,12 +76,13 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
         ordered = [rows for _, _, rows in sorted(groups, key=lambda group: (-group[0], group[1]))]
         rounds = [ordered[start : start + self.dp_size] for start in range(0, len(ordered), self.dp_size)]
         return [
-            [each[-1 - rank if turn % 2 else rank] for turn, each in enumerate(rounds)] for rank in range(self.dp_size)
+            [entry[-1 - rank if turn % 2 else rank] for turn, entry in enumerate(rounds)]
+            for rank in range(self.dp_size)
         ]
 
 
 def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[Dataset, list[int]]:
-    """Rows for a `SharedSampler`: as they are, or with empty ones behind them for the last step.
+    """Return rows for a `SharedSampler`: as they are, or with empty ones behind them for the last step.
 
     Args:
         rows: Tokenised rows with `input_ids` and `labels`, packed or not.
@@ -106,6 +107,53 @@ def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[
     return concatenate_datasets([rows.with_format(None), blanks]), lengths
 
 
+class SharedRows:
+    """The training rows of a trainer, dealt to its processes so that each has about as many tokens.
+
+    Args:
+        rows: The training rows.
+        micro_batch_rows: Rows of a micro-batch in a process.
+        arguments: The trainer's.
+
+    Attributes:
+        rows: The rows, with empty ones behind them where the last step has too few.
+    """
+
+    def __init__(self, rows: Dataset, micro_batch_rows: int, arguments: Any) -> None:
+        groups = arguments.gradient_accumulation_steps * arguments.world_size
+        self.rows, self._lengths = with_empty_rows(rows, micro_batch_rows, groups)
+        self._micro_batch_rows, self._arguments = micro_batch_rows, arguments
+
+    def sampler(self, rows: Dataset, padded: bool) -> SharedSampler:
+        """Return the sampler of this process; `padded`: whether a micro-batch is padded to its longest row."""
+        arguments = self._arguments
+        return SharedSampler(
+            self._lengths,
+            len(rows) - len(self._lengths),
+            rows=self._micro_batch_rows,
+            accumulation=arguments.gradient_accumulation_steps,
+            processes=arguments.world_size,
+            rank=arguments.process_index,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            shuffle=arguments.train_sampling_strategy == "random",
+            padded=padded,
+        )
+
+
+def shares_rows(arguments: Any, accelerator: Any, rows: Any) -> bool:
+    """Return whether philora deals the rows to processes; else accelerate does, in the order they come."""
+    return (
+        arguments.world_size > 1
+        and arguments.train_sampling_strategy in ("random", "sequential")
+        and not arguments.dataloader_drop_last
+        and not arguments.auto_find_batch_size
+        and getattr(accelerator, "parallelism_config", None) is None
+        and not accelerator.split_batches
+        and not accelerator.dispatch_batches
+        and can_share(rows)
+    )
+
+
 def can_share(rows: Any) -> bool:
-    """Whether these are rows that `with_empty_rows` takes: a table of tokens and their labels."""
+    """Return whether these are rows that `with_empty_rows` takes: a table of tokens and their labels."""
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)

@@ -20,7 +20,7 @@ from philora.decoder_stack.model import StackSettings
 from philora.errors import ConfigError, ModelError
 from philora.families import longrope_switch_tokens
 from philora.models.loading import load_skeleton, local_path
-from philora.training import trainer as trainer_module
+from philora.training import loop as loop_module
 from tests.conftest import make_phi3
 
 CHAT = [
@@ -175,7 +175,7 @@ def test_a_resumed_training_has_the_bits_of_one_that_went_through(tmp_path, monk
     resumed = trainer(tmp_path / "b", lr_scheduler_type="constant")
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(adapter(resumed), adapter(constant))
-    monkeypatch.setattr(trainer_module, "set_dropout_state", lambda *_: None)  # a planted fault
+    monkeypatch.setattr(loop_module, "set_dropout_state", lambda *_: None)  # a planted fault
     forgot = trainer(tmp_path / "d", lr_scheduler_type="constant")
     forgot.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     assert not torch.equal(adapter(forgot), adapter(constant))

@@ -199,7 +199,7 @@ def test_settings_and_grades(setting, grade, tmp_path):
     assert recomputation_of(setting) == grade
     assert gradient_checkpointing_of(grade) == setting
     config = philora.SFTConfig(str(tmp_path), gradient_checkpointing=setting)
-    from philora.training.trainer import chosen_of
+    from philora.training.arguments import chosen_of
 
     assert chosen_of(config)["gradient_checkpointing"] == setting
     assert config.inputs_on_host == (setting == "host")

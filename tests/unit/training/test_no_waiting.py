@@ -17,7 +17,7 @@ from philora.kernels.layout import LABELS
 from philora.models.loading import local_path
 from philora.training.collation import HostLayout
 from philora.training.microbatches import numbers
-from philora.training.trainer import NonFiniteError, reads_late
+from philora.training.nonfinite import NonFiniteError, reads_late
 from tests.conftest import make_phi3
 from tests.waiting import Waits, no_waiting
 
@@ -64,7 +64,7 @@ def trainer(folder: Any, model: Any, **settings: Any) -> Any:
 
 def late(made: Any, monkeypatch: Any) -> Any:
     """Have a trainer on a CPU read the figures of a step late, as on a GPU."""
-    monkeypatch.setattr(made, "_optimizer_that_leaves_out", lambda: made.optimizer.optimizer)
+    monkeypatch.setattr(made.nonfinite, "_late_optimizer", lambda: made.optimizer.optimizer)
     return made
 
 
@@ -87,7 +87,7 @@ def test_a_step_reads_nothing(tmp_path, monkeypatch, model, packing):
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda made, patch: patch.setattr(made, "_optimizer_that_leaves_out", lambda: None),
+        lambda made, patch: patch.setattr(made.nonfinite, "_late_optimizer", lambda: None),
         lambda made, patch: patch.setattr(HostLayout, "__call__", lambda self, examples: self.collate(examples)),
         lambda made, patch: patch.setattr(made, "_has_plain_loss", lambda: False),
         lambda made, patch: patch.setattr(attention, "without_marker", lambda mask: mask),
@@ -118,7 +118,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, monkeypatch, model, dtype):
         return found
 
     def log_and_save(*args, **kwargs):
-        if made._is_looked_at():
+        if made.outcome_matters():
             torch.cuda.set_sync_debug_mode("default")
         return look(*args, **kwargs)
 
@@ -181,7 +181,7 @@ def test_a_step_that_is_left_out_late_leaves_what_one_left_out_at_once_leaves(tm
     assert logs[0] == logs[1]
     assert all(each == each for each, _ in logs[0]), "losses that are no number stay out of the log"
     without = late(trainer(tmp_path / "c", make_phi3(), **settings), monkeypatch)
-    monkeypatch.setattr(type(without), "_put_schedule_back", lambda *_: None)  # a planted fault
+    monkeypatch.setattr(type(without.nonfinite), "_restore_schedule", lambda *_: None)  # a planted fault
     poisoned(without, {2, 4}, monkeypatch).train()
     assert not torch.equal(adapter(without), adapter(at_once))
 

@@ -1,0 +1,65 @@
+"""The optimizer of a trainer: groups of LoRA+, zeros of slices, and paging."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from philora.adapters.peft_layers import keep_zeros_in_steps
+from philora.errors import ConfigError, fault
+from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
+
+logger = logging.getLogger(__name__)
+
+
+def require_fast_parameters(model: nn.Module, ratio: float | None) -> None:
+    """Raise an error if LoRA+ is asked for and no B trains.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if ratio is not None and not loraplus_fast_parameters(model):
+        expected = "an adapter of which some B trains"
+        raise ConfigError(fault("SFTTrainer", "loraplus_lr_ratio", ratio, expected, "Give a peft_config"))
+
+
+def finish_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, wrapped: nn.Module, ratio: Any) -> None:
+    """Complete an optimizer that transformers has made.
+
+    Args:
+        optimizer: The optimizer.
+        model: The model with its adapter.
+        wrapped: The model that has the parameters which are trained: FSDP may have made new ones.
+        ratio: `loraplus_lr_ratio`: B gets groups of its own unless it is None.
+
+    Raises:
+        ConfigError: The optimizer has not every B in its groups.
+    """
+    _without_pages(optimizer)
+    keep_zeros_in_steps(model, optimizer)
+    if ratio is not None:
+        split_loraplus_groups(optimizer, loraplus_fast_parameters(wrapped), ratio)
+
+
+def warn_of_unsplit(optimizer: torch.optim.Optimizer, ratio: float) -> None:
+    """Warn that LoRA+ is not applied to an optimizer that was given."""
+    logger.warning(
+        "loraplus_lr_ratio=%s is not applied to the %s that was given; "
+        "philora.lora.loraplus_parameter_groups makes groups for an optimizer of one's own.",
+        ratio,
+        type(optimizer).__name__,
+    )
+
+
+def _without_pages(optimizer: torch.optim.Optimizer) -> None:
+    """Turn off the paging of bitsandbytes' optimizer for parameters on a CPU, which has nothing to page to."""
+    on_cpu = all(weight.device.type == "cpu" for group in optimizer.param_groups for weight in group["params"])
+    if getattr(optimizer, "is_paged", False) and on_cpu:
+        optimizer.is_paged = False  # type: ignore[attr-defined]
+        logger.warning(
+            "%s: paging moves states between a GPU and the machine's memory; on a CPU the same optimizer runs without.",
+            type(optimizer).__name__,
+        )

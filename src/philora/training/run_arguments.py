@@ -1,0 +1,65 @@
+"""TRL's arguments for a run: every `auto` decided, all files below the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from philora.compat.transformers import use_one_gpu
+from philora.planning import outlook
+from philora.planning.plan import gradient_checkpointing_of
+from philora.training import readiness
+from philora.training.arguments import CHOSEN, SFTConfig
+from philora.training.run_context import RunContext
+
+
+def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, Any]) -> SFTConfig:
+    """Return the arguments of a run's trainer.
+
+    Args:
+        run: The run.
+        model: The model with its adapter; whole modules that train become float32 where bf16 needs autocast.
+        chosen: What a resumed run was started with, by the names in `CHOSEN`; what is missing is chosen now.
+    """
+    base, plan = model.get_base_model(), run.plan
+    decided: dict[str, Any] = {key: chosen[key] for key in CHOSEN if key in chosen}
+    given = run.config.training_config | decided
+    if (eval_rows := given.get("per_device_eval_batch_size", "auto")) == "auto":
+        eval_rows = plan.micro_batch_rows
+    if (bf16 := given.get("bf16", "auto")) == "auto":
+        bf16 = _needs_autocast(model, base.dtype)
+    decided |= {
+        "output_dir": str(run.folder / "checkpoints"),
+        "max_length": plan.max_length,
+        "packing": bool(given.get("packing", True)),
+        "per_device_train_batch_size": plan.micro_batch_rows,
+        "per_device_eval_batch_size": eval_rows,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_checkpointing": gradient_checkpointing_of(plan.recomputation),
+        "bf16": bf16,
+        "warmup_steps": outlook.warmup_steps(run.config, plan),
+    }
+    if not any(hasattr(base.config, name) for name in ("num_experts", "num_local_experts")):
+        # Each step gives every parameter its gradient.
+        decided["ddp_find_unused_parameters"] = given.get("ddp_find_unused_parameters", False)
+    if run.prepared.eval is None:
+        decided["eval_strategy"] = "no"
+    arguments = readiness.arguments(run.config, **decided)
+    if arguments.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, which TRL refuses
+        use_one_gpu(arguments)
+    return arguments
+
+
+def _needs_autocast(model: PeftModel, dtype: torch.dtype) -> bool:
+    """Return whether bf16 weights meet whole modules that train: those are kept in fp32, which needs autocast.
+
+    Without them weights and activations are bf16 throughout and autocast would only cost time.
+    """
+    whole = [weight for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name]
+    if dtype is torch.bfloat16:
+        for parameter in whole:
+            parameter.data = parameter.data.float()
+    return bool(whole) and dtype is torch.bfloat16
