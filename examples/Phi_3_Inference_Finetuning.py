@@ -5,7 +5,6 @@ python examples/Phi_3_Inference_Finetuning.py --model nano --data examples/data/
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,6 @@ import philora
 from philora.configuration.sections import ModelConfig, TokenizerConfig
 from philora.generation.batches import GenerationSettings, generate
 from philora.models.loading import load_model, load_tokenizer
-from philora.training.run import RunResult
 
 QUESTIONS = [  # with the new tokens that each answer may have
     ("Why is Africa called an emerging economy?", 120),
@@ -61,7 +59,7 @@ def answer(model_id: str, quantization: str, max_new_tokens: int | None) -> list
     return answers
 
 
-def fine_tune(options: argparse.Namespace) -> RunResult:
+def fine_tune(options: argparse.Namespace) -> philora.Run:
     """Train on `conversations: [{from: system|human|gpt, value}]`, a shape that philora recognises by itself."""
     return philora.train(
         {
@@ -91,10 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     answer(options.model, "none", options.max_new_tokens)
     answer(options.model, "nf4", options.max_new_tokens)
     run = fine_tune(options)
-    print(
-        f"\nloss on held-out conversations: {run.results['before']['loss']:.3f} -> {run.results['after']['loss']:.3f}"
-    )
-    print(f"adapter: {Path(run.adapter)}")
+    print(f"\nloss on held-out conversations: {run.before.loss:.3f} -> {run.after.loss:.3f}")
+    print(f"adapter: {run.adapter}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- packages: python tools/architecture.py -->\n", "<!-- end of p
 ORDER = (
     "errors", "families", "files", "runtime", "configuration", "native", "lora", "compat", "kernels", "decoder_stack",
     "adapters", "models", "dataset", "exporting", "generation", "evaluation", "planning", "reporting", "training",
-    "serving", "cli", "__main__",
+    "serving", "interface", "cli", "__main__",
 )  # fmt: skip
 
 

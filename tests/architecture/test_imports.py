@@ -140,7 +140,9 @@ def test_every_package_that_is_imported_is_declared():
     declared = {_canonical(re.split(r"[\[<>=~! ]", each)[0]) for names in lists for each in names}
     # Built from source where a compiler is, so no extra asks for them; what uses them goes without or says so.
     declared |= {"llama-cpp-python", "flash-attn", "liger-kernel"}
+    declared |= {"ipython"}  # imported in the kernel of a notebook only, which is made of it
     distributions = {
+        "IPython": ["ipython"],
         "llama_cpp": ["llama-cpp-python"],
         "flash_attn": ["flash-attn"],
         "liger_kernel": ["liger-kernel"],

@@ -20,11 +20,16 @@ def test_every_setting_is_documented():
     assert reference() in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_names_the_commands_that_exist():
+def test_the_pages_name_commands_that_exist():
     from philora.cli.commands import app
 
-    named = set(re.findall(r"^\| `philora (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
-    assert named == {each.name or each.callback.__name__ for each in app.registered_commands}
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if page.name in ("CHANGELOG.md",):
+            continue
+        named = set(re.findall(r"`philora ([a-z]+)\b", text))
+        assert named <= known, page.name
 
 
 def test_the_first_screen_of_the_readme_names_both_commands():
@@ -122,3 +127,46 @@ def test_the_architecture_says_why_each_dependency_is_there():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Why each dependency")[2]
     listed = {each for row in re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE) for each in re.findall(r"[\w-]+", row)}
     assert {re.match(r"[\w-]+", each)[0] for each in needed} <= listed
+
+
+@pytest.mark.slow
+def test_the_page_on_machines_is_what_the_planner_computes():
+    from tools import hardware_table
+
+    assert hardware_table.PAGE.read_text(encoding="utf-8") == hardware_table.page(), (
+        "run python tools/hardware_table.py"
+    )
+
+
+def test_the_planner_and_the_page_on_machines_agree_on_one_model():
+    """The quick form of the test above: one row of the table."""
+    from tools import hardware_table
+
+    mini = hardware_table.case("phi-3-mini", "nf4", "cpu")
+    cells = " | ".join(hardware_table.cell(mini, size) for size in hardware_table.LAPTOPS)
+    lines = hardware_table.PAGE.read_text(encoding="utf-8").partition("### On a laptop")[2].splitlines()
+    (line,) = (line for line in lines if line.startswith("| phi-3-mini | nf4 |"))
+    assert line.endswith(f"GB | {cells} |")
+
+
+def test_the_container_file_copies_what_exists_and_installs_extras_that_exist():
+    import tomllib
+
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in line.split()), line
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (extras,) = re.findall(r"/philora\[([\w,]+)\]", text)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for name in included["force-include"]:
+        assert name in text, f"the wheel needs {name}"
+
+
+def test_the_site_has_the_colours_and_fonts_of_the_report():
+    report = (ROOT / "src" / "philora" / "templates" / "report.css").read_text(encoding="utf-8")
+    site = (ROOT / "docs" / "stylesheets" / "philora.css").read_text(encoding="utf-8")
+    for colour in set(re.findall(r"#[0-9a-f]{6}", site)):
+        assert colour in report, colour
+    for name, value in re.findall(r"--(sans|mono|serif): ([^;]+);", report):
+        assert value in site, name

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from philora import __version__
 from philora.errors import ConfigError, PhiloraError, fault
+from philora.interface.choices import SETTINGS, choose, stem
 from philora.reporting import display
 from philora.runtime import process_state, processes
 from philora.runtime.signals import StopOnSignal
@@ -114,15 +115,6 @@ DropoutFlag = Annotated[str | None, _setting("--dropout", "On the adapter's inpu
 TargetsFlag = Annotated[str | None, _setting("--target-modules", "Such as q_proj,v_proj; all-linear: all of them.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Show warnings and what goes wrong, nothing else.")]
 
-FLAGS = {
-    "model": "model.name_or_path", "evaluation": "data.eval", "output": "training_config.output_dir",
-    "epochs": "training_config.num_train_epochs", "learning_rate": "training_config.learning_rate",
-    "batch_size": "training_config.per_device_train_batch_size", "max_length": "training_config.max_length",
-    "seed": "training_config.seed", "rank": "peft_config.r", "alpha": "peft_config.lora_alpha",
-    "dropout": "peft_config.lora_dropout", "target_modules": "peft_config.target_modules",
-}  # fmt: skip
-"""The settings that have an option of their own, by the option's parameter."""
-
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 PRODUCTS_KEPT = 256
 """A server's prompts have every length, and oneDNN and PyTorch keep compiled code for each: 1,024 by default."""
@@ -192,7 +184,7 @@ def init(
     _logging("warning")
     from philora.files.checkpoint import write_text
 
-    file = Path(output) if output else Path(f"{_stem(data)}.yaml")
+    file = Path(output) if output else Path(f"{stem(data)}.yaml")
     if file.exists():
         expected = "a file that is not there yet"
         raise ConfigError(fault("init", "out", str(file), expected, "Give another with --out, or remove this one"))
@@ -268,7 +260,7 @@ def _check(config: str, overrides: list[str], command: str, as_json: bool, quiet
     with err.status("checking"):
         from philora.training.readiness import preflight
 
-        source, given, _ = _with_choices(config, overrides, False)
+        source, given, _ = choose(config, overrides)
         found = preflight(source, given)
     if as_json:
         _print_json({**found.to_dict(), "verdict": found.verdict(command)})
@@ -676,7 +668,7 @@ def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: Js
     from philora.configuration.config import load_config
     from philora.configuration.writing import explain
 
-    settings, given, _ = _with_choices(config, overrides or [], False)
+    settings, given, _ = choose(config, overrides or [])
     rows = list(explain(load_config(settings, given)))
     if as_json:
         shown = {key: {"value": value, "from": origin} for key, value, origin in rows}
@@ -810,18 +802,10 @@ def _votes_folder(source: str) -> Path:
     return run_of(folder) or (folder if folder.is_dir() else Path())
 
 
-def _config_source(config: str) -> str:
-    if config != "demo" or Path(config).exists():
-        return config
-    from importlib import resources
-
-    return str(resources.files("philora") / "nano" / "demo.yaml")
-
-
 def _flagged(context: typer.Context) -> list[str]:
     """The options that are settings, as overrides."""
     given = []
-    for name, key in FLAGS.items():
+    for name, key in SETTINGS.items():
         value = context.params[name]
         if value is None:
             continue
@@ -831,36 +815,6 @@ def _flagged(context: typer.Context) -> list[str]:
             value = json.dumps(value, ensure_ascii=False)  # text, whatever YAML would read in it
         given.append(f"{key}={value}")
     return given
-
-
-def _stem(data: str) -> str:
-    """What a run on data is called: the name of its file or folder, without the endings."""
-    name = Path(data.rstrip("/")).expanduser().absolute().name
-    return name.removesuffix(".gz").removesuffix(".zst").partition(".")[0] or "data"
-
-
-def _with_choices(source: str, overrides: list[str], resume: bool | str) -> tuple[Any, list[str], list[str]]:
-    """The configuration of a run: a file's, or where data is named, settings that fit it; and what to say of them.
-
-    A run on data gets a folder of its own, named after it; with `resume` it is the newest of that name.
-    """
-    from philora.configuration.folders import holds_data, newest_folder, unused_folder
-    from philora.configuration.yaml_text import parse
-
-    if not holds_data(source):
-        return _config_source(source), overrides, []
-    last = dict(each.partition("=")[::2] for each in overrides)
-    keys = ("training_config.output_dir", "model.name_or_path")
-    named, model = (str(parse(last[each])[1]) if each in last else None for each in keys)
-    folder = Path("runs") / _stem(source)
-    if resume:
-        return named or str(newest_folder(folder)), overrides, []
-    from philora.planning.starter import start
-
-    begun = start(source, model)
-    if named is None:
-        overrides = [*overrides, f"training_config.output_dir={json.dumps(str(unused_folder(folder)))}"]
-    return begun.settings, overrides, [begun.found, f"model: {begun.model.name} ({begun.model.reason})"]
 
 
 def _print_json(data: dict[str, Any]) -> None:
@@ -962,7 +916,7 @@ def _train(source: str, overrides: list[str], resume: bool | str, as_json: bool,
     from philora.configuration.config import load_config
 
     _logging("info")
-    settings, given, said = processes.on_main(lambda: _with_choices(source, overrides, resume))
+    settings, given, said = processes.on_main(lambda: choose(source, overrides, resume))
     config = load_config(settings, given)
     _logging("warning" if quiet else str(config.training_config.get("log_level", "info")))
     for each in said:

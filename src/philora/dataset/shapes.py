@@ -346,6 +346,12 @@ def _shape_of(fields: Mapping[str, Any]) -> Shape | None:
     for pair in _PAIRS:
         if set(pair) <= filled:
             return Shape("prompt_completion", why=f"by the fields {pair[0]} and {pair[1]}")
+    written = {str(key).lower(): str(key) for key in filled}
+    for question, answer in _PAIRS:  # spreadsheets write column names with a capital letter
+        if {question, answer} <= written.keys() and written[question].isidentifier() and written[answer].isidentifier():
+            user, assistant = written[question], written[answer]
+            columns = (("user", f"{{{user}}}"), ("assistant", f"{{{assistant}}}"))
+            return Shape("columns", columns, why=f"by the fields {user} and {assistant}")
     return Shape("text", why="by the field text: all of it is trained, without turns") if "text" in filled else None
 
 

@@ -58,6 +58,11 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     return (each for each in places if is_run(each))
 
 
+def summarise(run: Path) -> RunSummary:
+    """Return a run as a row, by its folder's own name."""
+    return _summary(run, run)
+
+
 def _summary(run: Path, seen_from: Path) -> RunSummary:
     results = read_json(run / "results.json")
     before, after = _scores(results, "before"), _scores(results, "after")

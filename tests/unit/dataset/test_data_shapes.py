@@ -474,3 +474,10 @@ def test_columns_that_a_record_lacks():
     with pytest.raises(Fault) as caught:
         columns({"question": ["q"], "answer": "a"}, user="{question}", assistant="{answer}")
     assert "question=['q'] - expected text or a number for a template, not a list." in caught.value.at("f:1")
+
+
+def test_names_of_a_pair_may_begin_with_a_capital_letter_as_spreadsheets_write_them():
+    record = {"Question": "2+2?", "Answer": "4", "Agent": "Jo"}
+    shape = detect([record], "sheet.csv")
+    assert shape.why == "by the fields Question and Answer"
+    assert [message["content"] for message in shape.read(record).messages] == ["2+2?", "4"]

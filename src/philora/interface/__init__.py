@@ -1,0 +1,1 @@
+"""philora as a Python library: a function for each command, and a run as an object."""
