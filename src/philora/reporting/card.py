@@ -19,7 +19,7 @@ from philora.evaluation.scores import Scores, compare_table, stage_table
 from philora.models.loading import local_path
 from philora.models.locate import licence
 from philora.models.run_folder import SystemTurn, example_messages
-from philora.reporting.report import SECRETS
+from philora.reporting.formatting import SECRETS
 
 logger = logging.getLogger("philora.run")
 

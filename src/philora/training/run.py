@@ -68,8 +68,11 @@ from philora.native import library as native
 from philora.planning import outlook
 from philora.planning import plan as planning
 from philora.reporting import display, pushing
+from philora.reporting.answers import answer_lines
 from philora.reporting.card import model_card
-from philora.reporting.report import SECRETS, write_report
+from philora.reporting.formatting import SECRETS
+from philora.reporting.report import write_report
+from philora.reporting.run_record import ANSWERS_NAME
 from philora.runtime import process_state, processes
 from philora.runtime.signals import Interrupted, StopOnSignal
 from philora.training import readiness
@@ -81,6 +84,9 @@ logger = logging.getLogger("philora.run")
 
 PREVIEW_TOKENS = 600
 """Of the example that the report shows with its labels."""
+
+CURVE_POINTS = 100
+"""Points of a curve in the report, where a run has as many steps."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +386,7 @@ class _Run:
             "gradient_checkpointing": planning.gradient_checkpointing_of(plan.recomputation),
             "bf16": bf16,
             "warmup_steps": outlook.warmup_steps(self.config, plan),
+            "logging_steps": logging_steps(self.config, plan.steps),
         }
         if not any(hasattr(base.config, name) for name in ("num_experts", "num_local_experts")):
             # Each step gives every parameter its gradient.
@@ -648,10 +655,21 @@ class _Run:
         checkpoint.write_json(self.folder / "eval_results.json", evaluated)
         checkpoint.write_json(self.folder / "results.json", results)
         self._write_card(self.folder / "adapter")
+        if before and after and self.config.data.keep_held_out:
+            every_answer = pick_samples(before, after, len(after.samples))
+            checkpoint.write_text(self.folder / ANSWERS_NAME, answer_lines(every_answer))
         write_report(self.folder)
         logger.info("the run is complete: %s", self.folder)
         self._push()
         return RunResult(self.folder, results)
+
+
+def logging_steps(config: Config, steps: int | None) -> float:
+    """Return the steps between log lines: few enough for a curve of `CURVE_POINTS`, where nobody asked for a number."""
+    given: float = config.training_config["logging_steps"]
+    if config.origins.get("training_config.logging_steps", "default") != "default" or steps is None:
+        return given
+    return min(given, max(1, steps // CURVE_POINTS))
 
 
 def _since_the_start(start: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
