@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from philora.reporting.formatting import duration
+
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """Shows a run's progress on a console; prints one line a log entry where the console is no terminal."""
+    """Show a run's progress on a console: a bar on a terminal, elsewhere a line for each log entry."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._began: tuple[float, int] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar at the step that the run begins or goes on from."""
+        """Open the bar at the step that the run begins at or resumes from."""
+        self._began = (time.monotonic(), state.global_step)
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         self._progress = Progress(
@@ -68,14 +73,22 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             elif "eval_loss" in logs:
                 self.console.print(f"step {state.global_step}: {figures}")
         elif "loss" in logs or "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}", highlight=False)
+            left = self._left(state)
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}{left}", highlight=False)
+
+    def _left(self, state: TrainerState) -> str:
+        """Return the time that the remaining steps take at the pace so far."""
+        if self._began is None or state.global_step <= self._began[1] or state.global_step >= state.max_steps:
+            return ""
+        pace = (time.monotonic() - self._began[0]) / (state.global_step - self._began[1])
+        return f"  {duration(pace * (state.max_steps - state.global_step))} left"
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the bar."""
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; called on errors too."""
+        """Remove the bar; called on errors too."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -92,3 +92,6 @@ def _render(template: str, view: Mapping[str, Any]) -> str:
 
 def _template_text(name: str) -> str:
     return (resources.files("philora") / "templates" / name).read_text(encoding="utf-8")
+
+
+__all__ = ["MOST_RUNS", "Run", "read_run", "render", "render_comparison", "write_comparison", "write_report"]

@@ -10,14 +10,14 @@ import pytest
 
 from philora.cli import commands as cli
 from philora.generation import inference
-from philora.generation.conversation import Conversation, chat_settings, load_voices
+from philora.generation.conversation import Conversation, chat_settings, load_pool
 from philora.serving.terminal import Terminal, printable
 from tests.conftest import COLOURS
 
 
 @pytest.fixture(scope="module")
 def voices(colours):
-    return load_voices(colours)
+    return load_pool(colours)
 
 
 class Screen:
