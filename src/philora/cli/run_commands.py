@@ -120,10 +120,11 @@ def evaluate_adapter(
     """Score base and adapter on the same held-out rows: loss, answers, ROUGE, BLEU, chrF, and what was forgotten."""
     set_up_logging("warning" if as_json else "info")
     from philora.evaluation.assessment import evaluate
+    from philora.reporting.progress import evaluation_shown
 
     changed: dict[str, float | None] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     changed |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    with process_state.quiet_libraries():
+    with process_state.quiet_libraries(), evaluation_shown(err):
         found = evaluate(
             source,
             data=data,

@@ -77,6 +77,7 @@ def generate_answers(
         raise ConfigError(fault("generate", "prompts", given, "--prompts FILE, --prompts - or --prompt TEXT"))
     from philora.generation.batches import GenerationSettings
     from philora.generation.inference import answer_file, prompts_of_lines
+    from philora.reporting.progress import evaluation_shown
 
     asked: Any = prompts if prompts is not None else [[{"role": "user", "content": each}] for each in prompt or ()]
     if prompts == "-":
@@ -92,7 +93,8 @@ def generate_answers(
         stop_strings=tuple(stop or ()),
         control_tokens=control_tokens,
     )
-    lines = answer_file(source, asked, settings, base=base, adapter=adapter, out=output)
+    with evaluation_shown(err):
+        lines = answer_file(source, asked, settings, base=base, adapter=adapter, out=output)
     if output is None:
         sys.stdout.write(lines)
     else:

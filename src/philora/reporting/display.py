@@ -89,7 +89,7 @@ def shown(level: str) -> Iterator[ProgressBar]:
     Yields:
         The callback that shows the progress.
     """
-    from philora.reporting.progress import ProgressBar
+    from philora.reporting.progress import ProgressBar, evaluation_shown
 
     logger = logging.getLogger(ROOT)
     before = logger.level
@@ -98,9 +98,11 @@ def shown(level: str) -> Iterator[ProgressBar]:
     if not any(type(each) in (LogLines, logging.StreamHandler) for each in handlers):
         logger.addHandler(lines)
         logger.setLevel(min(logging.INFO, lines.level))
-    bar = ProgressBar(SafeConsole(stderr=True, soft_wrap=True))
+    console = SafeConsole(stderr=True, soft_wrap=True)
+    bar = ProgressBar(console)
     try:
-        yield bar
+        with evaluation_shown(console) if processes.is_main() else contextlib.nullcontext():
+            yield bar
     finally:
         bar.close()
         if lines in logger.handlers:
@@ -115,7 +117,6 @@ def show_result(folder: Path, results: Mapping[str, Any]) -> None:
         folder: The run folder.
         results: The content of its `results.json`.
     """
-    from philora.evaluation.scores import Scores, compare_table, stage_table
 
     console = SafeConsole(soft_wrap=True)
     if results["before"] and results["after"]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from philora.generation.progress import listening
 from philora.reporting.formatting import duration
 
 
@@ -92,3 +95,62 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+LINE_SECONDS = 20.0
+"""Between two lines on the progress of an evaluation where there is no terminal."""
+
+
+class EvaluationProgress:
+    """Shows how far scoring and generating are: a bar on a terminal, elsewhere a line every `LINE_SECONDS`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, float] = {}
+        self._line = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        if what not in self._began or done <= 1:
+            self._began[what] = time.monotonic()
+        if self.console.is_terminal:
+            self._advance(what, done, total)
+        elif time.monotonic() - self._line >= LINE_SECONDS and done < total:
+            self._line = time.monotonic()
+            pace = (self._line - self._began[what]) / done
+            left = f", {duration(pace * (total - done))} left" if pace else ""
+            self.console.print(f"{what}: {done:,} of {total:,}{left}", highlight=False)
+
+    def _advance(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+            self._bar = Progress(
+                *columns, TimeRemainingColumn(), TextColumn("[dim]left"), console=self.console, transient=True
+            )
+            self._bar.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done, total=total)
+        if done >= total:
+            self._bar.remove_task(self._tasks.pop(what))
+            if not self._tasks:
+                self.close()
+
+    def close(self) -> None:
+        """Remove the bar; called on errors too."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._tasks = None, {}
+
+
+@contextlib.contextmanager
+def evaluation_shown(console: Console) -> Iterator[None]:
+    """Show the progress of what is scored and generated within the block."""
+    shown = EvaluationProgress(console)
+    try:
+        with listening(shown):
+            yield
+    finally:
+        shown.close()

@@ -76,10 +76,10 @@ def _outcome(run: Run, figures: Sequence[Paired], loss: Paired | None) -> str:
                 f" of {exact.examples:,} ({_interval(exact)})" if exact.low is not None else f" of {exact.examples:,}"
             )
         return f"{text}."
-    before, after = (real(mapping(run.results.get(key)).get("loss")) for key in ("before", "after"))
-    if before is None or after is None:
+    old, new = (real(mapping(run.results.get(key)).get("loss")) for key in ("before", "after"))
+    if old is None or new is None:
         return "Nothing was held out, so there is nothing to judge by."
-    return f"The held-out loss {_verb(before, after)} from {number(before)} to {number(after)}, without an interval."
+    return f"The held-out loss {_verb(old, new)} from {number(old)} to {number(new)}, without an interval."
 
 
 def _verb(before: float, after: float) -> str:

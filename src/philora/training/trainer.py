@@ -857,6 +857,11 @@ class SFTTrainer(MicroBatchTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else cast(str, super()._get_output_dir(trial))
 
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write TRL's card only where it is pushed: a folder of checkpoints is no model, and its card names "None"."""
+        if self.args.push_to_hub:
+            super().create_model_card(*arguments, **options)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint into a staging folder, seal it, rename it, and only then remove older ones."""
         run = Path(super()._get_output_dir(trial))
@@ -879,6 +884,7 @@ class SFTTrainer(MicroBatchTrainer):
                 if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
                     self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
                     self.state.save_to_json(str(written / "trainer_state.json"))
+                (written / "README.md").unlink(missing_ok=True)  # PEFT's template of a card, which says nothing
                 seal(written, {"step": self.state.global_step})
                 publish(written, final)
                 best_folder = self.state.best_model_checkpoint
