@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 
-from philora.generation.conversation import Voices
+from philora.generation.conversation import AdapterPool
 from philora.serving import app as serving
 from philora.serving import connections
 from philora.serving.scheduler import Scheduler
@@ -21,7 +21,7 @@ from philora.serving.scheduler import Scheduler
 class Served:
     """A server in a thread of this process."""
 
-    def __init__(self, voices: Voices, limits: Any = None, **options: Any) -> None:
+    def __init__(self, voices: AdapterPool, limits: Any = None, **options: Any) -> None:
         self.bound = connections.listen("127.0.0.1", 0)
         self.address = connections.address_of(self.bound)
         self.scheduler = options.setdefault("scheduler", Scheduler(voices))
@@ -52,7 +52,7 @@ class Served:
 
 
 @contextmanager
-def serve(voices: Voices, **options: Any) -> Iterator[Served]:
+def serve(voices: AdapterPool, **options: Any) -> Iterator[Served]:
     """A server for the time of the block."""
     served = Served(voices, **options)
     served.thread.start()

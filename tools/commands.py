@@ -47,6 +47,8 @@ def section(name: str) -> str:
         names = ", ".join(f"`{part}`" for part in (*each.opts, *each.secondary_opts))
         default = "" if each.default in (None, False, "", ()) or each.is_flag else f"`{each.default}`"
         rows.append((names, default, each.help or ""))
+    if command.epilog:
+        lines += [f"{command.epilog.replace('Example: ', 'Example: `')}`", ""]
     if rows:
         lines += ["| | default | |", "| --- | --- | --- |"]
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]

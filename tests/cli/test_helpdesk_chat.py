@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 import philora
-from philora.generation.conversation import Conversation, chat_settings, load_voices
+from philora.generation.conversation import Conversation, chat_settings, load_pool
 from tests.browser import page_of
 from tests.served import serve
 
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def voices(run):
-    return load_voices({"helpdesk": run})
+    return load_pool({"helpdesk": run})
 
 
 @pytest.fixture(scope="module")

@@ -194,12 +194,12 @@ def test_a_run_that_has_not_ended_is_used_by_its_newest_checkpoint(cli, project)
 
 
 def test_votes_of_a_run_go_to_its_folder(project, monkeypatch):
-    from philora.cli.commands import _votes_folder
+    from philora.cli.use_commands import votes_folder
 
     run = project / "runs" / "first"
     for source in (run, run / "adapter", run / "checkpoints" / "checkpoint-12"):
-        assert _votes_folder(str(source)) == run
-    assert _votes_folder("me/adapters") == Path()
+        assert votes_folder(str(source)) == run
+    assert votes_folder("me/adapters") == Path()
 
 
 def test_a_card_is_written_without_what_cannot_be_read(project, cli):

@@ -15,7 +15,7 @@ from philora.configuration.sections import TokenizerConfig
 from philora.dataset import prepare
 from philora.dataset.arrangement import Arrangement
 from philora.dataset.system_turns import commonest_system_turn
-from philora.generation.conversation import load_voices
+from philora.generation.conversation import load_pool
 from philora.models.loading import load_tokenizer
 from philora.models.run_folder import SystemTurn, TrainedRun
 from tests.cli.conftest import QUICK
@@ -142,7 +142,7 @@ def test_the_terminal_begins_with_it(runs, name, cli, asked, monkeypatch):
 
 @pytest.mark.parametrize("name", ["system", "nothing"])
 def test_the_endpoint_begins_with_it(runs, name, asked):
-    voices = load_voices({"own": runs[name]})
+    voices = load_pool({"own": runs[name]})
     question = {"role": "user", "content": QUESTION}
     none = {"role": "system", "content": ""}
     with serve(voices) as server:

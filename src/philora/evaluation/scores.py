@@ -43,6 +43,7 @@ from philora.generation.batches import (
     prompt_tokens,
     window_tokens,
 )
+from philora.generation.progress import advance
 from philora.kernels.memory import give_back_freed_memory, out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -216,6 +217,7 @@ def score_rows(
     device = device_of(model)
     losses, corrects, counts = ([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
     most = math.inf  # positions that there is memory for, as far as is known
+    scored = 0
     with evaluating(model), torch.inference_mode():
         logits_of = _label_logits(model, rows, sequences, device)
         for batch in _token_batches(sequences, batch_tokens, longrope_switch_tokens(model.config)):
@@ -239,7 +241,9 @@ def score_rows(
                     losses[piece.row] += its_loss
                     corrects[piece.row] += its_correct
                     counts[piece.row] += its_count
-    return [RowScores(*entry) for entry in zip(losses, corrects, counts, strict=True)]
+                scored += len(part)
+                advance("rows scored", scored, len(sequences))
+    return [RowScores(*scores) for scores in zip(losses, corrects, counts, strict=True)]
 
 
 def _score_batch(

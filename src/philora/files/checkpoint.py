@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -200,12 +201,17 @@ def is_taken(path: Path) -> bool:
 def publish(temporary: Path, final: Path) -> None:
     """Sync every file below `temporary` and rename the folder to `final`; a folder of that name is replaced.
 
+    Files get the ordinary permissions that the folder has: safetensors writes its own for the owner alone.
+
     A process that ends between the two renames of a replacement leaves the old folder under a temporary name, from
     which `remove_leftovers` brings it back.
     """
+    ordinary = temporary.stat().st_mode & 0o666
     for root, _, names in os.walk(temporary):
         for name in names:
-            sync_file(Path(root, name))
+            file = Path(root, name)
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | ordinary)
+            sync_file(file)
         _sync(Path(root))
     if final.exists():
         old = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}{_OLD}{final.name}")

@@ -25,6 +25,7 @@ from philora.dataset.arrangement import Arrangement
 from philora.errors import ConfigError, DataError, ModelError, fault, one_per_line
 from philora.families import longrope_switch_tokens
 from philora.generation import decoding, static_decoding
+from philora.generation.progress import advance
 from philora.kernels.memory import out_of_memory
 from philora.models import loading as models
 
@@ -153,7 +154,7 @@ def generate(
         for group in _groups(lengths, settings.max_new_tokens, switch):
             tasks = [_Task(index, prompts[index], _room(lengths[index], window, settings)) for index in group.indices]
             if fast and not group.crosses:
-                answers |= _answer_in_rows(model, tokenizer, tasks, settings)
+                answers |= _answer_in_rows(model, tokenizer, tasks, settings, len(answers), len(prompts))
                 continue
             for start in range(0, len(tasks), settings.batch_size):
                 batch = tasks[start : start + settings.batch_size]
@@ -161,6 +162,7 @@ def generate(
                     model, tokenizer, [each.prompt for each in batch], settings, min(each.room for each in batch)
                 )
                 answers |= {task.place: row for task, row in zip(batch, rows, strict=True)}
+                advance("answers", len(answers), len(prompts))
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -298,9 +300,14 @@ class _Row:
 
 
 def _answer_in_rows(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[_Task], settings: GenerationSettings
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[_Task],
+    settings: GenerationSettings,
+    earlier: int,
+    total: int,
 ) -> dict[int, Answer]:
-    """Answers of a group by `decoding.Decoder`, with half as many rows where memory does not suffice for all."""
+    """Return the answers of a group by `decoding.Decoder`, with half as many rows where memory runs out."""
     rows = min(settings.batch_size, len(tasks))
     answers: dict[int, Answer] = {}
     while len(answers) < len(tasks):
@@ -308,6 +315,7 @@ def _answer_in_rows(
         try:
             for place, answer in _in_rows(model, tokenizer, waiting, settings, rows):
                 answers[place] = answer
+                advance("answers", earlier + len(answers), total)
         except (MemoryError, RuntimeError) as error:
             if rows == 1 or not out_of_memory(error):
                 raise

@@ -1,11 +1,11 @@
 """A conversation with a model: the answer as it comes, from the base or from one of its adapters.
 
-    sources -> `load_voices`: one base in memory, its adapters beside each other
-            -> `Voices.prompt`: messages -> token ids, checked against the model's window
-            -> `Voices.answer` -> `Reply`: one token at each step, text in pieces of whole characters
+    sources -> `load_pool`: one base in memory, its adapters beside each other
+            -> `AdapterPool.prompt`: messages -> token ids, checked against the model's window
+            -> `AdapterPool.answer` -> `Reply`: one token at each step, text in pieces of whole characters
 
 The terminal, the page and the endpoint all speak through these. A `Reply` is stepped by whoever reads it, so stopping
-it is to take no further step. Several take turns on one model, or a step together by `Voices.step`.
+it is to take no further step. Several take turns on one model, or a step together by `AdapterPool.step`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Memory:
     cache: Any = None
 
 
-class Voices:
+class AdapterPool:
     """One base model that answers as itself or with any of its adapters. For one thread at a time.
 
     Attributes:
@@ -143,7 +143,7 @@ class Voices:
         self.longrope_switch = longrope_switch_tokens(model.config)
         self._inside = dict(adapters)
         self._current: str | None = None
-        self._together: dict[str | None, _Together] = {}
+        self._batches: dict[str | None, SharedBatch] = {}
         self._packing: decoding.Packing | None = None
         # With LongRoPE the longest row decides the factors of all: what goes beyond its boundary is computed alone.
         limits = [each for each in (self.window, self.longrope_switch) if each is not None]
@@ -229,8 +229,8 @@ class Voices:
         """
         shared = [each for each in replies if each.limit_tokens <= self._shared_tokens]
         if not shared:
-            self._together.pop(adapter, None)
-        found = self._step_together(adapter, shared)
+            self._batches.pop(adapter, None)
+        found = self._step_shared(adapter, shared)
         for each in replies:
             if each not in found:
                 found[each] = _tried(partial(next, each))
@@ -240,11 +240,11 @@ class Voices:
         """Return whether a single answer, too, is faster by `step`: on a GPU, where a step is one CUDA graph."""
         return self._by_graph and reply.limit_tokens <= self._shared_tokens
 
-    def _step_together(self, adapter: str | None, replies: Sequence[Reply]) -> dict[Reply, str | BaseException]:
+    def _step_shared(self, adapter: str | None, replies: Sequence[Reply]) -> dict[Reply, str | BaseException]:
         """The step of answers that share a forward pass; one by one where that fails, to find whose fault it is."""
         if not replies:
             return {}
-        logits = _tried(partial(self._logits_together, adapter, replies))
+        logits = _tried(partial(self._logits_shared, adapter, replies))
         if not isinstance(logits, BaseException):
             rows = zip(replies, logits, strict=True)
             return {each: _tried(partial(each.take, row)) for each, row in rows}
@@ -252,17 +252,17 @@ class Voices:
             return dict.fromkeys(replies, logits)
         found: dict[Reply, str | BaseException] = {}
         for each in replies:
-            found |= self._step_together(adapter, [each])
+            found |= self._step_shared(adapter, [each])
         return found
 
-    def _logits_together(self, adapter: str | None, replies: Sequence[Reply]) -> list[Tensor]:
+    def _logits_shared(self, adapter: str | None, replies: Sequence[Reply]) -> list[Tensor]:
         self.switch(adapter)
-        together = self._together.pop(adapter, None)  # what fails in the middle is not gone on from
-        if together is None:
+        batch = self._batches.pop(adapter, None)  # what fails in the middle is not gone on from
+        if batch is None:
             self._packing = self._packing or decoding.Packing(self.model, USUAL_ROWS)
-            together = _Together(static_decoding.decoder_for(self.model, 0, self._shared_tokens, self._packing))
-        logits = together.logits(replies)
-        self._together[adapter] = together
+            batch = SharedBatch(static_decoding.decoder_for(self.model, 0, self._shared_tokens, self._packing))
+        logits = batch.logits(replies)
+        self._batches[adapter] = batch
         return logits
 
     @torch.inference_mode()
@@ -321,7 +321,7 @@ def _tried(compute: Callable[[], _Result]) -> _Result | BaseException:
         return error
 
 
-class _Together:
+class SharedBatch:
     """Answers of one adapter in the rows of a decoder."""
 
     def __init__(self, decoder: decoding.Decoder) -> None:
@@ -360,13 +360,13 @@ class Reply:
         adapter: Who answers; None: the base.
         ids: The prompt's tokens and those generated so far, without the stop token.
         limit_tokens: Most that these can become.
-        memory: What the model has read, for the next turn; of what `Voices.step` computes it holds nothing, so
+        memory: What the model has read, for the next turn; of what `AdapterPool.step` computes it holds nothing, so
             that on a GPU, where a single answer takes it too, each prompt is read anew.
     """
 
     def __init__(
         self,
-        voices: Voices,
+        pool: AdapterPool,
         prompt: Sequence[int],
         settings: GenerationSettings,
         adapter: str | None,
@@ -378,12 +378,12 @@ class Reply:
         self.finish: Literal["stop", "length"] | None = None
         self.adapter = adapter
         self.ids = list(prompt)
-        room = settings.max_new_tokens if voices.window is None else voices.window - len(prompt)
+        room = settings.max_new_tokens if pool.window is None else pool.window - len(prompt)
         self.limit_tokens = len(prompt) + min(settings.max_new_tokens, room)
-        self.memory = voices.recall(prompt, adapter, memory)
-        self._voices = voices
+        self.memory = pool.recall(prompt, adapter, memory)
+        self._pool = pool
         self._settings = settings
-        self._sampler = Sampler(voices.model, settings)
+        self._sampler = Sampler(pool.model, settings)
         self._random = torch.Generator().manual_seed(settings.seed % 2**63)
 
     def __iter__(self) -> Reply:
@@ -392,12 +392,12 @@ class Reply:
     def __next__(self) -> str:
         if self.finish is not None:
             raise StopIteration
-        if self._voices.by_graph(self):
-            (piece,) = self._voices.step(self.adapter, [self])
+        if self._pool.by_graph(self):
+            (piece,) = self._pool.step(self.adapter, [self])
             if isinstance(piece, BaseException):
                 raise piece
             return piece
-        return self.take(self._voices.next_logits(self.ids, self.memory))
+        return self.take(self._pool.next_logits(self.ids, self.memory))
 
     def take(self, logits: Tensor) -> str:
         """Choose the next token; the text that it settled.
@@ -416,7 +416,7 @@ class Reply:
                 self._random.set_state(before)  # a second try draws the same
             raise
         self.tokens += 1
-        if token in self._voices.stops:
+        if token in self._pool.stops:
             self.finish = "stop"
         else:
             self.ids.append(token)
@@ -426,7 +426,7 @@ class Reply:
 
     def _settled(self) -> str:
         """The text that no further token can change, less what was given before."""
-        text = str(self._voices.tokenizer.decode(self.ids[self.prompt_tokens :], skip_special_tokens=True))
+        text = str(self._pool.tokenizer.decode(self.ids[self.prompt_tokens :], skip_special_tokens=True))
         stops = self._settings.stop_strings
         cuts = [text.index(each) for each in stops if each in text]
         if cuts:
@@ -456,9 +456,9 @@ class Conversation:
     """
 
     def __init__(
-        self, voices: Voices, settings: GenerationSettings, adapter: str | None, system: str | None = None
+        self, pool: AdapterPool, settings: GenerationSettings, adapter: str | None, system: str | None = None
     ) -> None:
-        self.voices = voices
+        self.pool = pool
         self.settings = settings
         self.adapter = adapter
         self.system = system
@@ -481,10 +481,10 @@ class Conversation:
         """
         forgotten = self.forgotten
         message = {"role": "user", "content": text}
-        window = self.voices.window
+        window = self.pool.window
         while True:
             try:
-                prompt = self.voices.prompt([*self._head(), *self.messages[forgotten:], message])
+                prompt = self.pool.prompt([*self._head(), *self.messages[forgotten:], message])
                 reserve = 1 if window is None else min(self.settings.max_new_tokens, window // 4)
                 if window is None or len(prompt) + reserve <= window:
                     break
@@ -496,7 +496,7 @@ class Conversation:
             forgotten += 2  # a question and its answer
         # A seed names the whole conversation; each turn draws anew.
         settings = replace(self.settings, seed=self.settings.seed + len(self.messages))
-        reply = self.voices.answer(prompt, settings, self.adapter, self._memory)
+        reply = self.pool.answer(prompt, settings, self.adapter, self._memory)
         self._memory = None  # its cache is the reply's now
         return reply, forgotten - self.forgotten
 
@@ -523,7 +523,7 @@ class Conversation:
 # -- loading
 
 
-def load_voices(sources: Mapping[str, str | Path], base: str | None = None) -> Voices:
+def load_pool(sources: Mapping[str, str | Path], base: str | None = None) -> AdapterPool:
     """Load a base model once, with all the adapters given.
 
     Args:
@@ -556,17 +556,17 @@ def load_voices(sources: Mapping[str, str | Path], base: str | None = None) -> V
         model = load_adapter(model, each.path, inside[name])
     runs = {name: TrainedRun(each.run) for name, each in found.items() if each.run is not None}
     systems = {name: run.system for name, run in runs.items() if run.system is not None}
-    voices = Voices(model, loaded.tokenizer, display, inside, systems)
+    pool = AdapterPool(model, loaded.tokenizer, display, inside, systems)
     with contextlib.suppress(DataError):  # of a template that wants other roles
-        voices.prompt([{"role": "user", "content": "Hello."}])  # without a template nothing can be asked
-    return voices
+        pool.prompt([{"role": "user", "content": "Hello."}])  # without a template nothing can be asked
+    return pool
 
 
-def load_named(sources: Sequence[str], base: str | None = None) -> Voices:
-    """`load_voices` of `NAME=SOURCE` arguments; without a name the source's own is taken.
+def load_named(sources: Sequence[str], base: str | None = None) -> AdapterPool:
+    """`load_pool` of `NAME=SOURCE` arguments; without a name the source's own is taken.
 
     Raises:
-        AdapterError: A name is given twice or is the base's; and as `load_voices`.
+        AdapterError: A name is given twice or is the base's; and as `load_pool`.
     """
     named: dict[str, str | Path] = {}
     for source in sources:
@@ -577,7 +577,7 @@ def load_named(sources: Sequence[str], base: str | None = None) -> Voices:
             todo = "Name them: NAME=RUN_OR_ADAPTER"
             raise AdapterError(fault("adapters", "name", name, "a name of its own for each adapter", todo))
         named[name] = path
-    return load_voices(named, base)
+    return load_pool(named, base)
 
 
 def name_of(source: str | Path) -> str:

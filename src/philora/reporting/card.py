@@ -6,6 +6,7 @@ import html
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -15,13 +16,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from philora import __version__
 from philora.configuration.reader import read_yaml
 from philora.errors import ConfigError
-from philora.evaluation.scores import Scores, compare_table, stage_table
+from philora.evaluation.measures import Paired
+from philora.evaluation.scores import Scores, compare_table, interval_of, shown_figure, stage_table
 from philora.models.loading import local_path
 from philora.models.locate import licence
 from philora.models.run_folder import SystemTurn, example_messages
-from philora.reporting.report import SECRETS
+from philora.reporting.answers import prompt_of, text_of
+from philora.reporting.formatting import SECRETS
+from philora.reporting.run_record import paired_figures
 
 logger = logging.getLogger("philora.run")
+
+EXAMPLE_CHARACTERS = 400
+"""Of each text of the card's example."""
 
 _TAGS: Final = ("philora", "lora", "sft", "trl")
 # Settings that somebody needs who wants to train the same again, as far as a card goes; config.yaml has them all.
@@ -41,8 +48,9 @@ def model_card(
     merged: bool = False,
     tokenizer: bool = True,
     system: SystemTurn | None = None,
+    example: bool = True,
 ) -> str:
-    """The text of a README.md with the Hub's metadata.
+    """Return the text of a README.md with the Hub's metadata.
 
     Args:
         folder: What the usage code loads: a repository, or a path.
@@ -52,6 +60,7 @@ def model_card(
         merged: Whether the weights hold the adapter.
         tokenizer: Whether the folder has a tokenizer; else the usage code takes the base's.
         system: The system turn that the training conversations began with; the usage code begins with it.
+        example: Show a held-out question with its answers; not for a card that is published, since it is of the data.
     """
     settings = _settings(run)
     results = _json(run / "results.json") if run is not None else {}
@@ -63,8 +72,9 @@ def model_card(
         f"{_plain(named)} {what}, fine-tuned with [philora](https://pypi.org/project/philora/) {__version__}.",
         _usage(folder, base, merged, tokenizer, system),
         _results(results),
+        _example(results) if example else "",
         _data(settings, results),
-        _hyperparameters(settings, adapter_config),
+        _hyperparameters(settings, adapter_config, _trained(run, results)),
         _versions(results),
     ]
     data = ModelCardData(
@@ -148,18 +158,44 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def _results(results: Mapping[str, Any]) -> str:
+    """Return the held-out figures: with intervals and on how many rows, where the run recorded them."""
     if not results.get("before") or not results.get("after"):
         return ""
     before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
+    figures = paired_figures(results.get("comparison"))
     columns: tuple[str, ...] = ("", "base", "fine-tuned", "change")
     rows: Sequence[tuple[str, ...]] = compare_table(before, after)
+    note = "On held-out data:"
     if results.get("start"):
         columns = ("", "base", "the adapter it began with", "fine-tuned", "change from there")
         rows = stage_table(before, Scores.from_dict(results["start"]), after)
-    head = "|" + "|".join(f" {each} " if each else " " for each in columns) + "|"
-    lines = ["## Results", "", "On held-out data:", "", head, "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_plain(each) for each in row) + " |" for row in rows]
+    elif figures:
+        columns = ("", "base", "fine-tuned", "change, 95% interval", "n")
+        rows = [_figure_row(figure) for figure in figures]
+        note = "On held-out data; n is how many rows or answers a figure is of:"
+    head = "|" + "|".join(f" {column} " if column else " " for column in columns) + "|"
+    lines = ["## Results", "", note, "", head, "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _figure_row(figure: Paired) -> tuple[str, ...]:
+    before, after = (shown_figure(value, figure) for value in (figure.before, figure.after))
+    return figure.title, before, after, interval_of(figure).replace("[", "(").replace("]", ")"), f"{figure.examples:,}"
+
+
+def _example(results: Mapping[str, Any]) -> str:
+    """Return one held-out question with the answers of base and adapter."""
+    sample = next((each for each in results.get("samples") or [] if isinstance(each, Mapping)), None)
+    asked = [message["content"] for message in prompt_of(sample or {}) if message["role"] == "user"]
+    if sample is None or not asked:
+        return ""
+    lines = [("Question", asked[-1]), ("Base", sample.get("base")), ("Fine-tuned", sample.get("adapter"))]
+    lines.append(("Reference", sample.get("reference")))
+    shown = [
+        f"- {title}: {_plain(textwrap.shorten(text_of(text), EXAMPLE_CHARACTERS))}" for title, text in lines if text
+    ]
+    return "\n".join(["## Example", "", "A question that was held out:", "", *shown])
 
 
 def _sources(settings: Mapping[str, Any]) -> list[str]:
@@ -181,9 +217,22 @@ def _data(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     return f"## Data\n\n{named}" + (f": {', '.join(counted)}." if counted else ".")
 
 
-def _hyperparameters(settings: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
+def _trained(run: Path | None, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the steps and epochs that were made, which the settings may only bound."""
+    state = _json(run / "trainer_state.json") if run is not None else {}
+    steps = (results.get("throughput") or {}).get("steps") or state.get("global_step")
+    epochs = state.get("epoch")
+    found = {"steps, as trained": f"{int(steps):,}" if steps else None}
+    found["epochs, as trained"] = f"{float(epochs):.3g}" if epochs else None
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _hyperparameters(settings: Mapping[str, Any], adapter_config: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
+    """Return what somebody needs who wants to train the same again."""
     training = settings.get("training_config") or {}
-    rows = {name: training[name] for name in _TRAINING if training.get(name) is not None}
+    rows = dict(trained)
+    left_out = {"num_train_epochs", "max_steps"} if trained else set()
+    rows |= {name: training[name] for name in _TRAINING if training.get(name) is not None and name not in left_out}
     model = settings.get("model") or {}
     rows |= {name: model[name] for name in ("dtype", "quantization") if model.get(name) not in (None, "none")}
     for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save"):

@@ -6,6 +6,7 @@ The command line and `philora.train` in a script show the same, because both sho
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shlex
 import warnings
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.segment import Segment, Segments
 from rich.table import Table
+from rich.text import Text
 
 from philora.errors import printable
 from philora.runtime import processes
@@ -76,7 +78,7 @@ def ignore_future_warnings() -> None:
 
 @contextlib.contextmanager
 def shown(level: str) -> Iterator[ProgressBar]:
-    """Show a run while it goes on: its log lines on standard error, the callback's progress on standard output.
+    """Show a run while it runs: its log lines and its progress, both on standard error.
 
     Lines are left to whoever shows them already: the command line, or a handler of the script's own that writes to a
     stream.
@@ -87,7 +89,7 @@ def shown(level: str) -> Iterator[ProgressBar]:
     Yields:
         The callback that shows the progress.
     """
-    from philora.reporting.progress import ProgressBar
+    from philora.reporting.progress import ProgressBar, evaluation_shown
 
     logger = logging.getLogger(ROOT)
     before = logger.level
@@ -96,9 +98,11 @@ def shown(level: str) -> Iterator[ProgressBar]:
     if not any(type(each) in (LogLines, logging.StreamHandler) for each in handlers):
         logger.addHandler(lines)
         logger.setLevel(min(logging.INFO, lines.level))
-    bar = ProgressBar(SafeConsole(soft_wrap=True))
+    console = SafeConsole(stderr=True, soft_wrap=True)
+    bar = ProgressBar(console)
     try:
-        yield bar
+        with evaluation_shown(console) if processes.is_main() else contextlib.nullcontext():
+            yield bar
     finally:
         bar.close()
         if lines in logger.handlers:
@@ -113,21 +117,10 @@ def show_result(folder: Path, results: Mapping[str, Any]) -> None:
         folder: The run folder.
         results: The content of its `results.json`.
     """
-    from philora.evaluation.scores import Scores, compare_table, stage_table
 
     console = SafeConsole(soft_wrap=True)
     if results["before"] and results["after"]:
-        before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
-        columns: tuple[str, ...] = ("", "base", "with adapter", "change")
-        rows: Sequence[tuple[str, ...]] = compare_table(before, after)
-        if results["start"]:
-            columns = ("", "base", "start", "result", "change from start")
-            rows = stage_table(before, Scores.from_dict(results["start"]), after)
-        table = Table(*columns, title="held-out data", title_justify="left", box=None)
-        for row in rows:
-            table.add_row(*row)
-        console.print()
-        console.print(table)
+        _show_scores(console, results)
     for sample in results["samples"]:
         console.print()
         for message in sample["prompt"]:
@@ -146,6 +139,52 @@ def show_result(folder: Path, results: Mapping[str, Any]) -> None:
     console.print("\n[bold]next[/]", highlight=False)
     for what, command in next_steps(folder):
         console.print(f"  {what.ljust(8)} {escape(command)}", highlight=False)
+
+
+def _show_scores(console: Console, results: Mapping[str, Any]) -> None:
+    """Show the held-out figures: with intervals, and of a run that began with an adapter in three columns."""
+    from philora.evaluation.measures import Paired
+    from philora.evaluation.scores import Scores, compare_table, stage_table
+
+    before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
+    if results["start"]:
+        table = Table("", "base", "start", "result", "change from start", box=None)
+        for stage in stage_table(before, Scores.from_dict(results["start"]), after):
+            table.add_row(*stage)
+        table.title, table.title_justify = "held-out data", "left"
+        console.print()
+        print_whole(console, table)
+        compared = results.get("comparison_with_start") or []
+        if compared:
+            show_figures(console, "from the start", [Paired.from_dict(entry) for entry in compared])
+        return
+    compared = results.get("comparison") or []
+    if compared:
+        show_figures(console, "held-out data", [Paired.from_dict(entry) for entry in compared])
+        return
+    table = Table("", "base", "with adapter", "change", title="held-out data", title_justify="left", box=None)
+    for row in compare_table(before, after):
+        table.add_row(*row)
+    console.print()
+    print_whole(console, table)
+
+
+def labelled_text(console: Console, tokens: Sequence[tuple[str, bool]]) -> tuple[Text, str]:
+    """Return an example with the tokens that have a loss marked, and what marks them.
+
+    Args:
+        console: Where it is shown: with colour, the tokens are coloured; without, they stand between `>>` and `<<`.
+        tokens: Each with whether the loss is on it.
+    """
+    coloured = console.color_system is not None and not console.no_color
+    text = Text()
+    for labelled, group in itertools.groupby(tokens, key=lambda token: token[1]):
+        piece = "".join(part for part, _ in group)
+        if coloured:
+            text.append(piece, style="black on green" if labelled else "dim")
+        else:
+            text.append(f">>{piece}<<" if labelled else piece)
+    return text, "the coloured tokens" if coloured else "what stands between >> and <<"
 
 
 def next_steps(folder: Path) -> list[tuple[str, str]]:
@@ -173,10 +212,13 @@ def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> Non
     table = Table(title=title, title_justify="left", box=None)
     for name in ("", "base", "adapter", "change, 95%", "better/same/worse"):
         table.add_column(name, no_wrap=True)
-    for each in figures:
-        colour = {"better": "green", "worse": "red", "unclear": "dim"}[each.verdict]
-        cells = (shown_figure(each.before, each), shown_figure(each.after, each), f"[{colour}]{interval_of(each)}[/]")
-        table.add_row(each.title, *cells, f"{each.wins:,}/{each.ties:,}/{each.losses:,}")
+    for figure in figures:
+        colour = {"better": "green", "worse": "red", "unclear": "dim"}[figure.verdict]
+        change = f"[{colour}]{escape(interval_of(figure))}[/]"
+        counts = f"{figure.wins:,}/{figure.ties:,}/{figure.losses:,}"
+        table.add_row(
+            figure.title, shown_figure(figure.before, figure), shown_figure(figure.after, figure), change, counts
+        )
     console.print()
     print_whole(console, table)
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from philora.generation.progress import listening
+from philora.reporting.formatting import duration
+
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """Shows a run's progress on a console; prints one line a log entry where the console is no terminal."""
+    """Show a run's progress on a console: a bar on a terminal, elsewhere a line for each log entry."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._began: tuple[float, int] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar at the step that the run begins or goes on from."""
+        """Open the bar at the step that the run begins at or resumes from."""
+        self._began = (time.monotonic(), state.global_step)
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         self._progress = Progress(
@@ -68,14 +76,81 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             elif "eval_loss" in logs:
                 self.console.print(f"step {state.global_step}: {figures}")
         elif "loss" in logs or "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}", highlight=False)
+            left = self._left(state)
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}{left}", highlight=False)
+
+    def _left(self, state: TrainerState) -> str:
+        """Return the time that the remaining steps take at the pace so far."""
+        if self._began is None or state.global_step <= self._began[1] or state.global_step >= state.max_steps:
+            return ""
+        pace = (time.monotonic() - self._began[0]) / (state.global_step - self._began[1])
+        return f"  {duration(pace * (state.max_steps - state.global_step))} left"
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the bar."""
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; called on errors too."""
+        """Remove the bar; called on errors too."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+LINE_SECONDS = 20.0
+"""Between two lines on the progress of an evaluation where there is no terminal."""
+
+
+class EvaluationProgress:
+    """Shows how far scoring and generating are: a bar on a terminal, elsewhere a line every `LINE_SECONDS`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, float] = {}
+        self._line = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done."""
+        if what not in self._began or done <= 1:
+            self._began[what] = time.monotonic()
+        if self.console.is_terminal:
+            self._advance(what, done, total)
+        elif time.monotonic() - self._line >= LINE_SECONDS and done < total:
+            self._line = time.monotonic()
+            pace = (self._line - self._began[what]) / done
+            left = f", {duration(pace * (total - done))} left" if pace else ""
+            self.console.print(f"{what}: {done:,} of {total:,}{left}", highlight=False)
+
+    def _advance(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+            self._bar = Progress(
+                *columns, TimeRemainingColumn(), TextColumn("[dim]left"), console=self.console, transient=True
+            )
+            self._bar.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done, total=total)
+        if done >= total:
+            self._bar.remove_task(self._tasks.pop(what))
+            if not self._tasks:
+                self.close()
+
+    def close(self) -> None:
+        """Remove the bar; called on errors too."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._tasks = None, {}
+
+
+@contextlib.contextmanager
+def evaluation_shown(console: Console) -> Iterator[None]:
+    """Show the progress of what is scored and generated within the block."""
+    shown = EvaluationProgress(console)
+    try:
+        with listening(shown):
+            yield
+    finally:
+        shown.close()

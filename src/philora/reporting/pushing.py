@@ -95,29 +95,11 @@ def push(
         _require_one_kind(repo_id, token, "push", merged=merged, replace=replace)
     with tempfile.TemporaryDirectory(prefix="philora-push-") as temporary:
         folder = Path(temporary) / "files"
-        name = _base_name(found, base)
-        if merged:
-            require_base(found)
-            merge_to_folder(found.path, folder, base=base)
-        else:
-            folder.mkdir()
-            _copy_adapter(found, folder, name)
-        config = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
-        is_result = found.path.absolute().name == "adapter"
-        text = model_card(
-            repo_id,
-            run=found.run if is_result else None,  # the run's scores are not those of a checkpoint
-            base=name,
-            adapter_config=config,
-            merged=merged,
-            tokenizer=(folder / "tokenizer_config.json").is_file(),
-            system=None if found.run is None else TrainedRun(found.run).system,
-        )
-        write_text(folder / "README.md", text)
+        _write_files(found, folder, repo_id, base=base, merged=merged, example=private is True)
         files = {
-            each.relative_to(folder).as_posix(): each.stat().st_size
-            for each in sorted(folder.rglob("*"))
-            if each.is_file()
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
         }
         if dry_run or token is None:
             return Pushed(repo_id, files, None)
@@ -126,6 +108,40 @@ def push(
         url = hub.upload(folder, repo_id, token, f"Upload the {what} with philora", "push", remove=removed)
     logger.info("pushed to %s", url)
     return Pushed(repo_id, files, url, removed)
+
+
+def _write_files(
+    found: AdapterSource, folder: Path, repo_id: str, *, base: str | None, merged: bool, example: bool
+) -> None:
+    """Write what is pushed: the adapter or the merged model, and its card.
+
+    Args:
+        found: The adapter.
+        folder: Where to; it does not exist yet.
+        repo_id: The repository.
+        base: Base model; None: the one that the adapter names.
+        merged: Write the whole model.
+        example: Show a held-out question in the card: only where nobody else reads it, since it is of the data.
+    """
+    name = _base_name(found, base)
+    if merged:
+        require_base(found)
+        merge_to_folder(found.path, folder, base=base)
+    else:
+        folder.mkdir()
+        _copy_adapter(found, folder, name)
+    is_result = found.path.absolute().name == "adapter"
+    text = model_card(
+        repo_id,
+        run=found.run if is_result else None,  # the run's scores are not those of a checkpoint
+        base=name,
+        adapter_config=json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8")),
+        merged=merged,
+        tokenizer=(folder / "tokenizer_config.json").is_file(),
+        system=None if found.run is None else TrainedRun(found.run).system,
+        example=example,
+    )
+    write_text(folder / "README.md", text)
 
 
 def _matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:

@@ -49,13 +49,13 @@ def list_runs(folder: Path) -> list[RunSummary]:
     """
     if not folder.is_dir():
         raise ConfigError(fault("runs", "folder", str(folder), "a folder that holds runs", "Train one: philora train"))
-    found = [_summary(each, folder) for each in _run_folders(folder)]
-    return sorted(found, key=lambda each: each.date, reverse=True)
+    found = [_summary(run, folder) for run in _run_folders(folder)]
+    return sorted(found, key=lambda run: run.date, reverse=True)
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    places = [folder, *(each.parent for depth in ("*", "*/*") for each in folder.glob(f"{depth}/{CONFIG_NAME}"))]
-    return (each for each in places if is_run(each))
+    files = [file for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG_NAME}")]
+    return (candidate for candidate in (folder, *(file.parent for file in files)) if is_run(candidate))
 
 
 def summarise(run: Path) -> RunSummary:
@@ -70,7 +70,7 @@ def _summary(run: Path, seen_from: Path) -> RunSummary:
         model = read_yaml(run / CONFIG_NAME).get("model")
     except ConfigError:
         model = None
-    written = max(each.stat().st_mtime for each in run.iterdir())
+    written = max(path.stat().st_mtime for path in run.iterdir())
     last = datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="seconds")
     return RunSummary(
         name=run.name if run == seen_from else run.relative_to(seen_from).as_posix(),
@@ -80,7 +80,7 @@ def _summary(run: Path, seen_from: Path) -> RunSummary:
         loss_before=before.get("loss"),
         loss=after.get("loss"),
         exact_match=after.get("exact_match"),
-        status="done" if results else _status(run),
+        status="done" if results else status_of(run),
     )
 
 
@@ -89,8 +89,8 @@ def _scores(results: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _status(run: Path) -> str:
-    """Say how far a run without results is; a process that holds it runs it now."""
+def status_of(run: Path) -> str:
+    """Return how far a run without results is: `running` where a process holds it now, or `stopped after step N`."""
     try:
         if (run / LOCK_NAME).is_file():
             with run_lock(run):
@@ -99,5 +99,5 @@ def _status(run: Path) -> str:
         return "running"
     except OSError:  # a disk that cannot be written to: nobody runs there
         pass
-    steps = [each.name.removeprefix("checkpoint-") for each in (run / "checkpoints").glob("checkpoint-*")]
-    return f"stopped after step {max((int(each) for each in steps if each.isdecimal()), default=0)}"
+    steps = [path.name.removeprefix("checkpoint-") for path in (run / "checkpoints").glob("checkpoint-*")]
+    return f"stopped after step {max((int(step) for step in steps if step.isdecimal()), default=0)}"

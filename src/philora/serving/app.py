@@ -10,16 +10,13 @@ own generator. Some answers are made at a time, the others wait; past the bound 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,12 +26,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from philora import __version__
-from philora.errors import ConfigError, DataError, fault
+from philora.errors import ConfigError, DataError
 from philora.generation.batches import GenerationSettings
-from philora.generation.conversation import ContextError, Reply, Voices, known
+from philora.generation.conversation import AdapterPool, ContextError, Reply, known
 from philora.generation.inference import with_system
-from philora.serving.chat_requests import ApiError, ChatRequest, Vote
+from philora.serving.chat_requests import ApiError, ChatRequest, Rating, Vote
 from philora.serving.scheduler import Event, Job, Scheduler
+from philora.serving.votes import append_lines, download, ratings_file, tally
 
 MAX_BODY_BYTES = 4 * 2**20
 BODY_SECONDS = 60.0
@@ -49,6 +47,7 @@ PAGE = {
     "/": ("chat.html", "text/html"),
     "/chat.css": ("chat.css", "text/css"),
     "/chat.js": ("chat.js", "text/javascript"),
+    "/markdown.js": ("markdown.js", "text/javascript"),
 }
 SAFE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -115,69 +114,45 @@ class Guard:
 # -- the application
 
 
+class ChatPage(NamedTuple):
+    """What the page needs beside the endpoint.
+
+    Attributes:
+        votes: File that its votes are added to.
+        questions: Held-out questions of the run, offered as a beginning.
+    """
+
+    votes: Path
+    questions: Sequence[str] = ()
+
+
 def build_app(
-    voices: Voices,
+    pool: AdapterPool,
     *,
     defaults: GenerationSettings | None = None,
     scheduler: Scheduler | None = None,
     key: str | None = None,
     hosts: frozenset[str] | None = None,
     votes: Path | None = None,
+    questions: Sequence[str] = (),
 ) -> Guard:
-    """The endpoint, and the page where `votes` is given.
+    """Return the endpoint, and the page where `votes` is given.
 
     Args:
-        voices: The model and its adapters.
+        pool: The model and its adapters.
         defaults: For what a request does not say; greedy and up to 512 tokens when None.
         scheduler: Who computes.
         key: What requests must bring as `Authorization: Bearer`; None: nothing.
         hosts: Names in the Host header that are served; None: any.
         votes: File that the page's votes are added to.
+        questions: Held-out questions that the page offers.
     """
     defaults = defaults or GenerationSettings(max_new_tokens=512)
-    scheduler = scheduler or Scheduler(voices)
-    created = int(time.time())
-    endpoint = _Endpoint(voices, defaults, scheduler)
-
-    def described(name: str) -> dict[str, Any]:
-        parent = voices.base if name != voices.base else None
-        found = {"id": name, "object": "model", "created": created, "owned_by": "philora", "parent": parent}
-        return found | ({"system": voices.systems[name].text} if name in voices.systems else {})
-
-    names = (*voices.adapters, voices.base)
-
-    async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [described(name) for name in names]})
-
-    async def model(request: Request) -> Response:
-        return JSONResponse(described(endpoint.known_model(request.path_params["name"])))
-
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "version": __version__, "answers": scheduler.load})
-
-    async def page(request: Request) -> Response:
-        name, kind = PAGE[request.scope["path"]]
-        return FileResponse(WEB / name, media_type=kind, headers={"Cache-Control": "no-cache"})
-
-    async def vote(request: Request) -> Response:
-        record = (await endpoint.read(request, Vote.read)).record()
-        assert votes is not None
-        try:
-            await asyncio.to_thread(append_vote, votes, record)
-        except OSError as error:
-            text = f"The vote is not stored: {error.strerror or error}."
-            raise ApiError(500, text, type="server_error", code="vote_not_stored") from error
-        return JSONResponse({"file": str(votes)})
-
-    routes = [
-        Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", model),
-        Route("/health", health),
-    ]
+    scheduler = scheduler or Scheduler(pool)
+    endpoint = _Endpoint(pool, defaults, scheduler)
+    routes = endpoint.routes()
     if votes is not None:
-        routes += [Route(path, page) for path in PAGE]
-        routes += [Route("/votes", vote, methods=["POST"])]
+        routes += _page_routes(endpoint, ChatPage(votes, questions))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -185,25 +160,65 @@ def build_app(
         yield
         await asyncio.to_thread(scheduler.stop)
 
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
-        return error.response()
+    handlers: dict[Any, Any] = {ApiError: _refused, HTTPException: _not_found, Exception: _failed}
+    return Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), hosts, key)
 
-    async def not_there(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        text = f"{request.method} {request.scope['path']}: {error.detail}."
-        return ApiError(error.status_code, text, code="unknown_url", headers=error.headers).response()
 
-    async def failed(request: Request, error: Exception) -> Response:
-        text = "The server had an error; its log says more."
-        return ApiError(500, text, type="server_error", code="internal_error").response()
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
 
-    app = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        exception_handlers={ApiError: refused, HTTPException: not_there, Exception: failed},
-    )
-    return Guard(app, hosts, key)
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = f"{request.method} {request.scope['path']}: {error.detail}."
+    return ApiError(error.status_code, text, code="unknown_url", headers=error.headers).response()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    text = "The server had an error; its log says more."
+    return ApiError(500, text, type="server_error", code="internal_error").response()
+
+
+def _page_routes(endpoint: _Endpoint, chat_page: ChatPage) -> list[Route]:
+    """Return the routes of the page: its files, the held-out questions, votes, their tally and their download."""
+    votes = chat_page.votes
+
+    async def page(request: Request) -> Response:
+        name, kind = PAGE[request.scope["path"]]
+        return FileResponse(WEB / name, media_type=kind, headers={"Cache-Control": "no-cache"})
+
+    async def questions(request: Request) -> Response:
+        return JSONResponse({"questions": list(chat_page.questions)})
+
+    async def store(file: Path, records: Sequence[Mapping[str, Any]]) -> Response:
+        try:
+            await asyncio.to_thread(append_lines, file, records)
+        except OSError as error:
+            text = f"The vote is not stored: {error.strerror or error}."
+            raise ApiError(500, text, type="server_error", code="vote_not_stored") from error
+        return JSONResponse({"file": str(file)})
+
+    async def vote(request: Request) -> Response:
+        return await store(votes, [(await endpoint.read(request, Vote.read)).record()])
+
+    async def rate(request: Request) -> Response:
+        return await store(ratings_file(votes), (await endpoint.read(request, Rating.read)).records())
+
+    async def counted(request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(tally, votes))
+
+    async def downloaded(request: Request) -> Response:
+        return Response(await asyncio.to_thread(download, votes), media_type="application/jsonl")
+
+    return [
+        *(Route(path, page) for path in PAGE),
+        Route("/questions", questions),
+        Route("/votes", vote, methods=["POST"]),
+        Route("/votes", counted, methods=["GET"]),
+        Route("/votes/download", downloaded),
+        Route("/ratings", rate, methods=["POST"]),
+    ]
 
 
 async def _body(request: Request) -> bytes:
@@ -244,64 +259,43 @@ def _parsed(body: bytes) -> Any:
     return content
 
 
-# -- votes
-
-_votes_lock = threading.Lock()
-
-
-def check_votes(path: Path) -> None:
-    """Try a file of votes before any weight is loaded: a vote must not be the first to find that it cannot be kept.
-
-    Raises:
-        ConfigError: It cannot be written, or is no file.
-    """
-    existed = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        expected = "a file that lines can be added to"
-        todo = f"{error.strerror or error}. Give another with --votes"
-        raise ConfigError(fault("chat", "votes", str(path), expected, todo)) from error
-
-
-def append_vote(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to a file: on the disk when this returns, and no part of it in the file when this raises.
-
-    Raises:
-        OSError: There is no room, or the file cannot be written.
-    """
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    with _votes_lock:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read(1) != b"\n":  # a line that was cut short stays by itself
-                    line = b"\n" + line
-            try:
-                written = file.write(line)
-                while written < len(line):
-                    written += file.write(line[written:])
-                os.fsync(file.fileno())
-            except OSError:
-                with contextlib.suppress(OSError):  # of a device, which has no size
-                    file.truncate(size)
-                raise
-
-
 class _Endpoint:
     """`POST /v1/chat/completions`."""
 
-    def __init__(self, voices: Voices, defaults: GenerationSettings, scheduler: Scheduler) -> None:
-        self.voices = voices
+    def __init__(self, pool: AdapterPool, defaults: GenerationSettings, scheduler: Scheduler) -> None:
+        self.pool = pool
         self.defaults = defaults
         self.scheduler = scheduler
+        self.created = int(time.time())
         self._reading = asyncio.Semaphore(READ_AT_ONCE)
+
+    def routes(self) -> list[Route]:
+        """Return the routes of the endpoint."""
+        return [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/health", self.health),
+        ]
+
+    def _described(self, name: str) -> dict[str, Any]:
+        pool = self.pool
+        parent = pool.base if name != pool.base else None
+        found = {"id": name, "object": "model", "created": self.created, "owned_by": "philora", "parent": parent}
+        return found | ({"system": pool.systems[name].text} if name in pool.systems else {})
+
+    async def models(self, request: Request) -> Response:
+        """List the models."""
+        names = (*self.pool.adapters, self.pool.base)
+        return JSONResponse({"object": "list", "data": [self._described(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe one model."""
+        return JSONResponse(self._described(self.known_model(request.path_params["name"])))
+
+    async def health(self, request: Request) -> Response:
+        """Return that the server answers, and how much it has to do."""
+        return JSONResponse({"status": "ok", "version": __version__, "answers": self.scheduler.load})
 
     async def read(self, request: Request, read: Callable[[Any], _Asked]) -> _Asked:
         """What a request asks for, parsed beside the event loop.
@@ -319,7 +313,7 @@ class _Endpoint:
         Raises:
             ApiError: 404.
         """
-        names = (*self.voices.adapters, self.voices.base)
+        names = (*self.pool.adapters, self.pool.base)
         if name not in names:
             text = f"The model '{name}' does not exist. {known(name, names)}"
             raise ApiError(404, text, param="model", code="model_not_found")
@@ -328,7 +322,7 @@ class _Endpoint:
     def _asked(self, body: Any) -> ChatRequest:
         """The request of a body; one of more messages than the model has positions is not looked at."""
         messages = body.get("messages") if isinstance(body, dict) else None
-        window = self.voices.window
+        window = self.pool.window
         if window is not None and isinstance(messages, list) and len(messages) >= window:
             raise _too_long(ContextError(len(messages), window, exact=False))
         return ChatRequest.read(body)
@@ -339,20 +333,20 @@ class _Endpoint:
         An empty system turn is none, which is how a client asks for none.
         """
         messages = [each.plain() for each in asked.messages]
-        if not self.voices.systems:
+        if not self.pool.systems:
             return messages
-        if adapter is not None and adapter in self.voices.systems:
-            messages = with_system(messages, self.voices.systems[adapter].text)
+        if adapter is not None and adapter in self.pool.systems:
+            messages = with_system(messages, self.pool.systems[adapter].text)
         return [each for each in messages if each["role"] != "system" or each["content"]]
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, in one piece or as events."""
         asked = await self.read(request, self._asked)
         name = self.known_model(asked.model)
-        adapter = None if name == self.voices.base else name
+        adapter = None if name == self.pool.base else name
         try:
             async with self._reading:
-                prompt = await asyncio.to_thread(self.voices.prompt, self._messages(asked, adapter))
+                prompt = await asyncio.to_thread(self.pool.prompt, self._messages(asked, adapter))
             settings = [asked.settings(self.defaults, choice) for choice in range(asked.n or 1)]
         except ContextError as error:
             raise _too_long(error) from error
@@ -366,7 +360,7 @@ class _Endpoint:
         def tell(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        replies = [self.voices.answer(prompt, each, adapter) for each in settings]
+        replies = [self.pool.answer(prompt, each, adapter) for each in settings]
         jobs = [Job(choice, reply, tell) for choice, reply in enumerate(replies)]
         self.scheduler.submit(jobs)
         answer = _Answer(name, len(prompt), jobs, events)

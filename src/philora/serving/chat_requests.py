@@ -243,6 +243,43 @@ class Vote(BaseModel):
         }
 
 
+class Rating(BaseModel):
+    """Two answers of which neither is better: both are good, or both are bad."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[list[ChatMessage], Field(min_length=1)]
+    answers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
+    models: Annotated[list[str], Field(min_length=2, max_length=2)]
+    good: bool
+
+    @classmethod
+    def read(cls, body: Any) -> Rating:
+        """Return the rating in a body.
+
+        Raises:
+            ApiError: It is none.
+        """
+        if isinstance(body, dict):
+            _check_messages("prompt", body.get("prompt"))
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            raise explain(error) from error
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a rating of each answer as TRL's KTOTrainer takes it, and who gave the answer."""
+        return [
+            {
+                "prompt": [message.plain() for message in self.prompt],
+                "completion": [{"role": "assistant", "content": text}],
+                "label": self.good,
+                "model": model,
+            }
+            for text, model in zip(self.answers, self.models, strict=True)
+        ]
+
+
 def _refuse_request(place: str, value: Any, neutral: tuple[Any, ...] = ()) -> None:
     if value not in _NOTHING and value not in neutral:
         text = f"'{place}': this endpoint does not support it; leave it out."

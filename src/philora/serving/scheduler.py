@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from philora.errors import PhiloraError
-from philora.generation.conversation import Reply, Voices
+from philora.generation.conversation import AdapterPool, Reply
 from philora.kernels.memory import out_of_memory
 from philora.serving.chat_requests import ApiError
 
@@ -62,15 +62,15 @@ class Scheduler:
     """Computes answers in a thread of its own, a token of each at a time.
 
     Attributes:
-        voices: Who answers.
+        pool: Who answers.
         parallel: Answers in the making at a time; each holds keys and values of its conversation. Halved where memory
             does not suffice, and raised by one again after `GROW_AFTER_STEPS` steps that it sufficed for.
         most_parallel: What `parallel` began with.
         limit: Answers in the making and waiting.
     """
 
-    def __init__(self, voices: Voices, parallel: int = 8, limit: int = 32) -> None:
-        self.voices = voices
+    def __init__(self, pool: AdapterPool, parallel: int = 8, limit: int = 32) -> None:
+        self.pool = pool
         self.parallel = parallel
         self.most_parallel = parallel
         self.limit = limit
@@ -145,10 +145,10 @@ class Scheduler:
                 self._active.append(self._waiting.popleft())
             worked = bool(self._active)
         self._good_steps += 1
-        names = (*self.voices.adapters, None)
+        names = (*self.pool.adapters, None)
         for adapter in names:
             if not self._jobs_of(adapter):
-                self.voices.step(adapter, [])  # lets go of its memory, before others need it
+                self.pool.step(adapter, [])  # lets go of its memory, before others need it
         for adapter in names:
             self._step(adapter)
         return worked
@@ -164,7 +164,7 @@ class Scheduler:
         if not jobs:
             return
         try:
-            found = self.voices.step(adapter, [job.reply for job in jobs])
+            found = self.pool.step(adapter, [job.reply for job in jobs])
         except Exception as error:  # noqa: BLE001 - the other adapters' answers go on, and the server lives
             found = [error] * len(jobs)
         failed = [(job, each) for job, each in zip(jobs, found, strict=True) if isinstance(each, BaseException)]

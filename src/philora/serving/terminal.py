@@ -6,9 +6,13 @@ Reading and writing are handed in, so that the same loop serves a person, a scri
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import re
 import signal
+import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +28,15 @@ HELP = """\
 /params [K=V ...] show or set max_new_tokens, temperature, top_p, top_k, seed, stop
 /save FILE        write the conversation as a line of training data
 /help             this
-/exit             leave, as Ctrl-D does
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next. // at the start sends a message with one /."""
+/exit             leave; so do exit, quit, Ctrl-D, and Ctrl-C twice
+Tab completes a command. Ctrl-C stops an answer. A line that ends in \\ continues in the next.
+// at the start sends a message that begins with one /."""
+
+COMMANDS = ("/reset", "/base", "/system", "/params", "/save", "/help", "/exit", "/quit")
+BREAKS = r"(\s|[\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef])"
+"""Where a line may end: at a space, and after each character of scripts that have none between words."""
+
+LEAVE = ("/exit", "/quit", "exit", "quit")
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "max_new_tokens": int,
@@ -50,6 +61,7 @@ class Terminal:
         read: Callable[[], str],
         write: Callable[[str], None],
         note: Callable[[str], None],
+        guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Make one.
 
@@ -58,26 +70,33 @@ class Terminal:
             read: The next line; raises EOFError at the end, and KeyboardInterrupt for Ctrl-C.
             write: Shows a piece of an answer, at once.
             note: Shows a line about the conversation.
+            guard: Held while an answer comes; `typing_ignored` on a terminal.
         """
         self.conversation = conversation
         self.refused = 0
         self._read = read
         self._write = write
         self._note = note
+        self._guard = guard
         self._adapter = conversation.adapter
         self._saved: set[Path] = set()
 
     def run(self) -> None:
-        """Read, answer, and go on until the end of input or `/exit`."""
+        """Read and answer until the end of input, a word that leaves, or the second Ctrl-C in a row."""
+        interrupted = False
         while True:
             try:
                 line = self._line()
             except EOFError:
                 return
             except KeyboardInterrupt:
-                self._note("Ctrl-D or /exit leaves")
+                if interrupted:
+                    return
+                interrupted = True
+                self._note("Ctrl-C again leaves, as /exit and Ctrl-D do")
                 continue
-            if line in ("/exit", "/quit"):
+            interrupted = False
+            if line.strip() in LEAVE:
                 return
             try:
                 if line.startswith("/") and not line.startswith("//"):
@@ -97,9 +116,9 @@ class Terminal:
     def _answer(self, text: str) -> None:
         reply, forgotten = self.conversation.ask(text)
         if forgotten:
-            window = self.conversation.voices.window
+            window = self.conversation.pool.window
             self._note(f"the history no longer fits {window} tokens: the oldest {forgotten} messages are left out")
-        with contextlib.suppress(KeyboardInterrupt), stoppable() as stopped:
+        with self._guard(), contextlib.suppress(KeyboardInterrupt), stoppable() as stopped:
             for piece in reply:
                 self._write(printable(piece))
                 if stopped.is_set():
@@ -186,6 +205,104 @@ class Terminal:
         write_text(path, json.dumps(self.conversation.record(), ensure_ascii=False) + "\n")
         self._saved.add(path)
         self._note(f"saved {len(self.conversation.messages)} messages in {path}")
+
+
+@contextlib.contextmanager
+def typing_ignored() -> Iterator[None]:
+    """Keep what is typed while an answer comes off the screen and out of the next message; Ctrl-C still works.
+
+    Where standard input is no terminal, or the system has no termios (Windows), nothing changes.
+    """
+    try:
+        import termios
+
+        before = termios.tcgetattr(sys.stdin)
+    except (ImportError, OSError, ValueError, io.UnsupportedOperation):
+        yield
+        return
+    quiet = list(before)
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def complete_commands() -> bool:
+    """Let Tab complete commands and setting names at the prompt; returns whether the terminal can.
+
+    Windows' console edits lines by itself and has no completion.
+    """
+    try:
+        import readline
+    except ModuleNotFoundError:
+        return False
+    readline.set_completer_delims(" ")
+    readline.set_completer(lambda text, state: [*completions(readline.get_line_buffer(), text), None][state])
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+    return True
+
+
+def completions(line: str, word: str) -> list[str]:
+    """Return what a word at the prompt may become.
+
+    Args:
+        line: All that was typed.
+        word: The word that the cursor is in.
+    """
+    if line.lstrip().startswith("/params "):
+        return [f"{name}=" for name in SETTINGS if name.startswith(word)]
+    if not line.startswith("/") or " " in line:
+        return []
+    return [command for command in COMMANDS if command.startswith(word)]
+
+
+class WordWrap:
+    """Writes text that comes in pieces so that no word is broken at the terminal's edge.
+
+    A word is held back until it is whole; a word longer than a line is broken by the terminal.
+    """
+
+    def __init__(self, write: Callable[[str], None], columns: Callable[[], int]) -> None:
+        """Make one.
+
+        Args:
+            write: Shows text.
+            columns: The width of the terminal now.
+        """
+        self._write = write
+        self._columns = columns
+        self._column = 0
+        self._held = ""
+
+    def __call__(self, piece: str) -> None:
+        """Add a piece; its last word waits for its end, which is a space or a line break."""
+        for part in re.split(BREAKS, piece):
+            if part == "\n":
+                self._flush()
+                self._write("\n")
+                self._column = 0
+            elif part.isspace():
+                self._flush()
+                if 0 < self._column < self._columns():
+                    self._write(part)
+                    self._column += 1
+            else:
+                self._held += part
+                if re.fullmatch(BREAKS, part):
+                    self._flush()
+
+    def _flush(self) -> None:
+        width = sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in self._held)
+        if self._column and self._column + width > self._columns():
+            self._write("\n")
+            self._column = 0
+        if self._held:
+            self._write(self._held)
+            self._column += width
+            self._held = ""
 
 
 @contextlib.contextmanager

@@ -79,6 +79,7 @@ class Checkpoints:
         if best and (best == state.global_step or (run / f"checkpoint-{best}").is_dir()):
             state.best_model_checkpoint = str(run / f"checkpoint-{best}")
             state.save_to_json(str(written / "trainer_state.json"))
+        (written / "README.md").unlink(missing_ok=True)  # PEFT's template of a card, which states nothing
         seal(written, {"step": state.global_step})
         publish(written, final)
         best_folder = state.best_model_checkpoint

@@ -40,7 +40,7 @@ from philora.native import library as native
 from philora.planning import outlook
 from philora.planning import plan as planning
 from philora.reporting import display, pushing
-from philora.reporting.report import SECRETS
+from philora.reporting.formatting import SECRETS
 from philora.runtime import process_state, processes
 from philora.runtime.signals import Interrupted, StopOnSignal
 from philora.training import readiness
@@ -416,7 +416,7 @@ class _Run:
         results = results_of(
             run, trainer, metrics, evaluations, files.system, model=self.model, whole=whole, peak_bytes=peak_bytes
         )
-        files.finish(metrics, evaluations.after, results)
+        files.finish(metrics, evaluations, results)
         logger.info("the run is complete: %s", run.folder)
         self._push()
         return RunResult(run.folder, results)

@@ -9,11 +9,15 @@ import torch
 from peft import PeftModel
 
 from philora.compat.transformers import use_one_gpu
+from philora.configuration.sections import Config
 from philora.planning import outlook
 from philora.planning.plan import gradient_checkpointing_of
 from philora.training import readiness
 from philora.training.arguments import CHOSEN, SFTConfig
 from philora.training.run_context import RunContext
+
+CURVE_POINTS = 100
+"""Points of a curve in the report, where a run has as many steps."""
 
 
 def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, Any]) -> SFTConfig:
@@ -41,6 +45,7 @@ def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, An
         "gradient_checkpointing": gradient_checkpointing_of(plan.recomputation),
         "bf16": bf16,
         "warmup_steps": outlook.warmup_steps(run.config, plan),
+        "logging_steps": logging_steps(run.config, plan.steps),
     }
     if not any(hasattr(base.config, name) for name in ("num_experts", "num_local_experts")):
         # Each step gives every parameter its gradient.
@@ -51,6 +56,14 @@ def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, An
     if arguments.n_gpu > 1:  # transformers would wrap the model in nn.DataParallel, which TRL refuses
         use_one_gpu(arguments)
     return arguments
+
+
+def logging_steps(config: Config, steps: int | None) -> float:
+    """Return the steps between log lines: few enough for a curve of `CURVE_POINTS`, where nobody asked for a number."""
+    given: float = config.training_config["logging_steps"]
+    if config.origins.get("training_config.logging_steps", "default") != "default" or steps is None:
+        return given
+    return min(given, max(1, steps // CURVE_POINTS))
 
 
 def _needs_autocast(model: PeftModel, dtype: torch.dtype) -> bool:

@@ -15,13 +15,16 @@ from philora.adapters.peft_layers import RECORD_NAME, sort_names
 from philora.configuration.writing import dump_yaml
 from philora.dataset.held_out import vocabulary_digest, write_held_out
 from philora.dataset.system_turns import commonest_system_turn
-from philora.evaluation.scores import Evaluation
+from philora.evaluation.scores import pick_samples
 from philora.files import checkpoint
 from philora.models import run_folder
+from philora.reporting.answers import answer_lines
 from philora.reporting.card import model_card
 from philora.reporting.report import write_report
+from philora.reporting.run_record import ANSWERS_NAME
 from philora.training import resume as resuming
 from philora.training.run_context import RunContext
+from philora.training.run_evaluation import Evaluations
 
 
 @contextlib.contextmanager
@@ -87,13 +90,17 @@ class RunFiles:
                 generation.save_pretrained(str(folder))
             self._write_card(folder)
 
-    def finish(self, metrics: Mapping[str, Any], after: Evaluation | None, results: Mapping[str, Any]) -> None:
-        """Write the results, the card with them, and the report."""
+    def finish(self, metrics: Mapping[str, Any], evaluations: Evaluations, results: Mapping[str, Any]) -> None:
+        """Write the results, the card with them, all answers, and the report."""
+        before, after = evaluations.before, evaluations.after
         checkpoint.write_json(self._folder / "train_results.json", dict(metrics))
         evaluated = {f"eval_{key}": value for key, value in (after.scores.to_dict() if after else {}).items()}
         checkpoint.write_json(self._folder / "eval_results.json", evaluated)
         checkpoint.write_json(self._folder / "results.json", dict(results))
         self._write_card(self._folder / "adapter")
+        if before and after and self._run.config.data.keep_held_out:
+            every_answer = pick_samples(before, after, len(after.samples))
+            checkpoint.write_text(self._folder / ANSWERS_NAME, answer_lines(every_answer))
         write_report(self._folder)
 
     def _write_card(self, folder: Path) -> None:

@@ -279,6 +279,11 @@ class SFTTrainer(MicroBatchTrainer):
         """Write a checkpoint atomically."""
         self.checkpoints.write(model, trial)
 
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write TRL's card only where it is pushed: a folder of checkpoints is no model, and its card names "None"."""
+        if self.args.push_to_hub:
+            super().create_model_card(*arguments, **options)
+
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """Gather the weights that processes share, for saving; every process has to call it.
 

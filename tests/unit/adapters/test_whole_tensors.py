@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import philora
 from philora.adapters.embeddings import WholeEmbedding
 from philora.errors import AdapterError
-from philora.generation.conversation import load_voices
+from philora.generation.conversation import load_pool
 from philora.generation.inference import load
 from philora.models.loading import local_path
 from tests.tolerances import LOGITS_FP32
@@ -137,7 +137,7 @@ def test_what_is_served_and_evaluated_as_the_base_is_the_base(base, adapter, tmp
     loaded = load(adapter, base=str(base))
     with loaded.model.disable_adapter():
         assert_same(logits(loaded.model), logits(of_base(base)))
-    voices = load_voices({"one": adapter, "two": tmp_path / "second"}, base=str(base))
+    voices = load_pool({"one": adapter, "two": tmp_path / "second"}, base=str(base))
     with voices.model.disable_adapter():
         assert_same(logits(voices.model), logits(of_base(base)))
     for name in voices.model.peft_config:

@@ -16,13 +16,13 @@ from philora.errors import AdapterError, ConfigError, DataError, ModelError, Tar
 from philora.generation import decoding
 from philora.generation.batches import Sampler
 from philora.generation.conversation import (
+    AdapterPool,
     ContextError,
     Conversation,
     Memory,
-    Voices,
     chat_settings,
     load_named,
-    load_voices,
+    load_pool,
     name_of,
 )
 from philora.models.loading import load_tokenizer
@@ -38,7 +38,7 @@ def user(text):
 
 @pytest.fixture(scope="module")
 def voices(colours):
-    return load_voices(colours)
+    return load_pool(colours)
 
 
 def told(voices, messages, adapter, memory=None, **settings):
@@ -75,7 +75,7 @@ def random_voices(**config):
     torch.manual_seed(3)
     base = Phi3ForCausalLM(Phi3Config(vocab_size=4096, **shape, **ids, **config))
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    return Voices(adapted, load_tokenizer(NANO, TokenizerConfig()), "base", {"random": "default"})
+    return AdapterPool(adapted, load_tokenizer(NANO, TokenizerConfig()), "base", {"random": "default"})
 
 
 def test_a_token_that_was_not_read_shows():
@@ -157,7 +157,7 @@ def by_steps(voices, adapter, wanted):
         assert len(voices.step(adapter, there)) == len(there)
         if not there and place > len(replies):
             break
-    assert adapter not in voices._together, "nothing is held when all have ended"
+    assert adapter not in voices._batches, "nothing is held when all have ended"
     return [each.text for each in replies]
 
 
@@ -437,25 +437,25 @@ def changed(colours, tmp_path, **values):
 def test_adapters_that_do_not_go_together(colours, tmp_path, values, message):
     folder = changed(colours, tmp_path, **values)
     with pytest.raises((AdapterError, TargetError), match=message):
-        load_voices({"red": colours["red"], "other": folder})
+        load_pool({"red": colours["red"], "other": folder})
 
 
 def test_another_template_does_not_go_with_it(colours, tmp_path):
     folder = changed(colours, tmp_path)
     (folder / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(AdapterError, match=r"tokenizer=.* - expected the vocabulary and chat template of"):
-        load_voices({"red": colours["red"], "other": folder})
+        load_pool({"red": colours["red"], "other": folder})
 
 
 def test_without_a_template_nothing_begins(colours, tmp_path):
     folder = changed(colours, tmp_path)
     (folder / "adapter" / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match=r"tokenizer: chat_template=None - expected a template"):
-        load_voices({"red": folder})
+        load_pool({"red": folder})
 
 
 def test_beside_one_adapter_a_changed_base_is_only_said(colours, tmp_path, caplog):
-    load_voices({"red": changed(colours, tmp_path, bias="all")})
+    load_pool({"red": changed(colours, tmp_path, bias="all")})
     assert "red: bias=all changes the base itself" in caplog.text
 
 

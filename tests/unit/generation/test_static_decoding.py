@@ -16,7 +16,7 @@ from philora.adapters.peft_layers import optimize
 from philora.decoder_stack.choice import DeviceFacts
 from philora.generation import conversation, decoding, static_decoding
 from philora.generation.batches import GenerationSettings, generate
-from philora.generation.conversation import Voices
+from philora.generation.conversation import AdapterPool
 from philora.generation.static_decoding import (
     GraphFacts,
     StaticDecoder,
@@ -322,10 +322,10 @@ def test_a_conversation_takes_the_same_step(static, monkeypatch):
     monkeypatch.setattr(conversation, "Arrangement", lambda tokenizer: None)
     settings = GenerationSettings(max_new_tokens=NEW)
 
-    def spoken(voices: Voices) -> list[str]:
+    def spoken(voices: AdapterPool) -> list[str]:
         return ["".join(voices.answer(each, settings, "mine")) for each in PROMPTS]
 
-    by_graph = Voices(model, Tokens(), "base", {"mine": "default"})
+    by_graph = AdapterPool(model, Tokens(), "base", {"mine": "default"})
     mine = spoken(by_graph)
     assert len(static) == 1
     together = [by_graph.answer(each, settings, "mine") for each in PROMPTS]
@@ -333,7 +333,7 @@ def test_a_conversation_takes_the_same_step(static, monkeypatch):
         by_graph.step("mine", [each for each in together if each.finish is None])
     assert [each.text for each in together] == mine
     monkeypatch.setattr(static_decoding, "against", lambda facts: ["off"])
-    assert spoken(Voices(model, Tokens(), "base", {"mine": "default"})) == mine == by_transformers(model)
+    assert spoken(AdapterPool(model, Tokens(), "base", {"mine": "default"})) == mine == by_transformers(model)
 
 
 def test_which_answers_take_a_graph():

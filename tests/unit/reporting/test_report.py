@@ -17,17 +17,11 @@ import pytest
 from philora.errors import ConfigError, DataError
 from philora.evaluation.measures import Paired
 from philora.reporting import report
-from philora.reporting.report import (
-    Curve,
-    chart,
-    marked,
-    read_run,
-    smoothed,
-    thinned,
-    ticks,
-    write_comparison,
-    write_report,
-)
+from philora.reporting.answers import marked, similarity
+from philora.reporting.charts import Axis, Curve, averaged, chart, smoothed, thinned, ticks
+from philora.reporting.formatting import duration, number
+from philora.reporting.report import write_comparison, write_report
+from philora.reporting.run_record import ANSWERS_NAME, Run, read_run
 
 CONFIG = """\
 # from default: r, alpha; from demo.yaml: learning_rate
@@ -249,7 +243,7 @@ def make_run(
 class Page(html.parser.HTMLParser):
     """Tags, attributes and text of a page; checks on the way that every element is closed."""
 
-    VOID = frozenset({"meta", "line", "path", "wbr"})
+    VOID = frozenset({"meta", "line", "path", "wbr", "input"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -292,7 +286,8 @@ def test_the_page_shows_the_whole_run(tmp_path):
     for shown in (
         "nano",
         "10 September 2026, 09:14 UTC · took 3 min 49 s",
-        "Answers that equal the reference rose from 1.5% to 81.9%.",
+        "Better than the base The held-out loss fell from 3.487 to 0.3604, without an interval.",
+        "Whether more steps would help is not known",
         "2 min 44 s 400 steps",
         "4,833 tokens/s, 794k in all",
         "399k 5.5% of 7.22M",
@@ -300,6 +295,7 @@ def test_the_page_shows_the_whole_run(tmp_path):
         "Exact match 1.5% 81.9% +80.4 pp",
         "Loss 3.487 0.360 −3.127",
         "11,842 label tokens, 332 generated answers",
+        "Held-out data Training Answers Machine Adapter Data Do it again",
         "user My run stopped in the middle of the night. assistant Its last checkpoint",
         "Base differs",
         "With adapter matches",
@@ -324,16 +320,24 @@ def test_the_page_shows_the_whole_run(tmp_path):
     assert [(curve["name"], len(curve["points"])) for curve in loss["curves"]] == [
         ("train", 400),
         ("train, smoothed", 400),
-        ("held-out", 8),
+        ("held-out", 9),
     ]
-    assert loss["curves"][2]["points"][-1][:2] == [400, entries()[-2]["eval_loss"]]
+    assert loss["curves"][2]["points"][0] == [0, results()["before"]["loss"]], "the curve begins with the base"
+    assert loss["curves"][2]["points"][-1] == [400, pytest.approx(entries()[-2]["eval_loss"], rel=1e-4)]
+    axes = {
+        (data["left"], data["right"]) for figure in page.all("figure") if (data := json.loads(figure["data-chart"]))
+    }
+    assert axes == {(0, 400)}, "all charts show the same steps"
 
 
 def test_the_page_loads_nothing_and_allows_only_its_own_script(tmp_path):
     text = write_report(make_run(tmp_path)).read_text(encoding="utf-8")
     page = Page(text)
     assert not re.search(r"https?://|@import|url\(", text)
-    assert not [tag for tag, attributes in page.tags if "src" in attributes or "href" in attributes]
+    assert not [tag for tag, attributes in page.tags if "src" in attributes]
+    anchors = [str(attributes["href"]) for _, attributes in page.tags if "href" in attributes]
+    assert anchors
+    assert {each.removeprefix("#") for each in anchors} <= {str(attributes.get("id")) for _, attributes in page.tags}
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = next(each["content"] for each in page.all("meta") if "http-equiv" in each)
@@ -396,9 +400,9 @@ def test_a_run_without_held_out_data(tmp_path):
     written = results() | {"before": None, "after": None, "samples": []}
     logged = [entry for entry in entries() if "eval_loss" not in entry]
     page = page_of(make_run(tmp_path, written=written, logged=logged))
-    assert "Before and after" not in page.text
+    assert "Held-out data" not in page.text
     assert "Answers" not in page.text
-    assert "held-out" not in page.text
+    assert "Not compared with the base Nothing was held out, so there is nothing to judge by." in page.text
     assert "Training" in page.text
 
 
@@ -413,11 +417,13 @@ def test_a_run_that_has_not_ended(tmp_path):
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 81, "lo')
     page = page_of(folder)
-    assert "This run has not ended: the page shows what was logged up to step 80." in page.text
+    assert "Stopped after step 0: step 80 of 80." in page.text
+    assert f"Resume it with philora train {folder} --resume ." in page.text
+    assert any("100" in str(each.get("style")) for each in page.all("i"))
     assert len(page.all("figure")) == 5
     (folder / "metrics.jsonl").unlink()
     page = page_of(folder)
-    assert "No step has been logged yet." in page.text
+    assert "no step has been logged yet." in page.text
     assert page.all("figure") == []
 
 
@@ -431,10 +437,10 @@ def test_an_outcome_for_the_worse_is_said(tmp_path):
     written = results()
     written["before"], written["after"] = written["after"], written["before"]
     page = page_of(make_run(tmp_path, written=written))
-    assert "fell from 81.9% to 1.5%: worse than the base." in page.text
+    assert "Worse than the base The held-out loss rose from 0.3604 to 3.487" in page.text
     assert any(each.get("class") == "change worse" for each in page.all("span"))
     written["before"] = written["after"]
-    assert "no change" in page_of(make_run(tmp_path, written=written)).text
+    assert "No better than the base The held-out loss stayed" in page_of(make_run(tmp_path, written=written)).text
 
 
 def test_rows_in_train_and_eval_are_a_warning(tmp_path):
@@ -519,9 +525,10 @@ def test_ticks(low, high, expected):
 
 
 def test_a_chart_needs_two_points():
-    assert chart("Loss", [Curve("train", "raw", [])], form=str) is None
-    assert chart("Loss", [Curve("train", "raw", [(1, 1.0)])], form=str) is None
-    flat = chart("Loss", [Curve("train", "raw", [(1, 1.0), (2, 1.0)])], form=str)
+    axis = Axis(0, 2)
+    assert chart("Loss", [Curve("train", "raw", [])], axis, form=str) is None
+    assert chart("Loss", [Curve("train", "raw", [(1, 1.0)])], axis, form=str) is None
+    flat = chart("Loss", [Curve("train", "raw", [(1, 1.0), (2, 1.0)])], axis, form=str)
     assert flat is not None
     assert "nan" not in flat["curves"][0]["path"]
 
@@ -554,14 +561,14 @@ def test_content_in_parts_is_shown_as_text(tmp_path):
     [(0, "0"), (3e-3, "0.003"), (2e-4, "2e−4"), (1.25e-5, "1.25e−5"), (4833.2, "4,833"), (0.25, "0.25"), (5e6, "5e6")],
 )
 def test_numbers_read_well(value, text):
-    assert report._number(value) == text
+    assert number(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(4.25, "4.2 s"), (164.2, "2 min 44 s"), (59.99, "60.0 s"), (7325, "2 h 02 min")]
 )
 def test_durations_read_well(seconds, text):
-    assert report._duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def compared(after: float, low: float, high: float, **changed: Any) -> dict[str, Any]:
@@ -611,18 +618,19 @@ def test_several_runs_are_compared(tmp_path):
     page = Page(out.read_text(encoding="utf-8"))
     for shown in (
         "2 runs compared",
-        "Loss 0.360 0.200",
-        "Exact match 81.9% 90.0%",
+        "Exact match 81.9% 90.0% best",
         "Loss of the base 3.487 3.487",
-        "Settings that differ small large peft_config. r 16 64",
+        "Settings that differ small large peft_config. r 16 64 Figures",
+        "Loss 0.360 0.200 best",
         "Tokens per second 4,833 4,833",
     ):
         assert shown in page.text, shown
-    assert "learning_rate" not in page.text.split("Settings that differ")[1].split("Do it again")[0]
+    assert "learning_rate" not in page.text.split("Settings that differ")[1].split("Figures")[0]
     assert "hf_abcdefghijklmnop" not in out.read_text()
     charts = [json.loads(figure["data-chart"] or "") for figure in page.all("figure")]
     assert [[curve["name"] for curve in each["curves"]] for each in charts] == [["small", "large"]] * 4
-    assert [len(curve["points"]) for curve in charts[0]["curves"]] == [400, 200]
+    assert [len(curve["points"]) for curve in charts[1]["curves"]] == [400, 200]
+    assert {(each["left"], each["right"]) for each in charts} == {(0, 400)}
     assert len(page.all("script")) == 1
 
 
@@ -655,6 +663,120 @@ def test_the_page_of_a_long_run_stays_below_two_megabytes():
         for layer in range(40)
         for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     ]
-    page = report.render(report.Run(Path("long"), CONFIG, metrics, results() | {"updates": updates}))
+    page = report.render(Run(Path("long"), CONFIG, metrics, results() | {"updates": updates}))
     assert "qkv_proj, layer 39" in page
     assert len(page.encode()) < 2_000_000
+
+
+def evaluated(after: float, low: float, high: float) -> dict[str, Any]:
+    """The loss as an entry of `comparison`."""
+    return Paired("loss", "Loss", 3.4871, after, low, high, 200, 32, 100, higher_is_better=False).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("loss", "falling", "said"),
+    [
+        (evaluated(0.3604, -3.3, -3.0), True, ("Better than the base", "fell from 3.487 to 0.360", "still falling")),
+        (evaluated(3.6, 0.05, 0.2), False, ("Worse than the base", "rose from 3.487 to 3.600", "had settled")),
+        (evaluated(3.4, -0.2, 0.1), False, ("No better than the base", "change: −0.200 to +0.100", "had settled")),
+    ],
+)
+def test_the_verdict_follows_from_the_figures(tmp_path, loss, falling, said):
+    judged = {"judgement": {"still_falling": falling, "sentences": []}, "comparison": [loss]}
+    text = page_of(make_run(tmp_path, written=results() | judged)).text
+    for words in said:
+        assert words in text, words
+    assert "332 held-out rows" in text
+
+
+def test_a_loss_that_rose_again_is_said_and_the_kept_checkpoint_marked(tmp_path):
+    logged = [*entries(), {"step": 401, "eval_loss": 0.9}]
+    folder = make_run(tmp_path, logged=logged)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 401, "best_global_step": 400}))
+    text = page_of(folder).text
+    assert "The held-out loss was lowest at step 400" in text
+    assert "train for fewer epochs" in text
+    assert "kept, last: step 401" in text
+    best = CONFIG.replace("training_config:", "training_config:\n  load_best_model_at_end: true")
+    (folder / "config.yaml").write_text(best, encoding="utf-8")
+    text = page_of(folder).text
+    assert "kept, best: step 400" in text
+    assert "the best checkpoint, of step 400, was kept" in text
+
+
+def test_an_adapter_that_did_not_move_is_said(tmp_path):
+    still = [{"module": "model.layers.0.self_attn.qkv_proj", "norm": 0.0}]
+    assert "still at its start" in page_of(make_run(tmp_path, written=results() | {"updates": still})).text
+
+
+def answer(number: int, base: str, adapter: str, reference: str = "one two three four") -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": f"Question {number}?"}],
+        "reference": reference,
+        "base": base,
+        "adapter": adapter,
+        "base_matched": base == reference,
+        "adapter_matched": adapter == reference,
+    }
+
+
+def test_all_answers_are_in_the_page_folded_with_what_they_are_filtered_and_sorted_by(tmp_path):
+    folder = make_run(tmp_path)
+    answers = [answer(1, "", "one two three four"), answer(2, "one two three five", "one"), answer(3, "", "six")]
+    answers += [answer(number, "", "one two") for number in range(4, 30)]
+    (folder / ANSWERS_NAME).write_text("".join(f"{json.dumps(each)}\n" for each in answers), encoding="utf-8")
+    page = page_of(folder)
+    found = [each for each in page.all("details") if each.get("class") == "sample"]
+    assert len(found) == 29
+    assert [each["data-kinds"] for each in found[:3]] == ["matches", "differs worse", "differs"]
+    assert [each["data-score"] for each in found[:3]] == ["1.0", "0.4", "0.0"]
+    assert ["open" in each for each in found[:4]] == [True, True, True, False]
+    for choice in ("all (29)", "matches (1)", "differs (28)", "worse than base (1)"):
+        assert choice in page.text
+
+
+def test_the_note_on_underlined_words_is_true_at_every_similarity(tmp_path):
+    folder = make_run(tmp_path)
+    (folder / ANSWERS_NAME).write_text(json.dumps(answer(1, "six seven", "one two three five")), encoding="utf-8")
+    page = page_of(folder)
+    assert "shares less than half of its words with it is marked “another answer” and has no underlines" in page.text
+    assert "Base differs another answer six seven" in page.text
+    assert len(page.all("mark")) == 1
+    assert similarity("six seven", "one two") == 0
+    assert similarity("one two", "one two") == 1
+
+
+def test_smoothed_is_said_only_where_it_is_so(tmp_path):
+    short = [make_run(tmp_path / name, logged=entries(8)) for name in ("a", "b")]
+    text = Page(write_comparison(short, tmp_path / "short.html").read_text(encoding="utf-8")).text
+    assert "smoothed" not in text
+    long = [make_run(tmp_path / name) for name in ("c", "d")]
+    text = Page(write_comparison(long, tmp_path / "long.html").read_text(encoding="utf-8")).text
+    assert "Training loss, smoothed" in text
+    assert "Loss on held-out data, smoothed" not in text
+
+
+def test_the_comparison_marks_the_best_with_its_interval_and_shows_answers_beside_each_other(tmp_path):
+    figures = {"a": evaluated(0.5, -3.2, -2.8), "b": evaluated(0.4, -3.3, -2.9)}
+    runs = [make_run(tmp_path / name, written=results() | {"comparison": [loss]}) for name, loss in figures.items()]
+    for run, text in zip(runs, ("one two three four", "one"), strict=True):
+        (run / ANSWERS_NAME).write_text(json.dumps(answer(1, "", text)), encoding="utf-8")
+    page = Page(write_comparison(runs, tmp_path / "both.html").read_text(encoding="utf-8"))
+    assert "Loss 0.500 −2.987 (−3.200 to −2.800) 0.400 best −3.087 (−3.300 to −2.900)" in page.text
+    assert "1 of 2 match" in page.text
+    assert "a matches one two three four b differs another answer one" in page.text
+    assert "some runs match (1)" in page.text
+
+
+def test_no_column_is_hidden_on_a_phone(tmp_path):
+    page = page_of(make_run(tmp_path, written=results() | {"comparison": [evaluated(0.5, -3.2, -2.8)]}))
+    labels = [each.get("data-label") for each in page.all("td") if each.get("data-label")]
+    assert labels[:4] == ["Base", "With adapter", "Change", "Better · same · worse"]
+    style = (Path(report.__file__).parents[1] / "templates" / "report.css").read_text(encoding="utf-8")
+    assert "counts { display: none" not in style
+
+
+def test_averaged_keeps_the_level_of_a_long_curve():
+    points = [(float(x), float(x % 2)) for x in range(10_000)]
+    assert {y for _, y in averaged(points, 100)} == {0.5}
+    assert averaged(points[:10], 100) == points[:10]

@@ -26,7 +26,7 @@ UNIX_NAMES = {
 GUARDED = {
     "training/callbacks.py": {"resource"},
     "files/checkpoint.py": {"fcntl", "os.register_at_fork"},
-    "cli/commands.py": {"readline"},
+    "serving/terminal.py": {"readline", "termios"},
     "serving/connections.py": {"resource"},
     "kernels/memory.py": {"resource"},
     "runtime/template_process.py": {"resource"},

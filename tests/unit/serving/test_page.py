@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from philora.generation.conversation import chat_settings, load_voices
+from philora.generation.conversation import chat_settings, load_pool
 from tests.browser import page_of
 from tests.conftest import COLOURS
 from tests.served import serve
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def voices(colours):
-    return load_voices(colours)
+    return load_pool(colours)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def votes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(voices, votes):
-    with serve(voices, votes=votes, defaults=chat_settings(40)) as running:
+    with serve(voices, votes=votes, defaults=chat_settings(40), questions=["Who are you?"]) as running:
         yield running
 
 
@@ -48,8 +48,8 @@ def ask(page, text):
 
 
 def answers(page):
-    """Words on the left and on the right of the last turn."""
-    return [each.text_content() for each in page.query_selector_all(".turn:last-child .words")]
+    """Words on the left and on the right of the last turn, as the models wrote them."""
+    return page.evaluate("turns.at(-1).answers.map((each) => each.error ?? each.text)")
 
 
 def names(page):
@@ -155,6 +155,97 @@ def test_who_is_who_is_hidden_until_the_vote(page):
     page.wait_for_selector(".voted")
     assert names(page)[side] == "red"
     assert set(names(page)) == {"red", "nano"}
+
+
+def test_a_blind_turn_without_a_vote_keeps_its_buttons_and_its_secret(page, votes):
+    page.click("#toggle")
+    page.check("#blind")
+    ask(page, "Who are you?")
+    ask(page, "And now?")
+    first = ".turn:nth-of-type(1)"
+    assert page.locator(f"{first} .vote:visible").count() == 2
+    assert page.locator(f"{first} .who b").all_text_contents() == ["Answer A", "Answer B"]
+    page.locator(f"{first} .vote:visible").first.click()
+    page.wait_for_selector(f"{first}.voted")
+    assert json.loads(votes.read_text(encoding="utf-8").splitlines()[-1])["prompt"][-1]["content"] == "Who are you?"
+    assert page.locator(".turn:last-child .vote:visible").count() == 2
+
+
+def test_both_good_and_both_bad_are_ratings_and_the_tally_counts_them(page, votes):
+    ratings = votes.with_name("ratings.jsonl")
+    before = page.evaluate("call('votes').then((each) => each.json())")
+    texts = ask(page, "Who are you?")
+    page.get_by_role("button", name="Both bad").click()
+    page.wait_for_selector(".voted")
+    lines = [json.loads(line) for line in ratings.read_text(encoding="utf-8").splitlines()[-2:]]
+    assert [each["completion"][0]["content"] for each in lines] == texts
+    assert [(each["label"], each["model"]) for each in lines] == [(False, "nano"), (False, "red")]
+    after = page.evaluate("call('votes').then((each) => each.json())")
+    assert after["both_bad"] == before["both_bad"] + 1
+    page.click("#toggle")
+    page.wait_for_function("document.querySelector('#tally').textContent.includes('both bad')")
+    with page.expect_download() as started:
+        page.click("#download")
+    kept = started.value.path().read_text(encoding="utf-8")
+    assert json.loads(kept.splitlines()[-1]) == lines[-1]
+
+
+def test_held_out_questions_begin_a_conversation(page):
+    page.click(".chip")
+    page.wait_for_selector("#send:visible", timeout=60_000)
+    assert page.text_content(".said") == "Who are you?"
+    assert answers(page)[1] == COLOURS["red"]
+
+
+def test_the_system_prompt_is_the_first_bubble(page):
+    assert not page.is_visible("#system-bubble")
+    page.click("#toggle")
+    page.fill("#system", "Be <b>brief</b>.")
+    assert page.text_content("#system-bubble span") == "Be <b>brief</b>."
+    assert page.is_visible("#system-bubble")
+
+
+def test_one_column_regenerate_and_edit(page):
+    page.click("#toggle")
+    page.check("#single")
+    assert ask(page, "Who are you?") == [COLOURS["red"]]
+    assert page.locator(".vote:visible").count() == 0
+    page.evaluate("turns.at(-1).answers[0].text = 'something else'")
+    page.get_by_role("button", name="Regenerate").click()
+    page.wait_for_function("turns.at(-1).answers[0].text.startsWith('I am')")
+    page.wait_for_selector("#send:visible")
+    ask(page, "And now?")
+    page.get_by_role("button", name="Edit").click()
+    assert page.input_value("#text") == "And now?"
+    assert page.locator(".turn").count() == 1
+
+
+@pytest.mark.parametrize("kept", ["[1, 2]", '{"turns": [{"user": "Hi"}, 3, {"user": "a", "answers": [{}]}]}', "null"])
+def test_a_chat_that_another_release_stored_does_not_break_the_page(page, kept):
+    page.evaluate("(text) => localStorage.setItem('philora-chat', text)", kept)
+    page.reload()
+    page.wait_for_selector("#right option", state="attached")
+    assert ask(page, "Who are you?")[1] == COLOURS["red"]
+    assert page.trouble == []
+
+
+def test_markdown_is_laid_out_and_nothing_in_it_is_html(page):
+    text = "# Title\n\nSome **bold**, `a<b`, *it*.\n- one\n- two\n\n```python\nx = '<img src=x>'\n```\n"
+    text += "[ok](https://example.org/) [bad](javascript:alert(1)) <img src=x onerror=\"document.title='broken'\">"
+    page.evaluate("(text) => { const box = document.createElement('div'); box.id = 'out'; box.className = 'words';"
+                  " document.querySelector('#turns').append(box); markdown(box, text); }", text)  # fmt: skip
+    inside = page.locator("#out")
+    assert inside.locator("h3").text_content() == "Title"
+    assert inside.locator("strong").text_content() == "bold"
+    assert inside.locator("p code").text_content() == "a<b"
+    assert inside.locator("li").all_text_contents() == ["one", "two"]
+    assert inside.locator("pre code").text_content() == "x = '<img src=x>'"
+    assert [each.get_attribute("href") for each in inside.locator("a").all()] == ["https://example.org/"]
+    assert "[bad](javascript:alert(1))" in inside.text_content()
+    assert inside.locator("img").count() == 0
+    assert page.title() == "philora chat"
+    page.evaluate("(text) => markdown(document.querySelector('#out'), text)", "*" * 3000 + "`" * 3000)
+    assert page.trouble == []
 
 
 def test_errors_are_said_and_the_page_goes_on(page):

@@ -22,12 +22,13 @@ import torch
 import trl.data_utils
 
 import philora.serving.scheduler
-from philora.cli import commands as cli
+from philora.cli import use_commands as cli
 from philora.errors import ConfigError
 from philora.generation.batches import NotFiniteError
-from philora.generation.conversation import chat_settings, load_voices
+from philora.generation.conversation import chat_settings, load_pool
 from philora.serving import app as serving
 from philora.serving import connections
+from philora.serving import votes as vote_files
 from philora.serving.chat_requests import ApiError
 from philora.serving.scheduler import Job, Scheduler
 from tests.conftest import COLOURS
@@ -39,7 +40,7 @@ SAYS = COLOURS["red"]
 
 @pytest.fixture(scope="module")
 def voices(colours):
-    return load_voices(colours)
+    return load_pool(colours)
 
 
 @pytest.fixture(scope="module")
@@ -544,14 +545,14 @@ def test_the_fault_of_one_ends_that_one_alone(served, voices, monkeypatch):
 def test_a_shared_step_that_fails_is_taken_one_by_one(voices, monkeypatch):
     """Whose fault it is shows alone: the others get the token that they would have got."""
     replies = [voices.answer(voices.prompt(WHO), chat_settings(16), "red") for _ in range(3)]
-    logits = voices._logits_together
+    logits = voices._logits_shared
 
     def broken(adapter, given):
         if replies[1] in given:
             raise ValueError("planted")
         return logits(adapter, given)
 
-    monkeypatch.setattr(voices, "_logits_together", broken)
+    monkeypatch.setattr(voices, "_logits_shared", broken)
     while not all(each.finish for each in (replies[0], replies[2])):
         found = voices.step("red", [each for each in replies if each.finish is None])
         assert sum(isinstance(each, ValueError) for each in found) == 1
@@ -622,7 +623,7 @@ def test_a_long_answers_token_survives_the_others_lack_of_memory(voices, monkeyp
     jobs[0].reply.limit_tokens += 1  # alone; the other two share
     for job in jobs[1:]:
         job.reply.limit_tokens -= 1
-    logits = voices._logits_together
+    logits = voices._logits_shared
     failures = []
 
     def small(adapter, replies):
@@ -631,7 +632,7 @@ def test_a_long_answers_token_survives_the_others_lack_of_memory(voices, monkeyp
             raise torch.OutOfMemoryError("planted")
         return logits(adapter, replies)
 
-    monkeypatch.setattr(voices, "_logits_together", small)
+    monkeypatch.setattr(voices, "_logits_shared", small)
     while scheduler._round():
         pass
     assert failures
@@ -838,20 +839,20 @@ def test_a_vote_that_finds_no_room_leaves_nothing_behind(tmp_path):
     import resource
 
     path = tmp_path / "votes.jsonl"
-    serving.append_vote(path, {"a": 1})
+    vote_files.append_lines(path, [{"a": 1}])
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            serving.append_vote(path, {"b": "x" * 100})
+            vote_files.append_lines(path, [{"b": "x" * 100}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before
     path.write_bytes(before + b'{"torn')  # as a power cut leaves it
-    serving.append_vote(path, {"c": 3})
+    vote_files.append_lines(path, [{"c": 3}])
     assert path.read_text().splitlines() == ['{"a": 1}', '{"torn', '{"c": 3}']
 
 
@@ -866,8 +867,8 @@ def test_votes_that_cannot_be_written_are_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "votes.jsonl"):
         with pytest.raises(ConfigError, match=r"chat: votes=.* - expected a file that lines can be added to"):
-            serving.check_votes(path)
-    serving.check_votes(tmp_path / "new" / "votes.jsonl")
+            vote_files.check_votes(path)
+    vote_files.check_votes(tmp_path / "new" / "votes.jsonl")
     assert not (tmp_path / "new" / "votes.jsonl").exists()
 
 

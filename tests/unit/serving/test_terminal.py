@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from philora.cli import commands as cli
+from philora.errors import printable
 from philora.generation import inference
-from philora.generation.conversation import Conversation, chat_settings, load_voices
-from philora.serving.terminal import Terminal, printable
+from philora.generation.conversation import Conversation, chat_settings, load_pool
+from philora.serving.terminal import COMMANDS, Terminal, WordWrap, completions
 from tests.conftest import COLOURS
 
 
 @pytest.fixture(scope="module")
 def voices(colours):
-    return load_voices(colours)
+    return load_pool(colours)
 
 
 class Screen:
@@ -101,9 +104,68 @@ def test_a_second_ctrl_c_does_not_wait_for_the_token(voices, monkeypatch):
     assert screen.text.splitlines()[1] == COLOURS["red"]
 
 
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", " exit "])
+def test_words_that_leave(voices, word):
+    screen = Screen(voices, word, "Who are you?").run()
+    assert (screen.text, screen.lines) == ("", ["Who are you?"])
+
+
+def test_ctrl_c_twice_leaves(voices):
+    screen = Screen(
+        voices, KeyboardInterrupt(), "Who are you?", KeyboardInterrupt(), KeyboardInterrupt(), "never"
+    ).run()
+    assert screen.text == COLOURS["red"] + "\n"
+    assert screen.lines == ["never"]
+
+
+def test_tab_completes_commands_and_settings():
+    assert completions("/re", "/re") == ["/reset"]
+    assert completions("/params t", "t") == ["temperature=", "top_p=", "top_k="]
+    assert completions("hello", "hello") == []
+    assert set(COMMANDS) == {"/reset", "/base", "/system", "/params", "/save", "/help", "/exit", "/quit"}
+
+
+def test_words_are_not_broken_at_the_edge():
+    written = []
+    wrapped = WordWrap(written.append, lambda: 10)
+    for piece in ("one tw", "o three fo", "ur\nfive six", "\n"):
+        wrapped(piece)
+    assert "".join(written) == "one two \nthree four\nfive six\n"
+    written.clear()
+    for letter in "漢字" * 6 + "\n":
+        wrapped(letter)
+    assert "".join(written).splitlines() == ["漢字漢字漢", "字漢字漢字", "漢字"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_what_is_typed_while_an_answer_comes_is_neither_shown_nor_sent():
+    program = (
+        "import sys, time; from philora.serving.terminal import typing_ignored\n"
+        "with typing_ignored():\n    print('ready', flush=True); time.sleep(1)\n"
+        "print('asked', flush=True); print('got', repr(input()), flush=True)"
+    )
+    import pty
+
+    main, other = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=other, stdout=other, stderr=other)
+    os.close(other)
+    seen = b""
+    for wait_for, typed in ((b"ready", b"ahead\n"), (b"asked", b"after\n"), (b"got", b"")):
+        while wait_for not in seen:
+            seen += os.read(main, 1024)
+        if typed:
+            os.write(main, typed)
+    while b"after'" not in seen:
+        seen += os.read(main, 1024)
+    process.wait(30)
+    os.close(main)
+    assert b"got 'after'" in seen
+    assert b"ahead" not in seen
+
+
 def test_ctrl_c_at_the_prompt_says_how_to_leave(voices):
     screen = Screen(voices, KeyboardInterrupt(), "Who are you?").run()
-    assert screen.notes == ["Ctrl-D or /exit leaves"]
+    assert screen.notes == ["Ctrl-C again leaves, as /exit and Ctrl-D do"]
     assert screen.text == COLOURS["red"] + "\n"
 
 

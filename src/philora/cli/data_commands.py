@@ -1,0 +1,210 @@
+"""Commands for data and configurations: init, check, data, config."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from philora.cli.application import (
+    GROUP_DATA,
+    AlphaFlag,
+    BatchSizeFlag,
+    ConfigArgument,
+    DropoutFlag,
+    EpochsFlag,
+    EvalFlag,
+    JsonOption,
+    LearningRateFlag,
+    MaxLengthFlag,
+    ModelFlag,
+    OutFlag,
+    Overrides,
+    QuietFlag,
+    RankFlag,
+    SeedFlag,
+    TargetsFlag,
+    app,
+    err,
+    out,
+    print_json,
+    set_up_logging,
+)
+from philora.cli.settings import flag_overrides
+from philora.errors import ConfigError, fault
+from philora.interface.choices import choose, stem
+from philora.reporting import display
+
+if TYPE_CHECKING:
+    from philora.training.readiness import Preflight
+
+
+@app.command(rich_help_panel=GROUP_DATA, epilog="Example: philora init support.csv --model phi-3-mini")
+def init(
+    data: Annotated[str, typer.Argument(help="File, folder or hub id of conversations.", metavar="DATA")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder, or a name such as phi-3-mini; default: one that fits this machine."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--out", help="YAML file; default: named after the data.")] = None,
+) -> None:
+    """Write a short configuration for DATA, and check it."""
+    set_up_logging("warning")
+    from philora.files.checkpoint import write_text
+
+    file = Path(output) if output else Path(f"{stem(data)}.yaml")
+    if file.exists():
+        expected = "a file that is not there yet"
+        raise ConfigError(fault("init", "out", str(file), expected, "Give another with --out, or remove this one"))
+    with err.status("looking at the data"):
+        from philora.planning.starter import start
+
+        begun = start(data, model)
+    write_text(file, begun.text)
+    out.print(f"{file}: {begun.found}\n", highlight=False, markup=False)
+    out.print(begun.text, highlight=False, markup=False)
+    _check_run(str(file), [], f"philora train {shlex.quote(str(file))}", False, False)
+
+
+@app.command(rich_help_panel=GROUP_DATA, epilog="Example: philora check support.yaml")
+def check(
+    context: typer.Context,
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    model: ModelFlag = None,
+    evaluation: EvalFlag = None,
+    output: OutFlag = None,
+    epochs: EpochsFlag = None,
+    learning_rate: LearningRateFlag = None,
+    batch_size: BatchSizeFlag = None,
+    max_length: MaxLengthFlag = None,
+    seed: SeedFlag = None,
+    rank: RankFlag = None,
+    alpha: AlphaFlag = None,
+    dropout: DropoutFlag = None,
+    target_modules: TargetsFlag = None,
+    quiet: QuietFlag = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at everything a run needs before any weight is loaded: data, labels, targets, memory, time."""
+    set_up_logging("warning")
+    words = [each for each in sys.argv[1:] if each not in ("--json", "--quiet")]
+    command = shlex.join(["philora", *("train" if each == "check" else each for each in words)])
+    _check_run(config, [*(overrides or []), *flag_overrides(context)], command, as_json, quiet)
+
+
+@app.command("data", rich_help_panel=GROUP_DATA, epilog="Example: philora data support.csv")
+def show_data(
+    source: Annotated[
+        str, typer.Argument(help="Data file, folder or hub id; or the YAML file of a run.", metavar="FILE")
+    ],
+    overrides: Overrides = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what data holds: shape, counts, lengths, repeats, odd rows, e-mail addresses, examples with labels."""
+    set_up_logging("error")  # what is found is shown in its place
+    from philora.dataset.describe import describe_data
+
+    found = describe_data(source, overrides or [])
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _show_sources(found.sources)
+    for name, split in found.splits.items():
+        counts = split.counts
+        out.print(f"[bold]{name:<10}[/] {counts.rows:,} rows, {counts.duplicates:,} duplicates", highlight=False)
+        out.print(f"           tokens of {escape(found.tokenizer)}: {split.tokens}", highlight=False)
+        out.print(f"           tokens of answers: {split.answer_tokens}", highlight=False)
+        out.print(f"           turns: {split.turns}", highlight=False)
+        if split.system_turns is not None:
+            text, share = split.system_turns
+            out.print(f"           system turn of {share:.0%}: {escape(text)}", highlight=False)
+    among = "eval are nearly the same as one of train" if "eval" in found.splits else "train are nearly the same"
+    out.print(f"[bold]repeats[/]    {found.near_duplicates:,} rows of {among}", highlight=False)
+    for each in found.findings:
+        out.print(f"[yellow]found[/]      {escape(str(each))}", highlight=False)
+    for notice in found.notices:
+        out.print(f"[yellow]notice[/]     {escape(notice)}")
+    _show_labels(found.examples, "examples")
+
+
+@app.command(
+    "config", rich_help_panel=GROUP_DATA, epilog="Example: philora config support.yaml training_config.max_steps=50"
+)
+def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: JsonOption = False) -> None:
+    """Show the effective configuration and where each value comes from."""
+    from philora.configuration.config import load_config
+    from philora.configuration.writing import explain
+
+    settings, given, _ = choose(config, overrides or [])
+    rows = list(explain(load_config(settings, given)))
+    if as_json:
+        shown = {key: {"value": value, "from": origin} for key, value, origin in rows}
+        print(json.dumps(shown, ensure_ascii=False, indent=2, default=str))
+        return
+    table = Table("setting", "value", "from", box=None)
+    for key, value, origin in rows:
+        table.add_row(key, escape(json.dumps(value, ensure_ascii=False, default=str)), escape(origin))
+    display.print_whole(out, table)
+
+
+def _check_run(config: str, overrides: list[str], command: str, as_json: bool, quiet: bool) -> None:
+    """Show what `check` found, and its verdict with the command that starts the run."""
+    with err.status("checking"):
+        from philora.training.readiness import preflight
+
+        source, given, _ = choose(config, overrides)
+        found = preflight(source, given)
+    if as_json:
+        print_json({**found.to_dict(), "verdict": found.verdict(command)})
+        return
+    if not quiet:
+        _show_preflight(found)
+    verdict = escape(found.verdict(command))
+    out.print(f"[bold {'yellow' if found.problems else 'green'}]{verdict}[/]", highlight=False)
+
+
+def _show_preflight(found: Preflight) -> None:
+    """Show what a run would do, part by part."""
+    out.print(f"[bold]model[/]      {escape(found.model)}")
+    out.print(f"[bold]stops[/]      {escape(', '.join(found.stop_tokens))}   padding {escape(found.padding_token)}")
+    out.print(f"[bold]device[/]     {escape(str(found.hardware))}")
+    table = Table("data", "rows", "tokens", "labels", "longest", "truncated", "dropped", "duplicates", box=None)
+    for name, figures in found.data.items():
+        keys = ("rows", "tokens", "labels", "longest_tokens", "truncated", "dropped", "duplicates")
+        table.add_row(name, *(f"{figures.get(key, 0):,}" for key in keys))
+    display.print_whole(out, table)
+    _show_sources(found.sources)
+    for notice in found.notices:
+        out.print(f"[yellow]notice[/]     {escape(notice)}")
+    _show_labels([found.preview], "one example")
+    out.print(f"\n[bold]what is trained[/]\n{escape(str(found.coverage))}", highlight=False)
+    plan = Table("plan", "", box=None)
+    for name, value in found.plan.rows():
+        plan.add_row(name, escape(value))
+    out.print()
+    display.print_whole(out, plan)
+    out.print()
+
+
+def _show_sources(sources: dict[str, Any]) -> None:
+    """Show which shape each source was read as, how that was recognised, and its first conversations."""
+    for each in (source for some in sources.values() for source in some):
+        out.print(f"[bold]read[/]       {escape(str(each))}", highlight=False)
+        for example in each.examples:
+            out.print(f"           [dim]{escape(example)}[/]", highlight=False)
+
+
+def _show_labels(examples: Sequence[Sequence[tuple[str, bool]]], title: str) -> None:
+    """Show examples with the tokens that the loss is on: coloured, or marked where there is no colour."""
+    marks = display.labelled_text(out, ())[1]
+    out.print(f"\n[bold]{title}; the loss is on {marks}[/]", highlight=False)
+    for example in examples:
+        out.print(display.labelled_text(out, example)[0])

@@ -1,0 +1,56 @@
+"""Commands that look around: doctor, explain."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from philora.cli.application import GROUP_HELP, JsonOption, app, err, out, print_json, set_up_logging
+from philora.reporting import display
+
+
+@app.command(rich_help_panel=GROUP_HELP, epilog="Example: philora doctor")
+def doctor(as_json: JsonOption = False) -> None:
+    """Show what works on this machine: Python, packages, device, compiler, caches, disk, the Hub."""
+    set_up_logging("warning")
+    with err.status("looking"):
+        from philora.cli.doctor import examine
+
+        found = examine()
+    broken = [each.name for each in found if each.status == "fault"]
+    if as_json:
+        print_json({"works": not broken, "findings": [each.to_dict() for each in found]})
+    else:
+        colours = {"ok": "green", "note": "yellow", "fault": "red"}
+        for each in found:
+            todo = f"  {each.todo}" if each.todo else ""
+            line = (
+                f"[{colours[each.status]}]{each.status.ljust(5)}[/] {each.name.ljust(16)} {escape(each.value + todo)}"
+            )
+            out.print(line, highlight=False)
+        out.print(f"\n{'does not work: ' + ', '.join(broken) if broken else 'philora works here'}", highlight=False)
+    if broken:
+        sys.exit(1)
+
+
+@app.command(rich_help_panel=GROUP_HELP, epilog="Example: philora explain")
+def explain(
+    entry: Annotated[str | None, typer.Argument(help="Name after `help: philora explain`; default: list them.")] = None,
+) -> None:
+    """Explain what an error message means and what to do, from the troubleshooting page."""
+    from philora.cli.troubleshooting import entries, entry_named
+
+    if entry is None:
+        table = Table("name", "", box=None)
+        for each in entries():
+            table.add_row(each.name, escape(each.title))
+        display.print_whole(out, table)
+        return
+    found = entry_named(entry)
+    out.print(f"[bold]{escape(found.title)}[/]\n", highlight=False)
+    out.print(escape("\n".join(found.forms)), style="dim", highlight=False)
+    out.print(f"\n{escape(found.text)}", highlight=False)

@@ -1,0 +1,150 @@
+"""Commands that take an adapter elsewhere: merge, export, push."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from philora.cli.application import (
+    FILE_TYPES,
+    FORMATS,
+    GROUP_SHARE,
+    LAYOUTS,
+    AdapterArgument,
+    BaseOption,
+    JsonOption,
+    app,
+    out,
+    plain_values,
+    print_json,
+    set_up_logging,
+)
+from philora.reporting import display
+
+
+@app.command(rich_help_panel=GROUP_SHARE, epilog="Example: philora merge runs/support --out merged")
+def merge(
+    source: AdapterArgument,
+    output: Annotated[str, typer.Option("--out", help="Folder for the merged model.")],
+    base: BaseOption = None,
+    fresh_base: Annotated[
+        bool, typer.Option("--fresh-base", help="After training over a quantised base: merge into its 16-bit weights.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="With --fresh-base: rows for the loss of both bases; default: those that the run held out."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 500MB or 5GB.")] = "2GB",
+    verify: Annotated[bool, typer.Option(help="Compare logits of adapter and merged model.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model folder with the adapter added to the weights, a shard at a time."""
+    set_up_logging("warning")
+    scores = None
+    if data is not None and not fresh_base:
+        from philora.errors import ConfigError, fault
+
+        todo = "philora evaluate RUN --data FILE scores an adapter as it is"
+        raise ConfigError(fault("merge", "data", data, "--fresh-base beside it, whose loss it is for", todo))
+    if fresh_base:
+        from philora.evaluation.fresh_base import merge_into_fresh_base
+
+        result, scores = merge_into_fresh_base(
+            source, output, base=base, data=data, max_shard_size=max_shard_size, verify=verify
+        )
+    else:
+        from philora.exporting.merged_folder import merge_to_folder
+
+        result = merge_to_folder(source, output, base=base, max_shard_size=max_shard_size, verify=verify)
+    if as_json:
+        print_json({**plain_values(result), "loss": plain_values(scores)})
+        return
+    out.print(f"{result.folder}: {result.shards} file(s), {result.bytes / 1e9:.2f} GB", highlight=False)
+    out.print(str(result.agreement) if result.agreement else "not verified", highlight=False)
+    if scores is not None:
+        out.print(f"loss on {scores.rows:,} rows that were not trained on, with the adapter:", highlight=False)
+        for name, each in (("dequantised base", scores.trained_over), ("fresh base (this folder)", scores.fresh)):
+            accuracy = f"token accuracy {100 * each.token_accuracy:.1f}%"
+            out.print(f"  {name:<25} {each.loss:.4f}, {accuracy}", highlight=False)
+
+
+@app.command(
+    rich_help_panel=GROUP_SHARE,
+    epilog="Example: philora export runs/support --format ollama --dtype q8_0 --out support-ollama",
+)
+def export(
+    source: AdapterArgument,
+    output: Annotated[str, typer.Option("--out", help="Folder for the result.")],
+    format: Annotated[
+        str, typer.Option(help="peft, loralib, gguf (llama.cpp) or ollama.", autocompletion=lambda: list(FORMATS))
+    ] = "peft",
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Of peft: server (one rank, one alpha), fused or slices. "
+            "Of gguf and ollama: merged, base+adapter or adapter. Default: the first.",
+            show_default=False,
+            autocompletion=lambda: list(LAYOUTS),
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of gguf and ollama: f16, q8_0 or f32.", autocompletion=lambda: list(FILE_TYPES))
+    ] = "f16",
+    base: BaseOption = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Of a loralib file that has no lora.json beside it.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the adapter in another layout; nothing is written unless it computes the same."""
+    set_up_logging("warning")
+    from philora.exporting.conversion import export as convert
+
+    result = convert(source, output, format=format, layout=layout, dtype=dtype, base=base, lora_alpha=lora_alpha)
+    if as_json:
+        print_json({"format": format, **plain_values(result)})
+        return
+    out.print(f"{result.folder}: {format}, verified", highlight=False)
+    out.print(str(result.agreement), highlight=False)
+    if format in ("gguf", "ollama"):
+        missing = "llama.cpp: not tried, it is not installed (pip install llama-cpp-python builds it)"
+        failed = result.reader_failure and f"unverified by llama.cpp: {result.reader_failure}"
+        out.print(str(result.reader or failed or missing), highlight=False)
+
+
+@app.command(rich_help_panel=GROUP_SHARE, epilog="Example: philora push runs/support OWNER/NAME --dry-run")
+def push(
+    source: AdapterArgument,
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub.", metavar="REPO_ID")],
+    merged: Annotated[bool, typer.Option("--merged", help="Push the whole model, merged and verified.")] = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Remove an adapter where a model is pushed, or a model where an adapter is."),
+    ] = False,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Of a new repository; default: the owner's setting.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; send nothing.")] = False,
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish the adapter, or the merged model, with its card on the Hugging Face Hub."""
+    set_up_logging("warning")
+    from philora.reporting.pushing import push as publish
+
+    result = publish(source, repo_id, merged=merged, replace=replace, private=private, dry_run=dry_run, base=base)
+    if as_json:
+        print_json(plain_values(result))
+        return
+    table = Table("file", "bytes", box=None)
+    for name, size in result.files.items():
+        table.add_row(escape(name), f"{size:,}")
+    display.print_whole(out, table)
+    if result.removed:
+        out.print(escape(f"removed from the repository: {', '.join(result.removed)}"), highlight=False)
+    where = f"would go to {result.repo_id}; nothing was sent" if result.url is None else str(result.url)
+    out.print(where, highlight=False)

@@ -1,0 +1,234 @@
+"""Commands that train and judge: demo, train, evaluate, report, runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from philora.cli.application import (
+    GROUP_RUN,
+    AdapterArgument,
+    AlphaFlag,
+    BaseOption,
+    BatchSizeFlag,
+    ConfigArgument,
+    DropoutFlag,
+    EpochsFlag,
+    EvalFlag,
+    JsonOption,
+    LearningRateFlag,
+    MaxLengthFlag,
+    ModelFlag,
+    OutFlag,
+    Overrides,
+    QuietFlag,
+    RankFlag,
+    SampleOption,
+    SeedFlag,
+    SeedOption,
+    TargetsFlag,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    app,
+    err,
+    out,
+    print_json,
+    set_up_logging,
+)
+from philora.cli.settings import flag_overrides
+from philora.interface.choices import choose
+from philora.reporting import display
+from philora.runtime import process_state, processes
+from philora.runtime.signals import StopOnSignal
+
+
+@app.command(rich_help_panel=GROUP_RUN, epilog="Example: philora demo training_config.max_steps=60")
+def demo(
+    output: Annotated[str, typer.Option("--out", help="Run folder; a number is added when it is taken.")] = "runs/demo",
+    overrides: Overrides = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune the bundled nano model on the bundled help desk, and show that it worked."""
+    from philora.configuration.folders import unused_folder
+
+    folder = unused_folder(Path(output))
+    train_run("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False, as_json)
+
+
+@app.command(rich_help_panel=GROUP_RUN, epilog="Example: philora train support.yaml --learning-rate 1e-4")
+def train(
+    context: typer.Context,
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    model: ModelFlag = None,
+    evaluation: EvalFlag = None,
+    output: OutFlag = None,
+    epochs: EpochsFlag = None,
+    learning_rate: LearningRateFlag = None,
+    batch_size: BatchSizeFlag = None,
+    max_length: MaxLengthFlag = None,
+    seed: SeedFlag = None,
+    rank: RankFlag = None,
+    alpha: AlphaFlag = None,
+    dropout: DropoutFlag = None,
+    target_modules: TargetsFlag = None,
+    resume: Annotated[
+        str, typer.Option("--resume", help="Go on from the newest whole checkpoint: yes, or force (changed settings).")
+    ] = "",
+    quiet: QuietFlag = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune as CONFIG says, or on DATA by settings that fit it, evaluate before and after, write the run folder."""
+    if resume not in ("", "yes", "force"):
+        raise typer.BadParameter(f"{resume!r}: expected --resume or --resume=force")
+    given = [*(overrides or []), *flag_overrides(context)]
+    train_run(config, given, "force" if resume == "force" else bool(resume), as_json, quiet)
+
+
+@app.command("evaluate", rich_help_panel=GROUP_RUN, epilog="Example: philora evaluate runs/support --answers 100")
+def evaluate_adapter(
+    source: AdapterArgument,
+    data: Annotated[str | None, typer.Option(help="Rows to judge by; default: those the run held out.")] = None,
+    base: BaseOption = None,
+    answers: Annotated[int | None, typer.Option(min=0, help="Answers to generate; default: as in the run.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to read at most.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Of rouge,bleu,chrf; default: those that are installed.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Command that reads answers as JSONL and writes scores.")] = None,
+    forgetting: Annotated[bool, typer.Option(help="Score general prompts and plain texts too.")] = True,
+    keep_training_rows: Annotated[
+        bool, typer.Option("--keep-training-rows", help="Score rows of the training set too.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: as in the run.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Answers at a time; default: as in the run.")] = None,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = 0,
+    output: Annotated[str | None, typer.Option("--out", help="Folder; default: evaluation in the run folder.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score base and adapter on the same held-out rows: loss, answers, ROUGE, BLEU, chrF, and what was forgotten."""
+    set_up_logging("warning" if as_json else "info")
+    from philora.evaluation.assessment import evaluate
+    from philora.reporting.progress import evaluation_shown
+
+    changed: dict[str, float | None] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    changed |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    with process_state.quiet_libraries(), evaluation_shown(err):
+        found = evaluate(
+            source,
+            data=data,
+            base=base,
+            generation={"do_sample": sample, "seed": seed} | {k: v for k, v in changed.items() if v is not None},
+            answers=answers,
+            limit=limit,
+            metrics=None if metrics is None else [each.strip() for each in metrics.split(",") if each.strip()],
+            judge=judge,
+            forgetting=forgetting,
+            keep_training_rows=keep_training_rows,
+            out=output,
+            command=shlex.join(["philora", *sys.argv[1:]]),
+        )
+    if as_json:
+        print_json(found.results)
+        return
+    for title, figures in (("held-out data", found.figures), ("general prompts and texts", found.forgetting)):
+        if figures:
+            display.show_figures(out, title, figures)
+    out.print(
+        f"\nresults: {found.folder / 'results.json'}\nby row:  {found.folder / 'examples.jsonl'}", highlight=False
+    )
+
+
+@app.command(rich_help_panel=GROUP_RUN, epilog="Example: philora report runs/first runs/second --open")
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared.", metavar="RUN...")],
+    output: Annotated[
+        str | None, typer.Option("--out", help="File; default: report.html in the run folder, or comparison.html here.")
+    ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write report.html of a run again, or one page about several."""
+    from philora.reporting.report import write_comparison, write_report
+
+    if len(runs) == 1:
+        written = write_report(Path(runs[0]), out=Path(output) if output else None)
+    else:
+        written = write_comparison([Path(each) for each in runs], Path(output or "comparison.html"))
+    if open_it and not webbrowser.open(written.absolute().as_uri()):
+        err.print("[yellow]notice:[/] no browser was found: open the file yourself", highlight=False)
+    if as_json:
+        print_json({"report": str(written)})
+        return
+    out.print(str(written), highlight=False)
+
+
+@app.command("runs", rich_help_panel=GROUP_RUN, epilog="Example: philora runs")
+def show_runs(
+    folder: Annotated[str, typer.Argument(help="Folder that holds runs.", metavar="FOLDER")] = "runs",
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs in FOLDER, the newest first: base, date, held-out loss, matching answers, status."""
+    from philora.reporting.run_list import list_runs
+
+    found = list_runs(Path(folder).expanduser())
+    if as_json:
+        print_json({"runs": [each.to_dict() for each in found]})
+        return
+    table = Table(box=None)
+    for name in ("run", "base", "date", "held-out loss", "exact match", "status"):
+        table.add_column(name, no_wrap=True)
+    for each in found:
+        loss = "" if each.loss is None else f"{each.loss:.4f}"
+        loss = loss if each.loss_before is None else f"{each.loss_before:.4f} → {loss}"
+        matches = "" if each.exact_match is None else f"{100 * each.exact_match:.1f}%"
+        table.add_row(
+            escape(each.name), escape(each.base), each.date[:16].replace("T", " "), loss, matches, each.status
+        )
+    if not found:
+        out.print(f"no runs in {folder}", highlight=False)
+        return
+    display.print_whole(out, table)
+
+
+def train_run(source: str, overrides: list[str], resume: bool | str, as_json: bool, quiet: bool = False) -> None:
+    """Train as a configuration or data says, and show how it goes."""
+    from philora.configuration.config import load_config
+
+    set_up_logging("info")
+    settings, given, said = processes.on_main(lambda: choose(source, overrides, resume))
+    config = load_config(settings, given)
+    set_up_logging("warning" if quiet else str(config.training_config.get("log_level", "info")))
+    for each in said:
+        logging.getLogger("philora.run").info("%s", each)
+    command = shlex.join(processes.command(sys.argv[1:]))
+    if source == "demo":
+        command = shlex.join(processes.command(["train", "demo", *overrides]))  # in the folder that `demo` found
+    with (
+        StopOnSignal("while loading", command),
+        err.status("loading") if processes.is_main() else contextlib.nullcontext(),
+    ):
+        from philora.reporting.progress import ProgressBar
+        from philora.training.run import train as run_training
+    if not as_json:
+        run_training(config, resume=resume, command=command, quiet=quiet)
+        return
+    bar = ProgressBar(err)
+    try:
+        result = run_training(config, resume=resume, callbacks=[bar], command=command, quiet=True)
+    finally:
+        bar.close()
+    if processes.is_main():
+        print_json({"folder": str(result.folder), "adapter": str(result.adapter), **result.results})

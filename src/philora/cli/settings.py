@@ -1,0 +1,25 @@
+"""Turn options of a command that are settings into overrides of the configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from philora.interface.choices import SETTINGS
+
+
+def flag_overrides(context: typer.Context) -> list[str]:
+    """Return the options that are settings, as overrides."""
+    given = []
+    for name, key in SETTINGS.items():
+        value = context.params[name]
+        if value is None:
+            continue
+        if name == "target_modules" and "," in value:
+            value = json.dumps([each.strip() for each in value.split(",")])
+        elif name in ("model", "output") or (name == "evaluation" and Path(value).expanduser().exists()):
+            value = json.dumps(value, ensure_ascii=False)  # text, whatever YAML would read in it
+        given.append(f"{key}={value}")
+    return given

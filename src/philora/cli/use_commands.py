@@ -1,0 +1,280 @@
+"""Commands that answer: generate, chat, serve."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from philora.cli.application import (
+    GROUP_USE,
+    AdapterArgument,
+    BaseOption,
+    ControlTokensOption,
+    HostOption,
+    KeyOption,
+    PortOption,
+    SampleOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    app,
+    err,
+    out,
+    quiet_transformers,
+    set_up_logging,
+)
+from philora.errors import ConfigError, fault
+
+if TYPE_CHECKING:
+    from philora.generation.batches import GenerationSettings
+    from philora.generation.conversation import AdapterPool
+
+PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+PRODUCTS_KEPT = 256
+"""A server's prompts have every length, and oneDNN and PyTorch keep compiled code for each: 1,024 by default."""
+
+
+@app.command(
+    "generate", rich_help_panel=GROUP_USE, epilog='Example: philora generate runs/support --prompt "Where is my order?"'
+)
+def generate_answers(
+    source: AdapterArgument,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="JSONL, JSON, CSV or Parquet of conversations, or a .txt of prompts; -: lines of standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A prompt; may be given again.", show_default=False)
+    ] = None,
+    output: Annotated[str | None, typer.Option("--out", help="JSONL file; default: standard output.")] = None,
+    base: BaseOption = None,
+    adapter: Annotated[bool, typer.Option(help="With the adapter, or the base alone.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Answers at a time.")] = 16,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = 0,
+    control_tokens: ControlTokensOption = False,
+) -> None:
+    """Answer prompts in batches, as JSONL."""
+    set_up_logging("warning")
+    if (prompts is None) == (not prompt):
+        given = "nothing" if prompts is None else "both"
+        raise ConfigError(fault("generate", "prompts", given, "--prompts FILE, --prompts - or --prompt TEXT"))
+    from philora.generation.batches import GenerationSettings
+    from philora.generation.inference import answer_file, prompts_of_lines
+    from philora.reporting.progress import evaluation_shown
+
+    asked: Any = prompts if prompts is not None else [[{"role": "user", "content": each}] for each in prompt or ()]
+    if prompts == "-":
+        asked = prompts_of_lines(sys.stdin.buffer.read(), "standard input")
+    settings = GenerationSettings(
+        max_new_tokens,
+        batch_size,
+        sample,
+        temperature,
+        top_p,
+        top_k,
+        seed,
+        stop_strings=tuple(stop or ()),
+        control_tokens=control_tokens,
+    )
+    with evaluation_shown(err):
+        lines = answer_file(source, asked, settings, base=base, adapter=adapter, out=output)
+    if output is None:
+        sys.stdout.write(lines)
+    else:
+        out.print(f"{output}: {lines.count(chr(10))} answers", highlight=False)
+
+
+@app.command(rich_help_panel=GROUP_USE, epilog="Example: philora chat runs/support --web")
+def chat(
+    source: AdapterArgument,
+    base: BaseOption = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="System prompt; default: that of nearly all training data; -: none."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Of sampling, in (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Of sampling, at least 1.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of sampling; default: another each time.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; may be repeated.")] = None,
+    web: Annotated[bool, typer.Option("--web", help="A page in the browser: base and adapter side by side.")] = False,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8080,
+    key: KeyOption = None,
+    votes: Annotated[
+        str | None, typer.Option("--votes", help="File of the page's votes; default: preferences.jsonl in the run.")
+    ] = None,
+    control_tokens: ControlTokensOption = False,
+) -> None:
+    """Talk to an adapter, here or in the browser beside its base."""
+    set_up_logging("warning")
+    if web:
+        terminal_only = {"system": system, "temperature": temperature, "top-p": top_p, "top-k": top_k, "seed": seed}
+        for option, value in {**terminal_only, "stop": stop}.items():
+            if value:
+                todo = "Leave it out: the page has fields of its own"
+                raise ConfigError(fault("chat", f"--{option}", value, "no such option with --web", todo))
+        file = Path(votes) if votes else votes_folder(source) / "preferences.jsonl"
+        _serve([source], base, host, port, key, 32, max_new_tokens, file, control_tokens)
+        return
+    with err.status("loading"):
+        from philora.generation.conversation import chat_settings, load_pool, name_of
+
+        quiet_transformers()
+        settings = chat_settings(max_new_tokens, temperature, top_p, top_k, _seed_or_random(seed), stop or ())
+        name = name_of(source)
+    pool = load_pool({name: source}, base)  # on a terminal the bars of transformers and the Hub show how far it is
+    pool.control_tokens = control_tokens
+    _talk(pool, settings, name, system)
+
+
+@app.command(rich_help_panel=GROUP_USE, epilog="Example: philora serve support=runs/support --port 8000")
+def serve(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Adapters of one base, with names if you like.", metavar="[NAME=]RUN_OR_ADAPTER..."),
+    ],
+    base: BaseOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    key: KeyOption = None,
+    max_requests: Annotated[
+        int, typer.Option("--max-requests", min=1, help="Answers being made or waiting; more are refused with 429.")
+    ] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest answer where a request does not say.")
+    ] = 512,
+    control_tokens: ControlTokensOption = False,
+) -> None:
+    """Answer OpenAI's clients: the base and each adapter is a model of its own."""
+    set_up_logging("warning")
+    _serve(sources, base, host, port, key, max_requests, max_new_tokens, None, control_tokens)
+
+
+def votes_folder(source: str) -> Path:
+    """Return where votes go by default: the run folder, also where its adapter or a checkpoint was named."""
+    from philora.models.run_folder import run_of
+
+    folder = Path(source).expanduser()
+    return run_of(folder) or (folder if folder.is_dir() else Path())
+
+
+def _seed_or_random(given: int | None) -> int:
+    """Return a seed: the one that was given, or a random one."""
+    import secrets
+
+    return secrets.randbits(31) if given is None else given
+
+
+def _serve(
+    sources: list[str],
+    base: str | None,
+    host: str,
+    port: int,
+    key: str | None,
+    max_requests: int,
+    max_new_tokens: int,
+    votes: Path | None,
+    control_tokens: bool,
+) -> None:
+    """Load the adapters and serve them until a signal; with `votes`, the page too."""
+    for name in PRODUCT_CACHES:
+        os.environ.setdefault(name, str(PRODUCTS_KEPT))
+    with err.status("loading"):
+        try:
+            import uvicorn  # noqa: F401
+        except ModuleNotFoundError as error:
+            todo = "Install them: pip install 'philora[serve]'"
+            raise ConfigError(fault("philora", "serve", error.name, "uvicorn and starlette", todo)) from error
+        from philora.serving import app as serving
+        from philora.serving import connections
+        from philora.serving import votes as vote_files
+        from philora.serving.questions import held_out_questions
+        from philora.serving.scheduler import Scheduler
+
+        connections.check_key(host, key)
+        if votes is not None:
+            vote_files.check_votes(votes)
+        bound = connections.listen(host, port)
+        from philora.generation.conversation import chat_settings, load_named
+
+        quiet_transformers()
+    pool = load_named(sources, base)
+    pool.control_tokens = control_tokens
+    defaults = chat_settings(max_new_tokens)
+    scheduler = Scheduler(pool, limit=max_requests)
+    app = serving.build_app(
+        pool,
+        defaults=defaults,
+        scheduler=scheduler,
+        key=key,
+        hosts=connections.hosts_of(host),
+        votes=votes,
+        questions=held_out_questions(sources[0]) if votes is not None else (),
+    )
+    address = connections.address_of(bound)
+    if votes is not None:
+        out.print(f"page:   {address}/{f'#key={key}' if key else ''}", highlight=False)
+        out.print(f"votes:  {votes}", highlight=False)
+    out.print(f"models: {', '.join((*pool.adapters, pool.base))}", highlight=False)
+    for adapter, trained in pool.systems.items():
+        out.print(f"{adapter}: {trained}, where a request has none of its own", highlight=False)
+    out.print(f"API:    {address}/v1\nCtrl-C ends it", highlight=False)
+    with contextlib.suppress(KeyboardInterrupt):  # as it was told to end; uvicorn raises it again when it has ended
+        connections.run(app, scheduler, bound)
+
+
+def _talk(pool: AdapterPool, settings: GenerationSettings, name: str, system: str | None) -> None:
+    """Hold a conversation on the terminal, or over a pipe."""
+    from philora.generation.conversation import Conversation
+    from philora.serving import terminal as terminals
+
+    interactive = sys.stdin.isatty()
+    if interactive:
+        terminals.complete_commands()
+        err.print(f"[dim]{escape(name)} on {escape(pool.base)}; /help lists the commands[/]", highlight=False)
+    trained = pool.systems.get(name)
+    if system is None and trained is not None:
+        system = trained.text
+        err.print(f"[dim]{escape(str(trained))} (/system - removes it)[/]", highlight=False)
+
+    def read() -> str:
+        if interactive:
+            return input("> ")
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def note(text: str) -> None:
+        err.print(f"[dim]{escape(text)}[/]", highlight=False)
+
+    wrapped = terminals.WordWrap(write, lambda: shutil.get_terminal_size().columns) if sys.stdout.isatty() else write
+    guard = terminals.typing_ignored if interactive else contextlib.nullcontext
+    conversation = Conversation(pool, settings, name, None if system == "-" else system)
+    terminal = terminals.Terminal(conversation, read, wrapped, note, guard)
+    terminal.run()
+    if terminal.refused and not interactive:
+        sys.exit(2)

@@ -1,0 +1,193 @@
+"""What a run folder says of its run, read for the report.
+
+A file that a run has not written yet counts as empty, so that a run that was stopped or still runs can be shown too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from philora.errors import DataError, fault
+from philora.evaluation.measures import Paired
+from philora.reporting.formatting import mapping, real
+from philora.reporting.run_list import status_of
+
+Point = tuple[float, float]
+
+ANSWERS_NAME = "answers.jsonl"
+"""Every held-out question of a run with both answers, one JSON object a line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        folder: The run folder.
+        config: The text of `config.yaml`; empty when there is none.
+        metrics: The entries of `metrics.jsonl` in order of their step.
+        results: `results.json`; empty for a run that has not ended.
+        evaluation: `evaluation/results.json`, of `philora evaluate`; empty where it has not been called.
+        state: `trainer_state.json`; empty for a run that has not ended.
+        answers: Held-out questions with the answers of base and adapter, of the newest evaluation that has any.
+        status: `done`, `running`, or `stopped after step N`.
+    """
+
+    folder: Path
+    config: str
+    metrics: list[dict[str, Any]]
+    results: dict[str, Any]
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    status: str = "done"
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    def series(self, key: str) -> list[Point]:
+        """Return (step, value) of every entry that holds a finite number under `key`; of equal steps the last one."""
+        points = {}
+        for entry in self.metrics:
+            value = real(entry.get(key))
+            if value is not None:
+                points[float(entry["step"])] = value
+        return sorted(points.items())
+
+    def not_finite(self, key: str) -> list[int]:
+        """Return the steps at which a value was logged that is no finite number: the mark of a run that diverged."""
+        return [int(entry["step"]) for entry in self.metrics if entry.get(key) is not None and real(entry[key]) is None]
+
+    def held_out_losses(self) -> list[Point]:
+        """Return the held-out loss by step, from step 0 on where it is known what the run began with."""
+        points = self.series("eval_loss")
+        begins_with = mapping(self.results.get("start") or self.results.get("before"))
+        first = real(begins_with.get("loss"))
+        return points if first is None or not self.metrics else [(0.0, first), *(each for each in points if each[0])]
+
+    def last_step(self) -> float:
+        """Return the last step that was logged; 0 before the first one."""
+        return max((float(entry["step"]) for entry in self.metrics), default=0.0)
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return the configuration as values; empty where it cannot be read."""
+        try:
+            return mapping(yaml.safe_load(self.config))
+        except yaml.YAMLError:
+            return {}
+
+    def kept_step(self) -> tuple[int, str] | None:
+        """Return the step whose weights are the result, and whether it is the `best` or the `last`."""
+        training = mapping(self.settings().get("training_config"))
+        best, last = (real(self.state.get(key)) for key in ("best_global_step", "global_step"))
+        if training.get("load_best_model_at_end") and best:
+            return int(best), "best"
+        return (int(last), "last") if last else None
+
+    def figures(self) -> list[Paired]:
+        """Return the newest figures with intervals: those of `philora evaluate` where it has been called."""
+        return paired_figures(self.evaluation.get("comparison")) or paired_figures(self.results.get("comparison"))
+
+
+def read_run(folder: Path) -> Run:
+    """Read what a run folder holds.
+
+    Raises:
+        DataError: The folder holds no run, or a file is not what philora wrote.
+    """
+    names = ("config.yaml", "metrics.jsonl", "results.json")
+    if not any((folder / name).is_file() for name in names):
+        expected = f"a run folder, with {', '.join(names)}"
+        raise DataError(fault("report", "run", str(folder), expected, "Give the folder that `philora train` wrote"))
+    metrics = [entry for entry in _json_lines(folder / "metrics.jsonl") if real(entry.get("step")) is not None]
+    results = _json_object(folder / "results.json")
+    evaluation = _of_the_run(_json_object(folder / "evaluation" / "results.json"))
+    return Run(
+        folder,
+        _text(folder / "config.yaml"),
+        sorted(metrics, key=lambda entry: float(entry["step"])),
+        results,
+        evaluation,
+        _json_object(folder / "trainer_state.json"),
+        (_evaluated_answers(folder) if evaluation else [])
+        or _json_lines(folder / ANSWERS_NAME)
+        or [mapping_of for mapping_of in results.get("samples") or [] if isinstance(mapping_of, dict)],
+        "done" if results else status_of(folder),
+    )
+
+
+def paired_figures(entries: Any) -> list[Paired]:
+    """Return figures with intervals, as `results.json` holds them; entries that are not whole are left out."""
+    found = []
+    for entry in entries or []:
+        try:
+            found.append(Paired.from_dict(entry))
+        except (TypeError, AttributeError):
+            continue
+    return found
+
+
+def _evaluated_answers(folder: Path) -> list[dict[str, Any]]:
+    """Return the answers of `philora evaluate`, in the form of a run's own."""
+    found = []
+    for entry in _json_lines(folder / "evaluation" / "examples.jsonl"):
+        base, adapter = mapping(entry.get("base")), mapping(entry.get("adapter"))
+        if "prompt" in entry and "answer" in adapter:
+            found.append(
+                {
+                    "prompt": entry["prompt"],
+                    "reference": entry.get("reference"),
+                    "base": base.get("answer"),
+                    "adapter": adapter["answer"],
+                    "base_matched": bool(base.get("exact_match")),
+                    "adapter_matched": bool(adapter.get("exact_match")),
+                }
+            )
+    return found
+
+
+def _of_the_run(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation of the run's adapter; one of a checkpoint, which older releases kept here, is left out."""
+    adapter = str(evaluation.get("adapter") or evaluation.get("source") or "")
+    return {} if re.fullmatch(r"checkpoint-\d+", re.split(r"[/\\]", adapter.rstrip("/\\"))[-1]) else evaluation
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_text(path) or "{}")
+    except json.JSONDecodeError as error:
+        content = str(error)
+    if not isinstance(content, dict):
+        raise DataError(fault(str(path), "content", content, "a JSON object as philora writes it"))
+    return content
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, without a line that a crash has torn."""
+    found = []
+    for line in _text(path).splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found
+
+
+def last_point(points: Sequence[Point]) -> float | None:
+    """Return the last value of a series; None of an empty one."""
+    return points[-1][1] if points else None

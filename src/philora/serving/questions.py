@@ -1,0 +1,46 @@
+"""Held-out questions of a run, which the page offers as a beginning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from philora.models.run_folder import HELD_OUT_NAME, run_of
+
+LONGEST_CHARACTERS = 160
+
+
+def held_out_questions(source: str, most: int = 6) -> list[str]:
+    """Return questions that the run of an adapter was not trained on.
+
+    Args:
+        source: Run folder, or an adapter or checkpoint in one.
+        most: How many.
+
+    Returns:
+        The first short ones that begin a conversation, each once; none where the run keeps no held-out rows.
+    """
+    folder = run_of(Path(source).expanduser())
+    file = folder / HELD_OUT_NAME if folder is not None else None
+    found: dict[str, None] = {}
+    if file is None or not file.is_file():
+        return []
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            text = _first_question(line)
+            if text and len(text) <= LONGEST_CHARACTERS:
+                found.setdefault(text)
+            if len(found) == most:
+                break
+    return list(found)
+
+
+def _first_question(line: str) -> str:
+    """Return the question that a row begins with; empty where it has none, or was trained on."""
+    try:
+        row = json.loads(line)
+        turns = [message for message in row["messages"] if message["role"] != "system"]
+        asked = turns[0]["content"] if turns and turns[0]["role"] == "user" and not row.get("in_training") else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return asked.strip() if isinstance(asked, str) else ""
