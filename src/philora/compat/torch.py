@@ -24,7 +24,7 @@ PRIVATE = (
     PrivateName("torch.Tensor._version", "a tensor that was written to since is not used again", "none"),
     PrivateName("torch.Tensor._backward_hooks", _HOOKS, "hooks can be added in public, not listed"),
     PrivateName("torch.Tensor._is_zerotensor", "the functions in C need real memory", "none"),
-    PrivateName("torch.optim.AdamW._step_supports_amp_scaling", "a step is skipped on the device", "GradScaler's own"),
+    PrivateName("torch.optim.Adam._step_supports_amp_scaling", "a step is skipped on the device", "GradScaler's own"),
     PrivateName("torch._C._is_tracing", "the fused function is not traced", "torch.jit.is_tracing costs a call more"),
     PrivateName("torch._C._are_functorch_transforms_active", "falls back under torch.func", "none"),
     PrivateName("torch._C._len_torch_dispatch_stack", "falls back under dispatch modes", "none"),

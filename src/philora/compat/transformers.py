@@ -56,7 +56,6 @@ PRIVATE = (
         "which attention runs",
         "set_attn_implementation sets it; nothing public returns it",
     ),
-    PrivateName("transformers.PreTrainedConfig._commit_hash", "records the revision", "nothing else has it"),
     PrivateName(
         "transformers.PreTrainedModel._keep_in_fp32_modules", "which weights stay fp32", "no public list of them"
     ),

@@ -69,7 +69,7 @@ PRIVATE = (
     PrivateName("trl.SFTTrainer._skip_prepare_dataset", "whether rows are tokenised", "dataset_kwargs has it raw"),
     PrivateName("trl.trainer.utils.FusedCausalLMOutput", "the output of the fused loss", "TRL does not export it"),
     PrivateName("trl.trainer.utils.maybe_gather_lm_head_ctx", "the head under ZeRO-3", "TRL does not export it"),
-    PrivateName("trl.trainer.sft_trainer.is_wandb_available", "wandb is imported when it is used", "TRL has no switch"),
+    PrivateName("trl.trainer.base_trainer.is_wandb_available", "wandb is imported when used", "TRL has no switch"),
 )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from huggingface_hub import try_to_load_from_cache
 
 from philora.configuration.config import load_config
 from philora.configuration.sections import Config
@@ -298,6 +298,8 @@ def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) ->
     differences: list[tuple[str, Any, Any]] = []
     for section in ("model", "adapter", "data", "processes"):
         differences += _differences(continued.facts.get(section), facts.get(section), section)
+    # A record without a commit was written where none was known.
+    differences = [found for found in differences if found[0].rpartition(".")[2] != "commit" or found[1] is not None]
     _refuse(str(folder), differences, continued.forced)
     for key, then, now in _differences(continued.facts.get("computes"), facts["computes"], "computes"):
         logger.warning("%s was %s and is %s: the run goes on, but not bit for bit.", key, then, now)
@@ -330,7 +332,7 @@ def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, An
 # ------------------------------------------------------------------------------------------------- facts
 
 
-def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData) -> dict[str, Any]:
+def facts_of(config: Config, data: PreparedData) -> dict[str, Any]:
     """Return what a run is started with, in a form that is compared when it resumes.
 
     Cost:
@@ -339,8 +341,8 @@ def facts_of(config: Config, model_config: PretrainedConfig, data: PreparedData)
     report = data.report.to_dict()
     return {
         "format": 1,
-        "model": _files(models.local_path(config.model.name_or_path), getattr(model_config, "_commit_hash", None)),
-        "adapter": None if config.model.adapter is None else _files(_adapter_place(config.model.adapter), None),
+        "model": _files(models.local_path(config.model.name_or_path), config.model.revision, "config.json"),
+        "adapter": None if config.model.adapter is None else _adapter_files(config.model.adapter),
         "data": {
             "fingerprint": data.fingerprint,
             "rows": {name: report[name]["rows"] for name in ("train", "eval") if report.get(name)},
@@ -356,16 +358,24 @@ def _computes() -> dict[str, Any]:
     return {"torch": torch.__version__, "between the products": native.describe()}
 
 
-def _adapter_place(adapter: str) -> str:
-    """Return the adapter's own folder where it was named by its run; the id of one on the Hub."""
-    return str(find_adapter(adapter).path) if Path(adapter).expanduser().is_dir() else adapter
+def _adapter_files(adapter: str) -> dict[str, Any]:
+    """Return digests of an adapter's files; it may be named by its run. Of one on the Hub return the commit."""
+    folder = str(find_adapter(adapter).path) if Path(adapter).expanduser().is_dir() else adapter
+    return _files(folder, None, "adapter_config.json")
 
 
-def _files(place: str, commit: str | None) -> dict[str, Any]:
-    """Return digests of a model's or adapter's files by name; of something on the Hub its commit."""
-    folder = Path(place).expanduser()
+def _files(name: str, revision: str | None, file: str) -> dict[str, Any]:
+    """Return digests of the files in a folder by name; of an id on the Hub the commit in the Hub's cache.
+
+    Args:
+        name: The folder or the id.
+        revision: Of the id.
+        file: A file that was loaded from there.
+    """
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        return {"id": place, "commit": commit}
+        cached = try_to_load_from_cache(name, file, revision=revision)
+        return {"id": name, "commit": Path(cached).parent.name if isinstance(cached, str) else None}
     kinds = (".safetensors", ".bin", ".json", ".model", ".jinja")
     return {path.name: _sampled(path) for path in sorted(folder.iterdir()) if path.suffix in kinds and path.is_file()}
 

@@ -148,7 +148,7 @@ def _train(
         _check_targets(config, skeleton)
         max_length = models.max_length_of(config, skeleton.config)
         prepared = _prepare(config, tokenizer, skeleton, max_length, continued)
-        facts = processes.on_main(lambda: resuming.facts_of(config, skeleton.config, prepared))
+        facts = processes.on_main(lambda: resuming.facts_of(config, prepared))
         chosen: Mapping[str, Any] = {}
         if continued is not None:
             processes.on_main(lambda: resuming.check_facts(continued, facts, folder))
