@@ -19,7 +19,7 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 def to_messages(example: dict) -> dict:
-    # Mended: messages, which TRL puts into Phi's own markup with <|end|> behind each turn. The sample joins the turns
+    # Fixed: messages, which TRL puts into Phi's own markup with <|end|> behind each turn. The sample joins the turns
     # by the words "user" and "assistant", a format that nobody asks the model in.
     turns = example["conversations"]
     return {"messages": [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]}
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         local_path(options.model), dtype=torch.float16 if half else torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(local_path(options.model))
-    # Mended: padding that is no end token. Phi-3's tokenizer pads with <|endoftext|>, which tools then mask out.
+    # Fixed: padding that is no end token. Phi-3's tokenizer pads with <|endoftext|>, which tools then mask out.
     tokenizer.pad_token = tokenizer.unk_token
 
     rows = (
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     rows = rows.select(range(min(options.limit or len(rows), len(rows))))
     rows = rows.map(to_messages, remove_columns=rows.column_names)
-    # Mended: 5% are held out; the sample evaluates every few steps and has nothing to evaluate on.
+    # Fixed: 5% are held out; the sample evaluates every few steps and has nothing to evaluate on.
     splits = rows.train_test_split(test_size=0.05, seed=2024)
 
     args = SFTConfig(
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         save_strategy="epoch",
         logging_steps=10,
         max_length=128,  # as published: longer conversations are cut there
-        assistant_only_loss=True,  # Mended: the sample spends its loss on the user's words too
+        assistant_only_loss=True,  # Fixed: the sample spends its loss on the user's words too
         report_to="none",
     )
     trainer = SFTTrainer(
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=splits["train"],
         eval_dataset=splits["test"],
         processing_class=tokenizer,
-        # Mended: LoRA, in float32 beside the weights. The sample trains all 3.8 billion weights, and those are float16,
+        # Fixed: LoRA, in float32 beside the weights. The sample trains all 3.8 billion weights, and those are float16,
         # whose gradients torch's loss scaler refuses.
         peft_config=LoraConfig(
             r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"

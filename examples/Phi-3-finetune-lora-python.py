@@ -39,7 +39,7 @@ LORA = {
     "r": 16,
     "lora_alpha": 16,
     "lora_dropout": 0.05,
-    # Mended by philora: Phi-3 has only the fused qkv_proj and gate_up_proj, and PEFT silently adapts the two of these
+    # Fixed by philora: Phi-3 has only the fused qkv_proj and gate_up_proj, and PEFT silently adapts the two of these
     # names that it finds, 8,912,896 parameters. Here all seven train, as slices: 29,884,416.
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("WANDB_PROJECT", "Phi3-mini-ft-python-code")
     look_for_needs(options.push)
 
-    # 1. Train. Mended by philora's defaults: the loss is on the assistant's answers, not on the user's words.
+    # 1. Train. Fixed by philora's defaults: the loss is on the assistant's answers, not on the user's words.
     train, test = split(options.data, out / "data", options.limit)
     model, arithmetic = precision()
     run = philora.train(

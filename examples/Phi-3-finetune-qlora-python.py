@@ -41,7 +41,7 @@ LORA = {
     "r": 16,
     "lora_alpha": 16,
     "lora_dropout": 0.05,
-    # Mended by philora: slices of Phi-3's fused modules, of which PEFT alone would find two; see the LoRA sample.
+    # Fixed by philora: slices of Phi-3's fused modules, of which PEFT alone would find two; see the LoRA sample.
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 

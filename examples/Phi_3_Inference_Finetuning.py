@@ -40,7 +40,7 @@ TRAINING = {
 
 def answer(model_id: str, quantization: str, max_new_tokens: int | None) -> list[str]:
     """Load the model, print its answers and give them back."""
-    # Mended: no trust_remote_code. The code in the model's repository breaks generation on today's transformers.
+    # Fixed: no trust_remote_code. The code in the model's repository breaks generation on today's transformers.
     config = ModelConfig(
         name_or_path=model_id,
         quantization=quantization,
@@ -51,7 +51,7 @@ def answer(model_id: str, quantization: str, max_new_tokens: int | None) -> list
     print(f"\n{model_id}, quantization {quantization}: {model.get_memory_footprint() / 1e6:,.1f} MB")
     answers = []
     for question, limit in QUESTIONS:
-        # Mended: a chat message instead of bare text. The model was made for its own markup, which generate() adds.
+        # Fixed: a chat message instead of bare text. The model was made for its own markup, which generate() adds.
         chat = [{"role": "user", "content": question}]
         settings = GenerationSettings(do_sample=True, seed=2024, max_new_tokens=min(limit, max_new_tokens or limit))
         answers.append(generate(model, tokenizer, [chat], settings)[0].text)
@@ -64,13 +64,13 @@ def fine_tune(options: argparse.Namespace) -> philora.Run:
     return philora.train(
         {
             "model": {"name_or_path": options.model},
-            # Mended: 5% are held out; the sample evaluates every few steps and has nothing to evaluate on.
-            # Mended: the chat template with <|end|>, the loss on the answers only, and padding that is no end token
+            # Fixed: 5% are held out; the sample evaluates every few steps and has nothing to evaluate on.
+            # Fixed: the chat template with <|end|>, the loss on the answers only, and padding that is no end token
             # are philora's defaults. The sample writes "user" and "assistant" as plain text, appends the number of
             # the end token as digits, and pads with the end token, so that the model never learns to stop.
             "data": {"train": {"path": options.data, "limit": options.limit}, "eval": 0.05},
             "training_config": TRAINING | {"output_dir": options.out, "max_steps": options.max_steps},
-            # Mended: LoRA. The sample trains all 3.8 billion weights, which takes several times the memory.
+            # Fixed: LoRA. The sample trains all 3.8 billion weights, which takes several times the memory.
             "peft_config": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"},
         }
     )

@@ -24,7 +24,7 @@ def look_for_needs(push: str | None) -> None:
 def split(source: str, folder: Path, limit: int | None) -> tuple[Path, Path]:
     """Write train.jsonl and test.jsonl: 5% are held out with seed 1234.
 
-    Mended: the split is made once and kept in files. The QLoRA sample splits a second time without a seed, and then
+    Fixed: the split is made once and kept in files. The QLoRA sample splits a second time without a seed, and then
     tests on rows that it has trained on.
     """
     rows = (
@@ -60,6 +60,6 @@ def rouge_of(model_folder: Path, test: Path, count: int, max_new_tokens: int, ba
 def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
     """ROUGE-1, -2, -L and -Lsum: the mean F-measure of each over the answers, in percent.
 
-    Mended: the QLoRA sample averages low, mid and high of precision, recall and F all together.
+    Fixed: the QLoRA sample averages low, mid and high of precision, recall and F all together.
     """
     return {each.title: each.figure(sums.sum(axis=0)) for each, sums in overlap(["rouge"], answers, references)}

@@ -77,13 +77,13 @@ def main(arguments: list[str] | None = None) -> None:
             "num_train_epochs": options.epochs,
             "learning_rate": options.rate,
         },
-        # Mended: the loss is on the assistant's turns; the sample spends it on the user's words too.
+        # Fixed: the loss is on the assistant's turns; the sample spends it on the user's words too.
         assistant_only_loss=True,
     )
     peft_conf = LoraConfig(**peft_config)
 
     checkpoint_path = local_path(options.model)
-    # Mended: no trust_remote_code, which breaks generation on today's transformers and is not needed.
+    # Fixed: no trust_remote_code, which breaks generation on today's transformers and is not needed.
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint_path,
         use_cache=False,
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset, test_dataset = splits["train"], splits["test"]
     else:
         train_dataset, test_dataset = load_dataset(options.data, split=["train_sft", "test_sft"])
-    # Mended: the conversations themselves. The sample renders them to text, which no longer says whose words are whose.
+    # Fixed: the conversations themselves. The sample renders them to text, which no longer says whose words are whose.
     train_dataset, test_dataset = (
         each.select_columns("messages").select(range(min(options.limit or len(each), len(each))))
         for each in (train_dataset, test_dataset)

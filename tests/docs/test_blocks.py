@@ -39,7 +39,7 @@ SHORT = {"max_steps": 2, "save_steps": 1, "eval_strategy": "no", "max_length": 1
 # Blocks that are not run, by page. One more is a decision: say in its mark what keeps it from running.
 NOT_RUN = {
     "CONTRIBUTING.md": 1,
-    "README.md": 2,
+    "README.md": 1,
     "benchmarks/README.md": 1,
     "docs/chat.md": 1,
     "docs/evaluation.md": 4,
@@ -260,7 +260,15 @@ def after_a_run(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    ["docs/reliability.md", "docs/chat.md", "docs/evaluation.md", "docs/hub.md", "docs/formats.md", "docs/serving.md"],
+    [
+        "docs/reliability.md",
+        "docs/chat.md",
+        "docs/evaluation.md",
+        "docs/hub.md",
+        "docs/formats.md",
+        "docs/serving.md",
+        "docs/python.md",
+    ],
 )
 def test_the_blocks_after_a_run_work(page, cli, after_a_run, monkeypatch, tmp_path):
     shutil.copytree(after_a_run, tmp_path / "here")

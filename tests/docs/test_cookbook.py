@@ -24,6 +24,9 @@ EXPECTED = {
         ["And on Saturday?", "From nine to two."],
     ],
     "slack": [["How do I reset the VPN?", "Sign out, then in again."]],
+    "chatgpt": [["How do I clean suede?", "With a brush, dry."]],
+    "mail": [["Where is my invoice?", "It is in your account."]],
+    "clean": [["I am [e-mail], call [phone].", "Thank you! I have written to [e-mail]."]],
 }
 
 
@@ -50,5 +53,5 @@ def test_a_recipe(kitchen, name):
     made = prepare(data, tokenizer, max_length=512, seed=0, stop_token_ids=stops)
     found = [[(each["role"], each["content"]) for each in talk] for talk in made.train_conversations]
     assert found == [[("user", asked), ("assistant", answered)] for asked, answered in EXPECTED[name]]
-    assert made.report.sources["train"][0].format == "turns"
+    assert made.report.sources["train"][0].format == ("messages" if name == "chatgpt" else "turns")
     assert not made.report.notices
