@@ -112,7 +112,7 @@ def test_lora_needs_torch_only():
 def test_only_the_command_line_prints_or_exits():
     wrong = []
     for path in ROOT.rglob("*.py"):
-        if path == ROOT / "cli" / "commands.py":
+        if path.parent == ROOT / "cli":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit", "exit"):
@@ -124,7 +124,7 @@ def test_only_the_command_line_and_the_display_have_a_terminal():
     """A console, or a write to a standard stream, anywhere else would be a second way in which things are shown."""
     wrong = []
     for path in ROOT.rglob("*.py"):
-        if path in (ROOT / "cli" / "commands.py", ROOT / "reporting" / "display.py"):
+        if path.parent == ROOT / "cli" or path == ROOT / "reporting" / "display.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

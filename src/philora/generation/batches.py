@@ -307,7 +307,7 @@ def _answer_in_rows(
     earlier: int,
     total: int,
 ) -> dict[int, Answer]:
-    """Return the answers of a group by `decoding.Decoder`, with half as many rows where memory does not suffice for all."""
+    """Return the answers of a group by `decoding.Decoder`, with half as many rows where there is no memory for all."""
     rows = min(settings.batch_size, len(tasks))
     answers: dict[int, Answer] = {}
     while len(answers) < len(tasks):
