@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from philora.models.run_folder import HELD_OUT_NAME, run_of
+from philora.models.run_folder import HELD_OUT_NAME, is_run, run_of
 
 LONGEST_CHARACTERS = 160
 
@@ -20,7 +20,8 @@ def held_out_questions(source: str, most: int = 6) -> list[str]:
     Returns:
         The first short ones that begin a conversation, each once; none where the run keeps no held-out rows.
     """
-    folder = run_of(Path(source).expanduser())
+    given = Path(source).expanduser()
+    folder = given if is_run(given) else run_of(given)
     file = folder / HELD_OUT_NAME if folder is not None else None
     found: dict[str, None] = {}
     if file is None or not file.is_file():

@@ -183,7 +183,7 @@ def test_both_good_and_both_bad_are_ratings_and_the_tally_counts_them(page, vote
     after = page.evaluate("call('votes').then((each) => each.json())")
     assert after["both_bad"] == before["both_bad"] + 1
     page.click("#toggle")
-    page.wait_for_function("document.querySelector('#tally').textContent.includes('both bad')")
+    page.wait_for_selector("#tally:has-text('both bad')")
     with page.expect_download() as started:
         page.click("#download")
     kept = started.value.path().read_text(encoding="utf-8")
@@ -212,8 +212,8 @@ def test_one_column_regenerate_and_edit(page):
     assert page.locator(".vote:visible").count() == 0
     page.evaluate("turns.at(-1).answers[0].text = 'something else'")
     page.get_by_role("button", name="Regenerate").click()
-    page.wait_for_function("turns.at(-1).answers[0].text.startsWith('I am')")
-    page.wait_for_selector("#send:visible")
+    page.wait_for_selector("#send:visible", timeout=60_000)
+    assert answers(page) == [COLOURS["red"]]
     ask(page, "And now?")
     page.get_by_role("button", name="Edit").click()
     assert page.input_value("#text") == "And now?"
