@@ -14,6 +14,7 @@ With the tokens in it, nothing is tokenised again: the loss is that of the same 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from philora.dataset.store import ANSWERS, cache_root
 from philora.dataset.template import IGNORED, Encoder, Tokenizer
 from philora.errors import DataError, fault
 from philora.files.checkpoint import write_text
+
+_ROWS_MEASURED = 200
 
 if TYPE_CHECKING:
     from philora.configuration.sections import DataConfig, SourceConfig
@@ -192,6 +195,12 @@ def write_held_out(path: Path, prepared: PreparedData) -> int:
         return 0
     write_text(path, _lines(prepared))
     return len(prepared.eval)
+
+
+def held_out_bytes(prepared: PreparedData) -> int:
+    """Estimate the size of a run's held-out rows in its folder, by the first of them."""
+    first = [len(line.encode("utf-8")) for line in itertools.islice(_lines(prepared), _ROWS_MEASURED)]
+    return 0 if prepared.eval is None or not first else sum(first) * len(prepared.eval) // len(first)
 
 
 def _lines(prepared: PreparedData) -> Iterator[str]:

@@ -21,6 +21,7 @@ from philora.configuration.config import load_config
 from philora.configuration.fields import OWN_TRAINING_KEYS
 from philora.configuration.sections import Config
 from philora.dataset import SourceReport, length_notices, prepare, preview
+from philora.dataset.held_out import held_out_bytes
 from philora.dataset.ids import check_rows, vocabulary_of
 from philora.decoder_stack.choice import ModelFacts
 from philora.decoder_stack.facts import facts_of_device
@@ -133,7 +134,8 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     dtype = str(models.resolve_dtype(config.model.dtype)).removeprefix("torch.")
     plan = planning.plan(config, adapted, prepared.report, max_length=max_length)
     folder = Path(config.training_config["output_dir"]).expanduser()
-    require_room(folder, checkpoint_bytes(adapted), config.training_config.get("save_total_limit"))
+    rows_bytes = held_out_bytes(prepared) if config.data.keep_held_out else 0
+    require_room(folder, checkpoint_bytes(adapted), config.training_config.get("save_total_limit"), rows_bytes)
     outlook.check(config, plan)
     splits = prepared.report.to_dict()
     idle = processes.idle_gpus_notice(config.training_config, config.model.device_map)
@@ -288,22 +290,24 @@ def _require_weights(config: Config) -> None:
             ) from error
 
 
-def require_room(folder: Path, size: int, limit: int | None) -> None:
-    """Check that the checkpoints which will exist together, and the adapter, fit on the disk.
+def require_room(folder: Path, size: int, limit: int | None, rows_bytes: int = 0) -> None:
+    """Check that the checkpoints which will exist together, the adapter and the held-out rows fit on the disk.
 
     Args:
         folder: The run folder.
         size: Bytes of a checkpoint.
         limit: Checkpoints that stay; None: all, of which two are the least that a run needs.
+        rows_bytes: Bytes of the held-out rows that the run keeps.
 
     Raises:
         RunError: They do not.
     """
     there = [checkpoint.bytes_in(path) for path in (folder / "checkpoints").glob("checkpoint-*")]
-    needed = size * (1 + max(1, limit or 1)) + size - sum(there)  # while one is written, those that stay are there too
+    # While one checkpoint is written, those that stay are there too.
+    needed = size * (1 + max(1, limit or 1)) + size + rows_bytes - sum(there)
     missing = checkpoint.missing_bytes(folder, needed)
     if missing:
-        expected = f"room for about {needed:,} bytes: checkpoints of {size:,} bytes and the adapter"
+        expected = f"room for about {needed:,} bytes: checkpoints of {size:,} bytes, the adapter and held-out rows"
         todo = f"Free {missing:,} bytes, or give another training_config.output_dir"
         raise RunError(fault("run", "output_dir", str(folder), expected, todo))
 

@@ -26,6 +26,7 @@ from philora.adapters.peft_layers import check_adapter, coverage, get_peft_model
 from philora.configuration.config import load_config
 from philora.configuration.sections import Config
 from philora.dataset import PreparedData, places_of, prepare
+from philora.dataset.held_out import held_out_bytes
 from philora.dataset.ids import check_rows, vocabulary_of
 from philora.decoder_stack.model import configure as configure_stack
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
@@ -321,7 +322,8 @@ class _Run:
             self.model = get_peft_model(base, _lora_config(config))
         configure_stack(self.model, fp8=config.model.base_products == "fp8")
         self.arguments = resolve_arguments(run, self.model, chosen)
-        readiness.require_room(run.folder, checkpoint_bytes(self.model), self.arguments.save_total_limit)
+        rows_bytes = held_out_bytes(run.prepared) if config.data.keep_held_out else 0
+        readiness.require_room(run.folder, checkpoint_bytes(self.model), self.arguments.save_total_limit, rows_bytes)
         run.stop.check()
 
     def train(self, resume_from: Path | None, facts: Mapping[str, Any]) -> RunResult:

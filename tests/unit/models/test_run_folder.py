@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 import philora
 from philora.configuration.sections import DataConfig, ModelConfig, SourceConfig, TokenizerConfig
 from philora.dataset import prepare
-from philora.dataset.held_out import held_out, read_held_out, spans_of, write_held_out
+from philora.dataset.held_out import held_out, held_out_bytes, read_held_out, spans_of, write_held_out
 from philora.errors import AdapterError, DataError
 from philora.exporting.conversion import export
 from philora.exporting.merged_folder import merge_to_folder
@@ -215,6 +215,7 @@ def test_kept_rows_are_the_held_out_ones(jsonl, tmp_path, records):
     prepared = prepare(data, tokenizer, **common)
     file = tmp_path / "held_out.jsonl"
     assert write_held_out(file, prepared) == len(records)
+    assert held_out_bytes(prepared) == file.stat().st_size, "of few rows it is no estimate"
     kept, read = read_held_out(file, tokenizer, "f"), held_out(data, tokenizer, **common)
     for name in ("input_ids", "labels"):
         assert list(kept.rows[name]) == list(read.rows[name])
