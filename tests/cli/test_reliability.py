@@ -295,6 +295,7 @@ def test_a_real_signal_in_an_evaluation(model, tmp_path):
 
 def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
     from philora.training import run as training
+    from philora.training import run_evaluation
 
     folder = tmp_path / "run"
     prepare = training.prepare
@@ -303,7 +304,7 @@ def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
         philora.train(settings_of(model, folder))
     assert not folder.exists()
     monkeypatch.setattr(training, "prepare", prepare)
-    monkeypatch.setattr(training, "evaluate", send(signal.SIGINT))
+    monkeypatch.setattr(run_evaluation, "evaluate", send(signal.SIGINT))
     with pytest.raises(Interrupted, match=r"SIGINT: stopped before training. Nothing was saved; start it"):
         philora.train(settings_of(model, folder))
     monkeypatch.undo()
@@ -312,15 +313,15 @@ def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
 
 
 def test_a_signal_after_training_loses_none_of_it(model, whole, tmp_path, monkeypatch):
-    from philora.training import run as training
+    from philora.training import run_evaluation
 
-    folder, evaluate, calls = tmp_path / "run", training.evaluate, []
+    folder, evaluate, calls = tmp_path / "run", run_evaluation.evaluate, []
 
     def second(*given, **more):
         calls.append(1)
         return send()() if len(calls) == 2 else evaluate(*given, **more)
 
-    monkeypatch.setattr(training, "evaluate", second)
+    monkeypatch.setattr(run_evaluation, "evaluate", second)
     with pytest.raises(Interrupted, match=r"SIGTERM: stopped after training. Go on with: .* --resume"):
         goes_on(model, folder, resume=False)
     assert not (folder / "results.json").exists()

@@ -281,10 +281,8 @@ def plan(
     rows = _row_lengths(report, max_length, bool(given.get("packing", True)))
     memory, answers = available_bytes(device) // sharing, _answers(config, adapted, facts)
     evaluated = _evaluated(config, report, max_length, counted, memory)._replace(by_graph=answers == BY_GRAPH)
-    host = stacked["host"].path == "stack"
-    batch = _batch(given, counted, rows, evaluated, memory, tokens_per_step, processes, host)
+    batch = _batch(given, counted, rows, evaluated, memory, tokens_per_step, processes, stacked)
     situation = _Situation(config, adapted, counted, batch, max_length, rows, evaluated)
-    slow = situation.slow_bf16(optim, memory)
     notices = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
     rate = measure_rate(counted, batch.rows * rows.tokens)
     return Plan(
@@ -309,7 +307,7 @@ def plan(
         idle_gpus=idle_gpus(config.training_config, config.model.device_map),
         decoder_layers=stacked[batch.recomputation],
         answers=answers,
-        notices=(*notices, *filter(None, [slow])),
+        notices=(*notices, *filter(None, [situation.slow_bf16(optim, memory)])),
     )
 
 
@@ -361,9 +359,9 @@ def _batch(
     memory: int,
     tokens_per_step: int | None,
     processes: int,
-    host: bool,
+    stacked: Mapping[Any, Choice],
 ) -> Batch:
-    """Choose what the configuration leaves open of a batch; `host`: whether inputs can be kept in host memory."""
+    """Choose what the configuration leaves open of a batch."""
     wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
     return choose(
         counted,
@@ -373,7 +371,7 @@ def _batch(
         rows=wanted["per_device_train_batch_size"],
         accumulation=wanted["gradient_accumulation_steps"],
         recomputation=recomputation_of(given.get("gradient_checkpointing", "auto")),
-        host=host,
+        host=stacked["host"].path == "stack",
         memory=memory,
         processes=processes,
         label_share=rows.label_share,
