@@ -111,9 +111,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'philora' has no attribute {name!r}")
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="IProgress not found"
-        )  # of tqdm: philora has its own bar
+        warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm: philora has its own bar
         module = import_module(_HOME[name])
     value = module if name in ("lora",) else getattr(module, _NAMES.get(name, name))
     globals()[name] = value
