@@ -5,6 +5,7 @@ Names are imported when they are first used, so that `import philora` and the co
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'philora' has no attribute {name!r}")
-    module = import_module(_HOME[name])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm: philora has its own bar
+        module = import_module(_HOME[name])
     value = module if name in ("lora",) else getattr(module, _NAMES.get(name, name))
     globals()[name] = value
     return value

@@ -189,6 +189,21 @@ def test_an_endpoint_answers_openai_s_client_and_is_closed(run):
         openai.OpenAI(base_url=server.url, api_key="none", max_retries=0).models.list()
 
 
+@pytest.mark.slow
+def test_a_quiet_script_shows_notices_and_nothing_else(tmp_path):
+    program = (
+        "import pathlib, sys, philora\n"
+        "from tests.cli.test_from_python import settings\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "philora.train(settings(folder, output_dir=str(folder / 'run')), quiet=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert any(line.startswith("the run makes 3 optimizer steps") for line in lines)
+    assert "the plan" not in done.stderr
+
+
 def test_no_warnings_of_releases_to_come(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)

@@ -80,7 +80,9 @@ def check(outputs: list[Any]) -> None:
     assert "step 2 of 2" in page
     assert "<table><tr><td" in page
     text = shown(outputs, "text")
+    assert "notice: the run makes 2 optimizer steps" in page
     assert "FutureWarning" not in text
+    assert "IProgress" not in text
     assert "DeprecationWarning" not in text
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -26,6 +28,7 @@ from philora.interface.choices import choose, overrides_of, stem
 from philora.interface.run import Run, RunTable
 from philora.models.run_folder import is_run
 from philora.planning.starter import start
+from philora.reporting import display
 from philora.reporting.report import write_comparison, write_report
 from philora.reporting.run_list import list_runs
 from philora.runtime import processes
@@ -108,10 +111,32 @@ def train(
     in_notebook = notebook.in_notebook() and not quiet
     bar = notebook.NotebookBar(found) if in_notebook else None
     watching = callbacks if bar is None else [bar, *callbacks]
-    result = run_training(config, resume=resume, callbacks=watching, command=command, quiet=quiet or in_notebook)
+    with _noticed(bar, quiet):
+        result = run_training(config, resume=resume, callbacks=watching, command=command, quiet=quiet or in_notebook)
     if bar is not None:
         bar.end()
     return Run(result.folder, result.results)
+
+
+@contextlib.contextmanager
+def _noticed(bar: notebook.NotebookBar | None, quiet: bool) -> Iterator[None]:
+    """Show philora's warnings in the notebook or, in a quiet script that has no handler of its own, as plain lines.
+
+    A run adds a handler for its log file, after which Python's handler of last resort shows nothing.
+    """
+    logger = logging.getLogger(display.ROOT)
+    handler: logging.Handler | None = None if bar is None else notebook.Notices(bar)
+    if handler is None and quiet and processes.is_main() and not (logger.handlers or logging.getLogger().handlers):
+        handler = logging.StreamHandler()
+        handler.setLevel(logging.WARNING)
+    if handler is None:
+        yield
+        return
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _configuration(source: Source, overrides: list[str], resume: bool | str) -> tuple[Config, list[str]]:
@@ -168,7 +193,7 @@ class Checked(Preflight):
         return "\n".join([*lines, self.verdict("philora.train with the same arguments")])
 
     def _repr_html_(self) -> str:
-        return notebook.block(repr(self))
+        return notebook.monospaced(repr(self))
 
 
 def check(source: Source, overrides: Sequence[str] = (), **settings: Unpack[Settings]) -> Checked:

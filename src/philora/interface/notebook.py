@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,10 +79,15 @@ class NotebookBar(TrainerCallback):  # type: ignore[misc]
         """Show what was found in the data, and the bar below it."""
         self._found = list(found)
         self._shown: Any = None
-        self._figures = ""
+        self._figures: dict[str, str] = {}
         self._last: TrainerState | None = None
         self._began = (0, time.monotonic())
         self.show("loading the model; the base is evaluated first")
+
+    def add(self, line: str) -> None:
+        """Show a line above the bar from now on."""
+        if line not in self._found:
+            self._found.append(line)
 
     def show(self, text: str, done: int = 0, total: int = 0) -> None:
         """Show a bar, or a line of text alone while `total` is 0."""
@@ -114,9 +120,9 @@ class NotebookBar(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Show the newest loss."""
         names = {"loss": "loss", "eval_loss": "held-out loss"}
-        found = [f"{name} {float(logs[key]):.4f}" for key, name in names.items() if logs and key in logs]
+        found = {name: f"{name} {float(logs[key]):.4f}" for key, name in names.items() if logs and key in logs}
         if found:
-            self._figures = ", ".join(found)
+            self._figures |= found
             self._step(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -136,7 +142,24 @@ class NotebookBar(TrainerCallback):  # type: ignore[misc]
         if done > 0 and state.global_step < state.max_steps:
             left = (time.monotonic() - began) / done * (state.max_steps - state.global_step)
             text += f", {duration(left)} left"
-        self.show(", ".join(filter(None, [text, self._figures])), state.global_step, state.max_steps)
+        self.show(", ".join([text, *self._figures.values()]), state.global_step, state.max_steps)
+
+
+class Notices(logging.Handler):
+    """Shows philora's warnings above the bar, each once."""
+
+    def __init__(self, bar: NotebookBar) -> None:
+        super().__init__(logging.WARNING)
+        self._bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add one record."""
+        self._bar.add(f"notice: {record.getMessage()}")
+
+
+def monospaced(text: str) -> str:
+    """Return text as HTML in columns."""
+    return str(Markup("<pre>{}</pre>").format(escape(text)))
 
 
 def block(text: str) -> str:

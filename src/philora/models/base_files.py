@@ -59,7 +59,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a base or an adapter.
+    """Return the object in a JSON file of a base or an adapter.
 
     Raises:
         ModelError: It cannot be read.
@@ -71,7 +71,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 class TrainedOver(NamedTuple):
-    """The base of an adapter as it was in training.
+    """Return the base of an adapter as it was in training.
 
     Attributes:
         dtype: Of its weights before they were quantised.
@@ -83,7 +83,7 @@ class TrainedOver(NamedTuple):
 
 
 def read_trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) -> TrainedOver | None:
-    """What the base's config, else the adapter's record, says of the base; None: weights that nothing quantised.
+    """Return what the base's config, else the adapter's record, says of the base; None: weights that nothing quantised.
 
     Raises:
         ModelError: The base's files are quantised and a fresh one was asked for, or bitsandbytes is not installed.

@@ -98,7 +98,7 @@ def _explain(name: str, error: Exception, what: str) -> ModelError:
         said = text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
         return ModelError(fault("model", "name_or_path", name, expected, f"transformers says: {said[:300]}"))
     offline = any(
-        each in text for each in ("couldn't connect", "offline", "Connection", "resolve", "internet", "Max retries")
+        phrase in text for phrase in ("couldn't connect", "offline", "Connection", "resolve", "internet", "Max retries")
     )
     if offline:
         expected = "a local folder, `nano`, or a hub id that is in the local cache (there is no connection to the hub)"
@@ -142,7 +142,7 @@ def _refuse_unknown(model: ModelConfig, keys: Mapping[str, Any]) -> None:
 
 
 def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token that does not stop generation.
+    """Load the model's tokenizer, with a padding token that does not stop generation.
 
     Raises:
         ModelError: It cannot be found or loaded, or no token can serve as padding.
@@ -167,7 +167,7 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
 
 
 def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer as its files have it.
+    """Load a tokenizer as its files have it.
 
     Raises:
         OSError, ValueError, KeyError: It cannot be found or read, it fails on ordinary text, or its chat template takes
@@ -192,7 +192,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Any = None) 
     ids = [vocabulary[token] for token in stop_tokens_in(vocabulary)]
     ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids += [model_stops] if isinstance(model_stops, int) else list(model_stops or [])
-    return [each for each in dict.fromkeys(ids) if 0 <= each < 1 << 31]  # some configurations have -1 for none
+    return [token for token in dict.fromkeys(ids) if 0 <= token < 1 << 31]  # some configurations have -1 for none
 
 
 def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None, rows: int = 0) -> None:
@@ -212,7 +212,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None, r
     if wanted is not None:
         if wanted not in vocabulary or vocabulary[wanted] in stops:
             expected = "a token of the vocabulary that does not stop generation: what pads is never learned"
-            known = ", ".join(each for each in PADDING_CANDIDATES if each in vocabulary)
+            known = ", ".join(token for token in PADDING_CANDIDATES if token in vocabulary)
             raise ModelError(fault("tokenizer", "pad_token", wanted, expected, f"Such as: {known}" if known else ""))
         tokenizer.pad_token = wanted
         return
@@ -234,7 +234,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None, r
 
 
 def load_skeleton(model: ModelConfig) -> PreTrainedModel:
-    """The model without weights (meta device): enough to check names, shapes and sizes before any weight is read.
+    """Return the model without weights (meta device): enough to check names and sizes before weights are read.
 
     Raises:
         ModelError: The configuration cannot be found or loaded, or the weights are in a form that is not trained over.
@@ -243,7 +243,7 @@ def load_skeleton(model: ModelConfig) -> PreTrainedModel:
 
 
 def refuse_adapter(name: str, revision: str | None = None, where: str = "model", key: str = "name_or_path") -> None:
-    """Refuse a base that is an adapter, or holds one: transformers would put it on the base without a word.
+    """Refuse a base that is an adapter, or holds one: transformers would put it on the base without a message.
 
     Args:
         name: Folder or hub id of a base.
@@ -257,7 +257,7 @@ def refuse_adapter(name: str, revision: str | None = None, where: str = "model",
     folder = Path(local_path(name))
     if folder.is_dir():
         run = folder / "adapter" / "adapter_config.json"
-        found: Path | None = next((each for each in (folder / "adapter_config.json", run) if each.is_file()), None)
+        found: Path | None = next((file for file in (folder / "adapter_config.json", run) if file.is_file()), None)
         if found == run and (folder / "config.json").is_file():
             return  # a base whose subfolder nothing reads
         whole = (folder / "config.json").is_file()
@@ -313,7 +313,7 @@ def has_file(model: ModelConfig, names: Sequence[str]) -> bool:
 
 
 def _check_base_products(model: ModelConfig, quantized: bool) -> None:
-    """See to it that the base's products can be computed as asked for.
+    """Check that the base's products can be computed as asked for.
 
     A GPU without fp8 is no fault: its products stay in the weights' dtype, with a notice.
 
@@ -336,7 +336,7 @@ def _check_base_products(model: ModelConfig, quantized: bool) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    """See to it that the shards which transformers will read are there, and in the folder; a hub id has none yet.
+    """Check that the shards which transformers will read are there, and in the folder; a hub id has none yet.
 
     Raises:
         ModelError: Their index leads elsewhere.
@@ -385,7 +385,7 @@ def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:
 
 
 def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """The base model with its weights, and a generation config that knows every stop token and the padding token.
+    """Load the base model with its weights, and a generation config that knows every stop token and the padding token.
 
     With `model.quantization` the weights are read and quantised one after the other; a folder whose weights
     bitsandbytes quantised is loaded as it is.

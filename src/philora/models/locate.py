@@ -75,7 +75,7 @@ def require_base(found: AdapterSource) -> str:
 
     Raises:
         AdapterError: The adapter does not name one.
-        ModelError: It is a folder that is gone.
+        ModelError: It is a folder that no longer exists.
     """
     if found.base is None:
         expected = "the base model, which the adapter does not name"
@@ -113,14 +113,14 @@ def _adapter_in(folder: Path, unfinished: bool) -> Path:
 
 def _meant(folder: Path) -> Path | None:
     """The run around or the newest run below a folder, else an adapter just below it."""
-    around = [each for each in (folder.absolute().parent, folder.absolute().parent.parent) if is_run(each)]
+    around = [parent for parent in (folder.absolute().parent, folder.absolute().parent.parent) if is_run(parent)]
     if around:
         return around[0]
-    inside = [each.parent for depth in ("*", "*/*") for each in folder.glob(f"{depth}/config.yaml")]
-    runs = sorted((each for each in inside if is_run(each)), key=lambda each: each.stat().st_mtime)
+    inside = [file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/config.yaml")]
+    runs = sorted((run for run in inside if is_run(run)), key=lambda run: run.stat().st_mtime)
     if runs:
         return runs[-1]
-    adapters = [each.parent for depth in ("*", "*/*") for each in folder.glob(f"{depth}/adapter_config.json")]
+    adapters = [file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/adapter_config.json")]
     return max(adapters, key=_step_and_name, default=None)
 
 
@@ -151,7 +151,7 @@ def _named_base(path: Path) -> tuple[Place, str | None]:
 def _download(name: str) -> Path:
     expected = "a run folder, an adapter folder, a loralib file, or an adapter on the Hugging Face Hub"
     place = None if name.startswith((".", "/", "~")) else parse_hub_path(name)
-    here = nearest(Path(name).name, [each.name for each in Path(name).expanduser().parent.glob("*")])
+    here = nearest(Path(name).name, [file.name for file in Path(name).expanduser().parent.glob("*")])
     if place is None:
         raise AdapterError(fault("adapter", "source", name, expected, here))
     try:
@@ -168,9 +168,9 @@ def _download(name: str) -> Path:
 
 def _others(place: HubPath) -> str:
     """What the repository has in place of the folder that was named."""
-    found = [f"{place.repo_id}/{each}" if each else place.repo_id for each in adapter_subfolders(place)]
+    found = [f"{place.repo_id}/{subfolder}" if subfolder else place.repo_id for subfolder in adapter_subfolders(place)]
     suffix = f"@{place.revision}" if place.revision else ""
-    return f"It has: {', '.join(each + suffix for each in found[:5])}" if found else ""
+    return f"It has: {', '.join(place_name + suffix for place_name in found[:5])}" if found else ""
 
 
 def licence(base: str | None) -> str | None:

@@ -1,8 +1,8 @@
 """A trained run, as the commands that use one read it: its own files, and where its base and its data are now.
 
 Training and resuming check the whole configuration. What uses a trained run afterwards (chat, serve, generate,
-evaluate, merge, export, push) reads only the parts that it needs: a setting of the training, a data file that is gone
-or a key of another release does not stop it. The record `run.json` says where the run's paths led when it was trained,
+evaluate, merge, export, push) reads only the parts that it needs: a setting of the training, a data file that was
+deleted or a key of another release does not stop it. The record `run.json` says where the run's paths led when it was trained,
 as absolute paths and from the run folder, so that a folder which moved together with its base still finds it.
 """
 
@@ -97,7 +97,7 @@ def example_messages(system: SystemTurn | None) -> str:
 
 
 def resume_command(folder: Path) -> str:
-    """Return the command that goes on with a run."""
+    """Return the command that resumes a run."""
     return f"philora train {folder} --resume"
 
 
@@ -139,7 +139,7 @@ class TrainedRun:
         return (self.adapter / "adapter_config.json").is_file()
 
     def newest_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint that holds an adapter, if there is one."""
+        """Return the newest complete checkpoint that holds an adapter, if there is one."""
         found = newest_whole(self.folder / "checkpoints").folder
         return found if found is not None and (found / "adapter_config.json").is_file() else None
 
@@ -210,7 +210,7 @@ class TrainedRun:
         """Return the data that the run was trained on, where it is now.
 
         Raises:
-            ConfigError: A source is gone, or the section has a value that it cannot have.
+            ConfigError: A source was deleted, or the section has a value that it cannot have.
         """
         section = dict(self._config.get("data") or {})
         for key in ("train", "eval"):
@@ -221,7 +221,7 @@ class TrainedRun:
     def _found(self, given: Any) -> Any:
         """A source, or several, with their paths as they are now."""
         if isinstance(given, list):
-            return [self._found(each) for each in given]
+            return [self._found(source) for source in given]
         if isinstance(given, Mapping) and isinstance(given.get("path"), str):
             return {**given, "path": self.place(given["path"]).name}
         return self.place(given).name if isinstance(given, str) else given
@@ -239,7 +239,7 @@ class TrainedRun:
         where, given = str(self.folder / CONFIG_NAME), self._config.get(name) or {}
         if not isinstance(given, Mapping):
             raise ConfigError(fault(where, name, given, "a mapping, as the run wrote it"))
-        known = {each.name: each.metadata["rule"] for each in dataclasses.fields(kind)}
+        known = {field.name: field.metadata["rule"] for field in dataclasses.fields(kind)}
         values, faults = {}, []
         for key, value in given.items():
             if key not in known:
@@ -278,10 +278,10 @@ class TrainedRun:
             started_in = self._started_in()
             if started_in is not None and not given.is_absolute():
                 candidates.append(started_in / given)
-        places = list(dict.fromkeys(str(each) for each in candidates))
-        for each in places:
-            if Path(each).exists():
-                return Place(each)
+        places = list(dict.fromkeys(str(candidate) for candidate in candidates))
+        for place in places:
+            if Path(place).exists():
+                return Place(place)
         return Place(name, tuple(places)) if recorded or is_path(name) else Place(name)
 
     def _recorded(self, name: str) -> Mapping[str, str]:
@@ -334,7 +334,9 @@ def paths_of(config: Config, folder: Path) -> dict[str, dict[str, str]]:
 
 def _sources(data: DataConfig) -> Iterable[str]:
     sides: tuple[Any, ...] = (data.train, data.eval)
-    return [each.path for side in sides if isinstance(side, tuple) for each in side if isinstance(each, SourceConfig)]
+    return [
+        source.path for side in sides if isinstance(side, tuple) for source in side if isinstance(source, SourceConfig)
+    ]
 
 
 __all__ = [

@@ -44,7 +44,7 @@ def untrained_tokens(
         added = [index for index in tokenizer.added_tokens_decoder if index < len(weight)]
         spare |= _like_unused(weight, unused, added)
     spare.discard(tokenizer.pad_token_id)
-    return {token: index for token, index in sorted(vocabulary.items(), key=lambda each: each[1]) if index in spare}
+    return {token: index for token, index in sorted(vocabulary.items(), key=lambda item: item[1]) if index in spare}
 
 
 def _like_unused(weight: Tensor, unused: Iterable[int], candidates: Iterable[int]) -> set[int]:
@@ -60,7 +60,7 @@ def _bits(row: Tensor) -> bytes:
 def stored_embedding(folder: Path, model: PreTrainedModel) -> Tensor | None:
     """Return the input embedding in a model folder's files, memory-mapped; None where they do not hold it by itself."""
     embedding = model.get_input_embeddings()
-    name = next((name for name, each in model.named_modules() if each is embedding), None)
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
     try:
         return open_weights(folder).get(f"{name}.weight")
     except ModelError:  # another form of weights; loading them says what is wrong
@@ -103,11 +103,11 @@ def _trained_ids(peft_config: Mapping[str, Any]) -> set[int] | None:
     """Return the ids whose rows train; None: all of them do."""
     targets = peft_config.get("target_modules")
     whole = {*(peft_config.get("modules_to_save") or ()), *(targets if isinstance(targets, Iterable) else ())}
-    if not isinstance(targets, str) and any(str(each).endswith("embed_tokens") for each in whole):
+    if not isinstance(targets, str) and any(str(name).endswith("embed_tokens") for name in whole):
         return None
     given = peft_config.get("trainable_token_indices") or ()
     lists = given.values() if isinstance(given, Mapping) else [given]
-    return {int(index) for each in lists for index in each}
+    return {int(index) for indices in lists for index in indices}
 
 
 def _named(tokens: Iterable[str]) -> str:

@@ -42,7 +42,7 @@ def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
 
 
 class Companions:
-    """Tokenizer and generation config of an adapter: its own where its folder has them, else the base's.
+    """Return tokenizer and generation config of an adapter: its own where its folder has them, else the base's.
 
     Attributes:
         tokenizer: None where neither has one, or it cannot be read without code of its own.
@@ -67,7 +67,7 @@ class Companions:
     def stop_tokens(self) -> list[str]:
         """The stop tokens as text; empty without a tokenizer."""
         return (
-            [] if self.tokenizer is None else [str(each) for each in self.tokenizer.convert_ids_to_tokens(self.stops)]
+            [] if self.tokenizer is None else [str(token) for token in self.tokenizer.convert_ids_to_tokens(self.stops)]
         )
 
     def write(self, folder: Path, *, files: bool = True) -> None:

@@ -21,7 +21,7 @@ ROUNDED_ONCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, t
 
 
 class Agreement(NamedTuple):
-    """How far two forms are from each other, beside how far the adapter moves the base.
+    """The distance of two forms from each other, beside how far the adapter moves the base.
 
     Attributes:
         largest: Largest difference of a logit.
@@ -93,7 +93,7 @@ DIVERGENCE = {"f32": 1e-3, "f16": 1e-3, "q8_0": 2e-2}
 
 
 class Divergence(NamedTuple):
-    """How far the next-token distributions of two forms of a model are from each other.
+    """Return how far the next-token distributions of two forms of a model are from each other.
 
     Attributes:
         reader: What computed the second form.
@@ -151,15 +151,15 @@ def divergence(
     Raises:
         AdapterError: The mean is larger, or something is not finite.
     """
-    each = torch.cat([_kl(a, b) for a, b in zip(reference, other, strict=True)])
+    divergences = torch.cat([_kl(a, b) for a, b in zip(reference, other, strict=True)])
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, other, strict=True)])
     effect = torch.cat([_kl(a, b) for a, b in zip(reference, base, strict=True)])
     result = Divergence(
         reader,
-        float(each.mean()),
-        float(each.max()),
+        float(divergences.mean()),
+        float(divergences.max()),
         float(same.float().mean()),
-        len(each),
+        len(divergences),
         float(effect.mean()),
         bound,
     )
