@@ -176,7 +176,12 @@ _LIBRARY_FIELDS: Final = (
         "pad rows to a multiple of this many tokens",
     ),
     Field("training_config.dataset_num_proc", LIBRARY, COUNT_OR_NULL, "processes that TRL tokenises with"),
-    Field("training_config.logging_steps", 10, STEPS, "steps between log lines"),
+    Field(
+        "training_config.logging_steps",
+        10,
+        STEPS,
+        "steps between log lines; where it is not set, fewer in a short run, for a curve of 100 points",
+    ),
     Field("training_config.eval_strategy", "steps", Rule("", lambda value: value), "when to evaluate in training"),
     Field("training_config.eval_steps", 0.1, union(STEPS, NULL), "steps between evaluations"),
     Field("training_config.eval_delay", LIBRARY, number(least=0), "steps or epochs before the first evaluation"),

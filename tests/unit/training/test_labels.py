@@ -17,7 +17,7 @@ ROWS = NANO / "helpdesk" / "eval.jsonl"
 
 
 def test_the_trainer_has_one_more_label_in_each_conversation_as_trl_has(tmp_path):
-    """`docs/data.md` states both numbers: the template's `<|endoftext|>` behind the last answer makes the difference."""
+    """`docs/data.md` states both numbers: the template's `<|endoftext|>` makes the difference."""
     tokenizer = AutoTokenizer.from_pretrained(NANO / "model")
     stops = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
     source = DataConfig(train=(SourceConfig(str(ROWS)),), eval=None, num_proc=1, cache_dir=str(tmp_path / "cache"))
