@@ -2,8 +2,8 @@
 
 Training and resuming check the whole configuration. What uses a trained run afterwards (chat, serve, generate,
 evaluate, merge, export, push) reads only the parts that it needs: a setting of the training, a data file that was
-deleted or a key of another release does not stop it. The record `run.json` says where the run's paths led when it was trained,
-as absolute paths and from the run folder, so that a folder which moved together with its base still finds it.
+deleted or a key of another release does not stop it. The record `run.json` says where the run's paths led when it was
+trained, as absolute paths and from the run folder, so that a folder which moved together with its base still finds it.
 """
 
 from __future__ import annotations
