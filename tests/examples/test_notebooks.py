@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,6 @@ def check(outputs: list[Any]) -> None:
     text = shown(outputs, "text")
     assert "notice: the run makes 2 optimizer steps" in page
     assert "FutureWarning" not in text
-    assert "IProgress" not in text
     assert "DeprecationWarning" not in text
 
 
@@ -117,3 +117,17 @@ def test_qlora(tmp_path):
     outputs = run(NOTEBOOKS[2], tmp_path, "data/python_code.jsonl")
     check(outputs)
     assert "ROUGE-Lsum" in shown(outputs, "text")
+
+
+@pytest.mark.slow
+def test_a_cell_that_is_run_twice_trains_into_a_second_folder_and_shows_no_warnings_of_libraries(tmp_path):
+    rows = [{"prompt": f"Where is order {number}?", "completion": f"Order {number} comes."} for number in range(40)]
+    (tmp_path / "orders.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = ["training_config.max_steps=2", "training_config.eval_strategy=no", "evaluation.generate=0"]
+    cell = f"import philora\nrun = philora.train('orders.jsonl', {settings}, model='nano')\nrun"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for _ in range(2)])
+    NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    first, second = (cell.outputs for cell in book.cells)
+    assert ">runs/orders<" in shown(first, "html")
+    assert ">runs/orders-2<" in shown(second, "html")
+    assert "Warning" not in shown([*first, *second], "text")
