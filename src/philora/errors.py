@@ -61,7 +61,8 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        each if each in "\n\t" or unicodedata.category(each) != "Cc" else "\N{REPLACEMENT CHARACTER}" for each in text
+        character if character in "\n\t" or unicodedata.category(character) != "Cc" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
     )
 
 
@@ -88,4 +89,4 @@ def one_per_line(faults: Sequence[str]) -> str:
     """The text of an error that reports several faults at once."""
     if len(faults) == 1:
         return faults[0]
-    return f"{len(faults)} faults:\n" + "\n".join(f"  {each}" for each in faults)
+    return f"{len(faults)} faults:\n" + "\n".join(f"  {item}" for item in faults)

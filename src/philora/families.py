@@ -337,15 +337,15 @@ def find(name_or_path: str) -> PhiModel | None:
         2047
     """
     last = name_or_path.rstrip("/").rpartition("/")[2].lower()
-    return next((each for each in MODELS if last in (hub.partition("/")[2].lower() for hub in each.hub_ids)), None)
+    return next((model for model in MODELS if last in (hub.partition("/")[2].lower() for hub in model.hub_ids)), None)
 
 
 def find_other(name_or_model_type: str) -> OtherModel | None:
     """The Phi model of another architecture with this hub id, last name or `model_type`, else None."""
     last = name_or_model_type.rstrip("/").rpartition("/")[2].lower()
-    for each in OTHER:
-        if last in each.model_types or last in (hub.partition("/")[2].lower() for hub in each.hub_ids):
-            return each
+    for item in OTHER:
+        if last in item.model_types or last in (hub.partition("/")[2].lower() for hub in item.hub_ids):
+            return item
     return None
 
 

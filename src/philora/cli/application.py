@@ -44,17 +44,17 @@ def _complete_setting(incomplete: str) -> list[str]:
 
     libraries = {"training_config": schema.training_fields(), "peft_config": schema.lora_fields()}
     names = {*FIELDS, *(f"{section}.{name}" for section, fields in libraries.items() for name in fields)}
-    return sorted(f"{each}=" for each in names if each.startswith(incomplete))
+    return sorted(f"{entry}=" for entry in names if entry.startswith(incomplete))
 
 
 def _complete_run(incomplete: str) -> list[str]:
     """Return the run folders that a word of the shell may become, and the folders on the way to them."""
     start = Path(incomplete)
     around, beginning = (start, "") if incomplete.endswith("/") or not incomplete else (start.parent, start.name)
-    folders = [each for each in sorted(around.glob("*")) if each.is_dir() and each.name.startswith(beginning)]
-    folders += [] if incomplete else sorted(each.parent for each in Path().glob("runs/*/config.yaml"))
-    shown = [each for each in folders if not each.name.startswith(".") or beginning.startswith(".")]
-    return [str(each) if (each / "config.yaml").is_file() else f"{each}/" for each in shown]
+    folders = [file for file in sorted(around.glob("*")) if file.is_dir() and file.name.startswith(beginning)]
+    folders += [] if incomplete else sorted(file.parent for file in Path().glob("runs/*/config.yaml"))
+    shown = [folder for folder in folders if not folder.name.startswith(".") or beginning.startswith(".")]
+    return [str(item) if (item / "config.yaml").is_file() else f"{item}/" for item in shown]
 
 
 def _setting(flag: str, help: str) -> Any:
@@ -153,7 +153,7 @@ def print_json(data: dict[str, Any]) -> None:
 def plain_values(value: Any) -> Any:
     """Return a result as values that JSON has."""
     if hasattr(value, "_asdict"):
-        return {key: plain_values(each) for key, each in value._asdict().items()}
+        return {key: plain_values(item) for key, item in value._asdict().items()}
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 

@@ -27,7 +27,7 @@ app.registered_commands.sort(key=lambda command: GROUPS.index(str(command.rich_h
 
 def _arguments(arguments: list[str]) -> list[str]:
     """Let `--resume` stand without a value."""
-    return ["--resume=yes" if each == "--resume" else each for each in arguments]
+    return ["--resume=yes" if argument == "--resume" else argument for argument in arguments]
 
 
 def main() -> None:

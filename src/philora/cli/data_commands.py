@@ -95,8 +95,8 @@ def check(
 ) -> None:
     """Look at everything a run needs before any weight is loaded: data, labels, targets, memory, time."""
     set_up_logging("warning")
-    words = [each for each in sys.argv[1:] if each not in ("--json", "--quiet")]
-    command = shlex.join(["philora", *("train" if each == "check" else each for each in words)])
+    words = [argument for argument in sys.argv[1:] if argument not in ("--json", "--quiet")]
+    command = shlex.join(["philora", *("train" if word == "check" else word for word in words)])
     _check_run(config, [*(overrides or []), *flag_overrides(context)], command, as_json, quiet)
 
 
@@ -128,8 +128,8 @@ def show_data(
             out.print(f"           system turn of {share:.0%}: {escape(text)}", highlight=False)
     among = "eval are nearly the same as one of train" if "eval" in found.splits else "train are nearly the same"
     out.print(f"[bold]repeats[/]    {found.near_duplicates:,} rows of {among}", highlight=False)
-    for each in found.findings:
-        out.print(f"[yellow]found[/]      {escape(str(each))}", highlight=False)
+    for finding in found.findings:
+        out.print(f"[yellow]found[/]      {escape(str(finding))}", highlight=False)
     for notice in found.notices:
         out.print(f"[yellow]notice[/]     {escape(notice)}")
     _show_labels(found.examples, "examples")
@@ -196,9 +196,9 @@ def _show_preflight(found: Preflight) -> None:
 
 def _show_sources(sources: dict[str, Any]) -> None:
     """Show which shape each source was read as, how that was recognised, and its first conversations."""
-    for each in (source for some in sources.values() for source in some):
-        out.print(f"[bold]read[/]       {escape(str(each))}", highlight=False)
-        for example in each.examples:
+    for item in (source for some in sources.values() for source in some):
+        out.print(f"[bold]read[/]       {escape(str(item))}", highlight=False)
+        for example in item.examples:
             out.print(f"           [dim]{escape(example)}[/]", highlight=False)
 
 

@@ -98,7 +98,7 @@ def device(facts: DeviceFacts, cuda: str | None, fast_bf16: bool) -> list[Findin
     capability = "" if facts.capability is None else f", compute capability {'.'.join(map(str, facts.capability))}"
     memory = f"{facts.name}, {facts.memory_bytes / 1e9:.1f} GB{capability}, PyTorch for CUDA {cuda or 'no'}"
     found = [Finding("device", "ok", memory)]
-    found += [Finding("device", "note", each) for each in hardware_notices(facts, "auto", cuda)]
+    found += [Finding("device", "note", notice) for notice in hardware_notices(facts, "auto", cuda)]
     slow = "bf16 is emulated: the base is loaded in float32, which takes twice the memory"
     found.append(Finding("bf16", "ok", "in hardware") if fast_bf16 else Finding("bf16", "note", slow))
     return found
@@ -122,7 +122,7 @@ def places() -> Iterator[Finding]:
         if refused is not None:
             yield Finding(name, "fault", f"{folder}: {refused}", "Give yourself the right to write there")
             continue
-        there = next(each for each in (folder, *folder.parents) if each.exists())
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(there).free
         todo = "" if free > LITTLE_SPACE_BYTES else "A model of 3.8 G parameters needs about 20 GB for itself and a run"
         yield Finding(name, "note" if todo else "ok", f"{folder}, {free / 1e9:.1f} GB free", todo)

@@ -21,15 +21,15 @@ def doctor(as_json: JsonOption = False) -> None:
         from philora.cli.doctor import examine
 
         found = examine()
-    broken = [each.name for each in found if each.status == "fault"]
+    broken = [item.name for item in found if item.status == "fault"]
     if as_json:
-        print_json({"works": not broken, "findings": [each.to_dict() for each in found]})
+        print_json({"works": not broken, "findings": [item.to_dict() for item in found]})
     else:
         colours = {"ok": "green", "note": "yellow", "fault": "red"}
-        for each in found:
-            todo = f"  {each.todo}" if each.todo else ""
+        for item in found:
+            todo = f"  {item.todo}" if item.todo else ""
             line = (
-                f"[{colours[each.status]}]{each.status.ljust(5)}[/] {each.name.ljust(16)} {escape(each.value + todo)}"
+                f"[{colours[item.status]}]{item.status.ljust(5)}[/] {item.name.ljust(16)} {escape(item.value + todo)}"
             )
             out.print(line, highlight=False)
         out.print(f"\n{'does not work: ' + ', '.join(broken) if broken else 'philora works here'}", highlight=False)
@@ -46,8 +46,8 @@ def explain(
 
     if entry is None:
         table = Table("name", "", box=None)
-        for each in entries():
-            table.add_row(each.name, escape(each.title))
+        for item in entries():
+            table.add_row(item.name, escape(item.title))
         display.print_whole(out, table)
         return
     found = entry_named(entry)

@@ -66,9 +66,9 @@ def merge(
     out.print(str(result.agreement) if result.agreement else "not verified", highlight=False)
     if scores is not None:
         out.print(f"loss on {scores.rows:,} rows that were not trained on, with the adapter:", highlight=False)
-        for name, each in (("dequantised base", scores.trained_over), ("fresh base (this folder)", scores.fresh)):
-            accuracy = f"token accuracy {100 * each.token_accuracy:.1f}%"
-            out.print(f"  {name:<25} {each.loss:.4f}, {accuracy}", highlight=False)
+        for name, item in (("dequantised base", scores.trained_over), ("fresh base (this folder)", scores.fresh)):
+            accuracy = f"token accuracy {100 * item.token_accuracy:.1f}%"
+            out.print(f"  {name:<25} {item.loss:.4f}, {accuracy}", highlight=False)
 
 
 @app.command(

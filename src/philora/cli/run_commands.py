@@ -133,7 +133,7 @@ def evaluate_adapter(
             generation={"do_sample": sample, "seed": seed} | {k: v for k, v in changed.items() if v is not None},
             answers=answers,
             limit=limit,
-            metrics=None if metrics is None else [each.strip() for each in metrics.split(",") if each.strip()],
+            metrics=None if metrics is None else [part.strip() for part in metrics.split(",") if part.strip()],
             judge=judge,
             forgetting=forgetting,
             keep_training_rows=keep_training_rows,
@@ -166,7 +166,7 @@ def report(
     if len(runs) == 1:
         written = write_report(Path(runs[0]), out=Path(output) if output else None)
     else:
-        written = write_comparison([Path(each) for each in runs], Path(output or "comparison.html"))
+        written = write_comparison([Path(run) for run in runs], Path(output or "comparison.html"))
     if open_it and not webbrowser.open(written.absolute().as_uri()):
         err.print("[yellow]notice:[/] no browser was found: open the file yourself", highlight=False)
     if as_json:
@@ -185,17 +185,17 @@ def show_runs(
 
     found = list_runs(Path(folder).expanduser())
     if as_json:
-        print_json({"runs": [each.to_dict() for each in found]})
+        print_json({"runs": [item.to_dict() for item in found]})
         return
     table = Table(box=None)
     for name in ("run", "base", "date", "held-out loss", "exact match", "status"):
         table.add_column(name, no_wrap=True)
-    for each in found:
-        loss = "" if each.loss is None else f"{each.loss:.4f}"
-        loss = loss if each.loss_before is None else f"{each.loss_before:.4f} → {loss}"
-        matches = "" if each.exact_match is None else f"{100 * each.exact_match:.1f}%"
+    for item in found:
+        loss = "" if item.loss is None else f"{item.loss:.4f}"
+        loss = loss if item.loss_before is None else f"{item.loss_before:.4f} → {loss}"
+        matches = "" if item.exact_match is None else f"{100 * item.exact_match:.1f}%"
         table.add_row(
-            escape(each.name), escape(each.base), each.date[:16].replace("T", " "), loss, matches, each.status
+            escape(item.name), escape(item.base), item.date[:16].replace("T", " "), loss, matches, item.status
         )
     if not found:
         out.print(f"no runs in {folder}", highlight=False)
@@ -211,8 +211,8 @@ def train_run(source: str, overrides: list[str], resume: bool | str, as_json: bo
     settings, given, said = processes.on_main(lambda: choose(source, overrides, resume))
     config = load_config(settings, given)
     set_up_logging("warning" if quiet else str(config.training_config.get("log_level", "info")))
-    for each in said:
-        logging.getLogger("philora.run").info("%s", each)
+    for item in said:
+        logging.getLogger("philora.run").info("%s", item)
     command = shlex.join(processes.command(sys.argv[1:]))
     if source == "demo":
         command = shlex.join(processes.command(["train", "demo", *overrides]))  # in the folder that `demo` found

@@ -18,7 +18,7 @@ def flag_overrides(context: typer.Context) -> list[str]:
         if value is None:
             continue
         if name == "target_modules" and "," in value:
-            value = json.dumps([each.strip() for each in value.split(",")])
+            value = json.dumps([part.strip() for part in value.split(",")])
         elif name in ("model", "output") or (name == "evaluation" and Path(value).expanduser().exists()):
             value = json.dumps(value, ensure_ascii=False)  # text, whatever YAML would read in it
         given.append(f"{key}={value}")

@@ -36,7 +36,7 @@ def entries() -> tuple[Entry, ...]:
     page = packaged if packaged.is_file() else Path(__file__).parents[3] / "docs" / "troubleshooting.md"  # a checkout
     text = page.read_text(encoding="utf-8")
     found = list(_HEADING.finditer(text))
-    ends = [each.start() for each in found[1:]] + [len(text)]
+    ends = [item.start() for item in found[1:]] + [len(text)]
     result = []
     for heading, end in zip(found, ends, strict=True):
         body = re.split(r"^## ", text[heading.end() : end], flags=re.MULTILINE)[0]
@@ -64,7 +64,7 @@ def entry_of(message: str) -> Entry | None:
         for form in entry.forms
         if _pattern(form).match(first)
     ]
-    return max(fitting, key=lambda each: each[0])[1] if fitting else None
+    return max(fitting, key=lambda item: item[0])[1] if fitting else None
 
 
 def entry_named(name: str) -> Entry:
@@ -73,7 +73,7 @@ def entry_named(name: str) -> Entry:
     Raises:
         ConfigError: There is none.
     """
-    known = {each.name: each for each in entries()}
+    known = {entry.name: entry for entry in entries()}
     if name not in known:
         raise ConfigError(fault("explain", "entry", name, f"one of {', '.join(known)}", nearest(name, known)))
     return known[name]

@@ -79,7 +79,7 @@ def generate_answers(
     from philora.generation.inference import answer_file, prompts_of_lines
     from philora.reporting.progress import evaluation_shown
 
-    asked: Any = prompts if prompts is not None else [[{"role": "user", "content": each}] for each in prompt or ()]
+    asked: Any = prompts if prompts is not None else [[{"role": "user", "content": turn}] for turn in prompt or ()]
     if prompts == "-":
         asked = prompts_of_lines(sys.stdin.buffer.read(), "standard input")
     settings = GenerationSettings(

@@ -17,9 +17,9 @@ def own_defaults(section: str) -> dict[str, Any]:
     """Return philora's own defaults for `training_config` or `peft_config`."""
     prefix = f"{section}."
     return {
-        key.removeprefix(prefix): plain(each.default)
-        for key, each in FIELDS.items()
-        if key.startswith(prefix) and each.default is not LIBRARY
+        key.removeprefix(prefix): plain(item.default)
+        for key, item in FIELDS.items()
+        if key.startswith(prefix) and item.default is not LIBRARY
     }
 
 

@@ -113,11 +113,11 @@ _HOLD_PATHS: Final = ("path", "train", "eval", "name_or_path", "adapter", "outpu
 def _unusable_texts(value: Any, path: KeyPath, reader: Reader) -> Iterator[str]:
     """A fault for each text that no file can hold, and for each path in the home folder of nobody."""
     if isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _unusable_texts(each, (*path, str(key)), reader)
+        for key, item in value.items():
+            yield from _unusable_texts(item, (*path, str(key)), reader)
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _unusable_texts(each, path, reader)
+        for item in value:
+            yield from _unusable_texts(item, path, reader)
     text = ".".join(path) if isinstance(value, Mapping) else value
     if not isinstance(text, str):
         return
@@ -193,7 +193,7 @@ def _in_order(section: str, values: dict[str, Any]) -> dict[str, Any]:
 def _read_own(section: str, given: dict[str, Any], reader: Reader, origins: dict[str, str]) -> dict[str, Any]:
     """The values of one of philora's own sections; faults are recorded and left out."""
     kind = SECTIONS[section]
-    fields = {each.name: each for each in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in fields:
@@ -207,11 +207,11 @@ def _read_own(section: str, given: dict[str, Any], reader: Reader, origins: dict
             read = reader.read(path, value, fields[key].metadata["rule"])
         if len(reader.faults) == before:
             values[key] = read
-    for name, each in fields.items():
+    for name, item in fields.items():
         origins[f"{section}.{name}"] = reader.origin_of((section, name)) if name in given else "default"
-        if each.default is REQUIRED and name not in given and reader.is_section(section):
+        if item.default is REQUIRED and name not in given and reader.is_section(section):
             reader.faults.append(
-                f"{reader.place((section,))}: {section}.{name} is missing - expected {each.metadata['rule'].text}. "
+                f"{reader.place((section,))}: {section}.{name} is missing - expected {item.metadata['rule'].text}. "
                 f"For the bundled chat set write {section}: {{{name}: {HELPDESK}}}."
             )
     if section == "model":

@@ -45,26 +45,26 @@ def read_data(path: KeyPath, value: Any, reader: Reader) -> tuple[SourceConfig, 
         reader.fault(path, value, rule.text)
         return ()
     paths = [path] if len(value) == 1 else [(*path[:-1], f"{path[-1]}[{index}]") for index in range(len(value))]
-    sources = [_read_source(inner, each, reader) for inner, each in zip(paths, value, strict=True)]
-    return tuple(each for each in sources if each is not None)
+    sources = [_read_source(inner, item, reader) for inner, item in zip(paths, value, strict=True)]
+    return tuple(source for source in sources if source is not None)
 
 
 def _read_source(path: KeyPath, value: Any, reader: Reader) -> SourceConfig | None:
     if isinstance(value, SourceConfig):
-        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, (str, os.PathLike)):
         value = {"path": value}
     if not isinstance(value, Mapping):
         reader.fault(path, value, "a path, or a mapping with a path")
         return None
-    fields = {each.name: each for each in dataclasses.fields(SourceConfig)}
+    fields = {field.name: field for field in dataclasses.fields(SourceConfig)}
     values: dict[str, Any] = {}
     before = len(reader.faults)
-    for key, each in value.items():
+    for key, item in value.items():
         if key not in fields:
-            refuse_unknown(".".join(path), key, each, fields, reader)
+            refuse_unknown(".".join(path), key, item, fields, reader)
         else:
-            values[key] = reader.read((*path, key), each, fields[key].metadata["rule"])
+            values[key] = reader.read((*path, key), item, fields[key].metadata["rule"])
     if "path" not in value:
         reader.fault(path, dict(value), "a path in it", "Add path: with a file, a folder or a hub id")
     elif isinstance(values["path"], str):

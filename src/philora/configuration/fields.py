@@ -254,11 +254,11 @@ _LIBRARY_FIELDS: Final = (
 
 def _own_fields() -> Iterable[Field]:
     for section, kind in SECTIONS.items():
-        for each in dataclasses.fields(kind):
-            yield Field(f"{section}.{each.name}", each.default, each.metadata["rule"], each.metadata["doc"])
+        for field in dataclasses.fields(kind):
+            yield Field(f"{section}.{field.name}", field.default, field.metadata["rule"], field.metadata["doc"])
 
 
-FIELDS: Final[Mapping[str, Field]] = {each.key: each for each in (*_own_fields(), *_LIBRARY_FIELDS)}
+FIELDS: Final[Mapping[str, Field]] = {field.key: field for field in (*_own_fields(), *_LIBRARY_FIELDS)}
 """Every key that philora states a default or a bound for, in the order of the documentation."""
 
 

@@ -30,7 +30,7 @@ def holds_data(name: str) -> bool:
     if file.is_dir():
         if (file / "config.yaml").is_file():
             return False
-        return any(each.suffix.lower() in RECORD_SUFFIXES for depth in ("*", "*/*") for each in file.glob(depth))
+        return any(path.suffix.lower() in RECORD_SUFFIXES for depth in ("*", "*/*") for path in file.glob(depth))
     if file.suffix.lower() != ".json":
         return file.suffix.lower() in DATA_SUFFIXES
     try:
@@ -38,7 +38,7 @@ def holds_data(name: str) -> bool:
     except (OSError, ValueError):
         return True
     sections = (*SECTIONS, "training_config", "peft_config")
-    return not (isinstance(content, Mapping) and any(isinstance(content.get(each), Mapping) for each in sections))
+    return not (isinstance(content, Mapping) and any(isinstance(content.get(section), Mapping) for section in sections))
 
 
 def unused_folder(folder: Path) -> Path:
@@ -52,8 +52,8 @@ def unused_folder(folder: Path) -> Path:
 
 def newest_folder(folder: Path) -> Path:
     """Return the folder with the highest number behind its name that is there; the one given where none is."""
-    numbers = [each.name.removeprefix(f"{folder.name}-") for each in folder.parent.glob("*") if each.is_dir()]
-    highest = max((int(each) for each in numbers if each.isdecimal()), default=1)
+    numbers = [file.name.removeprefix(f"{folder.name}-") for file in folder.parent.glob("*") if file.is_dir()]
+    highest = max((int(number) for number in numbers if number.isdecimal()), default=1)
     return folder.with_name(f"{folder.name}-{highest}") if highest > 1 else folder
 
 
@@ -69,7 +69,7 @@ def nearest_file(file: Path) -> str:
     """A hint with the file in the same folder whose name is nearest, or that the folder does not exist."""
     folder = file.parent
     try:
-        names = sorted(each.name for each in folder.iterdir())
+        names = sorted(entry.name for entry in folder.iterdir())
     except OSError:
         return f"The folder {str(folder)!r} does not exist" if not exists(folder) else ""
     return nearest(file.name, names)

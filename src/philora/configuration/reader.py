@@ -236,10 +236,10 @@ def _note_lines(node: yaml.Node, path: KeyPath, reader: Reader, seen: set[int]) 
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode) and path:
-        for index, each in enumerate(node.value):
+        for index, item in enumerate(node.value):
             inner = (*path[:-1], f"{path[-1]}[{index}]")
-            reader.places.setdefault(inner, f"{reader.where}:{each.start_mark.line + 1}")
-            _note_lines(each, inner, reader, seen)
+            reader.places.setdefault(inner, f"{reader.where}:{item.start_mark.line + 1}")
+            _note_lines(item, inner, reader, seen)
     if not isinstance(node, yaml.MappingNode):
         return
     first: dict[str, int] = {}

@@ -195,7 +195,7 @@ def list_of(item: Rule) -> Rule:
             value = sorted(value, key=str)
         if not isinstance(value, (list, tuple)):
             raise Misfit
-        return [item.read(each) for each in value]
+        return [item.read(entry) for entry in value]
 
     return Rule(f"a list ({item.text})", read)
 
@@ -206,7 +206,7 @@ def mapping_of(item: Rule) -> Rule:
     def read(value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise Misfit
-        return {key: item.read(each) for key, each in value.items()}
+        return {key: item.read(entry) for key, entry in value.items()}
 
     return Rule("a mapping" if item is ANYTHING else f"a mapping of names to {item.text}", read)
 
@@ -331,7 +331,7 @@ def _rule(node: ast.expr, subclasses: frozenset[str]) -> Rule:
     """The rule that an annotation states; what it does not understand is let through to the library's own checks."""
     members = _members(node)
     if len(members) > 1:
-        return union(*(_rule(each, subclasses) for each in members))
+        return union(*(_rule(member, subclasses) for member in members))
     match members[0]:
         case ast.Constant(value=None):
             return NULL
@@ -366,14 +366,14 @@ def _members(node: ast.expr) -> list[ast.expr]:
         case ast.BinOp(op=ast.BitOr(), left=left, right=right):
             members = _members(left) + _members(right)
         case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=alternatives)):
-            members = [each for alternative in alternatives for each in _members(alternative)]
+            members = [member for alternative in alternatives for member in _members(alternative)]
         case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
             members = [*_members(inner), ast.Constant(value=None)]
         case _:
             return [node]
     # `SchedulerType | str` takes the words of the enumeration, in either spelling, and no other text.
-    if any(isinstance(each, ast.Name) and each.id in _ENUMS for each in members):
-        members = [each for each in members if not (isinstance(each, ast.Name) and each.id == "str")]
+    if any(isinstance(member, ast.Name) and member.id in _ENUMS for member in members):
+        members = [member for member in members if not (isinstance(member, ast.Name) and member.id == "str")]
     return members
 
 
@@ -421,7 +421,7 @@ def _choices(metadata: ast.expr | None) -> tuple[str, ...]:
             if "log_levels" in ast.unparse(value):
                 return _log_levels()
             try:
-                return tuple(str(each) for each in ast.literal_eval(value))
+                return tuple(str(item) for item in ast.literal_eval(value))
             except (ValueError, TypeError):
                 return ()
     return ()
@@ -464,7 +464,7 @@ def quantization_fields() -> Mapping[str, LibraryField]:
     They have no annotations; the rule of each follows from its default and its name.
     """
     node = _class("transformers", "utils/quantization_config.py", "BitsAndBytesConfig")
-    signature = next(each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__").args
+    signature = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__").args
     names = [argument.arg for argument in signature.args[1:]]
     defaults = [_default(value, None) for value in signature.defaults]
     found = {}

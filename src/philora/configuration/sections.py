@@ -226,10 +226,10 @@ def plain(value: Any) -> Any:
             if field.name == "path" or getattr(value, field.name) != field.default
         }
         return given["path"] if len(given) == 1 else given
-    if isinstance(value, tuple) and value and all(isinstance(each, SourceConfig) for each in value):
-        return plain(value[0]) if len(value) == 1 else [plain(each) for each in value]
+    if isinstance(value, tuple) and value and all(isinstance(item, SourceConfig) for item in value):
+        return plain(value[0]) if len(value) == 1 else [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     return value

@@ -168,7 +168,7 @@ def translate_training_arguments(given: Mapping[str, Any]) -> tuple[dict[str, An
     """
     out = to_current_names(given)
     if out.faults:
-        raise ConfigError(one_per_line([fault("SFTConfig", *each) for each in out.faults]))
+        raise ConfigError(one_per_line([fault("SFTConfig", *item) for item in out.faults]))
     return out.result, [text for _, text in out.notices]
 
 

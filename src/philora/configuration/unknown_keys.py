@@ -23,7 +23,7 @@ def likely_section(key: str, sections: Iterable[str]) -> str:
 
 def section_keys() -> dict[str, set[str]]:
     """The keys of each section."""
-    own = {section: {each.name for each in dataclasses.fields(kind)} for section, kind in SECTIONS.items()}
+    own = {section: {field.name for field in dataclasses.fields(kind)} for section, kind in SECTIONS.items()}
     return own | {
         "training_config": {*schema.training_fields(), *OWN_TRAINING_KEYS},
         "peft_config": set(schema.lora_fields()),
@@ -35,8 +35,8 @@ def refuse_unknown(section: str, key: Any, value: Any, names: Iterable[str], rea
     names = list(names)
     todo = nearest(str(key), names)
     if not todo:
-        others = [each for each in section_keys() if each != section]
-        todo = likely_section(str(key), others) if any(key in section_keys()[each] for each in others) else ""
+        others = [word for word in section_keys() if word != section]
+        todo = likely_section(str(key), others) if any(key in section_keys()[other] for other in others) else ""
     library = {"training_config": "trl.SFTConfig", "peft_config": "peft.LoraConfig"}.get(section)
     expected = f"a key of {library}" if library else "one of " + ", ".join(names)
     reader.fault((*section.split("."), str(key)), value, expected, todo)

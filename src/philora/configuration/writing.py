@@ -44,18 +44,18 @@ def reference() -> str:
     """The keys that philora states a default or a bound for, as a Markdown table."""
     lines = ["| key | default | allowed | what it is |", "| --- | --- | --- | --- |"]
     rows = []
-    for each in FIELDS.values():
-        rows.append(each)
-        if each.key == "data.train":
+    for value in FIELDS.values():
+        rows.append(value)
+        if value.key == "data.train":
             rows += [
                 Field(f"data.train.{inner.name}", inner.default, inner.metadata["rule"], inner.metadata["doc"])
                 for inner in dataclasses.fields(SourceConfig)
             ]
-    for each in rows:
-        section, _, name = each.key.partition(".")
-        rule = (rule_of(section, name) or each.rule) if section in ("training_config", "peft_config") else each.rule
-        default = _shown_default(each, section, name)
-        cells = (f"`{each.key}`", default, rule.text, each.doc)
+    for row in rows:
+        section, _, name = row.key.partition(".")
+        rule = (rule_of(section, name) or row.rule) if section in ("training_config", "peft_config") else row.rule
+        default = _shown_default(row, section, name)
+        cells = (f"`{row.key}`", default, rule.text, row.doc)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",

@@ -111,8 +111,8 @@ def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
         return 1
     if id(node) not in known:
         known[id(node)] = 0
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
-        known[id(node)] = 1 + sum(_values_in(each, known) for each in parts)
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [item for pair in node.value for item in pair]
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
     elif known[id(node)] == 0:
         raise ValueError("an alias stands inside what it repeats")
     return known[id(node)]

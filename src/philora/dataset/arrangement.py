@@ -65,8 +65,8 @@ class Arranged(NamedTuple):
 
 def function_names(described: Sequence[Any]) -> list[str]:
     """Return the names of functions in tool calls or descriptions, with or without an object `function` around them."""
-    inner = [each.get("function") or each for each in described if isinstance(each, Mapping)]
-    return [str(each["name"]) for each in inner if isinstance(each, Mapping) and each.get("name")]
+    inner = [item.get("function") or item for item in described if isinstance(item, Mapping)]
+    return [str(item["name"]) for item in inner if isinstance(item, Mapping) and item.get("name")]
 
 
 def with_tools(messages: list[Message], tools: list[Any] | None) -> list[Message]:
@@ -159,7 +159,7 @@ class Arrangement:
         """
         self._check_template()
         text: str = self.tokenizer.apply_chat_template(
-            [dict(each) for each in messages], tools=tools, tokenize=False, add_generation_prompt=generation
+            [dict(message) for message in messages], tools=tools, tokenize=False, add_generation_prompt=generation
         )
         return text
 
@@ -175,7 +175,7 @@ class Arrangement:
         A system turn that the template drops, or refuses, becomes the beginning of a user turn. Tool descriptions that
         the template does not read as `tools` go where Phi-4-mini's looks: the `tools` of the system turn.
         """
-        found = [dict(each) for each in messages]
+        found = [dict(message) for message in messages]
         places: list[int | None] = list(range(len(found)))
         if tools is not None and not self._reads_tool_argument():
             described = json.dumps(tools, ensure_ascii=False)
@@ -185,10 +185,10 @@ class Arrangement:
                 found.insert(0, {"role": "system", "content": "", "tools": described})
                 places.insert(0, None)
             tools = None
-        if all(each["role"] != "system" for each in found) or self._keeps_system(found, tools):
+        if all(item["role"] != "system" for item in found) or self._keeps_system(found, tools):
             return Arranged(found, tools, places, folded=False)
         folded, sources = fold_system(found)
-        return Arranged(folded, tools, [None if each is None else places[each] for each in sources], folded=True)
+        return Arranged(folded, tools, [None if source is None else places[source] for source in sources], folded=True)
 
     def _keeps_system(self, messages: list[Message], tools: list[Any] | None) -> bool:
         """Whether the template renders every system turn, and one at the beginning of any conversation.
@@ -198,12 +198,16 @@ class Arrangement:
         usual = [{"role": "system", "content": ""}, {"role": "user", "content": ""}]
         if len(messages) != 2 and not self._keeps_system(usual, None):
             return False
-        plain = tools is None and all(len(each) == 2 for each in messages)
-        roles = tuple([each["role"] for each in messages])
+        plain = tools is None and all(len(message) == 2 for message in messages)
+        roles = tuple([message["role"] for message in messages])
         if not plain or roles not in self._kept_orders:
             # Contents that no template writes by itself, so that none of them is found by chance.
-            marks = {place: f"zq{place}qz" for place, each in enumerate(messages) if plain or each["role"] == "system"}
-            probe = [{**each, "content": marks.get(place, each["content"])} for place, each in enumerate(messages)]
+            marks = {
+                place: f"zq{place}qz" for place, message in enumerate(messages) if plain or message["role"] == "system"
+            }
+            probe = [
+                {**message, "content": marks.get(place, message["content"])} for place, message in enumerate(messages)
+            ]
             try:
                 text = self.render(probe, tools=tools)
             except TEMPLATE_ERRORS:
@@ -253,13 +257,13 @@ class Arrangement:
                 text = self.render(messages, tools=tools, generation=True)
             except TEMPLATE_ERRORS as error:
                 expected = "messages that the model's chat template takes"
-                roles = [each["role"] for each in messages]
+                roles = [message["role"] for message in messages]
                 raise DataError(fault("conversation", "roles", roles, expected, f"It says: {error}")) from error
             if lost := tools_not_shown(text, messages, tools):
                 raise DataError(fault("conversation", "tools", ", ".join(lost), *TOOLS_LEFT_OUT))
             if limit_tokens is not None:
                 self._check_length(text, limit_tokens)
-            forged = not control_tokens and any(self._has_control(each) for each in (*messages, {"tools": tools}))
+            forged = not control_tokens and any(self._has_control(message) for message in (*messages, {"tools": tools}))
             ids.append(self._ids_without_forgery(messages, tools) if forged else self._ids(text))
         return ids
 
@@ -291,9 +295,9 @@ class Arrangement:
     def _has_control(self, value: Any) -> bool:
         """Whether a message, or anything in one, holds a control token's text, before or after normalisation."""
         if isinstance(value, Mapping):
-            return any(self._has_control(each) for name, each in value.items() if name != "role")
+            return any(self._has_control(item) for name, item in value.items() if name != "role")
         if isinstance(value, list | tuple):
-            return any(self._has_control(each) for each in value)
+            return any(self._has_control(item) for item in value)
         if not isinstance(value, str) or not self._control_ids:
             return False
         if self._control_pattern.search(value):
@@ -322,25 +326,25 @@ class Arrangement:
 
         def mask(value: Any) -> Any:
             if isinstance(value, Mapping):
-                return {name: each if name == "role" else mask(each) for name, each in value.items()}
+                return {name: item if name == "role" else mask(item) for name, item in value.items()}
             if isinstance(value, list | tuple):
-                return [mask(each) for each in value]
+                return [mask(item) for item in value]
             return self._control_pattern.sub(stand_in, value) if isinstance(value, str) else value
 
         def stand_in(match: re.Match[str]) -> str:
             stand_ins.append(match.group())
             return renamed.stand_in(len(stand_ins) - 1)
 
-        described = None if tools is None else [mask(each) for each in tools]
-        text = self.render([mask(each) for each in messages], tools=described, generation=True)
+        described = None if tools is None else [mask(tool) for tool in tools]
+        text = self.render([mask(message) for message in messages], tools=described, generation=True)
         written = self._control_pattern.findall(text)
         text = self._control_pattern.sub(lambda match: renamed.names[match.group()], text)
         text = renamed.stand_in_pattern.sub(lambda match: stand_ins[int(match.group(1))], text)
-        ids = [renamed.ids.get(each, each) for each in _encode(renamed.backend, text)]
+        ids = [renamed.ids.get(item, item) for item in _encode(renamed.backend, text)]
         unknown = self.tokenizer.unk_token_id
         controls = set(self._control_ids.values()) - {unknown}
-        if [each for each in ids if each in controls] != [
-            self._control_ids[each] for each in written if self._control_ids[each] in controls
+        if [item for item in ids if item in controls] != [
+            self._control_ids[item] for item in written if self._control_ids[item] in controls
         ]:
             expected = "messages without control tokens, which this tokenizer cannot write as text"
             raise DataError(fault("conversation", "content", stand_ins[:3], expected, "Leave them out"))
@@ -366,9 +370,9 @@ class _Renamed:
         content = json.loads(backend.to_str())
         self.names = {text: f"zq{secret}t{number}qz" for number, text in enumerate(control_ids)}
         content["added_tokens"] = [
-            {**each, "content": self.names[each["content"]]}
-            for each in content["added_tokens"]
-            if each["content"] in self.names
+            {**token, "content": self.names[token["content"]]}
+            for token in content["added_tokens"]
+            if token["content"] in self.names
         ]
         content["post_processor"] = None  # it names tokens, and nothing is added to what the template writes
         self.backend = Backend.from_str(json.dumps(content))

@@ -87,7 +87,7 @@ def hub_source(config: SourceConfig, role: Role) -> Source:
 
 
 def _hub_message(config: SourceConfig, error: Exception) -> str:
-    close = difflib.get_close_matches(config.path, [BUNDLED, *(each.name for each in Path().iterdir())], n=1)
+    close = difflib.get_close_matches(config.path, [BUNDLED, *(entry.name for entry in Path().iterdir())], n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     if isinstance(error, ConnectionError):
         return fault(

@@ -131,7 +131,7 @@ def describe_data(source: str | Path | Mapping[str, Any] | Config, overrides: Se
     is_data = isinstance(source, str | Path) and Path(source).suffix.lower() not in (".yaml", ".yml")
     given: Any = {"data": {"train": {"path": str(source)}, "eval": None}} if is_data else source
     config = load_config(given, overrides)
-    if any(each.streaming for each in config.data.train):
+    if any(item.streaming for item in config.data.train):
         expected = "false: a stream is never read whole"
         raise DataError(fault("data", "streaming", True, expected, "Give a limit and leave streaming out"))
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
@@ -155,12 +155,12 @@ def describe_data(source: str | Path | Mapping[str, Any] | Config, overrides: Se
 
 
 def _described(rows: Any, conversations: Conversations, counts: SplitReport) -> SplitDescription:
-    labels = np.array([sum(each != IGNORED for each in row["labels"][1:]) for row in rows], np.int64)
+    labels = np.array([sum(label != IGNORED for label in row["labels"][1:]) for row in rows], np.int64)
     turns = np.zeros(len(conversations), np.int64)
     systems: Counter[str] = Counter()
     for place, messages in enumerate(conversations):
-        turns[place] = sum(each["role"] != "system" for each in messages)
-        systems.update(each["content"] for each in messages[:1] if each["role"] == "system")
+        turns[place] = sum(message["role"] != "system" for message in messages)
+        systems.update(message["content"] for message in messages[:1] if message["role"] == "system")
     commonest = [(text, count / len(conversations)) for text, count in systems.most_common(1)]
     return SplitDescription(
         counts, Spread.of(row_lengths(rows)), Spread.of(labels), Spread.of(turns), commonest[0] if commonest else None
@@ -178,7 +178,7 @@ def _near(prepared: PreparedData) -> int:
 
 
 def _text(messages: Sequence[Message]) -> str:
-    return "\n".join(str(each["content"]) for each in messages if each["role"] != "system")
+    return "\n".join(str(message["content"]) for message in messages if message["role"] != "system")
 
 
 def _findings(data: DataConfig, conversations: Conversations) -> list[Finding]:
@@ -197,7 +197,7 @@ def _findings(data: DataConfig, conversations: Conversations) -> list[Finding]:
 
 
 def _has_empty_question(messages: Sequence[Message]) -> bool:
-    return any(each["role"] == "user" and not str(each["content"]).strip() for each in messages)
+    return any(message["role"] == "user" and not str(message["content"]).strip() for message in messages)
 
 
 def _repeats_question(messages: Sequence[Message]) -> bool:
@@ -206,21 +206,21 @@ def _repeats_question(messages: Sequence[Message]) -> bool:
 
 
 def _begins_with_answer(messages: Sequence[Message]) -> bool:
-    return next((each["role"] for each in messages if each["role"] != "system"), "") == "assistant"
+    return next((message["role"] for message in messages if message["role"] != "system"), "") == "assistant"
 
 
 def _has_email(messages: Sequence[Message]) -> bool:
-    return any(_EMAIL.search(str(each["content"])) for each in messages)
+    return any(_EMAIL.search(str(message["content"])) for message in messages)
 
 
 def _has_card_number(messages: Sequence[Message]) -> bool:
-    return any(_is_card(found[0]) for each in messages for found in _CARD.finditer(str(each["content"])))
+    return any(_is_card(found[0]) for message in messages for found in _CARD.finditer(str(message["content"])))
 
 
 def _is_card(text: str) -> bool:
     """Return whether the digits have the check digit of card numbers (Luhn, ISO/IEC 7812), and are not all the same."""
-    digits = [int(each) for each in text if each.isdigit()]
-    doubled = [sum(divmod(2 * each, 10)) for each in digits[-2::-2]]
+    digits = [int(character) for character in text if character.isdigit()]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
 
 

@@ -212,7 +212,7 @@ def _lines(prepared: PreparedData) -> Iterator[str]:
         entry: dict[str, Any] = {"messages": conversations[number]}
         if (tools := conversations.tools(number)) is not None:
             entry["tools"] = tools
-        entry |= {"input_ids": [int(each) for each in row["input_ids"]], "label_spans": spans_of(row["labels"])}
+        entry |= {"input_ids": [int(item) for item in row["input_ids"]], "label_spans": spans_of(row["labels"])}
         if trained is not None:
             entry["in_training"] = number in in_training
         yield json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n"
@@ -255,7 +255,7 @@ def read_held_out(path: Path, tokenizer: Tokenizer, fingerprint: str | None) -> 
             ids.append(entry["input_ids"])
             labels.append(_labels(entry))
             conversations.append(json.dumps(messages if tools is None else {"messages": messages, "tools": tools}))
-            if any(each["role"] == "assistant" for each in messages[1:]):
+            if any(message["role"] == "assistant" for message in messages[1:]):
                 answerable.append(number)
             known = known and "in_training" in entry
             if entry.get("in_training"):
@@ -276,7 +276,7 @@ def _entry(line: bytes, where: str, most: int) -> dict[str, Any]:
         entry = json.loads(line)
         tokens = np.asarray(entry["input_ids"], np.int64)
         spans = np.asarray(entry["label_spans"], np.int64).reshape(-1, 2)
-        turns = [(each["role"], each["content"]) for each in entry["messages"]]
+        turns = [(message["role"], message["content"]) for message in entry["messages"]]
         good = len(tokens) > 0 and len(turns) > 0 and tokens.min() >= 0 and tokens.max() <= most
         good = good and bool(((spans[:, 0] >= 0) & (spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= len(tokens))).all())
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -52,7 +52,7 @@ def check_rows(splits: Mapping[str, Any], vocabulary: int | None) -> None:
     for name, rows in splits.items():
         if vocabulary is None or not isinstance(rows, datasets.Dataset):
             continue
-        columns = [each for each in COLUMNS if each in rows.column_names]
+        columns = [item for item in COLUMNS if item in rows.column_names]
         if not columns:
             continue
         first = 0
@@ -75,7 +75,7 @@ def _check_column(name: str, column: str, lists: Any, first: int, vocabulary: in
         return
     at = pc.index(wrong, True).as_py()
     row = pc.list_parent_indices(lists)[at].as_py()
-    place = at - sum(len(each) for each in lists[:row].to_pylist() if each is not None)
+    place = at - sum(len(item) for item in lists[:row].to_pylist() if item is not None)
     raise _refuse(f"{name}, row {first + row:,}", column, place, values[at].as_py(), vocabulary)
 
 
@@ -99,5 +99,5 @@ def check_batch(inputs: Mapping[str, Any], vocabulary: int | None, where: str = 
         if column == "labels":
             wrong &= values != IGNORED
         if bool(wrong.any()):
-            row, place = (int(each) for each in torch.nonzero(wrong)[0])
+            row, place = (int(item) for item in torch.nonzero(wrong)[0])
             raise _refuse(f"{where}, row {row:,}", column, place, int(values[row, place]), vocabulary)

@@ -68,7 +68,9 @@ def _json_style(stream: IO[bytes]) -> tuple[Literal["lines", "document"] | None,
             # `{` alone opens a document that is spread over lines; anything else is a broken line.
             return ("document" if line.strip() in (b"{", b"[") or _opens_wrapper(line) else "lines"), skipped
         wraps = isinstance(value, dict) and not any(key in value for key in _RECORD_KEYS)
-        wraps = wraps and any(isinstance(each, list) and each and isinstance(each[0], dict) for each in value.values())
+        wraps = wraps and any(
+            isinstance(entry, list) and entry and isinstance(entry[0], dict) for entry in value.values()
+        )
         if wraps and not any(rest.strip() for rest in stream):
             return "document", skipped
         return "lines", skipped

@@ -49,7 +49,7 @@ def sequence_lengths(rows: Any) -> npt.NDArray[np.int64]:
     """Tokens of each sequence; those of a packed row are counted one by one. Empty for a stream."""
     if not isinstance(rows, Dataset):
         return np.zeros(0, np.int64)
-    name = next((each for each in ("seq_lengths", "input_ids") if each in rows.column_names), None)
+    name = next((word for word in ("seq_lengths", "input_ids") if word in rows.column_names), None)
     if name is None:
         return np.zeros(0, np.int64)
     found = [np.zeros(0, np.int64)]

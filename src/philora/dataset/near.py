@@ -33,15 +33,15 @@ def near_duplicates(texts: Sequence[str], others: Sequence[str] | None = None) -
     theirs = pieces if others is None else [_pieces(text) for text in others]
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
     if others is not None:
-        for place, each in enumerate(theirs):
-            for key in _keys(each):
+        for place, their in enumerate(theirs):
+            for key in _keys(their):
                 buckets[key].append(place)
     found: dict[int, int] = {}
-    for place, each in enumerate(pieces):
-        keys = _keys(each)
+    for place, piece in enumerate(pieces):
+        keys = _keys(piece)
         candidates = dict.fromkeys(other for key in keys for other in buckets.get(key, ()))
         for other in list(candidates)[:_COMPARED]:
-            if _similarity(each, theirs[other]) >= SIMILAR:
+            if _similarity(piece, theirs[other]) >= SIMILAR:
                 found[place] = other
                 break
         if others is None:

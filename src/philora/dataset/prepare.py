@@ -163,7 +163,7 @@ class Conversations(Sequence[list[Message]]):
         if isinstance(index, slice):
             chosen = range(*index.indices(len(self)))
             if isinstance(self._stored, list):
-                return Conversations([self._stored[each] for each in chosen])
+                return Conversations([self._stored[item] for item in chosen])
             with quiet_datasets():
                 return Conversations(self._stored.select(chosen))
         return with_tools(*self._parsed(index))
@@ -376,7 +376,7 @@ class Loader:
             list(entry.meta["unread_parts"]),
             dict(entry.meta["spelled"]),
             str(entry.meta["recognised"]),
-            [_line_of(each) for each in entry.meta["examples"]],
+            [_line_of(item) for item in entry.meta["examples"]],
             int(entry.meta["invalid"]),
             list(entry.meta["invalid_records"]),
         )
@@ -391,7 +391,7 @@ def _line_of(stored: str) -> str:
     """Return a stored conversation in one line, its turns shortened."""
     value = json.loads(stored)
     messages: list[Message] = value["messages"] if isinstance(value, dict) else value
-    turns = [f"{each['role']}: {_short(each['content'])}" for each in messages[:_TURNS_SHOWN]]
+    turns = [f"{message['role']}: {_short(message['content'])}" for message in messages[:_TURNS_SHOWN]]
     more = [f"{len(messages) - _TURNS_SHOWN} more turns"] if len(messages) > _TURNS_SHOWN else []
     return " | ".join(turns + more)
 
@@ -447,7 +447,7 @@ def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], part: float, seed: int) -
     if not taken:
         chosen[order[np.argmin(sizes[order])]] = True
     is_out = chosen[group_of.reshape(-1)]
-    starts = np.cumsum([0, *(len(each) for each in hashes)])
+    starts = np.cumsum([0, *(len(item) for item in hashes)])
     return [np.flatnonzero(is_out[start:end]) for start, end in itertools.pairwise(starts)]
 
 
@@ -515,7 +515,7 @@ def rows_in_training(
     eval_entries: Sequence[Entry], eval_indices: Sequence[Indices], entries: Sequence[Entry], kept: Sequence[Indices]
 ) -> list[int]:
     """Return the places of the evaluation rows that also stand in the training set, before weights apply."""
-    return [int(each) for each in np.flatnonzero(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, kept)))]
+    return [int(item) for item in np.flatnonzero(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, kept)))]
 
 
 def fingerprint_of(
@@ -540,7 +540,7 @@ def assemble(
         tokens = concatenate_datasets([Dataset.from_file(str(entry.tokens_file)) for entry in entries])
         conversations = concatenate_datasets([Dataset.from_file(str(entry.conversations_file)) for entry in entries])
         starts = np.cumsum([0, *(len(entry.rows) for entry in entries)])
-        chosen = np.concatenate([each + start for each, start in zip(indices, starts, strict=False)])
+        chosen = np.concatenate([item + start for item, start in zip(indices, starts, strict=False)])
         if shuffle_seed is not None:
             chosen = np.random.default_rng(shuffle_seed).permutation(chosen)
         if not np.array_equal(chosen, np.arange(starts[-1])):
@@ -551,7 +551,7 @@ def assemble(
 def _assemble_eval(entries: Sequence[Entry], indices: Sequence[Indices]) -> tuple[Any, Conversations, Conversations]:
     """Rows, the conversation of each, and the conversations that can be asked for."""
     rows, every = assemble(entries, indices, None)
-    asked = [each[(entry.rows["flags"][each] & ANSWERS) > 0] for entry, each in zip(entries, indices, strict=True)]
+    asked = [item[(entry.rows["flags"][item] & ANSWERS) > 0] for entry, item in zip(entries, indices, strict=True)]
     _, conversations = assemble(entries, asked, None)
     return rows, every, conversations
 
@@ -589,7 +589,7 @@ def notice_source(report: DataReport, role: str, source: SourceReport) -> None:
     """Name what of a source is not read or left out, and the control texts in it."""
     if source.invalid:
         more = f" (the first {len(source.invalid_records)})" if source.invalid > len(source.invalid_records) else ""
-        listed = "".join(f"\n  {each}" for each in source.invalid_records)
+        listed = "".join(f"\n  {record}" for record in source.invalid_records)
         count = f"{source.invalid:,} of {source.records:,} records"
         add_notice(report, f"{role}: {count} of {source.name} cannot be used and are left out{more}:{listed}")
     if source.unread_parts:
@@ -690,7 +690,7 @@ def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: 
             raise DataError(fault(source.name, "streaming", True, "whole conversations in each record", todo))
         found = SourceReport(source.name, shape.name, 0, config.weight, recognised=shape.why)
         some = _first_conversations(source, shape, loader.encoder, found, loader.settings.drop_invalid)
-        found.examples = [_line_of(each.decode()) for each in some[:EXAMPLES_KEPT]]
+        found.examples = [_line_of(item.decode()) for item in some[:EXAMPLES_KEPT]]
         first += some
         found.unread_parts = list(source.unread)
         streams.append(_stream(source, shape, loader))
@@ -733,9 +733,11 @@ def _first_conversations(
         except Fault as error:
             if not drop_invalid:
                 raise DataError(error.at(batch.where(index))) from None
-    found.unread_fields = dict(Counter(itertools.chain.from_iterable(each.unread for each in conversations)))
+    found.unread_fields = dict(
+        Counter(itertools.chain.from_iterable(conversation.unread for conversation in conversations))
+    )
     found.spelled = dict(encoder.spelled(conversations))
-    return [serialise(each) for each in conversations]
+    return [serialise(conversation) for conversation in conversations]
 
 
 def _stream(source: Source, shape: Shape, loader: Loader) -> Any:

@@ -105,7 +105,7 @@ def _missing_file(path: Path) -> str:
     parent = path.parent if str(path.parent) else Path()
     if not parent.is_dir():
         return fault("data", "path", str(path), "a file or folder that exists", f"There is no folder {str(parent)!r}")
-    names = sorted(each.name for each in parent.iterdir() if not each.name.startswith("."))
+    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     hint = nearest(path.name, names)
     return fault("data", "path", str(path), "a file or folder that exists", hint or f"Its folder is {str(parent)!r}")
 
@@ -113,7 +113,7 @@ def _missing_file(path: Path) -> str:
 def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
     files, unread = _folder_files(folder)
     splits = folder_splits(folder, config.subset, files)
-    in_some = {file for each in splits.values() for file in each}
+    in_some = {file for item in splits.values() for file in item}
     lost = [file for file in files if file not in in_some]
     if config.split is None and len(splits) == 1 and lost and not splits.keys() & set(DEFAULT_SPLITS[role]):
         # One split of another purpose, and files beside it: which of them is meant is not for us to guess.
@@ -132,16 +132,16 @@ def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
 
 def _folder_files(folder: Path) -> tuple[list[Path], dict[str, None]]:
     """The files of a folder that a reader is for, and the others, by name."""
-    found = [each for each in sorted(folder.rglob("*")) if each.is_file() and not _hidden(each, folder)]
-    files = [each for each in found if _kind(each) is not None and each.name not in _NOT_DATA]
+    found = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file, folder)]
+    files = [item for item in found if _kind(item) is not None and item.name not in _NOT_DATA]
     if not files:
         raise DataError(fault("data", "path", str(folder), f"a folder with files of the kinds {', '.join(_KINDS)}"))
-    others = [each for each in found if each not in set(files) and each.name not in _NOT_DATA]
+    others = [item for item in found if item not in set(files) and item.name not in _NOT_DATA]
     return files, {f"files of other kinds ({_names(others, folder)})": None} if others else {}
 
 
 def _names(files: list[Path], folder: Path) -> str:
-    names = [str(each.relative_to(folder)) for each in files]
+    names = [str(file.relative_to(folder)) for file in files]
     more = f" and {len(names) - _FILES_NAMED} more" if len(names) > _FILES_NAMED else ""
     return ", ".join(names[:_FILES_NAMED]) + more
 

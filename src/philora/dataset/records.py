@@ -197,5 +197,5 @@ def _rough_size(record: dict[str, Any]) -> int:
         if isinstance(value, str):
             size += len(value)
         elif isinstance(value, list):
-            size += sum(len(v) for each in value if isinstance(each, dict) for v in each.values() if isinstance(v, str))
+            size += sum(len(v) for item in value if isinstance(item, dict) for v in item.values() if isinstance(v, str))
     return size

@@ -182,7 +182,7 @@ class _Fields:
         """
         value = self.get(name)
         if value is None:
-            names = ", ".join(str(key) for key, each in self.values.items() if each is not None)
+            names = ", ".join(str(key) for key, item in self.values.items() if item is not None)
             raise Fault("record", names, f"a field {name!r}", nearest(name, map(str, self.values)))
         return value
 
@@ -477,14 +477,14 @@ def _from_list(value: Any, name: str, fields: _Fields, prompt_turns: int = 0) ->
     unread: set[str] = set()
     previous = None
     two_user_turns = False
-    for index, each in enumerate(value):
-        message = _message(each, f"{name}[{index}]", unread)
+    for index, item in enumerate(value):
+        message = _message(item, f"{name}[{index}]", unread)
         role = message["role"]
         if role == "user" and previous == "user":
             two_user_turns = True
         if role == "system" and not message["content"].strip() and "tools" not in message:
             continue
-        trained = len(each) == 2 or _has_loss(each, role, f"{name}[{index}]")
+        trained = len(item) == 2 or _has_loss(item, role, f"{name}[{index}]")
         if role == "assistant" and (index < prompt_turns or not trained):
             untrained.add(len(messages))
         previous = role

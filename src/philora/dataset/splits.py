@@ -68,7 +68,7 @@ def folder_splits(folder: Path, subset: str | None, files: Sequence[Path]) -> di
         found: set[Path] = set()
         for pattern in several:
             try:
-                found |= {Path(each).resolve() for each in resolve_pattern(pattern, base)}
+                found |= {Path(item).resolve() for item in resolve_pattern(pattern, base)}
             except FileNotFoundError:
                 continue
         read = [file for path, file in by_path.items() if path in found]
@@ -105,7 +105,7 @@ def _subset(folder: Path, subset: str | None, described: dict[str, Any]) -> dict
     names = list(described)
     if subset is None and len(names) == 1:
         return dict(described[names[0]])
-    default = [name for name, each in described.items() if name == "default" or each.get("default")]
+    default = [name for name, item in described.items() if name == "default" or item.get("default")]
     name = subset or (default[0] if default else None)
     if name not in described:
         hint = nearest(str(subset), names) if subset else "Name one of them with subset"

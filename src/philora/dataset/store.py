@@ -406,7 +406,7 @@ def recognised(source: Source, given: Shape | None) -> tuple[Source, Shape]:
 
 def _given_turns(given: Shape, records: Sequence[Record], file: str) -> Shape:
     """One row for each message, of which the columns are to be found."""
-    rows = [parse_line(each) if isinstance(each, bytes) else each for each in records[:1]]
+    rows = [parse_line(record) if isinstance(record, bytes) else record for record in records[:1]]
     columns = turn_columns(rows)
     if columns is None:
         expected = "columns for an id, a role and a text, since these are one row for each message"
@@ -431,7 +431,9 @@ class _Totals:
         self.faults += chunk.faults[: FAULTS_SHOWN - len(self.faults)]
         self.unread.update(chunk.unread)
         self.spelled.update(chunk.spelled)
-        self.examples += [each.decode() for each in chunk.conversations[: EXAMPLES_KEPT - len(self.examples)]]
+        self.examples += [
+            conversation.decode() for conversation in chunk.conversations[: EXAMPLES_KEPT - len(self.examples)]
+        ]
         counts = {"records": chunk.records, "invalid": chunk.fault_count}
         counts |= {"dropped_overlong": chunk.dropped_overlong, "dropped_unlabelled": chunk.dropped_unlabelled}
         self.counts.update(counts)
@@ -510,7 +512,7 @@ def _records_message(source: Source, faults: list[str], count: int, records: int
     if count == 1:
         return faults[0] + (" Or set data.invalid to drop to leave out what cannot be used." if todo else "")
     more = f" (the first {len(faults)} of them)" if count > len(faults) else ""
-    listed = "\n".join(f"  {each}" for each in faults)
+    listed = "\n".join(f"  {item}" for item in faults)
     end = f"\n{todo}." if todo else ""
     return f"{source.name}: {count} of {records} records cannot be used{more}:\n{listed}{end}"
 
@@ -539,10 +541,10 @@ def _rename(temporary: Path, folder: Path) -> None:
 
 def _sweep(root: Path) -> None:
     """Remove what runs that were killed have left."""
-    for each in root.glob(".tmp-*"):
+    for file in root.glob(".tmp-*"):
         with contextlib.suppress(OSError):
-            if time.time() - each.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(each, ignore_errors=True)
+            if time.time() - file.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(file, ignore_errors=True)
 
 
 def read_entry(folder: Path) -> Entry | None:

@@ -34,7 +34,7 @@ def commonest_system_turn(prepared: PreparedData, data: DataConfig) -> SystemTur
 
 def _commonest(conversations: Iterable[Iterable[Mapping[str, Any]]]) -> SystemTurn | None:
     first = [next(iter(messages), {"role": "", "content": ""}) for messages in conversations]
-    counted = Counter(str(each["content"]) for each in first if each["role"] == "system" and each["content"])
+    counted = Counter(str(item["content"]) for item in first if item["role"] == "system" and item["content"])
     if not counted:
         return None
     ((text, count),) = counted.most_common(1)

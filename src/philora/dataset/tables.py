@@ -80,7 +80,7 @@ def _delimiter(file: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
         return said[1], []
     if ".tsv" in [suffix.lower() for suffix in file.suffixes]:
         return "\t", [first]
-    return max(_DELIMITERS, key=lambda each: _cells(first, each)), [first]
+    return max(_DELIMITERS, key=lambda item: _cells(first, item)), [first]
 
 
 def _cells(line: str, delimiter: str) -> int:

@@ -195,7 +195,7 @@ class Encoder:
         The keys say what they are: `end TEXT` for the model's own stop token behind an answer, `own TEXT` for other
         control tokens of its tokenizer, `foreign TEXT` for those of other models, which are letters to this one.
         """
-        joined = "\n".join([message["content"] for each in conversations for message in each.messages])
+        joined = "\n".join([message["content"] for item in conversations for message in item.messages])
         own = [text for text in self.added.values() if text and text in joined]
         foreign = [text for text in FOREIGN_CONTROLS if text in joined and text not in self.added.values()]
         found: Counter[str] = Counter()
@@ -208,8 +208,10 @@ class Encoder:
                 if message["role"] == "assistant" and message["content"].rstrip().endswith(stop)
             }
             found.update(f"end {text}" for text in ends)
-            found.update(f"own {text}" for text in own if text not in ends and any(text in each for each in contents))
-            found.update(f"foreign {text}" for text in foreign if any(text in each for each in contents))
+            found.update(
+                f"own {text}" for text in own if text not in ends and any(text in content for content in contents)
+            )
+            found.update(f"foreign {text}" for text in foreign if any(text in content for content in contents))
         return found
 
     def ends_in_stop_number(self, conversation: Conversation) -> bool:
@@ -252,7 +254,7 @@ class Encoder:
         stop_is_proved = True
         for number, index in enumerate(answers, start=1):
             message, between = messages[index], messages[first:index]
-            key = (first == 0, tuple([(each["role"], len(each)) for each in between]))
+            key = (first == 0, tuple([(item["role"], len(item)) for item in between]))
             start = _behind(text, after, headers[key], between) if key in headers else None
             exact = number & (number - 1) == 0 or index == answers[-1]
             if start is None and not stop_is_proved:
@@ -285,7 +287,7 @@ class Encoder:
     ) -> tuple[str, ...]:
         """The text around the contents of the turns between two answers, the second one's header included."""
         marks = [f"zq{place}qz" for place in range(first, index)]
-        marked = [{**each, "content": mark} for each, mark in zip(messages[first:index], marks, strict=True)]
+        marked = [{**item, "content": mark} for item, mark in zip(messages[first:index], marks, strict=True)]
         rest = self.render([*messages[:first], *marked], tools=tools, generation=True)
         rest = rest[len(before) :] if rest.startswith(before) else rest
         pieces: list[str] = []
@@ -475,7 +477,7 @@ class Encoder:
     ) -> list[tuple[_Chat, str]]:
         """Tokenise conversations whose added tokens say where the answers are; gives back those with others in them."""
         lists = [
-            each.ids for each in self.backend.encode_batch_fast([chat[1] for chat in chats], add_special_tokens=False)
+            item.ids for item in self.backend.encode_batch_fast([chat[1] for chat in chats], add_special_tokens=False)
         ]
         ends = np.cumsum([0, *map(len, lists)])
         flat = np.fromiter(chain.from_iterable(lists), np.int32, int(ends[-1]))
@@ -509,7 +511,7 @@ class Encoder:
                 located.append((chat, *self._locate(chat.conversation, text)))
             except Fault as error:
                 results[chat.place] = error
-        encodings = self.backend.encode_batch([each[1] for each in located], add_special_tokens=False)
+        encodings = self.backend.encode_batch([item[1] for item in located], add_special_tokens=False)
         for (chat, text, turns), encoding in zip(located, encodings, strict=True):
             ids: list[int] = encoding.ids
             spans: list[tuple[int, int]] = []
@@ -604,7 +606,7 @@ class Encoder:
         return bool(ids[begin:first] != alone)
 
     def _has_control(self, content: str) -> bool:
-        return any(each in content for each in self._control_starts) and bool(self._control_pattern.search(content))
+        return any(start in content for start in self._control_starts) and bool(self._control_pattern.search(content))
 
 
 def encode_conversation(
@@ -773,7 +775,7 @@ def _unshown(text: str, conversation: Conversation) -> tuple[str, ...]:
         key: [message[key].strip() for message in conversation.messages if isinstance(message.get(key), str)]
         for key in _READ_KEYS
     }
-    return tuple(f"{key} of turns" for key, each in values.items() if any(value not in text for value in each))
+    return tuple(f"{key} of turns" for key, item in values.items() if any(value not in text for value in item))
 
 
 def _content_end(text: str, start: int, message: Message, index: int) -> int:

@@ -63,7 +63,7 @@ def turn_columns(records: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str],
         known.setdefault(_plain(name), str(name))
     found = {key: next((known[name] for name in names if name in known), None) for key, names in _NAMES.items()}
     if found["conversation"] is None and "id" in known:
-        ids = [str(each.get(known["id"])) for each in records]
+        ids = [str(record.get(known["id"])) for record in records]
         found["conversation"] = known["id"] if len(set(ids)) < len(ids) else None
     needed = [found[key] for key in TURN_KEYS[:3]]
     if any(name is None or isinstance(records[0].get(name), list | dict) for name in needed):
@@ -159,7 +159,7 @@ def _batches(
     for rows in held.values():
         order = rows if not times else sorted(rows, key=lambda row: times[row[0]])
         made.append((rows[0][0], _conversation([row for _, row in order], names, roles)))
-    made.sort(key=lambda each: each[0])
+    made.sort(key=lambda item: item[0])
     for start in range(0, len(made), BATCH_ROWS):
         part = made[start : start + BATCH_ROWS]
         yield Batch(last.file, last.unit, [place for place, _ in part], [record for _, record in part])

@@ -153,7 +153,7 @@ def stack_for(model: ModelFacts, batch: BatchFacts, device: DeviceFacts) -> Choi
         return Choice("plain", ("PHILORA_FUSED=0 turns philora's fast paths off",))
     reasons = [*_of_device(device), *_of_model(model), *_of_batch(batch, model)]
     if device.switch != "all" and not device.interpreted:
-        untried = [UNTRIED[each] for each in _untried(model, batch)]
+        untried = [UNTRIED[item] for item in _untried(model, batch)]
         if untried and not reasons:
             reasons.append(f"no GPU has run this yet, PHILORA_STACK=all takes it: {', '.join(untried)}")
     if reasons:
@@ -172,7 +172,7 @@ def _of_device(device: DeviceFacts) -> list[str]:
         return [f"the decoder stack needs a CUDA GPU, this is {device.name}"]
     found = []
     if device.capability is not None and device.capability < LEAST_CAPABILITY:
-        least, own = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, device.capability))
+        least, own = (".".join(map(str, item)) for item in (LEAST_CAPABILITY, device.capability))
         found.append(f"{device.name} has compute capability {own}, flash attention needs {least}")
     if not device.flash:
         found.append("this PyTorch has no flash attention for packed rows")

@@ -73,7 +73,7 @@ def not_one_adapter(layer: Any) -> str | None:
     """Say why a LoRA layer has not one active adapter without a variant (DoRA, ...) or a bias of B; None: it has."""
     if layer.disable_adapters or layer.merged:
         return "its adapters are disabled or merged"
-    active = [each for each in layer.active_adapters if each in layer.lora_A]
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(active) != 1:
         return f"{len(active)} adapters are active"
     if active[0] in layer.lora_variant or layer.lora_bias.get(active[0]):
@@ -88,7 +88,7 @@ def adapter_name_of(linear: Any) -> str | None:
     """
     if not isinstance(linear, LoraLayer) or not_one_adapter(linear) is not None:
         return None
-    name: str = next(each for each in linear.active_adapters if each in linear.lora_A)
+    name: str = next(adapter for adapter in linear.active_adapters if adapter in linear.lora_A)
     down, up = linear.lora_A[name], linear.lora_B[name]
     plain = type(down) is nn.Linear and type(up) is nn.Linear and not getattr(up, "slice_layout", None)
     return name if plain and isinstance(linear.lora_dropout[name], nn.Dropout | nn.Identity) else None
@@ -105,16 +105,16 @@ def facts_of_model(model: Any) -> ModelFacts:
         cores. `known_facts` does it once.
     """
     config = model.config
-    architecture = next((each.__name__ for each in type(model).__mro__ if each.__name__.endswith("Model")), "")
+    architecture = next((item.__name__ for item in type(model).__mro__ if item.__name__.endswith("Model")), "")
     if architecture == "StackedPhi3Model":
         architecture = "Phi3Model"
     if architecture != "Phi3Model":
         return ModelFacts(architecture=type(model).__name__)
     layers = list(model.layers)[: config.num_hidden_layers]
-    linears = [each for layer in layers for each in linears_of(layer)]
+    linears = [item for layer in layers for item in linears_of(layer)]
     norms = [norm_of(layer, name) for layer in layers for name in NORMS]
-    adapted = [each for each in linears if isinstance(each, LoraLayer)]
-    dropouts = [drop.p for each in adapted for drop in each.lora_dropout.values() if isinstance(drop, nn.Dropout)]
+    adapted = [linear for linear in linears if isinstance(linear, LoraLayer)]
+    dropouts = [drop.p for item in adapted for drop in item.lora_dropout.values() if isinstance(drop, nn.Dropout)]
     heads = config.num_attention_heads
     return ModelFacts(
         architecture=architecture,
@@ -128,12 +128,12 @@ def facts_of_model(model: Any) -> ModelFacts:
         adapters=tuple(dict.fromkeys(_adapter_reasons(linears))),
         hooks=tuple(_hooked(layers)),
         trains_base=tuple(_trains_base(layers, linears, norms)),
-        trains_norms=any(each.weight.requires_grad for each in norms),
+        trains_norms=any(norm.weight.requires_grad for norm in norms),
         unadapted=len(adapted) < len(linears),
         longrope=longrope_switch_tokens(config) is not None,
-        sharded=any(isinstance(each, FSDPModule | FullyShardedDataParallel) for each in (model, *layers))
-        or any(hasattr(each, "ds_id") for each in layers[0].parameters()),  # DeepSpeed's ZeRO-3
-        devices=len({base_of(each).weight.device for each in linears}),
+        sharded=any(isinstance(item, FSDPModule | FullyShardedDataParallel) for item in (model, *layers))
+        or any(hasattr(parameter, "ds_id") for parameter in layers[0].parameters()),  # DeepSpeed's ZeRO-3
+        devices=len({base_of(linear).weight.device for linear in linears}),
     )
 
 
@@ -143,15 +143,15 @@ def _dtype(model: Any, linears: list[Any], norms: list[Any]) -> str:
     embedding = embedding.original_module if isinstance(embedding, ModulesToSaveWrapper) else embedding
     own = getattr(embedding, "base_layer", embedding).weight.dtype
     found = {own}
-    for each in map(base_of, linears):
-        quantized = is_quantized(each)
-        found.add((getattr(each, "compute_dtype", None) or own) if quantized else each.weight.dtype)
-    found |= {each.weight.dtype for each in norms if not each.weight.requires_grad}
+    for linear in map(base_of, linears):
+        quantized = is_quantized(linear)
+        found.add((getattr(linear, "compute_dtype", None) or own) if quantized else linear.weight.dtype)
+    found |= {norm.weight.dtype for norm in norms if not norm.weight.requires_grad}
     return str(own).removeprefix("torch.") if len(found) == 1 else "mixed"
 
 
 def _base(model: Any, linears: list[Any]) -> str:
-    kinds = {is_quantized(base_of(each)) for each in linears}
+    kinds = {is_quantized(base_of(linear)) for linear in linears}
     if kinds == {False}:
         return "plain"
     return (scheme_of(model.config) or "mixed") if kinds == {True} else "mixed"
@@ -160,22 +160,22 @@ def _base(model: Any, linears: list[Any]) -> str:
 def _adapter_reasons(linears: list[Any]) -> Iterator[str]:
     """Why PEFT's or philora's layers have to compute an adapter themselves."""
     names: set[str] = set()
-    for each in linears:
-        if isinstance(each, LoraLayer):
-            yield from _reasons_of_one(each)
-            names.update(name for name in each.active_adapters if name in each.lora_A)
-        elif not isinstance(each, nn.Linear):
-            yield f"{type(each).__name__} is no LoRA layer of a linear layer"
-        if getattr(base_of(each), "bias", None) is not None:
+    for linear in linears:
+        if isinstance(linear, LoraLayer):
+            yield from _reasons_of_one(linear)
+            names.update(name for name in linear.active_adapters if name in linear.lora_A)
+        elif not isinstance(linear, nn.Linear):
+            yield f"{type(linear).__name__} is no LoRA layer of a linear layer"
+        if getattr(base_of(linear), "bias", None) is not None:
             yield "a linear layer has a bias"
     if len(names) > 1:
         yield f"several adapters are active: {', '.join(sorted(names))}"
-    if not any(isinstance(each, LoraLayer) for each in linears):
+    if not any(isinstance(linear, LoraLayer) for linear in linears):
         yield "there is no adapter"
 
 
 def _reasons_of_one(layer: Any) -> list[str]:
-    active = [each for each in layer.active_adapters if each in layer.lora_A]
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if layer.disable_adapters or layer.merged:
         return ["adapters are off" if layer.disable_adapters else "adapters are merged"]
     if len(active) > 1:
@@ -206,7 +206,7 @@ def _hooked(layers: list[nn.Module]) -> Iterator[str]:
             state = module.__dict__
             hooks = state["_forward_hooks"].values()
             if (
-                any(getattr(each, "__module__", "") != _RECORDING for each in hooks)
+                any(getattr(hook, "__module__", "") != _RECORDING for hook in hooks)
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]
                 or state["_backward_pre_hooks"]
@@ -216,13 +216,13 @@ def _hooked(layers: list[nn.Module]) -> Iterator[str]:
 
 
 def _trains_base(layers: list[nn.Module], linears: list[Any], norms: list[Any]) -> Iterator[str]:
-    covered = {id(each.weight) for each in norms}
-    for each in linears:
-        if isinstance(each, LoraLayer) and (name := adapter_name_of(each)) is not None:
-            covered |= {id(each.lora_A[name].weight), id(each.lora_B[name].weight)}
+    covered = {id(norm.weight) for norm in norms}
+    for linear in linears:
+        if isinstance(linear, LoraLayer) and (name := adapter_name_of(linear)) is not None:
+            covered |= {id(linear.lora_A[name].weight), id(linear.lora_B[name].weight)}
     for layer in layers:
-        for name, each in layer.named_parameters():
-            if each.requires_grad and id(each) not in covered and ".lora_" not in name:
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and id(parameter) not in covered and ".lora_" not in name:
                 yield name
 
 
@@ -234,40 +234,46 @@ class _Watch:
     """
 
     def __init__(self, model: Any) -> None:
-        modules = [model, *(each for layer in model.layers for each in layer.modules())]
+        modules = [model, *(item for layer in model.layers for item in layer.modules())]
         self._modules = modules
-        self._states = [each.__dict__ for each in modules]
-        self._hooks = [each[name] for each in self._states for name in _HOOKS]
-        self._children = [each["_modules"] for each in self._states]
-        self._parameters = [each["_parameters"] for each in self._states]
-        self._adapted = [each for each in modules if isinstance(each, LoraLayer)]
+        self._states = [item.__dict__ for item in modules]
+        self._hooks = [state[name] for state in self._states for name in _HOOKS]
+        self._children = [state["_modules"] for state in self._states]
+        self._parameters = [state["_parameters"] for state in self._states]
+        self._adapted = [item for item in modules if isinstance(item, LoraLayer)]
         self._wrappers: list[Any] = [
-            each for each in modules if isinstance(each, BaseTunerLayer | ModulesToSaveWrapper)
+            item for item in modules if isinstance(item, BaseTunerLayer | ModulesToSaveWrapper)
         ]
-        self._dropouts = [each for each in modules if isinstance(each, nn.Dropout)]
+        self._dropouts = [item for item in modules if isinstance(item, nn.Dropout)]
         self._config = model.config
         self._embedding = model.embed_tokens
         self._objects, self._values = self._look()
 
     def _look(self) -> tuple[list[Any], list[Any]]:
         """Return the objects that must stay the same ones, and the values that must stay equal."""
-        parameters = [each for each in chain.from_iterable(map(dict.values, self._parameters)) if each is not None]
+        parameters = [
+            parameter for parameter in chain.from_iterable(map(dict.values, self._parameters)) if parameter is not None
+        ]
         objects = [*chain.from_iterable(map(dict.values, self._children)), *parameters, *map(type, self._modules)]
         values = [
             list(map(len, self._states)),
             list(map(len, self._hooks)),
-            [each.requires_grad for each in parameters],
-            [each.dtype for each in parameters],
-            [each.device for each in parameters],
-            [each._disable_adapters for each in self._wrappers],
-            [each._active_adapter for each in self._wrappers if isinstance(each._active_adapter, str)],
-            [list(each._active_adapter) for each in self._wrappers if not isinstance(each._active_adapter, str)],
-            [len(each.merged_adapters) for each in self._adapted],
-            [value for each in self._adapted for value in each.scaling.values()],
-            [each.p for each in self._dropouts],
+            [parameter.requires_grad for parameter in parameters],
+            [parameter.dtype for parameter in parameters],
+            [parameter.device for parameter in parameters],
+            [wrapper._disable_adapters for wrapper in self._wrappers],
+            [wrapper._active_adapter for wrapper in self._wrappers if isinstance(wrapper._active_adapter, str)],
+            [
+                list(wrapper._active_adapter)
+                for wrapper in self._wrappers
+                if not isinstance(wrapper._active_adapter, str)
+            ],
+            [len(item.merged_adapters) for item in self._adapted],
+            [value for item in self._adapted for value in item.scaling.values()],
+            [dropout.p for dropout in self._dropouts],
             [len(getattr(nn_module, name)) for name in _GLOBAL_HOOKS],
             [getattr(self._config, name, None) for name in _CONFIG],
-            [each.dtype for each in self._embedding.parameters()],
+            [parameter.dtype for parameter in self._embedding.parameters()],
         ]
         return objects, values
 

@@ -123,10 +123,10 @@ def size_for(row: Size, made: Collection[Size], most: int = MOST_GRAPHS) -> Size
     """
     tokens = -(-row.tokens // EVEN_TOKENS) * EVEN_TOKENS
     sizes = [Size(tokens, documents, min(longest, tokens)) for documents, longest in LAYOUTS]
-    wanted = next((each for each in sizes if each.holds(row)), None)
+    wanted = next((size for size in sizes if size.holds(row)), None)
     if wanted is None or wanted in made or len(made) < most:
         return wanted
-    return min((each for each in made if each.holds(row) and each.tokens <= MOST_FILLED_UP * row.tokens), default=None)
+    return min((item for item in made if item.holds(row) and item.tokens <= MOST_FILLED_UP * row.tokens), default=None)
 
 
 class Inputs(NamedTuple):
@@ -171,8 +171,8 @@ class StackGraph:
         self._stack, self._keep, self._deterministic = stack, keep, deterministic
         device = inputs.x.device
         self._x, self._cos, self._sin, self._dx, self._dh = (
-            torch.zeros(size.tokens, each.shape[1], dtype=each.dtype, device=device)
-            for each in (inputs.x, inputs.cos, inputs.sin, inputs.x, inputs.x)
+            torch.zeros(size.tokens, item.shape[1], dtype=item.dtype, device=device)
+            for item in (inputs.x, inputs.cos, inputs.sin, inputs.x, inputs.x)
         )
         self._bounds = torch.zeros(size.documents + 1, dtype=torch.int32, device=device)
         self._counter = None if inputs.counter is None else torch.zeros_like(inputs.counter)
@@ -182,9 +182,9 @@ class StackGraph:
         expected = [*self._forward(), *self._backward()]
         self._passes = graphs.recorded([self._forward, self._backward], device, capture, pool)
         self._passed = None
-        for each in self._passes:
-            each.replay()
-        gap = _gap([each for one in self._passes for each in one.results], expected)
+        for step in self._passes:
+            step.replay()
+        gap = _gap([result for one in self._passes for result in one.results], expected)
         largest = LARGEST_DIFFERENCE[inputs.x.dtype]
         if not gap < largest:
             raise graphs.NotRecorded(f"its results differ by {gap:.2g} from those without one, at most {largest:g}")
@@ -239,7 +239,7 @@ def _fill(own: Tensor, given: Tensor) -> None:
 
 def own_copies(tensors: Collection[Tensor | None]) -> list[Tensor | None]:
     """Return copies of a graph's results, all by one call; the next replay leaves them alone."""
-    copies = [None if each is None else torch.empty_like(each) for each in tensors]
+    copies = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
     there = [(new, old) for new, old in zip(copies, tensors, strict=True) if new is not None and old is not None]
     torch._foreach_copy_([new for new, _ in there], [old for _, old in there])
     return copies
@@ -306,11 +306,11 @@ class GraphRunner:
             return None
         trained = self.stack.trained
         kind = (keep, deterministic, inputs.x.requires_grad, tuple(self.stack.chances()), inputs.counter is None)
-        now = (*self.stack.addresses(), *(each is not None and each.requires_grad for each in trained))
+        now = (*self.stack.addresses(), *(item is not None and item.requires_grad for item in trained))
         if now != self._memory:
             self.made.clear()  # a graph reads and writes where the weights were when it was recorded
             self._memory = now
-        sizes = [each.size for (own, _), each in self.made.items() if own == kind]
+        sizes = [item.size for (own, _), item in self.made.items() if own == kind]
         size = size_for(inputs.size, sizes, MOST_GRAPHS - len(self.made) + len(sizes))
         if size is None:
             tokens, documents, longest = inputs.size

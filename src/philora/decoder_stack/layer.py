@@ -90,7 +90,9 @@ class Pass:
         if self.cos.device == device:
             return self
         layout = self.attention.layout.to(device)
-        dropouts = [None if each is None else each._replace(seed=each.seed.to(device)) for each in self.dropouts]
+        dropouts = [
+            None if dropout is None else dropout._replace(seed=dropout.seed.to(device)) for dropout in self.dropouts
+        ]
         host = None if self.host is None else HostInputs(device)
         attention = replace(self.attention, layout=layout)
         return Pass(attention, self.cos.to(device), self.sin.to(device), dropouts, self.keep, host)
@@ -270,8 +272,8 @@ class DecoderLayer:
     @property
     def trained(self) -> list[Tensor | None]:
         """The weights of the norms, then A and B of each linear layer, None where there is no adapter."""
-        adapters = [each.adapter for each in self.linears]
-        return [*self.norms, *(each for one in adapters for each in ((None, None) if one is None else one[:2]))]
+        adapters = [linear.adapter for linear in self.linears]
+        return [*self.norms, *(item for one in adapters for item in ((None, None) if one is None else one[:2]))]
 
     def split(self, qkv: Tensor) -> Sequence[Tensor]:
         """Return views of the heads. Shapes: qkv (T, (H + 2 K) D); returns (T, H, D), (T, K, D), (T, K, D)."""
@@ -281,8 +283,8 @@ class DecoderLayer:
     def run(self, shared: Pass, x: Tensor, h: Tensor | None) -> tuple[Tensor, Kept]:
         """Compute the layer; return h2 and all intermediate results. Shapes: x and h (T, C)."""
         qkv_proj, o_proj, gate_up_proj, down_proj = self.linears
-        fp8 = [each.product.takes_fp8 for each in self.linears]
-        dropouts = [shared.dropouts[each.index] for each in self.linears]
+        fp8 = [linear.product.takes_fp8 for linear in self.linears]
+        dropouts = [shared.dropouts[linear.index] for linear in self.linears]
         x1, y1, inverse1, dropped = kernels.add_norm(x, h, self.norms[0], self.eps, dropouts[0], fp8[0])
         qkv, down1 = qkv_proj.forward(y1, dropped)
         kernels.rotate_(qkv, shared.cos, shared.sin, sum(self.heads), self.head_size)
@@ -344,8 +346,8 @@ def _gradients(
         dx and dh (T, C), of the residual stream and of what is to be added to it; returns (T, C).
     """
     qkv_proj, o_proj, gate_up_proj, down_proj = layer.linears
-    fp8 = [each.product.takes_fp8 for each in layer.linears]
-    dropouts = [shared.dropouts[each.index] for each in layer.linears]
+    fp8 = [linear.product.takes_fp8 for linear in layer.linears]
+    dropouts = [shared.dropouts[linear.index] for linear in layer.linears]
     k = kept
 
     rows = shared.taken_up(dh) or (kernels.quantize(dh.contiguous()) if fp8[3] else Rows(dh.contiguous()))
@@ -386,7 +388,7 @@ def _gradients(
             qkv.x, k.x1, k.inverse1, layer.norms[0], of_x2.values, qkv.adapter, dropouts[0], takes_fp8
         )
         shared.handed_down = of_x1 if takes_fp8 else None
-    adapters = [each for one in (qkv, o, gate_up, down) for each in (one.down, one.up)]
+    adapters = [item for one in (qkv, o, gate_up, down) for item in (one.down, one.up)]
     return None if of_x1 is None else of_x1.values, [of_norm1, of_norm2, *adapters]
 
 

@@ -89,7 +89,7 @@ def _possible(embedding: nn.Module) -> bool:
 def keep_of(model: Any) -> Keep:
     """Return what the stack keeps for backward, by the settings of recomputation that the model has already."""
     settings: StackSettings = model.stack_settings
-    if model.training and any(getattr(each, "gradient_checkpointing", False) for each in model.layers):
+    if model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers):
         return "host" if settings.inputs_on_host else "input"
     return "elementwise" if recomputes_elementwise(model.layers[0]) else "everything"
 
@@ -134,7 +134,7 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) 
     cos, sin = model.rotary_emb(embeddings, position_ids=inputs["position_ids"])
     half = cos.shape[-1] // 2
     cos, sin = (
-        each[..., :half].expand(rows, tokens, half).reshape(-1, half).float().contiguous() for each in (cos, sin)
+        item[..., :half].expand(rows, tokens, half).reshape(-1, half).float().contiguous() for item in (cos, sin)
     )
     # PyTorch has flash attention in bf16 and fp16 alone; other dtypes go document by document, by lengths of the host.
     flash = embeddings.is_cuda and embeddings.dtype in (torch.bfloat16, torch.float16)
@@ -234,7 +234,7 @@ def set_dropout_state(model: nn.Module, state: dict[str, int]) -> None:
 
 
 def _decoders(model: nn.Module) -> list[StackedPhi3Model]:
-    return [each for each in model.modules() if isinstance(each, StackedPhi3Model)]
+    return [module for module in model.modules() if isinstance(module, StackedPhi3Model)]
 
 
 def use_decoder_stack(model: nn.Module) -> None:

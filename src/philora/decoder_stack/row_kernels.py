@@ -369,7 +369,7 @@ def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
     dqkv = torch.empty(tokens, (heads + 2 * key_heads) * size, device=dq.device, dtype=dq.dtype)
     fp8 = _copy_in_fp8(dqkv, dqkv.shape[1], quantize)
     sizes = {"HEADS": heads, "KEY_HEADS": key_heads, "SIZE": size}
-    blocks = {name: triton.next_power_of_2(each) for name, each in sizes.items()}
+    blocks = {name: triton.next_power_of_2(item) for name, item in sizes.items()}
     _rotate_backward[(tokens,)](
         dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, dqkv, *(fp8 or (dqkv, dqkv)),
         heads, key_heads, size, half, QUANTIZE=quantize, **blocks, num_warps=8,

@@ -91,7 +91,7 @@ class DecoderStack:
         self._buffer, self._adapters, self._layers = Buffer(), list[Adapter](), list[DecoderLayer]()
         for index, layer in enumerate(list(model.layers)[: config.num_hidden_layers]):
             norms = norm_of(layer, NORMS[0]), norm_of(layer, NORMS[1])
-            q, o, g, d = (self._linear(4 * index + at, each) for at, each in enumerate(linears_of(layer)))
+            q, o, g, d = (self._linear(4 * index + at, item) for at, item in enumerate(linears_of(layer)))
             weights = norms[0].weight, norms[1].weight
             self._layers.append(DecoderLayer(index, weights, norms[0].variance_epsilon, (q, o, g, d), heads, size))
 
@@ -101,7 +101,7 @@ class DecoderStack:
         if name is None:
             return AdaptedLinear(index, product, None)
         down, up = linear.lora_A[name].weight, linear.lora_B[name].weight
-        working = [torch.empty_like(each, dtype=self.dtype, requires_grad=False) for each in (down, up)]
+        working = [torch.empty_like(item, dtype=self.dtype, requires_grad=False) for item in (down, up)]
         scaling = float(linear.scaling[name])
         adapter = Adapter(down, up, working[0], working[1], scaling, linear.lora_dropout[name])
         self._adapters.append(adapter)
@@ -119,11 +119,13 @@ class DecoderStack:
         """Round A and scaling · B to the dtype of the products, all at once."""
         if not self._adapters:
             return
-        working = [each.working_down for each in self._adapters] + [each.working_up for each in self._adapters]
-        trained: list[Tensor] = [each.down for each in self._adapters]
-        torch._foreach_copy_(working, [*trained, *(each.up for each in self._adapters)])
+        working = [adapter.working_down for adapter in self._adapters] + [
+            adapter.working_up for adapter in self._adapters
+        ]
+        trained: list[Tensor] = [adapter.down for adapter in self._adapters]
+        torch._foreach_copy_(working, [*trained, *(adapter.up for adapter in self._adapters)])
         up = working[len(self._adapters) :]
-        torch._foreach_mul_(up, [each.scaling for each in self._adapters])
+        torch._foreach_mul_(up, [adapter.scaling for adapter in self._adapters])
 
     def _dropouts(self, counter: Tensor | None) -> list[Dropout | None]:
         """Return the dropout of each linear layer in this pass; none where it does not act. Shapes: counter (1)."""
@@ -178,18 +180,20 @@ class DecoderStack:
     @property
     def trained(self) -> list[Tensor | None]:
         """What may train, in the order of the gradients of `backward`."""
-        return [each for layer in self._layers for each in layer.trained]
+        return [item for layer in self._layers for item in layer.trained]
 
     def addresses(self) -> list[int]:
         """Return where the weights stand in memory."""
-        return [each.data_ptr() for part in self.parts for each in part if isinstance(each, Tensor)]
+        return [item.data_ptr() for part in self.parts for item in part if isinstance(item, Tensor)]
 
     def chances(self) -> list[float]:
         """Return the probabilities of dropout of the linear layers as they are now."""
         modules = [
-            None if one.adapter is None else one.adapter.dropout for each in self._layers for one in each.linears
+            None if one.adapter is None else one.adapter.dropout for layer in self._layers for one in layer.linears
         ]
-        return [float(getattr(each, "p", 0.0)) if each is not None and each.training else 0.0 for each in modules]
+        return [
+            float(getattr(module, "p", 0.0)) if module is not None and module.training else 0.0 for module in modules
+        ]
 
     @torch.no_grad()
     def forward(
@@ -219,10 +223,10 @@ class DecoderStack:
         """
         found: list[Tensor | None] = []
         for layer in reversed(self._layers):
-            wanted = [each is not None and each.requires_grad for each in layer.trained]
+            wanted = [item is not None and item.requires_grad for item in layer.trained]
             more = needs_x or layer.index > 0
             grad, grads = layer.backward(passed.shared, passed.saved.pop(), dx, dh, more, wanted[:2])
-            found = [each if want else None for each, want in zip(grads, wanted, strict=True)] + found
+            found = [item if want else None for item, want in zip(grads, wanted, strict=True)] + found
             if grad is None:
                 return None, found
             dx = dh = grad

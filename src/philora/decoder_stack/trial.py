@@ -82,7 +82,7 @@ def _own_digest() -> str:
     import hashlib
 
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def compare(device: torch.device, dtype: torch.dtype, head_size: int = 16, dropout: float = 0.0) -> Differences:
@@ -112,8 +112,8 @@ def _model(device: torch.device, dtype: torch.dtype, head_size: int, dropout: fl
     )  # fmt: skip
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(Phi3ForCausalLM(config).to(dtype), lora).to(device)
-    for name, each in model.named_parameters():
-        each.data = each.data.float() if "lora_" in name else each.data
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if "lora_" in name else parameter.data
     return model.get_base_model().model.train()
 
 
@@ -129,7 +129,7 @@ def _by_stack(model: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
     half = cos.shape[-1] // 2
     leaf = x.clone().requires_grad_()
     counter = torch.tensor([_COUNTER], device=x.device)
-    cos, sin = (each[0, :, :half].float().contiguous() for each in (cos, sin))
+    cos, sin = (item[0, :, :half].float().contiguous() for item in (cos, sin))
     residual, added = DecoderStack(model, x.dtype)(leaf, cos, sin, layout, counter=counter)
     return _gradients(model, leaf, residual + added, grad)
 
@@ -181,8 +181,8 @@ class SameMasks(nn.Module):
 def _gradients(model: Any, leaf: Tensor, output: Tensor, grad: Tensor) -> list[Tensor]:
     """The output, and the gradients of the input, of A and of B."""
     output.backward(grad)  # type: ignore[no-untyped-call]
-    trained = [each for name, each in model.named_parameters() if "lora_" in name]
-    found = [output.detach(), leaf.grad, *(each.grad for each in trained)]
-    for each in trained:
-        each.grad = None
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    found = [output.detach(), leaf.grad, *(item.grad for item in trained)]
+    for item in trained:
+        item.grad = None
     return found

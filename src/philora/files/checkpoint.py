@@ -77,9 +77,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not (float("-inf") < value < float("inf")):
         return None
     return value
@@ -95,7 +95,7 @@ def disk_full(error: BaseException) -> bool:
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
         text = str(cause)
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(each in text for each in _NO_ROOM):
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(item in text for item in _NO_ROOM):
             return True
         seen.append(cause)
         cause = cause.__cause__ or cause.__context__
@@ -258,7 +258,7 @@ def faults_of(folder: Path) -> list[str]:
                 {**content, "sha256": said}
             ):
                 return [f"{MANIFEST_NAME} was changed after it was written"]
-        expected = {str(name): (int(each["bytes"]), str(each["sha256"])) for name, each in files.items()}
+        expected = {str(name): (int(item["bytes"]), str(item["sha256"])) for name, item in files.items()}
     except FileNotFoundError:
         return [f"{MANIFEST_NAME} is missing: it was not written to the end"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -287,7 +287,7 @@ def foreign_files(folder: Path) -> list[str]:
         known = {MANIFEST_NAME, *json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    names = (each.relative_to(folder).as_posix() for each in folder.rglob("*") if not each.is_dir())
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     return sorted(name for name in names if name not in known)
 
 
@@ -304,7 +304,7 @@ def indexed_files(index: Path) -> list[str]:
         ModelError: The index cannot be read, or names a file outside its folder or one that is missing.
     """
     try:
-        names = {str(each) for each in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        names = {str(value) for value in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "the index of a sharded model"
         raise ModelError(fault(str(index), "content", f"{type(error).__name__}: {error}", expected)) from error
@@ -407,7 +407,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def bytes_in(folder: Path) -> int:
     """Size of all files below a folder."""
-    return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def free_bytes(folder: Path) -> int:

@@ -159,7 +159,7 @@ def generate(
             for start in range(0, len(tasks), settings.batch_size):
                 batch = tasks[start : start + settings.batch_size]
                 rows = _generate_batch(
-                    model, tokenizer, [each.prompt for each in batch], settings, min(each.room for each in batch)
+                    model, tokenizer, [item.prompt for item in batch], settings, min(item.room for item in batch)
                 )
                 answers |= {task.place: row for task, row in zip(batch, rows, strict=True)}
                 advance("answers", len(answers), len(prompts))
@@ -210,7 +210,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs go."""
-    return next((each.device for each in model.parameters() if each.device.type != "meta"), torch.device("cpu"))
+    return next(
+        (parameter.device for parameter in model.parameters() if parameter.device.type != "meta"), torch.device("cpu")
+    )
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.device | None = None) -> Tensor:
@@ -261,7 +263,7 @@ class _Group(NamedTuple):
 def _groups(lengths: Sequence[int], new_tokens: int, switch: int | None) -> list[_Group]:
     """With LongRoPE the longest row decides for all rows of a batch, so none holds rows on both sides of `switch`."""
     groups: dict[int, list[int]] = {}
-    for index in sorted(range(len(lengths)), key=lambda each: (-lengths[each], each)):
+    for index in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         length = lengths[index]
         if switch is None or length + new_tokens <= switch:
             group = 0
@@ -311,7 +313,7 @@ def _answer_in_rows(
     rows = min(settings.batch_size, len(tasks))
     answers: dict[int, Answer] = {}
     while len(answers) < len(tasks):
-        waiting = [each for each in tasks if each.place not in answers]
+        waiting = [task for task in tasks if task.place not in answers]
         try:
             for place, answer in _in_rows(model, tokenizer, waiting, settings, rows):
                 answers[place] = answer
@@ -341,7 +343,7 @@ def _in_rows(
     stops = frozenset(stop_token_ids(model, tokenizer))
     ends = _stop_strings(tokenizer, settings)
     sampler = Sampler(model, settings, top_k=50)  # transformers' own default
-    decoder = static_decoding.decoder_for(model, rows, max(len(each.prompt) + each.room for each in waiting))
+    decoder = static_decoding.decoder_for(model, rows, max(len(item.prompt) + item.room for item in waiting))
     working: list[_Row | None] = [None] * rows
     waiting = list(reversed(waiting))  # the longest is taken first, from the end
     while True:
@@ -395,12 +397,12 @@ def _next_tokens(
 
 def _stop_strings(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Callable[[list[int]], bool]:
     """Whether the answer so far holds a stop string; looked for in its end, since it is asked after each token."""
-    longest = max((len(each.encode()) for each in settings.stop_strings), default=0)
+    longest = max((len(string.encode()) for string in settings.stop_strings), default=0)
 
     def ends(ids: list[int]) -> bool:
         # A token holds a byte at least; the margin is for tokenizers that trim the first one.
         text = tokenizer.decode(ids[-longest - 4 :], skip_special_tokens=True) if longest else ""
-        return any(each in text for each in settings.stop_strings)
+        return any(string in text for string in settings.stop_strings)
 
     return ends
 
@@ -436,13 +438,13 @@ class Sampler:
         Shapes:
             logits (B, V), a generator for each row; None for one that is not in use.
         """
-        check_finite(logits.amax(-1), [each is not None for each in randoms])
+        check_finite(logits.amax(-1), [random is not None for random in randoms])
         numbers = None if self.greedy else self.numbers(randoms).to(logits.device)
-        return [int(each) for each in self.choose(logits, numbers)[0].tolist()]
+        return [int(value) for value in self.choose(logits, numbers)[0].tolist()]
 
     def numbers(self, randoms: Sequence[torch.Generator | None]) -> Tensor:
         """Return a number in [0, 1) for each row, 0 for one that is not in use. Shapes: returns (B), on the CPU."""
-        return torch.tensor([0.0 if each is None else float(torch.rand((), generator=each)) for each in randoms])
+        return torch.tensor([0.0 if random is None else float(torch.rand((), generator=random)) for random in randoms])
 
     def choose(self, logits: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tokens and the largest logits, with nothing read back from the device.
@@ -553,7 +555,7 @@ def _generate_batch(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     parts = (prompts[:half], prompts[half:])
-    return [each for part in parts for each in _generate_batch(model, tokenizer, part, settings, max_new_tokens)]
+    return [item for part in parts for item in _generate_batch(model, tokenizer, part, settings, max_new_tokens)]
 
 
 def _refuse_not_finite(input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -578,7 +580,7 @@ def _answer(
     """The answer in generated ids, the stop token last where there is one."""
     ended = ids[-1] in stops
     text = str(tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
-    cuts = [text.index(each) for each in settings.stop_strings if each in text]
+    cuts = [text.index(string) for string in settings.stop_strings if string in text]
     if not cuts:
         return Answer(text, len(ids), stopped=ended)
     return Answer(text[: min(cuts)], len(ids), stopped=True)

@@ -146,7 +146,7 @@ class AdapterPool:
         self._batches: dict[str | None, SharedBatch] = {}
         self._packing: decoding.Packing | None = None
         # With LongRoPE the longest row decides the factors of all: what goes beyond its boundary is computed alone.
-        limits = [each for each in (self.window, self.longrope_switch) if each is not None]
+        limits = [item for item in (self.window, self.longrope_switch) if item is not None]
         self._shared_tokens = min(limits) if limits and decoding.covers(model) else 0
         self._by_graph = not static_decoding.against(static_decoding.facts_of(model))
         self._last_only = (
@@ -227,14 +227,14 @@ class AdapterPool:
         Returns:
             For each the text that its token settled, or what went wrong.
         """
-        shared = [each for each in replies if each.limit_tokens <= self._shared_tokens]
+        shared = [reply for reply in replies if reply.limit_tokens <= self._shared_tokens]
         if not shared:
             self._batches.pop(adapter, None)
         found = self._step_shared(adapter, shared)
-        for each in replies:
-            if each not in found:
-                found[each] = _tried(partial(next, each))
-        return [found[each] for each in replies]
+        for reply in replies:
+            if reply not in found:
+                found[reply] = _tried(partial(next, reply))
+        return [found[reply] for reply in replies]
 
     def by_graph(self, reply: Reply) -> bool:
         """Return whether a single answer, too, is faster by `step`: on a GPU, where a step is one CUDA graph."""
@@ -247,12 +247,12 @@ class AdapterPool:
         logits = _tried(partial(self._logits_shared, adapter, replies))
         if not isinstance(logits, BaseException):
             rows = zip(replies, logits, strict=True)
-            return {each: _tried(partial(each.take, row)) for each, row in rows}
+            return {item: _tried(partial(item.take, row)) for item, row in rows}
         if len(replies) == 1 or out_of_memory(logits):
             return dict.fromkeys(replies, logits)
         found: dict[Reply, str | BaseException] = {}
-        for each in replies:
-            found |= self._step_shared(adapter, [each])
+        for reply in replies:
+            found |= self._step_shared(adapter, [reply])
         return found
 
     def _logits_shared(self, adapter: str | None, replies: Sequence[Reply]) -> list[Tensor]:
@@ -330,20 +330,20 @@ class SharedBatch:
 
     def logits(self, replies: Sequence[Reply]) -> list[Tensor]:
         """Of the next token of each, (V); those that were not there before are read, all others get a step."""
-        staying = [each for each in self.replies if each in replies]
-        coming = [each for each in replies if each not in staying]
+        staying = [reply for reply in self.replies if reply in replies]
+        coming = [reply for reply in replies if reply not in staying]
         if coming or len(staying) < len(self.replies):
-            self.decoder.keep([self.replies.index(each) for each in staying], len(coming))
+            self.decoder.keep([self.replies.index(item) for item in staying], len(coming))
             self.replies = staying + coming
         found: dict[Reply, Tensor] = {}
         if staying:  # the rows of those that come are not in use yet
-            tokens = [each.ids[-1] for each in staying] + [0] * len(coming)
-            places = [len(each.ids) - 1 for each in staying] + [0] * len(coming)
+            tokens = [item.ids[-1] for item in staying] + [0] * len(coming)
+            places = [len(item.ids) - 1 for item in staying] + [0] * len(coming)
             found |= zip(staying, self.decoder.step(tokens, places), strict=False)
         if coming:
             rows = range(len(staying), len(self.replies))
-            found |= zip(coming, self.decoder.prefill([each.ids for each in coming], rows), strict=True)
-        return [found[each] for each in replies]
+            found |= zip(coming, self.decoder.prefill([item.ids for item in coming], rows), strict=True)
+        return [found[reply] for reply in replies]
 
 
 class Reply:
@@ -428,12 +428,12 @@ class Reply:
         """The text that no further token can change, less what was given before."""
         text = str(self._pool.tokenizer.decode(self.ids[self.prompt_tokens :], skip_special_tokens=True))
         stops = self._settings.stop_strings
-        cuts = [text.index(each) for each in stops if each in text]
+        cuts = [text.index(stop) for stop in stops if stop in text]
         if cuts:
             text, self.finish = text[: min(cuts)], "stop"
         elif self.finish is None:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character that is not whole yet
-            held = max((_overlap(text, each) for each in stops), default=0)
+            held = max((_overlap(text, stop) for stop in stops), default=0)
             text = text[: len(text) - held]
         piece = text[len(self.text) :]
         self.text += piece
@@ -539,7 +539,7 @@ def load_pool(sources: Mapping[str, str | Path], base: str | None = None) -> Ada
     """
     found = {name: _adapter_folder(source, base) for name, source in sources.items()}
     first = next(iter(found))
-    others = {each.base for each in found.values()} - {found[first].base}
+    others = {value.base for value in found.values()} - {found[first].base}
     if others:
         expected, todo = f"the base of the first adapter, {found[first].base}", "Start one server for each base"
         raise AdapterError(fault("adapters", "base", others.pop(), expected, todo))
@@ -550,11 +550,11 @@ def load_pool(sources: Mapping[str, str | Path], base: str | None = None) -> Ada
         raise AdapterError(fault("adapters", "name", display, expected, "Name it: NAME=RUN_OR_ADAPTER"))
     loaded = load(found[first].path, base=base)
     model, inside = loaded.model, {first: "default"}
-    for index, (name, each) in enumerate(list(found.items())[1:]):
-        _check_tokenizer(each.path, loaded)
+    for index, (name, item) in enumerate(list(found.items())[1:]):
+        _check_tokenizer(item.path, loaded)
         inside[name] = f"further_{index}"
-        model = load_adapter(model, each.path, inside[name])
-    runs = {name: TrainedRun(each.run) for name, each in found.items() if each.run is not None}
+        model = load_adapter(model, item.path, inside[name])
+    runs = {name: TrainedRun(item.run) for name, item in found.items() if item.run is not None}
     systems = {name: run.system for name, run in runs.items() if run.system is not None}
     pool = AdapterPool(model, loaded.tokenizer, display, inside, systems)
     with contextlib.suppress(DataError):  # of a template that wants other roles
@@ -611,8 +611,8 @@ def _check_untouched_base(found: Mapping[str, AdapterSource]) -> None:
     Trained biases, and initialisations that take the first singular vectors out of the weights, end up in the base
     when PEFT loads them.
     """
-    for name, each in found.items():
-        config = PeftConfig.from_pretrained(str(each.path))
+    for name, item in found.items():
+        config = PeftConfig.from_pretrained(str(item.path))
         if not isinstance(config, LoraConfig):
             continue
         start = str(config.init_lora_weights)

@@ -48,8 +48,8 @@ def covers(model: nn.Module) -> bool:
     It does for plain Phi-3 models on one device with SiLU and no autocast, whatever adapters and quantised layers stand
     in the place of their linear layers, and unless hooks watch their modules or `PHILORA_FUSED=0` turns fast paths off.
     """
-    devices = {each.device for each in _base(model).parameters()}
-    types = {each.type for each in devices}
+    devices = {parameter.device for parameter in _base(model).parameters()}
+    types = {device.type for device in devices}
     if len(devices) != 1 or "meta" in types or torch.is_autocast_enabled(next(iter(types))):
         return False
     return _plain(model)
@@ -78,7 +78,9 @@ def _plain(model: nn.Module) -> bool:
     base = _base(model)
     if type(base) is not Phi3ForCausalLM or not fused_enabled() or hasattr(base, "_hf_hook"):
         return False
-    if hasattr(model, "peft_config") and any(each.is_prompt_learning for each in cast(Any, model).peft_config.values()):
+    if hasattr(model, "peft_config") and any(
+        value.is_prompt_learning for value in cast(Any, model).peft_config.values()
+    ):
         return False
     watched = (
         hook
@@ -101,7 +103,7 @@ def _base(model: Any) -> Any:
 
 def _decoder_modules(base: Any) -> list[nn.Module]:
     """The modules whose forward is passed over."""
-    return [each for layer in base.model.layers for each in (layer, layer.self_attn, layer.mlp)]
+    return [item for layer in base.model.layers for item in (layer, layer.self_attn, layer.mlp)]
 
 
 class Norm(NamedTuple):
@@ -173,7 +175,7 @@ class Decoder:
         attention = base.model.layers[0].self_attn
         self.head_size, self.scale = int(attention.head_dim), float(attention.scaling)
         self.embed = base.model.embed_tokens
-        weight = next(each for each in base.model.layers.parameters() if each.is_floating_point())
+        weight = next(parameter for parameter in base.model.layers.parameters() if parameter.is_floating_point())
         self.device = weight.device
         packing = packing or Packing(base, rows)
         self.layers = [
@@ -190,7 +192,7 @@ class Decoder:
         self.norm, self.head = _norm(base.model.norm), packing.product(base.lm_head)
         probe = self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         places = torch.arange(limit_tokens, device=self.device)[None]
-        cos, sin = (each[0] for each in base.model.rotary_emb(probe, places))
+        cos, sin = (item[0] for item in base.model.rotary_emb(probe, places))
         half = sin.shape[-1] // 2
         # Of `rotate_half` the sign stands here: a·cos + rotate_half(a)·sin = a·cos + roll(a)·(∓sin).
         self.cos, self.sin = cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)
@@ -254,12 +256,12 @@ class Decoder:
                 part, width = [], len(prompt)
             part.append(index)
         logits = [
-            self._prefill([prompts[each] for each in part], [places[each] for each in part]) for part in (*parts, part)
+            self._prefill([prompts[item] for item in part], [places[item] for item in part]) for part in (*parts, part)
         ]
         return torch.cat(logits)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> Tensor:
-        lengths = [len(each) for each in prompts]
+        lengths = [len(item) for item in prompts]
         rows, tokens = len(prompts), max(lengths)
         self.reserve(tokens)
         ids = torch.zeros(rows, tokens, dtype=torch.long)
@@ -393,8 +395,8 @@ class Packing:
         base = _base(model)
         self.rows = rows
         self.plain: dict[nn.Linear, Product] = {}
-        linear = [each.weight for each in base.modules() if isinstance(each, nn.Linear)]
-        needed = sum(each.nbytes for each in linear if each.dtype == torch.bfloat16)
+        linear = [module.weight for module in base.modules() if isinstance(module, nn.Linear)]
+        needed = sum(item.nbytes for item in linear if item.dtype == torch.bfloat16)
         device = next(base.parameters()).device.type
         free = free_bytes(device) / processes.local_count()
         self.on = packs(base, device, torch.bfloat16) and needed < PACKED_SHARE * free

@@ -136,7 +136,7 @@ def answer_file(
     conversations = read_prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
     loaded = load(source, base=base)
     if loaded.system is not None:
-        conversations = [with_system(each, loaded.system.text) for each in conversations]
+        conversations = [with_system(conversation, loaded.system.text) for conversation in conversations]
         logger.warning("%s, where a prompt has none of its own", loaded.system)
     with contextlib.nullcontext() if adapter else loaded.model.disable_adapter():
         answers = generate(loaded.model, loaded.tokenizer, conversations, settings)
@@ -144,7 +144,7 @@ def answer_file(
         {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
         for prompt, answer in zip(conversations, answers, strict=True)
     ]
-    lines = "".join(json.dumps(each, ensure_ascii=False).translate(_CONTROLS) + "\n" for each in entries)
+    lines = "".join(json.dumps(entry, ensure_ascii=False).translate(_CONTROLS) + "\n" for entry in entries)
     if out is not None:
         write_text(Path(out).expanduser(), lines)
     return lines
@@ -152,7 +152,7 @@ def answer_file(
 
 def with_system(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
     """Return a conversation that begins with a system turn: the one given where it has none of its own."""
-    own = any(each["role"] == "system" for each in messages)
+    own = any(message["role"] == "system" for message in messages)
     return [*([] if own else [{"role": "system", "content": text}]), *map(dict, messages)]
 
 

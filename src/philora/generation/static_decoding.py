@@ -115,8 +115,8 @@ def facts_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) ->
 
 def facts_of(model: nn.Module) -> GraphFacts:
     """Return the facts of a model and of the device that it is on."""
-    weight = next(each for each in model.parameters() if each.is_floating_point())
-    quantized = any(is_quantized(each) for each in model.modules())
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    quantized = any(is_quantized(module) for module in model.modules())
     dtype = str(weight.dtype).removeprefix("torch.")
     return facts_on(facts_of_device(weight.device), dtype, quantized, decoding.covers(model))
 
@@ -235,8 +235,8 @@ class StaticDecoder(decoding.Decoder):
         elif list(rows) != list(range(len(rows))):
             chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
             for pair in self.cache:
-                for each in pair:
-                    each[: len(rows)] = each[chosen]
+                for item in pair:
+                    item[: len(rows)] = item[chosen]
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """As `Decoder.step`, of the rows in use."""
@@ -332,4 +332,4 @@ def cache_tokens(tokens: int, longest_tokens: int) -> int:
 
 def filled_up(rows: int) -> int:
     """Return the rows of the graph that computes so many."""
-    return next((each for each in ROWS if rows <= each), -(-rows // ROWS[-1]) * ROWS[-1])
+    return next((row for row in ROWS if rows <= row), -(-rows // ROWS[-1]) * ROWS[-1])

@@ -122,7 +122,7 @@ def documents_of(
         if known() is position_ids and at == version and count == rows:
             return layout
     layout = PackedLayout.of_positions(position_ids.expand(rows, -1) if len(position_ids) < rows else position_ids)
-    _known[:] = [each for each in _known if each[0]() is not None][-3:]
+    _known[:] = [name for name in _known if name[0]() is not None][-3:]
     _known.append((weakref.ref(position_ids), version, rows, layout))
     return layout
 
@@ -170,17 +170,17 @@ def _groups(lengths: tuple[int, ...], rows: int, device: torch.device) -> Layout
             padding.append(torch.arange(stop, place + length))
             scatter[start : start + own] = torch.arange(first + place, first + stop)
         first += len(documents) * length
-        bounds = [torch.tensor([each[document] for document in documents]) for each in (starts, lengths)]
+        bounds = [torch.tensor([item[document] for document in documents]) for item in (starts, lengths)]
         filled = sum(map(len, places))
         group = Group(len(documents), length, _moved(at.flatten(), device), None, filled, *bounds)
         if len(documents) == 1:
             group = group._replace(start=starts[documents[0]])
         else:
-            both = [_moved(torch.cat(each), device) for each in (places, padding)]
+            both = [_moved(torch.cat(item), device) for item in (places, padding)]
             group = group._replace(places=both[0], padding=both[1])
         groups.append(group)
     order = sorted(range(len(starts)), key=lambda document: -lengths[document])
-    by_size = [torch.tensor([each[document] for document in order]) for each in (starts, lengths)]
+    by_size = [torch.tensor([item[document] for document in order]) for item in (starts, lengths)]
     return Layout(tuple(groups), _moved(scatter, device), *by_size)
 
 
@@ -240,7 +240,7 @@ class _Scores:
 
     def room(self, name: str, tile: _Tile) -> Tensor:
         """Memory for the scores of a tile. Shape: (batch, rows, keys)."""
-        shape = [each.stop - each.start for each in tile]
+        shape = [item.stop - item.start for item in tile]
         size = shape[0] * shape[1] * shape[2]
         held = self._memory.get(name)
         if held is None or held.numel() < size:
@@ -392,7 +392,7 @@ def _angles(group: Group, cos: Tensor | None, sin: Tensor | None) -> tuple[Tenso
     """cos and sin at a group's places. Shapes: given (B·T, half); returns (documents, length, half)."""
     if cos is None or sin is None:
         return None
-    rows = [each.index_select(0, group.tokens).view(group.documents, group.length, -1) for each in (cos, sin)]
+    rows = [item.index_select(0, group.tokens).view(group.documents, group.length, -1) for item in (cos, sin)]
     return rows[0], rows[1]
 
 
@@ -443,7 +443,7 @@ class _TiledAttention(torch.autograd.Function):
         refuse_create_graph()
         cos, sin, output, normaliser, *parts = ctx.saved_tensors
         views = _heads(parts, ctx.heads)
-        results = [each.new_empty(each.shape) for each in parts]
+        results = [part.new_empty(part.shape) for part in parts]
         grad = grads[0].reshape(len(grads[0]), ctx.heads[0], -1)
         if normaliser is not None:
             layout, settings = ctx.layout, (_pair(cos, sin), ctx.window, ctx.scaling)
@@ -455,8 +455,8 @@ class _TiledAttention(torch.autograd.Function):
                 query, key, value = _prepared(views, group, cos, sin)
                 d_output = _gather(grad, group, None, None)
                 gradients = _attend_backward(query, key, value, d_output, ctx.scaling, ctx.window)
-                for each, place, turn in zip(gradients, _heads(results, ctx.heads), (True, True, False), strict=True):
-                    _put_back(each, place, group, cos if turn else None, sin if turn else None)
+                for item, place, turn in zip(gradients, _heads(results, ctx.heads), (True, True, False), strict=True):
+                    _put_back(item, place, group, cos if turn else None, sin if turn else None)
         return None, None, None, None, None, None, *results
 
 
@@ -506,7 +506,7 @@ def rotary_attention(
     """
     batch, tokens, _ = qkv.shape
     dtype, half = torch.promote_types(qkv.dtype, torch.float32), cos.shape[-1] // 2
-    rows = [each[..., :half].to(dtype).expand(batch, -1, -1).reshape(-1, half).contiguous() for each in (cos, sin)]
+    rows = [item[..., :half].to(dtype).expand(batch, -1, -1).reshape(-1, half).contiguous() for item in (cos, sin)]
     output: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
         layout, heads, scaling, sliding_window, *rows, qkv.reshape(batch * tokens, -1)
     )
@@ -548,21 +548,21 @@ def document_attention(
         4·H·D·(sum of squared document lengths) FLOPs and four passes over q, k, v and the output.
     """
     batch, heads, tokens, width = query.shape
-    flat = [each.transpose(1, 2).reshape(batch * tokens, -1, width) for each in (query, key, value)]
+    flat = [item.transpose(1, 2).reshape(batch * tokens, -1, width) for item in (query, key, value)]
     scale = width**-0.5 if scaling is None else scaling
     if query.device.type == "cpu" and dropout == 0.0:
         counts = heads, key.shape[1]
-        parts = [each.reshape(batch * tokens, -1).contiguous() for each in flat]
+        parts = [item.reshape(batch * tokens, -1).contiguous() for item in flat]
         output: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
             layout, counts, scale, sliding_window, None, None, *parts
         )
         return output.view(batch, tokens, heads, width)
     outputs = []
     for group in layout.groups:
-        gathered = (each.index_select(0, group.tokens) for each in flat)
-        q, k, v = (each.view(group.documents, group.length, -1, width).transpose(1, 2) for each in gathered)
+        gathered = (item.index_select(0, group.tokens) for item in flat)
+        q, k, v = (item.view(group.documents, group.length, -1, width).transpose(1, 2) for item in gathered)
         if k.shape[1] < heads:
-            k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))
+            k, v = (item.repeat_interleave(heads // item.shape[1], 1) for item in (k, v))
         mask = None
         if sliding_window is not None and group.length > sliding_window:
             distance = torch.arange(group.length, device=q.device)
@@ -593,7 +593,7 @@ def one_call(
         query (B, H, T, D), key and value (B, K, T, D); returns (B, T, H, D).
     """
     rows, heads, tokens, width = query.shape
-    q, k, v = (each.transpose(1, 2).reshape(rows * tokens, -1, width) for each in (query, key, value))
+    q, k, v = (item.transpose(1, 2).reshape(rows * tokens, -1, width) for item in (query, key, value))
     scale = width**-0.5 if scaling is None else scaling
     if way == "flash":
         output = varlen_attention(q, k, v, Attention(documents, scale, sliding_window, deterministic))

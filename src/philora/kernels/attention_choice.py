@@ -73,7 +73,7 @@ def _no_flash_kernel(facts: AttentionFacts) -> str | None:
     if facts.dtype not in ("bfloat16", "float16"):
         return f"there is no flash attention in {facts.dtype}"
     if facts.capability is not None and facts.capability < LEAST_CAPABILITY:
-        own, least = (".".join(map(str, each)) for each in (facts.capability, LEAST_CAPABILITY))
+        own, least = (".".join(map(str, item)) for item in (facts.capability, LEAST_CAPABILITY))
         return f"flash attention needs compute capability {least}, this is {own}"
     if facts.head_size > LARGEST_HEAD_SIZE or facts.head_size % 8:
         return f"heads have {facts.head_size} columns, flash attention takes multiples of 8 up to {LARGEST_HEAD_SIZE}"

@@ -189,7 +189,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     """
     if not liger.usable(gate, up):
         return F.silu(gate) * up
-    y: Tensor = _Gated.apply(*(each.reshape(-1, each.shape[-1]) for each in (gate, up)))  # type: ignore[no-untyped-call]
+    y: Tensor = _Gated.apply(*(item.reshape(-1, item.shape[-1]) for item in (gate, up)))  # type: ignore[no-untyped-call]
     return y.view(gate.shape)
 
 

@@ -103,14 +103,14 @@ def recorded(works: list[Work], device: torch.device, capture: Capture, pool: An
         NotRecorded: One of them cannot be recorded, or memory is out. The generators of the CPU and of the device are
             as they were; a recording that breaks off may have moved the device's.
     """
-    states = {each: random_state(each) for each in {torch.device("cpu"), device}}
+    states = {item: random_state(item) for item in {torch.device("cpu"), device}}
     try:
         _warm_up(works, device)
-        return [capture(each, device, pool) for each in works]
+        return [capture(work, device, pool) for work in works]
     except (RuntimeError, MemoryError) as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    for each, state in states.items():
-        set_random_state(each, state)
+    for item, state in states.items():
+        set_random_state(item, state)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     raise NotRecorded(reason)

@@ -71,7 +71,7 @@ class PackedLayout:
             labels (T).
         """
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        positions = torch.cat([torch.arange(each) for each in lengths])
+        positions = torch.cat([torch.arange(length) for length in lengths])
         rows = ids = None
         if labels is not None:
             rows, ids = label_places(labels.masked_fill(positions == 0, -100)[None])
@@ -106,7 +106,7 @@ class PackedLayout:
         """Return the layout as a batch carries it: what is known of it."""
         values = (self.bounds, self.bounds, self.longest_tokens, self.longest_tokens)
         others = {LENGTHS: self.lengths, **dict(zip(LABELS, (self.label_rows, self.label_ids), strict=True))}
-        known = {name: each for name, each in others.items() if each is not None}
+        known = {name: item for name, item in others.items() if item is not None}
         return dict(zip(KEYWORDS, values, strict=True)) | known
 
     def to(self, device: torch.device | str) -> PackedLayout:

@@ -32,7 +32,7 @@ def usable(x: Tensor, *others: Tensor) -> bool:
     """Return whether Liger's kernels compute these tensors, all of one dtype. Shapes: (T, columns), or (columns)."""
     if x.device.type != "cuda":
         return False
-    alike = all(each.dtype == x.dtype and each.device == x.device for each in others)
+    alike = all(other.dtype == x.dtype and other.device == x.device for other in others)
     return alike and _taken(x.device, x.dtype, x.shape[-1], stack_switch())
 
 
@@ -170,6 +170,6 @@ def gated_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor
     import liger_kernel.ops.swiglu as kernels
 
     # It writes over what it is given, and autograd may ask for the same again.
-    copies = (each.clone(memory_format=torch.contiguous_format) for each in (gate, up))
+    copies = (item.clone(memory_format=torch.contiguous_format) for item in (gate, up))
     of_gate, of_up = kernels.swiglu_backward(*copies, dy)
     return of_gate, of_up

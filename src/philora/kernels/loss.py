@@ -77,13 +77,15 @@ class _LabelScores(torch.autograd.Function):
             part = slice(start, min(start + chunk, count))
             logits = memory[: part.stop - part.start]
             torch.mm(hidden[part], weight.t(), out=logits)
-            outputs = [each[part] for each in scores]
+            outputs = [score[part] for score in scores]
             if native.usable(logits):
                 native.score_rows_(logits, bias, labels[part], outputs, needs_grad)
             else:
                 for first in range(0, len(logits), step):
                     rows = slice(first, first + step)
-                    _score_rows(logits[rows], bias, labels[part][rows], [each[rows] for each in outputs], needs_grad)
+                    _score_rows(
+                        logits[rows], bias, labels[part][rows], [output[rows] for output in outputs], needs_grad
+                    )
             if grad is not None:
                 torch.mm(logits, weight, out=grad[part])
         log_probs, entropy, is_top1 = scores
@@ -145,7 +147,7 @@ def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         scores = _LabelScores.apply(  # type: ignore[no-untyped-call]
             hidden.to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach().float(), labels
         )
-    return LabelScores(*(each[:count] for each in scores))
+    return LabelScores(*(score[:count] for score in scores))
 
 
 def _check_labels(labels: Tensor, vocabulary: int) -> None:
@@ -159,7 +161,7 @@ def _check_labels(labels: Tensor, vocabulary: int) -> None:
     """
     wrong = (labels < 0) | (labels >= vocabulary)
     if bool(wrong.any()):
-        place = [int(each) for each in wrong.nonzero()[0]]
+        place = [int(item) for item in wrong.nonzero()[0]]
         expected = f"a token id from 0 to {vocabulary - 1:,}: the vocabulary has {vocabulary:,}"
         todo = "Tokens without loss have the label -100"
         raise DataError(fault("loss", f"labels{place}", int(labels[tuple(place)]), expected, todo))
@@ -185,12 +187,12 @@ def _without_padding(inputs: dict[str, Any], places: tuple[Tensor | None, ...]) 
         For each token its place in the rows with padding; None where the rows stay as they are.
     """
     rows, bounds = places
-    given = {name for name, each in inputs.items() if each is not None}
+    given = {name for name, item in inputs.items() if item is not None}
     if rows is None or bounds is None or given - {"input_ids", "attention_mask", "use_cache", LENGTHS}:
         return None
     ids = inputs["input_ids"]
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    inputs["input_ids"], inputs["position_ids"] = (each.flatten()[None, rows] for each in (ids, positions))
+    inputs["input_ids"], inputs["position_ids"] = (item.flatten()[None, rows] for item in (ids, positions))
     longest = max(inputs[LENGTHS])
     inputs |= dict(zip(KEYWORDS, (bounds, bounds, longest, longest), strict=True)) | {"attention_mask": None}
     return rows
@@ -237,7 +239,7 @@ def _loaded(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
     hook: Any = getattr(head, "_hf_hook", None) if cast(Tensor, head.weight).is_meta else None
     if hook is not None:
         hook.pre_forward(head)
-    weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
+    weight, bias = (item.full_tensor() if isinstance(item, DTensor) else item for item in (head.weight, head.bias))
     try:
         with maybe_gather_lm_head_ctx(weight, bias):
             yield cast(Tensor, weight), cast("Tensor | None", bias)
@@ -254,8 +256,8 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
 def _recomputes(model: PreTrainedModel) -> bool:
     """Whether layers are computed again in backward: transformers' way, or FSDP's, which wraps them."""
     return any(
-        isinstance(each, CheckpointWrapper) or getattr(each, "gradient_checkpointing", False)
-        for each in model.modules()
+        isinstance(module, CheckpointWrapper) or getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
     )
 
 
@@ -285,9 +287,9 @@ def _scored(
         raise RuntimeError(f"labels of shape {tuple(shape)} do not fit the model's output")
     with _loaded(head) as (weight, bias):
         # Under a `device_map` the head may be elsewhere than the last norm, as with embeddings that it shares.
-        hidden, rows, at, ids, labels = (each.to(weight.device) for each in (hidden, rows, at, ids, labels))
+        hidden, rows, at, ids, labels = (item.to(weight.device) for item in (hidden, rows, at, ids, labels))
         scores = label_scores(hidden.flatten(0, 1).index_select(0, at), weight, bias, ids)
-    found = [each.new_zeros(shape.numel()).index_copy(0, rows, each).view(shape)[:, :-1] for each in scores]
+    found = [score.new_zeros(shape.numel()).index_copy(0, rows, score).view(shape)[:, :-1] for score in scores]
     loss = -scores.log_probs.sum() / (max(1, len(rows)) if count is None else count)
     names = dict(zip(("log_probs", "entropy", "is_top1"), found, strict=True))
     return FusedCausalLMOutput(loss=loss, label_mask=labels[:, 1:] != -100, **names)

@@ -128,12 +128,12 @@ def _group_bytes() -> list[int]:
     ):
         root = Path("/sys/fs/cgroup")
         try:
-            most, now = ((root / each).read_text(encoding="ascii").strip() for each in (limit, used))
+            most, now = ((root / item).read_text(encoding="ascii").strip() for item in (limit, used))
             lines = (root / limit).with_name("memory.stat").read_text(encoding="ascii").split("\n")
         except OSError:
             continue
         if most.isdigit():
-            reclaimable = next((int(each.split()[1]) for each in lines if each.startswith(f"{pages} ")), 0)
+            reclaimable = next((int(line.split()[1]) for line in lines if line.startswith(f"{pages} ")), 0)
             return [max(0, int(most) - int(now) + reclaimable)]
     return []
 
@@ -157,4 +157,4 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether memory was refused: by a GPU's allocator, by PyTorch's on a CPU, or by C's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in _REFUSALS)
+    return isinstance(error, RuntimeError) and any(refusal in str(error) for refusal in _REFUSALS)

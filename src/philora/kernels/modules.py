@@ -216,4 +216,4 @@ def recompute_elementwise(model: nn.Module, on: bool) -> list[str]:
 
 def recomputes_elementwise(model: nn.Module) -> bool:
     """Return what `recompute_elementwise` has set last; False where it found nothing."""
-    return any(each.recomputes for each in model.modules() if isinstance(each, _FastNorm | FastPhi3MLP))
+    return any(module.recomputes for module in model.modules() if isinstance(module, _FastNorm | FastPhi3MLP))

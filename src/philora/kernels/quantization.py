@@ -440,7 +440,7 @@ def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
     made: dict[str, Callable[[], Tensor]] = {}
     for name, tensor in tensors.items():
         if name in four:
-            statistics = {each: value for each, value in tensors.items() if each.startswith(f"{name}.")}
+            statistics = {item: value for item, value in tensors.items() if item.startswith(f"{name}.")}
             made[name] = partial(_of_4_bits, tensor, statistics, dtype)
             shape = bitsandbytes.functional.QuantState.from_dict(dict(statistics), torch.device("cpu")).shape
         elif name in eight:

@@ -122,9 +122,9 @@ class Attention:
                 torch.einsum("hij,ihd->jhd", of_scores, q),
                 torch.einsum("hij,ihd->jhd", weights, d),
             )
-            for result, each in zip(results, found, strict=True):
+            for result, item in zip(results, found, strict=True):
                 heads = result.shape[1]
-                result[part] = each.view(len(each), heads, -1, each.shape[-1]).sum(2).to(result.dtype)
+                result[part] = item.view(len(item), heads, -1, item.shape[-1]).sum(2).to(result.dtype)
         return results
 
 

@@ -173,10 +173,10 @@ def diagonal_blocks(blocks: Sequence[Sequence[int]], out_features: int, rank: in
     where = "philora.lora.lora_sliced_linear"
     for first, name, bound in ((0, "rows", out_features), (2, "ranks", rank)):
         stop = 0
-        for block in sorted(blocks, key=lambda each: each[first]):
+        for block in sorted(blocks, key=lambda item: item[first]):
             if not stop <= block[first] < block[first + 1] <= bound:
                 expected = f"{name} that are not empty, end by {bound} and belong to one block only"
-                raise ConfigError(fault(where, "blocks", [tuple(each) for each in blocks], expected))
+                raise ConfigError(fault(where, "blocks", [tuple(item) for item in blocks], expected))
             stop = block[first + 1]
     return [Block(top, bottom, left, right, top, left) for top, bottom, left, right in blocks]
 

@@ -18,7 +18,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of its own or a forward of its own."""
     own = module.__dict__
-    return "forward" in own or any(own[each] for each in _HOOKS)
+    return "forward" in own or any(own[hook] for hook in _HOOKS)
 
 
 def all_are_hooked() -> bool:

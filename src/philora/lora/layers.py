@@ -160,7 +160,7 @@ class MergedLinear(_AnyLinear):
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        self.enable_lora = [bool(each) for each in enable_lora]
+        self.enable_lora = [bool(item) for item in enable_lora]
         self.slices = _checked_slices(out_features, len(self.enable_lora), slices)
         adapted = sum(self.enable_lora)
         rows = sum(size for size, enabled in zip(self.slices, self.enable_lora, strict=True) if enabled)
@@ -338,7 +338,7 @@ class ConvLoRA(AdaptedLayer):
     ) -> None:
         nn.Module.__init__(self)
         if conv_module not in _CONVOLUTIONS:
-            allowed = "one of " + ", ".join(f"nn.{each.__name__}" for each in _CONVOLUTIONS)
+            allowed = "one of " + ", ".join(f"nn.{convolution.__name__}" for convolution in _CONVOLUTIONS)
             raise ConfigError(fault("philora.lora.ConvLoRA", "conv_module", conv_module, allowed))
         self.conv = _CONVOLUTIONS[conv_module](in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)

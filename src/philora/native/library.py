@@ -85,13 +85,13 @@ def usable(*tensors: Tensor) -> bool:
     return (
         dtype in _DTYPES
         and all(
-            type(each) in _PLAIN
-            and each.is_cpu
-            and each.dtype == dtype
-            and each.is_contiguous()
-            and not each.is_neg()
-            and not each._is_zerotensor()
-            for each in tensors
+            type(tensor) in _PLAIN
+            and tensor.is_cpu
+            and tensor.dtype == dtype
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+            and not tensor._is_zerotensor()
+            for tensor in tensors
         )
         and not watched()
         and available()
@@ -127,7 +127,7 @@ def _native() -> _Native | str:
     if not multiplies:
         return _Native(library, None, None)
     torch_cpu = ctypes.CDLL(str(_torch_cpu()))
-    product, release = (ctypes.cast(getattr(torch_cpu, each), ctypes.c_void_p).value for each in (_PRODUCT, _RELEASE))
+    product, release = (ctypes.cast(getattr(torch_cpu, item), ctypes.c_void_p).value for item in (_PRODUCT, _RELEASE))
     return _Native(library, product, release)
 
 
@@ -138,7 +138,7 @@ def _openmp() -> Path | None:
     with Path("/proc/self/maps").open(encoding="utf-8") as maps:
         loaded = {Path(line.split(maxsplit=5)[5].strip()) for line in maps if "libgomp" in line}
     own = Path(torch.__file__).parent
-    return next((each for each in loaded if own in each.parents), next(iter(loaded), None))
+    return next((item for item in loaded if own in item.parents), next(iter(loaded), None))
 
 
 def _torch_cpu() -> Path:
@@ -163,9 +163,9 @@ def _compiled(openmp: Path) -> tuple[Path, bool]:
     folder = user_cache()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     library, multiplies = folder / f"{name}.so", folder / f"{name}.products"
-    for each in (folder, library):
-        if each.exists() and (each.stat().st_uid != os.getuid() or each.stat().st_mode & 0o022):
-            raise PermissionError(f"{each} can be written by others")
+    for item in (folder, library):
+        if item.exists() and (item.stat().st_uid != os.getuid() or item.stat().st_mode & 0o022):
+            raise PermissionError(f"{item} can be written by others")
     if not library.exists():
         wanted = os.environ.get("CC", "gcc")
         compiler = shutil.which(wanted)
@@ -178,7 +178,7 @@ def _compiled(openmp: Path) -> tuple[Path, bool]:
                 [compiler, "-shared", unlinked, str(openmp), "-lm", "-o", linked],
             ):
                 subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
-            if any("avx512_bf16" in each for each in features):
+            if any("avx512_bf16" in feature for feature in features):
                 # In a process of its own: what PyTorch does not support there would end the process.
                 probe = [sys.executable, "-c", _PROBE, linked, str(_torch_cpu()), _PRODUCT, _RELEASE]
                 if subprocess.run(probe, check=False, capture_output=True, timeout=_SECONDS).returncode == 0:
@@ -201,17 +201,17 @@ def _call(name: str, *arguments: _Argument) -> None:
     native = _native()
     assert isinstance(native, _Native)
     values: list[object] = []
-    for each in arguments:
-        if isinstance(each, bool):
-            values.append(ctypes.c_int(each))
-        elif isinstance(each, int):
-            if not 0 <= each < 2**63:
-                raise ValueError(fault(f"philora.native.{name}", "size", each, "a number from 0 to 2^63 - 1"))
-            values.append(ctypes.c_uint64(each))
-        elif isinstance(each, float):
-            values.append(ctypes.c_float(each))
+    for argument in arguments:
+        if isinstance(argument, bool):
+            values.append(ctypes.c_int(argument))
+        elif isinstance(argument, int):
+            if not 0 <= argument < 2**63:
+                raise ValueError(fault(f"philora.native.{name}", "size", argument, "a number from 0 to 2^63 - 1"))
+            values.append(ctypes.c_uint64(argument))
+        elif isinstance(argument, float):
+            values.append(ctypes.c_float(argument))
         else:
-            values.append(each)
+            values.append(argument)
     getattr(native.library, name)(*values, ctypes.c_int(torch.get_num_threads()))
 
 
@@ -493,7 +493,7 @@ def _turns(
     if 2 * half > width:
         raise _misfit(name, "cos", cos, f"at most {width // 2} columns, half of a head's")
     found = [
-        _address(name, each, tensor, torch.float32, (tokens, half)) for each, tensor in (("cos", cos), ("sin", sin))
+        _address(name, item, tensor, torch.float32, (tokens, half)) for item, tensor in (("cos", cos), ("sin", sin))
     ]
     return found[0], found[1], half
 
@@ -525,8 +525,8 @@ def attends(heads: Sequence[Tensor], scale: float) -> bool:
         scale > 0
         and width % _WIDTHS[0] == 0
         and width <= _WIDTHS[1]
-        and all(each.dtype == torch.bfloat16 and each.stride()[1:] == (width, 1) for each in heads)
-        and usable(*(each[:0] for each in heads))
+        and all(head.dtype == torch.bfloat16 and head.stride()[1:] == (width, 1) for head in heads)
+        and usable(*(head[:0] for head in heads))
         and isinstance(native := _native(), _Native)
         and native.product is not None
     )
@@ -547,14 +547,14 @@ def _description(
         ValueError: One of them does not fit.
     """
     query, key, value = heads
-    for argument, each in (("query", query), ("key", key), ("value", value)):
-        _check_heads(name, argument, each)
+    for argument, item in (("query", query), ("key", key), ("value", value)):
+        _check_heads(name, argument, item)
     if not attends(heads, scale):
         raise _misfit(name, "query", query, "bf16 heads that `attends` takes, and a scale above 0")
     tokens, count, width = query.shape
     groups = key.shape[1]
     if key.shape != value.shape or key.shape[::2] != query.shape[::2] or not groups or count % groups:
-        found = [tuple(each.shape) for each in heads]
+        found = [tuple(head.shape) for head in heads]
         raise _misfit(name, "heads", found, "queries, keys and values of the same tokens, in whole groups of heads")
     if window is not None and not (type(window) is int and 0 < window < 2**63):
         raise _misfit(name, "window", window, "None or a whole number of at least 1")
@@ -562,8 +562,8 @@ def _description(
     assert isinstance(native, _Native)
     places = _documents(name, starts, lengths, tokens, tokens)
     cos, sin, half = _turns(name, angles, tokens, width)
-    at = [ctypes.c_void_p(_pointer(name, "heads", each)) for each in heads]
-    strides = [each.stride(0) for each in heads]
+    at = [ctypes.c_void_p(_pointer(name, "heads", head)) for head in heads]
+    strides = [head.stride(0) for head in heads]
     last = half, window or 0, tokens, scale, native.product, native.release
     return _Attention(*at, *strides, count, groups, width, *places, len(starts), cos, sin, *last)
 
@@ -639,17 +639,17 @@ def attend_backward(
     name, (output, normaliser) = "attend_backward", saved
     description = _description(name, heads, starts, lengths, angles, window, scale)
     tokens, count, _ = shape = heads[0].shape
-    for argument, each, like in zip(("d_query", "d_key", "d_value"), results, heads, strict=True):
-        _check_heads(name, argument, each)
-        if each.shape != like.shape or each.stride() != like.stride() or each.dtype != like.dtype:
-            raise _misfit(name, argument, each, f"the shape and strides of its head, {tuple(like.shape)}")
+    for argument, item, like in zip(("d_query", "d_key", "d_value"), results, heads, strict=True):
+        _check_heads(name, argument, item)
+        if item.shape != like.shape or item.stride() != like.stride() or item.dtype != like.dtype:
+            raise _misfit(name, argument, item, f"the shape and strides of its head, {tuple(like.shape)}")
     _attend(
         name,
         description,
         _address(name, "output", output, torch.bfloat16, shape),
         _address(name, "grad", grad, torch.bfloat16, shape),
         _address(name, "normaliser", normaliser, torch.float32, (count, tokens)),
-        *(ctypes.c_void_p(_pointer(name, "results", each)) for each in results),
+        *(ctypes.c_void_p(_pointer(name, "results", result)) for result in results),
     )
 
 
@@ -707,7 +707,7 @@ def score_rows_(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: li
     rows, vocabulary = logits.shape
     places = _address(name, "labels", labels, torch.int64, (rows,))
     if rows:
-        low, high = (int(each) for each in torch.aminmax(labels))
+        low, high = (int(item) for item in torch.aminmax(labels))
         if low < 0 or high >= vocabulary:
             raise _misfit(name, "labels", f"{low} to {high}", f"0 to {vocabulary - 1}")
     if len(outputs) != 3:
@@ -717,7 +717,7 @@ def score_rows_(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: li
         _address(name, "logits", logits, dtype, logits.shape),
         None if bias is None else _address(name, "bias", bias, torch.float32, (vocabulary,)),
         places,
-        *(_address(name, "outputs", each, torch.float32, (rows,)) for each in outputs),
+        *(_address(name, "outputs", output, torch.float32, (rows,)) for output in outputs),
         rows, vocabulary, bool(needs_grad), _is_wide(dtype),
     )  # fmt: skip
 

@@ -83,7 +83,7 @@ def model_card(
         pipeline_tag="text-generation",
         license=licence(base),
         tags=[*_TAGS, *(["merged"] if merged else [])],
-        datasets=[each for each in _sources(settings) if _on_hub(each)] or None,
+        datasets=[source for source in _sources(settings) if _on_hub(source)] or None,
         **_evaluated(title, settings, results),
     )
     body = "\n\n".join(part for part in parts if part)
@@ -186,7 +186,7 @@ def _figure_row(figure: Paired) -> tuple[str, ...]:
 
 def _example(results: Mapping[str, Any]) -> str:
     """Return one held-out question with the answers of base and adapter."""
-    sample = next((each for each in results.get("samples") or [] if isinstance(each, Mapping)), None)
+    sample = next((item for item in results.get("samples") or [] if isinstance(item, Mapping)), None)
     asked = [message["content"] for message in prompt_of(sample or {}) if message["role"] == "user"]
     if sample is None or not asked:
         return ""
@@ -201,11 +201,11 @@ def _example(results: Mapping[str, Any]) -> str:
 def _sources(settings: Mapping[str, Any]) -> list[str]:
     train = (settings.get("data") or {}).get("train")
     entries = train if isinstance(train, list) else [train]
-    return [str(each["path"] if isinstance(each, Mapping) else each) for each in entries if each]
+    return [str(entry["path"] if isinstance(entry, Mapping) else entry) for entry in entries if entry]
 
 
 def _data(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    named = ", ".join(_plain(_shown(each)) for each in _sources(settings))
+    named = ", ".join(_plain(_shown(source)) for source in _sources(settings))
     figures = (results.get("data") or {}).get("train") or {}
     if not named:
         return ""
@@ -263,7 +263,7 @@ def _evaluated(title: str, settings: Mapping[str, Any], results: Mapping[str, An
     found = {name: after[name] for name in _METRICS if after.get(name) is not None}
     if not found:
         return {}
-    name = ", ".join(_shown(each) for each in _sources(settings)) or "held-out data"
+    name = ", ".join(_shown(source) for source in _sources(settings)) or "held-out data"
     return {
         "model_name": title,
         "eval_results": [

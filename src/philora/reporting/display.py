@@ -95,7 +95,7 @@ def shown(level: str) -> Iterator[ProgressBar]:
     before = logger.level
     lines = log_lines(SafeConsole(stderr=True, soft_wrap=True), level)
     handlers = [*logger.handlers, *logging.getLogger().handlers]
-    if not any(type(each) in (LogLines, logging.StreamHandler) for each in handlers):
+    if not any(type(handler) in (LogLines, logging.StreamHandler) for handler in handlers):
         logger.addHandler(lines)
         logger.setLevel(min(logging.INFO, lines.level))
     console = SafeConsole(stderr=True, soft_wrap=True)

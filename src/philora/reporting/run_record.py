@@ -72,7 +72,7 @@ class Run:
         points = self.series("eval_loss")
         begins_with = mapping(self.results.get("start") or self.results.get("before"))
         first = real(begins_with.get("loss"))
-        return points if first is None or not self.metrics else [(0.0, first), *(each for each in points if each[0])]
+        return points if first is None or not self.metrics else [(0.0, first), *(point for point in points if point[0])]
 
     def last_step(self) -> float:
         """Return the last step that was logged; 0 before the first one."""

@@ -229,9 +229,9 @@ def _updates(entries: Any) -> dict[str, Any] | None:
         found.setdefault(name, {})[layer] = (norm if share is None else share, text)
     if not found:
         return None
-    layers = range(max(max(each) for each in found.values()) + 1)
-    highest = max(value for each in found.values() for value, _ in each.values()) or 1.0
-    relative = all(real(mapping(each).get("relative")) is not None for each in entries)
+    layers = range(max(max(item) for item in found.values()) + 1)
+    highest = max(value for item in found.values() for value, _ in item.values()) or 1.0
+    relative = all(real(mapping(item).get("relative")) is not None for item in entries)
     rows = [
         {
             "name": name,
@@ -241,9 +241,9 @@ def _updates(entries: Any) -> dict[str, Any] | None:
             ],
             "mean": _shown_share(statistics.fmean(value for value, _ in found[name].values()), relative),
         }
-        for name in sorted(found, key=lambda each: (PARTS.index(each) if each in PARTS else len(PARTS), each))
+        for name in sorted(found, key=lambda item: (PARTS.index(item) if item in PARTS else len(PARTS), item))
     ]
-    most = max(((value, text) for each in found.values() for value, text in each.values()), default=(0.0, ""))
+    most = max(((value, text) for item in found.values() for value, text in item.values()), default=(0.0, ""))
     return {"rows": rows, "last": len(layers) - 1, "relative": relative, "most": most[1]}
 
 
@@ -269,25 +269,25 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
     counts = {name: mapping(data.get(name)) for name in ("train", "eval") if data.get(name)}
     if not counts:
         return None
-    keys = [key for key in DATA_COLUMNS if any(key in each for each in counts.values())]
+    keys = [key for key in DATA_COLUMNS if any(key in item for item in counts.values())]
     return {
         "splits": list(counts),
-        "rows": [(DATA_COLUMNS[key], [count(each.get(key)) for each in counts.values()]) for key in keys],
+        "rows": [(DATA_COLUMNS[key], [count(item.get(key)) for item in counts.values()]) for key in keys],
         "lengths": _lengths(mapping(data.get("lengths"))),
         "preview": _preview(data.get("preview")),
         "sources": [
             {
                 "split": str(split),
-                "name": str(each.get("name") or ""),
-                "format": str(each.get("format") or ""),
-                "recognised": str(each.get("recognised") or ""),
-                "examples": [str(example) for example in each.get("examples") or []],
-                "records": count(each.get("records")),
+                "name": str(source.get("name") or ""),
+                "format": str(source.get("format") or ""),
+                "recognised": str(source.get("recognised") or ""),
+                "examples": [str(example) for example in source.get("examples") or []],
+                "records": count(source.get("records")),
             }
             for split, sources in mapping(data.get("sources")).items()
-            for each in sources or []
+            for source in sources or []
         ],
-        "notices": [str(each) for each in data.get("notices") or []],
+        "notices": [str(notice) for notice in data.get("notices") or []],
     }
 
 
@@ -313,7 +313,7 @@ def _preview(tokens: Any) -> list[tuple[str, bool]]:
     pairs = [(str(text), bool(labelled)) for text, labelled in tokens or []]
     return [
         ("".join(text for text, _ in group), labelled)
-        for labelled, group in itertools.groupby(pairs, key=lambda each: each[1])
+        for labelled, group in itertools.groupby(pairs, key=lambda item: item[1])
     ]
 
 

@@ -303,7 +303,7 @@ def gathered(value: T) -> list[T]:
         return [value]
     key = _next_key()
     _give(f"{key}-{rank()}", value)
-    return [value if each == rank() else cast("T", _take(f"{key}-{each}", each)) for each in range(count())]
+    return [value if index == rank() else cast("T", _take(f"{key}-{index}", index)) for index in range(count())]
 
 
 def share(length: int) -> range:
@@ -318,7 +318,7 @@ def lost(error: BaseException) -> bool:
     """Whether an error says that another process has ended."""
     if count() == 1 or not isinstance(error, RuntimeError):
         return False
-    return type(error).__name__ == "DistNetworkError" or any(each in str(error) for each in _LOST)
+    return type(error).__name__ == "DistNetworkError" or any(item in str(error) for item in _LOST)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def user_cache() -> Path:
         home = Path.home()
     except RuntimeError:  # neither HOME nor an entry in the list of users
         return _temporary()
-    made = next(each for each in (home / ".cache" / "philora", home / ".cache", home) if each.exists() or each == home)
+    made = next(item for item in (home / ".cache" / "philora", home / ".cache", home) if item.exists() or item == home)
     return home / ".cache" / "philora" if os.access(made, os.W_OK | os.X_OK) else _temporary()
 
 

@@ -332,12 +332,12 @@ class _Endpoint:
 
         An empty system turn is none, which is how a client asks for none.
         """
-        messages = [each.plain() for each in asked.messages]
+        messages = [message.plain() for message in asked.messages]
         if not self.pool.systems:
             return messages
         if adapter is not None and adapter in self.pool.systems:
             messages = with_system(messages, self.pool.systems[adapter].text)
-        return [each for each in messages if each["role"] != "system" or each["content"]]
+        return [message for message in messages if message["role"] != "system" or message["content"]]
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation, in one piece or as events."""
@@ -360,7 +360,7 @@ class _Endpoint:
         def tell(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        replies = [self.pool.answer(prompt, each, adapter) for each in settings]
+        replies = [self.pool.answer(prompt, setting, adapter) for setting in settings]
         jobs = [Job(choice, reply, tell) for choice, reply in enumerate(replies)]
         self.scheduler.submit(jobs)
         answer = _Answer(name, len(prompt), jobs, events)
@@ -464,7 +464,7 @@ class _Answer:
         yield "data: [DONE]\n\n"
 
     def _usage(self, replies: Sequence[Reply | None]) -> dict[str, int]:
-        generated = sum(each.tokens for each in replies if each is not None)
+        generated = sum(reply.tokens for reply in replies if reply is not None)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": generated,

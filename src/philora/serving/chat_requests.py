@@ -235,7 +235,7 @@ class Vote(BaseModel):
     def record(self) -> dict[str, Any]:
         """Return a preference pair as TRL's DPOTrainer takes it, and who said what."""
         return {
-            "prompt": [each.plain() for each in self.prompt],
+            "prompt": [turn.plain() for turn in self.prompt],
             "chosen": [{"role": "assistant", "content": self.chosen}],
             "rejected": [{"role": "assistant", "content": self.rejected}],
             "chosen_model": self.chosen_model,
@@ -312,9 +312,9 @@ def _note_unknown(prefix: str, given: Mapping[str, Any], known: tuple[str, ...])
 
 def explain(error: ValidationError) -> ApiError:
     """Return the fault of a request, in OpenAI's words for its code."""
-    found = max(error.errors(), key=lambda each: len(each["loc"]))  # inside a union, the fault of the nearest form
-    where = [str(each) for each in found["loc"] if not str(each).startswith(("str", "list["))]
-    place = "".join(f"[{each}]" if each.isdigit() else f".{each}" for each in where).lstrip(".")[:200] or None
+    found = max(error.errors(), key=lambda item: len(item["loc"]))  # inside a union, the fault of the nearest form
+    where = [str(item) for item in found["loc"] if not str(item).startswith(("str", "list["))]
+    place = "".join(f"[{item}]" if item.isdigit() else f".{item}" for item in where).lstrip(".")[:200] or None
     if place is None:
         return ApiError(400, "The body is no JSON object.", code="invalid_value")
     if found["type"] == "extra_forbidden":

@@ -145,8 +145,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen: few connections are accepted in one go, but more may queue."""
         await super().startup(sockets)
-        for each in sockets or []:
-            each.listen(_QUEUE)
+        for item in sockets or []:
+            item.listen(_QUEUE)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: answers with an error that says so, and who does not read it is cut off."""
@@ -158,8 +158,8 @@ class Server(uvicorn.Server):
             cut.cancel()
 
     def _cut_off(self) -> None:
-        for each in list(self.server_state.connections):
-            each.transport.abort()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def note_refused(self) -> None:
         """Log the first connection that is refused, and every thousandth."""

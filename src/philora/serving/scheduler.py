@@ -167,11 +167,11 @@ class Scheduler:
             found = self.pool.step(adapter, [job.reply for job in jobs])
         except Exception as error:  # noqa: BLE001 - the other adapters' answers go on, and the server lives
             found = [error] * len(jobs)
-        failed = [(job, each) for job, each in zip(jobs, found, strict=True) if isinstance(each, BaseException)]
+        failed = [(job, item) for job, item in zip(jobs, found, strict=True) if isinstance(item, BaseException)]
         # Where memory was refused an answer has lost nothing: it goes on with fewer beside it.
-        if any(out_of_memory(each) for _, each in failed) and self._fewer():
-            failed = [(job, each) for job, each in failed if not out_of_memory(each)]
-        ended = [job for job, each in failed]
+        if any(out_of_memory(item) for _, item in failed) and self._fewer():
+            failed = [(job, item) for job, item in failed if not out_of_memory(item)]
+        ended = [job for job, item in failed]
         for job, fails in failed:
             self._fail(job, fails)
         for job, piece in zip(jobs, found, strict=True):
