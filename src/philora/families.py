@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 FUSED: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "phi3": {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
 }
-"""For each model type the fused projections and their slices, in the order of their rows.
+"""For every model type the fused projections and their slices, in the order of their rows.
 
 Source: transformers/models/phi3/modeling_phi3.py (Phi3Attention.forward, Phi3MLP.forward).
 """
@@ -42,9 +42,9 @@ class PhiModel:
         max_position_embeddings: Window in tokens.
         original_max_position_embeddings: Window before LongRoPE; its short factors hold up to here.
         rope_type: "longrope" where the factors switch at `original_max_position_embeddings`.
-        rope_factors: How many short and how many long factors `rope_scaling` lists, one for each two rotated columns
+        rope_factors: How many short and how many long factors `rope_scaling` lists, one for every two rotated columns
             of a head; None without LongRoPE.
-        partial_rotary_factor: Part of each head that is rotated.
+        partial_rotary_factor: Part of every head that is rotated.
         sliding_window: Attention window in tokens as `config.json` has it; None: full attention.
         stop_token_ids: Ids of `stop_tokens` in the same order.
         stop_tokens: The token that ends a turn first, then the one that ends a text.
@@ -360,7 +360,7 @@ NOT_IN_TRANSFORMERS: Final[Mapping[str, str]] = {
 
 
 def generic_notice(config: object) -> str | None:
-    """What a person should know who trains a model of another architecture than Phi3ForCausalLM's, else None.
+    """Return what a person should know who trains a model of another architecture than Phi3ForCausalLM's, else None.
 
     Example:
         >>> from types import SimpleNamespace
@@ -377,7 +377,7 @@ def generic_notice(config: object) -> str | None:
 
 
 def fused_slices(config: object) -> dict[str, dict[str, tuple[int, int]]]:
-    """The rows of each slice inside the fused projections of a model.
+    """The rows of every slice inside the fused projections of a model.
 
     Args:
         config: Anything with the attributes of `Phi3Config`; `head_dim` is optional.
@@ -439,7 +439,7 @@ def longrope_switch_tokens(config: Any) -> int | None:
 
 
 def stop_tokens_in(vocab: Container[str]) -> list[str]:
-    """Those of `STOP_TOKENS` that a vocabulary has, in the order of `STOP_TOKENS`.
+    """Return those of `STOP_TOKENS` that a vocabulary has, in the order of `STOP_TOKENS`.
 
     Example:
         >>> stop_tokens_in({"<|endoftext|>": 32000, "<|end|>": 32007, "a": 1})

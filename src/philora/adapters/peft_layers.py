@@ -82,7 +82,7 @@ Slices = tuple[Slice, ...]
 
 
 class Resolution(NamedTuple):
-    """What a LoraConfig means on a model: PEFT's form of it, and the slices by full name of their fused module."""
+    """Describe what a LoraConfig means on a model: PEFT's form of it, and slices by the full name of their fused module."""
 
     config: LoraConfig
     slices: dict[str, Slices]
@@ -197,7 +197,7 @@ def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config
         where: What the messages call the configuration.
 
     Returns:
-        A copy of the config in PEFT's terms, and the slices of each fused module.
+        A copy of the config in PEFT's terms, and the slices of every fused module.
 
     Raises:
         TargetError: A target, excluded module, pattern key, layer index or module to save matches nothing, a target
@@ -438,7 +438,7 @@ class _FastForward:
 
     @property
     def slices(self) -> dict[str, Slices]:
-        """Return the slices of each adapter that has some. They are kept at its B, with which they come and go."""
+        """Return the slices of every adapter that has some. They are kept at its B, with which they come and go."""
         return {name: up.slice_layout for name, up in self.lora_B.items() if hasattr(up, "slice_layout")}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -708,7 +708,7 @@ def _keep_zeros(layer: LoraLayer, *_: Any) -> None:
 
 
 def keep_zeros_in_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put back the zeros outside the slices after each step of an optimizer with 8-bit states.
+    """Put back the zeros outside the slices after every step of an optimizer with 8-bit states.
 
     bitsandbytes reads a state of zero back as a very small number where its block holds larger ones, and so moves
     elements that have no gradient. Other optimizers leave them alone.
@@ -1158,7 +1158,7 @@ class CoverageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Coverage:
-    """What an adapter covers. `print` it for a table."""
+    """Describe what an adapter covers. `print` it for a table."""
 
     rows: tuple[CoverageRow, ...]
     other_trainable: tuple[tuple[str, int], ...]
@@ -1230,7 +1230,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 
 class UpdateNorm(NamedTuple):
-    """How far an adapter moves one module.
+    """Describe how far an adapter moves one module.
 
     Attributes:
         module: Its name in the base model.
@@ -1246,7 +1246,7 @@ class UpdateNorm(NamedTuple):
 
 
 def update_norms(model: nn.Module) -> list[UpdateNorm]:
-    """Return the size of each update of the active adapters on linear layers, in the order of the modules.
+    """Return the size of every update of the active adapters on linear layers, in the order of the modules.
 
     Numerics:
         fp32; ‖B A‖² is the sum over (BᵀB) ∘ (A Aᵀ), so no (out, in) matrix is made.

@@ -1,4 +1,4 @@
-"""What all commands share: the application, its consoles, the options that several have, and output as JSON."""
+"""Define what all commands share: the application, its consoles, the options that several have, and output as JSON."""
 
 from __future__ import annotations
 

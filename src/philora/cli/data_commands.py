@@ -139,7 +139,7 @@ def show_data(
     "config", rich_help_panel=GROUP_DATA, epilog="Example: philora config support.yaml training_config.max_steps=50"
 )
 def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: JsonOption = False) -> None:
-    """Show the effective configuration and where each value comes from."""
+    """Show the effective configuration and where every value comes from."""
     from philora.configuration.config import load_config
     from philora.configuration.writing import explain
 

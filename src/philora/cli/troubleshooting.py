@@ -1,4 +1,4 @@
-"""Which entry of the troubleshooting page speaks of an error, and the text of that entry.
+"""Find which entry of the troubleshooting page speaks of an error, and the text of that entry.
 
 The page is the index: below each heading a `text` block quotes the messages that belong to it, with `…` for what
 varies. It is a part of the wheel, so that `philora explain` works without a network.

@@ -1,1 +1,1 @@
-"""One file for each library: its private names that philora uses, under public ones."""
+"""One file for every library: its private names that philora uses, under public ones."""

@@ -51,7 +51,7 @@ def exists(name: str, *, read_source: bool = True) -> bool:
 
 
 def faults(names: Iterable[PrivateName], *, read_source: bool = True) -> list[str]:
-    """Return a message for each name that the installed version of its library lacks."""
+    """Return a message for every name that the installed version of its library lacks."""
     return [
         fault(
             name.library,

@@ -16,7 +16,7 @@ PRIVATE = (
 
 
 def statistics_of(metric: Any, answers: Sequence[str], references: Sequence[str]) -> Any:
-    """Return the statistics of each answer, as sacrebleu's own significance tests take them."""
+    """Return the statistics of every answer, as sacrebleu's own significance tests take them."""
     return metric._extract_corpus_statistics(list(answers), [list(references)])
 
 

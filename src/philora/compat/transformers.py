@@ -73,7 +73,7 @@ def use_one_gpu(arguments: Any) -> None:
 
 
 class EpochStart(NamedTuple):
-    """Where an epoch of the training loop begins.
+    """Describe where an epoch of the training loop begins.
 
     Attributes:
         model: The model as the loop trains it, wrapped.
@@ -126,7 +126,7 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
         run()
 
     def end_step(self, end: StepEnd, log_evaluate_save: Callable[[], None]) -> None:
-        """Run after each step, and once more at the end of an epoch."""
+        """Run after every step, and once more at the end of an epoch."""
         log_evaluate_save()
 
     def run_evaluation(self, at_start: bool, run: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -142,7 +142,7 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
         return True
 
     def take_gradient_norm(self, norm: Any) -> Any:
-        """Run before each step of the optimizer, and return the gradient norm."""
+        """Run before every step of the optimizer, and return the gradient norm."""
         return norm
 
     def save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -89,7 +89,7 @@ class SFTTrainerHooks(TrainerHooks, trl.SFTTrainer):  # type: ignore[misc]
 
     @property
     def pending_metrics(self) -> dict[str, dict[str, list[Any]]]:
-        """Return what will be logged next, by "train" or "eval" and by name: an entry for each micro-batch."""
+        """Return what will be logged next, by "train" or "eval" and by name: an entry for every micro-batch."""
         return cast("dict[str, dict[str, list[Any]]]", self._metrics)
 
     @property

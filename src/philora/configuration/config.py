@@ -1,4 +1,4 @@
-"""The configuration of a run: defaults, bounds, older spellings, and where each value came from.
+"""The configuration of a run: defaults, bounds, older spellings, and where every value came from.
 
 A configuration is a YAML file, or the same dict in Python, with `KEY=VALUE` overrides on top. `load_config` checks
 all of it before anything heavy is imported and reports every fault at once; what it returns is complete for
@@ -88,7 +88,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         The configuration, complete for philora's own keys.
 
     Raises:
-        ConfigError: One line for each fault: all of them, not only the first.
+        ConfigError: One line for every fault: all of them, not only the first.
 
     Example:
         >>> load_config({"data": {"train": "helpdesk"}}, ["peft_config.r=8"]).peft_config["r"]
@@ -111,7 +111,7 @@ _HOLD_PATHS: Final = ("path", "train", "eval", "name_or_path", "adapter", "outpu
 
 
 def _unusable_texts(value: Any, path: KeyPath, reader: Reader) -> Iterator[str]:
-    """A fault for each text that no file can hold, and for each path in the home folder of nobody."""
+    """A fault for every text that no file can hold, and for every path in the home folder of nobody."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _unusable_texts(item, (*path, str(key)), reader)

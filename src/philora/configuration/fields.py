@@ -1,4 +1,4 @@
-"""Every key that philora states a default or a bound for, and the rule of each key of TRL and PEFT."""
+"""Every key that philora states a default or a bound for, and the rule of every key of TRL and PEFT."""
 
 from __future__ import annotations
 

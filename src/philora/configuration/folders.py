@@ -58,7 +58,7 @@ def newest_folder(folder: Path) -> Path:
 
 
 def exists(file: Path) -> bool:
-    """Whether a path leads to something; one that no file can have, such as one that is too long, does not."""
+    """Return whether a path leads to something; one that no file can have, such as one that is too long, does not."""
     try:
         return file.exists()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A configuration as it was given: values, the line and the origin of each key, overrides, and faults."""
+"""A configuration as it was given: values, the line and the origin of every key, overrides, and faults."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _nested(path: KeyPath, value: Any) -> dict[str, Any]:
 
 
 def _leaves(given: Mapping[str, Any], depth: int, prefix: KeyPath = ()) -> Iterable[tuple[KeyPath, Any]]:
-    """What stands `depth` levels down a mapping; nearer where the mapping ends before."""
+    """Return what stands `depth` levels down a mapping; nearer where the mapping ends before."""
     for key, value in given.items():
         path = (*prefix, key)
         if depth > 1 and isinstance(value, Mapping):
@@ -181,7 +181,7 @@ _MOST_BYTES = 1 << 20
 
 
 def fill_from_yaml(file: Path, reader: Reader) -> None:
-    """Fill the reader from a file, with the line of each key; raises where the file is no YAML mapping."""
+    """Fill the reader from a file, with the line of every key; raises where the file is no YAML mapping."""
     where = reader.where
     try:
         if file.stat().st_size > _MOST_BYTES:
@@ -231,7 +231,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _note_lines(node: yaml.Node, path: KeyPath, reader: Reader, seen: set[int]) -> None:
-    """Record the line of every key, and a fault for each key that stands twice in one mapping."""
+    """Record the line of every key, and a fault for every key that stands twice in one mapping."""
     if id(node) in seen:
         return
     seen.add(id(node))

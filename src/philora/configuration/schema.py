@@ -1,4 +1,4 @@
-"""What the installed TRL, transformers and PEFT accept, read from their source without importing them.
+"""Read what the installed TRL, transformers and PEFT accept, read from their source without importing them.
 
 `trl.SFTConfig` and `peft.LoraConfig` take some 200 keys, which change from release to release. Importing the two to
 ask them costs seconds; parsing the files that define them costs hundredths of a second and is just as true to the
@@ -236,7 +236,7 @@ class LibraryField:
     nested: str | None = None
 
 
-# Where each class stands, the ancestors first: fields of a later one replace those of an earlier one.
+# Where every class stands, the ancestors first: fields of a later one replace those of an earlier one.
 _TRAINING: Final = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
@@ -461,7 +461,7 @@ def lora_nested_fields(name: str) -> Mapping[str, LibraryField]:
 def quantization_fields() -> Mapping[str, LibraryField]:
     """The arguments of the installed `transformers.BitsAndBytesConfig`.
 
-    They have no annotations; the rule of each follows from its default and its name.
+    They have no annotations; the rule of every follows from its default and its name.
     """
     node = _class("transformers", "utils/quantization_config.py", "BitsAndBytesConfig")
     signature = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__").args

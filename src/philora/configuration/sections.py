@@ -184,7 +184,7 @@ class Config:
         training_config: Keywords of `trl.SFTConfig` and philora's own; values may be "auto" where philora chooses.
         peft_config: Keywords of `peft.LoraConfig`.
         source: The file, or "python".
-        origins: For each key its origin: "default", the file, "command line" or "python".
+        origins: For every key its origin: "default", the file, "command line" or "python".
         notices: What the reader should be told, such as older spellings that were translated.
     """
 

@@ -157,7 +157,7 @@ def translate_training_arguments(given: Mapping[str, Any]) -> tuple[dict[str, An
         given: Keywords, as for `SFTConfig(**given)`.
 
     Returns:
-        The keywords in today's spelling, and one notice for each older one.
+        The keywords in today's spelling, and one notice for every older one.
 
     Raises:
         ConfigError: An older and today's spelling of one thing are both given and differ.
@@ -195,7 +195,7 @@ def translate_trainer_keywords(given: Mapping[str, Any]) -> tuple[dict[str, Any]
         given: Keywords, as for `SFTTrainer(**given)`.
 
     Returns:
-        Keywords for SFTConfig, keywords for the trainer, and one notice for each that moved.
+        Keywords for SFTConfig, keywords for the trainer, and one notice for every that moved.
 
     Raises:
         ConfigError: `tokenizer` and `processing_class` are both given and differ.

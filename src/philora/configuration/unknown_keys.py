@@ -14,7 +14,7 @@ from philora.errors import nearest
 
 
 def likely_section(key: str, sections: Iterable[str]) -> str:
-    """Where an unknown key may belong: the section that has it, or the nearest name."""
+    """Return where an unknown key may belong: the section that has it, or the nearest name."""
     for section, names in section_keys().items():
         if key in names and section in sections:
             return f"It belongs in {section}: write {section}.{key}"
@@ -22,7 +22,7 @@ def likely_section(key: str, sections: Iterable[str]) -> str:
 
 
 def section_keys() -> dict[str, set[str]]:
-    """The keys of each section."""
+    """The keys of every section."""
     own = {section: {field.name for field in dataclasses.fields(kind)} for section, kind in SECTIONS.items()}
     return own | {
         "training_config": {*schema.training_fields(), *OWN_TRAINING_KEYS},

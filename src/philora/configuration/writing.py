@@ -66,11 +66,11 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown_default(each: Field, section: str, name: str) -> str:
-    if each.default is REQUIRED:
+def _shown_default(field: Field, section: str, name: str) -> str:
+    if field.default is REQUIRED:
         return "required"
-    if each.default is not LIBRARY:
-        return f"`{_one_line(each.default)}`"
+    if field.default is not LIBRARY:
+        return f"`{_one_line(field.default)}`"
     training = section == "training_config"
     value = (schema.training_fields() if training else schema.lora_fields())[name].default
     shown = "chosen at run time" if value is schema.UNKNOWN else f"`{_one_line(value)}`"

@@ -97,7 +97,7 @@ def dump(value: Any, **options: Any) -> str:
 
 
 def _depth(content: str) -> int:
-    """How deep brackets stand in brackets; PyYAML takes the square of it in time."""
+    """Return how deep brackets stand in brackets; PyYAML takes the square of it in time."""
     depth = most = 0
     for sign in re.findall(r"[\[\]{}]", content):
         depth = depth + 1 if sign in "[{" else max(0, depth - 1)
@@ -106,7 +106,7 @@ def _depth(content: str) -> int:
 
 
 def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, each alias counted as what it repeats; one that holds itself is refused."""
+    """Count the values of a node, each alias as what it repeats; refuse an alias that holds itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:

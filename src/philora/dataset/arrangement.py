@@ -5,7 +5,7 @@
              -> `prompt_ids`: token ids, in which the control tokens are the template's own
 
 A control token's text inside a message, such as `<|end|>`, is text: whoever writes a message cannot end it or begin
-another role's turn. The template is rendered with a stand-in for each such text, and the result is tokenised by a copy
+another role's turn. The template is rendered with a stand-in for every such text, and the result is tokenised by a copy
 of the tokenizer that knows its control tokens under names that nobody can guess; so the template's tokens are found,
 and everything else is tokenised as it would be in any other place.
 """
@@ -110,7 +110,7 @@ def fold_system(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], l
     """Put system turns at the beginning of the user turn that follows, or of the first when none does.
 
     Returns:
-        The messages, and for each its place before; None for a user turn that had to be made.
+        The messages, and for every its place before; None for a user turn that had to be made.
     """
     folded: list[Message] = []
     places: list[int | None] = []
@@ -135,7 +135,7 @@ def fold_system(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], l
 
 
 class Arrangement:
-    """What one tokenizer's chat template makes of conversations.
+    """Describe what one tokenizer's chat template makes of conversations.
 
     Args:
         tokenizer: A `transformers.PreTrainedTokenizerBase`.
@@ -191,7 +191,7 @@ class Arrangement:
         return Arranged(folded, tools, [None if source is None else places[source] for source in sources], folded=True)
 
     def _keeps_system(self, messages: list[Message], tools: list[Any] | None) -> bool:
-        """Whether the template renders every system turn, and one at the beginning of any conversation.
+        """Return whether the template renders every system turn, and one at the beginning of any conversation.
 
         Of plain messages their roles decide, tried once each.
         """
@@ -236,7 +236,7 @@ class Arrangement:
         control_tokens: bool = False,
         limit_tokens: int | None = None,
     ) -> list[list[int]]:
-        """Return the token ids of each conversation, up to and with the header of the assistant's next turn.
+        """Return the token ids of every conversation, up to and with the header of the assistant's next turn.
 
         Args:
             conversations: Messages with `role` and `content`.
@@ -293,7 +293,7 @@ class Arrangement:
         return _any_of(self._control_ids)
 
     def _has_control(self, value: Any) -> bool:
-        """Whether a message, or anything in one, holds a control token's text, before or after normalisation."""
+        """Return whether a message, or anything in one, holds a control token's text, before or after normalisation."""
         if isinstance(value, Mapping):
             return any(self._has_control(item) for name, item in value.items() if name != "role")
         if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a data source holds, before anything is trained: shape, counts, lengths, repeats, odd rows, private details."""
+"""Describe a data source before anything is trained: shape, counts, lengths, repeats, odd rows, private details."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
 
 @dataclass
 class Spread:
-    """How a number is spread over the rows."""
+    """Describe how a number is spread over the rows."""
 
     least: int
     median: int
@@ -85,7 +85,7 @@ class Finding:
 
 @dataclass
 class DataDescription:
-    """What `philora data` shows.
+    """Describe what `philora data` shows.
 
     Attributes:
         tokenizer: The model whose tokens are counted.

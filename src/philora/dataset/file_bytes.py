@@ -72,7 +72,7 @@ def _bytes_of(file: Path) -> io.BufferedReader:
 
 
 def _as_utf8(stream: IO[bytes], encoding: str, file: Path) -> IO[bytes]:
-    """What a stream says in another encoding, in a temporary file: lines then end where they do in every file."""
+    """Return a stream of another encoding as UTF-8 in a temporary file: lines end there as in every file."""
     made = cast("IO[bytes]", tempfile.TemporaryFile())  # noqa: SIM115 (callers close it)
     decoder = codecs.getincrementaldecoder(encoding)()
     try:

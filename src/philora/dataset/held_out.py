@@ -55,7 +55,7 @@ class HeldOut:
 
     Attributes:
         rows: `input_ids` and `labels`.
-        conversations: Of each row.
+        conversations: Of every row.
         answerable: Rows whose conversation has an assistant turn that follows something.
         in_training: Rows that also stand in the training set; None: that set cannot be read or is not known.
         fingerprint: Of the run's data and split, as `PreparedData` has it; None for other rows than the run's own.
@@ -135,8 +135,8 @@ class _TrainingRows(NamedTuple):
 
     Attributes:
         entries: Its sources.
-        held: Of each source the rows that were held out of it; None where other sources are the held-out ones.
-        kept: Of each source the rows that were not.
+        held: Of every source the rows that were held out of it; None where other sources are the held-out ones.
+        kept: Of every source the rows that were not.
     """
 
     entries: list[Any]

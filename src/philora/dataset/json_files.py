@@ -49,7 +49,7 @@ def read_json(file: Path, reading: Reading) -> Iterator[Batch]:
 
 
 def _json_style(stream: IO[bytes]) -> tuple[Literal["lines", "document"] | None, int]:
-    """How a JSON file is laid out, decided by its content since people name both kinds .json.
+    """Return how a JSON file is laid out, decided by its content since people name both kinds .json.
 
     A first line that is a whole object makes it JSON Lines, unless that line is all there is and wraps a list.
     """

@@ -1,4 +1,4 @@
-"""Which tokenised rows have a label to learn from: a row without one is left out and counted."""
+"""Find which tokenised rows have a label to learn from: a row without one is left out and counted."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def keep_labelled(rows: Any, where: str, max_length: int | None, given: int | No
 
 
 def _labels_of_documents(rows: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Count the labels of each document, and name the row that it stands in.
+    """Count the labels of every document, and name the row that it stands in.
 
     The first token of a document is predicted from nothing, so that its label does not count.
     """

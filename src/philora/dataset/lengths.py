@@ -1,4 +1,4 @@
-"""What the lengths of tokenised rows mean for a model: its window, and the boundary of LongRoPE."""
+"""Compute what the lengths of tokenised rows mean for a model: its window, and the boundary of LongRoPE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROWS_AT_ONCE = 10_000
 
 
 def length_notices(config: Any, splits: Mapping[str, Any]) -> list[str]:
-    """One notice for each split with rows beyond the model's window, or beyond the boundary of LongRoPE.
+    """One notice for every split with rows beyond the model's window, or beyond the boundary of LongRoPE.
 
     Args:
         config: The model's configuration, as transformers reads it.
@@ -46,7 +46,7 @@ def length_notices(config: Any, splits: Mapping[str, Any]) -> list[str]:
 
 
 def sequence_lengths(rows: Any) -> npt.NDArray[np.int64]:
-    """Tokens of each sequence; those of a packed row are counted one by one. Empty for a stream."""
+    """Tokens of every sequence; those of a packed row are counted one by one. Empty for a stream."""
     if not isinstance(rows, Dataset):
         return np.zeros(0, np.int64)
     name = next((word for word in ("seq_lengths", "input_ids") if word in rows.column_names), None)
@@ -61,7 +61,7 @@ def sequence_lengths(rows: Any) -> npt.NDArray[np.int64]:
 
 
 def row_lengths(rows: Dataset) -> npt.NDArray[np.int64]:
-    """Tokens of each row; a packed one counts whole."""
+    """Tokens of every row; a packed one counts whole."""
     found = [np.zeros(0, np.int64)]
     for batch in rows.with_format("arrow", columns=["input_ids"]).iter(_ROWS_AT_ONCE):
         lengths = pyarrow.compute.list_value_length(batch.column("input_ids").combine_chunks())

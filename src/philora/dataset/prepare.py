@@ -62,7 +62,7 @@ _LETTERS_SHOWN = 80
 
 @dataclass
 class SourceReport:
-    """What was read from one source."""
+    """Describe what was read from one source."""
 
     name: str
     format: str
@@ -102,7 +102,7 @@ class SplitReport:
     dropped_overlong: int = 0
     dropped_unlabelled: int = 0
     duplicates: int = 0
-    """Rows beyond the first of each group of equal conversations; they are kept."""
+    """Rows beyond the first of every group of equal conversations; they are kept."""
     two_user_turns: int = 0
     folded_system: int = 0
     """System turns that the template drops, kept at the beginning of the user's turn."""
@@ -118,7 +118,7 @@ class SplitReport:
 
 @dataclass
 class DataReport:
-    """What was found in the data, and what was done with it."""
+    """Describe what was found in the data, and what was done with it."""
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
     sources: dict[str, list[SourceReport]] = field(default_factory=dict)
@@ -407,13 +407,13 @@ def part_of(part: float, recorded: int | None, rows: int) -> float:
 
 
 def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], part: float, seed: int) -> list[Indices]:
-    """Rows to hold out of each source: whole groups of equal conversations, at least one row, never all.
+    """Rows to hold out of every source: whole groups of equal conversations, at least one row, never all.
 
     The groups come in a random order, and one that would make the part larger than `wanted_rows` is passed over; where
     all are larger, the smallest is taken.
 
     Args:
-        hashes: Of each row of each source.
+        hashes: Of every row of every source.
         part: The fraction, or from 1 on the number of rows.
         seed: Decides the order of the groups.
 

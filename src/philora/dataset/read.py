@@ -1,4 +1,4 @@
-"""Where records come from: files, folders and hub datasets, read in batches with the place of every record.
+"""Find where records come from: files, folders and hub datasets, read in batches with the place of every record.
 
 The readers never hold a whole file. A JSONL line stays bytes until a worker parses it, so that parsing runs in
 parallel with everything else; each record carries its place (`file:line`, or a row number) for messages.
@@ -180,7 +180,7 @@ def _files_source(config: SourceConfig, files: list[Path], name: str, reading: R
 
 
 def _save_as(file: Path) -> str:
-    """What to do with a file of a kind that is not read."""
+    """Return what to do with a file of a kind that is not read."""
     if file.suffix.lower() in (".xls", ".ods", ".numbers"):
         return "Open it and save it as .xlsx, or as CSV UTF-8"
     return "Unpack it" if file.suffix.lower() in (".zip", ".7z", ".bz2", ".xz", *COMPRESSED) else ""

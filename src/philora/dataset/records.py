@@ -78,7 +78,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the files of a source are read: for what, which of several lists, and where to say what was left."""
+    """Describe how the files of a source are read: for what, which of several lists, and where to say what was left."""
 
     role: Role
     split: str | None

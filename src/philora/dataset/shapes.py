@@ -74,7 +74,7 @@ _PAIRS = (
     ("input", "output"),
 )
 _COLUMN_KEYS = ("system", "user", "assistant", "prompt", "completion", "text", "messages", *TURN_KEYS)
-# What corpora of plain text say of each text; other fields beside it may be what the text answers.
+# What corpora of plain text say of every text; other fields beside it may be what the text answers.
 _ORIGIN_NAMES = frozenset(
     (
         "id", "_id", "idx", "index", "url", "uri", "link", "source", "title", "date", "timestamp", "created", "added",
@@ -123,12 +123,12 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Shape:
-    """How the records of one source are read.
+    """Describe how the records of one source are read.
 
     Attributes:
         name: For the report.
-        columns: Templates, where they are given or, of one row for each message, were found.
-        roles: Of one row for each message: what values of the role's column mean.
+        columns: Templates, where they are given or, of one row for every message, were found.
+        roles: Of one row for every message: what values of the role's column mean.
         why: How it was recognised, as a person reads it.
     """
 
@@ -187,7 +187,7 @@ class _Fields:
         return value
 
     def filled(self, names: Sequence[str]) -> bool:
-        """Whether all of these have a value; it does not count as reading them."""
+        """Return whether all of these have a value; it does not count as reading them."""
         return all(self.values.get(name) is not None for name in names)
 
     def unread(self) -> tuple[str, ...]:
@@ -303,7 +303,7 @@ def _no_shape(seen: Mapping[str, Any], where: str) -> str:
 
 
 def _may_be_one_turn(found: Shape | None, fields: Mapping[str, Any]) -> bool:
-    """Whether no better shape was found: a `conversation` that is no list is an id."""
+    """Return whether no better shape was found: a `conversation` that is no list is an id."""
     if found is None or found.name == "text":
         return True
     value = fields.get("conversation")
@@ -363,7 +363,7 @@ def shape_from_config(
 ) -> Shape | None:
     """The shape that the configuration gives; None where it is to be detected.
 
-    Of one row for each message the columns may be left to be found: the shape then has none.
+    Of one row for every message the columns may be left to be found: the shape then has none.
 
     Raises:
         DataError: the format, a column key or a role is unknown, or the columns give no answer.
@@ -494,45 +494,45 @@ def _from_list(value: Any, name: str, fields: _Fields, prompt_turns: int = 0) ->
     return Conversation(messages, _tools(fields), two_user_turns, frozenset(untrained), tuple(sorted(unread)))
 
 
-def _has_loss(each: Mapping[str, Any], role: str, name: str) -> bool:
-    """Whether a turn's own flags leave the loss on it.
+def _has_loss(turn: Mapping[str, Any], role: str, name: str) -> bool:
+    """Return whether a turn's own flags leave the loss on it.
 
     Raises:
         Fault: A flag says neither yes nor no, or asks for loss on a turn that is not the assistant's.
     """
     trained = True
     for key in (*_LOSS_FLAGS, *_MASK_FLAGS):
-        if each.get(key) is None:
+        if turn.get(key) is None:
             continue
-        wanted = _flag(f"{name}.{key}", each[key]) != (key in _MASK_FLAGS)
+        wanted = _flag(f"{name}.{key}", turn[key]) != (key in _MASK_FLAGS)
         if wanted and role != "assistant" and key != "weight" and key not in _MASK_FLAGS:
-            raise Fault(f"{name}.{key}", each[key], "loss on turns of the assistant alone", "Set it to false here")
+            raise Fault(f"{name}.{key}", turn[key], "loss on turns of the assistant alone", "Set it to false here")
         trained = trained and wanted
     return trained
 
 
-def _message(each: Any, name: str, unread: set[str]) -> Message:
-    if not isinstance(each, dict):
-        raise Fault(name, each, "an object with role and content")
-    if "role" in each and each["role"] is not None:
-        given, content = each["role"], each.get("content")
+def _message(turn: Any, name: str, unread: set[str]) -> Message:
+    if not isinstance(turn, dict):
+        raise Fault(name, turn, "an object with role and content")
+    if "role" in turn and turn["role"] is not None:
+        given, content = turn["role"], turn.get("content")
         role_name, content_name = "role", "content"
-    elif "from" in each and each["from"] is not None:
-        given, content = each["from"], each.get("value")
+    elif "from" in turn and turn["from"] is not None:
+        given, content = turn["from"], turn.get("value")
         role_name, content_name = "from", "value"
     else:
-        raise Fault(name, ", ".join(map(str, each)), "role and content, or from and value", "Add the role")
+        raise Fault(name, ", ".join(map(str, turn)), "role and content, or from and value", "Add the role")
     role = given if given in _PLAIN_ROLES else _ROLES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
         hint = nearest(given.lower(), _ROLES) if isinstance(given, str) else ""
         raise Fault(f"{name}.role", given, f"one of {', '.join(_PLAIN_ROLES)} or an alias of theirs", hint)
     if isinstance(content, list):
         content = _joined_parts(content, f"{name}.{content_name}", unread)
-    calls = len(each) > 2 and each.get("tool_calls")
-    if len(each) > 2:
-        _refuse_what_changes_the_meaning(_Fields(each), name)
+    calls = len(turn) > 2 and turn.get("tool_calls")
+    if len(turn) > 2:
+        _refuse_what_changes_the_meaning(_Fields(turn), name)
         if calls:
-            each = {**each, "tool_calls": _calls(calls, role, f"{name}.tool_calls")}
+            turn = {**turn, "tool_calls": _calls(calls, role, f"{name}.tool_calls")}
     if content is None:
         if not calls:
             raise Fault(f"{name}.{content_name}", None, "the text of the turn", "Add it or remove the record")
@@ -544,13 +544,13 @@ def _message(each: Any, name: str, unread: set[str]) -> Message:
             f"{name}.{content_name}", content, "an answer that is not empty", "Write the answer or remove the record"
         )
     message = {"role": role, "content": content}
-    if len(each) > 2:
+    if len(turn) > 2:
         for key in _EXTRA_KEYS:
-            if not _is_empty(each.get(key)):
-                listed = key == "tools" and not isinstance(each[key], str)  # templates write it as it is
-                message[key] = json.dumps(each[key], ensure_ascii=False) if listed else each[key]
+            if not _is_empty(turn.get(key)):
+                listed = key == "tools" and not isinstance(turn[key], str)  # templates write it as it is
+                message[key] = json.dumps(turn[key], ensure_ascii=False) if listed else turn[key]
         known = (role_name, content_name, *_EXTRA_KEYS, *_LOSS_FLAGS, *_MASK_FLAGS)
-        unread.update(f"{key} of turns" for key, value in each.items() if key not in known and not _is_empty(value))
+        unread.update(f"{key} of turns" for key, value in turn.items() if key not in known and not _is_empty(value))
     return message
 
 

@@ -39,7 +39,7 @@ def choose_split(where: str, given: str | None, role: Literal["train", "eval"], 
 
 
 def folder_splits(folder: Path, subset: str | None, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split of a folder, found by `datasets` in the way of the Hub.
+    """The files of every split of a folder, found by `datasets` in the way of the Hub.
 
     The `configs` of a README.md decide where they are written, else the names of files and folders (`train`,
     `validation`, `test` and their other spellings); without any such name all files are `train`.

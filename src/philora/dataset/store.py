@@ -1,12 +1,12 @@
 """The disk cache: one source tokenised once, written whole or not at all, and memory-mapped afterwards.
 
 An entry is a folder named by everything that decides its content. It is written under a temporary name and renamed;
-`meta.json` states the size of each file, so an entry that was torn later (a full disk, a copy that stopped) is seen
+`meta.json` states the size of every file, so an entry that was torn later (a full disk, a copy that stopped) is seen
 and made again.
 
     tokens.arrow          input_ids, labels: one row a conversation
     conversations.arrow   the normalised conversation as JSON, the same rows
-    rows.npy              hash, lengths and flags of each row
+    rows.npy              hash, lengths and flags of every row
     meta.json             counts, and the sizes of the others
 
 `datasets` keeps what it derives from the rows (TRL's packs) beside them, under names of its own.
@@ -69,7 +69,7 @@ _MOST_PROCESSES = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """What besides source and tokenizer decides the tokens."""
+    """Describe what besides source and tokenizer decides the tokens."""
 
     max_length: int
     drop_overlong: bool
@@ -310,7 +310,7 @@ def _forked_quietly() -> Iterator[None]:
 
 
 def process_count(asked: int | None, size_bytes: int | None) -> int:
-    """How many processes to use: as asked; else one for small sources, and the usable cores for large ones.
+    """Return how many processes to use: as asked; else one for small sources, and the usable cores for large ones.
 
     One process still tokenises on all cores, by the threads of the tokenizers library. Where processes cannot be
     forked safely (not Linux), it is always one.
@@ -405,7 +405,7 @@ def recognised(source: Source, given: Shape | None) -> tuple[Source, Shape]:
 
 
 def _given_turns(given: Shape, records: Sequence[Record], file: str) -> Shape:
-    """One row for each message, of which the columns are to be found."""
+    """One row for every message, of which the columns are to be found."""
     rows = [parse_line(record) if isinstance(record, bytes) else record for record in records[:1]]
     columns = turn_columns(rows)
     if columns is None:
@@ -417,7 +417,7 @@ def _given_turns(given: Shape, records: Sequence[Record], file: str) -> Shape:
 
 @dataclass
 class _Totals:
-    """What the chunks of an entry come to."""
+    """Describe what the chunks of an entry come to."""
 
     rows: list[Rows] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)

@@ -42,7 +42,7 @@ def _commonest(conversations: Iterable[Iterable[Mapping[str, Any]]]) -> SystemTu
 
 
 def _as_given(data: DataConfig) -> Iterator[list[dict[str, Any]]]:
-    """Conversations as their sources have them, with their system turns; the first ones of each source."""
+    """Conversations as their sources have them, with their system turns; the first ones of every source."""
     for config in data.train:
         source, shape = recognised(resolve(config, "train"), shape_of(data, config))
         records = (record for batch in source.open() for record in batch.records)

@@ -68,7 +68,7 @@ _QUOTE = {",": "Quote commas", ";": "Quote semicolons", "\t": "Quote tabs"}
 
 
 def _delimiter(file: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
-    """What stands between the cells, and the first line to read: Excel writes semicolons where commas are decimal.
+    """Return the delimiter and the first line to read: Excel writes semicolons where commas are decimal.
 
     That is said by a line `sep=;` above the names, else by the kind of separator that makes most cells of the names.
     """

@@ -118,9 +118,9 @@ class _Plan:
     Attributes:
         pieces: one more than there are roles.
         answers: indices of the assistant turns.
-        stops: for each answer, where the stop token begins in the piece behind its content.
+        stops: for every answer, where the stop token begins in the piece behind its content.
         controls: the added tokens in the pieces, in order.
-        brackets: for each answer, which of `controls` stands right before its first token, and which is its stop
+        brackets: for every answer, which of `controls` stands right before its first token, and which is its stop
             token; empty when an answer does not follow an added token directly.
     """
 
@@ -215,7 +215,7 @@ class Encoder:
         return found
 
     def ends_in_stop_number(self, conversation: Conversation) -> bool:
-        """Whether the last turn ends in the number of a stop token, as when `eos_token_id` was put for `eos_token`."""
+        """Return whether the last turn ends in the number of a stop token, as by `eos_token_id` for `eos_token`."""
         return self._stop_number.search(conversation.messages[-1]["content"][-32:]) is not None
 
     # ------------------------------------------------------------------------------------------------ rendering
@@ -276,7 +276,7 @@ class Encoder:
         return text, turns
 
     def _answer_start(self, text: str, messages: list[Message], index: int, tools: list[Any] | None) -> int:
-        """Where an answer begins: behind what stands before it, rendered alone."""
+        """Return where an answer begins: behind what stands before it, rendered alone."""
         prefix = self.render(messages[:index], tools=tools, generation=True)
         if not text.startswith(prefix):
             raise TemplateFault(_inconsistent(text, prefix, index))
@@ -347,7 +347,7 @@ class Encoder:
                 raise _left_out(messages, index)
 
     def _opening_length(self, text: str, content: str) -> int:
-        """Where the content of an assistant turn begins that nothing precedes: templates render no empty list."""
+        """Return where the content of an assistant turn begins that nothing precedes; templates render no list."""
         if self._opening is None:
             probe = [{"role": "user", "content": "zq0qz"}]
             self._opening = (self.render(probe, generation=True), str(self.tokenizer.bos_token or ""))
@@ -403,7 +403,7 @@ class Encoder:
     # ---------------------------------------------------------------------------------------------- system turns
 
     def adapt(self, conversation: Conversation) -> tuple[Conversation, bool]:
-        """What of a conversation the template can render, and whether a system turn had to be folded."""
+        """Return what of a conversation the template can render, and whether a system turn had to be folded."""
         if conversation.tools is None and all(message["role"] != "system" for message in conversation.messages):
             return conversation, False
         found = self.arrangement.arranged(conversation.messages, conversation.tools)
@@ -584,7 +584,7 @@ class Encoder:
         return first, stop + 1
 
     def _moves_boundary(self, encoding: Any, ids: list[int], text: str, start: int, first: int) -> bool:
-        """Whether the prompt tokenised alone is no prefix of these tokens.
+        """Return whether the prompt tokenised alone is no prefix of these tokens.
 
         Added tokens cut a text before anything else looks at it, so only what follows the last of them can differ:
         nothing when the prompt ends in one (it may swallow the spaces behind), else a tail that repeats and is
@@ -625,7 +625,7 @@ def encode_conversation(
         stop_token_ids: any of these ends an assistant turn.
 
     Returns:
-        The tokens of the complete rendering; labels on each assistant turn with its stop token.
+        The tokens of the complete rendering; labels on every assistant turn with its stop token.
 
     Raises:
         DataError: the template cannot render this, or cannot be trained with.
@@ -658,7 +658,7 @@ def backend_of(tokenizer: Tokenizer) -> Any:
 
 
 def preview(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """A row as the model sees it: the text of each token, and whether it has loss.
+    """A row as the model sees it: the text of every token, and whether it has loss.
 
     Args:
         tokenizer: the tokenizer that made the row.
@@ -738,7 +738,7 @@ def _first_token_from(encoding: Any, start: int) -> int:
 
 
 def _behind(text: str, position: int, pieces: tuple[str, ...], messages: list[Message]) -> int | None:
-    """Where the text goes on behind these pieces with the contents between them; None where it says something else."""
+    """Return where the text continues after these pieces with the contents between; None where it differs."""
     if not text.startswith(pieces[0], position):
         return None
     position += len(pieces[0])

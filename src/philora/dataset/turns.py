@@ -1,4 +1,4 @@
-"""One row for each message: rows with an id, a role and a text become whole conversations before a shape is read.
+"""One row for every message: rows with an id, a role and a text become whole conversations before a shape is read.
 
 Support desks and messengers export so. The rows of a file are held in memory until its end, since those of a
 conversation need not stand together.
@@ -18,7 +18,7 @@ from philora.dataset.records import BATCH_ROWS, Batch, Fault, Record, Source, pa
 from philora.errors import DataError, fault, nearest
 
 TURN_KEYS = ("conversation", "role", "content", "time")
-"""Keys of `columns` that describe one row for each message; `time` may be left out."""
+"""Keys of `columns` that describe one row for every message; `time` may be left out."""
 
 # Names in the form of `_plain`, most telling first.
 _NAMES = {
@@ -86,7 +86,7 @@ def _names(columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
 
 
 def grouped(source: Source, columns: tuple[tuple[str, str], ...], roles: tuple[tuple[str, str], ...] = ()) -> Source:
-    """Return the source with a record for each conversation in place of one for each message.
+    """Return the source with a record for every conversation in place of one for every message.
 
     Messages of one side that follow each other become one turn. What stands in other columns stays beside the turns.
 
@@ -166,7 +166,7 @@ def _batches(
 
 
 def _times(held: Mapping[str, list[tuple[int, Mapping[str, Any]]]], name: str | None) -> dict[int, float] | None:
-    """Return the time of each row by its place; None where one cannot be read as a time."""
+    """Return the time of every row by its place; None where one cannot be read as a time."""
     times: dict[int, float] = {}
     if name is None:
         return times

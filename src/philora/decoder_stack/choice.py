@@ -1,4 +1,4 @@
-"""Which way the decoder layers of a batch are computed, and why: one function of facts, without a device in it.
+"""Choose which way the decoder layers of a batch are computed, and why: one function of facts, without a device in it.
 
 | path      | what runs                                                                                     |
 | --------- | --------------------------------------------------------------------------------------------- |
@@ -37,7 +37,7 @@ UNTRIED = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the choice depends on in a model.
+    """Describe what the choice depends on in a model.
 
     Attributes:
         architecture: Name of the class of the decoder.
@@ -78,7 +78,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """What the choice depends on in a call of the model.
+    """Describe what the choice depends on in a call of the model.
 
     Attributes:
         gradients: Whether a backward pass will follow.
@@ -103,7 +103,7 @@ class BatchFacts:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What the choice depends on in the device and what is installed.
+    """Describe what the choice depends on in the device and what is installed.
 
     Attributes:
         kind: "cuda", "cpu" or another.

@@ -227,7 +227,7 @@ def _trains_base(layers: list[nn.Module], linears: list[Any], norms: list[Any]) 
 
 
 class _Watch:
-    """What the facts of a model rest on, as it was when they were read.
+    """Describe what the facts of a model rest on, as it was when they were read.
 
     It is looked at in lists that are made once: modules, parameters and hooks by identity, and what of them can change
     in place. A list that is not as long, or has another object in a place, is a change.

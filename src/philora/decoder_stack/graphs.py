@@ -72,7 +72,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the choice depends on.
+    """Describe what the choice depends on.
 
     Attributes:
         switch: `PHILORA_GRAPHS`: "all" takes graphs in training.

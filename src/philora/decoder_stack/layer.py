@@ -62,14 +62,14 @@ class Adapter(NamedTuple):
 
 @dataclass
 class Pass:
-    """What the layers share in one forward pass and its backward pass.
+    """Describe what the layers share in one forward pass and its backward pass.
 
     Attributes:
         attention: How heads attend.
         cos: Cosines of the rotary embedding.
         sin: Sines.
         keep: What is kept for backward.
-        dropouts: Of each linear layer of the stack, by its index; None where none acts.
+        dropouts: Of every linear layer of the stack, by its index; None where none acts.
         host: Where inputs are kept, for `keep == "host"`.
         handed_down: The gradient that a layer's backward pass has handed to the layer before it, with its fp8 copy.
 
@@ -168,7 +168,7 @@ def _sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Kept(NamedTuple):
-    """What backward needs of the forward pass of one layer; None is computed again."""
+    """Describe what backward needs of the forward pass of one layer; None is computed again."""
 
     x1: Tensor
     y1: Tensor | None
@@ -266,12 +266,12 @@ class DecoderLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Return where its weights are."""
         return self.norms[0].device
 
     @property
     def trained(self) -> list[Tensor | None]:
-        """The weights of the norms, then A and B of each linear layer, None where there is no adapter."""
+        """The weights of the norms, then A and B of every linear layer, None where there is no adapter."""
         adapters = [linear.adapter for linear in self.linears]
         return [*self.norms, *(item for one in adapters for item in ((None, None) if one is None else one[:2]))]
 

@@ -19,7 +19,7 @@ GRAPH_BYTES_PER_LAYER_COLUMN = 2.4e9 / (32 * 3072)
 
 @dataclass(frozen=True)
 class StackSizes:
-    """What the bytes of a decoder layer depend on.
+    """Describe what the bytes of a decoder layer depend on.
 
     Attributes:
         layers: Decoder layers.
@@ -61,11 +61,11 @@ class StackSizes:
         size = self.element_bytes
         if keep in ("input", "host"):
             return size * self.hidden if keep == "input" else 0
-        # x1 and x2; q, k, v and what attention returns; gate and up; u A^T of each adapter.
+        # x1 and x2; q, k, v and what attention returns; gate and up; u A^T of every adapter.
         elements = 2 * self.hidden + self.fused + self.query + 2 * self.feed_forward + self.ranks
         if keep == "everything":
             elements += 2 * self.hidden + self.feed_forward  # the norms' and SwiGLU's outputs
-        # In fp32: one over the root mean square of each norm, and flash attention's normaliser of each head.
+        # In fp32: one over the root mean square of every norm, and flash attention's normaliser of every head.
         return size * elements + 4 * (2 + self.heads)
 
     def backward_bytes(self, keep: Keep) -> float:
@@ -115,10 +115,10 @@ class StackSizes:
 
     @property
     def fp8_bytes(self) -> int:
-        """Copies of the weights in fp8, one for each direction of the products, with a scale a row."""
+        """Copies of the weights in fp8, one for every direction of the products, with a scale a row."""
         return 2 * self.weights if self.fp8 else 0
 
     @property
     def graph_bytes(self) -> int:
-        """What a CUDA graph of the layers holds besides what a step without one does."""
+        """Return what a CUDA graph of the layers holds besides what a step without one does."""
         return round(GRAPH_BYTES_PER_LAYER_COLUMN * self.layers * self.hidden)

@@ -40,7 +40,7 @@ _PARAMETERS = tuple(inspect.signature(Phi3Model.forward).parameters)[1:]
 
 @dataclass
 class StackSettings:
-    """What is asked of a model's decoder stack.
+    """Describe what is asked of a model's decoder stack.
 
     Attributes:
         deterministic: Whether repeated steps give the same bits.
@@ -81,7 +81,7 @@ StackedPhi3Model.__name__ = Phi3Model.__name__  # as tools show it; pickle goes 
 
 
 def _possible(embedding: nn.Module) -> bool:
-    """Whether the device is one on which the stack is thought of at all: a GPU, or a CPU under Triton's interpreter."""
+    """Return whether the stack can run on the device: a GPU, or a CPU under Triton's interpreter."""
     on_gpu = next(embedding.parameters()).device.type == "cuda"
     return on_gpu or (os.environ.get("TRITON_INTERPRET"), stack_switch()) == ("1", "all")
 
@@ -208,7 +208,7 @@ def _next_counter(model: Any, device: torch.device) -> Tensor:
 
 
 def _own_seed() -> int:
-    """A seed for each process: PyTorch's, and far from those of the other processes."""
+    """A seed for every process: PyTorch's, and far from those of the other processes."""
     distributed = torch.distributed
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
     return (torch.initial_seed() + rank * 1_000_000_007) % (1 << 31)

@@ -75,10 +75,10 @@ class Buffer:
 
 
 class DequantizedProduct:
-    """A weight of bitsandbytes, dequantised for each product into memory that all layers share.
+    """A weight of bitsandbytes, dequantised for every product into memory that all layers share.
 
     Cost:
-        One pass that writes the matrix for each product, forward and backward: 22% of the time of the products at
+        One pass that writes the matrix for every product, forward and backward: 22% of the time of the products at
         1,000 tokens, less with more of them.
     """
 
@@ -114,7 +114,7 @@ class Fp8Product:
         does to losses and gradients.
 
     Cost:
-        As much memory again as the weight has in bf16: a copy in fp8 for each direction, since both operands of the
+        As much memory again as the weight has in bf16: a copy in fp8 for every direction, since both operands of the
         product have to be laid out along its inner dimension. Half of that where backward is not in fp8.
     """
 

@@ -348,7 +348,7 @@ def norm_backward(
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, size: int) -> None:
-    """Rotate the first `heads` heads of each row in place: (a, b) becomes (a cos - b sin, b cos + a sin).
+    """Rotate the first `heads` heads of every row in place: (a, b) becomes (a cos - b sin, b cos + a sin).
 
     Shapes:
         qkv (T, (H + 2 K) D), of which the first H + K heads are rotated; cos and sin (T, R), fp32.

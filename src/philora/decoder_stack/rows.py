@@ -1,4 +1,4 @@
-"""What the kernels and the products of the decoder stack hand to each other. Needs PyTorch only."""
+"""Define what the kernels and the products of the decoder stack hand to each other. Needs PyTorch only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     Attributes:
         values: The matrix.
         quantized: `values / scales` in e4m3, or None.
-        scales: One for each row in fp32, or None.
+        scales: One for every row in fp32, or None.
 
     Shapes:
         values and quantized (T, columns), scales (T, 1).

@@ -58,12 +58,12 @@ def parts_of(model: Any) -> list[tuple[Any, ...]]:
 
 
 def seeds_of(counter: Tensor, linears: int) -> Tensor:
-    """Return a seed for each linear layer from the number of a forward pass. Shapes: (1); returns (linears)."""
+    """Return a seed for every linear layer from the number of a forward pass. Shapes: (1); returns (linears)."""
     return torch.arange(linears, device=counter.device) * _SEED_OF_LAYER + counter * _SEED_OF_PASS
 
 
 def _same(mine: tuple[Any, ...], theirs: tuple[Any, ...]) -> bool:
-    """Whether the parts are the same tensors and modules, and the scaling an equal number."""
+    """Return whether the parts are the same tensors and modules, and the scaling an equal number."""
     return len(mine) == len(theirs) and all(
         a == b if isinstance(a, float) else a is b for a, b in zip(mine, theirs, strict=True)
     )
@@ -78,7 +78,7 @@ class DecoderStack:
         fp8: The scaling of the base's products in fp8; None: they are in `dtype`, or dequantised to it.
 
     Cost:
-        A copy of each adapter in `dtype`; with fp8 what `Fp8Product` says; over a quantised base one matrix.
+        A copy of every adapter in `dtype`; with fp8 what `Fp8Product` says; over a quantised base one matrix.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, fp8: Scaling | None = None) -> None:
@@ -128,7 +128,7 @@ class DecoderStack:
         torch._foreach_mul_(up, [adapter.scaling for adapter in self._adapters])
 
     def _dropouts(self, counter: Tensor | None) -> list[Dropout | None]:
-        """Return the dropout of each linear layer in this pass; none where it does not act. Shapes: counter (1)."""
+        """Return the dropout of every linear layer in this pass; none where it does not act. Shapes: counter (1)."""
         chances = self.chances()
         if counter is None or not any(chances):
             return [None] * len(chances)
@@ -179,7 +179,7 @@ class DecoderStack:
 
     @property
     def trained(self) -> list[Tensor | None]:
-        """What may train, in the order of the gradients of `backward`."""
+        """Return what may train, in the order of the gradients of `backward`."""
         return [item for layer in self._layers for item in layer.trained]
 
     def addresses(self) -> list[int]:

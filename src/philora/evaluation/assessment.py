@@ -59,7 +59,7 @@ FORGETTING_CORRECT = Measure("forgetting_correct", "General prompts, correct", T
 
 @dataclass(frozen=True)
 class Assessment:
-    """What an evaluation found.
+    """Describe what an evaluation found.
 
     Attributes:
         folder: Where `results.json` and `examples.jsonl` are.
@@ -381,7 +381,7 @@ def _begins(conversation: Sequence[Mapping[str, Any]]) -> str:
 def _examples(
     found: HeldOut, kept: Sequence[int], asked: Sequence[int], before: Evaluation, after: Evaluation
 ) -> list[dict[str, Any]]:
-    """Return an entry for each row: its loss by both models and, where it was asked, their answers."""
+    """Return an entry for every row: its loss by both models and, where it was asked, their answers."""
     samples = {}
     fitting = (
         {_question(sample): sample for sample in before.samples},
@@ -451,8 +451,8 @@ def _by_question(examples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
 def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the scores of answers by a command.
 
-    The command gets a line of JSON for each answer on standard input, with `id`, `prompt` (messages), `reference` and
-    `answer`, and writes a line of JSON with `id` and `score` for each on standard output, in any order; higher is
+    The command gets a line of JSON for every answer on standard input, with `id`, `prompt` (messages), `reference` and
+    `answer`, and writes a line of JSON with `id` and `score` for every on standard output, in any order; higher is
     better. It is not told which model an answer is of.
 
     Args:
@@ -528,7 +528,7 @@ def _judged(command: str, examples: Sequence[dict[str, Any]]) -> Paired:
 
 @dataclass(frozen=True)
 class _General:
-    """What a model does with the bundled prompts and texts."""
+    """Describe what a model does with the bundled prompts and texts."""
 
     losses: list[Any]
     correct: list[float]

@@ -62,7 +62,7 @@ def merge_into_fresh_base(
         rounded to the dtype of its files.
 
     Cost:
-        Beyond the merge's: one forward pass over the rows with each model, one after the other.
+        Beyond the merge's: one forward pass over the rows with every model, one after the other.
 
     Raises:
         As `merge_to_folder`, and DataError: The rows cannot be used. Nothing is written then.

@@ -1,6 +1,6 @@
 """Figures of two models on the same examples: what each has, and how sure their difference is.
 
-    per example: a row of sums, for each model -> added up over the examples -> one figure
+    per example: a row of sums, for every model -> added up over the examples -> one figure
     the same examples drawn again and again    -> added up -> the spread of the difference
 
 A figure is a function of sums: the loss is the summed loss over the summed tokens, ROUGE a mean, BLEU and chrF what
@@ -138,7 +138,7 @@ def paired(measure: Measure, before: Sums, after: Sums) -> Paired:
 
     Args:
         measure: The figure.
-        before: A row of sums for each example.
+        before: A row of sums for every example.
         after: The same of the other model.
 
     Shapes:

@@ -209,7 +209,7 @@ def score_rows(
     pad_token_id: int,
     batch_tokens: int = 8192,
 ) -> list[RowScores]:
-    """Compute `score` for each row by itself; arguments, numerics and cost are those of `score`.
+    """Compute `score` for every row by itself; arguments, numerics and cost are those of `score`.
 
     A batch that there is no memory for is halved, and so are later ones of its size.
     """
@@ -249,7 +249,7 @@ def score_rows(
 def _score_batch(
     logits_of: Any, pieces: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device
 ) -> list[tuple[float, int, int]] | None:
-    """Return loss, correct and labelled tokens of each sequence; None if memory suffices for one only."""
+    """Return loss, correct and labelled tokens of every sequence; None if memory suffices for one only."""
     try:
         input_ids = pad([ids for ids, _ in pieces], pad_token_id, "right", device)
         labels = pad([labels for _, labels in pieces], IGNORED, "right", device)
@@ -310,7 +310,7 @@ def evaluate(
         batch_tokens: As for `score`.
 
     Returns:
-        The scores and a sample for each conversation whose prompt fits the model's window.
+        The scores and a sample for every conversation whose prompt fits the model's window.
 
     Raises:
         ModelError: There are conversations, and the tokenizer has no chat template.
@@ -557,7 +557,7 @@ class _FromModel:
         self.model = model
 
     def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
-        """As of `_FromHidden`, in one chunk for each row."""
+        """As of `_FromHidden`, in one chunk for every row."""
         for row in range(len(input_ids)):
             logits = self.model(input_ids=input_ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
             # Prompt learning puts virtual tokens before the row; the row's own are the last.

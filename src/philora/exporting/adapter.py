@@ -64,7 +64,7 @@ def as_fused(adapter: Adapter, model: PreTrainedModel) -> Adapter:
 
 
 def as_slices(adapter: Adapter, model: PreTrainedModel) -> Adapter:
-    """Return the updates of fused modules as one of each slice.
+    """Return the updates of fused modules as one of every slice.
 
     A fused update whose B is block-diagonal is taken apart; of any other, each slice gets all of A and its rows of B:
     exact, at as many times the rank as there are slices.

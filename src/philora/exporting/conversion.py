@@ -41,7 +41,7 @@ FILE_TYPES = ("f16", "q8_0", "f32")
 
 
 class Exported(NamedTuple):
-    """What `export` wrote, and how it compares with the adapter that it was made from.
+    """Describe what `export` wrote, and how it compares with the adapter that it was made from.
 
     Attributes:
         folder: Where it is.

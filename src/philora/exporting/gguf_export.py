@@ -55,7 +55,7 @@ _ROUNDED = {"f32": 1e-7, "f16": 1e-3, "q8_0": 2e-2}
 
 
 class GGUFExport(NamedTuple):
-    """What was written and how it compares.
+    """Describe what was written and how it compares.
 
     Attributes:
         files: Names of the GGUF files: the model or base first, then the adapter.

@@ -27,11 +27,11 @@ _PROGRAM = Path(__file__).with_name("llama_process.py")
 
 
 class Reading(NamedTuple):
-    """What llama.cpp makes of a file.
+    """Describe what llama.cpp makes of a file.
 
     Attributes:
-        tokens: Token ids of each text.
-        logits: Logits of each row of token ids, in fp32. Shape of each: (T, V).
+        tokens: Token ids of every text.
+        logits: Logits of every row of token ids, in fp32. Shape of each: (T, V).
     """
 
     tokens: list[list[int]]

@@ -14,7 +14,7 @@ import numpy as np
 
 
 def main(folder: Path) -> None:
-    """Run the job in `job.json` of a folder, and write `answer.json` and one array for each row there."""
+    """Run the job in `job.json` of a folder, and write `answer.json` and one array for every row there."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     try:
         loaded = llama_cpp.Llama(

@@ -1,7 +1,7 @@
 """Ollama's Modelfile: which file, how messages become a prompt, where an answer ends.
 
 Ollama writes prompts by a template of Go's `text/template`, not by the tokenizer's. It is derived here from what the
-tokenizer's template does: text before and after the content of each role, and text that asks for an answer. Where the
+tokenizer's template does: text before and after the content of every role, and text that asks for an answer. Where the
 tokenizer's template drops system turns, they begin the next user turn, as in training. What the two give is compared on
 conversations, with system turns and without, before anything is written.
 """
@@ -33,7 +33,7 @@ _MARKS = ("\x02one\x03", "\x02two\x03", "\x02three\x03")
 
 
 class Markup(NamedTuple):
-    """What a chat template writes around contents.
+    """Describe what a chat template writes around contents.
 
     Attributes:
         opening: Before everything.

@@ -65,7 +65,7 @@ class Vocabulary:
     Attributes:
         model: `llama` (SentencePiece's BPE) or `gpt2` (byte-level BPE).
         pre: How text is split before it, in llama.cpp's words.
-        tokens: One for each row of the embedding; those that the tokenizer lacks are unused.
+        tokens: One for every row of the embedding; those that the tokenizer lacks are unused.
         types: `gguf.TokenType` of each.
         scores: Of `llama`: a piece with a higher one is formed first.
         merges: Of `gpt2`.
@@ -240,7 +240,7 @@ def _tokens(
 def _scores(
     tokens: Sequence[str], types: Sequence[TokenType], pairs: Sequence[tuple[str, ...]], faults: list[str]
 ) -> list[float]:
-    """Return a score for each piece, so that llama.cpp forms them in the order of the merges.
+    """Return a score for every piece, so that llama.cpp forms them in the order of the merges.
 
     llama.cpp joins any two neighbours that make a piece, the best piece first; the merges have to name them all.
     """

@@ -86,7 +86,7 @@ def _finite(value: Any) -> Any:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room; torch, safetensors and tokenizers each have a class of their own.
+    """Return whether a full disk caused an error; torch, safetensors and tokenizers have classes of their own.
 
     An error that was raised while another was handled counts too: `torch.save` fails once more when it closes the
     archive that it could not write.
@@ -194,7 +194,7 @@ def unwritable(folder: Path) -> OSError | ValueError | None:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether something stands where a new folder is to be written; an empty folder does not count."""
+    """Return whether something stands where a new folder is to be written; an empty folder does not count."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
@@ -243,7 +243,7 @@ def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
 
 
 def faults_of(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder; empty when every file in its manifest is as it was written.
+    """Return what is wrong with a sealed folder; empty when every file in its manifest is as it was written.
 
     Files that are not in the manifest (`foreign_files`) change nothing about those that are.
     """
@@ -267,7 +267,7 @@ def faults_of(folder: Path) -> list[str]:
 
 
 def _fault_of(folder: Path, name: str, size: int, digest: str) -> str | None:
-    """What is wrong with one file of a manifest."""
+    """Return what is wrong with one file of a manifest."""
     path = folder / name
     if not is_inside(name):
         return f"{name} lies outside the folder"
@@ -292,7 +292,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a path name from a file stays in the folder that the file describes."""
+    """Return whether a path name from a file stays in the folder that the file describes."""
     parts = PurePosixPath(name.replace("\\", "/"))
     return bool(parts.parts) and not parts.is_absolute() and ".." not in parts.parts and ":" not in parts.parts[0]
 
@@ -341,12 +341,12 @@ def set_aside(path: Path) -> Path:
 
 
 def has_checkpoints(checkpoints: Path) -> bool:
-    """Whether a run has checkpoints, whole or not."""
+    """Return whether a run has checkpoints, whole or not."""
     return bool(_numbered(checkpoints))
 
 
 def how_to_go_on(checkpoints: Path) -> str:
-    """What a message says of a run that ended, by what is on the disk: go on from a checkpoint, or start it again."""
+    """Return how a run that ended continues, by what is on the disk: from a checkpoint, or from the start."""
     return "go on with --resume" if has_checkpoints(checkpoints) else "start it again"
 
 
@@ -419,7 +419,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def missing_bytes(folder: Path, needed: int) -> int:
-    """How many bytes more would have to be free where `folder` is, or will be, for `needed` to fit; 0: they fit."""
+    """Return how many more bytes must be free where `folder` is, or will be, for `needed` to fit."""
     return max(0, needed - free_bytes(folder))
 
 
@@ -450,7 +450,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether a file still has its name: who held the lock before may have removed it."""
+    """Return whether a file still has its name: who held the lock before may have removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:

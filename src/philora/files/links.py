@@ -33,7 +33,7 @@ def refuse_leading_out(folder: Path, kind: type[PhiloraError], paths: Iterable[P
         paths: What is going to be used; default: everything in the folder itself.
 
     Raises:
-        PhiloraError: Of the given kind, with one line for each link.
+        PhiloraError: Of the given kind, with one line for every link.
     """
     found = sorted(folder.iterdir()) if paths is None else paths
     faults = [

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are made.
+    """Describe how answers are made.
 
     Attributes:
         max_new_tokens: Longest answer, in tokens; less where the model's window leaves less room.
@@ -116,7 +116,7 @@ def generate(
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     settings: GenerationSettings | None = None,
 ) -> list[Answer]:
-    """The assistant's next turn of each conversation.
+    """The assistant's next turn of every conversation.
 
     Greedy answers equal those of `transformers`' own `generate` on one prompt at a time. The model is in eval mode
     meanwhile, its cache is used whatever `config.use_cache` says, and every module's training flag is as it was after.
@@ -128,7 +128,7 @@ def generate(
         settings: Greedy and up to 256 tokens when None.
 
     Returns:
-        One answer for each conversation, in their order.
+        One answer for every conversation, in their order.
 
     Raises:
         DataError: A prompt fills the model's window; nothing has been generated.
@@ -177,7 +177,7 @@ def prompt_tokens(
     *,
     control_tokens: bool = False,
 ) -> list[list[int]]:
-    """Token ids of each conversation, arranged as in training, up to and with the header of the assistant's next turn.
+    """Token ids of every conversation, arranged as in training, up to and with the header of the assistant's next turn.
 
     Raises:
         DataError: The chat template refuses a conversation.
@@ -209,7 +209,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs go."""
+    """Return where the model's inputs go."""
     return next(
         (parameter.device for parameter in model.parameters() if parameter.device.type != "meta"), torch.device("cpu")
     )
@@ -279,7 +279,7 @@ def _groups(lengths: Sequence[int], new_tokens: int, switch: int | None) -> list
 
 
 def _plainly_drawn(model: Any, settings: GenerationSettings) -> bool:
-    """Whether tokens are chosen by what `GenerationSettings` says alone, and the model's own config adds nothing."""
+    """Return whether `GenerationSettings` alone decides how tokens are chosen, not the model's config."""
     own = getattr(model, "generation_config", None)
     neutral: dict[str, tuple[float | None, ...]] = {
         "no_repeat_ngram_size": (None, 0),
@@ -335,7 +335,7 @@ def _in_rows(
     settings: GenerationSettings,
     rows: int,
 ) -> Iterator[tuple[int, Answer]]:
-    """Index and answer of each task as it ends. A quarter of the rows is filled at once: a prompt costs about a step.
+    """Index and answer of every task as it ends. A quarter of the rows is filled at once: a prompt costs about a step.
 
     A row that is not in use is computed along with the others, on its own past; with no prompt left, the cache is
     halved as often as half of the rows have ended.
@@ -377,7 +377,7 @@ def _in_rows(
 def _next_tokens(
     decoder: decoding.Decoder, sampler: Sampler, working: Sequence[_Row | None]
 ) -> Iterator[tuple[int, int]]:
-    """Place and token of each row after a step; after several steps, one step after the other, on a GPU.
+    """Place and token of every row after a step; after several steps, one step after the other, on a GPU.
 
     Rows of `working` that the caller sets to None have ended: nothing that is computed of them afterwards counts.
     """
@@ -396,7 +396,7 @@ def _next_tokens(
 
 
 def _stop_strings(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Callable[[list[int]], bool]:
-    """Whether the answer so far holds a stop string; looked for in its end, since it is asked after each token."""
+    """Return a test of whether an answer holds a stop string; it looks at the end, since every token asks."""
     longest = max((len(string.encode()) for string in settings.stop_strings), default=0)
 
     def ends(ids: list[int]) -> bool:
@@ -408,7 +408,7 @@ def _stop_strings(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettin
 
 
 class Sampler:
-    """The next token of each row: the likeliest, or drawn with a number of the row's own, which no neighbour changes.
+    """The next token of every row: the likeliest, or drawn with a number of the row's own, which no neighbour changes.
 
     Args:
         model: Its generation config decides what `settings` leaves open.
@@ -430,27 +430,27 @@ class Sampler:
         self.top_k = int(value("top_k", top_k))
 
     def __call__(self, logits: Tensor, randoms: Sequence[torch.Generator | None]) -> list[int]:
-        """Choose a token for each row.
+        """Choose a token for every row.
 
         Raises:
             NotFiniteError: A row in use has no logit that is a number, or one that is infinite.
 
         Shapes:
-            logits (B, V), a generator for each row; None for one that is not in use.
+            logits (B, V), a generator for every row; None for one that is not in use.
         """
         check_finite(logits.amax(-1), [random is not None for random in randoms])
         numbers = None if self.greedy else self.numbers(randoms).to(logits.device)
         return [int(value) for value in self.choose(logits, numbers)[0].tolist()]
 
     def numbers(self, randoms: Sequence[torch.Generator | None]) -> Tensor:
-        """Return a number in [0, 1) for each row, 0 for one that is not in use. Shapes: returns (B), on the CPU."""
+        """Return a number in [0, 1) for every row, 0 for one that is not in use. Shapes: returns (B), on the CPU."""
         return torch.tensor([0.0 if random is None else float(torch.rand((), generator=random)) for random in randoms])
 
     def choose(self, logits: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tokens and the largest logits, with nothing read back from the device.
 
         Args:
-            logits: Of each row.
+            logits: Of every row.
             numbers: What the tokens are drawn by; None: the likeliest are taken.
 
         Shapes:
@@ -491,7 +491,7 @@ def check_finite(top: Tensor, in_use: Sequence[bool]) -> None:
     """Raise where nothing can be chosen.
 
     Shapes:
-        top (B), the largest logit of each row, NaN where there is one in the row.
+        top (B), the largest logit of every row, NaN where there is one in the row.
 
     Raises:
         NotFiniteError: A row in use has NaN, infinity, or nothing above minus infinity.

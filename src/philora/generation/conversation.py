@@ -2,7 +2,7 @@
 
     sources -> `load_pool`: one base in memory, its adapters beside each other
             -> `AdapterPool.prompt`: messages -> token ids, checked against the model's window
-            -> `AdapterPool.answer` -> `Reply`: one token at each step, text in pieces of whole characters
+            -> `AdapterPool.answer` -> `Reply`: one token at every step, text in pieces of whole characters
 
 The terminal, the page and the endpoint all speak through these. A `Reply` is stepped by whoever reads it, so stopping
 it is to take no further step. Several take turns on one model, or a step together by `AdapterPool.step`.
@@ -225,7 +225,7 @@ class AdapterPool:
             sums: nothing in fp32 but the last digits, and in bf16 the choice between tokens that are all but equal.
 
         Returns:
-            For each the text that its token settled, or what went wrong.
+            For every the text that its token settled, or what went wrong.
         """
         shared = [reply for reply in replies if reply.limit_tokens <= self._shared_tokens]
         if not shared:
@@ -310,7 +310,7 @@ class AdapterPool:
 
 
 def _tried(compute: Callable[[], _Result]) -> _Result | BaseException:
-    """What a function returns, or what it raises but for a wish to stop; a panic of the tokenizer's is no Exception."""
+    """Return the result of a function, or what it raises but for a wish to stop; a panic is no Exception."""
     try:
         return compute()
     except (KeyboardInterrupt, SystemExit):
@@ -581,7 +581,7 @@ def load_named(sources: Sequence[str], base: str | None = None) -> AdapterPool:
 
 
 def name_of(source: str | Path) -> str:
-    """What an adapter is called by default: its run folder's name, or its hub id."""
+    """Return what an adapter is called by default: its run folder's name, or its hub id."""
     path = Path(source).expanduser()
     if not path.exists():
         return str(source)

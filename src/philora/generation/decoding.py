@@ -43,7 +43,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 def covers(model: nn.Module) -> bool:
-    """Whether `Decoder` computes what this model computes.
+    """Return whether `Decoder` computes what this model computes.
 
     It does for plain Phi-3 models on one device with SiLU and no autocast, whatever adapters and quantised layers stand
     in the place of their linear layers, and unless hooks watch their modules or `PHILORA_FUSED=0` turns fast paths off.
@@ -56,7 +56,7 @@ def covers(model: nn.Module) -> bool:
 
 
 def packs(model: nn.Module, device: str, dtype: torch.dtype) -> bool:
-    """Whether `Decoder` holds reordered weights of this model besides, where memory lets it.
+    """Return whether `Decoder` holds reordered weights of this model besides, where memory lets it.
 
     Args:
         model: As `covers` takes it; it needs no weights.
@@ -74,7 +74,7 @@ def packs(model: nn.Module, device: str, dtype: torch.dtype) -> bool:
 
 
 def _plain(model: nn.Module) -> bool:
-    """Whether the model is the architecture that is computed here, with nothing that watches its modules."""
+    """Return whether the model is the architecture that is computed here, with nothing that watches its modules."""
     base = _base(model)
     if type(base) is not Phi3ForCausalLM or not fused_enabled() or hasattr(base, "_hf_hook"):
         return False
@@ -163,7 +163,7 @@ class Decoder:
         packing: Of another decoder over the same base, so that its reordered weights are held once.
 
     Cost:
-        Where `packs` says so a reordered copy of each linear layer's weight, unless half of the free memory is too
+        Where `packs` says so a reordered copy of every linear layer's weight, unless half of the free memory is too
         little for them; keys and values of the positions in use, and a quarter more.
     """
 
@@ -244,7 +244,7 @@ class Decoder:
             places: The row of each.
 
         Shapes:
-            Returns the logits after each prompt's last token, (B, V).
+            Returns the logits after every prompt's last token, (B, V).
         """
         parts: list[list[int]] = []
         part: list[int] = []
@@ -301,10 +301,10 @@ class Decoder:
         return self.head(self.norm.product(x))
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Add a token to each row.
+        """Add a token to every row.
 
         Args:
-            tokens: Of each row of the cache; any for a row that is not in use.
+            tokens: Of every row of the cache; any for a row that is not in use.
             positions: Where it stands in its row; 0 for a row that is not in use.
 
         Shapes:
@@ -316,10 +316,10 @@ class Decoder:
         return self.compute(torch.tensor(tokens, device=self.device), at, width, PlainRows())
 
     def compute(self, tokens: Tensor, at: Tensor, width: int, work: PlainRows) -> Tensor:
-        """Add a token to each row, with nothing read back from the device.
+        """Add a token to every row, with nothing read back from the device.
 
         Args:
-            tokens: Of each row of the cache.
+            tokens: Of every row of the cache.
             at: Where it stands in its row, below `width`.
             width: How much of the cache is looked at.
             work: Does what is between the products.

@@ -5,7 +5,7 @@ the shapes of a step stay the same: rows are filled up to one of `ROWS`, the cac
 then doubles, and tokens and positions stand on the device. So the step is recorded once and launched by one call, and
 the tokens of 16 steps are read back together.
 
-After each recording the logits of the graph are compared with those of the step as `decoding` computes it. Where they
+After every recording the logits of the graph are compared with those of the step as `decoding` computes it. Where they
 differ, or where recording fails, one notice says so and the steps are computed without a graph.
 """
 
@@ -50,7 +50,7 @@ Choose = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the choice depends on.
+    """Describe what the choice depends on.
 
     Attributes:
         kind: "cuda", "cpu" or another.
@@ -168,10 +168,10 @@ class TritonRows(decoding.PlainRows):
 
 
 class Answered(NamedTuple):
-    """What several steps have given.
+    """Describe what several steps have given.
 
     Attributes:
-        tokens: The token of each row after each step, on the CPU.
+        tokens: The token of every row after every step, on the CPU.
         tops: The largest logit that it was chosen from, on the CPU.
 
     Shapes:
@@ -194,7 +194,7 @@ class StaticDecoder(decoding.Decoder):
         work: What computes between the products; default: Triton's kernels on a GPU, else PyTorch.
 
     Cost:
-        As there; the cache has room for twice the tokens in use at most, and all of it is read at each step. A
+        As there; the cache has room for twice the tokens in use at most, and all of it is read at every step. A
         recording takes about five steps as they are computed without a graph.
     """
 
@@ -251,11 +251,11 @@ class StaticDecoder(decoding.Decoder):
         A row that has ended goes on by itself; what it gives is to be left out.
 
         Args:
-            tokens: Of each row in use, as for `step`.
+            tokens: Of every row in use, as for `step`.
             positions: Where they stand.
             steps: How many, at least one.
             choose: Chooses the tokens on the device.
-            numbers: What they are drawn by at each step, or None.
+            numbers: What they are drawn by at every step, or None.
 
         Shapes:
             numbers (steps, B).
@@ -320,7 +320,7 @@ class StaticDecoder(decoding.Decoder):
 
 @cache
 def _say(reason: str) -> None:
-    """Say once why answers are computed without a graph: there is a decoder for each call of `generate`."""
+    """Say once why answers are computed without a graph: there is a decoder for every call of `generate`."""
     logger.warning("answers are computed without a CUDA graph: %s", reason)
 
 

@@ -1,1 +1,1 @@
-"""philora as a Python library: a function for each command, and a run as an object."""
+"""philora as a Python library: a function for every command, and a run as an object."""

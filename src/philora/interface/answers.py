@@ -152,7 +152,7 @@ class AnsweringModel:
             changed: Values of `GenerationSettings` by name, such as `max_new_tokens=64` or `do_sample=True`.
 
         Returns:
-            One answer for each prompt, in their order.
+            One answer for every prompt, in their order.
 
         Raises:
             ConfigError: A value is out of its bounds.

@@ -1,4 +1,4 @@
-"""What a run is started with: a configuration, data alone, or `demo`, and the settings that have short names.
+"""Choose what a run is started with: a configuration, data alone, or `demo`, and the settings that have short names.
 
 The command line and the Python functions share these, so that both choose the same.
 """

@@ -47,7 +47,7 @@ class Settings(TypedDict, total=False):
         output: Run folder.
         epochs: Passes over the data.
         learning_rate: Peak learning rate.
-        batch_size: Rows of a micro-batch on each device.
+        batch_size: Rows of a micro-batch on every device.
         max_length: Longest row, in tokens.
         seed: Of the split, the order and the adapter's start.
         rank: Rank of the adapter.
@@ -186,7 +186,7 @@ def init(data: str | Path, *, model: str | None = None, out: str | Path | None =
 
 
 class Checked(Preflight):
-    """What `check` found; shown as its verdict and notices."""
+    """Describe what `check` found; shown as its verdict and notices."""
 
     def __repr__(self) -> str:
         lines = [self.model, *(f"notice: {notice}" for notice in self.notices), str(self.coverage), str(self.plan)]
@@ -214,7 +214,7 @@ def check(source: Source, overrides: Sequence[str] = (), **settings: Unpack[Sett
 
 
 class Evaluated(Assessment):
-    """What an evaluation found; shown as a table of figures."""
+    """Describe what an evaluation found; shown as a table of figures."""
 
     def _lines(self) -> list[tuple[str, ...]]:
         return [

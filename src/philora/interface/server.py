@@ -35,7 +35,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """What OpenAI's client takes as `base_url`."""
+        """Return what OpenAI's client takes as `base_url`."""
         return f"{self.address}/v1"
 
     def close(self) -> None:

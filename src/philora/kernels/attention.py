@@ -1,4 +1,4 @@
-"""Attention within each document of a packed row, without a mask of row length squared.
+"""Attention within every document of a packed row, without a mask of row length squared.
 
 Several conversations share one row when they are packed; each attends to itself only, and its positions start again at
 zero. transformers expresses that by a dense T x T mask. Here the documents are gathered into groups of about equal
@@ -7,7 +7,7 @@ length, so the work is the sum of the squared lengths of the documents.
 On a CPU, whose flash kernel takes more time for its tiles than for its products, a group is computed here in tiles that
 stay in the cache (`_TiledAttention`), with the rotary embedding and the splitting of a fused projection in the same
 pass. On a GPU there is one call of flash attention for all documents, or, as `attention_choice` says, one causal call
-of PyTorch's scaled_dot_product_attention for each group.
+of PyTorch's scaled_dot_product_attention for every group.
 
 `register` makes it known to transformers under `NAME`; `philora.adapters.peft_layers.optimize` switches models over.
 """
@@ -57,12 +57,12 @@ class Group(NamedTuple):
 
     Attributes:
         documents: How many.
-        length: Tokens of each place row; those beyond a document's own are padding.
-        tokens: For each place (documents x length), the token of B·T; places of padding repeat token 0.
+        length: Tokens of every place row; those beyond a document's own are padding.
+        tokens: For every place (documents x length), the token of B·T; places of padding repeat token 0.
         start: First token, when the places are one run of tokens; the tokens after `filled` are padding then.
         filled: Places that are no padding, when `start` is given.
-        starts: First token of each document, on the CPU.
-        lengths: Tokens of each document, on the CPU.
+        starts: First token of every document, on the CPU.
+        lengths: Tokens of every document, on the CPU.
         places: Places that are no padding, in order; None when `start` is given.
         padding: The other places.
     """
@@ -79,13 +79,13 @@ class Group(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the tokens of a packed batch are gathered into groups of documents of about equal length.
+    """Describe how the tokens of a packed batch are gathered into groups of documents of about equal length.
 
     Attributes:
         groups: The groups; their places come one after another.
-        scatter: For each token, its place.
-        starts: First token of each document, the longest first, on the CPU.
-        lengths: Tokens of each document.
+        scatter: For every token, its place.
+        starts: First token of every document, the longest first, on the CPU.
+        lengths: Tokens of every document.
     """
 
     groups: tuple[Group, ...]
@@ -270,7 +270,7 @@ class _Scores:
             grad.mul_(self.scaling)
 
     def _mask(self, tile: _Tile) -> Tensor:
-        """What is added to the last columns: minus infinity where a key comes later or is out of the window."""
+        """Return what is added to the last columns: minus infinity where a key comes later or is out of the window."""
         rows, keys = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
         seen = keys if self.window is not None and keys >= self.window else rows  # columns that need a mask
         if (rows, seen) not in self._masks:
@@ -367,7 +367,7 @@ def _put_back(rows: Tensor, flat: Tensor, group: Group, cos: Tensor | None, sin:
 
 
 def _native(flat: Tensor) -> bool:
-    """Whether the compiled functions take these heads, which may be some columns of wider rows."""
+    """Return whether the compiled functions take these heads, which may be some columns of wider rows."""
     return flat.stride()[1:] == (flat.shape[2], 1) and native.usable(flat[:0])
 
 
@@ -376,7 +376,7 @@ def _pair(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | Non
 
 
 def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate the first columns of each head in place: (a, b) becomes (a cos - b sin, b cos + a sin).
+    """Rotate the first columns of every head in place: (a, b) becomes (a cos - b sin, b cos + a sin).
 
     Shapes:
         rows (heads, documents, length, D), cos and sin (documents, length, half of the rotated columns).
@@ -405,7 +405,7 @@ def _heads(parts: Sequence[Tensor], heads: tuple[int, int]) -> list[Tensor]:
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention of each document, from the projections' output to the heads' output.
+    """Rotary embedding and causal attention of every document, from the projections' output to the heads' output.
 
     Saved for backward: the projections' output. Rotation and attention weights are computed again.
     """
@@ -463,7 +463,7 @@ class _TiledAttention(torch.autograd.Function):
 def _prepared(
     views: Sequence[Tensor], group: Group, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of a group, rotated, k and v once for each query head. Shapes: (H·documents, length, D)."""
+    """q, k and v of a group, rotated, k and v once for every query head. Shapes: (H·documents, length, D)."""
     query, key, value = views
     repeat = query.shape[1] // key.shape[1]
     return (
@@ -513,7 +513,7 @@ def rotary_attention(
     return output.view(batch, tokens, -1)
 
 
-# cuDNN's attention makes a plan for each new shape, and groups have new shapes in each batch.
+# cuDNN's attention makes a plan for every new shape, and groups have new shapes in every batch.
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -527,7 +527,7 @@ def document_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Causal attention of each document to itself.
+    """Causal attention of every document to itself.
 
     Args:
         query: Queries.

@@ -1,4 +1,4 @@
-"""Which way the documents of a packed batch attend outside the decoder stack: one function of facts, without a device.
+"""Choose how the documents of a packed batch attend outside the decoder stack: one function of facts.
 
 | way          | what runs                                                                                      |
 | ------------ | ---------------------------------------------------------------------------------------------- |
@@ -22,7 +22,7 @@ LARGEST_HEAD_SIZE = 256
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """What the way depends on.
+    """Describe what the way depends on.
 
     Attributes:
         kind: Of the device: "cuda", "cpu" or another.

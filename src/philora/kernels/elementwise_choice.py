@@ -1,4 +1,4 @@
-"""Which way RMSNorm and SwiGLU go outside the decoder stack: one function of facts, without a device.
+"""Choose which way RMSNorm and SwiGLU go outside the decoder stack: one function of facts, without a device.
 
 | way      | what runs                                                                                             |
 | -------- | ----------------------------------------------------------------------------------------------------- |
@@ -24,7 +24,7 @@ MOST_COLUMNS = 65536
 
 @dataclass(frozen=True)
 class ElementwiseFacts:
-    """What the way depends on.
+    """Describe what the way depends on.
 
     Attributes:
         kind: Of the device: "cuda", "cpu" or another.

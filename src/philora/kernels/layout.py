@@ -1,4 +1,4 @@
-"""Where the documents and the labels of a batch are: made once for a batch, on the host, and carried with it.
+"""Find where the documents and the labels of a batch are: made once for a batch, on the host, and carried with it.
 
 Nothing asks the device for a length or for the place of a label. Both are known where the batch is put together
 (`philora.training.collation`). Bounds and the longest length travel as keyword arguments under transformers' names
@@ -18,7 +18,7 @@ from torch import Tensor
 KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """transformers' names: the bounds of the documents and the longest length, for queries and for keys."""
 LENGTHS = "document_lengths"
-"""Tokens of each document, a tuple on the host."""
+"""Tokens of every document, a tuple on the host."""
 LABELS = ("label_rows", "label_ids")
 """Tokens whose next token is a label, as places in the rows laid one after another, and those labels."""
 TOKENS = ("token_rows", "token_bounds")
@@ -41,10 +41,10 @@ class PackedLayout:
     """The documents of a batch whose rows are laid one after another.
 
     Attributes:
-        bounds: First token of each document, and the number of tokens at the end, int32. On the batch's device.
+        bounds: First token of every document, and the number of tokens at the end, int32. On the batch's device.
         longest_tokens: Tokens of the longest document.
-        lengths: Tokens of each document, on the host; None where only the device knows them.
-        position_ids: Position of each token in its document, on the batch's device; None: as the batch has them.
+        lengths: Tokens of every document, on the host; None where only the device knows them.
+        position_ids: Position of every token in its document, on the batch's device; None: as the batch has them.
         label_rows: Tokens whose next token is a label, on the batch's device; None: not made.
         label_ids: Those labels.
 
@@ -64,7 +64,7 @@ class PackedLayout:
         """Return the layout of documents of these lengths, on the CPU.
 
         Args:
-            lengths: Tokens of each document.
+            lengths: Tokens of every document.
             labels: -100 where there is none; the first token of a document is no label of the document before it.
 
         Shapes:

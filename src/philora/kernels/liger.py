@@ -117,7 +117,7 @@ def _gap(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Sequence[int]]:
-    """Return the norm of each row, one over its root mean square in fp32, and settings for backward.
+    """Return the norm of every row, one over its root mean square in fp32, and settings for backward.
 
     Shapes:
         x (T, C), weight (C); returns (T, C), (T).

@@ -48,7 +48,7 @@ LOGIT_CHANGES = (
 
 
 class LabelScores(NamedTuple):
-    """Of each label: its log-probability, the entropy of the distribution, and whether it is the most likely token."""
+    """Of every label: its log-probability, the entropy of the distribution, and whether it is the most likely token."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -121,7 +121,7 @@ def _score_rows(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: li
 
 
 def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> LabelScores:
-    """Log-probability, entropy and top-1 of each label; the gradient flows to `hidden` through the log-probability.
+    """Log-probability, entropy and top-1 of every label; the gradient flows to `hidden` through the log-probability.
 
     Shapes:
         hidden (N, C), weight (V, C), bias (V), labels (N) of token ids; returns three of (N), fp32.
@@ -184,7 +184,7 @@ def _without_padding(inputs: dict[str, Any], places: tuple[Tensor | None, ...]) 
         places: Those of `layout.TOKENS`, if the batch has them.
 
     Returns:
-        For each token its place in the rows with padding; None where the rows stay as they are.
+        For every token its place in the rows with padding; None where the rows stay as they are.
     """
     rows, bounds = places
     given = {name for name, item in inputs.items() if item is not None}
@@ -249,12 +249,12 @@ def _loaded(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def _class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; FSDP2 puts one of its own over that of each that it shards."""
+    """The class of a module; FSDP2 puts one of its own over that of every that it shards."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def _recomputes(model: PreTrainedModel) -> bool:
-    """Whether layers are computed again in backward: transformers' way, or FSDP's, which wraps them."""
+    """Return whether layers are computed again in backward: transformers' way, or FSDP's, which wraps them."""
     return any(
         isinstance(module, CheckpointWrapper) or getattr(module, "gradient_checkpointing", False)
         for module in model.modules()

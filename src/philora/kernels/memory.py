@@ -51,7 +51,7 @@ def keep_freed_memory() -> bool:
 def return_large_blocks() -> bool:
     """Have glibc's allocator give freed blocks of 1 MiB and more back to the system, each by itself.
 
-    Where each product over a quantised base allocates a matrix of its own between activations that stay, those leave
+    Where every product over a quantised base allocates a matrix of its own between activations that stay, those leave
     holes in one heap that the next matrix does not fit into, and what the process holds grows from step to step to half
     as much again; a mapping of its own leaves none. It costs page faults at every step.
 
@@ -121,7 +121,7 @@ def free_bytes(device: str) -> int:
 
 
 def _group_bytes() -> list[int]:
-    """What the limit of this process's control group leaves, in a list that is empty without one."""
+    """Return what the limit of this process's control group leaves, in a list that is empty without one."""
     for limit, used, pages in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -139,7 +139,7 @@ def _group_bytes() -> list[int]:
 
 
 def _limit_bytes() -> list[int]:
-    """What the limits of this process leave: on its addresses (`ulimit -v`) and on its own data (`ulimit -d`)."""
+    """Return what the limits of this process leave: of its addresses (`ulimit -v`) and data (`ulimit -d`)."""
     try:
         import resource
     except ImportError:  # Windows
@@ -154,7 +154,7 @@ def _limit_bytes() -> list[int]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused: by a GPU's allocator, by PyTorch's on a CPU, or by C's."""
+    """Return whether memory was refused: by a GPU's allocator, by PyTorch's on a CPU, or by C's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(refusal in str(error) for refusal in _REFUSALS)

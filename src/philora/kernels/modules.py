@@ -104,7 +104,7 @@ class FastPhi3Attention(PlainPhi3Attention):  # type: ignore[misc]
 
 
 def _is_plain_silu(activation: nn.Module) -> bool:
-    """Whether a feed-forward part may compute silu itself."""
+    """Return whether a feed-forward part may compute silu itself."""
     plain = type(activation) in (SiLUActivation, nn.SiLU) and not is_hooked(activation)
     return plain and fused_enabled() and not all_are_hooked()
 

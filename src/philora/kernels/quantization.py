@@ -1,6 +1,6 @@
 """Quantised bases: the weights of bitsandbytes' layers, dequantised when a product needs them, and read one at a time.
 
-A layer of bitsandbytes holds 4 or 8 bits of each weight and the scales of its blocks or rows. The fused function gets
+A layer of bitsandbytes holds 4 or 8 bits of every weight and the scales of its blocks or rows. The fused function gets
 a `QuantizedWeight`, which makes the matrix in the dtype of the product for as long as the product runs, in the forward
 pass and again in backward.
 """
@@ -89,7 +89,7 @@ def require_bitsandbytes(name: str, value: object) -> None:
 
 
 def bitsandbytes_is_here() -> bool:
-    """Whether bitsandbytes is installed."""
+    """Return whether bitsandbytes is installed."""
     return bitsandbytes is not None
 
 
@@ -121,7 +121,7 @@ def empty_layer(scheme: str, in_features: int, out_features: int, dtype: torch.d
 
 
 def scheme_of(config: Any) -> str | None:
-    """How the weights of a model, or of the folder that this is the config of, are quantised; None: they are not.
+    """Return how the weights of the model with this config are quantised; None: they are not.
 
     Returns:
         One of `SCHEMES`, or the name of another method (gptq, awq, fp8, ...).
@@ -143,7 +143,7 @@ def scheme_of(config: Any) -> str | None:
 
 
 def check_folder(config: Any, name: str, quantization: Any = "none") -> str | None:
-    """What a model's folder is quantised with, if that can be trained over.
+    """Return what a model's folder is quantised with, if that can be trained over.
 
     Args:
         config: The folder's config, or what its file holds.
@@ -190,7 +190,7 @@ def one_weight_at_a_time() -> Iterator[None]:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether it is a linear layer whose weight bitsandbytes quantised."""
+    """Return whether it is a linear layer whose weight bitsandbytes quantised."""
     if bitsandbytes is None:
         return False
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -232,9 +232,9 @@ _shared = threading.local()
 
 
 def shares_memory(layer: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the matrices of a quantised layer are written into memory that is used again, where nothing keeps them.
+    """Return whether the matrices of a quantised layer are written into memory that is used again.
 
-    So it is for 4-bit weights of bf16 on a CPU with compiled functions. A matrix of its own for each product is
+    So it is for 4-bit weights of bf16 on a CPU with compiled functions. A matrix of its own for every product is
     cleared by the system, a page at a time, before it is written, which takes longer than dequantising.
     """
     weight: Any = layer.weight
@@ -361,7 +361,7 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def parameters_in(parameter: nn.Parameter) -> int:
-    """Weights that a parameter stands for: a 4-bit one holds several in each element."""
+    """Weights that a parameter stands for: a 4-bit one holds several in every element."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else int(shape.numel())
 
@@ -403,7 +403,7 @@ def _plain(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def record(model: nn.Module) -> dict[str, Any]:
-    """What `philora.json` says of the base that an adapter was trained over; nothing for one that is not quantised."""
+    """Return the entry of `philora.json` for a quantised base that an adapter was trained over."""
     config = getattr(model, "config", None)
     if scheme_of(config) not in SCHEMES:
         return {}
@@ -458,7 +458,7 @@ def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
 def rounded_weights(
     tensors: Mapping[str, Tensor], names: Mapping[str, bool], config: BitsAndBytesConfig, dtype: torch.dtype
 ) -> dict[str, Callable[[], Tensor]]:
-    """How to make the weights of a 16-bit base as they are once it is quantised, by their names in the files.
+    """Return how to make the weights of a 16-bit base as they are once it is quantised, by their names in the files.
 
     Args:
         tensors: All that the base's files hold.

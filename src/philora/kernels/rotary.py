@@ -1,4 +1,4 @@
-"""LongRoPE for each document by itself: its factors do not depend on what it is packed or padded with.
+"""LongRoPE for every document by itself: its factors do not depend on what it is packed or padded with.
 
 The long-context Phi models have two sets of rotary frequencies: the short factors for sequences of up to
 `original_max_position_embeddings` tokens (4,096), the long ones for longer sequences. transformers looks at the
@@ -29,7 +29,7 @@ _PARAMETERS = tuple(inspect.signature(Phi3Model.forward).parameters)[1:]
 class DocumentRotaryEmbedding(PlainPhi3RotaryEmbedding):  # type: ignore[misc]
     """Phi-3's rotary embedding with LongRoPE's factors chosen document by document.
 
-    `note_documents`, a hook of the model around it, leaves the lengths here before each forward pass.
+    `note_documents`, a hook of the model around it, leaves the lengths here before every forward pass.
     """
 
     document_tokens: Tensor | None = None
@@ -68,7 +68,7 @@ DocumentRotaryEmbedding.__name__ = PlainPhi3RotaryEmbedding.__name__
 
 
 def document_tokens(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """For each token the length of the document that it belongs to.
+    """For every token the length of the document that it belongs to.
 
     Args:
         position_ids: Positions, if any were given; a document begins wherever one is not the one before plus one.

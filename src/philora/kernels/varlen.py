@@ -1,4 +1,4 @@
-"""Causal attention of each document of a packed batch to itself by one call, forward and backward.
+"""Causal attention of every document of a packed batch to itself by one call, forward and backward.
 
 On a GPU one call of PyTorch's flash attention for documents of any lengths; the operators of ATen stand under
 `torch.nn.attention.varlen` and are called here because a backward pass written by hand needs both. They take bf16 and
@@ -22,7 +22,7 @@ from philora.lora.functional import refuse_create_graph, without_autocast
 
 @dataclass(frozen=True)
 class Attention:
-    """How the heads of one batch attend.
+    """Describe how the heads of one batch attend.
 
     Attributes:
         layout: The documents.

@@ -1,4 +1,4 @@
-"""What all layers with a low-rank update share: loralib's bookkeeping, merging, scaling, switching off.
+"""Share what all layers with a low-rank update need: loralib's bookkeeping, merging, scaling, switching off.
 
 How merging works: the base weight is a Parameter that no mode ever writes to. `eval()` computes `W + scaling * B A`
 once and puts it beside the Parameter; while it is there, the attribute `weight` reads as it. `train()` drops it.
@@ -22,7 +22,7 @@ from philora.lora.functional import without_autocast
 
 
 class LoRALayer:
-    """What loralib keeps on every layer: rank, alpha, dropout and whether the weight is merged.
+    """Describe what loralib keeps on every layer: rank, alpha, dropout and whether the weight is merged.
 
     Args:
         r: Rank; 0 is a plain layer.
@@ -56,17 +56,17 @@ def _registered(module: Any, name: str) -> Tensor | None:
 
 
 def _holds(module: Any, name: str) -> bool:
-    """Whether a module has a tensor of this name: registered, a plain one, or the value of a parametrization."""
+    """Return whether a module has a tensor of this name: registered, a plain one, or the value of a parametrization."""
     return _registered(module, name) is not None or name in module.__dict__ or _is_parametrized(module, name)
 
 
 def _asked_by_a_utility() -> bool:
-    """Whether one of torch.nn.utils reads the property that calls this."""
+    """Return whether one of torch.nn.utils reads the property that calls this."""
     return str(sys._getframe(2).f_globals.get("__name__")).startswith("torch.nn.utils.")
 
 
 def _is_parametrized(module: Any, name: str) -> bool:
-    """Whether torch.nn.utils.parametrize computes the tensor of this name."""
+    """Return whether torch.nn.utils.parametrize computes the tensor of this name."""
     computed = module._modules.get("parametrizations")
     return computed is not None and name in computed
 
@@ -197,12 +197,12 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def _can_merge(self) -> bool:
-        """Whether base, A and B are registered, and not computed anew from others for each forward pass."""
+        """Return whether base, A and B are registered, and not computed anew from others for every forward pass."""
         owners = ((self._holder, "weight"), (self, "lora_A"), (self, "lora_B"))
         return all(_registered(owner, name) is not None for owner, name in owners)
 
     def _adds_update(self) -> bool:
-        """Whether forward adds the update itself.
+        """Return whether forward adds the update itself.
 
         Also while merged, when the base trains (the merged value is a copy without gradient) and when base, A or B
         is another tensor than was merged (assigned, or put there by `torch.func.functional_call`).

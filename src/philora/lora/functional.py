@@ -78,7 +78,7 @@ _fused: bool | None = None
 
 
 def fused_enabled() -> bool:
-    """Whether the fused autograd function is used: what `fused` says, else `PHILORA_FUSED` (anything but 0).
+    """Return whether the fused autograd function is used: what `fused` says, else `PHILORA_FUSED` (anything but 0).
 
     Never while a graph is made (`records`).
     """
@@ -88,7 +88,7 @@ def fused_enabled() -> bool:
 
 
 def records() -> bool:
-    """Whether PyTorch's operations are being recorded or transformed, so that only they may be used.
+    """Return whether PyTorch's operations are being recorded or transformed, so that only they may be used.
 
     torch.compile and torch.export fuse, and choose what to save, by themselves; torch.jit.trace and torch.fx keep what
     they have seen, and hand over sizes or inputs that are no numbers and tensors; torch.func's transforms, such as
@@ -145,9 +145,9 @@ def merged_blocks(slices: Sequence[int], enable_lora: Sequence[bool], r: int) ->
     """Layout of loralib's MergedLinear: B holds the rows of the adapted slices one after another, r wide.
 
     Args:
-        slices: Output rows of each slice, adapted or not, in order.
+        slices: Output rows of every slice, adapted or not, in order.
         enable_lora: Which slices are adapted.
-        r: Rank of each adapted slice.
+        r: Rank of every adapted slice.
     """
     blocks, row, b_row, adapted = [], 0, 0, 0
     for rows, enabled in zip(slices, enable_lora, strict=True):
@@ -163,7 +163,7 @@ def diagonal_blocks(blocks: Sequence[Sequence[int]], out_features: int, rank: in
     """Layout of slices in PEFT's format: a full-height B whose blocks stand where rows and ranks meet.
 
     Args:
-        blocks: `(row_start, row_stop, rank_start, rank_stop)` of each update; neither rows nor ranks overlap.
+        blocks: `(row_start, row_stop, rank_start, rank_stop)` of every update; neither rows nor ranks overlap.
         out_features: Rows of B.
         rank: Columns of B.
 
@@ -195,12 +195,12 @@ def _pieces(x: Tensor) -> list[slice]:
 
 
 def _packs(x: Tensor) -> bool:
-    """Whether the mask of x is drawn by the functions of `philora.native.library`, one bit for each element."""
+    """Return whether the mask of x is drawn by the functions of `philora.native.library`, one bit for every element."""
     return native.usable(x[:0])
 
 
 def _keep_mask(x: Tensor, p: float, packed: bool) -> tuple[Tensor, float]:
-    """Which elements dropout keeps, and what the kept ones are multiplied by.
+    """Return which elements dropout keeps, and what the kept ones are multiplied by.
 
     Args:
         x: Activations.
@@ -208,7 +208,7 @@ def _keep_mask(x: Tensor, p: float, packed: bool) -> tuple[Tensor, float]:
         packed: What `_packs(x)` says, or said when the same mask was drawn before.
 
     Returns:
-        Packed, one bit for each element (16 in an int16); else one byte, 1 or 0 (PyTorch multiplies by it three times
+        Packed, one bit for every element (16 in an int16); else one byte, 1 or 0 (PyTorch multiplies by it three times
         faster than by a bool). And the factor.
 
     Numerics:
@@ -291,7 +291,7 @@ def _down(x: Tensor, mask: Tensor | None, lora_A: Tensor) -> Tensor:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """`y = x W^T + b`, then `y[:, rows] += s * (x * m) A[ranks]^T B[block]^T` for each block.
+    """`y = x W^T + b`, then `y[:, rows] += s * (x * m) A[ranks]^T B[block]^T` for every block.
 
     m is the mask of dropout, and its factor is part of s. With `G = s * dy B` (T, R; computed block by block) the
     gradients are
@@ -544,7 +544,7 @@ def lora_merged_linear(
         lora_A: Down matrices of the adapted slices, stacked.
         lora_B: Up matrices of the adapted slices, stacked.
         scaling: Multiplier of all updates.
-        slices: Output rows of each slice; they sum to `out`.
+        slices: Output rows of every slice; they sum to `out`.
         enable_lora: Which slices are adapted; at least one.
         dropout_p: Probability of dropout on the way into A; one mask for all slices.
         training: Whether dropout acts.
@@ -557,7 +557,7 @@ def lora_merged_linear(
         As `lora_linear`.
 
     Source:
-        loralib 0.1.2, `MergedLinear`, which builds the whole (out, in) update in each forward; this does not.
+        loralib 0.1.2, `MergedLinear`, which builds the whole (out, in) update in every forward; this does not.
     """
     blocks = merged_blocks(slices, enable_lora, lora_A.shape[0] // sum(map(bool, enable_lora)))
     compute = _low_rank if fused_enabled() else _low_rank_reference
@@ -608,7 +608,7 @@ def lora_sliced_linear(
         bias: Base bias.
         lora_A: Down matrices, stacked.
         lora_B: Block-diagonal up matrix.
-        blocks: `(row_start, row_stop, rank_start, rank_stop)` of each update.
+        blocks: `(row_start, row_stop, rank_start, rank_stop)` of every update.
         scaling: Multiplier of all updates.
         dropout_p: Probability of dropout on the way into A; one mask for all slices.
         training: Whether dropout acts.

@@ -1,4 +1,4 @@
-"""What others have put around a module's forward: a fast path that does not call the module would pass it by."""
+"""Find what others have put around a module's forward: a fast path that does not call the module would pass it by."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks of its own or a forward of its own."""
+    """Return whether a module has hooks of its own or a forward of its own."""
     own = module.__dict__
     return "forward" in own or any(own[hook] for hook in _HOOKS)
 
 
 def all_are_hooked() -> bool:
-    """Whether hooks are set that fire for every module."""
+    """Return whether hooks are set that fire for every module."""
     return bool(
         base_module._global_forward_hooks
         or base_module._global_forward_pre_hooks
@@ -32,7 +32,7 @@ def all_are_hooked() -> bool:
 
 
 def is_patched() -> bool:
-    """Whether somebody has put a function of their own in the place of what PyTorch's linear layers and dropout run."""
+    """Return whether a function that PyTorch's linear layers and dropout run was replaced."""
     return not (
         is_of(nn.Linear.forward, linear.__file__)
         and is_of(nn.Dropout.forward, dropout.__file__)
@@ -47,6 +47,6 @@ _LINEAR = torch._C._nn.linear
 
 @cache
 def is_of(function: Callable[..., Any], file: str) -> bool:
-    """Whether a function is the one that a file of PyTorch or another library defines, by where its code stands."""
+    """Return whether a function is the one that a file of PyTorch or another library defines."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename == file

@@ -25,7 +25,7 @@ __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoR
 
 
 class _AnyLinear(ShowsMerged, AdaptedLayer, nn.Linear):
-    """What `Linear` and `MergedLinear` share: a weight that may lie transposed."""
+    """Describe what `Linear` and `MergedLinear` share: a weight that may lie transposed."""
 
     fan_in_fan_out = False
 
@@ -112,14 +112,14 @@ class Linear(_AnyLinear):
 
 
 class MergedLinear(_AnyLinear):
-    """Several linear maps in one weight, such as q, k and v, with an update for each chosen slice of the output.
+    """Several linear maps in one weight, such as q, k and v, with an update for every chosen slice of the output.
 
     Args:
         in_features: As nn.Linear.
         out_features: Rows of all slices together.
-        r: Rank of each adapted slice.
+        r: Rank of every adapted slice.
         enable_lora: Which slices are adapted. None of them: a plain nn.Linear whose weight trains.
-        slices: Output rows of each slice, for slices that differ (grouped-query attention); default: equal slices.
+        slices: Output rows of every slice, for slices that differ (grouped-query attention); default: equal slices.
         lora_alpha: As `Linear`.
         lora_dropout: As `Linear`.
         fan_in_fan_out: As `Linear`.
@@ -302,7 +302,7 @@ class ConvLoRA(AdaptedLayer):
     Args:
         conv_module: nn.Conv1d, nn.Conv2d or nn.Conv3d.
         in_channels, out_channels: As the convolution.
-        kernel_size: As the convolution: a number or one for each dimension.
+        kernel_size: As the convolution: a number or one for every dimension.
         r, lora_alpha, lora_dropout, merge_weights, use_rslora: As `Linear`.
         **kwargs: The other arguments of the convolution.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Recipe(NamedTuple):
-    """How to make a tensor again.
+    """Describe how to make a tensor again.
 
     Attributes:
         make: Gives the same bits from the same inputs.
@@ -40,7 +40,7 @@ def mark(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
-    """How to make a tensor again, where that is cheap; None: keep it. A view of a marked tensor is another tensor."""
+    """Return how to make a tensor again, where that is cheap; None: keep it. Views are other tensors."""
     recipe: Recipe | None = getattr(tensor, "philora_recipe", None)
     return recipe if recipe is not None and recipe.version == tensor._version else None
 

@@ -17,7 +17,7 @@ def replace_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) ->
 
     Args:
         model: Any module; changed in place.
-        layers: For each full name of an `nn.Linear`, an `nn.Embedding` or a GPT-2 `Conv1D` (whose weight is (in, out))
+        layers: For every full name of an `nn.Linear`, an `nn.Embedding` or a GPT-2 `Conv1D` (whose weight is (in, out))
             the arguments of its LoRA layer: `r`, `lora_alpha`, ..., with `enable_lora` those of `MergedLinear`.
 
     Returns:

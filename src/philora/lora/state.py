@@ -1,4 +1,4 @@
-"""Which parameters train, and the states that are written to and read from files.
+"""Choose which parameters train, and the states that are written to and read from files.
 
 Names decide by whole words, where loralib looks for substrings: a parameter is LoRA's when its own name begins with
 `lora_` (`lora_A` of the layers here) or a module on its way is called `lora_A` or `lora_B` (PEFT's layers); it is a
@@ -103,10 +103,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     In loralib this is the state dict of a model in eval mode.
 
     Numerics:
-        Computed in fp32 and rounded once to each weight's dtype; the model is not changed.
+        Computed in fp32 and rounded once to every weight's dtype; the model is not changed.
 
     Cost:
-        A copy of each adapted weight.
+        A copy of every adapted weight.
     """
     state = dict(model.state_dict())
     for prefix, module in model.named_modules():

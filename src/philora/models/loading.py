@@ -59,14 +59,14 @@ _ADDED_PADDING = "<|pad|>"
 
 
 def local_path(name: str) -> str:
-    """Where a model's files are: the package's own folder for `nano`, the hub id of a short name, else the name."""
+    """Return where a model's files are: the bundled folder for `nano`, a hub id for a short name, else the name."""
     if name == "nano":
         return str(resources.files("philora") / "nano" / "model")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else hub_id(name)
 
 
 def bf16_is_fast(device: str | None = None) -> bool:
-    """Whether bfloat16 matrices are multiplied in hardware (CUDA from Ampere on, AVX512-BF16, AMX, ...).
+    """Return whether bfloat16 matrices are multiplied in hardware (CUDA from Ampere on, AVX512-BF16, AMX, ...).
 
     Args:
         device: `cpu`; None: the fastest device of this machine.
@@ -304,7 +304,7 @@ def _load_config(model: ModelConfig) -> Any:
 
 
 def has_file(model: ModelConfig, names: Sequence[str]) -> bool:
-    """Whether a model on the hub has one of these files, as far as that is known; without a network, the cache."""
+    """Return whether a model on the Hub has one of these files; without a network, in the cache."""
     try:
         where = {"revision": model.revision, **reach()}
         return any(hub_has_file(model.name_or_path, name, **where) for name in names)

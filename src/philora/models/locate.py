@@ -1,4 +1,4 @@
-"""Where an adapter is, and which base model it belongs to: the argument RUN_OR_ADAPTER of every command."""
+"""Find where an adapter is, and which base model it belongs to: the argument RUN_OR_ADAPTER of every command."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _download(name: str) -> Path:
 
 
 def _others(place: HubPath) -> str:
-    """What the repository has in place of the folder that was named."""
+    """Return what the repository has in place of the folder that was named."""
     found = [f"{place.repo_id}/{subfolder}" if subfolder else place.repo_id for subfolder in adapter_subfolders(place)]
     suffix = f"@{place.revision}" if place.revision else ""
     return f"It has: {', '.join(place_name + suffix for place_name in found[:5])}" if found else ""

@@ -63,7 +63,7 @@ class SystemTurn(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a path of a run leads now.
+    """Describe where a path of a run leads now.
 
     Attributes:
         name: The path, or the name itself where it is none (a hub id, `nano`) or nothing was found.
@@ -125,7 +125,7 @@ class TrainedRun:
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
-        """What `run.json` holds; empty where there is none."""
+        """Return what `run.json` holds; empty where there is none."""
         return read_json(self.folder / RECORD_NAME)
 
     @property
@@ -135,7 +135,7 @@ class TrainedRun:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the run wrote its adapter."""
+        """Return whether the run wrote its adapter."""
         return (self.adapter / "adapter_config.json").is_file()
 
     def newest_checkpoint(self) -> Path | None:
@@ -147,7 +147,7 @@ class TrainedRun:
 
     @cached_property
     def model(self) -> ModelConfig:
-        """How the base was loaded, by the name that the configuration gives it.
+        """Return how the base was loaded, by the name that the configuration gives it.
 
         Raises:
             ConfigError: The section has a value that it cannot have.
@@ -157,7 +157,7 @@ class TrainedRun:
 
     @cached_property
     def tokenizer(self) -> TokenizerConfig:
-        """What the run changed in the tokenizer.
+        """Return what the run changed in the tokenizer.
 
         Raises:
             ConfigError: As `model`.
@@ -166,7 +166,7 @@ class TrainedRun:
 
     @cached_property
     def evaluation(self) -> EvaluationConfig:
-        """How the run was evaluated.
+        """Return how the run was evaluated.
 
         Raises:
             ConfigError: As `model`.
@@ -184,7 +184,7 @@ class TrainedRun:
 
     @property
     def holds_out(self) -> bool:
-        """Whether the configuration names rows to hold out."""
+        """Return whether the configuration names rows to hold out."""
         section = self._config.get("data")
         return isinstance(section, Mapping) and section.get("eval", DataConfig.eval) is not None
 

@@ -1,4 +1,4 @@
-"""What goes beside the weights of every export and merge: tokenizer, generation config, which tokens end an answer."""
+"""Write what goes beside the weights of every export and merge: tokenizer, generation config, stop tokens."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Companions:
             copy_files(self._tokenizer_folder, folder, TOKENIZER_FILES)
 
     def manifest(self) -> dict[str, Any]:
-        """Which tokens end an answer: what a server has to be told that reads neither of the other files."""
+        """Return which tokens end an answer: what a server has to be told that reads neither of the other files."""
         texts: list[str | None] = [*self.stop_tokens] or [None] * len(self.stops)
         return {
             "format": 1,

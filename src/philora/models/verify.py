@@ -1,4 +1,4 @@
-"""Whether two forms of one adapter are the same function: their logits on the same tokens.
+"""Check that two forms of one adapter are the same function: their logits on the same tokens.
 
 Every conversion (`merge`, `export`) is checked with these before its result gets its final name.
 """
@@ -87,7 +87,7 @@ def agreement(
 
 
 # Mean divergence that a file's type may cause, in nats. On the bundled model f16 gave 1e-9 when it was read back in
-# fp32, 1e-6 in llama.cpp, and a reference in bf16 gave 1e-4; q8_0, which keeps 8 bits of each weight, gave 1e-3. Other
+# fp32, 1e-6 in llama.cpp, and a reference in bf16 gave 1e-4; q8_0, which keeps 8 bits of every weight, gave 1e-3. Other
 # models have ten to twenty times as much room.
 DIVERGENCE = {"f32": 1e-3, "f16": 1e-3, "q8_0": 2e-2}
 
@@ -122,7 +122,7 @@ class Divergence(NamedTuple):
 
 
 def row_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The model's logits for each row of token ids, on the CPU in fp32. Shape of each: (T, V)."""
+    """The model's logits for every row of token ids, on the CPU in fp32. Shape of each: (T, V)."""
     device = next(model.parameters()).device
     return [logits_of(model, torch.tensor([list(row)], device=device))[0] for row in rows]
 
@@ -140,7 +140,7 @@ def divergence(
     Args:
         where: What the message calls the conversion.
         reader: What computed `other`.
-        reference: Logits of the trained model for each row.
+        reference: Logits of the trained model for every row.
         other: Logits of the written form.
         base: Logits of the base.
         bound: Largest mean divergence that the conversion may cause.
@@ -170,6 +170,6 @@ def divergence(
 
 
 def _kl(reference: Tensor, other: Tensor) -> Tensor:
-    """Divergence at each position. Shape: (T,)."""
+    """Divergence at every position. Shape: (T,)."""
     p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

@@ -58,12 +58,12 @@ class _Native(NamedTuple):
 
 
 def available() -> bool:
-    """Whether the compiled functions are there; the first call compiles them where they are not in the cache yet."""
+    """Return whether the compiled functions are there; the first call compiles them if they are not cached."""
     return os.environ.get("PHILORA_NATIVE", "1") != "0" and isinstance(_native(), _Native)
 
 
 def describe() -> str:
-    """What computes between the products on a CPU, for people."""
+    """Return what computes between the products on a CPU, for people."""
     if os.environ.get("PHILORA_NATIVE", "1") == "0":
         return "PyTorch (PHILORA_NATIVE=0)"
     found = _native()
@@ -77,7 +77,7 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the compiled functions take these tensors: plain, contiguous, on the CPU, all bf16 or all fp32.
+    """Return whether the compiled functions take these tensors: plain, contiguous, on the CPU, all bf16 or all fp32.
 
     Not while PyTorch's operations are recorded or computed by something else (`watched`).
     """
@@ -99,7 +99,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Whether somebody follows PyTorch's operations here, who would not see a compiled function.
+    """Return whether somebody follows PyTorch's operations here, who would not see a compiled function.
 
     torch.jit.trace (where sizes are tensors, too), torch.func's transforms, and modes of `__torch_dispatch__`, such as
     those of make_fx and of tensors without memory.
@@ -223,7 +223,7 @@ def _misfit(name: str, argument: str, found: object, expected: str) -> ValueErro
 
 
 def _plain(tensor: object) -> bool:
-    """Whether an object is a tensor whose elements are what its memory holds."""
+    """Return whether an object is a tensor whose elements are what its memory holds."""
     return type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg()  # type: ignore[attr-defined]
 
 
@@ -378,12 +378,12 @@ def gather_heads(
     """Heads of some documents in fp32, rotated if there are angles, each `repeat` times, zero after a document's end.
 
     Args:
-        flat: Heads of each token; the tokens may stand apart.
-        repeat: Copies of each head, at least one.
-        starts: First token of each document.
-        lengths: Tokens of each document.
+        flat: Heads of every token; the tokens may stand apart.
+        repeat: Copies of every head, at least one.
+        starts: First token of every document.
+        lengths: Tokens of every document.
         length: Tokens of a document with its padding, L.
-        angles: cos and sin of each token in fp32, contiguous.
+        angles: cos and sin of every token in fp32, contiguous.
 
     Shapes:
         flat (B·T, heads, D), cos and sin (B·T, half of the rotated columns), starts and lengths (documents) of int64;
@@ -519,7 +519,7 @@ _WIDTHS = 16, 256
 
 
 def attends(heads: Sequence[Tensor], scale: float) -> bool:
-    """Whether `attend` takes these queries, keys and values. Shapes: three of (B·T, heads, D)."""
+    """Return whether `attend` takes these queries, keys and values. Shapes: three of (B·T, heads, D)."""
     width = heads[0].shape[2]
     return (
         scale > 0
@@ -576,19 +576,19 @@ def attend(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of each document, queries and keys rotated where there are angles.
+    """Causal attention of every document, queries and keys rotated where there are angles.
 
     Args:
         heads: Queries, keys and values.
-        starts: First token of each document, the longest first.
-        lengths: Tokens of each document.
-        angles: cos and sin of each token in fp32, contiguous.
+        starts: First token of every document, the longest first.
+        lengths: Tokens of every document.
+        angles: cos and sin of every token in fp32, contiguous.
         window: Keys that a query sees at most, itself included.
         scale: Positive multiplier of the scores.
 
     Shapes:
         heads three of (B·T, H or K, D), cos and sin (B·T, half of the rotated columns); returns the output (B·T, H, D)
-        and the logarithm of each query's normaliser (H, B·T).
+        and the logarithm of every query's normaliser (H, B·T).
 
     Numerics:
         Products of bf16 with sums in fp32; rotated queries and keys and the softmax's exponentials are rounded to
@@ -698,7 +698,7 @@ def _scores(name: str, argument: str, scores: Tensor, offset: int, like: Tensor)
 
 
 def score_rows_(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: list[Tensor], needs_grad: bool) -> None:
-    """Write log-probability, entropy and top-1 of each row; over the logits, the gradient of the log-probability.
+    """Write log-probability, entropy and top-1 of every row; over the logits, the gradient of the log-probability.
 
     Shapes:
         logits (N, V), bias (V) of fp32, labels (N) of int64 from 0 to V - 1, outputs three of (N) of fp32.

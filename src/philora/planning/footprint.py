@@ -42,7 +42,7 @@ KEPT: dict[Recomputation, Keep] = {"none": "everything", "elementwise": "element
 """The same in the decoder stack's words."""
 
 # On a CPU, what a process holds besides: interpreter, libraries, tokenizer and data before the first step, and then the
-# kernels that oneDNN makes for each shape that comes along, most of them in the first dozen of steps. Measured on
+# kernels that oneDNN makes for every shape that comes along, most of them in the first dozen of steps. Measured on
 # models that are next to nothing, with the versions of constraints.txt.
 RUNTIME_CPU_BYTES = 560_000_000
 KERNELS_CPU_BYTES = 100_000_000
@@ -121,7 +121,7 @@ PARTS = ("weights", "adapter", "optimizer", "activations", "loss", "dequantized"
 
 
 class LayerBytes(NamedTuple):
-    """What a decoder layer keeps for backward of a token, in bytes.
+    """Describe what a decoder layer keeps for backward of a token, in bytes.
 
     Attributes:
         kept: What both grades keep.
@@ -153,7 +153,7 @@ class Linears(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation has in memory at once.
+    """Describe what an evaluation has in memory at once.
 
     Attributes:
         tokens: Of a batch that is scored.
@@ -175,7 +175,7 @@ NOT_EVALUATED = Evaluated()
 
 @dataclass(frozen=True)
 class Footprint:
-    """What memory and time of a run depend on besides its batch.
+    """Describe what memory and time of a run depend on besides its batch.
 
     Attributes:
         device: `cpu` or the accelerator's name.
@@ -446,7 +446,7 @@ def _attention_sizes(config: Any) -> tuple[int, int, int]:
 def _parameters(
     model: PeftModel, quantized: Mapping[str, Callable[[nn.Parameter], float]], size: int
 ) -> tuple[list[tuple[int, float]], list[int]]:
-    """Return of each parameter of the base its elements and bytes; and 0 with the elements of the quantised ones."""
+    """Return of every parameter of the base its elements and bytes; and 0 with the elements of the quantised ones."""
     counts: dict[int, tuple[int, float]] = {}
     matrices = [0]
     for name, parameter in model.named_parameters():
@@ -489,7 +489,7 @@ def plain_name(name: str) -> str:
 def _quantized(
     base: PreTrainedModel, wanted: Any, dtype: torch.dtype
 ) -> tuple[str, dict[str, Callable[[nn.Parameter], float]]]:
-    """Return how a base is quantised, and bytes a weight of each parameter that is."""
+    """Return how a base is quantised, and bytes a weight of every parameter that is."""
     found = getattr(base.config, "quantization_config", None)
     if found is not None:
         keys = found if isinstance(found, Mapping) else found.to_dict()

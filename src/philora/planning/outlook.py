@@ -1,4 +1,4 @@
-"""What a run can be expected to learn, before it starts, and what it did learn, at its end.
+"""Estimate what a run can be expected to learn, before it starts, and what it did learn, at its end.
 
 A run that made a step or two, or whose answers are no better than the base's, ends like any other without a warning.
 `notices` looks at the plan, `judge` at the results.
@@ -73,7 +73,7 @@ def notices(config: Config, plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of a run.
+    """Describe what came of a run.
 
     Attributes:
         verdict: `better`, `worse` or `unclear` than the base, by the 95% interval of the held-out loss's difference;
@@ -105,7 +105,7 @@ def judge(
         comparison: Figures of the base beside the adapter.
         log: Entries of the trainer's log, with `step` and, where it evaluated, `eval_loss`.
         steps: Optimizer steps that the run made.
-        updates: Norms of what the adapter adds to each module.
+        updates: Norms of what the adapter adds to every module.
     """
     loss = next((entry for entry in comparison if entry.field == LOSS.field), None)
     verdict = "unknown" if loss is None else loss.verdict

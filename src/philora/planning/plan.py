@@ -85,7 +85,7 @@ class Change(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """What this machine does at this moment.
+    """Describe what this machine does at this moment.
 
     Attributes:
         flops_per_second: Of products of the shape of the model's largest linear layer.
@@ -100,10 +100,10 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and need.
+    """Describe what a run will do and need.
 
     Attributes:
-        micro_batch_rows: Rows of a micro-batch on each device.
+        micro_batch_rows: Rows of a micro-batch on every device.
         accumulation: Micro-batches of an optimizer step.
         recomputation: What backward computes again.
         max_length: Tokens of a row at most.
@@ -114,7 +114,7 @@ class Plan:
         trainable: Parameters that train.
         quantization: Of the base.
         device: Where it computes.
-        estimate: Memory on each device.
+        estimate: Memory on every device.
         available_bytes: Memory that the run may take.
         rate: Of this machine.
         step_seconds: Estimated time of an optimizer step.

@@ -19,12 +19,12 @@ _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": i
 
 
 def faults(config: Config) -> list[str]:
-    """Return a fault for each tracker whose package is missing, and for an attention that the device does not have."""
+    """Return a fault for every tracker whose package is missing, and for an attention that the device does not have."""
     return [*_trackers(config), *_attention(config)]
 
 
 def _trackers(config: Config) -> Sequence[str]:
-    """Return a fault for each tracker of `report_to` that is unknown or not installed."""
+    """Return a fault for every tracker of `report_to` that is unknown or not installed."""
     given = config.training_config.get("report_to")
     names = [given] if isinstance(given, str) else list(given or ())
     found = []

@@ -1,4 +1,4 @@
-"""The learning rate of each optimizer step, and whether a run of so few steps trains at all."""
+"""The learning rate of every optimizer step, and whether a run of so few steps trains at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FEW_STEPS = 20
 
 
 def rates(settings: Mapping[str, Any], steps: int) -> list[float] | None:
-    """Return the learning rate of each optimizer step, or None where it depends on the run's losses.
+    """Return the learning rate of every optimizer step, or None where it depends on the run's losses.
 
     Args:
         settings: `learning_rate`, `lr_scheduler_type`, `lr_scheduler_kwargs` and `warmup_steps`, as `SFTConfig` takes

@@ -38,7 +38,7 @@ FEW_RECORDS = 8
 
 
 class Machine(NamedTuple):
-    """What decides which model is chosen.
+    """Describe what decides which model is chosen.
 
     Attributes:
         device: `cuda`, `mps` or `cpu`.
@@ -149,7 +149,7 @@ def start(data: str, model: str | None = None, machine: Machine | None = None) -
 
 
 def _yaml(data: str, count: int, found: str, choice: ModelChoice) -> str:
-    """Return the configuration as text, with a comment on each line that a person may want to change."""
+    """Return the configuration as text, with a comment on every line that a person may want to change."""
     lines: list[tuple[str, str]] = [(f"# {found}", "")]
     lines += [("model:", ""), (f"  name_or_path: {json.dumps(choice.name, ensure_ascii=False)}", choice.reason)]
     commented = "# " if choice.quantization == "none" else ""

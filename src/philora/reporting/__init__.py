@@ -1,1 +1,1 @@
-"""What people see of a run: the report, the model card, progress in the terminal, uploads."""
+"""Show a run to people: the report, the model card, progress in the terminal, uploads."""

@@ -28,7 +28,7 @@ from philora.reporting.run_record import paired_figures
 logger = logging.getLogger("philora.run")
 
 EXAMPLE_CHARACTERS = 400
-"""Of each text of the card's example."""
+"""Of every text of the card's example."""
 
 _TAGS: Final = ("philora", "lora", "sft", "trl")
 # Settings that somebody needs who wants to train the same again, as far as a card goes; config.yaml has them all.

@@ -82,7 +82,7 @@ def smoothing_span(points: Sequence[Point]) -> float:
 
 
 def thinned(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
-    """Return at most two points for each bucket, its lowest and its highest, so that a spike survives."""
+    """Return at most two points for every bucket, its lowest and its highest, so that a spike survives."""
     if len(points) <= 2 * buckets:
         return list(points)
     kept = {points[0], points[-1]}
@@ -93,7 +93,7 @@ def thinned(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
 
 
 def averaged(points: Sequence[Point], buckets: int) -> list[Point]:
-    """Return the mean of each bucket, for a line that is smoothed anyway."""
+    """Return the mean of every bucket, for a line that is smoothed anyway."""
     if len(points) <= buckets:
         return list(points)
     bounds = [index * len(points) // buckets for index in range(buckets + 1)]

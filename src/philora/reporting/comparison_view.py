@@ -1,4 +1,4 @@
-"""What the page of several runs shows, as text and coordinates for the template."""
+"""Build the page of several runs, as text and coordinates for the template."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
 
 
 def _compared(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
-    """Return the figures of each run, a row for each: those that judge first, with the best one marked."""
+    """Return the figures of every run, a row for each: those that judge first, with the best one marked."""
     titles = {metric.field: metric.title for metric in METRICS}
     titles |= {figure.field: figure.title for run in runs for figure in run.figures()}
     first = [name for name in ("loss", "exact_match") if name in titles]

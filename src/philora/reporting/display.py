@@ -1,4 +1,4 @@
-"""What a run and its commands show on a terminal: log lines, progress, figures, the result.
+"""Show a run and its commands on a terminal: log lines, progress, figures, the result.
 
 The command line and `philora.train` in a script show the same, because both show it by these functions.
 """

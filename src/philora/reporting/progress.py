@@ -16,7 +16,7 @@ from philora.reporting.formatting import duration
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """Show a run's progress on a console: a bar on a terminal, elsewhere a line for each log entry."""
+    """Show a run's progress on a console: a bar on a terminal, elsewhere a line for every log entry."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

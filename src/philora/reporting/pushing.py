@@ -36,7 +36,7 @@ _BESIDE_WEIGHTS = (
 
 
 class Pushed(NamedTuple):
-    """What went to the Hub, or would.
+    """Describe what went to the Hub, or would.
 
     Attributes:
         repo_id: The repository.
@@ -170,7 +170,7 @@ def _stale(present: Sequence[str], new: Mapping[str, int]) -> tuple[str, ...]:
 
 
 class Target(NamedTuple):
-    """Where a run's adapter goes when it is done."""
+    """Describe where a run's adapter goes when it is done."""
 
     repo_id: str
     private: bool | None
@@ -178,7 +178,7 @@ class Target(NamedTuple):
 
 
 def target_of(config: Config) -> Target | None:
-    """Where `training_config.push_to_hub` sends a run's adapter; the repository is made, so that it can be.
+    """Return where `training_config.push_to_hub` sends a run's adapter; the repository is made, so that it can be.
 
     Raises:
         ConfigError, RunError: As `push`, before anything was trained.
@@ -198,7 +198,7 @@ def target_of(config: Config) -> Target | None:
 
 
 def _base_name(found: AdapterSource, base: str | None) -> str | None:
-    """What the repository calls the base: a hub id or `nano` where it is one, else the folder."""
+    """Return what the repository calls the base: a hub id or `nano` where it is one, else the folder."""
     name = base or found.base
     return "nano" if name == local_path("nano") else name
 

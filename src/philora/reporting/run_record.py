@@ -1,4 +1,4 @@
-"""What a run folder says of its run, read for the report.
+"""Read what a run folder records, for the report.
 
 A file that a run has not written yet counts as empty, so that a run that was stopped or still runs can be shown too.
 """
@@ -27,7 +27,7 @@ ANSWERS_NAME = "answers.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says.
+    """Describe what a run folder says.
 
     Attributes:
         folder: The run folder.

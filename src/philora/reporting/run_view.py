@@ -1,4 +1,4 @@
-"""What the page of one run shows, as text and coordinates for the template."""
+"""Build the page of one run, as text and coordinates for the template."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ PARTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_pr
 
 
 def _updates(entries: Any) -> dict[str, Any] | None:
-    """Return how far each module was moved: a row for each part of a layer, a cell for each layer."""
+    """Return how far each module was moved: a row for every part of a layer, a cell for every layer."""
     found: dict[str, dict[int, tuple[float, str]]] = {}
     for entry in entries or []:
         norm, share = real(mapping(entry).get("norm")), real(mapping(entry).get("relative"))

@@ -24,7 +24,7 @@ def before_and_after(run: Run) -> list[dict[str, Any]]:
 
 
 def paired_rows(figures: Sequence[Paired]) -> list[dict[str, Any]]:
-    """Return rows with the interval of each change, and the examples on which the adapter is better or worse."""
+    """Return rows with the interval of every change, and the examples on which the adapter is better or worse."""
     rows = []
     for figure in figures:
         change, _, interval = interval_of(figure).partition(" [")

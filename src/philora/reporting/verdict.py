@@ -1,4 +1,4 @@
-"""Whether a run is good, in two sentences that follow from its figures by rule.
+"""Judge a run in two sentences that follow from its figures by rule.
 
 The first says what the held-out rows say of base and adapter, with the interval; the second whether training longer
 would help. Nothing in them is an opinion: each case below is one rule.
@@ -19,7 +19,7 @@ ROSE = 0.02
 
 
 class Verdict(NamedTuple):
-    """What a run's figures say.
+    """Describe what a run's figures say.
 
     Attributes:
         kind: `better`, `worse`, `unclear` or `unknown`.

@@ -1,4 +1,4 @@
-"""What a run sets for its whole process: memory, products and the network, which other code in the process shares.
+"""Set the state that a run needs in its whole process: memory, products and the network.
 
 A run is a command of the command line, or `philora.train`. A call of the library (`optimize`, `get_peft_model`,
 `load_adapter`, a merge, ...) leaves the process as it is; what it would set asks `is_run` first.
@@ -28,7 +28,7 @@ def run() -> Iterator[None]:
 
 
 def is_run() -> bool:
-    """Whether the process belongs to a run now."""
+    """Return whether the process belongs to a run now."""
     return _runs > 0
 
 

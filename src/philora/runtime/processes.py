@@ -60,7 +60,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Return whether this process is the one that writes and speaks."""
     return rank() == 0
 
 
@@ -75,7 +75,7 @@ def local_count() -> int:
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """What a person types to start this run once more, whoever has started it now."""
+    """Return what a person types to start this run once more, whoever has started it now."""
     if count() == 1:
         return ["philora", *arguments]
     options = ["--nproc-per-node", str(local_count())]
@@ -87,12 +87,12 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 
 def left_alone() -> bool:
-    """Whether `accelerate launch --cpu` was asked for several processes: without mpirun it starts a single one."""
+    """Return whether `accelerate launch --cpu` should have started several processes: without mpirun it starts one."""
     return count() == 1 and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
 def launched_for_deepspeed() -> bool:
-    """Whether accelerate's launcher asks for DeepSpeed."""
+    """Return whether accelerate's launcher asks for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
@@ -121,12 +121,12 @@ def join(timeout_seconds: float, cpu: bool = False) -> None:
 
 
 def shards_on_cpu() -> bool:
-    """Whether FSDP works on a CPU: accelerate up to 1.15 looks for its plugin on accelerators only."""
+    """Return whether FSDP works on a CPU: accelerate up to 1.15 looks for its plugin on accelerators only."""
     return False
 
 
 def not_here(given: Mapping[str, Any], source: str) -> list[str]:
-    """What a run's `training_config` asks for and this machine cannot do: FSDP on a CPU, DeepSpeed that is missing."""
+    """Return what `training_config` asks for and this machine cannot do: FSDP on a CPU, missing DeepSpeed."""
     import torch
 
     faults = []
@@ -259,7 +259,7 @@ def _end_with(which: str) -> NoReturn:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """One process of each machine works first, and leaves to the others what it has put into a cache.
+    """One process of every machine works first, and leaves to the others what it has put into a cache.
 
     Raises:
         Elsewhere: In the others, when the first one failed.
@@ -315,7 +315,7 @@ def share(length: int) -> range:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says that another process has ended."""
+    """Return whether an error says that another process has ended."""
     if count() == 1 or not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "DistNetworkError" or any(item in str(error) for item in _LOST)
@@ -339,7 +339,7 @@ def last_word(text: str, code: int, error: BaseException | None) -> Iterator[tup
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends those that are left
     said = _claim(error)
     why, code = (text, code) if said is None else said
-    _tell_launcher(why)  # in each process: torchrun's report is of the one that it sees end first
+    _tell_launcher(why)  # in every process: torchrun's report is of the one that it sees end first
     yield said is None, code
     if said is None:
         with contextlib.suppress(RuntimeError, ValueError, OSError):

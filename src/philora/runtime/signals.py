@@ -85,7 +85,7 @@ class StopOnSignal:
             raise Signalled
 
     def agreed(self) -> bool:
-        """Whether a signal has come to any of the run's processes; all of them ask at the same place."""
+        """Return whether a signal has come to any of the run's processes; all of them ask at the same place."""
         number = processes.agreed(0 if self.stopped_by is None else int(signal.Signals[self.stopped_by]))
         if number and self.stopped_by is None:
             self.stopped_by = signal.Signals(number).name

@@ -61,7 +61,7 @@ def check_template(name: str, template: str, tokens: str) -> None:
         tokens: Special tokens as a JSON object, which templates write.
 
     Cost:
-        A fifth of a second, once for each template.
+        A fifth of a second, once for every template.
 
     Raises:
         ValueError: It takes more than 2 GiB or 10 s for ordinary conversations.

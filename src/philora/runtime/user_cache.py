@@ -28,7 +28,7 @@ def user_cache() -> Path:
 
 @functools.cache
 def _temporary() -> Path:
-    """One for each user, which nobody else can write to: compiled code and prepared data of others are not read."""
+    """One for every user, which nobody else can write to: compiled code and prepared data of others are not read."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     folder = Path(tempfile.gettempdir()) / f"philora-{user}"
     try:

@@ -115,7 +115,7 @@ class Guard:
 
 
 class ChatPage(NamedTuple):
-    """What the page needs beside the endpoint.
+    """Describe what the page needs beside the endpoint.
 
     Attributes:
         votes: File that its votes are added to.
@@ -298,7 +298,7 @@ class _Endpoint:
         return JSONResponse({"status": "ok", "version": __version__, "answers": self.scheduler.load})
 
     async def read(self, request: Request, read: Callable[[Any], _Asked]) -> _Asked:
-        """What a request asks for, parsed beside the event loop.
+        """Return what a request asks for, parsed beside the event loop.
 
         Raises:
             ApiError: It cannot be read.
@@ -437,7 +437,7 @@ class _Answer:
         )
 
     async def stream(self, request: Request, with_usage: bool) -> AsyncIterator[str]:
-        """Events of server-sent events, as OpenAI's: the role, pieces of text, the end of each choice, `[DONE]`."""
+        """Events of server-sent events, as OpenAI's: the role, pieces of text, the end of every choice, `[DONE]`."""
 
         def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
             body = {**self.head, "object": "chat.completion.chunk", "choices": choices}

@@ -1,4 +1,4 @@
-"""What OpenAI's clients may send, and the errors that they read.
+"""Define what OpenAI's clients may send, and the errors that they read.
 
 A field that asks for nothing is accepted whatever its name, one that nobody knows is logged and left out, and one that
 asks for what is not there is refused by its name.
@@ -105,7 +105,7 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
-        """What the client gets."""
+        """Return what the client gets."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
@@ -132,7 +132,7 @@ class ChatMessage(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What the stream tells beside the text."""
+    """Describe what the stream tells beside the text."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     include_usage: bool | None = None
@@ -268,7 +268,7 @@ class Rating(BaseModel):
             raise explain(error) from error
 
     def records(self) -> list[dict[str, Any]]:
-        """Return a rating of each answer as TRL's KTOTrainer takes it, and who gave the answer."""
+        """Return a rating of every answer as TRL's KTOTrainer takes it, and who gave the answer."""
         return [
             {
                 "prompt": [message.plain() for message in self.prompt],

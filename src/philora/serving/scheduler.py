@@ -1,6 +1,6 @@
-"""One thread that computes answers, a token of each at a time.
+"""One thread that computes answers, a token of every at a time.
 
-jobs that wait -> as many in the making as memory allows -> a step of each adapter's answers -> events
+jobs that wait -> as many in the making as memory allows -> a step of every adapter's answers -> events
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STOP_SECONDS = 5.0
 
 
 class Event(NamedTuple):
-    """What an answer has to say: a piece of text, its end, or a failure.
+    """Describe what an answer has to say: a piece of text, its end, or a failure.
 
     Attributes:
         choice: Which answer of the request.
@@ -59,7 +59,7 @@ class Job:
 
 
 class Scheduler:
-    """Computes answers in a thread of its own, a token of each at a time.
+    """Computes answers in a thread of its own, a token of every at a time.
 
     Attributes:
         pool: Who answers.
@@ -207,6 +207,6 @@ class Scheduler:
 
 
 def stopping() -> ApiError:
-    """What a client is told when the server ends."""
+    """Return what a client is told when the server ends."""
     text = "The server is stopping; ask again when it is back."
     return ApiError(503, text, type="server_error", code="server_stopping", headers={"Retry-After": "5"})

@@ -34,7 +34,7 @@ Tab completes a command. Ctrl-C stops an answer. A line that ends in \\ continue
 
 COMMANDS = ("/reset", "/base", "/system", "/params", "/save", "/help", "/exit", "/quit")
 BREAKS = r"(\s|[\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef])"
-"""Where a line may end: at a space, and after each character of scripts that have none between words."""
+"""Where a line may end: at a space, and after every character of scripts that have none between words."""
 
 LEAVE = ("/exit", "/quit", "exit", "quit")
 

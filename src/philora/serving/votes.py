@@ -1,7 +1,7 @@
-"""What people say of two answers: preference pairs and ratings, each a line of a file that is on the disk at once.
+"""Store what people say of two answers: preference pairs and ratings, each a line of a file.
 
 A preference is a line of the votes file, as TRL's DPOTrainer takes it. "Both good" and "both bad" prefer neither, so
-they go as ratings, a line for each answer, into `ratings.jsonl` beside it, as TRL's KTOTrainer takes them.
+they go as ratings, a line for every answer, into `ratings.jsonl` beside it, as TRL's KTOTrainer takes them.
 """
 
 from __future__ import annotations

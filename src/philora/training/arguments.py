@@ -100,7 +100,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             raise ConfigError(fault("SFTConfig", "loraplus_lr_ratio", self.loraplus_lr_ratio, expected, todo))
 
     def _take_own_settings(self, given: dict[str, Any]) -> list[str]:
-        """Move the settings that only philora has from `given` to attributes; return a message for each wrong one."""
+        """Move the settings that only philora has from `given` to attributes; return a message for every wrong one."""
         faults = []
         for name in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic"):
             value = given.pop(name, True if name == "deterministic" else None)

@@ -126,7 +126,7 @@ SPIKE_WINDOW_STEPS, SPIKE_AFTER_STEPS = 50, 20
 
 
 class StepWatch:
-    """Looks at the loss and the gradient norm of each optimizer step; what it counts is part of a checkpoint.
+    """Looks at the loss and the gradient norm of every optimizer step; what it counts is part of a checkpoint.
 
     A spike is a loss above 1.5 times the median of the last 50 finite losses that also lies more than 6 of their
     scaled median absolute deviations above it; it is looked for once 20 losses are known.

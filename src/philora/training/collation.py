@@ -48,7 +48,7 @@ def layout_of_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pads_on_the_right(mask: Tensor) -> Tensor:
-    """Return whether each row begins with its tokens, at least one. Shapes: mask (B, T); returns ()."""
+    """Return whether every row begins with its tokens, at least one. Shapes: mask (B, T); returns ()."""
     whole = (mask == 0) | (mask == 1)
     return whole.all() & (mask[:, 0] == 1).all() & (mask[:, 1:] <= mask[:, :-1]).all()
 

@@ -33,7 +33,7 @@ Inputs = dict[str, Any]
 
 
 class MicroBatchParts(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """How often micro-batches are halved, kept in the checkpoints' `trainer_state.json` and read from there on resume.
+    """Keep how often micro-batches are halved in the checkpoints' `trainer_state.json`, for resuming.
 
     Attributes:
         halvings: In training: 2^halvings parts.
@@ -72,7 +72,7 @@ def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
 
     Args:
         inputs: As TRL's collators make them: rows beside each other, or all documents in one row with `position_ids`
-            that start again at each and no mask; that is cut between the two documents nearest to its middle.
+            that start again at every and no mask; that is cut between the two documents nearest to its middle.
 
     Shapes:
         input_ids and its like (B, T), halved to (B / 2, T); or (1, T) of any number of documents.
@@ -145,11 +145,11 @@ def numbers(values: list[Any]) -> list[Any]:
 
 
 class _Step(NamedTuple):
-    """What an optimizer step began with, and its micro-batches so far: enough to begin it again.
+    """Describe what an optimizer step began with, and its micro-batches so far: enough to begin it again.
 
     Attributes:
         batches: The micro-batches.
-        random: States of the generators of the CPU and of each device that the model is on.
+        random: States of the generators of the CPU and of every device that the model is on.
         entries: Entries of each of TRL's metrics.
         tokens: TRL's count of tokens; a tensor until it is read.
     """
@@ -190,7 +190,7 @@ class MicroBatchTrainer(SFTTrainerHooks):
         """Return a collator whose batches carry where their documents and labels are.
 
         Not where accelerate deals one batch to several processes, where prompts that train stand before the tokens,
-        and under torch.compile, which would compile anew for each layout.
+        and under torch.compile, which would compile anew for every layout.
         """
         prompts = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
         dealt = isinstance(rows, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches
@@ -249,7 +249,7 @@ class MicroBatchTrainer(SFTTrainerHooks):
     ) -> Any:
         """Compute TRL's loss; what is logged stays on the device until `log` or a checkpoint reads it.
 
-        TRL reads the entropy, the accuracy and the count of tokens of each micro-batch, which waits for the device. A
+        TRL reads the entropy, the accuracy and the count of tokens of every micro-batch, which waits for the device. A
         loss that is not the plain one goes TRL's way.
         """
         if return_outputs or not self._has_plain_loss():

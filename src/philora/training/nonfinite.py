@@ -52,7 +52,7 @@ class UnreadStep:
             self._done.record()
 
     def figures(self) -> list[float]:
-        """Return the loss, the gradient norm and the loss of each micro-batch, as soon as they have been computed."""
+        """Return the loss, the gradient norm and the loss of every micro-batch, as soon as they have been computed."""
         if self._done is not None:
             self._done.synchronize()
         return list(map(float, self._copy.tolist()))
@@ -242,7 +242,7 @@ def reads_late(kind: str, fused: bool, scaled: bool, switch: str) -> bool:
 
 
 def documents_of(batch: Mapping[str, Any]) -> list[list[int]]:
-    """Return the token ids of each example of a batch: packed rows are divided, padding is left out."""
+    """Return the token ids of every example of a batch: packed rows are divided, padding is left out."""
     documents: list[list[int]] = []
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     for index, row in enumerate(batch["input_ids"]):

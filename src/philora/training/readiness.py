@@ -45,7 +45,7 @@ from philora.training.checkpoints import checkpoint_bytes
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run computes on, and how.
+    """Describe what a run computes on, and how.
 
     Attributes:
         device: Its name, with the compute capability of a GPU.
@@ -80,7 +80,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What `philora check` shows."""
+    """Describe what `philora check` shows."""
 
     model: str
     hardware: Hardware
@@ -246,7 +246,7 @@ def _require_arguments(config: Config) -> None:
 
 
 def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
-    """Return a message for each package that is missing and that training imports only when it begins."""
+    """Return a message for every package that is missing and that training imports only when it begins."""
     optim = str(given.get("optim") or "")
     needed: list[tuple[str, str, tuple[str, ...]]] = []
     needed += [("optim", optim, (module,)) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]

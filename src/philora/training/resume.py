@@ -210,7 +210,7 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
 
     Raises:
         ConfigError: There is no run, another process holds it, none of its checkpoints is whole, it is complete
-            without any, or it was started with another configuration: one line for each difference.
+            without any, or it was started with another configuration: one line for every difference.
     """
     name = "training_config.output_dir"
     refused = checkpoint.unwritable(folder)
@@ -291,7 +291,7 @@ def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) ->
     """Compare what a run resumes with to what it was started with.
 
     Raises:
-        ConfigError: Model, adapter, data or the number of processes are others: one line for each difference.
+        ConfigError: Model, adapter, data or the number of processes are others: one line for every difference.
     """
     if not continued.facts:
         return
@@ -336,7 +336,7 @@ def facts_of(config: Config, data: PreparedData) -> dict[str, Any]:
     """Return what a run is started with, in a form that is compared when it resumes.
 
     Cost:
-        Reads the first mebibyte and 64 further blocks of each file of the model, whatever its size.
+        Reads the first mebibyte and 64 further blocks of every file of the model, whatever its size.
     """
     report = data.report.to_dict()
     return {

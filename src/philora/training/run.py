@@ -62,7 +62,7 @@ logger = logging.getLogger("philora.run")
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run is and what came of it; `results` is the content of `results.json`."""
+    """Describe where a run is and what came of it; `results` is the content of `results.json`."""
 
     folder: Path
     results: dict[str, Any]
@@ -264,7 +264,7 @@ def _lora_config(config: Config) -> LoraConfig:
 
 
 def _locate_examples(prepared: PreparedData, data: Any, examples: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Return where each example comes from, by its tokens: its prepared row, its conversation, its file and line."""
+    """Return where every example comes from, by its tokens: its prepared row, its conversation, its file and line."""
     rows: dict[int, int] = {}
     if not prepared.report.streaming:
         for number, row in enumerate(prepared.train):

@@ -43,7 +43,7 @@ def on_device(run: RunContext, model: PeftModel, device: torch.device) -> PeftMo
 
 
 def saved_model(run: RunContext, device: torch.device) -> PeftModel:
-    """Load the adapter as the run saved it, on a base that is whole in each process."""
+    """Load the adapter as the run saved it, on a base that is whole in every process."""
     unset_hf_deepspeed_config()  # with it transformers would shard what it loads
     base = models.load_model(run.config.model, run.tokenizer)
     return on_device(run, load_adapter(base, str(run.folder / "adapter")), device)

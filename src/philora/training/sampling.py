@@ -22,10 +22,10 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
     empty (`with_empty_rows`), so that the step's loss is that of its own rows.
 
     Args:
-        lengths: Tokens of each row, without the empty ones.
+        lengths: Tokens of every row, without the empty ones.
         empty: Empty rows that stand behind them.
         rows: Rows of a micro-batch.
-        accumulation: Micro-batches of a step in each process.
+        accumulation: Micro-batches of a step in every process.
         processes: Processes that share a step.
         rank: This process's number.
         seed: Of the order; as accelerate draws it for one process.
@@ -90,7 +90,7 @@ def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[
         groups: Micro-batches of a step, of all processes together.
 
     Returns:
-        The dataset, and the tokens of each row that was there.
+        The dataset, and the tokens of every row that was there.
     """
     lengths = row_lengths(rows).tolist()
     last = len(rows) % (micro_batch_rows * groups)
