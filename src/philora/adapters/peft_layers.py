@@ -82,7 +82,7 @@ Slices = tuple[Slice, ...]
 
 
 class Resolution(NamedTuple):
-    """Describe what a LoraConfig means on a model: PEFT's form of it, and slices by the full name of their fused module."""
+    """Describe what a LoraConfig means on a model: PEFT's form of it, and slices by their fused module."""
 
     config: LoraConfig
     slices: dict[str, Slices]
