@@ -30,7 +30,7 @@ from philora.models import loading as models
 from philora.planning import plan as planning
 from philora.runtime import user_cache
 from philora.runtime.signals import Interrupted
-from philora.training import callbacks
+from philora.training import callbacks, run_evaluation
 from philora.training import run as training
 from philora.training.readiness import preflight
 from philora.training.resume import Claim
@@ -293,7 +293,7 @@ def test_a_signal_before_anything_is_saved(settings, tmp_path, monkeypatch, numb
     folder, load = tmp_path / "runs" / "run", models.load_model
     for name in ("load_model", "evaluate"):
         with monkeypatch.context() as patched:
-            patched.setattr(training.models if name == "load_model" else training, name, lambda *_, **__: stop(number))
+            patched.setattr(models if name == "load_model" else run_evaluation, name, lambda *_, **__: stop(number))
             with pytest.raises(Interrupted, match=r"stopped before training. Nothing was saved; start it") as caught:
                 philora.train(settings)
         assert caught.value.exit_code == code
@@ -329,7 +329,7 @@ def test_a_kill_before_anything_is_saved_blocks_nothing(settings, tmp_path, monk
     def killed():
         torch.set_num_threads(1)  # OpenMP's threads of the parent do not exist in a forked child
         monkeypatch.setattr(
-            training.models if place == "load_model" else training, place, lambda *_, **__: stop(signal.SIGKILL)
+            models if place == "load_model" else run_evaluation, place, lambda *_, **__: stop(signal.SIGKILL)
         )
         torture.run(settings, False, tmp_path / "notes")
 
