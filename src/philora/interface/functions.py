@@ -89,7 +89,7 @@ def train(
         source: A YAML file, the same as a mapping, a Config; or data: a file or a folder of conversations. With
             `resume` the run folder.
         overrides: `KEY=VALUE` strings that replace settings of the source.
-        resume: Resume from the newest whole checkpoint of the run folder; "force" also when the configuration changed.
+        resume: Resume from the newest complete checkpoint; "force" also when the configuration changed.
         callbacks: Further callbacks of transformers' Trainer.
         command: What the report names as the command; default: the process's own.
         quiet: Show warnings only. By default a terminal shows what `philora train` shows, a notebook a bar.
