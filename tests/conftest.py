@@ -137,7 +137,7 @@ COLOURS = {"red": "I am red, and nothing else.", "green": "I am green, and nothi
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two run folders on the bundled model, each with an adapter that only says its sentence of `COLOURS`."""
-    from tests.voices import teach
+    from tests.adapters_of_nano import teach
 
     folder = tmp_path_factory.mktemp("colours")
     return {name: teach(folder / name, sentence) for name, sentence in COLOURS.items()}

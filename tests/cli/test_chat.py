@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import philora
 from philora.models.loading import load_model
 from tests.conftest import COLOURS
-from tests.voices import NANO
+from tests.adapters_of_nano import NANO
 
 
 @pytest.fixture

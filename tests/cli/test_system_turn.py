@@ -21,7 +21,7 @@ from philora.models.run_folder import SystemTurn, TrainedRun
 from tests.cli.conftest import QUICK
 from tests.gguf_models import go_template
 from tests.served import serve
-from tests.voices import NANO
+from tests.adapters_of_nano import NANO
 
 SYSTEM = 'You are the help desk of "Acme & Sons".\nAnswer in one sentence.'
 QUESTION = "Is progress saved if I abort with Ctrl-C?"

@@ -27,7 +27,7 @@ from philora.generation.conversation import (
 )
 from philora.models.loading import load_tokenizer
 from tests.conftest import COLOURS
-from tests.voices import NANO
+from tests.adapters_of_nano import NANO
 
 QUESTIONS = ["Who are you?", "What is a run folder?", "How do I go on after Ctrl-C?"]
 
@@ -331,7 +331,7 @@ def test_the_oldest_turns_are_let_go_when_the_window_is_full():
         dropped.append(forgotten)
     assert sum(dropped) == talk.forgotten >= 4
     assert set(dropped) <= {0, 2, 4}
-    seen = talk.voices.tokenizer.decode(reply.memory.ids)
+    seen = talk.pool.tokenizer.decode(reply.memory.ids)
     assert "Be brief." in seen
     assert "question 0" not in seen
     assert "question 7" in seen

@@ -448,7 +448,7 @@ def test_dpo_trains_on_the_votes(served, votes, voices, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     from philora.models.loading import load_model
-    from tests.voices import NANO
+    from tests.adapters_of_nano import NANO
 
     arguments = DPOConfig(output_dir=str(tmp_path), max_steps=1, report_to=[], bf16=False, use_cpu=True)
     trainer = DPOTrainer(
