@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import philora
 from philora.models.loading import load_model
-from tests.conftest import COLOURS
 from tests.adapters_of_nano import NANO
+from tests.conftest import COLOURS
 
 
 @pytest.fixture

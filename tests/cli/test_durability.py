@@ -71,7 +71,8 @@ def short(model, folder, **changes):
 
 def back_to(whole, step, folder):
     """A copy of a run as it was when a checkpoint had been written and nothing after it."""
-    end = ("adapter", "results.json", "train_results.json", "eval_results.json", "report.html", "answers.jsonl", ".lock")
+    results = ("results.json", "train_results.json", "eval_results.json", "report.html", "answers.jsonl")
+    end = ("adapter", *results, ".lock")
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(*end))
     for each in (folder / "checkpoints").glob("checkpoint-*"):
         if int(each.name.partition("-")[2]) > step:

@@ -18,10 +18,10 @@ from philora.dataset.system_turns import commonest_system_turn
 from philora.generation.conversation import load_pool
 from philora.models.loading import load_tokenizer
 from philora.models.run_folder import SystemTurn, TrainedRun
+from tests.adapters_of_nano import NANO
 from tests.cli.conftest import QUICK
 from tests.gguf_models import go_template
 from tests.served import serve
-from tests.adapters_of_nano import NANO
 
 SYSTEM = 'You are the help desk of "Acme & Sons".\nAnswer in one sentence.'
 QUESTION = "Is progress saved if I abort with Ctrl-C?"

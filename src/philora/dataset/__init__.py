@@ -22,11 +22,11 @@ from philora.dataset.template import (
     IGNORED,
     Encoded,
     Encoder,
-    TemplateFault,
     encode_conversation,
     preview,
     prompts_and_references,
 )
+from philora.dataset.turn_proof import TemplateFault
 
 __all__ = [
     "FORMATS",

@@ -280,18 +280,7 @@ def prepare(
         return _prepare_stream(data, loader, report, seed)
 
     entries = [loader.load(source, "train", report) for source in data.train]
-    held_out: list[Indices] = [np.zeros(0, np.int64) for _ in entries]
-    eval_entries: list[Entry] = []
-    eval_indices: list[Indices] = []
-    if isinstance(data.eval, float | int):
-        part = part_of(data.eval, held_out_rows, sum(len(entry.rows) for entry in entries))
-        held_out = hold_out([entry.rows["hash"] for entry in entries], part, seed)
-        eval_entries, eval_indices = entries, held_out
-        _notice_share(report, part, sum(len(entry.rows) for entry in entries), sum(map(len, held_out)))
-    elif data.eval:
-        eval_entries = [loader.load(source, "eval", report) for source in data.eval]
-        eval_indices = [np.arange(len(entry.rows)) for entry in eval_entries]
-
+    held_out, eval_entries, eval_indices = _held_out_part(data, entries, loader, report, seed, held_out_rows)
     train_indices = [
         weighted_rows(np.setdiff1d(np.arange(len(entry.rows)), out, assume_unique=True), source.weight, seed, position)
         for position, (entry, out, source) in enumerate(zip(entries, held_out, data.train, strict=True))
@@ -312,6 +301,21 @@ def prepare(
     return PreparedData(
         train, eval_rows, train_conversations, eval_conversations, fingerprint, report, all_eval, eval_in_training
     )
+
+
+def _held_out_part(
+    data: DataConfig, entries: list[Entry], loader: Loader, report: DataReport, seed: int, recorded: int | None
+) -> tuple[list[Indices], list[Entry], list[Indices]]:
+    """Return the rows that each training source gives up, the sources of the held-out rows, and their rows."""
+    if isinstance(data.eval, float | int):
+        rows = sum(len(entry.rows) for entry in entries)
+        part = part_of(data.eval, recorded, rows)
+        held_out = hold_out([entry.rows["hash"] for entry in entries], part, seed)
+        _notice_share(report, part, rows, sum(map(len, held_out)))
+        return held_out, entries, held_out
+    nothing: list[Indices] = [np.zeros(0, np.int64) for _ in entries]
+    own = [loader.load(source, "eval", report) for source in data.eval or ()]
+    return nothing, own, [np.arange(len(entry.rows)) for entry in own]
 
 
 def settings_of(data: DataConfig, max_length: int) -> Settings:

@@ -30,14 +30,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from philora.dataset.records import Batch, Fault, Record, Source, parse_line
 from philora.dataset.shapes import Conversation, Shape, detect
-from philora.dataset.template import Encoder
+from philora.dataset.template import Encoded, Encoder
 from philora.dataset.turns import described as turns_described
 from philora.dataset.turns import grouped, turn_columns
 from philora.errors import DataError, RunError, fault
@@ -167,37 +167,20 @@ def process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Settin
 
 
 def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Settings, tokenise: bool) -> Chunk:
-    faults: list[str] = []
-    fault_count = 0
-    conversations: list[Conversation] = []
-    blobs: list[bytes] = []
-    places: list[int] = []
-    for index, record in enumerate(batch.records):
-        try:
-            conversation = shape.read(record)
-            blob = serialise(conversation)
-        except Fault as error:
-            fault_count += 1
-            if len(faults) < FAULTS_SHOWN:
-                faults.append(error.at(batch.where(index)))
-            continue
-        conversations.append(conversation)
-        blobs.append(blob)
-        places.append(index)
-    if not tokenise or (fault_count and not settings.drop_invalid):
-        return _empty_chunk(len(batch.records), faults, fault_count)
-
-    chunk = _empty_chunk(len(batch.records), faults, fault_count)
-    rows = np.zeros(len(conversations), ROW)
-    id_parts: list[npt.NDArray[np.int32]] = []
-    label_parts: list[npt.NDArray[np.int32]] = []
-    count = 0
-    encoded = encoder.encode(conversations)
-    chunk.spelled = encoder.spelled(conversations)
-    for conversation in conversations:
+    """Return the rows of a batch, with what was found in its records."""
+    read = _read_records(batch, shape)
+    chunk = _empty_chunk(len(batch.records), read.faults, read.fault_count)
+    if not tokenise or (read.fault_count and not settings.drop_invalid):
+        return chunk
+    encoded = encoder.encode(read.conversations)
+    chunk.spelled = encoder.spelled(read.conversations)
+    for conversation in read.conversations:
         if conversation.unread:
             chunk.unread.update(conversation.unread)
-    for place, conversation, blob, result in zip(places, conversations, blobs, encoded, strict=True):
+    rows = np.zeros(len(encoded), ROW)
+    id_parts: list[npt.NDArray[np.int32]] = []
+    label_parts: list[npt.NDArray[np.int32]] = []
+    for place, conversation, blob, result in zip(read.places, read.conversations, read.blobs, encoded, strict=True):
         if isinstance(result, Fault):
             chunk.fault_count += 1
             if len(chunk.faults) < FAULTS_SHOWN:
@@ -210,7 +193,6 @@ def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Setti
             chunk.dropped_overlong += 1
             continue
         length = min(full_length, settings.max_length)
-        ids, labels = result.ids[:length], result.label_array()[:length]
         # The first token is never predicted, so a label there does not count.
         labelled = sum(min(end, length) - max(start, 1) for start, end in result.spans if start < length)
         if labelled <= 0:
@@ -218,26 +200,61 @@ def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Setti
             continue
         if result.conversation is not conversation:
             blob = serialise(result.conversation)
-        flags = (
-            TRUNCATED * overlong
-            | TWO_USER_TURNS * result.conversation.two_user_turns
-            | MISMATCH * result.boundary_mismatch
-            | FOLDED * result.folded_system
-            | CONTROL * result.control_tokens
-            | ANSWERS * any(message["role"] == "assistant" for message in result.conversation.messages[1:])
-            | STOP_NUMBER * encoder.ends_in_stop_number(result.conversation)
-            | TURNS_AS_TEXT * result.conversation.has_turns_as_text
-        )
         row_hash = int.from_bytes(hashlib.blake2b(blob, digest_size=8).digest(), "little")
-        rows[count] = (row_hash, length, labelled, full_length, flags)
-        count += 1
-        id_parts.append(ids)
-        label_parts.append(labels)
+        flags = _flags_of(result, encoder) | TRUNCATED * overlong
+        rows[len(id_parts)] = (row_hash, length, labelled, full_length, flags)
+        id_parts.append(result.ids[:length])
+        label_parts.append(result.label_array()[:length])
         chunk.conversations.append(blob)
-    chunk.rows = rows[:count]
+    chunk.rows = rows[: len(id_parts)]
     if id_parts:
         chunk.ids, chunk.labels = np.concatenate(id_parts), np.concatenate(label_parts)
     return chunk
+
+
+class _ReadRecords(NamedTuple):
+    """The records of a batch that could be read, their places in it, and the faults of the others."""
+
+    conversations: list[Conversation]
+    blobs: list[bytes]
+    places: list[int]
+    faults: list[str]
+    fault_count: int
+
+
+def _read_records(batch: Batch, shape: Shape) -> _ReadRecords:
+    conversations: list[Conversation] = []
+    blobs: list[bytes] = []
+    places: list[int] = []
+    faults: list[str] = []
+    fault_count = 0
+    for index, record in enumerate(batch.records):
+        try:
+            conversation = shape.read(record)
+            blob = serialise(conversation)
+        except Fault as error:
+            fault_count += 1
+            if len(faults) < FAULTS_SHOWN:
+                faults.append(error.at(batch.where(index)))
+            continue
+        conversations.append(conversation)
+        blobs.append(blob)
+        places.append(index)
+    return _ReadRecords(conversations, blobs, places, faults, fault_count)
+
+
+def _flags_of(result: Encoded, encoder: Encoder) -> int:
+    """Return what is to be counted of a row, but for its length."""
+    conversation = result.conversation
+    return (
+        TWO_USER_TURNS * conversation.two_user_turns
+        | MISMATCH * result.boundary_mismatch
+        | FOLDED * result.folded_system
+        | CONTROL * result.control_tokens
+        | ANSWERS * any(message["role"] == "assistant" for message in conversation.messages[1:])
+        | STOP_NUMBER * encoder.ends_in_stop_number(conversation)
+        | TURNS_AS_TEXT * conversation.has_turns_as_text
+    )
 
 
 def _empty_chunk(records: int, faults: list[str], fault_count: int) -> Chunk:

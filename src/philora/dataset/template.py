@@ -1,23 +1,14 @@
-"""Conversations become tokens and labels; the mask is proved by rendering.
+"""Turn conversations into tokens and labels.
 
-For every assistant turn i, the rendering of the turns before it with the generation prompt must be the beginning of
-the complete rendering: what follows is what the model has to write, up to and with the first stop token. No marker
-string is searched for, so any template that is consistent works and one that is not is refused.
-
-Most templates put literal text around the contents, so the proof is made once for a sequence of roles, on contents
-that cannot be mistaken, and gives a `_Plan`: the literal pieces between contents. A conversation then needs one
-rendering: if it equals the pieces and its contents joined, all places are known; if not (a template that trims or
-rewrites), the full proof is made for this conversation.
-
-The proof itself costs a time linear in the turns. The text that a template writes between one answer and the next is
-learned once for each order of roles that stands there, from a rendering with marks. Where it is found again, the answer
-begins behind it; prefixes are rendered for the answers number 1, 2, 4, 8, ... and the last, and wherever the text is
-another.
+Where the assistant turns of a rendering are is proved by `turn_proof`. Most templates put literal text around the
+contents, so the proof is made once for a sequence of roles, on contents that cannot be mistaken, and gives a `_Plan`:
+the literal pieces between contents. A conversation then needs one rendering: if it equals the pieces and its contents
+joined, all places are known; if not (a template that trims or rewrites), this conversation is proved by itself.
 
 Characters become tokens through the offsets of one tokenisation of the complete rendering. Offsets cost a third of
-the tokenizer's time, and with templates such as Phi's they say nothing new: where an added token stands right before
-each answer and the stop token right behind, the added tokens of the plan, found in their order and no other, are the
-places. A text with any other added token in it takes the way over offsets.
+the tokenizer's time, and with templates such as Phi's they add nothing: where an added token stands right before
+each answer and the stop token right after it, the added tokens of the plan, found in their order and no other, are the
+places. A text with any other added token in it is located by its offsets.
 """
 
 from __future__ import annotations
@@ -36,12 +27,12 @@ from philora.dataset.arrangement import (
     TEMPLATE_ERRORS,
     TOOLS_LEFT_OUT,
     Arrangement,
-    function_names,
     split_tools,
     tools_not_shown,
 )
 from philora.dataset.records import Fault
 from philora.dataset.shapes import Conversation, Message
+from philora.dataset.turn_proof import TemplateFault, Turn, TurnProof, common_length
 from philora.errors import DataError, fault
 
 FOREIGN_CONTROLS = (
@@ -102,16 +93,6 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """One assistant turn in the complete rendering, in characters: content from `start` to `end`, then a stop token."""
-
-    message: int
-    start: int
-    end: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Plan:
     """Literal text around the contents of one sequence of roles.
 
@@ -148,10 +129,6 @@ class _Chat:
     given: Conversation
 
 
-class TemplateFault(DataError):
-    """The chat template itself cannot be trained with; no record is to blame."""
-
-
 class Encoder:
     """Tokenises conversations for one tokenizer, its chat template, and the stop tokens of the model.
 
@@ -180,14 +157,13 @@ class Encoder:
         # Shorter numbers end too many answers to be told from them.
         numbers = "|".join(str(index) for index in self._stop_ids if index >= 1000)
         self._stop_number = re.compile(rf"(?<!\d)(?:{numbers or '(?!)'})\s*\Z")
-        self._stop_pattern = re.compile("|".join(map(re.escape, sorted(self.stops, key=len, reverse=True))))
+        self.proof = TurnProof(tokenizer, self.arrangement, list(self.stops))
         self._control_pattern = re.compile("|".join(map(re.escape, sorted(self.added.values(), key=len, reverse=True))))
         self._control_starts = {text[0] for text in self.added.values() if text}
         self._is_added = np.zeros(max([self.backend.get_vocab_size(with_added_tokens=True) - 1, *self.added]) + 1, bool)
         self._is_added[list(self.added)] = True
         self._plans: dict[tuple[str, ...], _Plan | None] = {}
         self._tails: dict[str, list[int]] = {}
-        self._opening: tuple[str, str] | None = None
 
     def spelled(self, conversations: Sequence[Conversation]) -> Counter[str]:
         """Control texts that are written out in messages: how many conversations have each.
@@ -218,147 +194,6 @@ class Encoder:
         """Return whether the last turn ends in the number of a stop token, as by `eos_token_id` for `eos_token`."""
         return self._stop_number.search(conversation.messages[-1]["content"][-32:]) is not None
 
-    # ------------------------------------------------------------------------------------------------ rendering
-
-    def render(self, messages: list[Message], *, tools: list[Any] | None = None, generation: bool = False) -> str:
-        """The text of the chat template.
-
-        Raises:
-            Fault: the template refuses these messages.
-            TemplateFault: there is no template.
-        """
-        if self.tokenizer.chat_template is None:
-            raise TemplateFault(
-                fault(
-                    "tokenizer",
-                    "chat_template",
-                    None,
-                    "a chat template for records with turns",
-                    "Use an instruct model, or records with the field text",
-                )
-            )
-        try:
-            text = self.arrangement.render(messages, tools=tools, generation=generation)
-        except TEMPLATE_ERRORS as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise Fault("roles", roles, f"turns that the chat template renders, but it says: {error}") from error
-        return text
-
-    def _prove(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, list[_Turn]]:
-        """Render a conversation and find each assistant turn in it, as the beginning of this module says."""
-        text = self.render(messages, tools=tools)
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        headers: dict[Any, tuple[str, ...]] = {}
-        turns: list[_Turn] = []
-        after = first = 0  # the end of the answer before, and the message behind it
-        stop_is_proved = True
-        for number, index in enumerate(answers, start=1):
-            message, between = messages[index], messages[first:index]
-            key = (first == 0, tuple([(item["role"], len(item)) for item in between]))
-            start = _behind(text, after, headers[key], between) if key in headers else None
-            exact = number & (number - 1) == 0 or index == answers[-1]
-            if start is None and not stop_is_proved:
-                after = self._stop_end(text, messages, turns, tools)
-            if index == 0:
-                start = self._opening_length(text, message["content"])
-            elif start is None or exact:
-                start = self._answer_start(text, messages, index, tools)
-                if key not in headers:
-                    headers[key] = self._header(text[:after], messages, first, index, tools)
-            end = _content_end(text, start, message, index)
-            stop = self._stop_pattern.search(text, end)
-            turns.append(_Turn(index, start, end, stop.start() if stop else end))
-            stop_is_proved = exact or stop is None
-            after = self._stop_end(text, messages, turns, tools) if stop_is_proved or stop is None else stop.end()
-            self._check_answer(text, turns[-1], message)
-            first = index + 1
-        self._check_shown(text, after, messages, first, tools)
-        return text, turns
-
-    def _answer_start(self, text: str, messages: list[Message], index: int, tools: list[Any] | None) -> int:
-        """Return where an answer begins: behind what stands before it, rendered alone."""
-        prefix = self.render(messages[:index], tools=tools, generation=True)
-        if not text.startswith(prefix):
-            raise TemplateFault(_inconsistent(text, prefix, index))
-        return len(prefix)
-
-    def _header(
-        self, before: str, messages: list[Message], first: int, index: int, tools: list[Any] | None
-    ) -> tuple[str, ...]:
-        """The text around the contents of the turns between two answers, the second one's header included."""
-        marks = [f"zq{place}qz" for place in range(first, index)]
-        marked = [{**item, "content": mark} for item, mark in zip(messages[first:index], marks, strict=True)]
-        rest = self.render([*messages[:first], *marked], tools=tools, generation=True)
-        rest = rest[len(before) :] if rest.startswith(before) else rest
-        pieces: list[str] = []
-        for message, mark in zip(messages[first:index], marks, strict=True):
-            piece, found, behind = rest.partition(mark)
-            if not found and message["content"].strip():
-                raise _left_out(messages, first + len(pieces))
-            pieces.append(piece if found else "")
-            rest = behind if found else rest
-        return (*pieces, rest)
-
-    def _stop_end(self, text: str, messages: list[Message], turns: list[_Turn], tools: list[Any] | None) -> int:
-        """Prove the stop token of the last turn found: it stands there before anything follows. Gives its end."""
-        turn = turns[-1]
-        upto = text
-        if turn.message + 1 < len(messages):
-            upto = self.render(messages[: turn.message + 1], tools=tools)
-        limit = _common_length(text, upto, turn.end)
-        stop = self._stop_pattern.search(text, turn.end, limit)
-        if stop is None:
-            raise TemplateFault(
-                fault(
-                    "tokenizer",
-                    "chat_template",
-                    text[turn.end : max(limit, turn.end + 20)],
-                    f"a stop token ({', '.join(self.stops)}) behind the answer of turn {turn.message}",
-                    "A model trained this way never learns to stop: use the template of the model, or add the "
-                    "token that its template writes there to the stop tokens",
-                )
-            )
-        turns[-1] = _Turn(turn.message, turn.start, turn.end, stop.start())
-        return stop.end()
-
-    def _check_answer(self, text: str, turn: _Turn, message: Message) -> None:
-        """Refuse an answer of which the template shows nothing, or not its tool calls."""
-        shown = text[turn.start : turn.stop]
-        calls = message.get("tool_calls")
-        lost = [name for name in function_names(calls or ()) if name not in shown]
-        if lost or not shown.strip():
-            raise Fault(
-                f"turn {turn.message}",
-                f"tool_calls of {', '.join(lost)}" if lost else message["content"],
-                "an answer that the chat template shows",
-                "This model's template leaves tool calls out, so an answer without them would be learned: write the "
-                "calls into the content, use a model whose template shows them, or remove the record",
-            )
-
-    def _check_shown(self, text: str, after: int, messages: list[Message], first: int, tools: list[Any] | None) -> None:
-        """Refuse turns behind the last answer that the template leaves out."""
-        for index in range(first, len(messages)):
-            content = messages[index]["content"].strip()
-            if not content or content in text[after:]:
-                continue
-            mark = f"zq{index}qz"
-            marked = [*messages[:index], {**messages[index], "content": mark}, *messages[index + 1 :]]
-            if mark not in self.render(marked, tools=tools):
-                raise _left_out(messages, index)
-
-    def _opening_length(self, text: str, content: str) -> int:
-        """Return where the content of an assistant turn begins that nothing precedes; templates render no list."""
-        if self._opening is None:
-            probe = [{"role": "user", "content": "zq0qz"}]
-            self._opening = (self.render(probe, generation=True), str(self.tokenizer.bos_token or ""))
-        prompt, bos = self._opening
-        start = text.find(content.strip())
-        before = text[: max(start, 0)]
-        before = before.removeprefix(bos) if bos else before
-        if start < 0 or not prompt.endswith(before):
-            raise TemplateFault(_inconsistent(text, prompt, 0))
-        return start
-
     def _plan(self, roles: tuple[str, ...]) -> _Plan | None:
         """The literal pieces for a sequence of roles; None when this template does more than joining."""
         if roles in self._plans:
@@ -366,7 +201,7 @@ class Encoder:
         marks = [f"zq{index}qz" for index in range(len(roles))]
         plan: _Plan | None = None
         try:
-            text, turns = self._prove(
+            text, turns = self.proof.locate(
                 [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
             )
         except (Fault, TemplateFault):
@@ -377,7 +212,7 @@ class Encoder:
             self._plans[roles] = plan
         return plan
 
-    def _plan_of(self, text: str, turns: list[_Turn], pieces: list[str], marks: list[str]) -> _Plan | None:
+    def _plan_of(self, text: str, turns: list[Turn], pieces: list[str], marks: list[str]) -> _Plan | None:
         places = np.cumsum([len(piece) for piece in pieces[:-1]])
         places[1:] += np.cumsum([len(mark) for mark in marks[:-1]])
         if any(turn.start != places[turn.message] for turn in turns):
@@ -505,7 +340,7 @@ class Encoder:
         return left
 
     def _encode_by_offsets(self, chats: list[tuple[_Chat, str]], results: list[Encoded | Fault | None]) -> None:
-        located: list[tuple[_Chat, str, list[_Turn]]] = []
+        located: list[tuple[_Chat, str, list[Turn]]] = []
         for chat, text in chats:
             try:
                 located.append((chat, *self._locate(chat.conversation, text)))
@@ -537,7 +372,7 @@ class Encoder:
         rendered: list[str | None] = []
         for chat in chats:
             try:
-                rendered.append(self.render(chat.conversation.messages, tools=chat.conversation.tools))
+                rendered.append(self.proof.render(chat.conversation.messages, tools=chat.conversation.tools))
             except Fault as error:
                 results[chat.place] = error
                 rendered.append(None)
@@ -552,22 +387,22 @@ class Encoder:
             return None
         return plan
 
-    def _locate(self, conversation: Conversation, text: str) -> tuple[str, list[_Turn]]:
+    def _locate(self, conversation: Conversation, text: str) -> tuple[str, list[Turn]]:
         """The assistant turns of a rendering: by the plan of its roles if it applies, else by the full proof."""
         plan = self._plan_for(conversation, text)
         if plan is None:
-            return self._prove(conversation.messages, conversation.tools)
-        turns: list[_Turn] = []
+            return self.proof.locate(conversation.messages, conversation.tools)
+        turns: list[Turn] = []
         position = 0
         for index, message in enumerate(conversation.messages):
             position += len(plan.pieces[index])
             end = position + len(message["content"])
             if index in plan.answers:
-                turns.append(_Turn(index, position, end, end + plan.stops[len(turns)]))
+                turns.append(Turn(index, position, end, end + plan.stops[len(turns)]))
             position = end
         return text, turns
 
-    def _token_span(self, encoding: Any, ids: list[int], turn: _Turn) -> tuple[int, int]:
+    def _token_span(self, encoding: Any, ids: list[int], turn: Turn) -> tuple[int, int]:
         """Token range of a turn: from the first token that begins in its content to its stop token, inclusive."""
         first = _first_token_from(encoding, turn.start)
         stop = encoding.char_to_token(turn.stop)
@@ -695,7 +530,7 @@ def _texts_by_prefix(decode: Any, ids: list[int], whole: str) -> list[str]:
     done = 0
     for index in range(len(ids)):
         part = decode(ids[: index + 1])
-        length = len(whole) if index + 1 == len(ids) else _common_length(whole, part, 0)
+        length = len(whole) if index + 1 == len(ids) else common_length(whole, part, 0)
         texts.append(whole[done : max(done, length)])
         done = max(done, length)
     return texts
@@ -737,32 +572,6 @@ def _first_token_from(encoding: Any, start: int) -> int:
     return int(place)
 
 
-def _behind(text: str, position: int, pieces: tuple[str, ...], messages: list[Message]) -> int | None:
-    """Return where the text continues after these pieces with the contents between; None where it differs."""
-    if not text.startswith(pieces[0], position):
-        return None
-    position += len(pieces[0])
-    for message, piece in zip(messages, pieces[1:], strict=True):
-        content = message["content"]
-        for form in (content, content.strip(), content.lstrip(), content.rstrip()):
-            if text.startswith(form, position) and text.startswith(piece, position + len(form)):
-                position += len(form) + len(piece)
-                break
-        else:
-            return None
-    return position
-
-
-def _left_out(messages: list[Message], index: int) -> Fault:
-    role = messages[index]["role"]
-    return Fault(
-        f"turn {index}",
-        messages[index]["content"],
-        f"a turn that the chat template shows, but it leaves out what the role {role} says",
-        "Use a model whose template knows this role, write the turn as one of the user, or remove the record",
-    )
-
-
 def tools_left_out(text: str, conversation: Conversation) -> Fault | None:
     """Return the fault of a rendering that shows not all of the conversation's tool descriptions."""
     messages = () if conversation.is_plain else conversation.messages
@@ -776,45 +585,3 @@ def _unshown(text: str, conversation: Conversation) -> tuple[str, ...]:
         for key in _READ_KEYS
     }
     return tuple(f"{key} of turns" for key, item in values.items() if any(value not in text for value in item))
-
-
-def _content_end(text: str, start: int, message: Message, index: int) -> int:
-    content = message["content"]
-    for form in (content, content.strip(), content.lstrip(), content.rstrip()):
-        if form and text.startswith(form, start):
-            return start + len(form)
-    if message.get("tool_calls") or message.get("reasoning_content") or message.get("thinking"):
-        # The template arranges these its own way; the answer ends at the first stop token.
-        found = text.find(content.strip(), start) if content.strip() else start
-        return found + len(content.strip()) if found >= 0 else start
-    raise Fault(
-        f"turn {index}",
-        text[start : start + 60],
-        "the content of this turn right behind the generation prompt",
-        "The chat template rewrites this answer: remove what it treats in a special way (such as <think> parts), or "
-        "use a template that keeps every answer",
-    )
-
-
-def _common_length(text: str, other: str, start: int) -> int:
-    """Length of the common beginning of two texts that agree up to `start`."""
-    if text.startswith(other):
-        return len(other)
-    length = start
-    for first, second in zip(text[start:], other[start:], strict=False):
-        if first != second:
-            break
-        length += 1
-    return length
-
-
-def _inconsistent(text: str, prefix: str, index: int) -> str:
-    at = _common_length(text, prefix, 0)
-    return fault(
-        "tokenizer",
-        "chat_template",
-        f"{text[max(0, at - 20) : at + 20]} / {prefix[max(0, at - 20) : at + 20]}",
-        f"the turns before turn {index}, rendered with the generation prompt, as the beginning of the conversation",
-        "This template renders a turn differently once others follow, so its answers cannot be told from the prompt: "
-        "use a template that renders each turn the same wherever it stands",
-    )

@@ -14,6 +14,7 @@ from philora.dataset import IGNORED, Encoder, TemplateFault, encode_conversation
 from philora.dataset.arrangement import with_tools
 from philora.dataset.records import Fault
 from philora.dataset.shapes import Conversation
+from philora.dataset.turn_proof import TurnProof
 from philora.errors import DataError
 from philora.generation.batches import prompt_tokens
 
@@ -260,7 +261,7 @@ def test_one_rendering_a_conversation_is_enough(tokenizers, monkeypatch):
     chats = [Conversation(chat("q", f"answer {index}", "r", "s")) for index in range(50)]
     encoder.encode(chats[:1])
     calls = []
-    monkeypatch.setattr(Encoder, "render", lambda self, *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(TurnProof, "render", lambda self, *args, **kwargs: calls.append(args))
     encoder.encode(chats)
     assert calls == []
 

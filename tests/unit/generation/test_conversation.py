@@ -26,8 +26,8 @@ from philora.generation.conversation import (
     name_of,
 )
 from philora.models.loading import load_tokenizer
-from tests.conftest import COLOURS
 from tests.adapters_of_nano import NANO
+from tests.conftest import COLOURS
 
 QUESTIONS = ["Who are you?", "What is a run folder?", "How do I go on after Ctrl-C?"]
 
