@@ -57,6 +57,7 @@ def without_wandb() -> Iterator[None]:
 
 with without_wandb():
     import trl
+    from trl import SFTTrainer  # TRL imports its parts when they are first named
     from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 _NO_METRICS = "TRL's metrics are counted by its compute_loss and logged by its log, with nothing in between"
@@ -73,7 +74,7 @@ PRIVATE = (
 )
 
 
-class SFTTrainerHooks(TrainerHooks, trl.SFTTrainer):  # type: ignore[misc]
+class SFTTrainerHooks(TrainerHooks, SFTTrainer):  # type: ignore[misc]
     """`trl.SFTTrainer` with the hooks of `TrainerHooks`, and with public names for its metrics."""
 
     _total_train_tokens: Any

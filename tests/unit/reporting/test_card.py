@@ -10,7 +10,7 @@ import pytest
 from philora.configuration.config import load_config
 from philora.files.checkpoint import whole_folder
 from philora.reporting.card import model_card
-from philora.training.run import logging_steps
+from philora.training.run_arguments import logging_steps
 from tests.unit.reporting.test_report import evaluated, make_run, results
 
 
