@@ -59,6 +59,7 @@ def test_merge(adapter, tmp_path, cli):
     assert "empty" in again.err
 
 
+@pytest.mark.slow
 def test_gguf_and_ollama(adapter, tmp_path, cli):
     run, _ = adapter
     done = cli("export", run, "--format", "ollama", "--dtype", "q8_0", "--out", tmp_path / "out")

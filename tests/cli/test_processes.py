@@ -147,6 +147,7 @@ def test_two_processes_train_as_one(both):
     assert kept == ["checkpoint-2", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_another_share_shows(both, tmp_path):
     """The comparison of losses can fail: a step of half as many rows has others."""
     folder, _, _ = both

@@ -130,6 +130,7 @@ def test_other_runs_go_on_exactly_too(model, tmp_path, changes):
     assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
 
 
+@pytest.mark.slow
 def test_bf16_and_early_stopping_go_on_exactly(model, tmp_path):
     changes = {
         "dtype": "bfloat16", "early_stopping_patience": 2, "eval_steps": 1, "save_steps": 1, "learning_rate": 1e-7,
@@ -225,6 +226,7 @@ def test_a_signal_saves_the_step_whenever_it_comes(model, whole, tmp_path, event
     assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, STEPS])  # in the middle of training, and at its end
 def test_a_signal_ends_an_evaluation_which_is_made_again(model, whole, tmp_path, step):
     folder, seen = tmp_path / "run", []
@@ -244,6 +246,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_again(model, whole, tmp_path,
     assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
 
 
+@pytest.mark.slow
 def test_the_end_of_an_epoch_is_made_up_for(model, tmp_path):
     """Each step is saved before its epoch ends; there, and only there, this run logs and evaluates."""
     by_epoch = {"eval_strategy": "epoch", "logging_strategy": "epoch", "eval_steps": None}

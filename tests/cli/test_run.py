@@ -101,6 +101,7 @@ def test_the_written_configuration_is_the_same_run(whole):
     assert load_config(again.to_dict()) == again
 
 
+@pytest.mark.slow
 def test_resume_goes_on_and_equals_the_whole_run(cli, config, tmp_path):
     path = config(training_config__save_steps=2)
     assert cli("train", path).code == 0
@@ -127,6 +128,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, config, tmp_path):
     assert "checkpoint-4 is passed over: adapter_model.safetensors has 100 bytes" in " ".join(answer.err.split())
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_is_refused_unless_forced(cli, config, tmp_path):
     path = config()
     assert cli("train", path).code == 0
@@ -148,6 +150,7 @@ def test_a_run_may_start_from_an_adapter(cli, config, whole, tmp_path):
     assert second["coverage"] == first["coverage"]
 
 
+@pytest.mark.slow
 def test_whole_modules_and_dora_train_beside_a_bf16_base(cli, config, tmp_path):
     path = config(
         model={"name_or_path": "nano", "dtype": "bfloat16"},
@@ -186,6 +189,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(cli, config, tmp_p
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_small_data_gets_more_than_a_handful_of_steps(cli, config, jsonl, tmp_path):
     turns = [("user", "What is {n} and one?"), ("assistant", "It is more than {n}.")]
     rows = [{"messages": [{"role": role, "content": text.format(n=n)} for role, text in turns]} for n in range(20)]
@@ -211,6 +215,7 @@ def wait_for(condition, seconds=120):
     raise AssertionError("waited too long")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_resume(config, tmp_path, number):
     path = config(training_config__max_steps=2000, training_config__save_steps=5000)
@@ -249,6 +254,7 @@ def can_mount():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="needs a user namespace that may mount a small file system")
 def test_a_full_disk_harms_nothing(config, tmp_path):
     small = tmp_path / "small"

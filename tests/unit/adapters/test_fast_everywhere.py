@@ -214,6 +214,7 @@ def losses_of_a_run(folder, **changes):
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_run_from_a_configuration(tmp_path, monkeypatch):
     monkeypatch.setenv("PHILORA_FUSED", "0")
     with counted() as counts:
@@ -296,6 +297,7 @@ def test_two_processes_by_hand(shared, plain, way, label_head):
     assert enough(found["counts"], parts, PASSES // 2), found["counts"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_head", [False, True], ids=["model's loss", "trainer's loss"])
 def test_two_processes_in_bf16(shared, plain, label_head):
     found = result_of(shared, "fsdp2-bf16", label_head)

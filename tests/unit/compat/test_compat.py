@@ -40,6 +40,7 @@ def test_trl_imports_wandb_and_leaves_folders(tmp_path):
     assert in_a_process("", tmp_path, before="import trl; trl.SFTTrainer"), "the test above can fail"
 
 
+@pytest.mark.slow
 def test_wandb_is_there_for_a_run_that_reports_to_it(tmp_path):
     code = """
 import transformers, transformers.integrations, accelerate.utils

@@ -76,6 +76,7 @@ def relative(got, want):
     return float((got - want).norm() / want.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", MEMBERS)
 def test_both_layouts_compute_what_was_trained(member, saved, pair, tmp_path):
     folder = saved(member)
@@ -188,6 +189,7 @@ def test_from_a_loralib_file(saved, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["merged", "base+adapter"])
 def test_over_a_quantised_base_it_is_the_dequantised_one(layout, saved, tmp_path):
     """An adapter that was trained over nf4 corrects what nf4 did: it belongs to those weights."""

@@ -799,6 +799,7 @@ def can_mount():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="needs a user namespace that may mount a small file system")
 def test_a_full_disk_leaves_nothing(case, tmp_path):
     base, adapter = case("slices")
@@ -898,6 +899,7 @@ def test_memory_is_bounded_by_a_shard_and_a_weight(large, tmp_path):
     assert one.keys() == two.keys()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_under_the_final_name(large, tmp_path):
     out = tmp_path / "out"
     code = "import sys, philora; philora.merge_to_folder(*sys.argv[1:3], base=sys.argv[3])"

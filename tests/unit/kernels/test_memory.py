@@ -56,6 +56,7 @@ print(int(subprocess.run([sys.executable, "-c", {PEAK!r}], capture_output=True, 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as Linux counts")
 def test_the_peak_is_this_processs_own():
     """Linux hands ru_maxrss on to a process that is started; the large parent is the negative control."""
@@ -84,6 +85,7 @@ print(kept - begun, held() - begun)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 def test_what_was_kept_is_given_back():
     shown = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True).stdout

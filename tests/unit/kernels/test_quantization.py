@@ -374,6 +374,7 @@ def test_without_bitsandbytes(folder, tmp_path, monkeypatch):
         load_config({"data": {"train": "helpdesk"}}, ["training_config.optim=paged_adamw_8bit"])
 
 
+@pytest.mark.slow
 def test_the_notice_of_an_optional_kernel_is_not_shown():
     command = [sys.executable, "-c", "import philora; from philora import adapters; import bitsandbytes"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -569,6 +570,7 @@ def run_config(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_run_keeps_fp32_adapters_resumes_and_merges(run_config, tmp_path):
     whole = philora.train(run_config("whole"))
     saved = load_file(whole.adapter / "adapter_model.safetensors")
@@ -588,6 +590,7 @@ def test_a_run_keeps_fp32_adapters_resumes_and_merges(run_config, tmp_path):
     assert result.agreement.relative < MERGED_BF16
 
 
+@pytest.mark.slow
 def test_an_adapter_that_a_run_starts_from_is_not_rounded(run_config, tmp_path, folder):
     base = load_model(ModelConfig(name_or_path="nano", quantization="nf4", dtype="bfloat16"))
     trained(base, target_modules=["q_proj"]).save_pretrained(tmp_path / "first")

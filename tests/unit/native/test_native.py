@@ -148,6 +148,7 @@ def test_it_is_compiled_once_into_the_users_cache(tmp_path):
     assert sorted(each.suffix for each in (tmp_path / "philora").iterdir()) in ([".so"], [".products", ".so"])
 
 
+@pytest.mark.slow
 def test_what_others_may_write_to_is_not_loaded(tmp_path):
     run(ASK, XDG_CACHE_HOME=str(tmp_path))
     (library,) = (tmp_path / "philora").glob("native-*.so")

@@ -39,6 +39,7 @@ def run(folder, quiet):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_script_shows_plan_losses_and_result(tmp_path):
     done = run(tmp_path / "run", quiet=False)
     said = done.stderr

@@ -144,6 +144,7 @@ def logits_of(files, folder):
         return AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=torch.tensor([[1, 300, 400]])).logits
 
 
+@pytest.mark.slow
 def test_a_merged_model_and_an_adapter_are_never_loaded_together(hub, run, tmp_path):
     push(run, "me/both")
     with pytest.raises(ConfigError, match=r"repo_id='me/both' - expected a repository without an adapter.*--replace"):
@@ -323,6 +324,7 @@ def test_only_peft_folders(tmp_path, hub):
 # ---------------------------------------------------------------------------------- the command, and a run
 
 
+@pytest.mark.slow
 def test_the_command(hub, run, tmp_path):
     """A real process, with the token and the Hub's address in the environment."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
@@ -357,6 +359,7 @@ def settings_of(tmp_path, **training):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_pushes_its_adapter(hub, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     settings = settings_of(tmp_path, hub_token=TOKEN, hub_private_repo=True)

@@ -91,6 +91,7 @@ print("unchanged")
 """
 
 
+@pytest.mark.slow
 def test_library_calls_leave_the_process_as_it_is():
     code = SCRIPT + CALLS
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -40,6 +40,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_values_of_any_size_reach_every_process():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -137,6 +137,7 @@ def test_words_are_not_broken_at_the_edge():
     assert "".join(written).splitlines() == ["漢字漢字漢", "字漢字漢字", "漢字"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_what_is_typed_while_an_answer_comes_is_neither_shown_nor_sent():
     program = (
