@@ -166,7 +166,7 @@ TOOL_ROW = {
     "tools": DESCRIBED,
 }
 CHAT = {"messages": [user(Q), assistant(A)]}
-OTHER = {"messages": [user("And then?"), assistant("Go on.")]}
+OTHER = {"messages": [user("And then?"), assistant("Continue.")]}
 THIRD = {"messages": [user("How far?"), assistant("A mile.")]}
 PAIR = {"prompt": Q, "completion": A}
 ASKED = {"question": Q, "answer": A}
@@ -481,9 +481,9 @@ def layout_kinds() -> Iterator[Kind]:
         (raw("data.jsonl", b'{"prompt": "a", "completion": "b", "completion": "c"}\n', "b"),),
         refused="names that stand once in a JSON object",
     )
-    yield Kind("JSON, a list", (document([CHAT, OTHER], [CHAT, OTHER]),), (A, "Go on."))
+    yield Kind("JSON, a list", (document([CHAT, OTHER], [CHAT, OTHER]),), (A, "Continue."))
     both = json.dumps(CHAT, indent=2) + "\n" + json.dumps(OTHER, indent=2) + "\n"
-    yield Kind("JSON, objects one after another", (File("data.json", [CHAT, OTHER], both.encode()),), (A, "Go on."))
+    yield Kind("JSON, objects one after another", (File("data.json", [CHAT, OTHER], both.encode()),), (A, "Continue."))
     yield Kind(
         "JSON, a list in an object",
         (document({"version": "3", "data": [CHAT]}, [CHAT, {"version": "3"}]),),
@@ -538,7 +538,7 @@ def folder_kinds() -> Iterator[Kind]:
     yield Kind(
         "the same, `split` given",
         files,
-        ("Go on.",),
+        ("Continue.",),
         ("split train (train.jsonl)", "files in no split (more.jsonl)"),
         settings={"split": "validation"},
         folder=True,
@@ -558,7 +558,7 @@ def folder_kinds() -> Iterator[Kind]:
     yield Kind(
         "a folder with notes",
         (jsonl(CHAT, name="a.jsonl"), jsonl(OTHER, name="sub/b.jsonl"), raw("notes.md", b"by Ann", "by Ann")),
-        (A, "Go on."),
+        (A, "Continue."),
         ("files of other kinds (notes.md)",),
         folder=True,
     )
@@ -568,7 +568,7 @@ def folder_kinds() -> Iterator[Kind]:
     yield Kind(
         "a folder with subsets, one given",
         subsets,
-        ("Go on.",),
+        ("Continue.",),
         ("files in no split (easy/a.jsonl)",),
         settings={"subset": "hard"},
         folder=True,

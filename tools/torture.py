@@ -250,7 +250,7 @@ def kills(count: int, saving: int, work: Path, chance: random.Random) -> dict[st
             resume = (folder / "config.yaml").exists()
             code = ended(forked(lambda s=settings, r=resume, n=notes: run(s, r, n), notes))
             said = notes.read_text() if notes.exists() else ""
-            each.append(f"{phase}, goes on from step {step}")
+            each.append(f"{phase}, continues from step {step}")
             if code or f"begins {step}\n" not in said:
                 wrong.append(f"{each[-1]}: {said}")
             elif differences(outcome(folder), expected):
@@ -434,7 +434,7 @@ def foreign(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         if newest is None or found is not None:
             wrong.append(f"{turn}: {found}")
         elif damaged and not any(checkpoints.glob(f"passed-over-{newest.name}")):
-            wrong.append(f"{newest.name} was passed over and is gone")
+            wrong.append(f"{newest.name} was passed over and was removed")
         shutil.rmtree(folder, ignore_errors=True)
     return {"number": seen.total(), "seen": dict(seen), "wrong": wrong}
 
@@ -507,7 +507,7 @@ def small_disk(folder: Path, size: int) -> None:
 
 
 def one_disk(model: Path, work: Path, expected: dict[str, str], seed: int, report: Path) -> None:
-    """A run on a file system that another process fills at a random moment; goes on when there is room again."""
+    """A run on a file system that another process fills at a random moment; continues when there is room again."""
     from philora.files.checkpoint import bytes_in, faults_of
 
     chance = random.Random(seed)
@@ -564,7 +564,7 @@ def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         found = json.loads(report.read_text())
         if not found["code"]:
             continue  # it was done before the disk was full
-        named = "room for about" in found["said"] and "--resume" in found["said"]
+        named = "free space for about" in found["said"] and "--resume" in found["said"]
         filled += 1
         if found["torn"] or found["differs"] or not named or not found["checkpoints"]:
             wrong.append(json.dumps({**found, "said": found["said"][-600:]}))

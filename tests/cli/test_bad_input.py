@@ -148,4 +148,4 @@ def test_conversations_in_the_place_of_settings(jsonl):
 
 
 def test_resume_without_a_run(refused, config):
-    refused(config(), r"expected a folder with a run to go on with. Start it without --resume", "--resume")
+    refused(config(), r"expected a folder with a run to resume. Start it without --resume", "--resume")

@@ -214,7 +214,9 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_begin_again(model, whole,
         (each / "optimizer.pt").write_bytes(b"x")
     before = content(folder)
     for resume in (True, "force"):
-        with pytest.raises(ConfigError, match=r"a whole checkpoint; none of its 2 is\. checkpoint-2: optimizer.pt has"):
+        with pytest.raises(
+            ConfigError, match=r"a complete checkpoint; none of its 2 is\. checkpoint-2: optimizer.pt has"
+        ):
             philora.train(short(model, folder), resume=resume)
     assert content(folder) == before
     (folder / "checkpoints").rename(tmp_path / "aside")  # as the message says
@@ -317,10 +319,10 @@ def test_a_signal_in_the_evaluation_on_start_saves_nothing_and_says_so(settings,
 
 
 def test_a_signal_after_a_checkpoint_goes_on(settings, tmp_path):
-    with pytest.raises(Interrupted, match=r"checkpoint-1 is saved .* Go on with: .* --resume") as caught:
+    with pytest.raises(Interrupted, match=r"checkpoint-1 is saved .* Continue with: .* --resume") as caught:
         philora.train(settings, callbacks=[At("step_end", lambda _: stop(signal.SIGINT))])
     assert caught.value.exit_code == 3
-    with pytest.raises(ConfigError, match=r"holds another run. Go on with --resume, or"):
+    with pytest.raises(ConfigError, match=r"holds another run. Continue with --resume, or"):
         philora.train(settings)
     assert philora.train(settings, resume=True).results["throughput"]["steps"] == 2
 
@@ -494,7 +496,7 @@ def test_check_and_train_refuse_the_same_before_the_data_is_prepared(
 
 def test_check_looks_at_the_room_on_the_disk(settings, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(RunError, match=r"room for about [\d,]+ bytes: checkpoints of"):
+    with pytest.raises(RunError, match=r"free space for about [\d,]+ bytes: checkpoints of"):
         preflight(settings)
 
 

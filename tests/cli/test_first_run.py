@@ -80,7 +80,7 @@ def test_training_on_data_gets_a_folder_of_its_own(tickets, cli):
     assert resumed.code == 0, resumed.err
     states = [json.loads((tickets.parent / "runs" / each / "trainer_state.json").read_text()) for each in
               ("tickets", "tickets-2")]  # fmt: skip
-    assert [each["global_step"] for each in states] == [2, 3], "the newest goes on"
+    assert [each["global_step"] for each in states] == [2, 3], "the newest continues"
 
     listed = json.loads(cli("runs", "--json").out)["runs"]
     assert {each["name"]: each["status"] for each in listed} == {"tickets": "done", "tickets-2": "done"}

@@ -302,7 +302,7 @@ def test_when_a_process_is_killed_the_other_ends(tmp_path, victim):
     assert code == 1
     assert sorted(exit_codes(err)) == [-9, 1]
     assert len(said(err)) == 1
-    assert "expected every process to go on, but another one has ended" in said(err)[0]
+    assert "expected every process to continue, but another one has ended" in said(err)[0]
     assert checkpoint.newest_whole(tmp_path / "run" / "checkpoints").folder is not None
 
 
@@ -312,7 +312,7 @@ def test_a_failure_of_one_process_is_one_message(tmp_path, rank):
     launcher = [*START, "tests.scripts.failing_rank", str(rank)]
     code, _, err = finished(launch(tmp_path, settings_of(tmp_path / "run", max_steps=50), launcher=launcher))
     assert code == 1
-    assert said(err) == [f"philora: planted: rank={rank} - expected to go on."]
+    assert said(err) == [f"philora: planted: rank={rank} - expected to continue."]
     assert exit_codes(err) == [1, 1]
     assert err.count("Traceback (most recent call last)") == 1, "torchrun's own"
 

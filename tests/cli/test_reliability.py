@@ -1,4 +1,4 @@
-"""Runs that go on exactly, stop in good order and lose nothing: a model of one narrow layer, about a second a run."""
+"""Runs that resume exactly, stop in good order and lose nothing: a model of one narrow layer, a second a run."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_other_data_and_another_model_are_refused(model, whole, jsonl, tmp_path)
         philora.train(settings, resume=True)
     text = str(caught.value)
     assert "model.model.safetensors=" in text
-    assert "data.rows.train=29 - expected what the run was started with: 30. --resume=force goes on anyway" in text
+    assert "data.rows.train=29 - expected what the run was started with: 30. --resume=force continues anyway" in text
     assert philora.train(settings, resume="force").results["throughput"]["steps"] == 2
 
 
@@ -216,7 +216,7 @@ def test_a_signal_saves_the_step_whenever_it_comes(model, whole, tmp_path, event
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(
-        Interrupted, match=r"SIGTERM: stopped after step (\d+) of 8; checkpoint-\1 .* Go on with: "
+        Interrupted, match=r"SIGTERM: stopped after step (\d+) of 8; checkpoint-\1 .* Continue with: "
     ) as at:
         goes_on(model, folder, resume=False, callbacks=[Listening(event, once)])
     step = int(str(at.value).split("step ")[1].split()[0])
@@ -325,7 +325,7 @@ def test_a_signal_after_training_loses_none_of_it(model, whole, tmp_path, monkey
         return send()() if len(calls) == 2 else evaluate(*given, **more)
 
     monkeypatch.setattr(run_evaluation, "evaluate", second)
-    with pytest.raises(Interrupted, match=r"SIGTERM: stopped after training. Go on with: .* --resume"):
+    with pytest.raises(Interrupted, match=r"SIGTERM: stopped after training. Continue with: .* --resume"):
         goes_on(model, folder, resume=False)
     assert not (folder / "results.json").exists()
     monkeypatch.undo()
@@ -410,7 +410,7 @@ def test_a_step_that_is_not_finite_is_left_out(model, whole, tmp_path, caplog):
     assert all(torch.equal(weights[3][name], weights[5][name]) for name in weights[3])
     assert rates[5] == rates[3] == 3, "the schedule of the learning rate waits"
     assert not all(torch.equal(weights[5][name], weights[6][name]) for name in weights[5])
-    assert result.results["throughput"]["steps"] == STEPS, "the data goes on"
+    assert result.results["throughput"]["steps"] == STEPS, "the data continues"
     assert "step 5 is left out: loss nan, gradient norm nan; 2 in a row, 2 in all" in caplog.text
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [each["nonfinite_steps"] for each in lines if "nonfinite_steps" in each] == [1, 2, 2]
@@ -437,7 +437,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_examples(model, tmp_path):
     saved = checkpoint.read_peft_tensors(newest)
     assert newest.name == "checkpoint-4"
     assert saved
-    with pytest.raises(NonFiniteError):  # the counters go on too: one more is one too many
+    with pytest.raises(NonFiniteError):  # the counters continue too: one more is one too many
         goes_on(model, folder, callbacks=[spoil({5})], max_nonfinite_steps=2)
 
 
@@ -455,7 +455,7 @@ def test_a_loss_that_jumps_is_reported_once():
     again.restore(json.loads(json.dumps(watch.state())))
     assert watch.spike(5.0) == pytest.approx(2.02)
     assert again.spike(5.0) == pytest.approx(2.02)
-    assert watch.spike(5.0) is None, "it goes on, and was said"
+    assert watch.spike(5.0) is None, "it continues, and was said"
     assert watch.spike(2.0) is None
     assert watch.spikes == 1
 
@@ -558,7 +558,9 @@ def test_an_error_about_another_error_says_that_a_disk_is_full():
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(model, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(RunError, match=r"room for about [\d,]+ bytes: checkpoints of [\d,]+ bytes.* Free [\d,]+ bytes"):
+    with pytest.raises(
+        RunError, match=r"free space for about [\d,]+ bytes: checkpoints of [\d,]+ bytes.* Free [\d,]+ bytes"
+    ):
         philora.train(settings_of(model, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -571,7 +573,9 @@ def test_room_is_looked_for_before_each_checkpoint(model, tmp_path, monkeypatch)
         if state.global_step == 2:
             monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
 
-    with pytest.raises(RunError, match=r"checkpoint-3' - expected room for about [\d,]+ bytes.*1,000 bytes are free"):
+    with pytest.raises(
+        RunError, match=r"checkpoint-3' - expected free space for about [\d,]+ bytes.*1,000 bytes are free"
+    ):
         goes_on(model, tmp_path / "run", resume=False, callbacks=[Listening("save", fills)])
     assert len(written) == 2, "nothing was written of the third"
     assert checkpoint.newest_whole(tmp_path / "run" / "checkpoints").folder.name == "checkpoint-2"

@@ -273,7 +273,7 @@ def test_a_full_disk_harms_nothing(config, tmp_path):
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "No space left" in done.stderr
-    assert re.search(r"room for about [\d,]+ bytes", done.stderr)
+    assert re.search(r"free space for about [\d,]+ bytes", done.stderr)
     assert "--resume" in done.stderr
     checkpoints = list((kept / "checkpoints").glob("checkpoint-*"))
     assert checkpoints

@@ -181,16 +181,18 @@ def test_a_run_that_has_not_ended_is_used_by_its_newest_checkpoint(cli, project)
     Path("prompts.txt").write_text("Say 4.\n")
     done = cli("generate", run, "--prompts", "prompts.txt", "--max-new-tokens", "2")
     assert done.code == 0, done.err
-    notice = f"{run} has not ended: its newest whole checkpoint checkpoint-9 is used; philora train {run} --resume"
+    notice = f"{run} has not ended: its newest complete checkpoint checkpoint-9 is used; philora train {run} --resume"
     assert done.err.count(notice) == 1
     refused = cli("push", run, "me/first", "--dry-run")
     assert refused.code == 2
-    assert f"--resume; or name its newest whole checkpoint: {run / 'checkpoints' / 'checkpoint-9'}" in refused.err
+    assert f"--resume; or name its newest complete checkpoint: {run / 'checkpoints' / 'checkpoint-9'}" in refused.err
     assert cli("push", run / "checkpoints" / "checkpoint-9", "me/first", "--dry-run").code == 0
     shutil.rmtree(run / "checkpoints")
     none = cli("generate", run, "--prompts", "prompts.txt")
     assert none.code == 2
-    assert f"it has not ended, and no whole checkpoint of it is there. Go on with it: philora train {run}" in none.err
+    assert (
+        f"it has not ended, and no whole checkpoint of it is there. Continue with it: philora train {run}" in none.err
+    )
 
 
 def test_votes_of_a_run_go_to_its_folder(project, monkeypatch):

@@ -18,7 +18,7 @@ class _Failing(progress.ProgressBar):
         """Fail."""
         super().on_step_end(args, state, control, **rest)
         if state.global_step == 3 and processes.rank() == int(rank):
-            raise RunError(fault("planted", "rank", int(rank), "to go on"))
+            raise RunError(fault("planted", "rank", int(rank), "to continue"))
 
 
 if __name__ == "__main__":

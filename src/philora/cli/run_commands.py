@@ -83,7 +83,10 @@ def train(
     dropout: DropoutFlag = None,
     target_modules: TargetsFlag = None,
     resume: Annotated[
-        str, typer.Option("--resume", help="Go on from the newest whole checkpoint: yes, or force (changed settings).")
+        str,
+        typer.Option(
+            "--resume", help="Continue from the newest complete checkpoint: yes, or force (changed settings)."
+        ),
     ] = "",
     quiet: QuietFlag = False,
     as_json: JsonOption = False,

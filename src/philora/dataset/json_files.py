@@ -169,7 +169,7 @@ class _JsonText:
                 deep = "JSON that is not nested a thousand levels deep"
                 raise DataError(fault(self.where(), "record", "[[[...", deep)) from None
             if end == len(self.text) and not self.ended and not isinstance(value, dict | list | str):
-                self.more(block)  # a number may go on beyond the window
+                self.more(block)  # a number may continue beyond the window
                 continue
             line = self.line_at(self.position)
             self.line, self.counted, self.position = self.line_at(end), end, end

@@ -261,7 +261,7 @@ def prepare(
         max_length: longest row in tokens; what is longer is truncated or dropped as `data.overlong` says.
         seed: decides the held-out rows, samples and the order of mixed sources.
         stop_token_ids: any of these ends an assistant turn.
-        held_out_rows: where `eval` is a fraction, the rows that a run which goes on has recorded.
+        held_out_rows: where `eval` is a fraction, the rows that a run which continues has recorded.
 
     Returns:
         Splits, conversations and the report. Rows of `train` and `eval` are memory-mapped.

@@ -215,7 +215,7 @@ def _own_seed() -> int:
 
 
 def dropout_state(model: nn.Module) -> dict[str, int] | None:
-    """Return what a run has to keep so that dropout's masks go on, or None where no stack has drawn any."""
+    """Return what a run has to keep so that dropout's masks continue, or None where no stack has drawn any."""
     for decoder in _decoders(model):
         if decoder.stack_settings.counter:
             settings = decoder.stack_settings
@@ -224,7 +224,7 @@ def dropout_state(model: nn.Module) -> dict[str, int] | None:
 
 
 def set_dropout_state(model: nn.Module, state: dict[str, int]) -> None:
-    """Let dropout's masks go on where `dropout_state` was."""
+    """Let dropout's masks continue where `dropout_state` was."""
     for decoder in _decoders(model):
         configure(decoder, seed=int(state["seed"]), counter=int(state["counter"]))
         _counters.pop(decoder, None)

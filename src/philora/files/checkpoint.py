@@ -320,7 +320,7 @@ def indexed_files(index: Path) -> list[str]:
 
 
 class Found(NamedTuple):
-    """The newest whole checkpoint of a run, if any, and those passed over with the reason."""
+    """The newest complete checkpoint of a run, if any, and those passed over with the reason."""
 
     folder: Path | None
     passed_over: list[tuple[Path, str]]
@@ -347,7 +347,7 @@ def has_checkpoints(checkpoints: Path) -> bool:
 
 def how_to_go_on(checkpoints: Path) -> str:
     """Return how a run that ended continues, by what is on the disk: from a checkpoint, or from the start."""
-    return "go on with --resume" if has_checkpoints(checkpoints) else "start it again"
+    return "continue with --resume" if has_checkpoints(checkpoints) else "start it again"
 
 
 def newest_whole(checkpoints: Path) -> Found:
@@ -371,7 +371,7 @@ def _numbered(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def rotate(checkpoints: Path, newest: Path, keep: int | None, best: Path | None = None) -> None:
-    """Remove the oldest checkpoints beyond `keep`, called when `newest` is whole; each is gone under its name at once.
+    """Remove the oldest checkpoints beyond `keep`, called when `newest` is complete. Each loses its name at once.
 
     What is ahead of `newest` was made by a run that has gone back since: it stays, and does not count.
 

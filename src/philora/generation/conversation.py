@@ -95,7 +95,7 @@ class ContextError(DataError):
 
 @dataclass
 class Memory:
-    """Keys and values of tokens that a model has read, to go on from.
+    """Keys and values of tokens that a model has read, to continue from.
 
     Attributes:
         ids: The tokens.

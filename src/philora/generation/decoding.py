@@ -224,7 +224,7 @@ class Decoder:
         return min(len(self.cos), max(tokens, self.capacity + max(ROOM_TOKENS, self.capacity // 4)))
 
     def keep(self, rows: Sequence[int], more: int = 0) -> None:
-        """Go on with some rows only, at the places 0, 1, ... in the order given, and `more` empty ones behind them."""
+        """Continue with some rows only, at 0, 1, ... in the order given, and `more` empty ones after them."""
         if not rows:
             self.capacity = 0
         chosen = torch.tensor(rows, dtype=torch.long, device=self.device)

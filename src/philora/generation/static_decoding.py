@@ -248,7 +248,7 @@ class StaticDecoder(decoding.Decoder):
     ) -> Answered:
         """Take several steps, each with the tokens that were chosen after the one before it.
 
-        A row that has ended goes on by itself; what it gives is to be left out.
+        A row that has ended continues by itself; what it gives is to be left out.
 
         Args:
             tokens: Of every row in use, as for `step`.

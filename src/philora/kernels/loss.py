@@ -4,7 +4,7 @@ Prompt tokens never reach the output head, and since each label's log-probabilit
 only, the gradient is computed with the logits of its chunk in the forward pass: logits are made once, not twice.
 
 `add_label_head` puts it before TRL's fused head, which computes every position on a CPU and recomputes the logits in
-backward; what it does not cover goes on to TRL's.
+backward; what it does not cover continues to TRL's.
 """
 
 from __future__ import annotations

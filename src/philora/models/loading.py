@@ -280,7 +280,7 @@ def refuse_adapter(name: str, revision: str | None = None, where: str = "model",
         base = None
     kind = "the run of an adapter" if folder.is_dir() and found.parent != folder else "an adapter"
     expected = f"a base model; this is {kind}"
-    todo = f"Its base is {base}. An adapter to go on from is given as model.adapter"
+    todo = f"Its base is {base}. An adapter to continue from is given as model.adapter"
     raise ModelError(fault(where, key, name, expected, todo if base else "Give the model that it was trained on"))
 
 

@@ -45,7 +45,7 @@ def find_adapter(source: str | Path, base: str | None = None, *, unfinished: boo
         source: What the person gave. On the Hub a subfolder and a revision may follow the id:
             `OWNER/NAME/SUB/FOLDER@REVISION`.
         base: Base model that they named; default: the run's, or the one that the adapter names.
-        unfinished: Of a run that has not ended, take the newest whole checkpoint and say so; else it is refused.
+        unfinished: Of a run that has not ended, take the newest complete checkpoint and say so; else it is refused.
 
     Raises:
         AdapterError: There is no adapter, or its folder has a link that leads out of it.
@@ -100,13 +100,13 @@ def _adapter_in(folder: Path, unfinished: bool) -> Path:
     checkpoint, command = run.newest_checkpoint(), resume_command(folder)
     if checkpoint is None:
         expected = "a run with an adapter; it has not ended, and no whole checkpoint of it is there"
-        raise AdapterError(fault("adapter", "source", str(folder), expected, f"Go on with it: {command}"))
+        raise AdapterError(fault("adapter", "source", str(folder), expected, f"Continue with it: {command}"))
     if not unfinished:
         expected = "a run that has ended"
-        todo = f"Go on with it: {command}; or name its newest whole checkpoint: {checkpoint}"
+        todo = f"Continue with it: {command}; or name its newest complete checkpoint: {checkpoint}"
         raise AdapterError(fault("adapter", "source", str(folder), expected, todo))
     logger.warning(
-        "%s has not ended: its newest whole checkpoint %s is used; %s goes on with it", folder, checkpoint.name, command
+        "%s has not ended: its newest complete checkpoint %s is used; %s resumes it", folder, checkpoint.name, command
     )
     return checkpoint
 

@@ -59,7 +59,7 @@ def _base(run: Run) -> str:
 
 
 def _progress(run: Run) -> dict[str, Any]:
-    """Return where a run without results is, how far that is, and how it goes on."""
+    """Return where a run without results is, how far that is, and how it continues."""
     step, steps = run.last_step(), _planned_steps(run)
     text = f"step {step:,.0f}" + (f" of {steps:,}" if steps else "") if step else "no step has been logged yet"
     running = run.status == "running"

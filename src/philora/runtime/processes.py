@@ -35,7 +35,7 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
-# What gloo and PyTorch's stores say when the other end of a connection is gone.
+# What gloo and PyTorch's stores say when the other end of a connection is closed.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout caused pair")
 
 
@@ -254,7 +254,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def _end_with(which: str) -> NoReturn:
-    raise Elsewhere(fault("run", "process", rank(), f"{which} to go on", "It says why it did not"))
+    raise Elsewhere(fault("run", "process", rank(), f"{which} to continue", "It says why it did not"))
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ REPEAT_SECONDS = 5.0
 
 
 class Interrupted(RunError):
-    """A signal stopped the run; the message says how to go on.
+    """A signal stopped the run; the message says how to continue.
 
-    `exit_code` is 3 where something is saved that `--resume` goes on from, else 128 and the signal's number, as shells
+    `exit_code` is 3 where something is saved for `--resume` to continue, else 128 and the signal's number, as shells
     have it.
     """
 
@@ -43,7 +43,7 @@ class StopOnSignal:
         stopped_by: The name of the signal, once one has come.
         doing: What is going on, for the message.
         command: What starts the run, for the message.
-        saved: Whether there is something on the disk that a run goes on from; asked when the message is written.
+        saved: Whether there is something on the disk that a run resumes from; asked when the message is written.
     """
 
     def __init__(self, doing: str, command: str) -> None:
@@ -71,11 +71,11 @@ class StopOnSignal:
             raise self.interrupted() from None
 
     def interrupted(self) -> Interrupted:
-        """The error that says where the run stopped and how it goes on."""
+        """The error that says where the run stopped and how it continues."""
         what = f"{self.stopped_by}: stopped {self.doing}."
         if self.saved():
             resume = self.command if "--resume" in self.command else f"{self.command} --resume"
-            return Interrupted(f"{what} Go on with: {resume}")
+            return Interrupted(f"{what} Continue with: {resume}")
         code = 128 + int(signal.Signals[str(self.stopped_by)])
         return Interrupted(f"{what} Nothing was saved; start it again with: {self.command}", code)
 

@@ -165,10 +165,10 @@ class Scheduler:
             return
         try:
             found = self.pool.step(adapter, [job.reply for job in jobs])
-        except Exception as error:  # noqa: BLE001 - the other adapters' answers go on, and the server lives
+        except Exception as error:  # noqa: BLE001 - the other adapters' answers continue, and the server lives
             found = [error] * len(jobs)
         failed = [(job, item) for job, item in zip(jobs, found, strict=True) if isinstance(item, BaseException)]
-        # Where memory was refused an answer has lost nothing: it goes on with fewer beside it.
+        # Where memory was refused an answer has lost nothing: it continues with fewer beside it.
         if any(out_of_memory(item) for _, item in failed) and self._fewer():
             failed = [(job, item) for job, item in failed if not out_of_memory(item)]
         ended = [job for job, item in failed]

@@ -135,7 +135,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     plan = planning.plan(config, adapted, prepared.report, max_length=max_length)
     folder = Path(config.training_config["output_dir"]).expanduser()
     rows_bytes = held_out_bytes(prepared) if config.data.keep_held_out else 0
-    require_room(folder, checkpoint_bytes(adapted), config.training_config.get("save_total_limit"), rows_bytes)
+    require_space(folder, checkpoint_bytes(adapted), config.training_config.get("save_total_limit"), rows_bytes)
     outlook.check(config, plan)
     splits = prepared.report.to_dict()
     idle = processes.idle_gpus_notice(config.training_config, config.model.device_map)
@@ -290,7 +290,7 @@ def _require_weights(config: Config) -> None:
             ) from error
 
 
-def require_room(folder: Path, size: int, limit: int | None, rows_bytes: int = 0) -> None:
+def require_space(folder: Path, size: int, limit: int | None, rows_bytes: int = 0) -> None:
     """Check that the checkpoints which will exist together, the adapter and the held-out rows fit on the disk.
 
     Args:
@@ -307,7 +307,9 @@ def require_room(folder: Path, size: int, limit: int | None, rows_bytes: int = 0
     needed = size * (1 + max(1, limit or 1)) + size + rows_bytes - sum(there)
     missing = checkpoint.missing_bytes(folder, needed)
     if missing:
-        expected = f"room for about {needed:,} bytes: checkpoints of {size:,} bytes, the adapter and held-out rows"
+        expected = (
+            f"free space for about {needed:,} bytes: checkpoints of {size:,} bytes, the adapter and held-out rows"
+        )
         todo = f"Free {missing:,} bytes, or give another training_config.output_dir"
         raise RunError(fault("run", "output_dir", str(folder), expected, todo))
 

@@ -44,7 +44,7 @@ class Continued:
     """A run that is resumed.
 
     Attributes:
-        checkpoint: The newest whole checkpoint; None: there is none yet, and the run begins again.
+        checkpoint: The newest complete checkpoint; None: there is none yet, and the run begins again.
         facts: The content of `run.json`; empty where there is none.
         forced: Whether differences are to be passed over.
         changed: Whether the configuration differs, so that what was chosen for the old one does not hold.
@@ -175,7 +175,7 @@ def open_fresh(folder: Path, config: Config) -> None:
     what = "another run" if "config.yaml" in there else "other files"
     expected = f"a new or empty folder; this one holds {what}"
     goes_on = "config.yaml" in there and checkpoint.has_checkpoints(folder / "checkpoints")
-    todo = "Go on with --resume, or give another training_config.output_dir" if goes_on else f"Give another {name}"
+    todo = "Continue with --resume, or give another training_config.output_dir" if goes_on else f"Give another {name}"
     raise ConfigError(fault(config.source, name, str(folder), expected, todo))
 
 
@@ -205,7 +205,7 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     Args:
         folder: The run folder.
         config: The configuration to resume with.
-        force: Go on although the configuration differs.
+        force: Continue although the configuration differs.
         held: Gets the lock.
 
     Raises:
@@ -217,7 +217,7 @@ def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib
     if refused is not None:
         raise ConfigError(checkpoint.not_writable(config.source, name, folder, refused))
     if not (folder / "config.yaml").is_file():
-        expected = "a folder with a run to go on with"
+        expected = "a folder with a run to resume"
         raise ConfigError(fault(config.source, name, str(folder), expected, "Start it without --resume"))
     refuse_leading_out(folder, ConfigError)
     held.enter_context(checkpoint.run_lock(folder))
@@ -245,7 +245,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
     name = "training_config.output_dir"
     if found.folder is None and found.passed_over:
         damaged = "; ".join(f"{path.name}: {why}" for path, why in found.passed_over)
-        expected = f"a run with a whole checkpoint; none of its {len(found.passed_over)} is. {damaged}"
+        expected = f"a run with a complete checkpoint; none of its {len(found.passed_over)} is. {damaged}"
         todo = (
             f"Bring one of them back from a copy. To begin again, move {folder / 'checkpoints'} away and start it "
             f"without --resume, or give another {name}"
@@ -255,7 +255,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
         logger.warning("%s is passed over: %s", path, why)
     if found.folder is None:
         if (folder / "adapter").exists():
-            expected = "a run with a checkpoint to go on from; this one has its adapter, and no checkpoints"
+            expected = "a run with a checkpoint to resume from; this one has its adapter, and no checkpoints"
             todo = f"Give another {name}; with model.adapter: {folder} it begins from this adapter"
             raise ConfigError(fault(config.source, name, str(folder), expected, todo))
         logger.warning("%s has no checkpoint yet; the run begins again.", folder)
@@ -302,12 +302,12 @@ def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) ->
     differences = [found for found in differences if found[0].rpartition(".")[2] != "commit" or found[1] is not None]
     _refuse(str(folder), differences, continued.forced)
     for key, then, now in _differences(continued.facts.get("computes"), facts["computes"], "computes"):
-        logger.warning("%s was %s and is %s: the run goes on, but not bit for bit.", key, then, now)
+        logger.warning("%s was %s and is %s: the run continues, but not bit for bit.", key, then, now)
 
 
 def _refuse(where: str, differences: list[tuple[str, Any, Any]], force: bool) -> None:
     if differences and not force:
-        todo = "--resume=force goes on anyway"
+        todo = "--resume=force continues anyway"
         raise ConfigError(
             one_per_line(
                 [
@@ -317,7 +317,7 @@ def _refuse(where: str, differences: list[tuple[str, Any, Any]], force: bool) ->
             )
         )
     for key, then, now in differences:
-        logger.warning("%s is %r where the run was started with %r; it goes on as forced.", key, now, then)
+        logger.warning("%s is %r where the run was started with %r; it continues as forced.", key, now, then)
 
 
 def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -323,7 +323,7 @@ class _Run:
         configure_stack(self.model, fp8=config.model.base_products == "fp8")
         self.arguments = resolve_arguments(run, self.model, chosen)
         rows_bytes = held_out_bytes(run.prepared) if config.data.keep_held_out else 0
-        readiness.require_room(run.folder, checkpoint_bytes(self.model), self.arguments.save_total_limit, rows_bytes)
+        readiness.require_space(run.folder, checkpoint_bytes(self.model), self.arguments.save_total_limit, rows_bytes)
         run.stop.check()
 
     def train(self, resume_from: Path | None, facts: Mapping[str, Any]) -> RunResult:

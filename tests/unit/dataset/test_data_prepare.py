@@ -150,7 +150,7 @@ def test_kinds_in_one_run(run, tmp_path):
 
 
 def test_a_prompt_with_an_earlier_answer_is_trained_as_trl_does(run, tokenizer, stops, phi3, tmp_path):
-    """Only the completion has labels; TRL's mask goes on to the end of the text behind the stop token."""
+    """Only the completion has labels; TRL's mask continues to the end of the text behind the stop token."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

@@ -29,7 +29,7 @@ from philora.models.loading import load_tokenizer
 from tests.adapters_of_nano import NANO
 from tests.conftest import COLOURS
 
-QUESTIONS = ["Who are you?", "What is a run folder?", "How do I go on after Ctrl-C?"]
+QUESTIONS = ["Who are you?", "What is a run folder?", "How do I continue after Ctrl-C?"]
 
 
 def user(text):
@@ -110,14 +110,14 @@ LONGROPE = {
     ids=["sliding window", "LongRoPE"],
 )
 def test_windows_and_factors_that_change_on_the_way(config):
-    """The prompt has fewer tokens than the boundary, prompt and answer more; then a second turn goes on from there."""
+    """The prompt has fewer tokens than the boundary, prompt and answer more; then a second turn follows."""
     voices = random_voices(**config)
     messages = user("Who are you, and why?")
     boundary = config.get("sliding_window") or 24
     first = told(voices, messages, "random", max_new_tokens=30)
     assert len(voices.prompt(messages)) < boundary + 12 < first.prompt_tokens + first.tokens
     assert first.text == by_transformers(voices, messages, "random", 30)
-    messages = [*messages, {"role": "assistant", "content": first.text}, *user("Go on.")]
+    messages = [*messages, {"role": "assistant", "content": first.text}, *user("Continue.")]
     second = told(voices, messages, "random", first.memory, max_new_tokens=10)
     assert second.text == by_transformers(voices, messages, "random", 10)
 
@@ -346,7 +346,7 @@ def test_a_message_that_does_not_fit_is_refused_and_changes_nothing():
     with pytest.raises(ContextError, match=r"conversation: prompt='\d+ tokens' - expected fewer than the model's \d+"):
         talk.ask("word " * 200)
     assert (len(talk.messages), talk.forgotten) == (2, 0)
-    reply, forgotten = talk.ask("Go on.")
+    reply, forgotten = talk.ask("Continue.")
     assert forgotten == 0
 
 

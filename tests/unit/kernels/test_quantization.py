@@ -315,7 +315,7 @@ print(peak - before, rss() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_16_bit_model_is_never_whole_in_memory(phi3, tmp_path):
-    """Files count too: a weight is gone when it is quantised."""
+    """Files count too: a weight disappears when it is quantised."""
     model = phi3(hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_key_value_heads=4).bfloat16()
     size = sum(each.numel() * 2 for each in model.parameters()) / 2**20
     model.save_pretrained(tmp_path, max_shard_size="20MB")
@@ -577,7 +577,7 @@ def test_a_run_keeps_fp32_adapters_resumes_and_merges(run_config, tmp_path):
     assert {each.dtype for each in saved.values()} == {torch.float32}
     assert any(not torch.equal(each, each.bfloat16().float()) for each in saved.values())
     assert json.loads((whole.adapter / "philora.json").read_text())["base"]["dtype"] == "bfloat16"
-    # Stopped after step 2, as by a power cut: what came later is gone.
+    # Stopped after step 2, as by a power cut: what came later was removed.
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-4")
     for name in ("adapter", "results.json", "report.html"):

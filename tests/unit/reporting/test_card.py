@@ -28,13 +28,13 @@ def test_the_card_states_what_was_trained_n_intervals_and_an_example(run):
     assert "| epochs, as trained | 2.5 |" in card
     assert "num_train_epochs" not in card, "what was asked for is not what was made"
     assert "| Loss | 3.487 | 0.360 | −3.127 (−3.300, −3.000) | 332 |" in card
-    assert "- Question: And how do I go on from there?" in card
+    assert "- Question: And how do I continue from there?" in card
     assert "- Fine-tuned: Give the same command again with --resume." in card
 
 
 def test_a_card_that_is_published_has_no_row_of_the_data(run):
     card = model_card("me/help", run=run, base="nano", adapter_config={}, example=False)
-    assert "And how do I go on" not in card
+    assert "And how do I continue" not in card
     assert "## Results" in card
 
 

@@ -198,7 +198,7 @@ def results() -> dict[str, Any]:
                         "role": "assistant",
                         "content": "Its last checkpoint is in the run folder; only the steps after it are lost.",
                     },
-                    {"role": "user", "content": "And how do I go on from there?"},
+                    {"role": "user", "content": "And how do I continue from there?"},
                 ],
                 "reference": "Give the same command again with --resume.",
                 "base": "The same of the run is a file that the model is the first of the one and the one that",

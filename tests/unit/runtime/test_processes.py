@@ -58,7 +58,7 @@ def test_values_of_any_size_reach_every_process():
     ]
     results = [each.communicate(timeout=240) for each in started]
     assert [each.returncode for each in started] == [0, 0], results
-    assert results[1][0] == "run: process=1 - expected process 0 to go on. It says why it did not.\n"
+    assert results[1][0] == "run: process=1 - expected process 0 to continue. It says why it did not.\n"
 
 
 class Store(dict):
@@ -88,5 +88,5 @@ def test_the_process_that_failed_is_named(monkeypatch):
     store = Store()
     monkeypatch.setattr(processes, "_store", store)
     store.set("key", processes._FAILED)
-    with pytest.raises(processes.Elsewhere, match="expected process 5 to go on"):
+    with pytest.raises(processes.Elsewhere, match="expected process 5 to continue"):
         processes._take("key", 5)

@@ -74,7 +74,7 @@ def test_both_answer_and_the_vote_is_stored(page, votes):
     page.wait_for_selector(".turn:last-child.voted")
     record = json.loads(votes.read_text(encoding="utf-8").splitlines()[-1])
     assert [each["content"] for each in record["prompt"]] == ["Who are you?", left, "And now?"], (
-        "it goes on from the vote"
+        "it continues from the vote"
     )
     assert page.trouble == []
 
