@@ -139,7 +139,8 @@ def test_two_processes_train_as_one(both):
     assert one["before"]["label_tokens"] == two["before"]["label_tokens"]
     assert one["before"]["answers"] == two["before"]["answers"] == 4
     assert len(entries(folder / "two")) == 4, "each step is written once"
-    assert err.count("step 4/4") == 1 and "step 4/4" not in out
+    assert err.count("step 4/4") == 1
+    assert "step 4/4" not in out
     assert err.count("evaluating before training") == 1
     assert "in each of 2 processes" in err
     assert (folder / "two" / "train.log").read_text().count("evaluating before training") == 1
