@@ -151,7 +151,7 @@ class Terminal:
 def test_a_person_at_a_terminal(run, rows, spoken, tmp_path):
     terminal = Terminal("chat", run, "--max-new-tokens", "1900")
     try:
-        terminal.until(r"/help says what there is[^>]*> ")
+        terminal.until(r"/help lists the commands[^>]*> ")
         terminal.type(rows[0][0] + "\n")
         assert spoken[0] in " ".join(terminal.until(r"\n> ").split())
         terminal.type("/params temperature=2\n")
@@ -168,7 +168,7 @@ def test_a_person_at_a_terminal(run, rows, spoken, tmp_path):
             shown = terminal.until(r"(stopped; what there is of it stays in the history|leaves)[^>]*> ")
         time.sleep(1)  # Python sees a signal between the prompt and the read of a line with the next key only
         terminal.type("\x03")
-        terminal.until(r"Ctrl-D or /exit leaves[^>]*> ", 20)
+        terminal.until(r"Ctrl-C again leaves[^>]*> ", 20)
         terminal.type(f"/save {tmp_path / 'talk.jsonl'}\n")
         terminal.until(rf"saved {2 + 2 * asked} messages")
         terminal.type("\x04")
