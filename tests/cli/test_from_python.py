@@ -97,6 +97,12 @@ def test_many_prompts_give_the_answers_of_one_at_a_time(run):
     assert "white-space" in found[0]._repr_html_()
 
 
+@pytest.mark.parametrize("given", [{"top_p": 0.9}, {"top_k": 5}])
+def test_drawing_without_a_temperature_is_refused_as_on_the_command_line(run, given):
+    with pytest.raises(ConfigError, match=r"expected a temperature above 0 beside it"):
+        run.chat("Who are you?", **given)
+
+
 def test_a_system_prompt_in_the_middle_is_refused(run):
     answer = run.chat("Hello", max_new_tokens=2)
     with pytest.raises(ConfigError, match="system="):

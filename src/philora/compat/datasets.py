@@ -1,4 +1,4 @@
-"""The private names of datasets that philora uses, in dataset/read.py."""
+"""The private names of datasets that philora uses, in dataset/datasets_library.py."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 from philora.errors import ConfigError, fault, shorten
 from philora.generation.batches import GenerationSettings
 from philora.generation.batches import generate as generate_answers
+from philora.generation.conversation import chat_settings
 from philora.generation.inference import Loaded, load, read_prompts, with_system
 from philora.interface import notebook
 from philora.reporting import display
@@ -74,12 +75,12 @@ class AnsweringModel:
 
     @property
     def model(self) -> Any:
-        """The base with the adapter, as a PeftModel in eval mode; loaded when it is first asked for, and kept."""
+        """Return the base with the adapter, as a PeftModel in eval mode; it is loaded once and kept."""
         return self._load().model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, as in training."""
+        """Return the tokenizer, as in training."""
         return self._load().tokenizer
 
     def free(self) -> None:
@@ -115,8 +116,8 @@ class AnsweringModel:
             adapter: Ask the adapter; False: the base alone.
             max_new_tokens: Length of the answer at most.
             temperature: 0 takes the likeliest token; above 0 tokens are drawn.
-            top_p: Of drawing, in (0, 1].
-            top_k: Of drawing, at least 1.
+            top_p: Of drawing, in (0, 1]; it needs a temperature above 0.
+            top_k: Of drawing, at least 1; likewise.
             seed: Of drawing.
             stop: Texts that end an answer.
 
@@ -129,10 +130,7 @@ class AnsweringModel:
             todo = "Give it with the first question"
             raise ConfigError(fault("chat", "system", shorten(system), "no system prompt beside after", todo))
         messages = list(after.messages) if after is not None else self._begun(system)
-        drawn = bool(temperature or top_p is not None or top_k is not None)
-        settings = GenerationSettings(
-            max_new_tokens, 1, drawn, temperature or None, top_p, top_k, seed, stop_strings=tuple(stop)
-        )
+        settings = chat_settings(max_new_tokens, temperature, top_p, top_k, seed, stop)
         return self._answer([[*messages, {"role": "user", "content": text}]], settings, adapter)[0]
 
     def generate(

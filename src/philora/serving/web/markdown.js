@@ -2,7 +2,7 @@
 // Markdown of a model's answer as elements of the page. Every text goes in by textContent: nothing that a model writes
 // is parsed as HTML, and only links with http or https become links.
 
-const LIMIT = 100000; // characters that are laid out; a longer answer stays plain text
+const LIMIT = 20000; // characters that are laid out; a longer answer stays plain text, since the patterns take the square of the time
 
 function inline(parent, text) {
   const pattern = /(`+)([^`]|[^`].*?[^`])\1(?!`)|\*\*(?=\S)(.+?)(?<=\S)\*\*|(?<![\w*])\*(?=\S)([^*]+?)(?<=\S)\*(?![\w*])|(?<!\w)_(?=\S)([^_]+?)(?<=\S)_(?!\w)|\[([^\]]+)\]\((https?:\/\/[^\s()]+)\)/s;
