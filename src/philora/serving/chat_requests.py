@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import JSONResponse
@@ -208,19 +208,15 @@ class ChatRequest(BaseModel):
         return chat_settings(length, temperature, top_p, top_k, seed + choice, stop)
 
 
-class Vote(BaseModel):
-    """`POST /votes`: which of two answers to one conversation is better."""
+class Judgement(BaseModel):
+    """What a person says of two answers to one conversation."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     prompt: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    chosen: Annotated[str, Field(min_length=1)]
-    rejected: Annotated[str, Field(min_length=1)]
-    chosen_model: str
-    rejected_model: str
 
     @classmethod
-    def read(cls, body: Any) -> Vote:
-        """Return the vote of a body.
+    def read(cls, body: Any) -> Self:
+        """Return the judgement in a body.
 
         Raises:
             ApiError: It is none.
@@ -231,6 +227,15 @@ class Vote(BaseModel):
             return cls.model_validate(body)
         except ValidationError as error:
             raise explain(error) from error
+
+
+class Vote(Judgement):
+    """`POST /votes`: which of two answers to one conversation is better."""
+
+    chosen: Annotated[str, Field(min_length=1)]
+    rejected: Annotated[str, Field(min_length=1)]
+    chosen_model: str
+    rejected_model: str
 
     def record(self) -> dict[str, Any]:
         """Return a preference pair as TRL's DPOTrainer takes it, and who said what."""
@@ -243,29 +248,12 @@ class Vote(BaseModel):
         }
 
 
-class Rating(BaseModel):
-    """Two answers of which neither is better: both are good, or both are bad."""
+class Rating(Judgement):
+    """`POST /ratings`: of two answers neither is better; both are good, or both are bad."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Annotated[list[ChatMessage], Field(min_length=1)]
     answers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
     models: Annotated[list[str], Field(min_length=2, max_length=2)]
     good: bool
-
-    @classmethod
-    def read(cls, body: Any) -> Rating:
-        """Return the rating in a body.
-
-        Raises:
-            ApiError: It is none.
-        """
-        if isinstance(body, dict):
-            _check_messages("prompt", body.get("prompt"))
-        try:
-            return cls.model_validate(body)
-        except ValidationError as error:
-            raise explain(error) from error
 
     def records(self) -> list[dict[str, Any]]:
         """Return a rating of every answer as TRL's KTOTrainer takes it, and who gave the answer."""
