@@ -108,7 +108,7 @@ def show_data(
     overrides: Overrides = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what data holds: shape, counts, lengths, repeats, odd rows, e-mail addresses, examples with labels."""
+    """Show what data holds: shape, counts, lengths, languages, repeats, odd rows, e-mail addresses, labels."""
     set_up_logging("error")  # what is found is shown in its place
     from philora.dataset.describe import describe_data
 
@@ -123,6 +123,8 @@ def show_data(
         out.print(f"           tokens of {escape(found.tokenizer)}: {split.tokens}", highlight=False)
         out.print(f"           tokens of answers: {split.answer_tokens}", highlight=False)
         out.print(f"           turns: {split.turns}", highlight=False)
+        languages = ", ".join(f"{code} {share:.0%}" for code, share in split.languages.items())
+        out.print(f"           languages: {languages}", highlight=False)
         if split.system_turns is not None:
             text, share = split.system_turns
             out.print(f"           system turn of {share:.0%}: {escape(text)}", highlight=False)

@@ -1,4 +1,4 @@
-"""Describe a data source before anything is trained: shape, counts, lengths, repeats, odd rows, private details."""
+"""Describe a data source before training: shape, counts, lengths, languages, repeats, odd rows, private details."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from philora.configuration.config import load_config
 from philora.configuration.sections import Config, DataConfig
+from philora.dataset.languages import language_shares
 from philora.dataset.lengths import row_lengths
 from philora.dataset.near import near_duplicates
 from philora.dataset.prepare import Conversations, PreparedData, SourceReport, SplitReport, places_of, prepare
@@ -61,6 +62,7 @@ class SplitDescription:
         answer_tokens: Tokens with loss of a row.
         turns: Of a conversation, without the system turn.
         system_turns: The commonest system text, with the share of rows that have it; None: there is none.
+        languages: ISO 639-1 codes with their shares, as `language_shares` finds them.
     """
 
     counts: SplitReport
@@ -68,6 +70,7 @@ class SplitDescription:
     answer_tokens: Spread
     turns: Spread
     system_turns: tuple[str, float] | None = None
+    languages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -158,12 +161,19 @@ def _described(rows: Any, conversations: Conversations, counts: SplitReport) -> 
     labels = np.array([sum(label != IGNORED for label in row["labels"][1:]) for row in rows], np.int64)
     turns = np.zeros(len(conversations), np.int64)
     systems: Counter[str] = Counter()
+    texts: list[str] = []
     for place, messages in enumerate(conversations):
         turns[place] = sum(message["role"] != "system" for message in messages)
         systems.update(message["content"] for message in messages[:1] if message["role"] == "system")
+        texts.append(_text(messages))
     commonest = [(text, count / len(conversations)) for text, count in systems.most_common(1)]
     return SplitDescription(
-        counts, Spread.of(row_lengths(rows)), Spread.of(labels), Spread.of(turns), commonest[0] if commonest else None
+        counts,
+        Spread.of(row_lengths(rows)),
+        Spread.of(labels),
+        Spread.of(turns),
+        commonest[0] if commonest else None,
+        language_shares(texts),
     )
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import philora
 from philora.cli.commands import app
+from philora.dataset import languages
 from philora.dataset.describe import describe_data
 from philora.dataset.near import near_duplicates
 from philora.errors import ConfigError, DataError
@@ -103,6 +104,27 @@ def test_the_commonest_system_turn_is_told(tmp_path):
     rows = [{"system": "Be brief.", "prompt": f"q{each}", "completion": "yes"} for each in range(3)]
     file.write_text("".join(json.dumps(each) + "\n" for each in [*rows, {"prompt": "q", "completion": "yes"}]))
     assert describe_data(file).splits["train"].system_turns == ("Be brief.", 0.75)
+
+
+ENGLISH = ("My order has not arrived yet. Can you check where it is?", "It was sent yesterday and arrives tomorrow.")
+GERMAN = ("Ich komme nicht in mein Konto, bitte helfen Sie mir.", "Setzen Sie bitte zuerst Ihr Passwort zurück.")
+JAPANESE = ("注文がまだ届きません。確認してください。", "昨日発送しました。明日届く予定です。")
+
+
+def test_languages_are_told_with_their_shares(tmp_path):
+    file = write(tmp_path / "a.jsonl", [ENGLISH] * 6 + [GERMAN] * 2 + [JAPANESE, ("def f(x): return x", "1 + 1 = 2")])
+    shares = describe_data(file).splits["train"].languages
+    assert shares == {"en": 0.6, "de": 0.2, "ja": 0.1, "und": 0.1}
+    assert next(iter(shares)) == "en"
+    assert "languages: en 60%, de 20%" in CliRunner().invoke(app, ["data", str(file)]).output
+
+
+def test_of_many_rows_a_spread_sample_is_looked_at(monkeypatch):
+    monkeypatch.setattr(languages, "SAMPLE", 4)
+    texts = [" ".join(ENGLISH)] * 8 + [" ".join(GERMAN)] * 8
+    assert languages.language_shares(texts) == {"en": 0.5, "de": 0.5}
+    assert languages.language_shares(texts[:3]) == {"en": 1.0}
+    assert languages.language_shares([]) == {}
 
 
 def test_the_command(tmp_path):
