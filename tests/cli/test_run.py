@@ -54,6 +54,7 @@ def test_the_run_folder_is_complete(whole):
     }  # fmt: skip
     results = json.loads((whole.folder / "results.json").read_text())
     assert results["before"]["loss"] > results["after"]["loss"]
+    assert json.loads((whole.folder / "run.json").read_text())["first_loss"] == results["before"]["loss"]
     assert results["samples"]
     assert results["throughput"]["tokens"] > 0
     assert steps(whole.folder).keys() == {1, 2, 3, 4}

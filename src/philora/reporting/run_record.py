@@ -16,6 +16,7 @@ import yaml
 
 from philora.errors import DataError, fault
 from philora.evaluation.measures import Paired
+from philora.models.run_folder import RECORD_NAME
 from philora.reporting.formatting import mapping, real
 from philora.reporting.run_list import status_of
 
@@ -38,6 +39,7 @@ class Run:
         state: `trainer_state.json`; empty for a run that has not ended.
         answers: Held-out questions with the answers of base and adapter, of the newest evaluation that has any.
         status: `done`, `running`, or `stopped after step N`.
+        record: What `run.json` holds of the run's beginning.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
     status: str = "done"
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ class Run:
         """Return the held-out loss by step, from step 0 on where it is known what the run began with."""
         points = self.series("eval_loss")
         begins_with = mapping(self.results.get("start") or self.results.get("before"))
-        first = real(begins_with.get("loss"))
+        first = real(begins_with.get("loss") or self.record.get("first_loss"))
         return points if first is None or not self.metrics else [(0.0, first), *(point for point in points if point[0])]
 
     def last_step(self) -> float:
@@ -122,6 +125,7 @@ def read_run(folder: Path) -> Run:
         or _json_lines(folder / ANSWERS_NAME)
         or [mapping_of for mapping_of in results.get("samples") or [] if isinstance(mapping_of, dict)],
         "done" if results else status_of(folder),
+        _json_object(folder / RECORD_NAME),
     )
 
 

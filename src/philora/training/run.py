@@ -336,6 +336,8 @@ class _Run:
             before = self._evaluate("before training", self.model)
         begins_with = run.config.model.adapter
         start = None if begins_with is None else self._evaluate("the adapter it begins with", self.model)
+        if (first := start or before) is not None and processes.is_main():
+            self.files.record_first_loss(first.scores.loss)
         trainer = self._trainer()
         metrics = self._run_trainer(trainer, resume_from)
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

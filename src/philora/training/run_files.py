@@ -72,6 +72,11 @@ class RunFiles:
         resuming.write_facts(self._folder, {**facts, **record}, chosen)
         checkpoint.write_text(self._folder / "config.yaml", dump_yaml(run.config))  # may have been forced
 
+    def record_first_loss(self, loss: float) -> None:
+        """Write the held-out loss before the first step into `run.json`, so that a report can show it at once."""
+        file = self._folder / run_folder.RECORD_NAME
+        checkpoint.write_json(file, {**checkpoint.read_json(file), "first_loss": loss})
+
     def save_adapter(self, model: PeftModel, weights: Mapping[str, Any] | None = None) -> None:
         """Write `adapter/` atomically: weights, config, slices, tokenizer, generation config, card.
 

@@ -427,6 +427,14 @@ def test_a_run_that_has_not_ended(tmp_path):
     assert page.all("figure") == []
 
 
+def test_the_loss_of_a_run_that_has_not_ended_begins_at_step_0(tmp_path):
+    folder = make_run(tmp_path / "running", logged=entries(80))
+    (folder / "results.json").unlink()
+    assert read_run(folder).held_out_losses()[0][0] > 0
+    (folder / "run.json").write_text('{"first_loss": 3.487}')
+    assert read_run(folder).held_out_losses()[0] == (0.0, 3.487)
+
+
 def test_a_loss_that_is_no_number_is_said_and_not_drawn(tmp_path):
     logged = [entry | {"loss": math.nan} if entry["step"] > 30 and "loss" in entry else entry for entry in entries(40)]
     page = page_of(make_run(tmp_path, logged=logged))
