@@ -29,6 +29,16 @@ PRIVATE = (
     PrivateName("torch._C._are_functorch_transforms_active", "falls back under torch.func", "none"),
     PrivateName("torch._C._len_torch_dispatch_stack", "falls back under dispatch modes", "none"),
     PrivateName(
+        "torch.fx._symbolic_trace.is_fx_symbolic_tracing",
+        "the fused function is not traced by torch.fx",
+        "torch.fx has no public name for it",
+    ),
+    PrivateName(
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
+        "a head that FSDP wrapped for recomputation is found in its wrapper",
+        "none",
+    ),
+    PrivateName(
         "torch._C._has_mkldnn", "whether oneDNN's products are there", "torch.backends.mkldnn costs a call more"
     ),
     PrivateName("torch._C._nn", "names of functions that a product may be", "none"),

@@ -88,3 +88,23 @@ def test_every_foreign_private_name_is_listed():
 def test_a_foreign_private_name_is_found():
     source = "def _own(): pass\nmodel._own()\nmodel._secret\nhasattr(model, '_other')"
     assert foreign_names([ast.parse(source)]) == {"_secret", "_other"}
+
+
+def foreign_imports(tree: ast.Module) -> set[str]:
+    """Full paths that the source imports from private modules of other libraries."""
+    return {
+        f"{node.module}.{name.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and not node.level and not str(node.module).startswith("philora")
+        for name in node.names
+        if any(re.match("_[a-z]", part) for part in f"{node.module}.{name.name}".split("."))
+    }
+
+
+def test_every_import_from_a_private_module_is_listed():
+    listed = {each.name for library in FILES for each in private(library)}
+    found = {name for path in ROOT.rglob("*.py") for name in foreign_imports(ast.parse(path.read_text("utf-8")))}
+    assert found - listed == set(), "list them in src/philora/compat, with what they are for"
+    assert foreign_imports(ast.parse("from torch._dynamo import config\nfrom torch import nn")) == {
+        "torch._dynamo.config"
+    }
