@@ -2,16 +2,18 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit llama deepspeed format docs bench bench-peers gpu clean
+.PHONY: help demo test test-slow test-lowest lint types unit llama deepspeed format docs bench bench-peers gpu clean
 
 help:
 	@echo "make demo       install, then fine-tune the bundled model on the bundled help desk"
 	@echo "make test       install, then lint, types and tests"
 	@echo "make test-slow  the tests that take longer; builds llama.cpp for those of GGUF where it can"
+	@echo "make test-lowest  the quick tests with the lowest versions that pyproject.toml allows, in an environment of its own"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make bench      training speed beside TRL+PEFT; BENCH='--help' lists the options"
 	@echo "make gpu        what a CUDA GPU has to show, in six minutes; GPU='--help' lists the options"
@@ -66,6 +68,18 @@ test-slow: $(VENV)/.dev
 	-$(MAKE) llama
 	-$(MAKE) deepspeed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'slow and not gpu'
+
+# uv picks the versions; PyTorch's wheel for CUDA comes with gigabytes of libraries, also where there is no GPU.
+$(LOWEST)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile -q --resolution lowest-direct --python $(LOWEST)/bin/python pyproject.toml --extra dev \
+	  -o $(LOWEST)/versions.txt
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python -r $(LOWEST)/versions.txt -e .
+	@touch $@
+
+test-lowest: $(LOWEST)/.dev
+	$(LOWEST)/bin/python -m pytest -q -n 2 --dist worksteal -m 'not slow and not gpu'
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
