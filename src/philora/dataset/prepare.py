@@ -73,7 +73,7 @@ class SourceReport:
     unread_parts: list[str] = field(default_factory=list)
     """Files, splits and lists of the source that are not read."""
     spelled: dict[str, int] = field(default_factory=dict)
-    """Control texts written out in messages, as `Encoder.spelled` names them, with the records that have them."""
+    """Control texts written out in messages, as `ControlTexts.spelled` names them, with the records that have them."""
     recognised: str = ""
     """How the shape was recognised."""
     examples: list[str] = field(default_factory=list)
@@ -740,7 +740,7 @@ def _first_conversations(
     found.unread_fields = dict(
         Counter(itertools.chain.from_iterable(conversation.unread for conversation in conversations))
     )
-    found.spelled = dict(encoder.spelled(conversations))
+    found.spelled = dict(encoder.controls.spelled(conversations))
     return [serialise(conversation) for conversation in conversations]
 
 

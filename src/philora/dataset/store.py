@@ -93,7 +93,7 @@ class Chunk:
     unread: Counter[str] = field(default_factory=Counter)
     """Fields and keys of turns that were not read, with the records that have them."""
     spelled: Counter[str] = field(default_factory=Counter)
-    """As `Encoder.spelled` gives them."""
+    """Counts by control text, as `ControlTexts.spelled` returns them."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Setti
     if not tokenise or (read.fault_count and not settings.drop_invalid):
         return chunk
     encoded = encoder.encode(read.conversations)
-    chunk.spelled = encoder.spelled(read.conversations)
+    chunk.spelled = encoder.controls.spelled(read.conversations)
     for conversation in read.conversations:
         if conversation.unread:
             chunk.unread.update(conversation.unread)
@@ -252,7 +252,7 @@ def _flags_of(result: Encoded, encoder: Encoder) -> int:
         | FOLDED * result.folded_system
         | CONTROL * result.control_tokens
         | ANSWERS * any(message["role"] == "assistant" for message in conversation.messages[1:])
-        | STOP_NUMBER * encoder.ends_in_stop_number(conversation)
+        | STOP_NUMBER * encoder.controls.ends_in_stop_number(conversation)
         | TURNS_AS_TEXT * conversation.has_turns_as_text
     )
 

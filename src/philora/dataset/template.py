@@ -14,7 +14,6 @@ places. A text with any other added token in it is located by its offsets.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -30,18 +29,11 @@ from philora.dataset.arrangement import (
     split_tools,
     tools_not_shown,
 )
+from philora.dataset.control_texts import ControlTexts
 from philora.dataset.records import Fault
 from philora.dataset.shapes import Conversation, Message
 from philora.dataset.turn_proof import TemplateFault, Turn, TurnProof, common_length
 from philora.errors import DataError, fault
-
-FOREIGN_CONTROLS = (
-    "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|begin_of_text|>", "<|end_of_text|>", "<|end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>",
-    "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>",
-    "<|EOT|>", "<|return|>", "<|end_of_turn|>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
-)  # fmt: skip
-"""Control texts of the models that chat data is usually written for: a model without such a token learns letters."""
 
 Ids: TypeAlias = "npt.NDArray[np.int32]"
 
@@ -154,45 +146,12 @@ class Encoder:
         if not self.stops:
             raise DataError(fault("tokenizer", "stop_token_ids", [], "at least one id", "Phi's are <|end|> and eos"))
         self._stop_ids = frozenset(self.stops.values())
-        # Shorter numbers end too many answers to be told from them.
-        numbers = "|".join(str(index) for index in self._stop_ids if index >= 1000)
-        self._stop_number = re.compile(rf"(?<!\d)(?:{numbers or '(?!)'})\s*\Z")
+        self.controls = ControlTexts(self.added.values(), self.stops)
         self.proof = TurnProof(tokenizer, self.arrangement, list(self.stops))
-        self._control_pattern = re.compile("|".join(map(re.escape, sorted(self.added.values(), key=len, reverse=True))))
-        self._control_starts = {text[0] for text in self.added.values() if text}
         self._is_added = np.zeros(max([self.backend.get_vocab_size(with_added_tokens=True) - 1, *self.added]) + 1, bool)
         self._is_added[list(self.added)] = True
         self._plans: dict[tuple[str, ...], _Plan | None] = {}
         self._tails: dict[str, list[int]] = {}
-
-    def spelled(self, conversations: Sequence[Conversation]) -> Counter[str]:
-        """Control texts that are written out in messages: how many conversations have each.
-
-        The keys say what they are: `end TEXT` for the model's own stop token behind an answer, `own TEXT` for other
-        control tokens of its tokenizer, `foreign TEXT` for those of other models, which are letters to this one.
-        """
-        joined = "\n".join([message["content"] for item in conversations for message in item.messages])
-        own = [text for text in self.added.values() if text and text in joined]
-        foreign = [text for text in FOREIGN_CONTROLS if text in joined and text not in self.added.values()]
-        found: Counter[str] = Counter()
-        for conversation in conversations if own or foreign else ():
-            contents = [message["content"] for message in conversation.messages]
-            ends = {
-                stop
-                for message in conversation.messages
-                for stop in self.stops
-                if message["role"] == "assistant" and message["content"].rstrip().endswith(stop)
-            }
-            found.update(f"end {text}" for text in ends)
-            found.update(
-                f"own {text}" for text in own if text not in ends and any(text in content for content in contents)
-            )
-            found.update(f"foreign {text}" for text in foreign if any(text in content for content in contents))
-        return found
-
-    def ends_in_stop_number(self, conversation: Conversation) -> bool:
-        """Return whether the last turn ends in the number of a stop token, as by `eos_token_id` for `eos_token`."""
-        return self._stop_number.search(conversation.messages[-1]["content"][-32:]) is not None
 
     def _plan(self, roles: tuple[str, ...]) -> _Plan | None:
         """The literal pieces for a sequence of roles; None when this template does more than joining."""
@@ -356,7 +315,7 @@ class Encoder:
                 mismatch = mismatch or self._moves_boundary(encoding, ids, text, turn.start, first)
                 if turn.message not in chat.conversation.untrained:
                     spans.append((first, after))
-            control = any(self._has_control(message["content"]) for message in chat.conversation.messages)
+            control = any(self.controls.is_in(message["content"]) for message in chat.conversation.messages)
             results[chat.place] = Encoded(
                 np.array(ids, np.int32), spans, chat.conversation, mismatch, chat.folded, control
             )
@@ -439,9 +398,6 @@ class Encoder:
                 self._tails[tail] = alone
         begin = max(place, 0)
         return bool(ids[begin:first] != alone)
-
-    def _has_control(self, content: str) -> bool:
-        return any(start in content for start in self._control_starts) and bool(self._control_pattern.search(content))
 
 
 def encode_conversation(

@@ -396,7 +396,7 @@ def test_control_texts_are_counted_by_name(tokenizers):
         chat("<s>q</s>", "[INST]"),
         chat("q", "A < B | C > D"),
     ]
-    found = Encoder(tokenizer, stop_ids(tokenizer, "phi3")).spelled([Conversation(each) for each in chats])
+    found = Encoder(tokenizer, stop_ids(tokenizer, "phi3")).controls.spelled([Conversation(each) for each in chats])
     assert found == {
         "end <|end|>": 2, "own <|user|>": 1, "foreign <|im_end|>": 1, "own <s>": 1, "own </s>": 1, "foreign [INST]": 1,
     }  # fmt: skip
