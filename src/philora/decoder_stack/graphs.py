@@ -24,6 +24,7 @@ from torch import Tensor
 
 from philora.kernels import graphs
 from philora.kernels.layout import PackedLayout
+from philora.kernels.memory import out_of_memory
 from philora.lora.functional import refuse_create_graph
 
 if TYPE_CHECKING:
@@ -325,11 +326,17 @@ class GraphRunner:
         return found
 
     def _new(self, kind: Hashable, size: Size, inputs: Inputs, keep: Keep, deterministic: bool) -> StackGraph | None:
+        made: StackGraph | None
         try:
             made = StackGraph(self.stack, size, inputs, keep, deterministic, self._capture, self._pool)
-        except graphs.NotRecorded as error:
+        except Exception as error:
+            if not isinstance(error, graphs.NotRecorded) and not out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            made = None
+        if made is None:  # outside of `except`, where what the recording held is free
             self.made.clear()
-            self._say("failed", str(error))
+            self._say("failed", reason)
             return None
         self.made[kind, size] = made
         return made

@@ -121,8 +121,15 @@ class AdaptedLinear:
         y = self.product.forward(x)
         if self.adapter is None:
             return y, None
-        down = (x.values if dropped is None else dropped) @ self.adapter.working_down.t()
+        down = self.down(x, dropped)
+        assert down is not None
         return y.addmm_(down, self.adapter.working_up.t()), down
+
+    def down(self, x: Rows, dropped: Tensor | None) -> Tensor | None:
+        """Return `u A^T`, None without an adapter. Shapes: x and dropped (T, in); returns (T, r)."""
+        if self.adapter is None:
+            return None
+        return (x.values if dropped is None else dropped) @ self.adapter.working_down.t()
 
     def backward(
         self, dy: Rows, x: Tensor, down: Tensor | None, dropout: Dropout | None, needs_x: bool = True
@@ -223,6 +230,7 @@ class DecoderLayer:
         """Return what `__call__` does, without autograd, and what is kept for `backward`. Shapes: as `__call__`."""
         with _on_device_of(x):
             h2, kept = self.run(shared, x, h)
+            assert h2 is not None
             saved: tuple[Tensor | None, ...] = kept
             if shared.keep == "host":
                 assert shared.host is not None
@@ -259,7 +267,7 @@ class DecoderLayer:
         with _on_device_of(dx):
             if shared.keep in ("input", "host"):
                 x1: Any = shared.host.fetch(self.index) if shared.host is not None else saved[0]
-                kept = self.run(shared, x1, None)[1]
+                kept = self.run(shared, x1, None, with_result=False)[1]
             else:
                 kept = Kept(*saved)  # type: ignore[arg-type]
             return _gradients(self, shared, kept, dx, dh, needs_x, norms)
@@ -280,8 +288,11 @@ class DecoderLayer:
         query, key = self.heads
         return torch.split(qkv.view(len(qkv), -1, self.head_size), [query, key, key], 1)
 
-    def run(self, shared: Pass, x: Tensor, h: Tensor | None) -> tuple[Tensor, Kept]:
-        """Compute the layer; return h2 and all intermediate results. Shapes: x and h (T, C)."""
+    def run(self, shared: Pass, x: Tensor, h: Tensor | None, *, with_result: bool = True) -> tuple[Tensor | None, Kept]:
+        """Compute the layer; return h2 and all intermediate results. Shapes: x and h (T, C).
+
+        Without `with_result` the last base product, which backward does not need, is left out and h2 is None.
+        """
         qkv_proj, o_proj, gate_up_proj, down_proj = self.linears
         fp8 = [linear.product.takes_fp8 for linear in self.linears]
         dropouts = [shared.dropouts[linear.index] for linear in self.linears]
@@ -295,7 +306,7 @@ class DecoderLayer:
         x2, y2, inverse2, dropped = kernels.add_norm(x1, h1, self.norms[1], self.eps, dropouts[2], fp8[2])
         gate_up, down3 = gate_up_proj.forward(y2, dropped)
         product, dropped = kernels.swiglu(gate_up, dropouts[3], fp8[3])
-        h2, down4 = down_proj.forward(product, dropped)
+        h2, down4 = down_proj.forward(product, dropped) if with_result else (None, down_proj.down(product, dropped))
         first, second, third = context
         return h2, Kept(
             x1, y1.values, inverse1, down1, qkv, heads, first, second, third, down2,

@@ -140,7 +140,7 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) 
     flash = embeddings.is_cuda and embeddings.dtype in (torch.bfloat16, torch.float16)
     documents = documents_of(inputs["position_ids"], rows, inputs, with_lengths=not flash)
     counter = _next_counter(model, embeddings.device) if model.training else None
-    given = graphs.Inputs(embeddings.reshape(-1, width), cos, sin, documents, counter)
+    given = graphs.Inputs(embeddings.reshape(-1, width).contiguous(), cos, sin, documents, counter)
     stack, deterministic = stack_of(model, embeddings, facts), model.stack_settings.deterministic
     runner = _runner_of(model, stack, given.x, keep, facts)
     found = None if runner is None else runner(given, keep, deterministic)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +62,7 @@ def _disagreement(device: torch.device, dtype: str, head_size: int, with_dropout
         return None
     try:
         found = compare(device, getattr(torch, dtype), head_size, 0.25 if with_dropout else 0.0)
-    except (RuntimeError, OSError, ImportError, ValueError, TypeError, subprocess.SubprocessError) as error:
+    except Exception as error:  # noqa: BLE001 - Triton's errors have no narrower class
         return f"the decoder stack does not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     largest = LARGEST_DIFFERENCE[dtype]
     if not max(found) < largest:

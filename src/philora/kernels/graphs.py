@@ -107,7 +107,7 @@ def recorded(works: list[Work], device: torch.device, capture: Capture, pool: An
     try:
         _warm_up(works, device)
         return [capture(work, device, pool) for work in works]
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - Triton's errors have no narrower class
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     for item, state in states.items():
         set_random_state(item, state)

@@ -85,7 +85,7 @@ def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return how Liger's kernels differ from PyTorch's operations on this device, in words; None where they agree."""
     try:
         gap = _gap(device, dtype)
-    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # noqa: BLE001 - Triton's errors have no narrower class
         return f"liger-kernel does not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     if gap < LARGEST_DIFFERENCE[dtype]:
         return None

@@ -11,13 +11,14 @@ import torch
 pytest.importorskip("triton")
 
 import philora
-from philora.decoder_stack import layer, stack, trial
+from philora import optimize
+from philora.decoder_stack import layer, products, stack, trial
 from philora.decoder_stack.facts import facts_of_model
 from philora.decoder_stack.model import StackedPhi3Model, choose, configure, dropout_state, set_dropout_state
 from philora.kernels import varlen
 from philora.kernels.layout import PackedLayout
 from tests.conftest import make_phi3
-from tests.stacked import DEVICE, LENGTHS, by_peft, by_stack, inputs, largest_difference, make, positions
+from tests.stacked import DEVICE, LENGTHS, SEED, by_peft, by_stack, inputs, largest_difference, make, positions
 from tests.tolerances import GRADIENTS_FP32, QUANTIZED_FP32
 
 NEEDS_CARD = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU")
@@ -50,6 +51,32 @@ def test_every_way_of_keeping_gives_the_gradients_of_peft(nodes, recomputation, 
     assert nodes == list(range(layers))
     assert largest_difference(mine, theirs) < GRADIENTS_FP32
     assert len(theirs) == 2 + 8 * layers
+
+
+def test_what_is_computed_again_leaves_out_the_product_that_nothing_reads(monkeypatch):
+    made = make(layers=2)
+    forward, calls = products.PlainProduct.forward, []
+    monkeypatch.setattr(
+        products.PlainProduct, "forward", lambda self, *given: (calls.append(self), forward(self, *given))[1]
+    )
+    by_stack(made)
+    assert len(calls) == 2 * 4
+    calls.clear()
+    by_stack(made, recomputation="full")
+    assert len(calls) == 2 * 4 + 2 * 3
+
+
+def test_embeddings_that_are_part_of_wider_rows(nodes):
+    made = make()
+    theirs = by_peft(made)
+    optimize(made)
+    decoder = made.get_base_model().model
+    configure(made, seed=SEED, counter=0)
+    x = inputs(made)[0]
+    wide = torch.cat([x, torch.ones_like(x)], -1)[..., : x.shape[-1]]
+    output = decoder(inputs_embeds=wide, position_ids=positions(), use_cache=False)[0]
+    assert nodes == [0]
+    assert largest_difference({"output": output.detach()}, {"output": theirs["output"]}) < GRADIENTS_FP32
 
 
 def _window(_):

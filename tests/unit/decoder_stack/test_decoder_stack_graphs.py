@@ -12,6 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 from philora import optimize
 from philora.decoder_stack import graphs
 from philora.decoder_stack import model as stacked
@@ -164,7 +166,14 @@ def test_a_pass_whose_output_is_let_go_does_not_keep_its_graph(replays):
     assert len(replays) == 3
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Offset increment")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Offset increment"),
+        OutOfResources(300000, 232448, "shared memory"),
+    ],
+)
 def test_a_recording_that_fails_is_told_once_and_leaves_everything(replays, monkeypatch, caplog, error):
     def fails(work: Any, device: Any, pool: Any) -> Any:
         torch.rand(3)
@@ -179,6 +188,18 @@ def test_a_recording_that_fails_is_told_once_and_leaves_everything(replays, monk
     assert not replays
     assert caplog.text.count("without a CUDA graph") == 1
     assert f"{type(error).__name__}: {error}" in caplog.text
+
+
+def test_no_memory_for_a_graphs_own_buffers_is_told_and_the_step_goes_without(replays, monkeypatch, caplog):
+    made = make()
+    expected = plainly(made, [FIRST, SECOND], monkeypatch)
+
+    def fails(self: Any, inputs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs.StackGraph, "_load", fails)
+    assert largest_difference(run(made, [FIRST, SECOND]), expected) < GRADIENTS_FP32
+    assert caplog.text.count("without a CUDA graph: CUDA out of memory") == 1
 
 
 def test_a_graph_that_computes_something_else_is_told_and_left(replays, monkeypatch, caplog):

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 import philora
 from philora.configuration.config import load_config
 from philora.decoder_stack import layer, trial
@@ -105,7 +107,8 @@ def test_what_the_trial_finds_is_remembered_only_where_it_agrees(monkeypatch, tm
     monkeypatch.setenv("PHILORA_CACHE", str(tmp_path))
     card = type("Card", (), {"name": "NVIDIA H200"})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    results = iter([trial.Differences(0.01, 0.3), RuntimeError("no C compiler\nat all"), trial.Differences(0.01, 0.02)])
+    errors = RuntimeError("no C compiler\nat all"), OutOfResources(300000, 232448, "shared memory")
+    results = iter([trial.Differences(0.01, 0.3), *errors, trial.Differences(0.01, 0.02)])
 
     def compare(*_):
         found = next(results)
@@ -121,6 +124,7 @@ def test_what_the_trial_finds_is_remembered_only_where_it_agrees(monkeypatch, tm
 
     assert "differs from plain PEFT here by 0.3 (at most 0.05 is rounding)" in ask()
     assert ask() == "the decoder stack does not run here (RuntimeError: no C compiler)"
+    assert "does not run here (OutOfResources: out of resource: shared memory" in ask()
     assert ask() is None
     assert ask() is None  # not computed again
     assert len(json.loads((tmp_path / "decoder_stack.json").read_text())) == 1
