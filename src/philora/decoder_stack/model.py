@@ -118,7 +118,8 @@ def _say(choice: Choice, model: nn.Module) -> None:
     if choice in _said or not model.training or next(model.parameters()).device.type != "cuda":
         return
     _said.add(choice)
-    logger.warning("decoder layers run without the stack of one node a layer: %s", "; ".join(choice.reasons))
+    fp8 = ", and base products are not in fp8" if model.stack_settings.fp8 else ""
+    logger.warning("decoder layers run without the stack of one node a layer%s: %s", fp8, "; ".join(choice.reasons))
 
 
 _stacks: WeakKeyDictionary[nn.Module, tuple[DecoderStack, ModelFacts]] = WeakKeyDictionary()

@@ -22,6 +22,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from philora.decoder_stack.choice import ModelFacts
 from philora.decoder_stack.facts import linears_of, triton_version
+from philora.decoder_stack.products import Scaling, fp8_scaling
 from philora.decoder_stack.rows import Dropout, kept_by_dropout
 from philora.files.checkpoint import read_json, write_json
 from philora.kernels.layout import PackedLayout
@@ -32,6 +33,8 @@ LENGTHS = (3, 17, 1, 30)  # tokens of the documents, some shorter and some longe
 WINDOW_TOKENS = 13
 LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative to the norm of what is compared. bf16 itself moves gradients by 0.023 (measured on an H200)."""
+LARGEST_DIFFERENCE_IN_FP8 = 0.15
+"""With 3 bits of mantissa; emulated on a CPU the gradients of this layer are 0.03 away."""
 
 
 class Differences(NamedTuple):
@@ -48,23 +51,23 @@ class Differences(NamedTuple):
 
 def disagreement(device: torch.device, facts: ModelFacts) -> str | None:
     """Return how the stack differs from plain PEFT on this device, in words, or None where it agrees."""
-    return _disagreement(device, facts.dtype, facts.head_size, facts.lora_dropout > 0)
+    return _disagreement(device, facts.dtype, facts.head_size, facts.lora_dropout > 0, facts.base)
 
 
 @cache
-def _disagreement(device: torch.device, dtype: str, head_size: int, with_dropout: bool) -> str | None:
+def _disagreement(device: torch.device, dtype: str, head_size: int, with_dropout: bool, base: str) -> str | None:
     properties = torch.cuda.get_device_properties(device)
     versions = (torch.__version__, triton_version(), transformers.__version__, peft.__version__, _own_digest())
-    key = "; ".join(map(str, (properties.name, *versions, dtype, head_size, with_dropout)))
+    key = "; ".join(map(str, (properties.name, *versions, dtype, head_size, with_dropout, base)))
     path = Path(os.environ.get("PHILORA_CACHE") or "~/.cache/philora").expanduser() / "decoder_stack.json"
     known = read_json(path)
     if key in known:
         return None
     try:
-        found = compare(device, getattr(torch, dtype), head_size, 0.25 if with_dropout else 0.0)
+        found = compare(device, getattr(torch, dtype), head_size, 0.25 if with_dropout else 0.0, base)
     except Exception as error:  # noqa: BLE001 - Triton's errors have no narrower class
         return f"the decoder stack does not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    largest = LARGEST_DIFFERENCE[dtype]
+    largest = LARGEST_DIFFERENCE_IN_FP8 if base == "fp8" else LARGEST_DIFFERENCE[dtype]
     if not max(found) < largest:
         return f"the decoder stack differs from plain PEFT here by {max(found):.2g} (at most {largest:g} is rounding)"
     try:
@@ -84,24 +87,33 @@ def _own_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def compare(device: torch.device, dtype: torch.dtype, head_size: int = 16, dropout: float = 0.0) -> Differences:
+def compare(
+    device: torch.device, dtype: torch.dtype, head_size: int = 16, dropout: float = 0.0, base: str = "plain"
+) -> Differences:
     """Compute one layer of random weights by the stack and by plain PEFT.
 
     The weights are small and the same each time; random generators are left as they were.
+
+    Args:
+        device: Where both compute.
+        dtype: Of the weights and activations.
+        head_size: Columns of a head.
+        dropout: Of LoRA.
+        base: "nf4": the frozen weights are quantised, for PEFT too; "fp8": the stack's base products are in fp8.
     """
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         torch.manual_seed(0)
-        model = _model(device, dtype, head_size, dropout)
+        model = _model(device, dtype, head_size, dropout, base)
         tokens = sum(LENGTHS)
         x, grad = (torch.randn(tokens, model.config.hidden_size, device=device).to(dtype) for _ in range(2))
-        mine = _by_stack(model, x, grad)
+        mine = _by_stack(model, x, grad, fp8_scaling(device, dtype) if base == "fp8" else None)
         theirs = _by_peft(model, x, grad)
     relative = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(mine, theirs, strict=True)]
     return Differences(relative[0], max(relative[1:]))
 
 
-def _model(device: torch.device, dtype: torch.dtype, head_size: int, dropout: float) -> Any:
+def _model(device: torch.device, dtype: torch.dtype, head_size: int, dropout: float, base: str) -> Any:
     heads = 4
     config = Phi3Config(
         vocab_size=32, hidden_size=heads * head_size, intermediate_size=2 * heads * head_size, num_hidden_layers=1,
@@ -110,16 +122,32 @@ def _model(device: torch.device, dtype: torch.dtype, head_size: int, dropout: fl
         attn_implementation="eager",
     )  # fmt: skip
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", init_lora_weights=False)
-    model = peft.get_peft_model(Phi3ForCausalLM(config).to(dtype), lora).to(device)
+    phi = Phi3ForCausalLM(config).to(dtype)
+    if base == "nf4":
+        _quantize(phi)
+    model = peft.get_peft_model(phi, lora).to(device)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
     return model.get_base_model().model.train()
 
 
+def _quantize(phi: Any) -> None:
+    """Put bitsandbytes' layers in NF4 where the decoder layers have linear ones; they are quantised on the device."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in phi.model.layers:
+        for name, linear in [item for item in layer.named_modules() if isinstance(item[1], nn.Linear)]:
+            rows, columns = linear.weight.shape
+            made = Linear4bit(columns, rows, bias=False, compute_dtype=linear.weight.dtype, quant_type="nf4")
+            made.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+            layer.set_submodule(name, made)
+    phi.is_loaded_in_4bit = True  # by this PEFT chooses its own layer for them
+
+
 _COUNTER = 7
 
 
-def _by_stack(model: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
+def _by_stack(model: Any, x: Tensor, grad: Tensor, fp8: Scaling | None) -> list[Tensor]:
     from philora.decoder_stack.stack import DecoderStack  # needs Triton
 
     layout = PackedLayout.of_lengths(LENGTHS).to(x.device)
@@ -129,7 +157,7 @@ def _by_stack(model: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
     leaf = x.clone().requires_grad_()
     counter = torch.tensor([_COUNTER], device=x.device)
     cos, sin = (item[0, :, :half].float().contiguous() for item in (cos, sin))
-    residual, added = DecoderStack(model, x.dtype)(leaf, cos, sin, layout, counter=counter)
+    residual, added = DecoderStack(model, x.dtype, fp8)(leaf, cos, sin, layout, counter=counter)
     return _gradients(model, leaf, residual + added, grad)
 
 

@@ -181,6 +181,9 @@ def _machine(run: Run) -> list[tuple[str, str, str]]:
         facts.append(("Trained parameters", short_count(trainable), share))
     if (peak := real(memory.get("peak_bytes"))) is not None:
         facts.append(("Peak memory", f"{peak / 1e9:.1f} GB", ""))
+    plan = mapping(results.get("plan"))
+    if str(plan.get("device")).startswith("cuda") and "deterministic" in plan:
+        facts.append(("Repeatable", "yes" if plan["deterministic"] else "no", "training_config.deterministic"))
     return facts
 
 

@@ -25,6 +25,8 @@ from philora.dataset.held_out import held_out_bytes
 from philora.dataset.ids import check_rows, vocabulary_of
 from philora.decoder_stack.choice import ModelFacts
 from philora.decoder_stack.facts import facts_of_device
+from philora.decoder_stack.graphs import LARGEST_TOKENS, GraphFacts
+from philora.decoder_stack.graphs import against as graphs_against
 from philora.decoder_stack.model import facts_for
 from philora.errors import ConfigError, ModelError, RunError, fault, one_per_line
 from philora.families import generic_notice
@@ -33,10 +35,12 @@ from philora.kernels.attention import facts_of_attention
 from philora.kernels.attention_choice import attention_for
 from philora.kernels.elementwise_choice import elementwise_for
 from philora.kernels.liger import facts_of_elementwise
+from philora.kernels.switches import graph_switch
 from philora.models import loading as models
 from philora.models.spare_rows import notice, stored_embedding, untrained_tokens
 from philora.planning import outlook, requirements
 from philora.planning import plan as planning
+from philora.planning.footprint import KEPT
 from philora.runtime import hub, process_state, processes
 from philora.training import resume
 from philora.training.arguments import SFTConfig
@@ -58,6 +62,7 @@ class Hardware:
         elementwise: Which way norms and SwiGLU go where the stack does not run, and why; see
             `kernels.elementwise_choice`. Empty on a CPU.
         answers: How its tokens are computed on a GPU, and why; empty on a CPU.
+        graphs: Whether training runs in CUDA graphs, and why; empty where the stack does not run.
     """
 
     device: str
@@ -68,6 +73,7 @@ class Hardware:
     attention_reason: str
     elementwise: str = ""
     answers: str = ""
+    graphs: str = ""
 
     def __str__(self) -> str:
         why = "; ".join(self.reasons)
@@ -75,7 +81,8 @@ class Hardware:
         attention = f"attention: {self.attention} ({self.attention_reason})"
         elementwise = f"; norms and SwiGLU: {self.elementwise}" if self.elementwise else ""
         answers = f"; answers: {self.answers}" if self.answers else ""
-        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; {layers}; {attention}{elementwise}{answers}"
+        graphs = f"; CUDA graphs in training: {self.graphs}" if self.graphs else ""
+        return f"{self.device}, {self.memory_bytes / 1e9:,.1f} GB; {layers}; {attention}{elementwise}{graphs}{answers}"
 
 
 @dataclass(frozen=True)
@@ -337,9 +344,13 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, plan: planning.Pla
     way, reason = elementwise_for(facts_of_elementwise(head.device, head.dtype, columns))
     elementwise = "" if device.kind == "cpu" else f"{way} ({reason})"
     name = f"{device.name}{capability}"
-    return Hardware(
-        name, device.memory_bytes, plan.decoder_layers.path, reasons, attention, why, elementwise, plan.answers
-    )
+    path, graphs = plan.decoder_layers.path, ""
+    if path == "stack" and device.kind == "cuda":
+        base = "fp8" if config.model.base_products == "fp8" and facts.base == "plain" else facts.base
+        switch, keep = graph_switch(), KEPT[plan.recomputation]
+        against = graphs_against(GraphFacts(switch, device.kind, base, dtype, keep, facts.devices))
+        graphs = f"no ({'; '.join(against)})" if against else f"yes, up to {LARGEST_TOKENS[base]:,} tokens"
+    return Hardware(name, device.memory_bytes, path, reasons, attention, why, elementwise, plan.answers, graphs)
 
 
 def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> str | None:

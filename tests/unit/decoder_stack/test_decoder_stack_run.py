@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 import philora
 from philora.configuration.config import load_config
-from philora.decoder_stack import layer, trial
+from philora.decoder_stack import layer, products, trial
 from philora.decoder_stack.choice import ModelFacts
 from philora.decoder_stack.model import StackSettings
 from philora.errors import ConfigError, ModelError
@@ -101,6 +101,39 @@ def test_the_layer_agrees_with_peft_and_a_fault_does_not(monkeypatch):
     monkeypatch.setattr(layer.kernels, "rotate_", lambda qkv, cos, sin, *rest: rotate(qkv, cos, -sin, *rest))
     assert max(trial.compare(cpu, torch.float32)) > 1e-2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("base", "product", "largest"), [("nf4", "DequantizedProduct", 1e-5), ("fp8", "Fp8Product", 0.05)]
+)
+def test_the_trial_compares_the_base_that_trains(monkeypatch, base, product, largest):
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    cpu, kind = torch.device("cpu"), getattr(products, product)
+    seen, forward = [], kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: (seen.append(self), forward(self, x))[1])
+    assert max(trial.compare(cpu, torch.float32, base=base)) < largest
+    assert len(seen) == 4
+    monkeypatch.setattr(kind, "forward", lambda self, x: 1.5 * forward(self, x))
+    assert max(trial.compare(cpu, torch.float32, base=base)) > trial.LARGEST_DIFFERENCE_IN_FP8, "negative control"
+
+
+def test_another_base_is_compared_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("PHILORA_CACHE", str(tmp_path))
+    card = type("Card", (), {"name": "NVIDIA H200"})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    asked = []
+
+    def compare(*given):
+        asked.append(given[-1])
+        return trial.Differences(0.1, 0.1)
+
+    monkeypatch.setattr(trial, "compare", compare)
+    trial._disagreement.cache_clear()
+    found = [trial.disagreement(torch.device("cuda"), ModelFacts(base=base)) for base in ("plain", "nf4", "fp8", "fp8")]
+    trial._disagreement.cache_clear()
+    assert asked == ["plain", "nf4", "fp8"]
+    assert [item is None for item in found] == [False, False, True, True]  # fp8 alone rounds as much
 
 
 def test_what_the_trial_finds_is_remembered_only_where_it_agrees(monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from philora.configuration.sections import ModelConfig
 from philora.dataset import prepare
 from philora.decoder_stack.choice import DeviceFacts
 from philora.errors import ConfigError
+from philora.models import loading as models
 from philora.models.loading import load_skeleton, load_tokenizer, local_path, max_length_of, stop_token_ids
 from philora.planning import plan as planning
 from philora.planning.footprint import PARTS, Evaluated, footprint
@@ -77,6 +78,32 @@ def test_the_plan_says_and_counts_how_answers_go(monkeypatch, kind, by_graph):
     assert found.answers == ("a CUDA graph for each token" if by_graph else "")
     assert [each["evaluation"].by_graph for each in counted] == [by_graph]
     assert ("answers", found.answers) in found.rows() or not by_graph
+
+
+def test_on_a_gpu_the_plan_says_whether_a_run_repeats_its_bits():
+    given = {"model": {"name_or_path": "nano"}, "data": {"train": "helpdesk", "eval": 0.1}}
+    found = preflight(given).plan
+    assert "repeatable" not in dict(found.rows())
+    assert dict(replace(found, device="cuda").rows())["repeatable"].startswith("yes")
+    fast = preflight(given | {"training_config": {"deterministic": False}}).plan
+    assert dict(replace(fast, device="cuda").rows())["repeatable"].startswith("no")
+    assert fast.to_dict()["deterministic"] is False
+
+
+def test_fp8_that_has_no_effect_is_a_notice(monkeypatch):
+    """The device is described, not there: what the plan says of it depends on the description alone."""
+    monkeypatch.setattr(planning, "facts_of_device", lambda device: DeviceFacts())
+    monkeypatch.setattr(models, "_check_base_products", lambda *_: None)
+    given = {"model": {"name_or_path": "nano", "dtype": "bfloat16"}, "data": {"train": "helpdesk", "eval": 0.1}}
+    fp8 = given | {"model": given["model"] | {"base_products": "fp8"}, "peft_config": {"lora_dropout": 0.05}}
+
+    def notices(settings):
+        return " ".join(preflight(settings).plan.notices)
+
+    assert "model.base_products=fp8 has no effect" in notices(fp8)
+    assert "dropout" in notices(fp8)
+    assert "base_products" not in notices(given)
+    assert "base_products" not in notices(fp8 | {"peft_config": {"lora_dropout": 0.0}})
 
 
 def test_the_least_recomputation_that_fits(mini):

@@ -435,6 +435,15 @@ def test_the_loss_of_a_run_that_has_not_ended_begins_at_step_0(tmp_path):
     assert read_run(folder).held_out_losses()[0] == (0.0, 3.487)
 
 
+def test_a_run_on_a_gpu_shows_whether_it_repeats_its_bits(tmp_path):
+    plan = {"device": "cuda:0", "deterministic": False}
+    assert (
+        "Repeatable no training_config.deterministic"
+        in page_of(make_run(tmp_path, written=results() | {"plan": plan})).text
+    )
+    assert "Repeatable" not in page_of(make_run(tmp_path / "cpu")).text
+
+
 def test_a_loss_that_is_no_number_is_said_and_not_drawn(tmp_path):
     logged = [entry | {"loss": math.nan} if entry["step"] > 30 and "loss" in entry else entry for entry in entries(40)]
     page = page_of(make_run(tmp_path, logged=logged))
