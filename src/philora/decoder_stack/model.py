@@ -113,7 +113,7 @@ def choose(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) ->
 _said: set[Choice] = set()
 
 
-def _say(choice: Choice, model: nn.Module) -> None:
+def _say(choice: Choice, model: Any) -> None:
     """Say once, of a model on a GPU that trains, why the stack does not run."""
     if choice in _said or not model.training or next(model.parameters()).device.type != "cuda":
         return
