@@ -35,7 +35,7 @@ _CUT_TOKENS = 32
 
 
 class PromptTooLong(DataError):
-    """A prompt has more tokens than it may have; how many more is not known.
+    """Report a prompt with more tokens than allowed; how many more is not known.
 
     Attributes:
         tokens: How many were found before the rest was left unread.
@@ -276,7 +276,7 @@ class Arrangement:
 
     @cached_property
     def _backend(self) -> Any:
-        """The tokenizer of the tokenizers library, without padding and truncation; None where there is none."""
+        """Return the tokenizer of the tokenizers library, without padding and truncation; None if there is none."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and (backend.truncation is not None or backend.padding is not None):
             backend = Backend.from_str(backend.to_str())
@@ -317,7 +317,7 @@ class Arrangement:
                 raise PromptTooLong(tokens, limit_tokens)
 
     def _ids_without_forgery(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """The ids of a prompt whose messages hold control tokens' texts: those are tokenised as any text is."""
+        """Return the ids of a prompt; control tokens written out in its messages are tokenised as plain text."""
         renamed = self._renamed
         if renamed is None:
             expected = "messages without control tokens, which this kind of tokenizer cannot write as text"
@@ -356,7 +356,7 @@ class Arrangement:
 
 
 class _Renamed:
-    """A copy of a tokenizer that knows its added tokens under other names, which nobody can guess.
+    """Return a copy of a tokenizer that knows its added tokens under random names.
 
     Attributes:
         backend: The copy.

@@ -54,7 +54,7 @@ class Spread:
 
 @dataclass
 class SplitDescription:
-    """One split.
+    """Describe one split.
 
     Attributes:
         counts: As a run without a limit of tokens counts them.

@@ -39,7 +39,7 @@ def faults_located(file: Path) -> Iterator[None]:
 
 
 def open_file(file: Path) -> IO[bytes]:
-    """The bytes of a file as UTF-8 without a byte order mark; of UTF-16 and UTF-32 the mark says which it is.
+    """Return the bytes of a file as UTF-8 without a byte order mark; UTF-16 and UTF-32 are known by their mark.
 
     Raises:
         DataError: it has zeros among its first bytes and no mark, so its encoding is another.
@@ -62,7 +62,7 @@ def open_file(file: Path) -> IO[bytes]:
 
 
 def _bytes_of(file: Path) -> io.BufferedReader:
-    """The bytes of a file, unpacked where its name says that it is packed."""
+    """Return the bytes of a file, decompressed if its name ends like a compressed file's."""
     suffix = file.suffix.lower()
     if suffix == ".zst":
         import pyarrow as pa

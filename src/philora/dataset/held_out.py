@@ -78,7 +78,7 @@ def held_out(
     other: SourceConfig | None = None,
     recorded_rows: int | None = None,
 ) -> HeldOut:
-    """The rows that a run with this configuration held out, found again by its seed; or those of another source.
+    """Return the rows that a run held out, found again by its seed, or the rows of another source.
 
     Args:
         data: The `data` section of the run.
@@ -131,7 +131,7 @@ def held_out(
 
 
 class _TrainingRows(NamedTuple):
-    """The rows that a run was trained on.
+    """Return the rows that a run was trained on.
 
     Attributes:
         entries: Its sources.

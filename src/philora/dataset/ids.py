@@ -19,7 +19,7 @@ _ROWS = 1000  # that are looked at together
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
-    """Tokens that a model has embeddings for, where they are in one table; with or without weights."""
+    """Return how many tokens a model has embeddings for, if they are in one table; the model may lack weights."""
     find: Any = getattr(model, "get_input_embeddings", None)
     table = None if find is None else find()
     count = getattr(table, "num_embeddings", None)
@@ -80,7 +80,7 @@ def _check_column(name: str, column: str, lists: Any, first: int, vocabulary: in
 
 
 def check_batch(inputs: Mapping[str, Any], vocabulary: int | None, where: str = "batch") -> None:
-    """The same for a batch that a collator has made.
+    """Check the ids of a batch that a collator has made.
 
     Shapes:
         input_ids and labels (B, T).

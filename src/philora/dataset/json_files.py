@@ -89,7 +89,7 @@ def _json_lines(file: Path, skip: int) -> Iterator[tuple[int, Record]]:
 
 
 class _JsonText:
-    """A window over a JSON document: values are decoded one by one, and what is behind them is forgotten."""
+    """Decode the values of a JSON document one by one through a window, and drop what has been read."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -124,7 +124,7 @@ class _JsonText:
         return fault(str(self.file), "file", self.file.name, "UTF-8 text to the end")
 
     def line_at(self, position: int) -> int:
-        """The line of a position in the window."""
+        """Return the line of a position in the window."""
         return self.line + self.text.count("\n", self.counted, position)
 
     def where(self, position: int | None = None) -> str:
@@ -132,7 +132,7 @@ class _JsonText:
         return f"{self.file}:{self.line_at(self.position if position is None else position)}"
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Return the next character that is no space; an empty string at the end."""
         while True:
             while self.position < len(self.text):
                 if not self.text[self.position].isspace():
@@ -149,7 +149,7 @@ class _JsonText:
         self.position += 1
 
     def value(self) -> tuple[int, Any]:
-        """The next value with the line it begins on."""
+        """Return the next value with the line it begins on."""
         self.peek()
         block = BLOCK_CHARACTERS
         while True:
@@ -204,7 +204,7 @@ def _ends(text: _JsonText, what: str) -> None:
 
 
 def _members(text: _JsonText) -> Iterator[str]:
-    """The names of an object's members, each when its value comes next."""
+    """Yield the names of an object's members, each right before its value."""
     text.take("{")
     while text.peek() == '"':
         _, key = text.value()
@@ -217,7 +217,7 @@ def _members(text: _JsonText) -> Iterator[str]:
 
 
 def _wanted_list(file: Path, reading: Reading) -> str | None:
-    """The name of the list of records in a JSON object; None where the object is itself a record.
+    """Return the name of the list of records in a JSON object; None if the object is itself a record.
 
     The object is read once for its names and again for its records, so that no list is taken for being the first.
     """

@@ -16,7 +16,7 @@ _ROWS_AT_ONCE = 10_000
 
 
 def length_notices(config: Any, splits: Mapping[str, Any]) -> list[str]:
-    """One notice for every split with rows beyond the model's window, or beyond the boundary of LongRoPE.
+    """Return a notice for every split with rows beyond the model's window, or beyond the boundary of LongRoPE.
 
     Args:
         config: The model's configuration, as transformers reads it.
@@ -46,7 +46,7 @@ def length_notices(config: Any, splits: Mapping[str, Any]) -> list[str]:
 
 
 def sequence_lengths(rows: Any) -> npt.NDArray[np.int64]:
-    """Tokens of every sequence; those of a packed row are counted one by one. Empty for a stream."""
+    """Return the tokens of every sequence; sequences of a packed row are counted one by one. Empty for a stream."""
     if not isinstance(rows, Dataset):
         return np.zeros(0, np.int64)
     name = next((word for word in ("seq_lengths", "input_ids") if word in rows.column_names), None)
@@ -61,7 +61,7 @@ def sequence_lengths(rows: Any) -> npt.NDArray[np.int64]:
 
 
 def row_lengths(rows: Dataset) -> npt.NDArray[np.int64]:
-    """Tokens of every row; a packed one counts whole."""
+    """Return the tokens of every row; a packed row is one row."""
     found = [np.zeros(0, np.int64)]
     for batch in rows.with_format("arrow", columns=["input_ids"]).iter(_ROWS_AT_ONCE):
         lengths = pyarrow.compute.list_value_length(batch.column("input_ids").combine_chunks())

@@ -89,7 +89,7 @@ class SourceReport:
 
 @dataclass
 class SplitReport:
-    """Counts of one split, as it is trained or evaluated on (weights applied)."""
+    """Count the rows of one split as it is trained or evaluated on, with weights applied."""
 
     rows: int = 0
     tokens: int = 0
@@ -130,22 +130,22 @@ class DataReport:
 
     @property
     def train(self) -> SplitReport:
-        """The training split."""
+        """Return the training split."""
         return self.splits["train"]
 
     @property
     def eval(self) -> SplitReport | None:
-        """The evaluation split, if there is one."""
+        """Return the evaluation split, if there is one."""
         return self.splits.get("eval")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; each split stands under its name."""
+        """Return plain values for JSON; every split is under its name."""
         values = asdict(self)
         return {**values.pop("splits"), **values}
 
 
 class Conversations(Sequence[list[Message]]):
-    """Normalised conversations, read from disk one by one when asked for."""
+    """Read normalised conversations from disk, one at a time."""
 
     def __init__(self, stored: Any) -> None:
         self._stored = stored
@@ -169,13 +169,13 @@ class Conversations(Sequence[list[Message]]):
         return with_tools(*self._parsed(index))
 
     def stored(self, index: int) -> str:
-        """A conversation as the JSON that is stored and hashed."""
+        """Return a conversation as the JSON that is stored and hashed."""
         row = self._stored[index]
         text = row if isinstance(row, str | bytes) else row["conversation"]
         return text if isinstance(text, str) else text.decode()
 
     def tools(self, index: int) -> list[Any] | None:
-        """The tool descriptions of a conversation, for the chat template."""
+        """Return the tool descriptions of a conversation, for the chat template."""
         return self._parsed(index)[1]
 
     def _parsed(self, index: int) -> tuple[list[Message], list[Any] | None]:
@@ -195,7 +195,7 @@ def shape_of(data: DataConfig, source: SourceConfig) -> Shape | None:
 
 
 def places_of(data: DataConfig, wanted: set[str]) -> dict[str, str]:
-    """File and line, or row, of conversations as `Conversations.stored` gives them; of equal ones the first.
+    """Return file and line, or row, of conversations as `Conversations.stored` returns them; of equal ones the first.
 
     A conversation that the tokenizer's template changed, such as one whose system turn was folded, is not found.
 
@@ -278,29 +278,39 @@ def prepare(
     report = DataReport()
     if any(source.streaming for source in data.train):
         return _prepare_stream(data, loader, report, seed)
+    prepared = _prepare_splits(data, loader, report, seed, held_out_rows)
+    _require_rows(report)
+    _notice(report, max_length)
+    return prepared
 
+
+def _prepare_splits(
+    data: DataConfig, loader: Loader, report: DataReport, seed: int, held_out_rows: int | None
+) -> PreparedData:
+    """Return the training rows, and the held-out rows if there are any; count both in the report."""
     entries = [loader.load(source, "train", report) for source in data.train]
     held_out, eval_entries, eval_indices = _held_out_part(data, entries, loader, report, seed, held_out_rows)
-    train_indices = [
-        weighted_rows(np.setdiff1d(np.arange(len(entry.rows)), out, assume_unique=True), source.weight, seed, position)
-        for position, (entry, out, source) in enumerate(zip(entries, held_out, data.train, strict=True))
+    kept = [
+        np.setdiff1d(np.arange(len(entry.rows)), out, assume_unique=True)
+        for entry, out in zip(entries, held_out, strict=True)
     ]
-    kept = [np.setdiff1d(np.arange(len(e.rows)), o, assume_unique=True) for e, o in zip(entries, held_out, strict=True)]
+    train_indices = [
+        weighted_rows(rows, source.weight, seed, position)
+        for position, (rows, source) in enumerate(zip(kept, data.train, strict=True))
+    ]
     report.splits["train"] = _split_report(entries, train_indices, kept, count_dropped=True)
     fingerprint = fingerprint_of(entries, train_indices, eval_entries, eval_indices)
     train, train_conversations = assemble(entries, train_indices, seed if len(entries) > 1 else None)
-    eval_rows = eval_conversations = all_eval = eval_in_training = None
+    prepared = PreparedData(train, None, train_conversations, None, fingerprint, report)
     if eval_entries:
-        own = eval_entries is not entries
-        report.splits["eval"] = _split_report(eval_entries, eval_indices, eval_indices, count_dropped=own)
+        counts = _split_report(eval_entries, eval_indices, eval_indices, count_dropped=eval_entries is not entries)
+        report.splits["eval"] = counts
         report.in_both = _in_both(entries, train_indices, eval_entries, eval_indices)
-        eval_rows, all_eval, eval_conversations = _assemble_eval(eval_entries, eval_indices)
-        eval_in_training = rows_in_training(eval_entries, eval_indices, entries, kept)
-    _require_rows(report)
-    _notice(report, max_length)
-    return PreparedData(
-        train, eval_rows, train_conversations, eval_conversations, fingerprint, report, all_eval, eval_in_training
-    )
+        rows, all_conversations, conversations = _assemble_eval(eval_entries, eval_indices)
+        prepared.eval, prepared.eval_conversations = rows, conversations
+        prepared.all_eval_conversations = all_conversations
+        prepared.eval_in_training = rows_in_training(eval_entries, eval_indices, entries, kept)
+    return prepared
 
 
 def _held_out_part(
@@ -411,7 +421,7 @@ def part_of(part: float, recorded: int | None, rows: int) -> float:
 
 
 def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], part: float, seed: int) -> list[Indices]:
-    """Rows to hold out of every source: whole groups of equal conversations, at least one row, never all.
+    """Return the rows to hold out of every source: complete groups of equal conversations, at least one row, never all.
 
     The groups come in a random order, and one that would make the part larger than `wanted_rows` is passed over; where
     all are larger, the smallest is taken.
@@ -480,7 +490,7 @@ def weighted_rows(indices: Indices, weight: float, seed: int, position: int) -> 
 def _split_report(
     entries: Sequence[Entry], indices: Sequence[Indices], once: Sequence[Indices], *, count_dropped: bool
 ) -> SplitReport:
-    """Counts over `indices`; duplicates over `once`, the same rows before weights repeat them."""
+    """Count rows over `indices`; duplicates over `once`, the same rows before weights repeat them."""
     report = SplitReport()
     for entry, chosen in zip(entries, indices, strict=True):
         rows: Rows = entry.rows[chosen]
@@ -726,7 +736,7 @@ def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: 
 def _first_conversations(
     source: Source, shape: Shape, encoder: Encoder, found: SourceReport, drop_invalid: bool
 ) -> list[bytes]:
-    """The first conversations of a stream; what is not read in them is counted in its report."""
+    """Return the first conversations of a stream; fields that are not read are counted in its report."""
     batch = next(source.open(), None)
     if batch is None:
         return []

@@ -131,7 +131,7 @@ def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
 
 
 def _folder_files(folder: Path) -> tuple[list[Path], dict[str, None]]:
-    """The files of a folder that a reader is for, and the others, by name."""
+    """Return the files of a folder that a reader exists for, and the others, by name."""
     found = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file, folder)]
     files = [item for item in found if _kind(item) is not None and item.name not in _NOT_DATA]
     if not files:

@@ -28,7 +28,7 @@ START_BYTES = 200
 
 @dataclass(eq=False)
 class Fault(Exception):
-    """A record that cannot be used: what `philora.errors.fault` needs besides the place."""
+    """Report a record that cannot be used: what `philora.errors.fault` needs besides its position."""
 
     name: str
     value: object
@@ -36,7 +36,7 @@ class Fault(Exception):
     todo: str = ""
 
     def at(self, where: str) -> str:
-        """The message, with its place."""
+        """Return the message, with its position."""
         return fault(where, self.name, self.value, self.expected, self.todo)
 
 
@@ -50,7 +50,7 @@ class Batch:
     records: list[Record]
 
     def where(self, index: int) -> str:
-        """The place of one record as messages write it."""
+        """Return the position of one record as messages write it."""
         if self.unit == "line":
             return f"{self.file}:{self.places[index]}"
         return f"{self.file} row {self.places[index]}"
@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source:
-    """A source after its path has been resolved; `open` and `read` may be called again and again.
+    """Describe a source after its path has been resolved; `open` and `read` may be called repeatedly.
 
     `read` gives all records, `open` the first `limit` of them. `unread` names files, splits and lists of the source
     that are not read. What stands inside a file is known once it has been read to its end.
@@ -86,7 +86,7 @@ class Reading:
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:
-    """One JSONL line as a record.
+    """Parse one JSONL line as a record.
 
     Raises:
         Fault: the bytes are no UTF-8, no JSON, or no object.
@@ -105,7 +105,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names differ: of two equal ones, JSON would keep the last without a word."""
+    """Return a JSON object; of two equal names JSON would silently keep the last, so that is an error."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -118,7 +118,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def encoding_fault(raw: bytes, error: UnicodeDecodeError, offset: int = 0) -> Fault:
-    """The fault of bytes that are no UTF-8, with the encoding they are probably in."""
+    """Return the fault of bytes that are no UTF-8, with the encoding they are probably in."""
     return Fault(
         "byte",
         f"0x{raw[error.start]:02x}",
@@ -129,7 +129,7 @@ def encoding_fault(raw: bytes, error: UnicodeDecodeError, offset: int = 0) -> Fa
 
 
 def likely_encoding(raw: bytes) -> str:
-    """A guess for people: by the zeros of UTF-16, runs of bytes over 0x80 (Cyrillic, Hebrew), and telling letters."""
+    """Guess an encoding by the zeros of UTF-16, runs of bytes over 0x80 (Cyrillic, Hebrew), and typical letters."""
     start = raw[:200]
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start.count(0) > len(start) // 4:
         return "UTF-16"

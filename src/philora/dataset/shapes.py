@@ -93,7 +93,7 @@ _ANSWER_LINE = re.compile(
 
 @dataclass(slots=True)
 class Conversation:
-    """One normalised record."""
+    """Hold one normalised record."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -106,12 +106,12 @@ class Conversation:
 
     @property
     def is_text(self) -> bool:
-        """Plain text, without roles."""
+        """Return whether this is plain text, without roles."""
         return bool(self.messages[0]["role"] == TEXT_ROLE)
 
     @property
     def has_turns_as_text(self) -> bool:
-        """Plain text in which somebody wrote turns of user and assistant, so that all of them are trained on."""
+        """Return whether plain text has turns of user and assistant written in it, which are all trained on."""
         text = self.messages[0]["content"]
         return self.is_text and bool(_USER_LINE.search(text) and _ANSWER_LINE.search(text))
 
@@ -161,7 +161,7 @@ class Shape:
 
 
 class _Fields:
-    """The fields of one record, and which of them a reader has read."""
+    """Hold the fields of one record, and which of them a reader has read."""
 
     __slots__ = ("read", "values")
 
@@ -170,12 +170,12 @@ class _Fields:
         self.read: set[str] = set()
 
     def get(self, name: str) -> Any:
-        """The value of a field, which counts as read; None where there is none."""
+        """Return the value of a field, which counts as read; None if there is none."""
         self.read.add(name)
         return self.values.get(name)
 
     def needed(self, name: str) -> Any:
-        """The value of a field that has to be there.
+        """Return the value of a field that is required.
 
         Raises:
             Fault: It is missing or null.
@@ -254,7 +254,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def detect(records: Sequence[Record], where: str) -> Shape:
-    """The shape of a source from its first records.
+    """Detect the shape of a source from its first records.
 
     Raises:
         DataError: none of them looks like an accepted shape.
@@ -361,7 +361,7 @@ def shape_from_config(
     where: str,
     roles: Mapping[str, str] | None = None,
 ) -> Shape | None:
-    """The shape that the configuration gives; None where it is to be detected.
+    """Return the shape that the configuration gives; None if it is to be detected.
 
     Of one row for every message the columns may be left to be found: the shape then has none.
 
@@ -442,7 +442,7 @@ def _from_sharegpt(fields: _Fields, shape: Shape) -> Conversation:
 
 
 def _system_of(fields: _Fields) -> str | None:
-    """The system turn that stands in a field of its own."""
+    """Return the system turn of a record that has it in a field of its own."""
     for name in _SYSTEM_NAMES:
         if not _is_empty(fields.values.get(name)):
             return _string(fields.get(name), name)
@@ -450,7 +450,7 @@ def _system_of(fields: _Fields) -> str | None:
 
 
 def _with_system(conversation: Conversation, fields: _Fields, system: str | None = None) -> Conversation:
-    """The conversation with the system turn of the record's own field in front."""
+    """Return the conversation with the system turn of the record's own field in front."""
     system = system or _system_of(fields)
     if system is None or not system.strip():
         return conversation
@@ -555,7 +555,7 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
 
 
 def _calls(calls: Any, role: str, name: str) -> list[Any]:
-    """The tool calls of a turn; Parquet and CSV often hold them as JSON."""
+    """Return the tool calls of a turn; Parquet and CSV often hold them as JSON."""
     if isinstance(calls, str):
         try:
             calls = json.loads(calls)
@@ -630,7 +630,7 @@ def _from_prompt_completion(fields: _Fields, shape: Shape) -> Conversation:
 
 
 def _from_names(fields: _Fields, first: str, second: str) -> Conversation:
-    """A question and its answer, with what the record has beside them: material, system turn, earlier turns, tools."""
+    """Return a question and its answer, with the record's material, system turn, earlier turns and tools."""
     user = _string(fields.needed(first), first)
     for name in _MATERIAL_NAMES:
         if name in (first, second) or _is_empty(fields.values.get(name)):
@@ -702,7 +702,7 @@ def _fill(role: str, template: str, fields: _Fields) -> str:
 
 
 def _from_turns(fields: _Fields, shape: Shape) -> Conversation:
-    """A conversation that was put together; a row that belongs to none is still as it stands in the file."""
+    """Return a conversation that was assembled from rows; a row that belongs to none is unchanged."""
     if "messages" not in fields.values:
         name = dict(shape.columns)["conversation"][1:-1]
         todo = "Fill it in, or remove the row"
@@ -734,7 +734,7 @@ def _check(conversation: Conversation) -> None:
 
 
 def prompt_of(record: Record, where: str) -> Conversation:
-    """The turns of a record up to where the assistant is to speak, by the readers of training data.
+    """Return the turns of a record up to the assistant's next one, as the readers of training data do.
 
     Those want an answer at the end, so a record without one gets a stand-in, which is taken off again. What says
     whether a record is trained on does not matter here.

@@ -18,7 +18,7 @@ DEFAULT_SPLITS = {
 
 
 def choose_split(where: str, given: str | None, role: Literal["train", "eval"], names: Sequence[str]) -> str:
-    """The split that is asked for by name, or the one that training or evaluation reads by default.
+    """Return the split that is asked for by name, or the default of training or evaluation.
 
     Args:
         where: What has the splits, for the message.
@@ -39,7 +39,7 @@ def choose_split(where: str, given: str | None, role: Literal["train", "eval"], 
 
 
 def folder_splits(folder: Path, subset: str | None, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of every split of a folder, found by `datasets` in the way of the Hub.
+    """Return the files of every split of a folder, found by `datasets` as on the Hub.
 
     The `configs` of a README.md decide where they are written, else the names of files and folders (`train`,
     `validation`, `test` and their other spellings); without any such name all files are `train`.
@@ -78,7 +78,7 @@ def folder_splits(folder: Path, subset: str | None, files: Sequence[Path]) -> di
 
 
 def _configs(folder: Path) -> dict[str, Any]:
-    """The `configs` of a dataset card, by name."""
+    """Return the `configs` of a dataset card, by name."""
     card = folder / "README.md"
     if not card.is_file():
         return {}

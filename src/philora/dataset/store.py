@@ -79,7 +79,7 @@ class Settings:
 
 @dataclass
 class Chunk:
-    """The work of one batch: arrays of its kept rows, and what was wrong."""
+    """Hold the results of one batch: arrays of its kept rows, and the faults of the others."""
 
     ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
@@ -98,7 +98,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tokenised source on disk."""
+    """Describe one tokenised source on disk."""
 
     folder: Path
     meta: dict[str, Any]
@@ -106,7 +106,7 @@ class Entry:
 
     @property
     def identity(self) -> str:
-        """A hash of what the rows are, which a run records: the same whatever the layout of the cache."""
+        """Return a hash of the rows' content, which a run records; the cache's layout does not change it."""
         described = {**self.meta["key"], "version": _IDENTITY_VERSION}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -122,13 +122,13 @@ class Entry:
 
 
 def cache_root(configured: str | None) -> Path:
-    """The folder of the cache: as configured, else `$PHILORA_CACHE`, else the user's (`user_cache`)."""
+    """Return the cache folder: as configured, else `$PHILORA_CACHE`, else the user's (`user_cache`)."""
     chosen = configured or os.environ.get("PHILORA_CACHE")
     return (Path(chosen).expanduser() if chosen else user_cache()) / "data"
 
 
 def tokenizer_fingerprint(encoder: Encoder) -> str:
-    """A hash of all that a tokenizer does to a conversation: vocabulary, rules, special tokens, template."""
+    """Return a hash of everything a tokenizer does to a conversation: vocabulary, rules, special tokens, template."""
     digest = hashlib.sha256(encoder.backend.to_str().encode())
     tokenizer = encoder.tokenizer
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
@@ -141,7 +141,7 @@ def tokenizer_fingerprint(encoder: Encoder) -> str:
 
 
 def serialise(conversation: Conversation) -> bytes:
-    """A conversation as the JSON that is stored, hashed and read back."""
+    """Return a conversation as the JSON that is stored, hashed and read back."""
     stored: Any = conversation.messages
     if conversation.tools is not None:
         stored = {"messages": conversation.messages, "tools": conversation.tools}
@@ -213,7 +213,7 @@ def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Setti
 
 
 class _ReadRecords(NamedTuple):
-    """The records of a batch that could be read, their places in it, and the faults of the others."""
+    """Hold the readable records of a batch, their indices in it, and the faults of the others."""
 
     conversations: list[Conversation]
     blobs: list[bytes]
@@ -355,7 +355,7 @@ def entry_for(
     root: Path,
     processes: int,
 ) -> Entry:
-    """The entry of a source, made now if it is not there or torn.
+    """Return the cache entry of a source; make it if it is missing or incomplete.
 
     Raises:
         DataError: records cannot be used; up to 20 faults are listed, and their number is stated.
@@ -422,7 +422,7 @@ def recognised(source: Source, given: Shape | None) -> tuple[Source, Shape]:
 
 
 def _given_turns(given: Shape, records: Sequence[Record], file: str) -> Shape:
-    """One row for every message, of which the columns are to be found."""
+    """Find the columns of a table with one row for every message."""
     rows = [parse_line(record) if isinstance(record, bytes) else record for record in records[:1]]
     columns = turn_columns(rows)
     if columns is None:

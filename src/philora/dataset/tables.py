@@ -117,14 +117,14 @@ def read_excel(file: Path, reading: Reading) -> Iterator[Batch]:
 
 
 def _filled(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]] | None:
-    """The rows of a sheet with their numbers, from its first row with a value on; None where there is none."""
+    """Return the rows of a sheet with their numbers, from its first row with a value; None if there is none."""
     rows = enumerate(sheet.iter_rows(values_only=True), start=1)
     first = next((row for row in rows if any(cell is not None for cell in row[1])), None)
     return None if first is None else itertools.chain([first], rows)
 
 
 def _sheet_rows(file: Path, rows: Iterator[tuple[int, Sequence[Any]]]) -> Iterator[tuple[int, Record]]:
-    """The records below the names of a sheet; cells are text, as in a CSV."""
+    """Yield the records below the header of a sheet; cells are text, as in a CSV."""
     header = [_cell_text(cell) for cell in next(rows)[1]]
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:

@@ -51,7 +51,7 @@ _READ_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")
 
 @dataclass(slots=True, eq=False)
 class Encoded:
-    """One conversation as tokens.
+    """Hold one conversation as tokens.
 
     `spans` are the token ranges with loss, end excluded; `conversation` is what was rendered, with a system turn
     folded into the user's where the template knows none.
@@ -68,16 +68,16 @@ class Encoded:
 
     @property
     def input_ids(self) -> list[int]:
-        """The tokens."""
+        """Return the tokens."""
         return [int(index) for index in self.ids]
 
     @property
     def labels(self) -> list[int]:
-        """One label a token; -100 where there is no loss."""
+        """Return one label a token; -100 where there is no loss."""
         return [int(label) for label in self.label_array()]
 
     def label_array(self) -> Ids:
-        """The labels as an array."""
+        """Return the labels as an array."""
         labels = np.full(len(self.ids), IGNORED, np.int32)
         for start, end in self.spans:
             labels[start:end] = self.ids[start:end]
@@ -104,7 +104,7 @@ class _Plan:
     brackets: tuple[tuple[int, int], ...]
 
     def joined(self, contents: list[str]) -> str:
-        """The text that the plan says."""
+        """Return the text that the plan predicts."""
         parts = [""] * (2 * len(contents) + 1)
         parts[::2] = self.pieces
         parts[1::2] = contents
@@ -113,7 +113,7 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Chat:
-    """A conversation on its way through one call of `encode`: its place there, as it is rendered, system folded."""
+    """Hold a conversation within one call of `encode`: its index, as it is rendered, and whether system was folded."""
 
     place: int
     conversation: Conversation
@@ -154,7 +154,7 @@ class Encoder:
         self._tails: dict[str, list[int]] = {}
 
     def _plan(self, roles: tuple[str, ...]) -> _Plan | None:
-        """The literal pieces for a sequence of roles; None when this template does more than joining."""
+        """Return the literal pieces for a sequence of roles; None if the template does more than joining."""
         if roles in self._plans:
             return self._plans[roles]
         marks = [f"zq{index}qz" for index in range(len(roles))]
@@ -338,7 +338,7 @@ class Encoder:
         return rendered
 
     def _plan_for(self, conversation: Conversation, text: str) -> _Plan | None:
-        """The plan of a conversation's roles, if it says this rendering."""
+        """Return the plan of a conversation's roles, if it predicts this rendering."""
         if not conversation.is_plain:
             return None
         plan = self._plan(tuple([message["role"] for message in conversation.messages]))
@@ -347,7 +347,7 @@ class Encoder:
         return plan
 
     def _locate(self, conversation: Conversation, text: str) -> tuple[str, list[Turn]]:
-        """The assistant turns of a rendering: by the plan of its roles if it applies, else by the full proof."""
+        """Return the assistant turns of a rendering: by the plan of its roles if it applies, else by the full proof."""
         plan = self._plan_for(conversation, text)
         if plan is None:
             return self.proof.locate(conversation.messages, conversation.tools)
@@ -407,7 +407,7 @@ def encode_conversation(
     tools: list[Any] | None = None,
     stop_token_ids: Sequence[int],
 ) -> Encoded:
-    """Tokens and labels of one conversation.
+    """Return tokens and labels of one conversation.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
@@ -430,7 +430,7 @@ def encode_conversation(
 
 
 def backend_of(tokenizer: Tokenizer) -> Any:
-    """A copy-safe `tokenizers.Tokenizer` without padding and truncation.
+    """Return a copy-safe `tokenizers.Tokenizer` without padding and truncation.
 
     Raises:
         DataError: the tokenizer is not backed by the tokenizers library, so it knows no offsets.
@@ -449,7 +449,7 @@ def backend_of(tokenizer: Tokenizer) -> Any:
 
 
 def preview(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """A row as the model sees it: the text of every token, and whether it has loss.
+    """Return a row as the model sees it: the text of every token, and whether it has loss.
 
     Args:
         tokenizer: the tokenizer that made the row.
@@ -481,7 +481,7 @@ def preview(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[str, boo
 
 
 def _texts_by_prefix(decode: Any, ids: list[int], whole: str) -> list[str]:
-    """The slow, always right way: the part of the decoded row that each longer beginning of it settles."""
+    """Return the text of every token by decoding longer and longer prefixes: slow and always right."""
     texts: list[str] = []
     done = 0
     for index in range(len(ids)):
@@ -509,7 +509,7 @@ def prompts_and_references(conversation: Sequence[Message]) -> tuple[list[Messag
 
 
 def _first_token_from(encoding: Any, start: int) -> int:
-    """The first token that begins at or behind a character.
+    """Return the first token that begins at or after a character.
 
     `char_to_token` searches in native code; the neighbours settle what it leaves open: a token that covers the
     character but begins before it, several tokens of one character, tokens without width.

@@ -24,7 +24,7 @@ from philora.errors import DataError, fault
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One assistant turn in the complete rendering, in characters: content from `start` to `end`, then a stop token."""
+    """Locate one assistant turn in a rendering, in characters: content from `start` to `end`, then a stop token."""
 
     message: int
     start: int
@@ -33,7 +33,7 @@ class Turn:
 
 
 class TemplateFault(DataError):
-    """The chat template itself cannot be trained with; no record is to blame."""
+    """Report a chat template that cannot be trained with; no record is to blame."""
 
 
 class TurnProof:
@@ -53,7 +53,7 @@ class TurnProof:
         self._opening: tuple[str, str] | None = None
 
     def render(self, messages: list[Message], *, tools: list[Any] | None = None, generation: bool = False) -> str:
-        """The text of the chat template.
+        """Return the text of the chat template.
 
         Raises:
             Fault: the template refuses these messages.
@@ -117,7 +117,7 @@ class TurnProof:
     def _header(
         self, before: str, messages: list[Message], first: int, index: int, tools: list[Any] | None
     ) -> tuple[str, ...]:
-        """The text around the contents of the turns between two answers, the second one's header included."""
+        """Return the text around the contents of the turns between two answers, the second one's header included."""
         marks = [f"zq{place}qz" for place in range(first, index)]
         marked = [{**item, "content": mark} for item, mark in zip(messages[first:index], marks, strict=True)]
         rest = self.render([*messages[:first], *marked], tools=tools, generation=True)
