@@ -29,7 +29,7 @@ from torch import Tensor
 
 import philora
 from benchmarks.results import RESULTS, append, commit, now
-from philora.adapters import peft_layers as adapters
+from philora.adapters import fast_layers as adapters
 from philora.decoder_stack.products import Fp8Product, PlainProduct, scaled_product
 from philora.decoder_stack.rows import Rows
 

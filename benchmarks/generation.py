@@ -85,7 +85,7 @@ def contestants(folder: str, given: argparse.Namespace) -> dict[str, Callable[[]
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, pipeline
 
-    from philora.adapters.peft_layers import optimize
+    from philora.adapters.fast_layers import optimize
     from philora.configuration.sections import ModelConfig, TokenizerConfig
     from philora.generation.batches import GenerationSettings, generate
     from philora.models import loading as models

@@ -33,7 +33,9 @@ from benchmarks.machine import clock, describe, matmul_rate
 from benchmarks.process import REPOSITORY
 from benchmarks.results import RESULTS, append, commit, now
 from philora import lora
-from philora.adapters.peft_layers import FastLinear, Slice, apply_slices
+from philora.adapters.fast_layers import FastLinear
+from philora.adapters.peft_models import apply_slices
+from philora.adapters.slices import Slice
 
 PACKAGES = ("torch", "loralib", "peft", "transformers")
 SLICES = 3

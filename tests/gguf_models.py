@@ -136,7 +136,7 @@ def save_adapter(base: Path, folder: Path, **changes: Any) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_A" in name or "lora_embedding" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
-        for layer in philora.adapters.peft_layers.lora_layers(adapted).values():
+        for layer in philora.adapters.slices.lora_layers(adapted).values():
             if "default" not in layer.lora_B:
                 continue
             weight = layer.lora_B["default"].weight

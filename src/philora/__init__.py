@@ -17,7 +17,7 @@ _HOME = {
     "SFTTrainer": "philora.training.trainer",
     "chat": "philora.interface.functions",
     "check": "philora.interface.functions",
-    "coverage": "philora.adapters.peft_layers",
+    "coverage": "philora.adapters.statistics",
     "demo": "philora.interface.functions",
     "describe_data": "philora.dataset.describe",
     "doctor": "philora.cli.doctor",
@@ -25,16 +25,16 @@ _HOME = {
     "explain": "philora.cli.troubleshooting",
     "export": "philora.exporting.conversion",
     "generate": "philora.interface.functions",
-    "get_peft_model": "philora.adapters.peft_layers",
+    "get_peft_model": "philora.adapters.peft_models",
     "import_adapter": "philora.interface.functions",
     "init": "philora.interface.functions",
     "load": "philora.interface.run",
-    "load_adapter": "philora.adapters.peft_layers",
+    "load_adapter": "philora.adapters.peft_models",
     "load_config": "philora.configuration.config",
     "lora": "philora.lora",
     "merge": "philora.exporting.merging",
     "merge_to_folder": "philora.exporting.merged_folder",
-    "optimize": "philora.adapters.peft_layers",
+    "optimize": "philora.adapters.fast_layers",
     "preflight": "philora.training.readiness",
     "push": "philora.reporting.pushing",
     "report": "philora.interface.functions",
@@ -48,7 +48,9 @@ _NAMES = {"doctor": "examine", "explain": "entry_named"}
 
 if TYPE_CHECKING:
     from philora import lora
-    from philora.adapters.peft_layers import coverage, get_peft_model, load_adapter, optimize
+    from philora.adapters.fast_layers import optimize
+    from philora.adapters.peft_models import get_peft_model, load_adapter
+    from philora.adapters.statistics import coverage
     from philora.cli.doctor import examine as doctor
     from philora.cli.troubleshooting import entry_named as explain
     from philora.configuration.config import load_config

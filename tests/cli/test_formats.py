@@ -21,7 +21,7 @@ def adapter(tmp_path_factory):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     adapted = philora.get_peft_model(model, config)
     torch.manual_seed(0)
-    for module in philora.adapters.peft_layers.lora_layers(adapted).values():
+    for module in philora.adapters.slices.lora_layers(adapted).values():
         for part in getattr(module, "slices", {}).get("default", ((None, 0, None, 0, None),)):
             torch.nn.init.normal_(module.lora_B["default"].weight[part[1] : part[2], part[3] : part[4]], std=0.02)
     run = tmp_path_factory.mktemp("run")

@@ -18,7 +18,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 import philora
 from philora import lora
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 
 FUSED = LoraConfig(
     r=2,

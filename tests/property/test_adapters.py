@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import philora
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 
 SLICES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 

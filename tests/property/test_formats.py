@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from philora.adapters.peft_layers import Names, Slice
+from philora.adapters.slices import Slice
+from philora.adapters.targets import Names
 from philora.exporting.adapter import Adapter, Update, as_fused, as_slices, for_server
 from philora.exporting.conversion import read_adapter, restored
 from philora.exporting.loralib_file import WEIGHTS_NAME, write_loralib

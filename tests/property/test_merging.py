@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import philora
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 from philora.errors import AdapterError
 from philora.exporting.merged_folder import merge_to_folder
 from philora.exporting.merging import merge_layer

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import philora
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 from philora.models.loading import local_path
 from tests.tolerances import LOSS_STEP_BF16, LOSS_STEP_FP32
 

@@ -1,8 +1,8 @@
-"""Whole embeddings in an adapter's file: they belong to the adapter, and the base keeps its own.
+"""Complete embeddings in an adapter's file: they belong to the adapter, and the base keeps its own.
 
-PEFT saves them on request (`save_embedding_layers=True`) and, when it loads such a file, writes them over the base's.
-Here they are put beside the base's, as PEFT does with `modules_to_save`: without the adapter the base computes with
-its own, every copy or merge of the adapter has them, and several adapters can have different ones.
+PEFT saves them on request (`save_embedding_layers=True`). When it loads such a file, it overwrites the base's. Here
+they are kept beside the base's, as PEFT does with `modules_to_save`. So the base without the adapter computes with its
+own embeddings, every copy or merge of the adapter has them, and several adapters can have different ones.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ _PREFIX = "base_model.model."
 
 
 class WholeEmbedding(ModulesToSaveWrapper):  # type: ignore[misc]
-    """An embedding of the base with those of adapters beside it; they take part, and do not train."""
+    """An embedding of the base with those of adapters beside it. They are used, but do not train."""
 
     def _freeze(self) -> None:
         for parameter in self.modules_to_save.parameters():
             parameter.requires_grad_(False)
 
     def update(self, adapter_name: str, **kwargs: Any) -> None:
-        """Update as PEFT."""
+        """Update as PEFT does, and freeze the weights."""
         super().update(adapter_name, **kwargs)
         self._freeze()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable as PEFT."""
+        """Enable as PEFT does, and freeze the weights."""
         super().enable_adapters(enabled)
         self._freeze()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set as PEFT."""
+        """Set the adapter as PEFT does, without training it."""
         super().set_adapter(adapter_names, inference_mode=True)
 
 
 class Whole:
-    """Whole weights in an adapter's file that differ from those of the base's embeddings.
+    """Complete weights in an adapter's file that differ from those of the base's embeddings.
 
     Attributes:
-        own: Weights by the full name of their module in the base, of those that share one under each of their names.
-        under_lora: Names of modules that this adapter, or one on the model, also has a LoRA update for.
+        own: Weights by the full name of their module in the base; tied modules have the same weight.
+        under_lora: Names of modules for which this adapter, or one in the model, also has a LoRA update.
     """
 
     def __init__(self, base: nn.Module, config: PeftConfig, names: Iterable[str], folder: Path) -> None:
-        """Read those that differ.
+        """Read the weights that differ.
 
         Args:
-            base: The base model, or one with adapters of other names on it.
-            config: Of the adapter.
-            names: Of the file's tensors.
-            folder: Of the adapter.
+            base: The base model, or one that has adapters of other names.
+            config: The adapter's configuration.
+            names: Names of the file's tensors.
+            folder: The adapter's folder.
 
         Raises:
-            AdapterError: One has another shape than the base's.
+            AdapterError: A weight has another shape than the base's.
         """
         self.own: dict[str, Tensor] = {}
         self.under_lora: list[str] = []
@@ -90,7 +90,7 @@ class Whole:
         if faults:
             raise AdapterError(one_per_line(faults))
         if values and getattr(getattr(base, "config", None), "tie_word_embeddings", False):
-            values = dict.fromkeys(embeddings, list(values.values())[-1])  # PEFT loads them in this order into one
+            values = dict.fromkeys(embeddings, list(values.values())[-1])  # PEFT loads them one after another into one
         for name, value in values.items():
             if torch.equal(value, embeddings[name].detach().cpu()):
                 continue
@@ -100,11 +100,11 @@ class Whole:
                 self.own[name] = value
 
     def copies(self, base: nn.Module) -> dict[str, Tensor]:
-        """Return copies of the base's own weights, which PEFT is about to write over."""
+        """Return copies of the base's own weights, which PEFT overwrites."""
         return {name: embedding.detach().clone() for name, embedding in _embeddings(base).items() if name in self.own}
 
     def put(self, model: PeftModel, adapter_name: str, before: Mapping[str, Tensor]) -> None:
-        """Give the base its own weights back, and the adapter those of its file."""
+        """Restore the base's own weights, and give the adapter those of its file."""
         base = model.get_base_model()
         placed: dict[int, nn.Parameter] = {}
         for name, value in self.own.items():
@@ -120,11 +120,7 @@ class Whole:
             if adapter_name in model.active_adapters:
                 module.set_adapter(adapter_name, inference_mode=True)
             else:
-                active = [
-                    active_adapter
-                    for active_adapter in model.active_adapters
-                    if active_adapter in module.modules_to_save
-                ]
+                active = [name for name in model.active_adapters if name in module.modules_to_save]
                 module.set_adapter(active[:1], inference_mode=True)
             if id(value) not in placed:
                 placed[id(value)] = nn.Parameter(value.to(original.weight.device), requires_grad=False)
@@ -154,7 +150,7 @@ def _embeddings(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stay_tied(model: PeftModel) -> bool:
-    """Return whether input and output embeddings of the active adapter are one weight, in place of the base's one."""
+    """Return whether the active adapter has one weight of its own for both input and output embeddings."""
     base = model.get_base_model()
     if not isinstance(base, PreTrainedModel):
         return False

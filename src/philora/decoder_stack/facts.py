@@ -81,6 +81,11 @@ def not_one_adapter(layer: Any) -> str | None:
     return None
 
 
+def active_adapter(layer: Any) -> str:
+    """Return the name of the active adapter of a LoRA layer that has just one (`not_one_adapter`)."""
+    return next(adapter for adapter in layer.active_adapters if adapter in layer.lora_A)
+
+
 def adapter_name_of(linear: Any) -> str | None:
     """Return the name of the one plain LoRA adapter of a linear layer; None: it has none, or none that is plain.
 
@@ -88,7 +93,7 @@ def adapter_name_of(linear: Any) -> str | None:
     """
     if not isinstance(linear, LoraLayer) or not_one_adapter(linear) is not None:
         return None
-    name: str = next(adapter for adapter in linear.active_adapters if adapter in linear.lora_A)
+    name = active_adapter(linear)
     down, up = linear.lora_A[name], linear.lora_B[name]
     plain = type(down) is nn.Linear and type(up) is nn.Linear and not getattr(up, "slice_layout", None)
     return name if plain and isinstance(linear.lora_dropout[name], nn.Dropout | nn.Identity) else None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from transformers import AutoModelForCausalLM
 
-from philora.adapters.peft_layers import load_adapter
+from philora.adapters.peft_models import load_adapter
 from philora.evaluation.assessment import held_out_of, rows_to_score
 from philora.evaluation.scores import TokenScores, score
 from philora.exporting.merged_folder import MergeResult, free_folder, merge_to_folder

@@ -11,7 +11,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from philora.adapters.peft_layers import Names, Slice, Slices, ranked_by_zeros
+from philora.adapters.slices import Slice, Slices, ranked_by_zeros
+from philora.adapters.targets import Names
 from philora.errors import AdapterError, fault, one_per_line
 
 # The update of a module may change by one rounding of B (scale folded in) and one of the product.

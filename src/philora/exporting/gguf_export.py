@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from philora.adapters.peft_layers import load_adapter
+from philora.adapters.peft_models import load_adapter
 from philora.configuration.sections import ModelConfig
 from philora.errors import AdapterError, ModelError, fault, one_per_line
 from philora.exporting import held_out, llama

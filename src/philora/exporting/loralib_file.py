@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from philora import lora
-from philora.adapters.peft_layers import Names, Slice, Slices
+from philora.adapters.slices import Slice, Slices
+from philora.adapters.targets import Names
 from philora.errors import AdapterError, ConfigError, fault, nearest, one_per_line
 from philora.exporting.adapter import Adapter, Update, plain_number
 from philora.files.checkpoint import write_json, write_text

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from philora.adapters.peft_layers import load_adapter
+from philora.adapters.peft_models import load_adapter
 from philora.configuration.sections import ModelConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError, fault, one_per_line
 from philora.exporting.merging import (

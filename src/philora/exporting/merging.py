@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from philora.adapters.embeddings import stay_tied
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 from philora.errors import AdapterError, fault, one_per_line
 from philora.kernels.quantization import dequantize_, is_quantized
 from philora.models.verify import ROUNDED_ONCE, agreement, logits_of

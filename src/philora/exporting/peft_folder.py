@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from philora.adapters.peft_layers import RECORD_NAME, Names, load_adapter, lora_layers, slice_record
+from philora.adapters.adapter_files import RECORD_NAME, slice_record
+from philora.adapters.peft_models import load_adapter
+from philora.adapters.slices import lora_layers
+from philora.adapters.targets import Names
 from philora.errors import AdapterError, fault, one_per_line
 from philora.exporting.adapter import Adapter, Update, plain_number
 from philora.exporting.merging import CHANGES_BASE

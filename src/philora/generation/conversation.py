@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from philora.adapters.peft_layers import load_adapter
+from philora.adapters.peft_models import load_adapter
 from philora.configuration.sections import ModelConfig, TokenizerConfig
 from philora.dataset.arrangement import Arrangement, PromptTooLong
 from philora.errors import AdapterError, ConfigError, DataError, fault, nearest

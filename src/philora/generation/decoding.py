@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3ForCausalLM, Phi3MLP, Phi3RMSNorm
 
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 from philora.kernels.memory import free_bytes
 from philora.kernels.modules import FastPhi3RMSNorm
 from philora.kernels.rotary import note_documents
@@ -410,7 +410,7 @@ class Packing:
         if isinstance(module, FastLinear) and type(module.base_layer) is nn.Linear:
             if module.disable_adapters and not module.merged:
                 return self.product(module.base_layer)
-            adapter = module._plain_adapter()
+            adapter = module.plain_adapter()
             if adapter is not None:
                 base = self.product(module.base_layer)
                 down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight

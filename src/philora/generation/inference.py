@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from philora.adapters.peft_layers import load_adapter
+from philora.adapters.peft_models import load_adapter
 from philora.configuration.sections import ModelConfig, SourceConfig, TokenizerConfig
 from philora.dataset.arrangement import with_tools
 from philora.dataset.file_bytes import text_lines

@@ -9,7 +9,7 @@ stay in the cache (`_TiledAttention`), with the rotary embedding and the splitti
 pass. On a GPU there is one call of flash attention for all documents, or, as `attention_choice` says, one causal call
 of PyTorch's scaled_dot_product_attention for every group.
 
-`register` makes it known to transformers under `NAME`; `philora.adapters.peft_layers.optimize` switches models over.
+`register` makes it known to transformers under `NAME`; `philora.adapters.fast_layers.optimize` switches models over.
 """
 
 from __future__ import annotations

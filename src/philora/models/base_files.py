@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from philora.adapters.peft_layers import RECORD_NAME
+from philora.adapters.adapter_files import RECORD_NAME
 from philora.errors import ModelError, fault, one_per_line
 from philora.files.checkpoint import indexed_files
 from philora.kernels.quantization import check_folder, keep_layout, require_bitsandbytes, scheme_of

@@ -19,7 +19,10 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
-from philora.adapters.peft_layers import apply_slices, check_adapter, optimize, resolve_for_training
+from philora.adapters.adapter_files import check_adapter
+from philora.adapters.fast_layers import optimize
+from philora.adapters.peft_models import apply_slices
+from philora.adapters.targets import resolve_for_training
 from philora.configuration.sections import Config, ModelConfig
 from philora.dataset import DataReport, SplitReport
 from philora.decoder_stack.choice import BatchFacts, Choice, DeviceFacts, ModelFacts, stack_for

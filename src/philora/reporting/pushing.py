@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from philora.adapters.peft_layers import RECORD_NAME
+from philora.adapters.adapter_files import RECORD_NAME
 from philora.configuration.sections import Config
 from philora.errors import AdapterError, ConfigError, fault
 from philora.exporting.merged_folder import merge_to_folder

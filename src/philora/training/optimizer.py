@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from philora.adapters.peft_layers import keep_zeros_in_steps
+from philora.adapters.slices import keep_zeros_in_steps
 from philora.errors import ConfigError, fault
 from philora.lora.state import loraplus_fast_parameters, split_loraplus_groups
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from philora.adapters.peft_layers import Coverage, coverage
+from philora.adapters.statistics import Coverage, coverage
 from philora.configuration.config import load_config
 from philora.configuration.fields import OWN_TRAINING_KEYS
 from philora.configuration.sections import Config

@@ -22,7 +22,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from philora.adapters.peft_layers import check_adapter, coverage, get_peft_model, load_adapter, resolve_for_training
+from philora.adapters.adapter_files import check_adapter
+from philora.adapters.peft_models import get_peft_model, load_adapter
+from philora.adapters.statistics import coverage
+from philora.adapters.targets import resolve_for_training
 from philora.configuration.config import load_config
 from philora.configuration.sections import Config
 from philora.dataset import PreparedData, places_of, prepare

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from philora.adapters.peft_layers import load_adapter
+from philora.adapters.peft_models import load_adapter
 from philora.dataset import prompts_and_references
 from philora.evaluation.scores import Evaluation, evaluate, joined
 from philora.generation.batches import GenerationSettings

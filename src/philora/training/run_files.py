@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from philora.adapters.peft_layers import RECORD_NAME, sort_names
+from philora.adapters.adapter_files import RECORD_NAME, sort_names
 from philora.configuration.writing import dump_yaml
 from philora.dataset.held_out import vocabulary_digest, write_held_out
 from philora.dataset.system_turns import commonest_system_turn

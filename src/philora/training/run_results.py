@@ -13,7 +13,7 @@ import numpy as np
 from peft import PeftModel
 
 import philora
-from philora.adapters.peft_layers import coverage, update_norms
+from philora.adapters.statistics import coverage, update_norms
 from philora.dataset import PreparedData, preview
 from philora.dataset.lengths import sequence_lengths
 from philora.evaluation.scores import Evaluation, compare, pick_samples

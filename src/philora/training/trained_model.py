@@ -13,7 +13,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, set_seed
 
-from philora.adapters.peft_layers import Resolution, is_lora, optimize, resolve_for_training
+from philora.adapters.fast_layers import optimize
+from philora.adapters.targets import Resolution, is_lora, resolve_for_training
 from philora.decoder_stack.model import configure as configure_stack
 from philora.kernels.attention import repeat_bits
 from philora.kernels.loss import add_label_head

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerControl
 
-from philora.adapters.peft_layers import apply_slices
+from philora.adapters.peft_models import apply_slices
 from philora.compat.accelerate import zero3_weights
 from philora.compat.transformers import EpochStart, StepEnd
 from philora.compat.trl import trl

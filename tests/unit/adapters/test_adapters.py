@@ -13,7 +13,11 @@ import torch
 from peft import LoraConfig
 
 import philora
-from philora.adapters.peft_layers import FastLinear, SlicedPeftModelForCausalLM, lora_layers, resolve, update_norms
+from philora.adapters.fast_layers import FastLinear
+from philora.adapters.peft_models import SlicedPeftModelForCausalLM
+from philora.adapters.slices import lora_layers
+from philora.adapters.statistics import update_norms
+from philora.adapters.targets import resolve
 from philora.errors import AdapterError, TargetError
 from tests.tolerances import LOGITS_FP32
 
@@ -139,7 +143,7 @@ def test_each_slice_is_lora_of_a_split_projection(phi3, use_rslora):
 @pytest.mark.parametrize("fast", [True, False])
 def test_zeros_outside_the_slices_stay_zero(phi3, fast, monkeypatch):
     if not fast:  # PEFT's own forward: DoRA takes it
-        monkeypatch.setattr(FastLinear, "_plain_adapter", lambda self: None)
+        monkeypatch.setattr(FastLinear, "plain_adapter", lambda self: None)
     model = philora.get_peft_model(phi3(), lora(lora_dropout=0.1))
     randomize(model)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 import philora
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 from philora.lora.functional import fused
 from tests.fast_paths import (
     HAND,

@@ -16,7 +16,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import philora
-from philora.adapters.peft_layers import FastLinear, not_plain
+from philora.adapters.fast_layers import FastLinear, not_plain
 from philora.errors import TargetError
 from philora.kernels import attention
 from philora.lora.functional import _LoRALinear

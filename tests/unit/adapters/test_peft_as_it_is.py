@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import philora
-from philora.adapters.peft_layers import FastLinear, coverage, update_norms
+from philora.adapters.fast_layers import FastLinear
+from philora.adapters.statistics import coverage, update_norms
 from philora.models.loading import local_path
 from tests.tolerances import LOGITS_FP32
 

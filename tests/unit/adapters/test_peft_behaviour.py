@@ -33,7 +33,9 @@ from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
 import philora
-from philora.adapters.peft_layers import FastLinear, apply_slices, resolve
+from philora.adapters.fast_layers import FastLinear
+from philora.adapters.peft_models import apply_slices
+from philora.adapters.targets import resolve
 from philora.errors import AdapterError
 from tests.parity.conftest import masks_of_torch  # noqa: F401  # the same masks from the same seed in both models
 
@@ -762,7 +764,7 @@ def test_variants(phi3, name, tmp_path):
     assert len(agree(both, run, gradients=1e-3 if name == "MonteCLoRA" else GRADIENT_FP32)) > 4
     layers = [each for each in both.mine.modules() if isinstance(each, FastLinear)]
     assert layers
-    assert {each._plain_adapter() is not None for each in layers} == {forward == "fused"}
+    assert {each.plain_adapter() is not None for each in layers} == {forward == "fused"}
     if name != "CorDA":  # which wants its pass over data again
         both.mine.save_pretrained(tmp_path)
         read = Pair(philora.load_adapter(phi3(), tmp_path), PeftModel.from_pretrained(phi3(), str(tmp_path)))

@@ -244,7 +244,7 @@ def test_a_changed_base_under_lora_is_told_and_not_exported(base, tmp_path, capl
     want = of_peft(base, adapter)
     assert_same(logits(philora.load_adapter(of_base(base), adapter)), want)
     assert "model.embed_tokens" in caplog.text
-    assert "take the base's place" in caplog.text
+    assert "They replace the base's" in caplog.text
     with pytest.raises(AdapterError, match=r"model\.embed_tokens"):
         philora.export(adapter, tmp_path / "out", layout="fused", base=str(base))
     plain = make_adapter(tmp_path / "plain", base, whole=False)

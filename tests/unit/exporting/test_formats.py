@@ -36,7 +36,7 @@ def randomize(model, seed=1):
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    for layer in philora.adapters.peft_layers.lora_layers(model).values():
+    for layer in philora.adapters.slices.lora_layers(model).values():
         for each in getattr(layer, "slices", {}).get("default", ()):
             outside = torch.ones(layer.out_features, dtype=torch.bool)
             outside[each.row_start : each.row_stop] = False

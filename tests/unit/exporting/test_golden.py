@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import philora
 from philora import lora
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 from tests.golden import make
 from tests.tolerances import LOGITS_FP32
 

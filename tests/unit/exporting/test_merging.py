@@ -35,7 +35,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import philora
-from philora.adapters.peft_layers import FastLinear
+from philora.adapters.fast_layers import FastLinear
 from philora.configuration.sections import ModelConfig, TokenizerConfig
 from philora.errors import AdapterError, ConfigError, ModelError, RunError
 from philora.exporting.merged_folder import MergeResult, merge_to_folder

@@ -23,7 +23,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from philora.adapters.peft_layers import optimize
+from philora.adapters.fast_layers import optimize
 from philora.errors import ConfigError, DataError, ModelError
 from philora.evaluation.scores import evaluate
 from philora.generation import batches as generation

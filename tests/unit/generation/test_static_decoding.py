@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from philora.adapters.peft_layers import optimize
+from philora.adapters.fast_layers import optimize
 from philora.decoder_stack.choice import DeviceFacts
 from philora.generation import conversation, decoding, static_decoding
 from philora.generation.batches import GenerationSettings, generate

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import philora
-from philora.adapters.peft_layers import lora_layers
+from philora.adapters.slices import lora_layers
 from philora.configuration.config import load_config
 from philora.configuration.sections import ModelConfig
 from philora.errors import ConfigError, ModelError

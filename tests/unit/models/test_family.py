@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import philora
-from philora.adapters.peft_layers import lora_layers
+from philora.adapters.slices import lora_layers
 from philora.families import MODELS, fused_slices
 from philora.models.loading import local_path
 from tests.family import build, packed, small_config, tokens

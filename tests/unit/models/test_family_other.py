@@ -15,7 +15,10 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer
 
 import philora
-from philora.adapters.peft_layers import FastLinear, coverage, lora_layers, resolve
+from philora.adapters.fast_layers import FastLinear
+from philora.adapters.slices import lora_layers
+from philora.adapters.statistics import coverage
+from philora.adapters.targets import resolve
 from philora.errors import TargetError
 from philora.families import OTHER, generic_notice
 from philora.kernels.attention import NAME
@@ -208,7 +211,7 @@ def test_the_page_has_every_phi_model():
 
 def test_a_router_of_experts_is_left_out_with_a_notice(caplog):
     model = build(config_of("Phi-3.5-MoE"))
-    philora.adapters.peft_layers._say_left_out.cache_clear()
+    philora.adapters.targets._warn_left_out.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert resolve(model, lora()).config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert "all-linear leaves out PhimoeTopKRouter" in caplog.text

@@ -68,9 +68,9 @@ def test_an_adapters_configuration_is_harmless(phi3, adapter, values, message):
 
 @pytest.mark.parametrize("pattern", [r".*\.layers\.(0|1)\..*proj", r"^(?!.*lm_head).*(q|v)_proj$", r"a\+\+[+*]+b"])
 def test_patterns_that_people_write_are_taken(pattern):
-    from philora.adapters.peft_layers import _is_quick
+    from philora.adapters.adapter_files import is_quick
 
-    assert _is_quick(pattern)
+    assert is_quick(pattern)
 
 
 @pytest.mark.parametrize(
