@@ -1,10 +1,10 @@
-"""Share what all layers with a low-rank update need: loralib's bookkeeping, merging, scaling, switching off.
+"""Base classes of all layers with a low-rank update: loralib's attributes, merging, scaling, switching off.
 
-How merging works: the base weight is a Parameter that no mode ever writes to. `eval()` computes `W + scaling * B A`
-once and puts it beside the Parameter; while it is there, the attribute `weight` reads as it. `train()` drops it.
-So the base comes back bit for bit in every dtype, `parameters()` and `state_dict()` hold the unmerged weight in any
-mode, and a weight shared with another module (a tied head) stays what it is. The price is a second copy of each
-adapted weight while the model is in eval mode; `merge_weights=False` avoids it.
+Merging never writes to the base weight, a Parameter. `eval()` computes `W + scaling * B A` once and stores it beside
+the Parameter; until `train()` drops it, the attribute `weight` returns it. So the base has the same bits afterwards in
+every dtype, `parameters()` and `state_dict()` hold the unmerged weight in any mode, and a weight shared with another
+module (a tied head) does not change. The price is a second copy of every adapted weight in eval mode;
+`merge_weights=False` avoids it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from philora.lora.functional import without_autocast
 
 
 class LoRALayer:
-    """Describe what loralib keeps on every layer: rank, alpha, dropout and whether the weight is merged.
+    """The attributes that loralib keeps on every layer: rank, alpha, dropout and whether the weight is merged.
 
     Args:
         r: Rank; 0 is a plain layer.
@@ -50,13 +50,13 @@ class LoRALayer:
 
 
 def _registered(module: Any, name: str) -> Tensor | None:
-    """A module's Parameter of this name, or its buffer: that is what a parametrization of a frozen one leaves."""
+    """Return a module's Parameter of this name, or its buffer, which the parametrization of a frozen one leaves."""
     found: Tensor | None = module.__dict__["_parameters"].get(name)
     return module.__dict__["_buffers"].get(name) if found is None else found
 
 
 def _holds(module: Any, name: str) -> bool:
-    """Return whether a module has a tensor of this name: registered, a plain one, or the value of a parametrization."""
+    """Return whether a module has a tensor of this name: registered, plain, or computed by a parametrization."""
     return _registered(module, name) is not None or name in module.__dict__ or _is_parametrized(module, name)
 
 
@@ -72,21 +72,21 @@ def _is_parametrized(module: Any, name: str) -> bool:
 
 
 class ShowsMerged:
-    """A module whose `weight` reads as the merged value while there is one, else as its own.
+    """A module whose `weight` is the merged value if there is one, else its own.
 
-    Its own is a Parameter, or, as PyTorch's utilities for modules have it: a plain tensor that a hook puts there before
-    each forward pass (`weight_norm`, `spectral_norm`, pruning; FSDP), or what a parametrization computes.
+    Its own weight is a Parameter, a plain tensor that a hook sets before every forward pass (`weight_norm`,
+    `spectral_norm`, pruning; FSDP), or the value of a parametrization.
     """
 
     _merged_weight: Tensor | None = None
 
     @property
     def base_weight(self) -> Tensor:
-        """The module's own weight, whatever the mode."""
+        """Return the module's own weight, in any mode."""
         held: Tensor | None = self.__dict__.get("weight")
         held = _registered(self, "weight") if held is None else held
         if held is None and _is_parametrized(self, "weight"):
-            # The class that parametrize made has a property of this name in front of ours.
+            # The class that parametrize makes overrides our property of this name.
             held = getattr(self, "weight")  # noqa: B009
         if held is None:
             raise AttributeError(f"{type(self).__name__} has no weight yet")
@@ -94,9 +94,9 @@ class ShowsMerged:
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight while merged, else the base weight; what is written to it while merged is lost.
+        """Return the merged weight while merged, else the base weight. Writes to the merged weight are lost.
 
-        PyTorch's utilities for modules, which put another weight in its place, are given the base weight in any mode.
+        PyTorch's utilities that replace a module's weight get the base weight in any mode.
         """
         if self._merged_weight is None or (not torch.compiler.is_compiling() and _asked_by_a_utility()):
             return self.base_weight
@@ -104,11 +104,11 @@ class ShowsMerged:
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        # Parameters are caught by nn.Module; plain tensors come from FSDP, pruning and the like.
+        # nn.Module handles Parameters; plain tensors come from FSDP, pruning and the like.
         self.__dict__["weight"] = value
 
     def __delattr__(self, name: str) -> None:
-        """As nn.Module's; with the weight goes what was merged from it."""
+        """Delete an attribute; with the weight also the value merged from it."""
         if name != "weight":
             super().__delattr__(name)
             return
@@ -120,7 +120,7 @@ class ShowsMerged:
 
 
 class AdaptedLayer(LoRALayer, nn.Module):
-    """The common part of philora's layers: scaling, merging, switching off. Not for use by itself."""
+    """The common base of philora's layers: scaling, merging, switching off. It is not used alone."""
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -134,7 +134,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         shape_b: tuple[int, int],
         use_rslora: bool,
     ) -> None:
-        """Add A and B of the weight's dtype and device, and freeze the weight; without rank add nothing."""
+        """Add A and B with the weight's dtype and device, and freeze the weight. Nothing is added for rank 0."""
         if self.r > 0 and 0 not in shape_b:
             self.lora_A = nn.Parameter(self.base_weight.new_zeros(shape_a))
             self.lora_B = nn.Parameter(self.base_weight.new_zeros(shape_b))
@@ -144,17 +144,17 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """The Parameter that the update is added to, whatever the mode."""
+        """Return the Parameter that the update is added to, in any mode."""
         raise NotImplementedError
 
     @property
     def _holder(self) -> Any:
-        """The module that the base weight belongs to."""
+        """Return the module that the base weight belongs to."""
         return self
 
     @property
     def scaling(self) -> float:
-        """Multiplier of the update; may be set at any time, also while merged."""
+        """Return the multiplier of the update. It can be set at any time, also while merged."""
         return self._scaling
 
     @scaling.setter
@@ -163,22 +163,22 @@ class AdaptedLayer(LoRALayer, nn.Module):
         self._settle()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the update on or off; switched off, the layer is its base, and A and B get no gradient."""
+        """Switch the update on or off. When off, the layer computes its base, and A and B get no gradient."""
         self.disable_adapters = not enabled
         self._settle()
 
     def merge_AB(self) -> Tensor:
-        """The update without its scaling, in the layout of the weight and at least fp32."""
+        """Return the update without its scaling, in the layout of the weight and at least fp32."""
         raise NotImplementedError
 
     def merged_weight(self) -> Tensor:
-        """The base weight plus the update, whatever the mode.
+        """Return the base weight plus the update, in any mode.
 
         Numerics:
-            Computed in fp32 (float64 if anything is) and rounded once to the base's dtype.
+            Computed in fp32 (float64 if any input is) and rounded once to the base's dtype.
         """
         base = self._base_for_merging()
-        # What is made in inference mode could not be used outside it; leaving it turns gradients on.
+        # A tensor made in inference mode could not be used outside it. Leaving it turns gradients on.
         with torch.inference_mode(False), torch.no_grad(), without_autocast(base.device.type):
             return self.merge_AB().mul_(self.scaling).add_(base).to(base.dtype).contiguous()
 
@@ -186,7 +186,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         return self.base_weight
 
     def _wide(self) -> tuple[Tensor, Tensor]:
-        """A and B in the dtype that merging computes in."""
+        """Return A and B in the dtype of merging."""
         dtype = torch.promote_types(self.base_weight.dtype, torch.float32)
         dtype = torch.promote_types(dtype, self.lora_A.dtype)
         return self.lora_A.to(dtype), self.lora_B.to(dtype)
@@ -197,15 +197,15 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def _can_merge(self) -> bool:
-        """Return whether base, A and B are registered, and not computed anew from others for every forward pass."""
+        """Return whether base, A and B are registered tensors, not computed for every forward pass."""
         owners = ((self._holder, "weight"), (self, "lora_A"), (self, "lora_B"))
         return all(_registered(owner, name) is not None for owner, name in owners)
 
     def _adds_update(self) -> bool:
         """Return whether forward adds the update itself.
 
-        Also while merged, when the base trains (the merged value is a copy without gradient) and when base, A or B
-        is another tensor than was merged (assigned, or put there by `torch.func.functional_call`).
+        While merged it does so if the base trains (the merged value is a copy without gradient), or if base, A or B is
+        not the tensor that was merged (assigned, or replaced by `torch.func.functional_call`).
         """
         if not self._has_update or self.disable_adapters:
             return False
@@ -215,7 +215,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         return base is not self.base_weight or lora_A is not self.lora_A or lora_B is not self.lora_B
 
     def _settle(self) -> None:
-        """Merge from what base, A and B hold now if the mode asks for it, else drop the merged value."""
+        """Merge the current base, A and B if the mode asks for it, else drop the merged value."""
         self.merged = not self.training and self.merge_weights and not self.disable_adapters
         if self._has_update and not self._can_merge:
             self.merged = False
@@ -227,19 +227,19 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self._holder._merged_weight = None
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode with the unmerged weight, or (`mode=False`) evaluation mode with the merged one."""
+        """Set training mode with the unmerged weight, or (`mode=False`) evaluation mode with the merged one."""
         super().train(mode)
         self._settle()
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # .to(), .half(), to_empty() and the like change base, A and B: the merged value is computed again from them.
+        # .to(), .half(), to_empty() and the like change base, A and B, so they are merged again.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._settle()
         return self
 
     def _reset_lora(self) -> None:
-        """A as nn.Linear's weight, B zero: the update starts at zero."""
+        """Initialise A as nn.Linear's weight and B to zero, so that the update starts at zero."""
         if self._has_update:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
@@ -247,7 +247,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self._settle()
 
     def extra_repr(self) -> str:
-        """The base's text and the rank."""
+        """Return the base's text with rank and scaling."""
         text = super().extra_repr()
         return f"{text}, r={self.r}, scaling={self.scaling:g}" if self._has_update else text
 

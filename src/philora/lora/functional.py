@@ -1,7 +1,7 @@
 """A frozen linear map plus its low-rank update, as one autograd node.
 
-`philora.lora`'s layers and the classes that stand in for PEFT's layers both come here. One function does the
-arithmetic (`_LoRALinear`); three entry points describe the layout of B to it:
+`philora.lora`'s layers and the fast classes for PEFT's layers use it. One function does the arithmetic
+(`_LoRALinear`); three entry points describe the layout of B:
 
 | entry point          | A            | B                                | used by                      |
 | -------------------- | ------------ | -------------------------------- | ---------------------------- |
@@ -9,8 +9,8 @@ arithmetic (`_LoRALinear`); three entry points describe the layout of B to it:
 | `lora_merged_linear` | (n*r, in)    | (rows of the adapted slices, r)  | `MergedLinear` (loralib's)   |
 | `lora_sliced_linear` | (R, in)      | (out, R), block-diagonal         | slices in PEFT's format      |
 
-Every entry point has a `*_reference` beside it: the same function in plain PyTorch, which tests compare with and
-which runs when the fused path is off (`PHILORA_FUSED=0` in the environment, or `with fused(False)`).
+The same functions in plain PyTorch run when the fused path is off: `PHILORA_FUSED=0` in the environment, or
+`with fused(False)`.
 
 Letters in the shapes: T tokens (all leading dimensions together), in, out features, r rank of one update, R rank
 of all updates of one weight together, n number of adapted slices.
@@ -34,7 +34,7 @@ from philora.native import library as native
 
 
 class Quantized(Protocol):
-    """A frozen weight that is there as a matrix only while a product runs; backward asks for it again.
+    """A frozen weight that is dequantised for every product; backward dequantises it again.
 
     Attributes:
         shape: (out, in).
@@ -43,7 +43,7 @@ class Quantized(Protocol):
     shape: torch.Size
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix, for one product: where no gradient is recorded, the next call may write over it.
+        """Return the matrix for one product. Without a recorded gradient the next call may overwrite it.
 
         Shape: (out, in).
         """
@@ -54,9 +54,9 @@ def _matrix(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
 
 
 class Block(NamedTuple):
-    """One low-rank update: output rows `out_start:out_stop` get ranks `rank_start:rank_stop` of A.
+    """A part of the update: output rows `out_start:out_stop` use ranks `rank_start:rank_stop` of A.
 
-    Its part of B begins at row `b_row`, column `b_column` of the stored matrix.
+    Its part of B begins at row `b_row` and column `b_column` of the stored matrix.
     """
 
     out_start: int
@@ -67,20 +67,20 @@ class Block(NamedTuple):
     b_column: int
 
     def of_b(self, lora_B: Tensor) -> Tensor:
-        """View of this update's part of B. Shape: (out_stop - out_start, rank_stop - rank_start)."""
+        """Return a view of the block's part of B. Shape: (out_stop - out_start, rank_stop - rank_start)."""
         rows = self.out_stop - self.out_start
         ranks = self.rank_stop - self.rank_start
         return lora_B[self.b_row : self.b_row + rows, self.b_column : self.b_column + ranks]
 
 
-# Not by thread: on a GPU backward, and with it recomputation, runs in threads of the autograd engine.
+# One value for all threads: on a GPU backward, and so recomputation, runs in threads of the autograd engine.
 _fused: bool | None = None
 
 
 def fused_enabled() -> bool:
-    """Return whether the fused autograd function is used: what `fused` says, else `PHILORA_FUSED` (anything but 0).
+    """Return whether the fused autograd function is used: as set by `fused`, else unless `PHILORA_FUSED` is 0.
 
-    Never while a graph is made (`records`).
+    It is never used while a graph is recorded (`records`).
     """
     if records():
         return False
@@ -90,9 +90,9 @@ def fused_enabled() -> bool:
 def records() -> bool:
     """Return whether PyTorch's operations are being recorded or transformed, so that only they may be used.
 
-    torch.compile and torch.export fuse, and choose what to save, by themselves; torch.jit.trace and torch.fx keep what
-    they have seen, and hand over sizes or inputs that are no numbers and tensors; torch.func's transforms, such as
-    vmap, know no rule for the fused functions.
+    torch.compile and torch.export fuse operations and choose saved tensors themselves. torch.jit.trace and torch.fx
+    record what they see, and pass proxies instead of sizes and tensors. torch.func's transforms, such as vmap, have no
+    rule for the fused functions.
     """
     return (
         torch.compiler.is_compiling()
@@ -103,9 +103,9 @@ def records() -> bool:
 
 
 def refuse_create_graph() -> None:
-    """For the backward of a function whose gradients are made in place: they have no history.
+    """Refuse to record a backward pass whose gradients are made in place and have no history.
 
-    PyTorch's `once_differentiable` is not enough: `torch.autograd.grad` passes its error by and leaves terms out.
+    PyTorch's `once_differentiable` is not enough: `torch.autograd.grad` ignores its error and leaves terms out.
 
     Raises:
         RuntimeError: The backward pass itself is to be differentiated.
@@ -116,7 +116,7 @@ def refuse_create_graph() -> None:
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of the autocast block that is open for this kind of device, if there is one."""
+    """Return the dtype of the open autocast block for this kind of device; None if there is none."""
     # The meta device has no autocast, and asking about it raises.
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
@@ -124,7 +124,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A block in which products keep the dtypes that they are given."""
+    """Return a context without autocast for this kind of device."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
@@ -132,7 +132,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def fused(enabled: bool = True) -> Iterator[None]:
-    """Turn the fused autograd function on or off in this block, whatever the environment says."""
+    """Turn the fused autograd function on or off in this block, regardless of the environment."""
     global _fused
     before, _fused = _fused, enabled
     try:
@@ -142,7 +142,7 @@ def fused(enabled: bool = True) -> Iterator[None]:
 
 
 def merged_blocks(slices: Sequence[int], enable_lora: Sequence[bool], r: int) -> list[Block]:
-    """Layout of loralib's MergedLinear: B holds the rows of the adapted slices one after another, r wide.
+    """Return the layout of loralib's MergedLinear: B holds the rows of the adapted slices one after another, r wide.
 
     Args:
         slices: Output rows of every slice, adapted or not, in order.
@@ -160,7 +160,7 @@ def merged_blocks(slices: Sequence[int], enable_lora: Sequence[bool], r: int) ->
 
 
 def diagonal_blocks(blocks: Sequence[Sequence[int]], out_features: int, rank: int) -> list[Block]:
-    """Layout of slices in PEFT's format: a full-height B whose blocks stand where rows and ranks meet.
+    """Return the layout of slices in PEFT's format: a full-height B with blocks where rows and ranks meet.
 
     Args:
         blocks: `(row_start, row_stop, rank_start, rank_stop)` of every update; neither rows nor ranks overlap.
@@ -168,7 +168,7 @@ def diagonal_blocks(blocks: Sequence[Sequence[int]], out_features: int, rank: in
         rank: Columns of B.
 
     Raises:
-        ConfigError: A block is empty, reaches beyond B, or shares rows or ranks with another.
+        ConfigError: A block is empty, exceeds B, or shares rows or ranks with another.
     """
     where = "philora.lora.lora_sliced_linear"
     for first, name, bound in ((0, "rows", out_features), (2, "ranks", rank)):
@@ -181,21 +181,21 @@ def diagonal_blocks(blocks: Sequence[Sequence[int]], out_features: int, rank: in
     return [Block(top, bottom, left, right, top, left) for top, bottom, left, right in blocks]
 
 
-# Elements of x that are treated together where dropout acts on the CPU. A tensor of x's own size would be fresh memory
-# each time, and the system's handing it over page by page takes longer than the arithmetic. 2^20 elements of bf16 are
-# 2 MiB, which the caches hold and the allocator keeps; smaller pieces have the threads wait for each other more often.
+# Elements of x that dropout on the CPU computes at a time. A tensor of x's own size would be new memory in every call,
+# and page faults take longer than the arithmetic. 2^20 elements of bf16 are 2 MiB, which fits into the caches and which
+# the allocator keeps. Smaller pieces make the threads synchronise more often.
 _PIECE_ELEMENTS = 2**20
 
 
 def _pieces(x: Tensor) -> list[slice]:
-    """Rows of x that are treated together under dropout; a multiple of four, so that masks do not depend on it."""
+    """Return the rows of x that dropout computes at a time: a multiple of four, so that masks do not depend on it."""
     count = max(len(x), 1)
     size = max(_PIECE_ELEMENTS // max(x.shape[-1], 1) // 4 * 4, 4) if x.device.type == "cpu" else count
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _packs(x: Tensor) -> bool:
-    """Return whether the mask of x is drawn by the functions of `philora.native.library`, one bit for every element."""
+    """Return whether `philora.native.library` draws the mask of x, with one bit for every element."""
     return native.usable(x[:0])
 
 
@@ -205,15 +205,15 @@ def _keep_mask(x: Tensor, p: float, packed: bool) -> tuple[Tensor, float]:
     Args:
         x: Activations.
         p: Probability of dropping an element.
-        packed: What `_packs(x)` says, or said when the same mask was drawn before.
+        packed: The value of `_packs(x)`, now or when the same mask was first drawn.
 
     Returns:
-        Packed, one bit for every element (16 in an int16); else one byte, 1 or 0 (PyTorch multiplies by it three times
-        faster than by a bool). And the factor.
+        The mask and the factor. A packed mask has one bit for every element (16 in an int16); another has a byte, 1 or
+        0, by which PyTorch multiplies three times faster than by a bool.
 
     Numerics:
-        On the CPU 16 bits are drawn for each element, so p is rounded to a multiple of 2^-16. `bernoulli_`, which draws
-        64, takes four times as long there and would be a tenth of the layer's time on two cores.
+        On the CPU 16 bits are drawn for every element, so p is rounded to a multiple of 2^-16. `bernoulli_` draws 64,
+        which takes four times as long: a tenth of the layer's time on two cores.
     """
     if x.device.type != "cpu":
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
@@ -232,14 +232,14 @@ def _keep_mask(x: Tensor, p: float, packed: bool) -> tuple[Tensor, float]:
 
 
 class _Redraw(NamedTuple):
-    """A mask that is drawn again in backward: the generator's state before it was drawn, and how it was drawn."""
+    """A mask that backward draws again: the generator's state before it was drawn, and how it was drawn."""
 
     state: Tensor
     p: float
     packed: bool
 
     def mask(self, x: Tensor) -> Tensor:
-        """The mask, from the generator of x's device, which is put back afterwards. Shape: as `_keep_mask`."""
+        """Draw the mask with the generator of x's device, and restore its state. Shape: as `_keep_mask`."""
         now = random_state(x.device)
         try:
             set_random_state(x.device, self.state)
@@ -249,7 +249,7 @@ class _Redraw(NamedTuple):
 
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
-    """`x * mask`. Shapes: x (T, in), mask as `_keep_mask` makes it."""
+    """Return `x * mask`. Shapes: x (T, in), mask as from `_keep_mask`."""
     if mask.dtype == torch.uint8:
         return x * mask
     if native.usable(x) and not (torch.is_grad_enabled() and x.requires_grad):
@@ -259,7 +259,7 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _add_kept(y: Tensor, x: Tensor, mask: Tensor) -> None:
-    """`y += x * mask`, in place. Shapes: both (T, in), mask as `_keep_mask` makes it."""
+    """Add `x * mask` to y in place. Shapes: both (T, in), mask as from `_keep_mask`."""
     if mask.dtype == torch.uint8:
         y.addcmul_(x, mask.to(x.dtype))
     elif native.usable(y, x) and not torch.is_grad_enabled():
@@ -269,10 +269,7 @@ def _add_kept(y: Tensor, x: Tensor, mask: Tensor) -> None:
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout with the masks of the fused function.
-
-    While a graph is made (`records`) it is PyTorch's own, whose draws are known there.
-    """
+    """Apply dropout with the masks of the fused function, or PyTorch's own while a graph is recorded (`records`)."""
     if records():
         return F.dropout(x, p)
     flat = x.reshape(-1, x.shape[-1])
@@ -281,13 +278,29 @@ def _dropout(x: Tensor, p: float) -> Tensor:
 
 
 def _down(x: Tensor, mask: Tensor | None, lora_A: Tensor) -> Tensor:
-    """`(x * mask) A^T`. Shape: (T, R)."""
+    """Return `(x * mask) A^T`. Shape: (T, R)."""
     if mask is None:
         return x @ lora_A.t()
     down = x.new_empty(x.shape[0], lora_A.shape[0])
     for rows in _pieces(x):
         down[rows] = _kept(x[rows], mask[rows]) @ lora_A.t()
     return down
+
+
+class _Update(NamedTuple):
+    """How an update is computed from A and B.
+
+    Attributes:
+        scaling: Multiplier of all blocks.
+        blocks: Where the parts of B are, and what they are added to.
+        dropout_p: Probability of dropout on the way into A; 0 while dropout is off.
+        redraw: Whether backward draws the mask again if that takes less memory than keeping it.
+    """
+
+    scaling: float
+    blocks: Sequence[Block]
+    dropout_p: float
+    redraw: bool = False
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -298,10 +311,10 @@ class _LoRALinear(torch.autograd.Function):
 
         dx = dy W + (G A) * m        dA = G^T (x * m)        dB[block] = s * dy[:, rows]^T ((x * m) A^T)[:, ranks]
 
-    Neither `B A` nor any other (out, in) or extra (T, out) tensor is made: thin products are accumulated into the
-    wide ones in place (`addmm_`), which measures four times faster than a product and an addition. Saved for
-    backward: x, `(x * m) A^T` and, with dropout, m; the weight is saved by reference, a quantised one as it is. Where x
-    has a recipe its inputs are saved in its place, and with `redraw` the generator's state in the place of m.
+    Neither `B A` nor any other (out, in) or extra (T, out) tensor is made. Thin products are accumulated into the wide
+    ones in place (`addmm_`), which is four times faster than a product and an addition. Saved for backward: x,
+    `(x * m) A^T` and, with dropout, m. The weight is saved by reference, a quantised one as it is. If x has a recipe,
+    its inputs are saved instead of x; with `redraw` the generator's state is saved instead of m.
     """
 
     @staticmethod
@@ -312,22 +325,20 @@ class _LoRALinear(torch.autograd.Function):
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
-        scaling: float,
-        blocks: list[Block],
-        dropout_p: float,
+        update: _Update,
         recipe: Recipe | None,
-        redraw: bool,
     ) -> Tensor:
-        """Everything is of one dtype; x is (T, in), or the recipe makes it in any leading shape and dtype."""
+        """Compute y. All tensors have one dtype; x is (T, in), or as the recipe makes it."""
         matrix = _matrix(weight, x.dtype)
         y = x @ matrix.t() if bias is None else torch.addmm(bias, x, matrix.t())
         del matrix
-        packed = dropout_p > 0 and _packs(x)
-        drawn = _Redraw(random_state(x.device), dropout_p, packed) if redraw and dropout_p > 0 else None
-        mask, factor = _keep_mask(x, dropout_p, packed) if dropout_p > 0 else (None, 1.0)
-        scale = scaling * factor
+        p = update.dropout_p
+        packed = p > 0 and _packs(x)
+        drawn = _Redraw(random_state(x.device), p, packed) if update.redraw and p > 0 else None
+        mask, factor = _keep_mask(x, p, packed) if p > 0 else (None, 1.0)
+        scale = update.scaling * factor
         down = _down(x, mask, lora_A)
-        for block in blocks:
+        for block in update.blocks:
             ranks = slice(block.rank_start, block.rank_stop)
             y[:, block.out_start : block.out_stop].addmm_(down[:, ranks], block.of_b(lora_B).t(), alpha=scale)
         plain = isinstance(weight, Tensor)
@@ -339,12 +350,12 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(*kept, weight if plain else None, lora_A, lora_B, down, mask)
         ctx.make, ctx.dtype = None if recipe is None else recipe.make, x.dtype
         ctx.quantized = None if plain else weight
-        ctx.scale, ctx.blocks = scale, blocks
+        ctx.scale, ctx.blocks = scale, update.blocks
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight, bias, lora_A and lora_B, each only when it is asked for."""
+        """Return the gradients of x, weight, bias, lora_A and lora_B that are asked for."""
         (dy,) = grads
         with without_autocast(dy.device.type):
             return _LoRALinear._gradients(ctx, dy)
@@ -357,60 +368,58 @@ class _LoRALinear(torch.autograd.Function):
         if ctx.drawn is not None:
             mask = ctx.drawn.mask(x)
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        dx = dweight = dbias = dA = dB = None
         if torch.is_grad_enabled():
             # create_graph=True: `down` was saved without its history, so it is computed again with it.
             down = _down(x, mask, lora_A)
-
-        if needs_x:
-            dx = dy @ _matrix(weight if ctx.quantized is None else ctx.quantized, dy.dtype)
+        dx = dy @ _matrix(weight if ctx.quantized is None else ctx.quantized, dy.dtype) if needs_x else None
+        dA = None
         if needs_x or needs_A:
-            # Ranks that no block covers get no gradient.
-            g = dy.new_zeros(down.shape)
+            g = dy.new_zeros(down.shape)  # ranks that no block covers get no gradient
             for block in ctx.blocks:
                 rows = dy[:, block.out_start : block.out_stop]
                 g[:, block.rank_start : block.rank_stop].addmm_(rows, block.of_b(lora_B), alpha=ctx.scale)
-            if mask is None:
-                dA = g.t() @ x if needs_A else None
-                if dx is not None:
-                    dx.addmm_(g, lora_A)
-            else:
-                sums = []
-                for piece in _pieces(x):
-                    if needs_A:
-                        sums.append(g[piece].t() @ _kept(x[piece], mask[piece]))
-                    if dx is not None:
-                        _add_kept(dx[piece], g[piece] @ lora_A, mask[piece])
-                # PyTorch sums low precision in fp32, so the pieces are rounded once more and no worse.
-                dA = torch.stack(sums).sum(0) if needs_A else None
-        if needs_B:
-            # What lies outside the blocks has no gradient: exactly zero, so that it stays what it is.
-            dB = torch.zeros_like(lora_B)
-            for block in ctx.blocks:
-                rows = dy[:, block.out_start : block.out_stop]
-                thin = down[:, block.rank_start : block.rank_stop].t()
-                # Transposed: a third less time than `rows^T thin`. beta=0: the first argument is not read.
-                up = torch.addmm(dy.new_zeros(()), thin, rows, beta=0, alpha=ctx.scale)
-                block.of_b(dB).copy_(up.t())
-        if needs_weight:
-            dweight = dy.t() @ x
-        if needs_bias:
-            dbias = dy.sum(0)
-        return dx, dweight, dbias, dA, dB, None, None, None, None, None
+            dA = _down_gradients(g, x, mask, lora_A, dx, needs_A)
+        dB = _up_gradient(dy, down, lora_B, ctx.blocks, ctx.scale) if needs_B else None
+        dweight = dy.t() @ x if needs_weight else None
+        dbias = dy.sum(0) if needs_bias else None
+        return dx, dweight, dbias, dA, dB, None, None
+
+
+def _down_gradients(
+    g: Tensor, x: Tensor, mask: Tensor | None, lora_A: Tensor, dx: Tensor | None, needs_A: bool
+) -> Tensor | None:
+    """Add the update's part to dx in place, and return the gradient of A if it is asked for. Shape of g: (T, R)."""
+    if mask is None:
+        dA = g.t() @ x if needs_A else None
+        if dx is not None:
+            dx.addmm_(g, lora_A)
+        return dA
+    sums = []
+    for piece in _pieces(x):
+        if needs_A:
+            sums.append(g[piece].t() @ _kept(x[piece], mask[piece]))
+        if dx is not None:
+            _add_kept(dx[piece], g[piece] @ lora_A, mask[piece])
+    # PyTorch sums low precision in fp32, so the sum of the pieces is rounded once more.
+    return torch.stack(sums).sum(0) if needs_A else None
+
+
+def _up_gradient(dy: Tensor, down: Tensor, lora_B: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
+    """Return the gradient of B: exactly zero outside the blocks."""
+    dB = torch.zeros_like(lora_B)
+    for block in blocks:
+        rows = dy[:, block.out_start : block.out_stop]
+        thin = down[:, block.rank_start : block.rank_stop].t()
+        # Transposed: a third less time than `rows^T thin`. beta=0: the first argument is not read.
+        up = torch.addmm(dy.new_zeros(()), thin, rows, beta=0, alpha=scale)
+        block.of_b(dB).copy_(up.t())
+    return dB
 
 
 def _low_rank(
-    x: Tensor,
-    weight: Tensor | Quantized,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    blocks: list[Block],
-    dropout_p: float,
-    redraw: bool = False,
+    x: Tensor, weight: Tensor | Quantized, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, update: _Update
 ) -> Tensor:
-    """The fused function on tensors of any leading shape and mixed dtypes."""
+    """Compute the fused function on tensors of any leading shape and mixed dtypes."""
     dtype, device = x.dtype, x.device.type
     if dtype != torch.float64 and (chosen := autocast_dtype(device)) is not None:
         dtype = chosen
@@ -419,31 +428,23 @@ def _low_rank(
     flat = x.to(dtype).reshape(-1, x.shape[-1])
     with without_autocast(device):
         y: Tensor = _LoRALinear.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, lora_A.to(dtype), lora_B.to(dtype), scaling, blocks, dropout_p, recipe_of(x), redraw
+            flat, weight, bias, lora_A.to(dtype), lora_B.to(dtype), update, recipe_of(x)
         )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _low_rank_reference(
-    x: Tensor,
-    weight: Tensor | Quantized,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    blocks: list[Block],
-    dropout_p: float,
-    redraw: bool = False,
+    x: Tensor, weight: Tensor | Quantized, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, update: _Update
 ) -> Tensor:
-    """The same function in plain PyTorch."""
+    """Compute the same as `_low_rank` in plain PyTorch."""
     y = F.linear(x, _matrix(weight, x.dtype), bias)
-    dropped = _dropout(x, dropout_p) if dropout_p > 0 else x
+    dropped = _dropout(x, update.dropout_p) if update.dropout_p > 0 else x
     down = F.linear(dropped, lora_A.to(x.dtype))
     parts, row = [], 0
-    for block in sorted(blocks):
+    for block in sorted(update.blocks):
         parts.append(y[..., row : block.out_start])
         up = F.linear(down[..., block.rank_start : block.rank_stop], block.of_b(lora_B).to(down.dtype))
-        parts.append(y[..., block.out_start : block.out_stop] + up * scaling)
+        parts.append(y[..., block.out_start : block.out_stop] + up * update.scaling)
         row = block.out_stop
     return torch.cat([*parts, y[..., row:]], dim=-1)
 
@@ -459,32 +460,33 @@ def lora_linear(
     training: bool = False,
     redraw: bool = False,
 ) -> Tensor:
-    """`y = x W^T + b + scaling * dropout(x) A^T B^T`.
+    """Compute `y = x W^T + b + scaling * dropout(x) A^T B^T`.
 
     Args:
         x: Activations.
-        weight: Base weight; any strides, so a (in, out) matrix comes in as its transpose. Or a quantised one.
+        weight: Base weight of any strides, so that an (in, out) matrix can be given as its transpose; or a quantised
+            one.
         bias: Base bias.
         lora_A: Down matrix, of any floating dtype.
         lora_B: Up matrix, of any floating dtype.
         scaling: Multiplier of the update.
         dropout_p: Probability with which an element of x is dropped on its way into A.
-        training: Whether dropout acts.
-        redraw: Whether backward draws dropout's mask again where that takes less memory than keeping it.
+        training: Whether dropout is on.
+        redraw: Whether backward draws dropout's mask again if that takes less memory than keeping it.
 
     Shapes:
         x (..., in), weight (out, in), bias (out), lora_A (r, in), lora_B (out, r); returns (..., out).
 
     Numerics:
-        All products are of x's dtype (under autocast: autocast's) with fp32 accumulation; A and B are rounded to it.
-        y is rounded after the base product and again after the update; gradients of A and B are rounded to the
-        product's dtype, then returned in A's and B's own. Gradients of gradients are available. Dropout's masks come
-        from torch's generator, but are not those that nn.Dropout would draw from the same seed; on the CPU dropout_p
-        is rounded to a multiple of 2^-16.
+        All products are in x's dtype (under autocast: autocast's) with fp32 accumulation; A and B are rounded to it.
+        y is rounded after the base product and again after the update. Gradients of A and B are rounded to the
+        product's dtype, then returned in the dtypes of A and B. Second derivatives are supported. Dropout's masks come
+        from torch's generator, but differ from those of nn.Dropout with the same seed; on the CPU dropout_p is rounded
+        to a multiple of 2^-16.
 
     Cost:
-        Forward 2·T·(in·out + r·(in + out)) FLOPs. Keeps x and T·r elements for backward, with dropout T·in
-        bits more (bytes where `philora.native.library` is not there).
+        Forward 2·T·(in·out + r·(in + out)) FLOPs. Keeps x and T·r elements for backward; with dropout also T·in
+        bits (bytes without `philora.native.library`).
 
     Raises:
         RuntimeError: Shapes or the dtypes of x and weight do not fit (PyTorch's own message).
@@ -499,8 +501,9 @@ def lora_linear(
     """
     if not fused_enabled():
         return lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, dropout_p, training)
-    blocks = [Block(0, weight.shape[0], 0, lora_A.shape[0], 0, 0)]
-    return _low_rank(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0, redraw)
+    whole = [Block(0, weight.shape[0], 0, lora_A.shape[0], 0, 0)]
+    update = _Update(scaling, whole, dropout_p if training else 0.0, redraw)
+    return _low_rank(x, weight, bias, lora_A, lora_B, update)
 
 
 def lora_linear_reference(
@@ -513,7 +516,7 @@ def lora_linear_reference(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """`lora_linear` in plain PyTorch; draws the same dropout mask from the same seed.
+    """Compute `lora_linear` in plain PyTorch, with the same dropout mask for the same seed.
 
     Shapes:
         As `lora_linear`.
@@ -535,7 +538,7 @@ def lora_merged_linear(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """A linear map whose output slices have updates of their own, B in loralib's compact layout.
+    """Compute a linear map whose output slices have their own updates, with B in loralib's compact layout.
 
     Args:
         x: Activations.
@@ -547,7 +550,7 @@ def lora_merged_linear(
         slices: Output rows of every slice; they sum to `out`.
         enable_lora: Which slices are adapted; at least one.
         dropout_p: Probability of dropout on the way into A; one mask for all slices.
-        training: Whether dropout acts.
+        training: Whether dropout is on.
 
     Shapes:
         x (..., in), weight (out, in), bias (out), lora_A (n·r, in), lora_B (rows of the adapted slices, r);
@@ -557,32 +560,11 @@ def lora_merged_linear(
         As `lora_linear`.
 
     Source:
-        loralib 0.1.2, `MergedLinear`, which builds the whole (out, in) update in every forward; this does not.
+        loralib 0.1.2, `MergedLinear`, which builds the (out, in) update in every forward; this does not.
     """
     blocks = merged_blocks(slices, enable_lora, lora_A.shape[0] // sum(map(bool, enable_lora)))
-    compute = _low_rank if fused_enabled() else _low_rank_reference
-    return compute(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0)
-
-
-def lora_merged_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    slices: Sequence[int],
-    enable_lora: Sequence[bool],
-    dropout_p: float = 0.0,
-    training: bool = False,
-) -> Tensor:
-    """`lora_merged_linear` in plain PyTorch.
-
-    Shapes:
-        As `lora_merged_linear`.
-    """
-    blocks = merged_blocks(slices, enable_lora, lora_A.shape[0] // sum(map(bool, enable_lora)))
-    return _low_rank_reference(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p if training else 0.0)
+    update = _Update(scaling, blocks, dropout_p if training else 0.0)
+    return (_low_rank if fused_enabled() else _low_rank_reference)(x, weight, bias, lora_A, lora_B, update)
 
 
 def lora_sliced_linear(
@@ -597,10 +579,10 @@ def lora_sliced_linear(
     training: bool = False,
     redraw: bool = False,
 ) -> Tensor:
-    """A linear map whose output slices have updates of their own, B block-diagonal in PEFT's format.
+    """Compute a linear map whose output slices have their own updates, with B block-diagonal in PEFT's format.
 
-    Equal to `lora_linear` with the same A and B as long as B is zero outside its blocks. What stands outside the
-    blocks is neither read nor given a gradient, so zeros stay zeros under any optimizer.
+    Equal to `lora_linear` with the same A and B as long as B is zero outside its blocks. Elements outside the blocks
+    are not read and have a gradient of zero, so zeros stay zeros under any optimizer.
 
     Args:
         x: Activations.
@@ -611,8 +593,8 @@ def lora_sliced_linear(
         blocks: `(row_start, row_stop, rank_start, rank_stop)` of every update.
         scaling: Multiplier of all updates.
         dropout_p: Probability of dropout on the way into A; one mask for all slices.
-        training: Whether dropout acts.
-        redraw: Whether backward draws dropout's mask again where that takes less memory than keeping it.
+        training: Whether dropout is on.
+        redraw: Whether backward draws dropout's mask again if that takes less memory than keeping it.
 
     Shapes:
         x (..., in), weight (out, in), bias (out), lora_A (R, in), lora_B (out, R); returns (..., out).
@@ -621,30 +603,8 @@ def lora_sliced_linear(
         As `lora_linear`. The gradient of B is dense, with exact zeros outside the blocks.
 
     Raises:
-        ConfigError: A block is empty, reaches beyond B, or shares rows or ranks with another.
+        ConfigError: A block is empty, exceeds B, or shares rows or ranks with another.
     """
     layout = diagonal_blocks(blocks, weight.shape[0], lora_A.shape[0])
-    compute = _low_rank if fused_enabled() else _low_rank_reference
-    return compute(x, weight, bias, lora_A, lora_B, scaling, layout, dropout_p if training else 0.0, redraw)
-
-
-def lora_sliced_linear_reference(
-    x: Tensor,
-    weight: Tensor | Quantized,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    blocks: Sequence[Sequence[int]],
-    scaling: float,
-    dropout_p: float = 0.0,
-    training: bool = False,
-) -> Tensor:
-    """`lora_sliced_linear` in plain PyTorch: B multiplied by the mask of its blocks.
-
-    Shapes:
-        As `lora_sliced_linear`.
-    """
-    inside = torch.zeros_like(lora_B)
-    for row_start, row_stop, rank_start, rank_stop in blocks:
-        inside[row_start:row_stop, rank_start:rank_stop] = 1
-    return lora_linear_reference(x, weight, bias, lora_A, lora_B * inside, scaling, dropout_p, training)
+    update = _Update(scaling, layout, dropout_p if training else 0.0, redraw)
+    return (_low_rank if fused_enabled() else _low_rank_reference)(x, weight, bias, lora_A, lora_B, update)

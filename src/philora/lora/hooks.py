@@ -1,4 +1,4 @@
-"""Find what others have put around a module's forward: a fast path that does not call the module would pass it by."""
+"""Find hooks and patches around a module's forward, which a fast path that does not call the module would skip."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether a module has hooks of its own or a forward of its own."""
+    """Return whether a module has hooks or an instance attribute `forward`."""
     own = module.__dict__
     return "forward" in own or any(own[hook] for hook in _HOOKS)
 
 
 def all_are_hooked() -> bool:
-    """Return whether hooks are set that fire for every module."""
+    """Return whether there are global hooks, which run for every module."""
     return bool(
         base_module._global_forward_hooks
         or base_module._global_forward_pre_hooks
@@ -32,7 +32,7 @@ def all_are_hooked() -> bool:
 
 
 def is_patched() -> bool:
-    """Return whether a function that PyTorch's linear layers and dropout run was replaced."""
+    """Return whether a function that PyTorch's linear layers and dropout call was replaced."""
     return not (
         is_of(nn.Linear.forward, linear.__file__)
         and is_of(nn.Dropout.forward, dropout.__file__)
@@ -47,6 +47,6 @@ _LINEAR = torch._C._nn.linear
 
 @cache
 def is_of(function: Callable[..., Any], file: str) -> bool:
-    """Return whether a function is the one that a file of PyTorch or another library defines."""
+    """Return whether a function is defined in the given file of PyTorch or another library."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename == file

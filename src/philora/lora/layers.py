@@ -1,7 +1,7 @@
-"""Layers with a low-rank update, for models of one's own: loralib's names, arguments and checkpoints.
+"""Layers with a low-rank update for your own models: loralib's names, arguments and checkpoints.
 
-Each layer says three things: the shapes of A and B, how `B A` lies on the weight (`merge_AB`), and its forward. What
-merging does to `weight`, and all else that they share, is in `base`.
+A layer defines the shapes of A and B, how `B A` maps onto the weight (`merge_AB`), and its forward. Merging and all
+else that they share is in `base`.
 
 Shapes use: in, out features; r rank; n adapted slices; V vocabulary; k kernel sizes.
 """
@@ -25,12 +25,12 @@ __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoR
 
 
 class _AnyLinear(ShowsMerged, AdaptedLayer, nn.Linear):
-    """Describe what `Linear` and `MergedLinear` share: a weight that may lie transposed."""
+    """Base of `Linear` and `MergedLinear`, whose weight may be stored transposed."""
 
     fan_in_fan_out = False
 
     def _oriented(self, weight: Tensor) -> Tensor:
-        """Between the stored layout and (out, in), either way."""
+        """Convert between the stored layout and (out, in), either way."""
         return weight.t() if self.fan_in_fan_out else weight
 
     def _finish(self, fan_in_fan_out: bool) -> None:
@@ -49,7 +49,7 @@ class _AnyLinear(ShowsMerged, AdaptedLayer, nn.Linear):
 
 
 class Linear(_AnyLinear):
-    """`y = x W^T + b + scaling * dropout(x) A^T B^T`.
+    """Linear layer with an update: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
 
     Args:
         in_features: As nn.Linear.
@@ -99,12 +99,12 @@ class Linear(_AnyLinear):
         self._finish(fan_in_fan_out)
 
     def merge_AB(self) -> Tensor:
-        """The update without its scaling. Shape: that of weight."""
+        """Return the update without its scaling. Shape: that of weight."""
         wide_A, wide_B = self._wide()
         return self._oriented(wide_B @ wide_A)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., in); returns (..., out)."""
+        """Compute the layer. Shapes: x (..., in); returns (..., out)."""
         if not self._adds_update():
             return F.linear(x, self._oriented(self.weight), self.bias)
         weight, dropout = self._oriented(self.base_weight), self.lora_dropout
@@ -112,14 +112,14 @@ class Linear(_AnyLinear):
 
 
 class MergedLinear(_AnyLinear):
-    """Several linear maps in one weight, such as q, k and v, with an update for every chosen slice of the output.
+    """Several linear maps in one weight, such as q, k and v, with an update for every chosen output slice.
 
     Args:
         in_features: As nn.Linear.
         out_features: Rows of all slices together.
         r: Rank of every adapted slice.
-        enable_lora: Which slices are adapted. None of them: a plain nn.Linear whose weight trains.
-        slices: Output rows of every slice, for slices that differ (grouped-query attention); default: equal slices.
+        enable_lora: Which slices are adapted. If none is, the layer is a plain nn.Linear whose weight trains.
+        slices: Output rows of every slice, for unequal slices (grouped-query attention); default: equal slices.
         lora_alpha: As `Linear`.
         lora_dropout: As `Linear`.
         fan_in_fan_out: As `Linear`.
@@ -132,10 +132,10 @@ class MergedLinear(_AnyLinear):
         x (..., in) to (..., out).
 
     Raises:
-        ConfigError: A value is out of bounds, or the slices do not make up the output.
+        ConfigError: A value is out of bounds, or the slices do not add up to the output.
 
     Source:
-        loralib 0.1.2, `MergedLinear`, for equal slices; the layout for others is its natural extension.
+        loralib 0.1.2, `MergedLinear`, for equal slices; unequal slices extend its layout.
 
     Example:
         >>> layer = MergedLinear(8, 24, r=2, enable_lora=[True, False, True], slices=[16, 4, 4])
@@ -168,7 +168,7 @@ class MergedLinear(_AnyLinear):
         self._finish(fan_in_fan_out)
 
     def merge_AB(self) -> Tensor:
-        """The update without its scaling, zero in the slices that are not adapted. Shape: that of weight."""
+        """Return the update without its scaling, zero in slices that are not adapted. Shape: that of weight."""
         wide_A, wide_B = self._wide()
         delta = wide_A.new_zeros(self.out_features, self.in_features)
         for block in merged_blocks(self.slices, self.enable_lora, self.r):
@@ -176,7 +176,7 @@ class MergedLinear(_AnyLinear):
         return self._oriented(delta)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., in); returns (..., out)."""
+        """Compute the layer. Shapes: x (..., in); returns (..., out)."""
         if not self._adds_update():
             return F.linear(x, self._oriented(self.weight), self.bias)
         weight, dropout, layout = self._oriented(self.base_weight), self.lora_dropout, (self.slices, self.enable_lora)
@@ -199,10 +199,10 @@ def _checked_slices(out_features: int, count: int, slices: Sequence[int] | None)
 
 
 class Embedding(ShowsMerged, AdaptedLayer, nn.Embedding):
-    """A table whose rows get `scaling * A^T B^T` added.
+    """Embedding whose rows get `scaling * A^T B^T` added.
 
-    A starts at zero and B normal, the other way round than elsewhere, as loralib has it. `max_norm` bounds the rows
-    of the base table, as in nn.Embedding, before the update is added.
+    As in loralib, A starts at zero and B is normal, unlike in the other layers. `max_norm` bounds the rows of the base
+    table, as in nn.Embedding, before the update is added.
 
     Args:
         num_embeddings: As nn.Embedding.
@@ -257,7 +257,7 @@ class Embedding(ShowsMerged, AdaptedLayer, nn.Embedding):
             self._settle()
 
     def merge_AB(self) -> Tensor:
-        """The update without its scaling. Shape: (V, out)."""
+        """Return the update without its scaling. Shape: (V, out)."""
         wide_A, wide_B = self._wide()
         return wide_A.t() @ wide_B.t()
 
@@ -268,9 +268,9 @@ class Embedding(ShowsMerged, AdaptedLayer, nn.Embedding):
         return torch.embedding_renorm_(self.base_weight.detach().clone(), every_row, self.max_norm, self.norm_type)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (...) of indices; returns (..., out)."""
+        """Compute the layer. Shapes: x (...) of indices; returns (..., out)."""
         adds = self._adds_update()
-        # Merged rows were bounded before the update was added; they must not be bounded again.
+        # Merged rows were bounded before the update was added. They must not be bounded again.
         max_norm = self.max_norm if adds or self._merged_weight is None else None
         table, options = self.base_weight if adds else self.weight, (self.norm_type, self.scale_grad_by_freq)
         rows = F.embedding(x, table, self.padding_idx, max_norm, *options, self.sparse)
@@ -297,12 +297,12 @@ _CONVOLUTIONS: dict[type[nn.Module], type[Any]] = {nn.Conv1d: _Conv1d, nn.Conv2d
 
 
 class ConvLoRA(AdaptedLayer):
-    """A convolution, kept as the submodule `conv`, plus an update of its weight.
+    """Convolution, in the submodule `conv`, with an update of its weight.
 
     Args:
         conv_module: nn.Conv1d, nn.Conv2d or nn.Conv3d.
         in_channels, out_channels: As the convolution.
-        kernel_size: As the convolution: a number or one for every dimension.
+        kernel_size: As the convolution: one number, or one per dimension.
         r, lora_alpha, lora_dropout, merge_weights, use_rslora: As `Linear`.
         **kwargs: The other arguments of the convolution.
 
@@ -312,14 +312,14 @@ class ConvLoRA(AdaptedLayer):
         Conv1d: p = 1; Conv2d of kernel k: p = q = m = k, which is loralib's layout; Conv3d: p = k, q = k².
 
     Numerics:
-        fp32 and float64 without dropout: one convolution with `W + scaling * B A`. Else two, added: a low-precision sum
-        would round small updates away.
+        fp32 and float64 without dropout: one convolution with `W + scaling * B A`. Else the sum of two convolutions,
+        because a low-precision sum of weights would lose small updates.
 
     Raises:
         ConfigError: A value is out of bounds.
 
     Source:
-        loralib 0.1.2, `ConvLoRA`, whose layout for Conv2d and for kernels of size 1 this is.
+        loralib 0.1.2, `ConvLoRA`, which has the same layout for Conv2d and for kernels of size 1.
     """
 
     def __init__(
@@ -356,40 +356,40 @@ class ConvLoRA(AdaptedLayer):
 
     @property
     def base_weight(self) -> Tensor:
-        """The convolution's Parameter, whatever the mode."""
+        """Return the convolution's Parameter, in any mode."""
         weight: Tensor = self.conv.base_weight
         return weight
 
     @property
     def weight(self) -> Tensor:
-        """The convolution's weight: merged while merged."""
+        """Return the convolution's weight; the merged one while merged."""
         weight: Tensor = self.conv.weight
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The convolution's bias."""
+        """Return the convolution's bias."""
         bias: Tensor | None = self.conv.bias
         return bias
 
     def reset_parameters(self) -> None:
         """Initialise the convolution as PyTorch does, A as nn.Linear's weight, B to zero."""
-        self.conv._merged_weight = None  # PyTorch initialises what `weight` reads as.
+        self.conv._merged_weight = None  # PyTorch initialises the value of `weight`
         self.conv.reset_parameters()
         self._reset_lora()
 
     def merge_AB(self) -> Tensor:
-        """The update without its scaling. Shape: that of weight."""
+        """Return the update without its scaling. Shape: that of weight."""
         wide_A, wide_B = self._wide()
         return (wide_B @ wide_A).view(self.base_weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: as the convolution."""
+        """Compute the layer. Shapes: as the convolution."""
         conv, dropout = self.conv, self.lora_dropout
         y: Tensor | None
         if not self._adds_update():
             return cast(Tensor, conv(x))
-        # Hooks of weight_norm, pruning and the like compute the convolution's weight when it is called.
+        # Hooks of weight_norm, pruning and the like compute the convolution's weight during its call.
         y = conv(x) if is_hooked(conv) and conv._merged_weight is None else None
         base = self.base_weight
         device = base.device.type
@@ -404,14 +404,14 @@ class ConvLoRA(AdaptedLayer):
         return y
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As nn.Module's; `weight` and `bias` are the convolution's."""
+        """Set an attribute; `weight` and `bias` are the convolution's."""
         if name in ("weight", "bias"):
             setattr(self.conv, name, value)
         else:
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """As nn.Module's; `weight` and `bias` are the convolution's."""
+        """Delete an attribute; `weight` and `bias` are the convolution's."""
         if name in ("weight", "bias"):
             delattr(self.conv, name)
         else:

@@ -1,4 +1,4 @@
-"""Put this package's layers where a finished model has torch's: the way from a saved state to a model that holds it."""
+"""Replace torch's layers in a model by LoRA layers, so that a saved state can be loaded."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from philora.lora.layers import Embedding, Linear, MergedLinear
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """Replace named modules by LoRA layers that hold the very same weight and bias.
+    """Replace named modules by LoRA layers that share their weight and bias.
 
     Args:
         model: Any module; changed in place.
-        layers: For every full name of an `nn.Linear`, an `nn.Embedding` or a GPT-2 `Conv1D` (whose weight is (in, out))
-            the arguments of its LoRA layer: `r`, `lora_alpha`, ..., with `enable_lora` those of `MergedLinear`.
+        layers: Arguments of the LoRA layer (`r`, `lora_alpha`, ...) by the full name of an `nn.Linear`, an
+            `nn.Embedding` or a GPT-2 `Conv1D`, whose weight is (in, out). With `enable_lora` the layer is a
+            `MergedLinear`.
 
     Returns:
-        What was replaced, by name: `setattr` puts it back.
+        The replaced modules by name; `setattr` restores them.
 
     Raises:
-        ConfigError: A name is not there, cannot be replaced, or its arguments are wrong. All faults at once; the
-            model is unchanged then.
+        ConfigError: A module does not exist or cannot be replaced, or its arguments are wrong. All faults are reported
+            at once, and the model is unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
@@ -54,7 +55,7 @@ def replace_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _layer_like(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
-    """A LoRA layer with the module's own weight and bias; made without memory for another weight."""
+    """Return a LoRA layer with the module's own weight and bias, without allocating another weight."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     conv1d = type(module).__name__ == "Conv1D"  # transformers' class, which this package does not import
     if not isinstance(weight, nn.Parameter) or not (conv1d or isinstance(module, nn.Linear | nn.Embedding)):

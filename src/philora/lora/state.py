@@ -1,8 +1,8 @@
-"""Choose which parameters train, and the states that are written to and read from files.
+"""Choose which parameters train, and save and load LoRA's tensors.
 
-Names decide by whole words, where loralib looks for substrings: a parameter is LoRA's when its own name begins with
-`lora_` (`lora_A` of the layers here) or a module on its way is called `lora_A` or `lora_B` (PEFT's layers); it is a
-bias when `bias` is a word of its own name. So a head called `lora_head` stays frozen, and `debias.weight` is no bias.
+Names are matched by words, where loralib matches substrings. A parameter is LoRA's if its own name begins with `lora_`
+(`lora_A` of the layers here) or it is in a module called `lora_A` or `lora_B` (PEFT's layers). It is a bias if `bias`
+is a word of its own name. So a head called `lora_head` stays frozen, and `debias.weight` is no bias.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _is_bias(name: str) -> bool:
 
 
 def _biases_of_lora_layers(model: nn.Module) -> set[str]:
-    """Names of the biases of layers that have an update."""
+    """Return the names of biases of layers that have an update."""
     names = set()
     for prefix, module in model.named_modules():
         own = [name for name, _ in module.named_parameters(recurse=False)]
@@ -45,7 +45,7 @@ def _biases_of_lora_layers(model: nn.Module) -> set[str]:
 
 
 def _chosen(model: nn.Module, names: list[str], bias: str, where: str) -> set[str]:
-    """The names that a choice of biases selects, LoRA's own included."""
+    """Return LoRA's own names and the biases that are chosen."""
     if bias not in _BIAS_CHOICES:
         raise ConfigError(
             fault(where, "bias", bias, "one of " + ", ".join(_BIAS_CHOICES), nearest(str(bias), _BIAS_CHOICES))
@@ -59,19 +59,19 @@ def _chosen(model: nn.Module, names: list[str], bias: str, where: str) -> set[st
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze every parameter except LoRA's, which are made trainable, and the chosen biases.
+    """Make LoRA's parameters and the chosen biases trainable, and freeze all others.
 
     Args:
         model: Any module.
         bias: `none`; `all` biases of the model; `lora_only`: those of layers that have an update.
 
     Raises:
-        ConfigError: `bias` is none of these; nothing has been changed.
+        ConfigError: `bias` has another value. Nothing has been changed.
 
     Source:
         loralib 0.1.2, which matches substrings and never makes a parameter trainable again.
     """
-    # A parameter that stands under several names (tied) trains when one of them is chosen.
+    # A parameter with several names (tied) trains if one of them is chosen.
     named = list(model.named_parameters(remove_duplicate=False))
     chosen = _chosen(model, [name for name, _ in named], bias, "philora.lora.mark_only_lora_as_trainable")
     trainable = {id(parameter) for name, parameter in named if name in chosen}
@@ -80,11 +80,11 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """LoRA's part of the state dict, and the chosen biases: what a fine-tuning has to keep.
+    """Return LoRA's part of the state dict and the chosen biases: the result of a fine-tuning.
 
     Args:
         model: Any module, in any mode.
-        bias: What `mark_only_lora_as_trainable` was called with.
+        bias: The value that `mark_only_lora_as_trainable` was called with.
 
     Raises:
         ConfigError: `bias` is none of `none`, `all`, `lora_only`.
@@ -98,12 +98,13 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the same model without LoRA: weights merged, A and B gone, loadable where torch's layers stand.
+    """Return the state dict of the same model without LoRA, which torch's own layers can load.
 
-    In loralib this is the state dict of a model in eval mode.
+    Weights are merged, and A and B left out. In loralib this is the state dict of a model in eval mode. The model is
+    not changed.
 
     Numerics:
-        Computed in fp32 and rounded once to every weight's dtype; the model is not changed.
+        Computed in fp32 and rounded once to every weight's dtype.
 
     Cost:
         A copy of every adapted weight.
@@ -126,21 +127,21 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _computed(path: str) -> re.Pattern[str]:
-    """Names of all that a layer's weight and update are made of, also where PyTorch's utilities compute them."""
+    """Return a pattern for the names of a layer's weight and update, also if PyTorch's utilities compute them."""
     of = r"(weight|lora_A|lora_B)"
     return re.compile(rf"{re.escape(path)}(parametrizations\.{of}\..*|{of}(_orig|_mask|_g|_v|_u)?)$")
 
 
 def load_lora(model: nn.Module, source: str | Path | Mapping[str, Any]) -> None:
-    """Load LoRA's tensors, and whatever else of the model the source holds; all faults are reported at once.
+    """Load LoRA's tensors, and all other tensors of the model that the source holds.
 
     Args:
-        model: A module with LoRA layers, in any mode; a merged model is merged again from what was loaded.
+        model: A module with LoRA layers, in any mode; a merged model is merged again afterwards.
         source: A state dict, a `.safetensors` file, or a file of `torch.save`, read with `weights_only=True`.
 
     Raises:
-        AdapterError: The file is missing, torn or holds code; or tensors are missing, unexpected or mis-shaped.
-            Nothing has been loaded then.
+        AdapterError: The file is missing, damaged or holds code; or tensors are missing, unexpected or of a wrong
+            shape. All faults are reported at once, and nothing has been loaded.
     """
     where = "philora.lora.load_lora" if isinstance(source, Mapping) else str(source)
     state = dict(source if isinstance(source, Mapping) else read_state(source))
@@ -164,7 +165,7 @@ def load_lora(model: nn.Module, source: str | Path | Mapping[str, Any]) -> None:
 
 
 def _name_convolutions(model: nn.Module, state: dict[str, Any]) -> None:
-    """Rename `weight` and `bias` of convolutions, as some releases of loralib wrote them, to ours."""
+    """Rename `weight` and `bias` of convolutions, as some releases of loralib write them, to our names."""
     for prefix, module in model.named_modules():
         if isinstance(module, ConvLoRA):
             path = f"{prefix}." if prefix else ""
@@ -174,10 +175,10 @@ def _name_convolutions(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The tensors of a `.safetensors` file or of a file of `torch.save`, on the CPU.
+    """Return the tensors of a `.safetensors` file or of a file of `torch.save`, on the CPU.
 
     Raises:
-        AdapterError: The file is missing, torn, holds code or holds no state dict.
+        AdapterError: The file is missing, is damaged, holds code or holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -186,15 +187,15 @@ def read_state(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load
 
-            # From memory: a file that is overwritten later cannot change what was loaded.
+            # Read into memory, so that overwriting the file later does not change the tensors.
             state: Any = load(path.read_bytes())
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # The readers raise whatever a torn or hostile file leads them to: EOFError, KeyError, UnicodeDecodeError, ...
+        # A damaged or malicious file can cause any error: EOFError, KeyError, UnicodeDecodeError, ...
         code = re.search(r"Unsupported (?:global|class|operand).*|GLOBAL \S+", str(error))
         value = code.group() if code else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        expected = "a whole file of tensors and nothing that would run code"
+        expected = "a complete file of tensors without code"
         raise AdapterError(fault(str(path), "content", value, expected, "Save the state dict again")) from error
     if not isinstance(state, dict):
         raise AdapterError(fault(str(path), "content", type(state).__name__, "a state dict"))
@@ -203,7 +204,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """In this block the model's LoRA layers are their base; then each is again as it was.
+    """Disable the model's LoRA layers in this block, so that they compute their base.
 
     Example:
         >>> from philora import lora
@@ -222,15 +223,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def loraplus_fast_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters that LoRA+ gives the higher learning rate: B of every layer but an embedding.
+    """Return the trainable parameters that LoRA+ gives the higher learning rate: B of all layers but embeddings.
 
-    The paper's argument is about an A that starts normal and a B that starts at zero. An embedding has them the other
-    way round (A is its zero table, B starts normal), so there neither learns faster. PEFT's embedding layers name
-    theirs `lora_embedding_B`.
+    The paper's argument is about an A that starts normal and a B that starts at zero. In an embedding it is the other
+    way round, so there neither learns faster. PEFT's embedding layers name theirs `lora_embedding_B`.
 
     Args:
-        model: A module with its trainable parameters chosen: layers of this package, PEFT's, or either of them inside
-            the wrappers of DDP, FSDP and torch.compile, which put words of their own before and into the names.
+        model: A module with its trainable parameters chosen: layers of this package or PEFT's, also inside the wrappers
+            of DDP, FSDP and torch.compile, which add words to the names.
 
     Source:
         Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (2024), section 4.
@@ -246,16 +246,16 @@ def loraplus_fast_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def loraplus_parameter_groups(
     model: nn.Module, lr: float, loraplus_lr_ratio: float, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer in which B learns faster than everything else that trains.
+    """Return an optimizer's groups in which B learns faster than all other parameters.
 
     Args:
         model: A module with its trainable parameters chosen.
-        lr: Learning rate of A and of all that is not LoRA's.
+        lr: Learning rate of A and of all parameters that are not LoRA's.
         loraplus_lr_ratio: B's learning rate is `lr` times this; the paper recommends 16 and more.
-        weight_decay: Of both groups.
+        weight_decay: Weight decay of both groups.
 
     Returns:
-        The slow group, then the fast one; a group that would be empty is left out.
+        The slow group, then the fast one, without empty groups.
 
     Raises:
         ConfigError: `loraplus_lr_ratio` is not positive, or nothing trains.
@@ -280,19 +280,19 @@ def loraplus_parameter_groups(
 def split_loraplus_groups(
     optimizer: torch.optim.Optimizer, fast: Mapping[str, nn.Parameter], loraplus_lr_ratio: float
 ) -> None:
-    """Move B into groups of its own in an optimizer that somebody else made, before its first step.
+    """Move B into separate groups of an existing optimizer, before its first step.
 
-    Each group with some B keeps its other parameters; its B goes into a new group behind all others with the same
-    settings and `loraplus_lr_ratio` times the learning rate. So weight decay stays what it was, the first group is
-    still the slow one, and a scheduler that is made afterwards scales both rates alike.
+    The B of a group are moved to a new group at the end, with the same settings and `loraplus_lr_ratio` times the
+    learning rate. So weight decay does not change, the first group is still the slow one, and a scheduler that is made
+    afterwards scales both rates alike.
 
     Args:
-        optimizer: Without state.
-        fast: By name; from `loraplus_fast_parameters`.
+        optimizer: An optimizer without state.
+        fast: Parameters by name, from `loraplus_fast_parameters`.
         loraplus_lr_ratio: B's learning rate as a multiple of its group's.
 
     Raises:
-        ConfigError: The optimizer has not all of them in its groups; it is unchanged then.
+        ConfigError: The optimizer lacks some of the parameters. It is unchanged.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in fast.items() if id(parameter) not in held]
