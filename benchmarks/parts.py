@@ -29,11 +29,14 @@ from benchmarks.machine import clock, describe
 from benchmarks.process import REPOSITORY
 from benchmarks.results import RESULTS, append, commit, now
 from benchmarks.work import WORKS, Work
-from philora.kernels.attention import document_attention, layout_of_rows
-from philora.kernels.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
-from philora.kernels.loss import label_scores, label_scores_reference
+from philora.kernels.attention import document_attention
+from philora.kernels.document_groups import groups_of
+from philora.kernels.elementwise import rms_norm, swiglu
+from philora.kernels.layout import PackedLayout
+from philora.kernels.loss import label_scores
 from philora.kernels.memory import keep_freed_memory
 from philora.lora.functional import fused, lora_linear, lora_linear_reference
+from tests.references import label_scores_reference, rms_norm_reference, swiglu_reference
 
 TOKENS = 2048
 Run = Callable[[], object]
@@ -51,7 +54,7 @@ def attention(length: int, heads: int, width: int) -> tuple[Run, Run]:
     shape = (TOKENS // length, heads, length, width)
     q, k, v = (torch.randn(shape).bfloat16().requires_grad_() for _ in range(3))
     grad = torch.randn(shape).bfloat16()
-    layout = layout_of_rows(shape[0], length)
+    layout = groups_of(PackedLayout.of_lengths([length] * shape[0]), shape[0])
 
     def tiles() -> object:
         output = document_attention(q, k, v, layout).transpose(1, 2)
@@ -127,7 +130,7 @@ def shares(step: Run) -> dict[str, float]:
         return sum(each.self_cpu_time_total for each in events if each.key in names) / total
 
     # A node's total holds what it calls, its products of scores included (they are bmm and baddbmm, not mm).
-    names = ("_TiledAttention", "_TiledAttentionBackward")
+    names = ("TiledAttention", "TiledAttentionBackward")
     inside = sum(each.cpu_time_total for each in events if each.key in names) / total
     found = {
         "step, products": share("aten::mm"),

@@ -22,7 +22,7 @@ from tests.conftest import make_phi3
 
 PARTS = {
     "philora.lora.functional": "lora",
-    "philora.kernels.attention": "attention",
+    "philora.kernels.tiled_attention": "attention",
     "philora.kernels.elementwise": "elementwise",
     "philora.kernels.loss": "loss",
 }

@@ -24,7 +24,8 @@ from philora.decoder_stack.choice import Choice, ModelFacts, stack_for
 from philora.decoder_stack.facts import facts_of_call, facts_of_device, facts_of_model, known_facts
 from philora.decoder_stack.products import Scaling, fp8_scaling
 from philora.decoder_stack.trial import disagreement
-from philora.kernels.attention import documents_of, without_marker
+from philora.kernels.attention import without_marker
+from philora.kernels.document_groups import documents_of
 from philora.kernels.modules import recomputes_elementwise
 from philora.kernels.switches import graph_switch, stack_switch
 from philora.lora.functional import autocast_dtype

@@ -16,24 +16,24 @@ from typing import Literal
 
 Way = Literal["tiles", "flash", "flash-attn", "groups"]
 
-LEAST_CAPABILITY = (8, 0)  # of flash attention
+LEAST_CAPABILITY = (8, 0)  # for flash attention
 LARGEST_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """Describe what the way depends on.
+    """The facts that the choice depends on.
 
     Attributes:
-        kind: Of the device: "cuda", "cpu" or another.
+        kind: Type of the device: "cuda", "cpu" or another.
         capability: CUDA's compute capability, or None.
-        dtype: Of queries, keys and values, such as "bfloat16".
+        dtype: Dtype of queries, keys and values, such as "bfloat16".
         head_size: Columns of a head.
         dropout: Whether attention weights are dropped.
         flash: Whether PyTorch has flash attention for documents of any lengths.
         package: Whether the package flash-attn is installed.
-        switch: `PHILORA_STACK`: "all" also takes what no GPU has run yet.
-        disagreement: What a comparison of PyTorch's flash attention with the reference has found, or None.
+        switch: Value of `PHILORA_STACK`: "all" also takes what no GPU has run yet.
+        disagreement: How PyTorch's flash attention differs from the reference, or None.
     """
 
     kind: str = "cuda"
@@ -48,7 +48,7 @@ class AttentionFacts:
 
 
 def attention_for(facts: AttentionFacts) -> tuple[Way, str]:
-    """Return the way, and why it is that one."""
+    """Return the way, and the reason for it."""
     if facts.kind != "cuda":
         if facts.kind == "cpu" and not facts.dropout:
             return "tiles", "the device is a CPU"
@@ -69,7 +69,7 @@ def attention_for(facts: AttentionFacts) -> tuple[Way, str]:
 
 
 def _no_flash_kernel(facts: AttentionFacts) -> str | None:
-    """Say why no flash kernel takes these heads, or None."""
+    """Return why no flash kernel takes these heads, or None."""
     if facts.dtype not in ("bfloat16", "float16"):
         return f"there is no flash attention in {facts.dtype}"
     if facts.capability is not None and facts.capability < LEAST_CAPABILITY:

@@ -1,8 +1,8 @@
-"""The element-wise parts of a decoder layer with fewer passes over memory: RMSNorm and SwiGLU.
+"""RMSNorm and SwiGLU, the element-wise parts of a decoder layer, with fewer passes over memory.
 
-Each is one autograd node that saves its input only. On a CPU it is one pass of `native`, or, where that is not
-there, the rows are taken in blocks that stay in the cache from the first operation to the last. On a GPU the kernels of
-the package liger-kernel compute them where `elementwise_choice` says so.
+Both are one autograd node that saves only its input. On a CPU they are one pass of `native`; without it, blocks of rows
+stay in the cache from the first operation to the last. On a GPU the package liger-kernel computes them if
+`elementwise_choice` takes it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from philora.kernels import liger
 from philora.lora.functional import refuse_create_graph
 from philora.native import library as native
 
-# Bytes of fp32 rows that are worked on at a time: half of a core's second-level cache for each of two cores.
+# Bytes of fp32 rows that are computed at a time: half of the second-level caches of two cores.
 BLOCK_BYTES = 1 << 20
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Blocks of the rows of a matrix; on a GPU all at once."""
+    """Yield blocks of the rows of a matrix; on a GPU one block."""
     count, columns = rows.shape
     step = max(16, BLOCK_BYTES // (4 * max(1, columns))) if rows.device.type == "cpu" else max(1, count)
     for start in range(0, count, step):
@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x is (T, C)."""
+        """Compute y. Shapes: x (T, C), weight (C)."""
         ctx.liger = None
         if native.usable(x, weight):
             y, inverse = native.rms_norm(x, weight, eps)
@@ -57,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of weight."""
+        """Return the gradients of x and weight."""
         refuse_create_graph()
         x, weight, inverse = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
@@ -82,7 +82,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Each row divided by its root mean square, times the weight.
+    """Divide every row by its root mean square, and multiply by the weight.
 
     Shapes:
         x (..., C), weight (C); returns (..., C).
@@ -100,18 +100,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y.view(x.shape)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` in plain PyTorch. Shapes: as there."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 class _SwiGLU(torch.autograd.Function):
     """`y = silu(gate) * up`, with gate and up side by side in one tensor, and their gradients too."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        """gate_up is (T, 2 C)."""
+        """Compute y. Shapes: gate_up (T, 2 C)."""
         ctx.save_for_backward(gate_up)
         if native.usable(gate_up):
             return native.swiglu(gate_up)
@@ -125,7 +119,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of gate_up."""
+        """Return the gradient of gate_up."""
         refuse_create_graph()
         (gate_up,) = ctx.saved_tensors
         dy = grads[0].contiguous()
@@ -143,16 +137,16 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` of a fused projection.
+    """Compute `silu(gate) * up` of a fused projection.
 
     Shapes:
         gate_up (..., 2 C), gate first; returns (..., C).
 
     Numerics:
-        silu and the products are each rounded to the input's dtype, as in plain PyTorch; compiled, once at the end.
+        silu and the product are both rounded to the input's dtype, as in plain PyTorch; compiled, once at the end.
 
     Cost:
-        Keeps gate_up for backward (in plain PyTorch also silu(gate)); no copy where its two halves' gradients meet.
+        Keeps gate_up for backward (in plain PyTorch also silu(gate)), and does not concatenate the two gradients.
 
     Source:
         Shazeer, "GLU Variants Improve Transformer" (2020).
@@ -162,38 +156,32 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """`y = silu(gate) * up`, with gate and up apart, by Liger's kernels."""
+    """`y = silu(gate) * up`, with separate gate and up, by Liger's kernels."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        """Shapes: (T, C) both."""
+        """Compute y. Shapes: (T, C) both."""
         ctx.save_for_backward(gate, up)
         return liger.gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of gate and up."""
+        """Return the gradients of gate and up."""
         refuse_create_graph()
         gate, up = ctx.saved_tensors
         return liger.gated_backward(gate, up, grads[0].contiguous())
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, in one node where Liger's kernels compute it.
+    """Compute `silu(gate) * up`, in one node if Liger's kernels do it.
 
     Shapes:
         (..., C) all.
 
     Numerics:
-        silu and the product are each rounded to the input's dtype, as in plain PyTorch.
+        silu and the product are both rounded to the input's dtype, as in plain PyTorch.
     """
     if not liger.usable(gate, up):
         return F.silu(gate) * up
     y: Tensor = _Gated.apply(*(item.reshape(-1, item.shape[-1]) for item in (gate, up)))  # type: ignore[no-untyped-call]
     return y.view(gate.shape)
-
-
-def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """`swiglu` in plain PyTorch. Shapes: as there."""
-    gate, up = gate_up.chunk(2, -1)
-    return up * F.silu(gate)

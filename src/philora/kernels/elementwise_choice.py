@@ -1,4 +1,4 @@
-"""Choose which way RMSNorm and SwiGLU go outside the decoder stack: one function of facts, without a device.
+"""Choose how RMSNorm and SwiGLU are computed outside the decoder stack: one function of facts, without a device.
 
 | way      | what runs                                                                                             |
 | -------- | ----------------------------------------------------------------------------------------------------- |
@@ -17,24 +17,24 @@ from philora.kernels.attention_choice import LEAST_CAPABILITY
 ElementwiseWay = Literal["native", "liger", "torch"]
 
 LEAST_LIGER = (0, 8, 5)
-"""The release whose functions are called; earlier ones have others."""
+"""The oldest release that has the functions called here."""
 MOST_COLUMNS = 65536
-"""Of a row, which one program of Liger's kernels treats."""
+"""Columns of a row that one program of Liger's kernels can compute."""
 
 
 @dataclass(frozen=True)
 class ElementwiseFacts:
-    """Describe what the way depends on.
+    """The facts that the choice depends on.
 
     Attributes:
-        kind: Of the device: "cuda", "cpu" or another.
+        kind: Type of the device: "cuda", "cpu" or another.
         capability: CUDA's compute capability, or None.
-        dtype: Of activations and weights, such as "bfloat16".
-        columns: Of the widest row.
+        dtype: Dtype of activations and weights, such as "bfloat16".
+        columns: Columns of the widest row.
         liger: The version of liger-kernel, or None.
         triton: The version of Triton, or None.
-        switch: `PHILORA_STACK`: "all" also takes what no GPU has run yet.
-        disagreement: What the comparison with PyTorch's operations has found, or None.
+        switch: Value of `PHILORA_STACK`: "all" also takes what no GPU has run yet.
+        disagreement: How the kernels differ from PyTorch's operations, or None.
     """
 
     kind: str = "cuda"
@@ -48,7 +48,7 @@ class ElementwiseFacts:
 
 
 def elementwise_for(facts: ElementwiseFacts) -> tuple[ElementwiseWay, str]:
-    """Return the way, and why it is that one."""
+    """Return the way, and the reason for it."""
     if facts.kind == "cpu":
         return "native", "the device is a CPU"
     why = _not_liger(facts)
@@ -60,7 +60,7 @@ def elementwise_for(facts: ElementwiseFacts) -> tuple[ElementwiseWay, str]:
 
 
 def _not_liger(facts: ElementwiseFacts) -> str | None:
-    """Say why Liger's kernels cannot be used, or None."""
+    """Return why Liger's kernels cannot be used, or None."""
     if facts.kind != "cuda":
         return f"the device is {facts.kind}"
     if facts.switch == "0":
@@ -81,7 +81,7 @@ def _not_liger(facts: ElementwiseFacts) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (0, 8, 5) of "0.8.5.dev1"."""
+    """Return the leading numbers of a version: (0, 8, 5) for "0.8.5.dev1"."""
     found: list[int] = []
     for part in version.split("."):
         if not part.isdigit():

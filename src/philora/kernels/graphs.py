@@ -1,12 +1,12 @@
-"""CUDA graphs: work that is recorded once and then launched again by one call, over the same memory.
+"""CUDA graphs: work that is recorded once and then launched by one call, over the same memory.
 
-| function | records                                                               | where                |
-| -------- | --------------------------------------------------------------------- | -------------------- |
-| `record` | the kernels that a function launches                                  | a CUDA device        |
-| `repeat` | the function itself, whose results are copied to where they were first | any device; for tests |
+| function | records                                                     | on                    |
+| -------- | ----------------------------------------------------------- | --------------------- |
+| `record` | the kernels that a function launches                        | a CUDA device         |
+| `repeat` | the function, whose results are copied to the first results | any device; for tests |
 
-Both give the same promise: a replay reads the tensors that the function read and writes the tensors that it returned.
-`recorded` wraps either: what fails leaves the random generators as they were.
+With both, a replay reads the tensors that the function read and writes the tensors that it returned. `recorded` calls
+either and restores the random generators after a failure.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from philora.lora.recomputation import random_state, set_random_state
 Work = Callable[[], tuple[Tensor | None, ...]]
 
 WARM_UPS = 2
-"""Runs before a recording: they compile kernels and let libraries make their workspaces."""
+"""Runs before a recording, in which kernels are compiled and libraries allocate workspaces."""
 
 
 class Recorded(NamedTuple):
     """Work that can be launched again.
 
     Attributes:
-        replay: Launches it.
-        results: What it writes.
+        replay: Function that launches the work.
+        results: Tensors that it writes.
     """
 
     replay: Callable[[], None]
@@ -38,7 +38,7 @@ class Recorded(NamedTuple):
 
 
 class NotRecorded(Exception):
-    """Work could not be recorded; the message says why. The caller computes without a graph."""
+    """Work could not be recorded, for the reason in the message. The caller computes without a graph."""
 
 
 Capture = Callable[[Work, torch.device, Any], Recorded]
@@ -48,13 +48,13 @@ def record(work: Work, device: torch.device, pool: Any = None) -> Recorded:
     """Record the kernels that a function launches on a CUDA device. The function does not wait for the device.
 
     Args:
-        work: The function; it runs once, and nothing of it is computed while it is recorded.
-        device: Where its tensors are.
-        pool: Of `torch.cuda.graph_pool_handle`; graphs with the same one use each other's free memory.
+        work: The function; it runs once, and its kernels do not compute while they are recorded.
+        device: Device of its tensors.
+        pool: From `torch.cuda.graph_pool_handle`; graphs with the same pool share free memory.
     """
     graph = torch.cuda.CUDAGraph()
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    # Another thread (of a data loader, of NCCL) may call CUDA meanwhile; by default that would end the recording.
+    # Another thread (of a data loader, of NCCL) may call CUDA at the same time. By default that ends the recording.
     recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
     with torch.cuda.device(device), recording:
         results = work()
@@ -62,7 +62,7 @@ def record(work: Work, device: torch.device, pool: Any = None) -> Recorded:
 
 
 def repeat(work: Work, device: torch.device, pool: Any = None) -> Recorded:
-    """Return a function's work by the function itself, with the promise of `record`."""
+    """Return work that calls the function again, as a stand-in for `record` on any device."""
     results = work()
 
     def replay() -> None:
@@ -79,12 +79,12 @@ def capture_for(device: torch.device) -> Capture:
 
 
 def pool_for(device: torch.device) -> Any:
-    """Return a handle of memory that several graphs share, or None where there are no graphs."""
+    """Return a handle of memory that several graphs share; None without CUDA."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 def _warm_up(works: list[Work], device: torch.device) -> None:
-    """Run functions as often as it takes before they can be recorded, on a CUDA device beside the current stream."""
+    """Run functions before they are recorded, on a CUDA device in another stream than the current one."""
     if device.type != "cuda":
         return
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -97,11 +97,11 @@ def _warm_up(works: list[Work], device: torch.device) -> None:
 
 
 def recorded(works: list[Work], device: torch.device, capture: Capture, pool: Any = None) -> list[Recorded]:
-    """Record functions one after the other.
+    """Record functions one after another.
 
     Raises:
-        NotRecorded: One of them cannot be recorded, or memory is out. The generators of the CPU and of the device are
-            as they were; a recording that breaks off may have moved the device's.
+        NotRecorded: One of them cannot be recorded, or there is not enough memory. The random generators of the CPU
+            and of the device, which a failed recording may have advanced, are restored.
     """
     states = {item: random_state(item) for item in {torch.device("cpu"), device}}
     try:

@@ -1,8 +1,8 @@
-"""Find where the documents and the labels of a batch are: made once for a batch, on the host, and carried with it.
+"""Locations of the documents and labels of a batch, found once on the host and carried with the batch.
 
-Nothing asks the device for a length or for the place of a label. Both are known where the batch is put together
-(`philora.training.collation`). Bounds and the longest length travel as keyword arguments under transformers' names
-(`KEYWORDS`), as TRL's collator sends them; the lengths and the labels beside them under names of philora's own.
+So nothing has to ask the device for a length or for the position of a label. Both are known when the batch is collated
+(`philora.training.collation`). Bounds and the longest length are keyword arguments with transformers' names
+(`KEYWORDS`), as TRL's collator sends them; lengths and labels have names of philora's own.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 LENGTHS = "document_lengths"
 """Tokens of every document, a tuple on the host."""
 LABELS = ("label_rows", "label_ids")
-"""Tokens whose next token is a label, as places in the rows laid one after another, and those labels."""
+"""Tokens whose next token is a label, as indices into the concatenated rows, and those labels."""
 TOKENS = ("token_rows", "token_bounds")
-"""Of rows with padding on the right: places of the tokens that are no padding, and where each row begins among them."""
+"""For rows with padding on the right: indices of the tokens that are not padding, and the bounds of rows in them."""
 
 
 def label_places(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which tokens have a label after them in their row, and those labels. It waits for a GPU.
+    """Return the tokens that are followed by a label in their row, and those labels. This waits for a GPU.
 
     Shapes:
-        labels (B, T), -100 where there is none; returns places in B·T, and ids.
+        labels (B, T), -100 for none; returns indices into B·T, and ids.
     """
     wanted = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
     rows = wanted.flatten().nonzero().flatten()
@@ -38,14 +38,14 @@ def label_places(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The documents of a batch whose rows are laid one after another.
+    """The documents of a batch whose rows are concatenated.
 
     Attributes:
         bounds: First token of every document, and the number of tokens at the end, int32. On the batch's device.
         longest_tokens: Tokens of the longest document.
-        lengths: Tokens of every document, on the host; None where only the device knows them.
-        position_ids: Position of every token in its document, on the batch's device; None: as the batch has them.
-        label_rows: Tokens whose next token is a label, on the batch's device; None: not made.
+        lengths: Tokens of every document, on the host; None if only the device knows them.
+        position_ids: Position of every token in its document, on the batch's device; None for those of the batch.
+        label_rows: Tokens whose next token is a label, on the batch's device; None if not computed.
         label_ids: Those labels.
 
     Shapes:
@@ -65,7 +65,7 @@ class PackedLayout:
 
         Args:
             lengths: Tokens of every document.
-            labels: -100 where there is none; the first token of a document is no label of the document before it.
+            labels: Token ids, -100 for none; the first token of a document is not a label of the previous document.
 
         Shapes:
             labels (T).
@@ -79,12 +79,12 @@ class PackedLayout:
 
     @classmethod
     def of_positions(cls, position_ids: Tensor) -> PackedLayout:
-        """Return the layout of a batch in which a document begins wherever a position is not the one before plus one.
+        """Return the layout of a batch in which a document begins wherever a position is not the previous plus one.
 
-        Positions on a GPU are copied to the host, which waits for the device: let the collator send the bounds.
+        Positions on a GPU are copied to the host, which waits for the device, so the collator should send the bounds.
 
         Shapes:
-            position_ids (B, T); rows are laid one after another.
+            position_ids (B, T); rows are concatenated.
         """
         positions = position_ids.cpu()
         begins = torch.ones_like(positions, dtype=torch.bool)
@@ -96,21 +96,21 @@ class PackedLayout:
 
     @classmethod
     def of_keywords(cls, keywords: Mapping[str, Any]) -> PackedLayout | None:
-        """Return the layout that a batch carries under transformers' names, or None where it carries none."""
+        """Return the layout that a batch carries under transformers' names, or None."""
         bounds, longest = keywords.get("cu_seq_lens_q"), keywords.get("max_length_q")
         if not isinstance(bounds, Tensor) or not isinstance(longest, int):
             return None
         return cls(bounds.to(torch.int32), longest, keywords.get(LENGTHS))
 
     def keywords(self) -> dict[str, Any]:
-        """Return the layout as a batch carries it: what is known of it."""
+        """Return the known parts of the layout as keyword arguments of a batch."""
         values = (self.bounds, self.bounds, self.longest_tokens, self.longest_tokens)
         others = {LENGTHS: self.lengths, **dict(zip(LABELS, (self.label_rows, self.label_ids), strict=True))}
         known = {name: item for name, item in others.items() if item is not None}
         return dict(zip(KEYWORDS, values, strict=True)) | known
 
     def to(self, device: torch.device | str) -> PackedLayout:
-        """Return the same layout with its tensors on a device; copied without waiting where they are pinned."""
+        """Return the layout with its tensors on a device; pinned tensors are copied without waiting."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)

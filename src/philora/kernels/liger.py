@@ -1,8 +1,8 @@
-"""RMSNorm and SwiGLU by the kernels of the package liger-kernel, where `elementwise_choice` takes it.
+"""RMSNorm and SwiGLU by the kernels of the package liger-kernel, if `elementwise_choice` takes it.
 
-Its functions for one pass are called inside philora's nodes of autograd, which decide what is kept and refuse second
-derivatives; Liger's own nodes write gradients over gate, up and dy. Before their first use the kernels are compared
-with PyTorch's operations, since another release may have changed them.
+Its functions for a single pass are called inside philora's autograd nodes, which choose the saved tensors and refuse
+second derivatives; Liger's own nodes overwrite gate, up and dy with gradients. Before their first use the kernels are
+compared with PyTorch's operations, since another release may have changed them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from philora.kernels.switches import stack_switch
 logger = logging.getLogger(__name__)
 
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""Relative to the norm of what is compared; rounding."""
+"""The largest difference that is rounding, relative to the norm of the expected result."""
 
-CASTING, OFFSET = "llama", 0.0  # rounded before the product with the weight, as transformers' norms of these models
+CASTING, OFFSET = "llama", 0.0  # rounded before the product with the weight, as in transformers' norms
 
 
 def usable(x: Tensor, *others: Tensor) -> bool:
-    """Return whether Liger's kernels compute these tensors, all of one dtype. Shapes: (T, columns), or (columns)."""
+    """Return whether Liger's kernels take these tensors, all of one dtype. Shapes: (T, columns), or (columns)."""
     if x.device.type != "cuda":
         return False
     alike = all(other.dtype == x.dtype and other.device == x.device for other in others)
@@ -50,13 +50,13 @@ def _taken(device: torch.device, dtype: torch.dtype, columns: int, switch: str) 
 def facts_of_elementwise(
     device: torch.device, dtype: torch.dtype, columns: int, switch: str | None = None
 ) -> ElementwiseFacts:
-    """Return what the way of norms and SwiGLU depends on, without the comparison.
+    """Return the facts that the choice for norms and SwiGLU depends on, without the comparison.
 
     Args:
-        device: Where they are computed.
-        dtype: Of the activations.
-        columns: Of the widest row.
-        switch: `PHILORA_STACK`; default: as it is.
+        device: Device of the tensors.
+        dtype: Dtype of the activations.
+        columns: Columns of the widest row.
+        switch: Value of `PHILORA_STACK`; default: from the environment.
     """
     return ElementwiseFacts(
         kind=device.type,
@@ -71,7 +71,7 @@ def facts_of_elementwise(
 
 @cache
 def _version(module: str, package: str) -> str | None:
-    """The version of a package, "0" where it does not say; None where it is not installed. It is not imported."""
+    """Return the version of a package without importing it: "0" if unknown, None if it is not installed."""
     if find_spec(module) is None:
         return None
     try:
@@ -82,7 +82,7 @@ def _version(module: str, package: str) -> str | None:
 
 @cache
 def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return how Liger's kernels differ from PyTorch's operations on this device, in words; None where they agree."""
+    """Return in words how Liger's kernels differ from PyTorch's operations on this device; None if they agree."""
     try:
         gap = _gap(device, dtype)
     except Exception as error:  # noqa: BLE001 - Triton's errors have no narrower class
@@ -93,7 +93,7 @@ def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _gap(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative difference of the kernels' results, on a few rows of 48 columns."""
+    """Return the largest relative difference of the kernels' results on a few rows of 48 columns."""
     generator = torch.Generator().manual_seed(0)
     x, dy, weight, gate_up = (
         torch.randn(shape, generator=generator).to(device, dtype) for shape in ((5, 48), (5, 48), (48,), (5, 96))
@@ -131,7 +131,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Seq
 def rms_norm_backward(
     x: Tensor, weight: Tensor, inverse: Tensor, dy: Tensor, settings: Sequence[int], needs_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of x and of the weight; None where that is not wanted. Shapes: as `rms_norm`; dy (T, C)."""
+    """Return the gradients of x and the weight, the latter None if not needed. Shapes: as `rms_norm`; dy (T, C)."""
     import liger_kernel.ops.rms_norm as kernels
 
     block, warps, casting = settings
@@ -169,7 +169,7 @@ def gated_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor
     """Return the gradients of gate and up. Shapes: (T, C) all."""
     import liger_kernel.ops.swiglu as kernels
 
-    # It writes over what it is given, and autograd may ask for the same again.
+    # The kernel overwrites its inputs, which autograd may need again.
     copies = (item.clone(memory_format=torch.contiguous_format) for item in (gate, up))
     of_gate, of_up = kernels.swiglu_backward(*copies, dy)
     return of_gate, of_up

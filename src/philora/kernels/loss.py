@@ -1,10 +1,10 @@
-"""The loss where there is a label: log-probabilities of the labels from hidden states, without the whole logits.
+"""The loss at labelled tokens only: log-probabilities of labels from hidden states, without all logits at once.
 
-Prompt tokens never reach the output head, and since each label's log-probability depends on its own hidden state
-only, the gradient is computed with the logits of its chunk in the forward pass: logits are made once, not twice.
+Prompt tokens do not reach the output head. The log-probability of a label depends on its own hidden state only, so the
+forward pass computes the gradient from the logits of a chunk, and the logits are computed once instead of twice.
 
-`add_label_head` puts it before TRL's fused head, which computes every position on a CPU and recomputes the logits in
-backward; what it does not cover continues to TRL's.
+`add_label_head` calls it before TRL's fused head, which computes every token on a CPU and recomputes the logits in
+backward. Cases that it does not cover go to TRL's.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from philora.kernels.modules import only_rows
 from philora.lora.functional import fused_enabled, records, refuse_create_graph
 from philora.native import library as native
 
-# Logits that are there at a time, and the fewest rows of a product, below which reading the weight would dominate.
+# Bytes of logits at a time, and the fewest rows of a product: with fewer, reading the weight would dominate.
 CHUNK_BYTES = 32 << 20
 FEWEST_TOKENS = 256
-# On a CPU products of 2,041 rows take a fifteenth more time than of 2,048: rows are rounded up to this.
+# Rows are rounded up to a multiple of this: on a CPU a product of 2,041 rows takes 7% more time than one of 2,048.
 EVEN_TOKENS = 16
-# fp32 logits that are worked on at a time on a CPU.
+# Bytes of fp32 logits that a CPU computes at a time.
 BLOCK_BYTES = 1 << 20
 
-# Config keys of architectures that change the logits after the head; they stay with TRL's function.
+# Config keys of architectures that change the logits after the head; TRL's function computes these.
 LOGIT_CHANGES = (
     "final_logit_softcapping",
     "logit_scale",
@@ -48,7 +48,7 @@ LOGIT_CHANGES = (
 
 
 class LabelScores(NamedTuple):
-    """Of every label: its log-probability, the entropy of the distribution, and whether it is the most likely token."""
+    """For every label: log-probability, entropy of the distribution, and whether it is the most likely token."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -58,13 +58,13 @@ class LabelScores(NamedTuple):
 class _LabelScores(torch.autograd.Function):
     """`log softmax(h W^T + b)[label]` by chunks; with p the softmax, the gradient is `dh = (onehot - p) W`.
 
-    The products take a chunk of labels at a time; between them, on a CPU, a row of `native`, or a few rows that stay in
-    the cache. The gradient of the logits takes the place of the logits.
+    A product takes a chunk of labels. Between the products a CPU computes row by row in `native`, or a few rows that
+    stay in the cache. The gradient of the logits overwrites the logits.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, ...]:
-        """hidden is (N, C), weight (V, C), labels (N)."""
+        """Compute the scores. Shapes: hidden (N, C), weight (V, C), labels (N)."""
         needs_grad = ctx.needs_input_grad[0]
         count, vocabulary = len(labels), len(weight)
         scores = [torch.empty(count, dtype=torch.float32, device=hidden.device) for _ in range(3)]
@@ -95,14 +95,14 @@ class _LabelScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale each row's gradient by that of its log-probability."""
+        """Scale the gradient of every row by that of its log-probability."""
         refuse_create_graph()
         (grad,) = ctx.saved_tensors
         return None if grad is None else (grad * grads[0][:, None]).to(grad.dtype), None, None, None
 
 
 def _score_rows(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: list[Tensor], needs_grad: bool) -> None:
-    """Write log-probability, entropy and top-1 of some rows; over the logits, the gradient of the log-probability."""
+    """Write log-probability, entropy and top-1 of some rows; the gradient overwrites the logits."""
     log_probs, entropy, is_top1 = outputs
     wide = logits.float()
     if bias is not None:
@@ -121,21 +121,21 @@ def _score_rows(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: li
 
 
 def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> LabelScores:
-    """Log-probability, entropy and top-1 of every label; the gradient flows to `hidden` through the log-probability.
+    """Return log-probability, entropy and top-1 of every label; `hidden` gets the log-probability's gradient.
 
     Shapes:
         hidden (N, C), weight (V, C), bias (V), labels (N) of token ids; returns three of (N), fp32.
 
     Raises:
-        DataError: On a CPU, a label is no row of the weight.
+        DataError: On a CPU, a label is not a row of the weight.
 
     Numerics:
-        Logits are a product in hidden's dtype (under autocast: autocast's), everything after it in fp32; the gradient
-        of hidden is a product in that dtype, rounded once.
+        Logits are a product in hidden's dtype (under autocast: autocast's), everything after it is in fp32. The
+        gradient of hidden is a product in that dtype, rounded once.
 
     Cost:
-        4·N·C·V FLOPs with the gradient, none in backward; 32 MiB of logits (or 256 rows) at a time and N·C elements for
-        backward.
+        4·N·C·V FLOPs with the gradient, none in backward; memory for 32 MiB of logits (or 256 rows), and N·C elements
+        kept for backward.
     """
     device, count = hidden.device.type, len(labels)
     if device == "cpu" and not records():
@@ -151,13 +151,13 @@ def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
 
 def _check_labels(labels: Tensor, vocabulary: int) -> None:
-    """See to it that each label is a row of the head. On a GPU PyTorch's own products do.
+    """Check that every label is a row of the head. On a GPU PyTorch's own functions check it.
 
     Shapes:
         labels (...).
 
     Raises:
-        DataError: One is not; it names the place, the value and the vocabulary's size.
+        DataError: A label is not; the message has its index, its value and the vocabulary's size.
     """
     wrong = (labels < 0) | (labels >= vocabulary)
     if bool(wrong.any()):
@@ -167,24 +167,15 @@ def _check_labels(labels: Tensor, vocabulary: int) -> None:
         raise DataError(fault("loss", f"labels{place}", int(labels[tuple(place)]), expected, todo))
 
 
-def label_scores_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> LabelScores:
-    """`label_scores` in plain PyTorch. Shapes: as there."""
-    logits = nn.functional.linear(hidden, weight, bias).float()
-    log_probabilities = logits.log_softmax(-1)
-    log_probs = log_probabilities.gather(-1, labels[:, None])[:, 0]
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1).detach()
-    return LabelScores(log_probs, entropy, (logits.argmax(-1) == labels).float())
-
-
 def _without_padding(inputs: dict[str, Any], places: tuple[Tensor | None, ...]) -> Tensor | None:
-    """Lay rows with padding one after another without it, so that they attend as the documents of a packed row do.
+    """Concatenate rows without their padding, so that they attend like the documents of a packed row.
 
     Args:
-        inputs: The model's keyword arguments, which are changed: ids, positions, and the bounds of the documents.
-        places: Those of `layout.TOKENS`, if the batch has them.
+        inputs: The model's keyword arguments; ids, positions and the bounds of documents are changed.
+        places: Values of `layout.TOKENS`, if the batch has them.
 
     Returns:
-        For every token its place in the rows with padding; None where the rows stay as they are.
+        The index of every token in the rows with padding; None if the rows are not changed.
     """
     rows, bounds = places
     given = {name for name, item in inputs.items() if item is not None}
@@ -199,14 +190,14 @@ def _without_padding(inputs: dict[str, Any], places: tuple[Tensor | None, ...]) 
 
 
 def _even_rows(inputs: dict[str, Any]) -> int:
-    """Let packed rows on a CPU end with a document of padding, so that their length suits the products.
+    """Add a document of padding to a packed row on a CPU, so that its length is fast in products.
 
     Args:
-        inputs: The model's keyword arguments; `input_ids`, `position_ids` and the bounds of documents, where they are
-            given, are replaced by longer ones.
+        inputs: The model's keyword arguments; `input_ids`, `position_ids` and given bounds of documents are replaced
+            by longer ones.
 
     Returns:
-        Tokens that were added to the row.
+        Number of tokens added to the row.
     """
     ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
     others = any(inputs.get(name) is not None for name in ("attention_mask", "inputs_embeds", "past_key_values"))
@@ -230,11 +221,11 @@ def _even_rows(inputs: dict[str, Any]) -> int:
 
 @contextmanager
 def _loaded(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the output head, whole and where it computes.
+    """Yield weight and bias of the output head, gathered and on the device that computes it.
 
-    ZeRO-3 gathers a module's weights when it runs, and the head does not run here: they are gathered now. FSDP2 shards
-    the head, alone or with the last norm; read after the norm has run, which gathers both. accelerate keeps a head that
-    its `device_map` puts on the disk or into the computer's memory on the meta device until it runs.
+    ZeRO-3 gathers a module's weights when it runs; the head does not run here, so they are gathered now. FSDP2 shards
+    the head alone or with the last norm; after the norm has run, both are gathered. With a `device_map` that offloads
+    the head to disk or to the CPU, accelerate keeps it on the meta device until it runs.
     """
     hook: Any = getattr(head, "_hf_hook", None) if cast(Tensor, head.weight).is_meta else None
     if hook is not None:
@@ -249,12 +240,12 @@ def _loaded(head: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def _class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; FSDP2 puts one of its own over that of every that it shards."""
+    """Return the class of a module, without the class that FSDP2 derives for a sharded module."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def _recomputes(model: PreTrainedModel) -> bool:
-    """Return whether layers are computed again in backward: transformers' way, or FSDP's, which wraps them."""
+    """Return whether backward computes layers again, by transformers' checkpointing or by FSDP's wrapper."""
     return any(
         isinstance(module, CheckpointWrapper) or getattr(module, "gradient_checkpointing", False)
         for module in model.modules()
@@ -265,7 +256,7 @@ def _scored(
     model: PreTrainedModel, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Tensor,
     places: list[tuple[Tensor | None, ...]], count: Tensor | int | None,
 ) -> FusedCausalLMOutput:  # fmt: skip
-    """Compute the decoder and the loss of the labels; `places` are those of `LABELS` and `TOKENS`, if a batch has them.
+    """Compute the decoder and the loss of the labels; `places` has the batch's values of `LABELS` and `TOKENS`.
 
     Shapes:
         labels (B, T).
@@ -286,7 +277,7 @@ def _scored(
     if hidden.shape[:2] != expected:
         raise RuntimeError(f"labels of shape {tuple(shape)} do not fit the model's output")
     with _loaded(head) as (weight, bias):
-        # Under a `device_map` the head may be elsewhere than the last norm, as with embeddings that it shares.
+        # With a `device_map` the head may be on another device than the last norm, as with tied embeddings.
         hidden, rows, at, ids, labels = (item.to(weight.device) for item in (hidden, rows, at, ids, labels))
         scores = label_scores(hidden.flatten(0, 1).index_select(0, at), weight, bias, ids)
     found = [score.new_zeros(shape.numel()).index_copy(0, rows, score).view(shape)[:, :-1] for score in scores]
@@ -296,7 +287,7 @@ def _scored(
 
 
 def add_label_head(model: PreTrainedModel) -> None:
-    """Let `model(..., labels=..., fused_lm_head=True)`, as TRL's trainer calls it, score labelled positions only.
+    """Make `model(..., labels=..., fused_lm_head=True)`, as TRL's trainer calls it, score labelled tokens only.
 
     Args:
         model: A causal language model to which TRL has added its fused head.

@@ -1,4 +1,4 @@
-"""Memory that is free; freed memory on a CPU, kept for the next step or given back; and memory refused."""
+"""Free memory, what glibc's allocator does with freed memory, and errors of allocations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from philora.runtime.process_state import is_run
 
 logger = logging.getLogger(__name__)
 
-# glibc's mallopt(3): blocks above the threshold are mapped by themselves, and memory at the end of the heap above the
-# other is given back. The second is an int in C.
+# glibc's mallopt(3): blocks above the first threshold are mapped separately; free memory at the end of the heap above
+# the second, which is an int in C, is returned.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
-# What the messages of PyTorch's other allocators, of oneDNN and of CUDA's libraries (cuBLAS, cuDNN) have in common
-# where memory is refused.
+# Parts of the messages of PyTorch's other allocators, of oneDNN and of CUDA's libraries (cuBLAS, cuDNN) about
+# allocations that failed.
 _REFUSALS = (
     "DefaultCPUAllocator: can't allocate memory",
     "out of memory",
@@ -34,37 +34,37 @@ _LARGE_BLOCK = 1 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc's allocator keep freed blocks of up to 1 GiB, which torch's tensors on a CPU come from.
+    """Make glibc's allocator, which torch's tensors on a CPU use, keep freed blocks of up to 1 GiB.
 
-    By default a block above 32 MiB goes back to the system when it is freed, and the system clears its pages again, one
-    fault each, when the next tensor of that size is made: several times the cost of an element-wise operation. The
-    peak stays what it was; between steps the memory stays with the process. `PHILORA_FUSED=0`, or an allocator chosen
-    in the environment (`MALLOC_*`, `GLIBC_TUNABLES`, `LD_PRELOAD`), leaves everything as it is, and so does a process
-    that belongs to no run (`process_state`): the setting is the whole process's, and stays.
+    By default a block above 32 MiB is returned to the system when it is freed. For the next tensor of that size the
+    system clears the pages again, with a fault per page, which costs several times an element-wise operation. The peak
+    does not change; between steps the process keeps the memory. Nothing is set with `PHILORA_FUSED=0`, with an
+    allocator chosen in the environment (`MALLOC_*`, `GLIBC_TUNABLES`, `LD_PRELOAD`), or outside a run
+    (`process_state`), because the setting applies to the process until it ends.
 
     Returns:
-        Whether it is so now.
+        Whether the setting is on now.
     """
     return _set(_LARGEST_BLOCK, _MOST_FREE)
 
 
 def return_large_blocks() -> bool:
-    """Have glibc's allocator give freed blocks of 1 MiB and more back to the system, each by itself.
+    """Make glibc's allocator map blocks of 1 MiB and more separately, and return them when they are freed.
 
-    Where every product over a quantised base allocates a matrix of its own between activations that stay, those leave
-    holes in one heap that the next matrix does not fit into, and what the process holds grows from step to step to half
-    as much again; a mapping of its own leaves none. It costs page faults at every step.
+    If every product over a quantised base allocates a matrix, these alternate in one heap with activations that are
+    kept. The holes are too small for the next matrix, so the process grows by half over the steps. Separate mappings
+    avoid this, at the cost of page faults in every step.
 
     Returns:
-        Whether it is so now; not where an allocator was chosen, as in `keep_freed_memory`.
+        Whether the setting is on now; conditions as in `keep_freed_memory`.
     """
     return _set(_LARGE_BLOCK, _LARGE_BLOCK)
 
 
 def give_back_freed_memory() -> None:
-    """Have glibc's allocator give what is free in its heap back to the system, once: after a phase that held more.
+    """Make glibc's allocator return the free memory of its heap once, after a phase that needed more.
 
-    Elsewhere than on Linux with glibc nothing happens.
+    Does nothing except on Linux with glibc.
     """
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -82,20 +82,20 @@ def _set(mmap_threshold: int, trim_threshold: int) -> bool:
         return False
     if not (mallopt(_M_MMAP_THRESHOLD, mmap_threshold) and mallopt(_M_TRIM_THRESHOLD, trim_threshold)):
         return False
-    _say_once(mmap_threshold)
+    _log_once(mmap_threshold)
     return True
 
 
 @cache
-def _say_once(mmap_threshold: int) -> None:
+def _log_once(mmap_threshold: int) -> None:
     what = "keeps freed memory" if mmap_threshold == _LARGEST_BLOCK else "gives large blocks back"
     logger.info("this process %s from here on; MALLOC_ARENA_MAX=... or another of malloc's variables leaves it", what)
 
 
 def available_bytes(device: str) -> int:
-    """Memory that a run of this process can have, of the accelerator or of this machine.
+    """Return the memory that a run in this process can have, on the accelerator or on this machine.
 
-    On a CPU: `free_bytes`, and what this process holds already, since a run's runtime is among it.
+    On a CPU this is `free_bytes` plus the memory of this process, which includes a run's libraries.
 
     Args:
         device: `cpu`, or an accelerator's name.
@@ -107,10 +107,10 @@ def available_bytes(device: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that nobody holds, of the accelerator or of this machine.
+    """Return the free memory of the accelerator or of this machine.
 
-    On a CPU: what the system can give, within the limits of the control group and of the process (`ulimit -v`,
-    `ulimit -d`) where there are any. Pages of files that nobody uses count as free.
+    On a CPU this is what the system can give, within the limits of the control group and of the process (`ulimit -v`,
+    `ulimit -d`). Unused pages of files count as free.
 
     Args:
         device: `cpu`, or an accelerator's name.
@@ -121,7 +121,7 @@ def free_bytes(device: str) -> int:
 
 
 def _group_bytes() -> list[int]:
-    """Return what the limit of this process's control group leaves, in a list that is empty without one."""
+    """Return the free bytes within the limit of this process's control group, in a list that is empty without one."""
     for limit, used, pages in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -139,7 +139,7 @@ def _group_bytes() -> list[int]:
 
 
 def _limit_bytes() -> list[int]:
-    """Return what the limits of this process leave: of its addresses (`ulimit -v`) and data (`ulimit -d`)."""
+    """Return the free bytes within the limits of this process on addresses (`ulimit -v`) and data (`ulimit -d`)."""
     try:
         import resource
     except ImportError:  # Windows
@@ -154,7 +154,7 @@ def _limit_bytes() -> list[int]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether memory was refused: by a GPU's allocator, by PyTorch's on a CPU, or by C's."""
+    """Return whether an allocation failed: by a GPU's allocator, by PyTorch's on a CPU, or by C's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(refusal in str(error) for refusal in _REFUSALS)

@@ -1,7 +1,7 @@
-"""transformers' modules with the fast functions inside: classes that `optimize` gives to existing modules.
+"""transformers' modules with the fast functions: classes that `optimize` gives to existing modules.
 
-Only the class changes; parameters, buffers, names and state dicts are transformers'. What a fast function does not
-cover (a cache, a mask, dropout, torch.compile, the switch) runs the forward that transformers wrote.
+Only the class changes; parameters, buffers, names and state dicts are transformers'. Cases that a fast function does
+not cover (a cache, a mask, dropout, torch.compile, the switch) run transformers' forward.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP, Phi3Model, Phi3RMSNo
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-from philora.kernels.attention import NAME, documents_of, groups_of, rotary_attention, without_marker
+from philora.kernels.attention import NAME, without_marker
+from philora.kernels.document_groups import documents_of, groups_of
 from philora.kernels.elementwise import gated, rms_norm, swiglu
+from philora.kernels.tiled_attention import rotary_attention
 from philora.lora.functional import fused_enabled
 from philora.lora.hooks import all_are_hooked, is_hooked
 from philora.lora.recomputation import mark
 
-# A product's row count is rounded up to this, since each new count costs the preparation of a product.
+# The row count of a product is rounded up to this, since the first product of a new count costs its preparation.
 ROWS_STEP = 64
 
 _wanted: ContextVar[Tensor | None] = ContextVar("philora_wanted_rows", default=None)
@@ -35,12 +37,12 @@ _wanted: ContextVar[Tensor | None] = ContextVar("philora_wanted_rows", default=N
 
 @contextmanager
 def only_rows(rows: Tensor, tokens: int) -> Iterator[None]:
-    """In this block only some tokens of the last layer's output count; its products may leave out the others.
+    """Let the last layer compute only some tokens in this block.
 
-    Not together with gradient checkpointing, which computes the layer again when this block has ended.
+    It must not be used with gradient checkpointing, which computes the layer again after the block.
 
     Args:
-        rows: Tokens whose output will be used, as places in B·T.
+        rows: Tokens whose output will be used, as indices into B·T.
         tokens: B·T.
     """
     token = _wanted.set(rows if len(rows) + ROWS_STEP < tokens else None)
@@ -51,11 +53,11 @@ def only_rows(rows: Tensor, tokens: int) -> Iterator[None]:
 
 
 def _on_wanted(function: Callable[[Tensor], Tensor], x: Tensor, is_last: bool) -> Tensor:
-    """`function(x)`, in the last layer only where it is wanted; zero elsewhere. Shapes: x (B, T, C)."""
+    """Return `function(x)`; in the last layer only for the wanted tokens, else zero. Shapes: x (B, T, C)."""
     rows = _wanted.get() if is_last else None
     if rows is None:
         return function(x)
-    rows = rows.to(x.device)  # a `device_map` may have put the last layer elsewhere than the labels
+    rows = rows.to(x.device)  # with a `device_map` the last layer may be on another device than the labels
     count = len(rows)
     padded = nn.functional.pad(rows, (0, -max(1, count) % ROWS_STEP + (count == 0)))
     y = function(x.reshape(-1, x.shape[-1]).index_select(0, padded)[None])[0]
@@ -76,7 +78,7 @@ class FastPhi3Attention(PlainPhi3Attention):  # type: ignore[misc]
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Shapes: hidden_states (B, T, C); returns (B, T, C) and no weights."""
+        """Compute the module. Shapes: hidden_states (B, T, C); returns (B, T, C) and no weights."""
         position_ids = kwargs.get("position_ids")
         if (
             not fused_enabled()
@@ -113,10 +115,10 @@ class FastPhi3MLP(Phi3MLP):  # type: ignore[misc]
     """Phi-3's feed-forward part with SwiGLU in one node."""
 
     is_last = False
-    recomputes = False  # whether the output of SwiGLU is made again in backward
+    recomputes = False  # whether backward computes the output of SwiGLU again
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Shapes: hidden_states (B, T, C); returns the same."""
+        """Compute the module. Shapes: hidden_states (B, T, C); returns the same."""
         if not _is_plain_silu(self.activation_fn):
             return cast(Tensor, super().forward(hidden_states))
         return _on_wanted(self._feed_forward, hidden_states, self.is_last)
@@ -136,7 +138,7 @@ class _FastGatedMLP:
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (B, T, C); returns the same."""
+        """Compute the module. Shapes: x (B, T, C); returns the same."""
         if not _is_plain_silu(self.act_fn):
             return cast(Tensor, super().forward(x))  # type: ignore[misc]
         return cast(Tensor, self.down_proj(gated(self.gate_proj(x), self.up_proj(x))))
@@ -147,10 +149,10 @@ class _FastNorm:
 
     weight: nn.Parameter
     variance_epsilon: float
-    recomputes = False  # whether the output is made again in backward
+    recomputes = False  # whether backward computes the output again
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Shapes: hidden_states (..., C); returns the same."""
+        """Compute the norm. Shapes: hidden_states (..., C); returns the same."""
         plain = hidden_states.dtype == self.weight.dtype and hidden_states.dtype != torch.float64
         if not plain or not fused_enabled():
             return cast(Tensor, super().forward(hidden_states))  # type: ignore[misc]
@@ -186,14 +188,14 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     Qwen2MLP: FastQwen2MLP,
     Qwen3MLP: FastQwen3MLP,
 }
-"""transformers' classes and those that stand in for them, which go by the same names."""
+"""transformers' classes and the fast classes that replace them, which have the same names."""
 
 for _plain, _own in FAST.items():
     _own.__name__ = _plain.__name__  # pickle and `repr` of the class go by the qualified name, which stays
 
 
 def use_fast_modules(model: nn.Module) -> None:
-    """Give every module whose class has a fast one that class, in place."""
+    """Replace the classes of modules by their fast classes, in place."""
     for module in model.modules():
         fast = FAST.get(type(module))
         if fast is not None:
@@ -205,7 +207,7 @@ def use_fast_modules(model: nn.Module) -> None:
 
 
 def recompute_elementwise(model: nn.Module, on: bool) -> list[str]:
-    """Have every fast RMSNorm and SwiGLU of a model note how its output is made again, or not; the kinds found."""
+    """Switch recomputation in every fast RMSNorm and SwiGLU of a model on or off, and return the kinds found."""
     found = set()
     for module in model.modules():
         if isinstance(module, _FastNorm | FastPhi3MLP):
@@ -215,5 +217,5 @@ def recompute_elementwise(model: nn.Module, on: bool) -> list[str]:
 
 
 def recomputes_elementwise(model: nn.Module) -> bool:
-    """Return what `recompute_elementwise` has set last; False where it found nothing."""
+    """Return whether `recompute_elementwise` has switched recomputation on in any module."""
     return any(module.recomputes for module in model.modules() if isinstance(module, _FastNorm | FastPhi3MLP))

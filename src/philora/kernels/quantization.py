@@ -1,8 +1,8 @@
 """Quantised bases: the weights of bitsandbytes' layers, dequantised when a product needs them, and read one at a time.
 
 A layer of bitsandbytes holds 4 or 8 bits of every weight and the scales of its blocks or rows. The fused function gets
-a `QuantizedWeight`, which makes the matrix in the dtype of the product for as long as the product runs, in the forward
-pass and again in backward.
+a `QuantizedWeight`, which dequantises the matrix for a product in the product's dtype, in the forward pass and again in
+backward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("nf4", "fp4", "int8")
-"""What bitsandbytes makes of a weight, by the names that messages and records use."""
+"""Schemes of bitsandbytes, by the names that messages and records use."""
 
 
 # ---------------------------------------------------------------------------------------------- what is asked for
@@ -42,18 +42,18 @@ SCHEMES = ("nf4", "fp4", "int8")
 def quantization_config(
     quantization: str | Mapping[str, Any] | None, dtype: torch.dtype, skeleton: PreTrainedModel | None = None
 ) -> BitsAndBytesConfig | None:
-    """transformers' configuration of what `model.quantization` says, or None.
+    """Return transformers' configuration for `model.quantization`, or None.
 
     Args:
-        quantization: `none`, `nf4`, `int8`, or a mapping of BitsAndBytesConfig's keys. A mapping that says nothing of
-            `bnb_4bit_compute_dtype` gets `dtype`, where bitsandbytes would multiply in fp32.
+        quantization: `none`, `nf4`, `int8`, or a mapping of BitsAndBytesConfig's keys. In a mapping,
+            `bnb_4bit_compute_dtype` defaults to `dtype`; bitsandbytes would multiply in fp32.
         dtype: Dtype of the products.
-        skeleton: The model without weights; needed for a mapping with `llm_int8_skip_modules`, to which the output
-            layer and what is tied are added: transformers quantises them then.
+        skeleton: The model without weights; needed for a mapping with `llm_int8_skip_modules`. The output layer and
+            tied modules are added to that list, because transformers would quantise them.
 
     Raises:
         ModelError: bitsandbytes is not installed.
-        ConfigError: A value is none that BitsAndBytesConfig takes.
+        ConfigError: BitsAndBytesConfig refuses a value.
     """
     if quantization in (None, "none"):
         return None
@@ -81,7 +81,11 @@ def quantization_config(
 
 
 def require_bitsandbytes(name: str, value: object) -> None:
-    """Raises: ModelError: bitsandbytes is not installed."""
+    """Check that bitsandbytes is installed.
+
+    Raises:
+        ModelError: It is not installed.
+    """
     if bitsandbytes is None:
         expected = "bitsandbytes to be installed for a quantised model"
         todo = "pip install 'philora[quantization]', or set model.quantization: none and give a 16-bit model"
@@ -94,15 +98,15 @@ def bitsandbytes_is_here() -> bool:
 
 
 def empty_layer(scheme: str, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:
-    """A quantised layer whose weights are all alike, to see how long dequantising takes.
+    """Return a quantised layer with equal weights, to measure the time of dequantising.
 
     Args:
         scheme: One of `SCHEMES`.
         in_features: Columns.
         out_features: Rows.
-        dtype: Of the products.
+        dtype: Dtype of the products.
     """
-    # Made as a plain layer would be replaced; a layer of bitsandbytes would draw from torch's generator.
+    # Made like the replacement of a plain layer; a layer of bitsandbytes would draw from torch's generator.
     weight = torch.full((out_features, in_features), 0.01, dtype=dtype)
     if scheme == "int8":
         layer = bitsandbytes.nn.Linear8bitLt(
@@ -121,7 +125,7 @@ def empty_layer(scheme: str, in_features: int, out_features: int, dtype: torch.d
 
 
 def scheme_of(config: Any) -> str | None:
-    """Return how the weights of the model with this config are quantised; None: they are not.
+    """Return how the weights of the model with this config are quantised; None if they are not.
 
     Returns:
         One of `SCHEMES`, or the name of another method (gptq, awq, fp8, ...).
@@ -143,15 +147,15 @@ def scheme_of(config: Any) -> str | None:
 
 
 def check_folder(config: Any, name: str, quantization: Any = "none") -> str | None:
-    """Return what a model's folder is quantised with, if that can be trained over.
+    """Return the scheme of a model's folder, after checking that it can be trained over.
 
     Args:
-        config: The folder's config, or what its file holds.
-        name: What messages call the folder.
-        quantization: What `model.quantization` asks for; ignored with a notice where the folder is quantised already.
+        config: The folder's config, or the content of its file.
+        name: The folder's name in messages.
+        quantization: The value of `model.quantization`; ignored with a warning if the folder is quantised already.
 
     Raises:
-        ModelError: It is quantised by another scheme than bitsandbytes', or bitsandbytes is not installed.
+        ModelError: The scheme is not one of bitsandbytes', or bitsandbytes is not installed.
     """
     scheme = scheme_of(config)
     if scheme is None:
@@ -168,11 +172,11 @@ def check_folder(config: Any, name: str, quantization: Any = "none") -> str | No
 
 @contextmanager
 def one_weight_at_a_time() -> Iterator[None]:
-    """Have transformers read each tensor of a safetensors file when it is used, without mapping the file.
+    """Make transformers read tensors of safetensors files one by one when they are used, without mapping the files.
 
-    It quantises one weight after the other, but maps all files, so that what was read stays in the process's memory
-    until the last weight is done, and all of it counts for a limit on memory. Read by `pread`, a weight is there only
-    until it is quantised.
+    transformers quantises one weight after another, but maps all files, so the pages that it has read stay in memory
+    until the last weight is done, and count towards a memory limit. Read by `pread`, a weight is freed once it is
+    quantised.
     """
     mapped = transformers.modeling_utils.safe_open
 
@@ -190,7 +194,7 @@ def one_weight_at_a_time() -> Iterator[None]:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Return whether it is a linear layer whose weight bitsandbytes quantised."""
+    """Return whether a layer is a linear layer whose weight bitsandbytes quantised."""
     if bitsandbytes is None:
         return False
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -199,11 +203,11 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 class QuantizedWeight:
-    """The weight of a quantised layer, for functions that take a matrix when they need it.
+    """The weight of a quantised layer, for functions that dequantise it when they need the matrix.
 
     Attributes:
         shape: (out, in).
-        compute_dtype: The dtype in which the layer multiplies; None: that of its input.
+        compute_dtype: The dtype in which the layer multiplies; None for that of its input.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -213,16 +217,20 @@ class QuantizedWeight:
         self.compute_dtype: torch.dtype | None = cast(torch.dtype, layer.compute_dtype) if chosen else None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix. Shape: (out, in).
+        """Return the matrix. Shape: (out, in).
 
-        Where no gradient is recorded, it may stand in memory that the next call in this thread writes over.
+        Without a recorded gradient it may be in memory that the next call in this thread overwrites.
         """
         if not torch.is_grad_enabled() and shares_memory(self._layer, dtype):
             return _in_shared_memory(self._layer)
         return dequantized(self._layer, dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x W^T + b` in the layer's dtype. Shapes: x (..., in), bias (out); returns (..., out) in x's dtype."""
+        """Return `x W^T + b`, computed in the layer's dtype.
+
+        Shapes:
+            x (..., in), bias (out); returns (..., out) in x's dtype.
+        """
         given = x.to(self.compute_dtype or x.dtype)
         bias = None if bias is None else bias.to(given.dtype)
         return nn.functional.linear(given, self.dequantize(given.dtype), bias).to(x.dtype)
@@ -232,10 +240,10 @@ _shared = threading.local()
 
 
 def shares_memory(layer: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Return whether the matrices of a quantised layer are written into memory that is used again.
+    """Return whether the matrices of a quantised layer are written into one reused buffer.
 
-    So it is for 4-bit weights of bf16 on a CPU with compiled functions. A matrix of its own for every product is
-    cleared by the system, a page at a time, before it is written, which takes longer than dequantising.
+    This is so for 4-bit weights of bf16 on a CPU with compiled functions. For a new matrix in every product the system
+    would clear pages one by one, which takes longer than dequantising.
     """
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
@@ -246,13 +254,13 @@ def shares_memory(layer: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool
         and weight.dtype == torch.uint8
         and not getattr(state, "packing_format_for_cpu", False)
         and {dtype, state.dtype} == {torch.bfloat16}
-        and state.shape[-1] % state.blocksize == 0  # bitsandbytes has rules of its own for others
+        and state.shape[-1] % state.blocksize == 0  # bitsandbytes treats others differently
         and native.available()
     )
 
 
 def _in_shared_memory(layer: nn.Module) -> Tensor:
-    """The matrix of a layer of which `shares_memory` says so."""
+    """Return the matrix of a layer for which `shares_memory` is true."""
     weight: Any = layer.weight
     state = weight.quant_state
     scales = state.absmax
@@ -261,7 +269,7 @@ def _in_shared_memory(layer: nn.Module) -> Tensor:
     needed = state.shape.numel()
     memory: Tensor | None = getattr(_shared, "memory", None)
     if memory is None or memory.numel() < needed:
-        with torch.inference_mode(False):  # training uses what an evaluation has made
+        with torch.inference_mode(False):  # training uses the buffer that an evaluation has made
             _shared.memory = memory = torch.empty(needed, dtype=torch.bfloat16)
     matrix = memory[:needed].view(state.shape)
     native.from_4bit_(weight.data, state.code, scales.float(), matrix)
@@ -269,21 +277,21 @@ def _in_shared_memory(layer: nn.Module) -> Tensor:
 
 
 def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight that a quantised layer stands for.
+    """Return the dequantised weight of a layer.
 
     Args:
-        layer: A layer of which `is_quantized` says so.
-        dtype: Of the result; default: that of the weight that was quantised (int8: float16, as bitsandbytes has it).
+        layer: A layer for which `is_quantized` is true.
+        dtype: Dtype of the result; default: that of the weight before quantisation (int8: float16, as bitsandbytes).
 
     Shapes:
         Returns (out, in).
 
     Numerics:
-        4 bits: as bitsandbytes, rounded to the dtype of the weight that was quantised, then to `dtype`. 8 bits: the
+        4 bits: as bitsandbytes, rounded to the dtype of the weight before quantisation, then to `dtype`. 8 bits: the
         product of integer and scale, rounded once.
 
     Cost:
-        The matrix in memory, until the caller lets go of it.
+        Memory for the matrix.
     """
     weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -297,12 +305,12 @@ def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
-    """The same, written into memory that is there already; returns it.
+    """Write the dequantised weight of a layer into existing memory, and return it.
 
     Args:
-        layer: A layer of which `is_quantized` says so.
-        out: Memory for the matrix, on the weight's device. 4 bits: on a CPU, or where its dtype is not that of the
-            weight that was quantised, a second matrix is there for a moment.
+        layer: A layer for which `is_quantized` is true.
+        out: Memory for the matrix, on the weight's device. With 4 bits, a second matrix is allocated temporarily on a
+            CPU, or if `out` has another dtype than the weight before quantisation.
 
     Shapes:
         out (out, in).
@@ -310,7 +318,7 @@ def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
     weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
-        if out.is_cuda and out.dtype == weight.quant_state.dtype:  # bitsandbytes has no such operator for a CPU
+        if out.is_cuda and out.dtype == weight.quant_state.dtype:  # bitsandbytes lacks the operator on a CPU
             bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state, out=out)
             return out
         return out.copy_(bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
@@ -322,20 +330,20 @@ def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
 if bitsandbytes is not None:
 
     class _AsInTraining(bitsandbytes.MatmulLtState):  # type: ignore[misc]
-        """State of an 8-bit layer that takes each forward pass for one of training."""
+        """State of an 8-bit layer that treats every forward pass as training."""
 
         is_training = property(lambda self: True, lambda self, value: None)
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Have the layers of bitsandbytes compute in evaluation what they compute in training, with the same weights.
+    """Make the layers of bitsandbytes compute the same in evaluation as in training, with the same weights.
 
     4 bits: on processors with AVX512-BF16 a layer's first forward pass without gradients rearranges the weight and
-    rounds its scales to bf16. Training after that pass has other weights than before it, and no gradient passes the
-    layer. That is turned off, and undone where it has happened.
+    rounds its scales to bf16. Later training has other weights, and the layer passes no gradient. This is turned off,
+    and undone if it has happened.
 
-    8 bits: a layer without an adapter multiplies by the dequantised matrix when it trains on a CPU, and rounds its
-    input to 8 bits in evaluation. Here it does the former in both. On a GPU it rounds in both, and is left alone.
+    8 bits: on a CPU a layer without an adapter multiplies by the dequantised matrix in training, and rounds its input
+    to 8 bits in evaluation. Here it does the former in both. On a GPU it rounds in both, and is not changed.
     """
     if bitsandbytes is None:
         return
@@ -354,14 +362,14 @@ def keep_layout(model: nn.Module) -> None:
             packed += 1
     if packed:
         logger.warning(
-            "bitsandbytes had rearranged %d quantised weights for inference and rounded their scales; they are in "
-            "their own layout again. Call philora.optimize before the first forward pass to avoid the rounding.",
+            "bitsandbytes had rearranged %d quantised weights for inference and rounded their scales; their layout is "
+            "restored. Call philora.optimize before the first forward pass to avoid the rounding.",
             packed,
         )
 
 
 def parameters_in(parameter: nn.Parameter) -> int:
-    """Weights that a parameter stands for: a 4-bit one holds several in every element."""
+    """Return the number of weights in a parameter; an element of a 4-bit parameter holds several."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else int(shape.numel())
 
@@ -370,13 +378,13 @@ def parameters_in(parameter: nn.Parameter) -> int:
 
 
 def dequantize_(model: PreTrainedModel) -> None:
-    """Put a plain layer in the place of every quantised one; the model is an ordinary 16-bit model then.
+    """Replace every quantised layer by a plain one, which makes the model an ordinary 16-bit model.
 
     Numerics:
         Weights get the model's dtype.
 
     Cost:
-        The memory of the 16-bit model; each quantised weight is freed when it is replaced.
+        The memory of the 16-bit model; a quantised weight is freed when it is replaced.
     """
     keep_layout(model)
     for name, layer in list(model.named_modules()):
@@ -414,11 +422,11 @@ def record(model: nn.Module) -> dict[str, Any]:
 
 
 class Stored(NamedTuple):
-    """A base's tensors, where some of them are made when they are used.
+    """A base's tensors, of which some are computed when they are used.
 
     Attributes:
-        like: By their names in the files, with placeholders (right shape and dtype, no memory) for those.
-        made: How to make those: dequantised weights.
+        like: Tensors by their names in the files; placeholders (right shape and dtype, no memory) for computed ones.
+        made: Functions that compute the dequantised weights.
     """
 
     like: dict[str, Tensor]
@@ -426,11 +434,11 @@ class Stored(NamedTuple):
 
 
 def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
-    """The 16-bit tensors that the files of a folder stand for which bitsandbytes quantised.
+    """Return the 16-bit tensors of a folder that bitsandbytes quantised.
 
     Args:
-        tensors: All that the files hold.
-        dtype: Of the weights.
+        tensors: All tensors of the files.
+        dtype: Dtype of the weights.
     """
     four = {name.removesuffix(".absmax") for name in tensors if name.endswith(".weight.absmax")}
     eight = {f"{name.removesuffix('SCB')}weight" for name in tensors if name.endswith(".SCB")}
@@ -458,19 +466,19 @@ def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
 def rounded_weights(
     tensors: Mapping[str, Tensor], names: Mapping[str, bool], config: BitsAndBytesConfig, dtype: torch.dtype
 ) -> dict[str, Callable[[], Tensor]]:
-    """Return how to make the weights of a 16-bit base as they are once it is quantised, by their names in the files.
+    """Return functions that quantise and dequantise the weights of a 16-bit base, by their names in the files.
 
     Args:
-        tensors: All that the base's files hold.
-        names: Those that are quantised, and whether they are transposed first (transformers' Conv1D).
+        tensors: All tensors of the base's files.
+        names: The weights to quantise, and whether they are transposed first (transformers' Conv1D).
         config: How they are quantised.
-        dtype: The dtype that they have before.
+        dtype: Their dtype before quantisation.
     """
-    return {name: partial(_there_and_back, tensors[name], config, dtype, names[name]) for name in names}
+    return {name: partial(_quantized_and_back, tensors[name], config, dtype, names[name]) for name in names}
 
 
 def quantized_names(skeleton: PreTrainedModel, config: BitsAndBytesConfig) -> dict[str, bool]:
-    """Parameters that transformers quantises when it loads a model, and whether it transposes them first."""
+    """Return the parameters that transformers quantises when it loads a model, and whether it transposes them first."""
     skipped = HfQuantizer.get_modules_to_not_convert(
         skeleton, config.llm_int8_skip_modules, skeleton._keep_in_fp32_modules
     )
@@ -490,7 +498,7 @@ def _of_8_bits(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return data.to(dtype).mul_(scale.unsqueeze(1) * (1 / 127))
 
 
-def _there_and_back(weight: Tensor, config: BitsAndBytesConfig, dtype: torch.dtype, transposed: bool) -> Tensor:
+def _quantized_and_back(weight: Tensor, config: BitsAndBytesConfig, dtype: torch.dtype, transposed: bool) -> Tensor:
     given = (weight.t() if transposed else weight).to(dtype)
     if config.load_in_8bit:
         parameter = bitsandbytes.nn.Int8Params(given, requires_grad=False).to("cpu")

@@ -1,13 +1,13 @@
-"""LongRoPE for every document by itself: its factors do not depend on what it is packed or padded with.
+"""LongRoPE by document: a document's factors do not depend on packing or padding.
 
-The long-context Phi models have two sets of rotary frequencies: the short factors for sequences of up to
-`original_max_position_embeddings` tokens (4,096), the long ones for longer sequences. transformers looks at the
-longest row of a batch and gives its set to all of them, so that in training one long row changes what its batch-mates
-learn, and a row that is padded beyond the boundary gets the long factors whatever its own length. Alone, as at
-inference, each would have had the factors of its own length. Here every document of a row has those.
+The long-context Phi models have two sets of rotary frequencies: short factors for sequences of up to
+`original_max_position_embeddings` tokens (4,096), and long ones for longer sequences. transformers chooses by the
+longest row of a batch. So in training one long row changes the others, and a row that is padded beyond the boundary
+gets the long factors even if it is short. At inference, alone, it would have the factors of its own length. Here every
+document has the factors of its own length.
 
-With a cache the choice stays transformers': there the keys of earlier calls are rotated already.
-`philora.generation.batches` puts prompts on different sides of the boundary into different batches.
+With a cache the choice is left to transformers, since the keys of earlier calls are rotated already.
+`philora.generation.batches` keeps prompts on different sides of the boundary in different batches.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _PARAMETERS = tuple(inspect.signature(Phi3Model.forward).parameters)[1:]
 
 
 class DocumentRotaryEmbedding(PlainPhi3RotaryEmbedding):  # type: ignore[misc]
-    """Phi-3's rotary embedding with LongRoPE's factors chosen document by document.
+    """Phi-3's rotary embedding with LongRoPE's factors chosen by document.
 
-    `note_documents`, a hook of the model around it, leaves the lengths here before every forward pass.
+    `note_documents`, a hook of the model, sets the lengths before every forward pass.
     """
 
     document_tokens: Tensor | None = None
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, scaled as transformers does. The scaling is the same for both sets of factors.
+        """Return cosines and sines, scaled as in transformers. Both sets of factors have the same scaling.
 
         Shapes:
             x (B, T, C), position_ids (B or 1, T); returns two of (B or 1, T, rotated columns), in x's dtype.
 
         Numerics:
-            For one document the values of transformers, bit for bit: positions times frequencies in fp32.
+            For one document the same bits as transformers: positions times frequencies in fp32.
         """
         tokens, self.document_tokens = self.document_tokens, None
         if tokens is None:
@@ -56,7 +56,7 @@ class DocumentRotaryEmbedding(PlainPhi3RotaryEmbedding):  # type: ignore[misc]
         return cos.to(x.dtype), sin.to(x.dtype)
 
     def _long_frequencies(self, switch: int, device: torch.device) -> Tensor:
-        """Kept under the name that transformers gives them, so that either finds what the other has computed."""
+        """Return the long frequencies, cached under transformers' name so that both use the same cache."""
         known: Tensor | None = getattr(self, "long_inv_freq", None)
         if known is None or known.device != device:
             known, _ = ROPE_INIT_FUNCTIONS["longrope"](self.config, device, seq_len=switch + 1)
@@ -68,14 +68,14 @@ DocumentRotaryEmbedding.__name__ = PlainPhi3RotaryEmbedding.__name__
 
 
 def document_tokens(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """For every token the length of the document that it belongs to.
+    """Return the length of every token's document.
 
     Args:
-        position_ids: Positions, if any were given; a document begins wherever one is not the one before plus one.
-        attention_mask: 0 at padding; without `position_ids` each row is one document of as many tokens as are not 0.
+        position_ids: Positions, if given; a document begins wherever one is not the previous plus one.
+        attention_mask: 0 at padding; without `position_ids` a row is one document.
 
     Returns:
-        None where nothing is known but the width of the batch, which then is the length of all rows.
+        The lengths; None if only the width of the batch is known, which is the length of all rows.
 
     Shapes:
         position_ids (B or 1, T), attention_mask (B, T); returns (B or 1, T) or (B, 1) of int64.
@@ -95,9 +95,9 @@ def document_tokens(position_ids: Tensor | None, attention_mask: Tensor | None) 
 
 
 def note_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a `Phi3Model`: tells its rotary embedding how long each document is."""
+    """Set the lengths of documents in the rotary embedding, as a forward pre-hook of `Phi3Model`."""
     if not isinstance(model.rotary_emb, DocumentRotaryEmbedding):
-        return  # somebody gave it back its class
+        return  # its class was changed back
     given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
     model.rotary_emb.document_tokens = None
     use_cache = given.get("use_cache")
@@ -109,14 +109,14 @@ def note_documents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     positions = given.get("position_ids")
     if positions is None and inputs is not None and inputs.shape[1] <= (longrope_switch_tokens(model.config) or 0):
-        return  # every row is short, and one row of cosines serves all
+        return  # all rows are short and can share one row of cosines
     model.rotary_emb.document_tokens = document_tokens(positions, mask)
 
 
 def use_document_rotary(model: nn.Module) -> None:
-    """Let every Phi-3 model with LongRoPE inside `model` choose its factors by document, in place. Idempotent.
+    """Make every Phi-3 model with LongRoPE inside `model` choose its factors by document, in place. Idempotent.
 
-    A hook and not a class carries the lengths: transformers looks up what a model can record by the name of its class.
+    A hook passes the lengths, not a subclass: transformers looks up recordable outputs by the model's class.
     """
     for module in model.modules():
         if not isinstance(module, Phi3Model) or longrope_switch_tokens(module.config) is None:

@@ -1,4 +1,4 @@
-"""The environment's switches for what runs on a GPU; `PHILORA_FUSED` stands in `lora.functional`."""
+"""Switches in the environment for what runs on a GPU; `PHILORA_FUSED` is read in `lora.functional`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Causal attention of every document of a packed batch to itself by one call, forward and backward.
+"""Causal attention within every document of a packed batch by one call, forward and backward.
 
-On a GPU one call of PyTorch's flash attention for documents of any lengths; the operators of ATen stand under
-`torch.nn.attention.varlen` and are called here because a backward pass written by hand needs both. They take bf16 and
-fp16. Elsewhere, and for fp32, `attend` goes document by document in plain PyTorch: the reference of the tests.
+On a GPU this is PyTorch's flash attention for documents of any lengths, in bf16 or fp16. The ATen operators under
+`torch.nn.attention.varlen` are called directly, because a backward pass written by hand needs both. On other devices,
+and for fp32, documents are computed one by one in plain PyTorch, which is also the tests' reference.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from philora.lora.functional import refuse_create_graph, without_autocast
 
 @dataclass(frozen=True)
 class Attention:
-    """Describe how the heads of one batch attend.
+    """How the heads of one batch attend.
 
     Attributes:
         layout: The documents.
         scaling: Multiplier of the scores.
-        window_tokens: A token attends to this many tokens at most, itself included; None: to all before it.
-        deterministic: Whether repeated backward passes give the same bits. Flash attention adds the parts of the
-            gradient of q in any order otherwise.
+        window_tokens: Number of tokens that a token attends to at most, itself included; None for all before it.
+        deterministic: Whether repeated backward passes give the same bits. Otherwise flash attention sums the gradient
+            of q in any order.
     """
 
     layout: PackedLayout
@@ -38,13 +38,13 @@ class Attention:
     deterministic: bool = True
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Return the heads' output, and what `gradients` wants of the forward pass.
+        """Return the heads' output, and the values that `gradients` needs.
 
         Shapes:
             query (T, H, D), key and value (T, K, D) with K dividing H; returns (T, H, D).
 
         Cost:
-            4·H·D·(sum of squared lengths) FLOPs, half of it below the diagonal alone; T·H fp32 numbers are kept.
+            4·H·D·(sum of squared lengths) FLOPs, half of them below the diagonal; T·H fp32 numbers are kept.
         """
         if not _flash(query):
             return self._document_by_document(query, key, value), (None, None, None)
@@ -74,7 +74,7 @@ class Attention:
         return bounds, bounds, longest, longest
 
     def _settings(self) -> dict[str, float | int | None]:
-        """The window counts the tokens before a token, so one fewer; none where no document is longer than it."""
+        """Return the settings. The operators' window excludes the token itself; it is off if all documents fit in."""
         limited = self.window_tokens is not None and self.window_tokens < self.layout.longest_tokens
         left = self.window_tokens - 1 if limited and self.window_tokens is not None else None
         return {"scale": self.scaling, "window_size_left": left, "window_size_right": 0 if limited else None}
@@ -85,12 +85,12 @@ class Attention:
         lengths = self.layout.lengths
         start = 0
         for length in tuple(self.layout.bounds.diff().tolist()) if lengths is None else lengths:
-            if length:  # bounds are filled up with documents of no length
+            if length:  # bounds are padded with empty documents
                 yield slice(start, start + length)
             start += length
 
     def _weights(self, query: Tensor, key: Tensor) -> Tensor:
-        """Softmax of one document's scores. Shapes: (L, H, D) and (L, H, D); returns (H, L, L)."""
+        """Return the softmax of one document's scores. Shapes: (L, H, D) and (L, H, D); returns (H, L, L)."""
         scores = torch.einsum("ihd,jhd->hij", query, key) * self.scaling
         places = torch.arange(len(query), device=query.device)
         distance = places[:, None] - places
@@ -109,7 +109,9 @@ class Attention:
     def _gradients_document_by_document(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """With P the weights and dP = dO V^T: dV = P^T dO, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q."""
+        """Return the gradients: with P the weights and dP = dO V^T, dV = P^T dO, dS = P (dP - rowsum(P dP)),
+        dQ = dS K, dK = dS^T Q.
+        """
         groups = query.shape[1] // key.shape[1]
         results = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for part in self._ranges():
@@ -129,11 +131,11 @@ class Attention:
 
 
 class _Varlen(torch.autograd.Function):
-    """`Attention` as a node of autograd."""
+    """`Attention` as an autograd node."""
 
     @staticmethod
     def forward(ctx: Any, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Shapes: query (T, H, D), key and value (T, K, D); returns (T, H, D)."""
+        """Compute the output. Shapes: query (T, H, D), key and value (T, K, D); returns (T, H, D)."""
         output, kept = attention.attend(query, key, value)
         ctx.attention = attention
         ctx.save_for_backward(query, key, value, output, *kept)
@@ -141,7 +143,7 @@ class _Varlen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key and value."""
+        """Return the gradients of query, key and value."""
         refuse_create_graph()
         query, key, value, output, *kept = ctx.saved_tensors
         found = ctx.attention.gradients(grads[0].contiguous(), query, key, value, output, tuple(kept))
@@ -149,7 +151,7 @@ class _Varlen(torch.autograd.Function):
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, attention: Attention) -> Tensor:
-    """Return the output of the heads; gradients flow to all three.
+    """Return the output of the heads, with gradients for query, key and value.
 
     Shapes:
         query (T, H, D), key and value (T, K, D) with K dividing H; returns (T, H, D).
@@ -161,14 +163,14 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, attention: Atten
 LENGTHS = (3, 17, 1, 30)  # tokens of the documents of `disagreement`, shorter and longer than its window
 WINDOW_TOKENS = 13
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative to the norm of what is compared; rounding."""
+"""The largest difference that is rounding, relative to the norm of the reference."""
 
 
 @cache
 def disagreement(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Return how `Attention` differs from its reference on this device, in words; None where it agrees.
+    """Return in words how `Attention` differs from its reference on this device; None if it agrees.
 
-    It is compared once in a process, on a few tokens, forward and backward.
+    They are compared once per process on a few tokens, forward and backward.
     """
     try:
         with without_autocast(device.type):
@@ -183,7 +185,7 @@ def disagreement(device: torch.device, dtype: torch.dtype, head_size: int) -> st
 
 @torch.no_grad()
 def _gap(device: torch.device, dtype: torch.dtype, head_size: int, window: int | None) -> float:
-    """The largest relative difference of the output and the gradients, for grouped queries."""
+    """Return the largest relative difference of the output and the gradients, for grouped queries."""
     attention = Attention(PackedLayout.of_lengths(LENGTHS).to(device), head_size**-0.5, window)
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad = (
@@ -203,15 +205,15 @@ def _flash(query: Tensor) -> bool:
 
 
 def _wide(heads: Tensor, copies: int = 1) -> Tensor:
-    """Heads in fp32 or wider, each `copies` times. Shapes: (L, heads, D); returns (L, heads · copies, D)."""
+    """Return heads in fp32 or wider, repeated. Shapes: (L, heads, D); returns (L, heads · copies, D)."""
     return heads.to(torch.promote_types(heads.dtype, torch.float32)).repeat_interleave(copies, 1)
 
 
 @contextmanager
 def deterministic_kernels() -> Iterator[None]:
-    """Have PyTorch take kernels that repeat their bits in this block, and what was set before after it.
+    """Make PyTorch use deterministic kernels in this block.
 
-    Only for the call of a kernel: with this on, PyTorch also fills new memory, and refuses some operations.
+    It is only for the call of a kernel: PyTorch then also fills new memory, and refuses some operations.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)

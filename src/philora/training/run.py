@@ -35,7 +35,7 @@ from philora.decoder_stack.model import configure as configure_stack
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.families import generic_notice
 from philora.files import checkpoint
-from philora.kernels.attention import onednn_products
+from philora.kernels.tiled_attention import onednn_products
 from philora.models import loading as models
 from philora.models import run_folder
 from philora.models.locate import find_adapter

@@ -18,7 +18,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import philora
 from philora.adapters.fast_layers import FastLinear, not_plain
 from philora.errors import TargetError
-from philora.kernels import attention
+from philora.kernels import attention, tiled_attention
+from philora.kernels.document_groups import groups_of
+from philora.kernels.layout import PackedLayout
 from philora.lora.functional import _LoRALinear
 from tests.conftest import make_phi3
 
@@ -273,10 +275,12 @@ def test_a_peft_layer_is_traced_by_fx():
 def test_attention_leaves_onednns_precision(monkeypatch):
     settings = torch.backends.mkldnn.matmul
     seen = []
-    original = attention._attend
-    monkeypatch.setattr(attention, "_attend", lambda *args: seen.append(settings.fp32_precision) or original(*args))
+    original = tiled_attention._attend
+    monkeypatch.setattr(
+        tiled_attention, "_attend", lambda *args: seen.append(settings.fp32_precision) or original(*args)
+    )
     before = settings.fp32_precision
-    layout = attention.layout_of(torch.cat([torch.arange(5), torch.arange(7)])[None])
+    layout = groups_of(PackedLayout.of_lengths([5, 7]), 1)
     q, k, v = torch.randn(3, 1, 2, 12, 8).bfloat16()
     attention.document_attention(q, k, v, layout)
     assert seen

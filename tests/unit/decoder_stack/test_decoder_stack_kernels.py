@@ -16,9 +16,9 @@ from philora.decoder_stack import row_kernels as kernels
 from philora.decoder_stack.host_inputs import HostInputs
 from philora.decoder_stack.products import Buffer, DequantizedProduct, Fp8Product, PlainProduct, fp8_scaling, to_fp8
 from philora.decoder_stack.rows import FP8, FP8_LARGEST, Dropout, Rows, kept_by_dropout
-from philora.kernels.elementwise import rms_norm_reference, swiglu_reference
 from philora.kernels.layout import PackedLayout
 from philora.kernels.varlen import Attention, deterministic_kernels
+from tests.references import rms_norm_reference, swiglu_reference
 from tests.stacked import DEVICE
 
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # on a CPU through the interpreter

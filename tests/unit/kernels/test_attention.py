@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import philora
-from philora.kernels import attention, varlen
+from philora.kernels import attention, document_groups, varlen
 from philora.kernels.attention_choice import AttentionFacts, attention_for
 from philora.kernels.layout import PackedLayout
 from philora.kernels.varlen import Attention, varlen_attention
@@ -43,6 +43,13 @@ def reference(q, k, v, lengths, window=None):
     return torch.cat(out, 1)
 
 
+def layout_of(position_ids: torch.Tensor) -> document_groups.Layout | None:
+    """Return the groups of a batch, or None if no row holds more than one document."""
+    documents = document_groups.documents_of(position_ids, len(position_ids), {})
+    several = len(documents.lengths) > len(position_ids)
+    return document_groups.groups_of(documents, len(position_ids)) if several else None
+
+
 # 8 columns a head go by tiles, 16, 48 and 128 in one piece where native.c is there.
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("width", [8, 16, 48, 128])
@@ -57,7 +64,7 @@ def test_values_and_gradients(lengths, window, dtype, width):
         for shape in ((1, 4, total, width), *2 * [(1, 2, total, width)], (1, total, 4, width))
     )
     q, k, v = (each.to(dtype).requires_grad_() for each in (q, k, v))
-    layout = attention.layout_of(positions(lengths))
+    layout = layout_of(positions(lengths))
     got = attention.document_attention(q, k, v, layout, sliding_window=window)
     expected = reference(q, k, v, lengths, window)
     # one rounding of the result: 2^-8 for bf16; the scores' error grows with their size in fp32
@@ -79,23 +86,23 @@ def test_values_and_gradients(lengths, window, dtype, width):
 
 
 def test_a_row_of_one_document_has_no_layout_and_several_rows_do():
-    assert attention.layout_of(torch.arange(9)[None].expand(3, -1)) is None
+    assert layout_of(torch.arange(9)[None].expand(3, -1)) is None
     two = torch.cat([positions([4, 5]), positions([9])])
-    assert sum(each.documents * each.length for each in attention.layout_of(two).groups) >= 18
+    assert sum(each.documents * each.length for each in layout_of(two).groups) >= 18
 
 
 def test_the_layout_is_remembered_while_its_tensor_lives():
     ids = positions([3, 4])
-    assert attention.layout_of(ids) is attention.layout_of(ids)
+    assert layout_of(ids) is layout_of(ids)
     ids += 0  # changed in place: looked at again
-    first = attention.layout_of(ids)
+    first = layout_of(ids)
     ids[0, 3:] = torch.arange(3, 7)
-    assert attention.layout_of(ids) is None
+    assert layout_of(ids) is None
     assert first is not None
     del ids
     gc.collect()
-    attention.layout_of(positions([2, 2]))
-    assert len(attention._known) <= 4
+    layout_of(positions([2, 2]))
+    assert len(document_groups._known) <= 4
 
 
 @pytest.mark.usefixtures("device")
@@ -165,8 +172,8 @@ def test_the_layout_is_read_once_for_a_batch(phi3, family, rows, monkeypatch):
         carried = model(**given, **layout.keywords()).logits
         assert torch.equal(carried, one)
         assert len(calls) == 1, "a batch that carries its documents is not read"
-    monkeypatch.setattr(attention, "_known", [])  # a planted fault: nothing is remembered
-    monkeypatch.setattr(attention.weakref, "ref", lambda _: lambda: None)
+    monkeypatch.setattr(document_groups, "_known", [])  # a planted fault: nothing is remembered
+    monkeypatch.setattr(document_groups.weakref, "ref", lambda _: lambda: None)
     model(**given)
     assert len(calls) > 2
 
@@ -191,7 +198,7 @@ def test_one_call_for_all_documents_equals_groups(window):
         documents = PackedLayout.of_lengths(lengths)
         return found(lambda *each: attention.one_call("flash", *each, documents, sliding_window=window))
 
-    layout = attention.layout_of(positions(lengths))
+    layout = layout_of(positions(lengths))
     theirs = found(lambda *each: attention.document_attention(*each, layout, sliding_window=window))
     for mine, other in zip(one_call(window), theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
@@ -252,7 +259,7 @@ def test_which_way_documents_attend(changes, way, reason):
     ids=["none", "twice", "no kernel"],
 )
 def test_flash_attention_is_compared_before_its_first_use(monkeypatch, caplog, fault, said):
-    attention._say.cache_clear()
+    attention._warn_groups.cache_clear()
     monkeypatch.setattr(attention, "facts_of_attention", lambda query, dropout: AttentionFacts())
     monkeypatch.setattr(attention, "disagreement", varlen.disagreement.__wrapped__)
     if fault is not None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from philora.kernels import elementwise
-from philora.kernels.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
+from philora.kernels.elementwise import rms_norm, swiglu
 from tests import on_device
+from tests.references import rms_norm_reference, swiglu_reference
 
 # One rounding of the result (2^-8 for bf16, of values up to about 8), and of each factor on the way.
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 4e-2}}

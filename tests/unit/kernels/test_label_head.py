@@ -11,10 +11,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 import philora
 from philora.kernels import loss
-from philora.kernels.loss import add_label_head, label_scores, label_scores_reference
+from philora.kernels.loss import add_label_head, label_scores
 from philora.lora.functional import fused
 from philora.training.collation import layout_of_batch
 from tests import on_device
+from tests.references import label_scores_reference
 
 # Every test with the functions of native.c, and without them.
 pytestmark = pytest.mark.usefixtures("compiled_or_not")
