@@ -96,8 +96,8 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(params=["compiled", "PyTorch"])
 def compiled_or_not(request, monkeypatch):
-    """Once with the functions of native.c, and once without them."""
-    from philora.native import library as native
+    """Once with the compiled functions, and once without them."""
+    from philora.native import build as native
 
     if request.param == "PyTorch":
         monkeypatch.setenv("PHILORA_NATIVE", "0")

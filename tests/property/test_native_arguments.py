@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from philora.native import library as native
+from philora.native import build
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="no compiler")
+pytestmark = pytest.mark.skipif(not build.available(), reason="no compiler")
 
 # In a process of its own, which a fault in C would end.
 ATTACK = """
@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from philora.native import build
 from philora.native import library as native
 
 class Sub(torch.Tensor):

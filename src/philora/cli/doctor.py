@@ -19,7 +19,7 @@ from philora.decoder_stack.choice import DeviceFacts
 from philora.decoder_stack.facts import facts_of_device
 from philora.files import checkpoint
 from philora.models.loading import bf16_is_fast
-from philora.native import library as native
+from philora.native import build as native
 from philora.planning.hardware import hardware_notices
 from philora.runtime import hub
 from philora.runtime.user_cache import user_cache

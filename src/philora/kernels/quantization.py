@@ -24,6 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from philora.errors import ConfigError, ModelError, fault
 from philora.native import library as native
+from philora.native.build import available
 
 try:
     import bitsandbytes
@@ -255,7 +256,7 @@ def shares_memory(layer: nn.Module, dtype: torch.dtype = torch.bfloat16) -> bool
         and not getattr(state, "packing_format_for_cpu", False)
         and {dtype, state.dtype} == {torch.bfloat16}
         and state.shape[-1] % state.blocksize == 0  # bitsandbytes treats others differently
-        and native.available()
+        and available()
     )
 
 

@@ -1,76 +1,27 @@
-"""The element-wise work of a step in one pass over memory each, compiled for this processor from `native.c`.
+"""Functions in C for the element-wise work of a step, each in one pass over memory: `library.c` and its calls.
 
-PyTorch's operations read and write memory one after another, so on a CPU what stands between the matrix products takes
-as long as they do. Where gcc is at hand, the file beside this one is compiled once (about a second), kept in the user's
-cache and called through ctypes; it runs on PyTorch's own OpenMP threads. Where it is not, or with `PHILORA_NATIVE=0` or
-`PHILORA_FUSED=0` in the environment, the callers' PyTorch forms compute the same. No result depends on the number of
-threads; dropout draws other masks than the PyTorch form does.
+PyTorch's operations read and write memory one after another, so on a CPU the work between the matrix products takes as
+long as the products. If gcc is installed, the C file is compiled once for this processor (about a second), cached for
+the user and called through ctypes; it runs on PyTorch's own OpenMP threads. Without gcc, or with `PHILORA_NATIVE=0` or
+`PHILORA_FUSED=0` in the environment, the callers compute the same in PyTorch. No result depends on the number of
+threads. Dropout draws other masks than in PyTorch.
 
 Every function takes contiguous tensors on the CPU in bf16 or fp32 (`usable`), computes in fp32 and rounds once. C
-cannot see what an address belongs to, so each call checks kind, dtype, shape and ranges of all that it hands over, and
-raises ValueError where something does not fit.
+cannot check what an address points to, so every call checks kind, dtype, shape and ranges of its arguments, and raises
+ValueError if one does not fit.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from philora.errors import fault
-from philora.runtime.user_cache import user_cache
-
-_SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-_SECONDS = 120
-
-
-# at::native::cpublas::brgemm for bf16 and brgemm_release, which PyTorch exports: small products of oneDNN, each
-# computed by one thread, on processors with bf16 instructions.
-_PRODUCT = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
-_RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
-_PROBE = """
-import ctypes, sys, torch
-library, torch_cpu = map(ctypes.CDLL, sys.argv[1:3])
-product, release = (ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in sys.argv[3:5])
-sys.exit(0 if library.products_work(product, release) == 1 else 1)
-"""
-
-
-class _Native(NamedTuple):
-    """The compiled functions and, where they work on this machine, PyTorch's small products."""
-
-    library: ctypes.CDLL
-    product: int | None
-    release: int | None
-
-
-def available() -> bool:
-    """Return whether the compiled functions are there; the first call compiles them if they are not cached."""
-    return os.environ.get("PHILORA_NATIVE", "1") != "0" and isinstance(_native(), _Native)
-
-
-def describe() -> str:
-    """Return what computes between the products on a CPU, for people."""
-    if os.environ.get("PHILORA_NATIVE", "1") == "0":
-        return "PyTorch (PHILORA_NATIVE=0)"
-    found = _native()
-    if isinstance(found, str):
-        return f"PyTorch ({found})"
-    return "compiled for this processor" + ("" if found.product else ", attention in PyTorch (no bf16 instructions)")
-
+from philora.native.build import Native, available, load
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -79,7 +30,7 @@ _DTYPES = (torch.bfloat16, torch.float32)
 def usable(*tensors: Tensor) -> bool:
     """Return whether the compiled functions take these tensors: plain, contiguous, on the CPU, all bf16 or all fp32.
 
-    Not while PyTorch's operations are recorded or computed by something else (`watched`).
+    They are not used while PyTorch's operations are recorded or intercepted (`watched`).
     """
     dtype = tensors[0].dtype
     return (
@@ -99,10 +50,10 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Return whether somebody follows PyTorch's operations here, who would not see a compiled function.
+    """Return whether PyTorch's operations are recorded or intercepted, so that a compiled function would be missed.
 
-    torch.jit.trace (where sizes are tensors, too), torch.func's transforms, and modes of `__torch_dispatch__`, such as
-    those of make_fx and of tensors without memory.
+    This is so in torch.jit.trace (where sizes are tensors, too), in torch.func's transforms, and in modes of
+    `__torch_dispatch__`, such as those of make_fx and of fake tensors.
     """
     return (
         torch._C._is_tracing()
@@ -111,95 +62,18 @@ def watched() -> bool:
     )
 
 
-@functools.cache
-def _native() -> _Native | str:
-    """The functions, or why they are not there."""
-    openmp = _openmp()
-    if openmp is None:
-        return "compiled functions need Linux and a PyTorch on GNU's OpenMP"
-    try:
-        path, multiplies = _compiled(openmp)
-        library = ctypes.CDLL(str(path))
-    except FileNotFoundError as error:
-        return f"{error}: with gcc installed a step takes less time"
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"compiling failed: {error}"
-    if not multiplies:
-        return _Native(library, None, None)
-    torch_cpu = ctypes.CDLL(str(_torch_cpu()))
-    product, release = (ctypes.cast(getattr(torch_cpu, item), ctypes.c_void_p).value for item in (_PRODUCT, _RELEASE))
-    return _Native(library, product, release)
-
-
-def _openmp() -> Path | None:
-    """GNU's OpenMP library as PyTorch has loaded it: another copy would have threads of its own."""
-    if not sys.platform.startswith("linux"):
-        return None
-    with Path("/proc/self/maps").open(encoding="utf-8") as maps:
-        loaded = {Path(line.split(maxsplit=5)[5].strip()) for line in maps if "libgomp" in line}
-    own = Path(torch.__file__).parent
-    return next((item for item in loaded if own in item.parents), next(iter(loaded), None))
-
-
-def _torch_cpu() -> Path:
-    return Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-
-
-def _compiled(openmp: Path) -> tuple[Path, bool]:
-    """The library for this source, processor, PyTorch and OpenMP, compiled unless it is in the cache.
-
-    Returns:
-        Its path, and whether PyTorch's small products work with it.
-
-    Raises:
-        OSError: There is no compiler, or the cache cannot be written.
-        subprocess.SubprocessError: The compiler failed.
-    """
-    with Path("/proc/cpuinfo").open(encoding="utf-8") as cpuinfo:
-        features = sorted({line for line in cpuinfo if line.startswith(("flags", "Features", "model name"))})
-    source = _SOURCE.read_text(encoding="utf-8")
-    parts = [source, *_FLAGS, _PROBE, str(openmp), torch.__version__, platform.machine(), *features]
-    name = f"native-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}"
-    folder = user_cache()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    library, multiplies = folder / f"{name}.so", folder / f"{name}.products"
-    for item in (folder, library):
-        if item.exists() and (item.stat().st_uid != os.getuid() or item.stat().st_mode & 0o022):
-            raise PermissionError(f"{item} can be written by others")
-    if not library.exists():
-        wanted = os.environ.get("CC", "gcc")
-        compiler = shutil.which(wanted)
-        if compiler is None:
-            raise FileNotFoundError(f"there is no {wanted}")
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            unlinked, linked = f"{temporary}/native.o", f"{temporary}/native.so"
-            for command in (
-                [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", unlinked],
-                [compiler, "-shared", unlinked, str(openmp), "-lm", "-o", linked],
-            ):
-                subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
-            if any("avx512_bf16" in feature for feature in features):
-                # In a process of its own: what PyTorch does not support there would end the process.
-                probe = [sys.executable, "-c", _PROBE, linked, str(_torch_cpu()), _PRODUCT, _RELEASE]
-                if subprocess.run(probe, check=False, capture_output=True, timeout=_SECONDS).returncode == 0:
-                    multiplies.touch()
-            Path(linked).replace(library)
-    return library, multiplies.exists()
-
-
-# What a function of native.c is called with: addresses of checked tensors, sizes, numbers, switches.
+# Arguments of a C function: addresses of checked tensors, sizes, numbers, switches.
 _Argument = ctypes.c_void_p | int | float | None
-
-# Columns of a head that fit on a thread's stack.
+# The most columns of a head that fit on a thread's stack.
 _WIDEST_HEAD = 4096
 
 
 def _call(name: str, *arguments: _Argument) -> None:
-    """Call a function of native.c: whole numbers go as size_t, others as float, switches as int; last the threads."""
+    """Call a C function with integers as size_t, other numbers as float, switches as int, and the thread count."""
     if watched():
         raise ValueError(fault(f"philora.native.{name}", "call", "watched", "no tracing, transform or dispatch mode"))
-    native = _native()
-    assert isinstance(native, _Native)
+    native = load()
+    assert isinstance(native, Native)
     values: list[object] = []
     for argument in arguments:
         if isinstance(argument, bool):
@@ -216,22 +90,22 @@ def _call(name: str, *arguments: _Argument) -> None:
 
 
 def _misfit(name: str, argument: str, found: object, expected: str) -> ValueError:
-    """The error over an argument of a function."""
+    """Return the error about an argument of a function."""
     if isinstance(found, Tensor):
         found = f"{type(found).__name__} {found.dtype} {tuple(found.shape)} {found.device}"
     return ValueError(fault(f"philora.native.{name}", argument, found, expected))
 
 
 def _plain(tensor: object) -> bool:
-    """Return whether an object is a tensor whose elements are what its memory holds."""
+    """Return whether an object is a tensor whose elements are the values in its memory."""
     return type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_neg()  # type: ignore[attr-defined]
 
 
 def _address(name: str, argument: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> ctypes.c_void_p:
-    """The address of a tensor's elements.
+    """Return the address of a tensor's elements.
 
     Raises:
-        ValueError: It is not a plain, contiguous tensor of this dtype and shape on the CPU, or has no memory.
+        ValueError: The tensor is not plain and contiguous, of this dtype and shape and on the CPU, or has no memory.
     """
     if not (_plain(tensor) and tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()):
         raise _misfit(name, argument, tensor, f"a plain, contiguous {dtype} tensor of shape {tuple(shape)} on the CPU")
@@ -241,15 +115,15 @@ def _address(name: str, argument: str, tensor: Tensor, dtype: torch.dtype, shape
 def _pointer(name: str, argument: str, tensor: Tensor) -> int:
     address = tensor.data_ptr()
     if not address and tensor.numel():
-        raise _misfit(name, argument, tensor, "a tensor whose memory is there")
+        raise _misfit(name, argument, tensor, "a tensor with memory")
     return address
 
 
 def _dtype_of(name: str, argument: str, tensor: Tensor, dimensions: int) -> torch.dtype:
-    """The dtype of a tensor of so many dimensions that is bf16 or fp32.
+    """Return the dtype of a bf16 or fp32 tensor with this number of dimensions.
 
     Raises:
-        ValueError: It is anything else.
+        ValueError: It has another dtype or number of dimensions.
     """
     if not (_plain(tensor) and tensor.dtype in _DTYPES and tensor.ndim == dimensions):
         raise _misfit(name, argument, tensor, f"a plain bf16 or fp32 tensor of {dimensions} dimensions on the CPU")
@@ -261,12 +135,12 @@ def _is_wide(dtype: torch.dtype) -> bool:
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory on the CPU, whatever the default device and dtype are."""
+    """Return an uninitialised tensor on the CPU, regardless of the default device and dtype."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`y = x / rms(x) * weight`, and one over each row's root mean square. Shapes: x (T, C); returns (T, C), (T)."""
+    """Return `x / rms(x) * weight` and one over the root mean square of rows. Shapes: x (T, C); returns (T, C), (T)."""
     name, dtype = "rms_norm", _dtype_of("rms_norm", "x", x, 2)
     rows, columns = x.shape
     y, inverse = _empty(rows, columns, dtype=dtype), _empty(rows)
@@ -282,7 +156,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, dy: Tensor) -> Tensor:
-    """Gradient of x. Shapes: x and dy (T, C), inverse (T) or (T, 1)."""
+    """Return the gradient of x. Shapes: x and dy (T, C), inverse (T) or (T, 1)."""
     name, dtype = "rms_norm_backward", _dtype_of("rms_norm_backward", "x", x, 2)
     rows, columns = x.shape
     dx = _empty(rows, columns, dtype=dtype)
@@ -299,7 +173,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, dy: Tensor) ->
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up`. Shapes: (T, 2 C), gate first; returns (T, C)."""
+    """Return `silu(gate) * up`. Shapes: (T, 2 C), gate first; returns (T, C)."""
     name, dtype = "swiglu", _dtype_of("swiglu", "gate_up", gate_up, 2)
     rows, columns = len(gate_up), gate_up.shape[1] // 2
     y = _empty(rows, columns, dtype=dtype)
@@ -313,7 +187,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(gate_up: Tensor, dy: Tensor) -> Tensor:
-    """Gradient of gate_up. Shapes: gate_up (T, 2 C), dy (T, C)."""
+    """Return the gradient of gate_up. Shapes: gate_up (T, 2 C), dy (T, C)."""
     name, dtype = "swiglu_backward", _dtype_of("swiglu_backward", "dy", dy, 2)
     rows, columns = dy.shape
     result = _empty(rows, 2 * columns, dtype=dtype)
@@ -328,7 +202,7 @@ def swiglu_backward(gate_up: Tensor, dy: Tensor) -> Tensor:
 
 
 def keep_bits(rows: int, columns: int, dropped: int) -> Tensor:
-    """Random bits that are 1 with probability 1 - dropped / 2^16, 16 in a word, the lowest bit first.
+    """Return random bits that are 1 with probability 1 - dropped / 2^16, 16 in a word, the lowest bit first.
 
     Shapes:
         Returns (rows, columns / 16, rounded up) of int16.
@@ -344,7 +218,7 @@ def keep_bits(rows: int, columns: int, dropped: int) -> Tensor:
 
 
 def keep(x: Tensor, words: Tensor) -> Tensor:
-    """x where the bit is 1, else 0. Shapes: x (T, C), words (T, C / 16)."""
+    """Return x where the bit is 1, else 0. Shapes: x (T, C), words (T, C / 16)."""
     y = _empty(*x.shape, dtype=x.dtype)
     _masked("keep", x, words, y)
     return y
@@ -375,14 +249,14 @@ def gather_heads(
     length: int,
     angles: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Heads of some documents in fp32, rotated if there are angles, each `repeat` times, zero after a document's end.
+    """Gather the heads of documents in fp32, rotated if there are angles, repeated, and zero at padding.
 
     Args:
-        flat: Heads of every token; the tokens may stand apart.
+        flat: Heads of every token; the tokens need not be adjacent in memory.
         repeat: Copies of every head, at least one.
         starts: First token of every document.
         lengths: Tokens of every document.
-        length: Tokens of a document with its padding, L.
+        length: Tokens of a document with padding, L.
         angles: cos and sin of every token in fp32, contiguous.
 
     Shapes:
@@ -397,8 +271,8 @@ def gather_heads(
     to = _address(name, "rows", rows, torch.float32, rows.shape)
     sizes = flat.stride(0), heads, repeat, width
     source = ctypes.c_void_p(_pointer(name, "flat", flat))
-    turns = _turns(name, angles, tokens, width)
-    _call(name, source, *sizes, *places, len(starts), length, *turns, to, _is_wide(flat.dtype))
+    rotation = _rotation(name, angles, tokens, width)
+    _call(name, source, *sizes, *places, len(starts), length, *rotation, to, _is_wide(flat.dtype))
     return rows
 
 
@@ -410,7 +284,7 @@ def scatter_heads(
     lengths: Tensor,
     angles: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """The way back into `flat`: copies of a head are added up, turned back and rounded; padding is left out.
+    """Reverse `gather_heads` into `flat`: sum the copies of a head, rotate back, round, and drop padding.
 
     Shapes:
         rows (heads · repeat · documents, L, D); the others as in `gather_heads`.
@@ -422,29 +296,29 @@ def scatter_heads(
     length = rows.shape[1]
     source = _address(name, "rows", rows, torch.float32, (heads * repeat * len(starts), length, width))
     places = _documents(name, starts, lengths, tokens, length)
-    turns = _turns(name, angles, tokens, width)
+    rotation = _rotation(name, angles, tokens, width)
     ends = ctypes.c_void_p(_pointer(name, "flat", flat)), flat.stride(0)
     sizes = heads, repeat, width
-    _call(name, source, *sizes, *places, len(starts), length, *turns, *ends, _is_wide(flat.dtype))
+    _call(name, source, *sizes, *places, len(starts), length, *rotation, *ends, _is_wide(flat.dtype))
 
 
 def _check_heads(name: str, argument: str, flat: Tensor) -> None:
-    """See to it that the heads of a token stand side by side, and are no wider than a thread's stack.
+    """Check that the heads of a token are adjacent in memory, and fit on a thread's stack.
 
     Raises:
-        ValueError: They do not, or are.
+        ValueError: They are not, or do not fit.
     """
     _dtype_of(name, argument, flat, 3)
     width = flat.shape[2]
     if flat.stride()[1:] != (width, 1) or not 0 < width <= _WIDEST_HEAD:
-        expected = f"heads of 1 to {_WIDEST_HEAD} columns, side by side"
+        expected = f"adjacent heads of 1 to {_WIDEST_HEAD} columns"
         raise _misfit(name, argument, flat, expected)
 
 
 def _ranges(starts: Tensor, lengths: Tensor, tokens: int) -> tuple[int, int, int, int, bool]:
-    """Return the ranges of starts and lengths, and whether a document reaches beyond the tokens.
+    """Return the ranges of starts and lengths, and whether a document exceeds the tokens.
 
-    All layers of a step have the same documents, so what was found is kept with `starts` until one is written to.
+    All layers of a step have the same documents, so the result is cached on `starts` until one of them is written to.
     """
     tracked = not (starts.is_inference() or lengths.is_inference())
     key = (tokens, starts._version, lengths._version) if tracked else None
@@ -461,10 +335,10 @@ def _ranges(starts: Tensor, lengths: Tensor, tokens: int) -> tuple[int, int, int
 def _documents(
     name: str, starts: Tensor, lengths: Tensor, tokens: int, longest: int
 ) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-    """Addresses of the documents' first tokens and lengths.
+    """Return the addresses of the documents' first tokens and lengths.
 
     Raises:
-        ValueError: A document reaches beyond the tokens, or is longer than its place.
+        ValueError: A document exceeds the tokens, or is longer than `longest`.
     """
     count = len(starts)
     first = _address(name, "starts", starts, torch.int64, (count,))
@@ -477,10 +351,10 @@ def _documents(
     return first, second
 
 
-def _turns(
+def _rotation(
     name: str, angles: tuple[Tensor, Tensor] | None, tokens: int, width: int
 ) -> tuple[ctypes.c_void_p | None, ctypes.c_void_p | None, int]:
-    """Addresses of cos and sin, and how many columns they have.
+    """Return the addresses of cos and sin, and their number of columns.
 
     Raises:
         ValueError: They have more than half of a head's columns, or do not fit otherwise.
@@ -499,7 +373,7 @@ def _turns(
 
 
 class _Attention(ctypes.Structure):
-    """The struct of the same name in native.c."""
+    """The struct of the same name in library.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
@@ -514,7 +388,7 @@ class _Attention(ctypes.Structure):
     )
 
 
-# Columns of a head that the blocks of native.c take: a multiple of the first, the second at most.
+# Columns of a head that the blocks of library.c take: a multiple of the first, the second at most.
 _WIDTHS = 16, 256
 
 
@@ -527,7 +401,7 @@ def attends(heads: Sequence[Tensor], scale: float) -> bool:
         and width <= _WIDTHS[1]
         and all(head.dtype == torch.bfloat16 and head.stride()[1:] == (width, 1) for head in heads)
         and usable(*(head[:0] for head in heads))
-        and isinstance(native := _native(), _Native)
+        and isinstance(native := load(), Native)
         and native.product is not None
     )
 
@@ -541,10 +415,10 @@ def _description(
     window: int | None,
     scale: float,
 ) -> _Attention:
-    """The struct, of arguments that were checked.
+    """Return the struct of the arguments, after checking them.
 
     Raises:
-        ValueError: One of them does not fit.
+        ValueError: An argument does not fit.
     """
     query, key, value = heads
     for argument, item in (("query", query), ("key", key), ("value", value)):
@@ -555,13 +429,13 @@ def _description(
     groups = key.shape[1]
     if key.shape != value.shape or key.shape[::2] != query.shape[::2] or not groups or count % groups:
         found = [tuple(head.shape) for head in heads]
-        raise _misfit(name, "heads", found, "queries, keys and values of the same tokens, in whole groups of heads")
+        raise _misfit(name, "heads", found, "queries, keys and values of the same tokens, with H a multiple of K")
     if window is not None and not (type(window) is int and 0 < window < 2**63):
         raise _misfit(name, "window", window, "None or a whole number of at least 1")
-    native = _native()
-    assert isinstance(native, _Native)
+    native = load()
+    assert isinstance(native, Native)
     places = _documents(name, starts, lengths, tokens, tokens)
-    cos, sin, half = _turns(name, angles, tokens, width)
+    cos, sin, half = _rotation(name, angles, tokens, width)
     at = [ctypes.c_void_p(_pointer(name, "heads", head)) for head in heads]
     strides = [head.stride(0) for head in heads]
     last = half, window or 0, tokens, scale, native.product, native.release
@@ -576,14 +450,14 @@ def attend(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of every document, queries and keys rotated where there are angles.
+    """Compute causal attention of every document, with queries and keys rotated if there are angles.
 
     Args:
         heads: Queries, keys and values.
         starts: First token of every document, the longest first.
         lengths: Tokens of every document.
         angles: cos and sin of every token in fp32, contiguous.
-        window: Keys that a query sees at most, itself included.
+        window: Number of keys that a query sees at most, itself included.
         scale: Positive multiplier of the scores.
 
     Shapes:
@@ -595,7 +469,7 @@ def attend(
         bf16, the output once.
 
     Raises:
-        MemoryError: There was no room for a document's scores.
+        MemoryError: There is not enough memory for a document's scores.
     """
     description = _description("attend", heads, starts, lengths, angles, window, scale)
     tokens, count, width = heads[0].shape
@@ -623,18 +497,18 @@ def attend_backward(
     """Write the gradients of queries, keys and values.
 
     Args:
-        heads: As in `attend`, and so the next five.
-        starts: See there.
-        lengths: See there.
-        angles: See there.
-        window: See there.
-        scale: See there.
-        saved: What `attend` returned.
+        heads: As in `attend`.
+        starts: As in `attend`.
+        lengths: As in `attend`.
+        angles: As in `attend`.
+        window: As in `attend`.
+        scale: As in `attend`.
+        saved: Results of `attend`.
         grad: Gradient of the output.
-        results: Where the three gradients go, of the strides of `heads`.
+        results: Memory for the three gradients, with the strides of `heads`.
 
     Raises:
-        MemoryError: There was no room for a document's gradients.
+        MemoryError: There is not enough memory for a document's gradients.
     """
     name, (output, normaliser) = "attend_backward", saved
     description = _description(name, heads, starts, lengths, angles, window, scale)
@@ -654,19 +528,19 @@ def attend_backward(
 
 
 def _attend(name: str, description: _Attention, *addresses: ctypes.c_void_p) -> None:
-    native = _native()
-    assert isinstance(native, _Native)
+    native = load()
+    assert isinstance(native, Native)
     if getattr(native.library, name)(ctypes.byref(description), *addresses, ctypes.c_int(torch.get_num_threads())):
         raise MemoryError("no memory for the attention of one document")
 
 
 def causal_softmax_(scores: Tensor, offset: int, window: int | None, scale: float) -> None:
-    """Softmax of scale · scores over the keys that a query sees, in place; zero elsewhere.
+    """Compute the softmax of scale · scores over the keys that a query sees, in place; it is zero elsewhere.
 
     Args:
         scores: Products of queries and keys.
-        offset: Place of the first query among the keys.
-        window: Keys that a query sees at most, itself included.
+        offset: Index of the first query among the keys.
+        window: Number of keys that a query sees at most, itself included.
         scale: Positive multiplier.
 
     Shapes:
@@ -677,7 +551,7 @@ def causal_softmax_(scores: Tensor, offset: int, window: int | None, scale: floa
 
 
 def causal_softmax_backward_(weights: Tensor, grad: Tensor, offset: int, window: int | None, scale: float) -> None:
-    """The gradient of the unscaled scores over that of the weights, in place. Shapes: both (N, queries, keys)."""
+    """Overwrite the gradient of the weights with that of the unscaled scores. Shapes: both (N, queries, keys)."""
     name = "causal_softmax_backward"
     first = _scores(name, "weights", weights, offset, weights)
     second = _scores(name, "grad", grad, offset, weights)
@@ -685,10 +559,13 @@ def causal_softmax_backward_(weights: Tensor, grad: Tensor, offset: int, window:
 
 
 def _scores(name: str, argument: str, scores: Tensor, offset: int, like: Tensor) -> ctypes.c_void_p:
-    """The address of scores whose every query stands among the keys. Shapes: (N, queries, keys) of fp32.
+    """Return the address of scores, after checking that the keys include the queries.
+
+    Shapes:
+        scores (N, queries, keys) of fp32.
 
     Raises:
-        ValueError: One of them does not.
+        ValueError: They do not.
     """
     _dtype_of(name, argument, like, 3)
     _, queries, keys = like.shape
@@ -698,7 +575,7 @@ def _scores(name: str, argument: str, scores: Tensor, offset: int, like: Tensor)
 
 
 def score_rows_(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: list[Tensor], needs_grad: bool) -> None:
-    """Write log-probability, entropy and top-1 of every row; over the logits, the gradient of the log-probability.
+    """Write log-probability, entropy and top-1 of every row; their gradient overwrites the logits.
 
     Shapes:
         logits (N, V), bias (V) of fp32, labels (N) of int64 from 0 to V - 1, outputs three of (N) of fp32.
@@ -723,11 +600,11 @@ def score_rows_(logits: Tensor, bias: Tensor | None, labels: Tensor, outputs: li
 
 
 def from_4bit_(packed: Tensor, code: Tensor, scales: Tensor, weights: Tensor) -> None:
-    """Write the weights that 4 bits each stand for, `code[index] * scale` of the block, rounded to bf16.
+    """Dequantise 4-bit weights: `code[index] * scale` of the block, rounded to bf16.
 
     Shapes:
         packed (N / 2) of uint8, the first of two weights in the high half; code (16) and scales (blocks) of fp32;
-        weights of N elements of bf16, N / blocks a multiple of 32. Shapes of more dimensions are read row by row.
+        weights of N elements of bf16, N / blocks a multiple of 32. Tensors of more dimensions are read row by row.
     """
     name, count, blocks = "from_4bit", weights.numel(), scales.numel()
     if (blocks and count % (32 * blocks)) or (count and not blocks) or packed.numel() * 2 != count:

@@ -29,7 +29,7 @@ from philora.kernels.loss import CHUNK_BYTES, FEWEST_TOKENS
 from philora.kernels.modules import FAST, FastPhi3MLP
 from philora.kernels.quantization import quantization_config, quantized_names, scheme_of
 from philora.models.loading import resolve_dtype
-from philora.native import library as native
+from philora.native import build as native
 
 if TYPE_CHECKING:
     from philora.decoder_stack.layer import Keep  # needs Triton

@@ -28,7 +28,7 @@ from philora.files.links import refuse_leading_out
 from philora.models import loading as models
 from philora.models.locate import find_adapter
 from philora.models.run_folder import HELD_OUT_NAME, RECORD_NAME
-from philora.native import library as native
+from philora.native import build as native
 from philora.runtime import processes
 
 logger = logging.getLogger("philora.run")

@@ -40,7 +40,7 @@ from philora.models import loading as models
 from philora.models import run_folder
 from philora.models.locate import find_adapter
 from philora.models.spare_rows import notice, untrained_tokens
-from philora.native import library as native
+from philora.native import build as native
 from philora.planning import outlook
 from philora.planning import plan as planning
 from philora.reporting import display, pushing

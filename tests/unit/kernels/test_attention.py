@@ -18,7 +18,7 @@ from philora.lora.functional import fused
 from tests import on_device
 from tests.tolerances import PACKED_FP32
 
-# Every test with the functions of native.c, and without them.
+# Every test with the compiled functions, and without them.
 pytestmark = pytest.mark.usefixtures("compiled_or_not")
 
 
@@ -50,7 +50,7 @@ def layout_of(position_ids: torch.Tensor) -> document_groups.Layout | None:
     return document_groups.groups_of(documents, len(position_ids)) if several else None
 
 
-# 8 columns a head go by tiles, 16, 48 and 128 in one piece where native.c is there.
+# 8 columns a head go by tiles, 16, 48 and 128 in one piece with compiled functions.
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("width", [8, 16, 48, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,7 +14,7 @@ from tests.references import rms_norm_reference, swiglu_reference
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 4e-2}}
 
 
-# Every test with the functions of native.c, and without them.
+# Every test with the compiled functions, and without them.
 pytestmark = pytest.mark.usefixtures("compiled_or_not")
 
 

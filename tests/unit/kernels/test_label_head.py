@@ -17,7 +17,7 @@ from philora.training.collation import layout_of_batch
 from tests import on_device
 from tests.references import label_scores_reference
 
-# Every test with the functions of native.c, and without them.
+# Every test with the compiled functions, and without them.
 pytestmark = pytest.mark.usefixtures("compiled_or_not")
 
 

@@ -30,7 +30,7 @@ from philora.kernels import quantization
 from philora.kernels.quantization import QuantizedWeight, dequantized
 from philora.lora.functional import fused
 from philora.models.loading import load_model, load_skeleton, local_path
-from philora.native import library as native
+from philora.native import build
 from tests import on_device
 from tests.tolerances import LOGITS_FP32, MERGED_BF16, QUANTIZED_FP32
 
@@ -205,7 +205,7 @@ def test_weights_in_shared_memory_are_those_of_bitsandbytes(kind, block, nested)
     with torch.no_grad():
         first = QuantizedWeight(layer).dequantize(torch.bfloat16)
         assert torch.equal(first, expected)
-        if native.available():
+        if build.available():
             other = four_bits(kind, block, nested, 64, 64, seed=1)
             second = QuantizedWeight(other).dequantize(torch.bfloat16)
             assert second.data_ptr() == first.data_ptr()

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from philora.errors import ConfigError
 from philora.lora import functional
-from philora.native import library as native
+from philora.native import build
 from tests import on_device
 
 # Largest difference over largest value. bf16 and fp16 round the base product and the update apart, as the
@@ -187,7 +187,7 @@ def test_dropout_keeps_no_tensor_of_the_size_of_x_but_the_mask(
 ) -> None:
     if not compiled:
         monkeypatch.setenv("PHILORA_NATIVE", "0")
-    elif not native.available():
+    elif not build.available():
         pytest.skip("no compiler")
     tensors = inputs(case, torch.float32)
     saved: list[Tensor] = []

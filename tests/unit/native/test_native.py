@@ -1,4 +1,4 @@
-"""The functions of native.c: what their callers' tests do not see."""
+"""The compiled functions: what their callers' tests do not see."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from philora.lora import functional
+from philora.native import build
 from philora.native import library as native
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="no compiler")
+pytestmark = pytest.mark.skipif(not build.available(), reason="no compiler")
 
 
 def philox(counter: int, key: int, rounds: int) -> list[int]:
@@ -136,7 +137,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-ASK = "from philora.native import library as native; print(native.available())"
+ASK = "from philora.native import build; print(build.available())"
 
 
 def test_it_is_compiled_once_into_the_users_cache(tmp_path):
@@ -158,9 +159,9 @@ def test_what_others_may_write_to_is_not_loaded(tmp_path):
 
 SWIGLU = """
 import torch
-from philora.native import library as native
 from philora.kernels.elementwise import swiglu
-print(native.available(), swiglu(torch.ones(1, 4)).tolist(), native.describe(), sep="\\n")
+from philora.native import build
+print(build.available(), swiglu(torch.ones(1, 4)).tolist(), build.describe(), sep="\\n")
 """
 
 
@@ -181,7 +182,7 @@ def test_without_it_pytorch_computes(tmp_path, environment, reason):
 
 
 def test_it_says_that_it_is_there():
-    assert native.describe().startswith("compiled for this processor")
+    assert build.describe().startswith("compiled for this processor")
 
 
 def test_the_source_is_in_the_package():
