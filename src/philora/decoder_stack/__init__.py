@@ -1,16 +1,16 @@
-"""The decoder layers of the Phi-3 family on a GPU: one autograd node a layer, for packed training batches under LoRA.
+"""The decoder layers of the Phi-3 family on a GPU: one autograd node per layer, for packed training batches with LoRA.
 
 | module           | holds                                                                                |
 | ---------------- | ------------------------------------------------------------------------------------ |
-| `choice.py`      | which way a batch is computed, and why: one function of facts                        |
+| `choice.py`      | how a batch is computed, and why: one function of facts                              |
 | `facts.py`       | those facts, read from a model, a call and a device                                  |
-| `model.py`       | `Phi3Model` with the stack inside, its settings, the state of dropout                |
+| `model.py`       | `Phi3Model` with the stack, its settings, the state of dropout                       |
 | `stack.py`       | all layers of a model; working copies of the adapters                                |
 | `layer.py`       | one layer: forward, backward, what is kept                                           |
 | `row_kernels.py` | the Triton kernels                                                                   |
 | `products.py`    | the base's products: in its dtype, dequantised, in fp8                               |
-| `host_inputs.py` | inputs of layers in the computer's memory                                            |
+| `host_inputs.py` | inputs of layers in host memory                                                      |
 | `graphs.py`      | the stack in CUDA graphs, for short rows                                             |
-| `rows.py`        | what kernels and products hand to each other                                         |
-| `trial.py`       | the comparison with plain PEFT before a machine's first use                          |
+| `rows.py`        | data types that kernels and products share                                           |
+| `trial.py`       | the comparison with plain PEFT before the first use on a machine                     |
 """

@@ -1,13 +1,13 @@
-"""Choose which way the decoder layers of a batch are computed, and why: one function of facts, without a device in it.
+"""Choose how the decoder layers of a batch are computed, and why: one function of facts, which needs no device.
 
-| path      | what runs                                                                                     |
-| --------- | --------------------------------------------------------------------------------------------- |
-| `stack`   | one autograd node a layer, Triton kernels, one attention call a layer (`decoder_stack.layer`) |
-| `modules` | transformers' layers with philora's modules inside (`kernels.modules`)                        |
-| `plain`   | transformers' and PEFT's own code                                                             |
+| path      | what runs                                                                               |
+| --------- | --------------------------------------------------------------------------------------- |
+| `stack`   | one autograd node per layer, Triton kernels, one attention call (`decoder_stack.layer`) |
+| `modules` | transformers' layers with philora's modules (`kernels.modules`)                         |
+| `plain`   | transformers' and PEFT's own code                                                       |
 
-`facts_of_*` in `decoder_stack.facts` read the facts from a model, a batch and a device. What has not run on a GPU yet
-is off unless `PHILORA_STACK=all` asks for it (`UNTRIED`).
+`facts_of_*` in `decoder_stack.facts` read the facts from a model, a batch and a device. Cases that have not run on a
+GPU yet (`UNTRIED`) are off unless `PHILORA_STACK=all`.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ UNTRIED = {
     "autocast": "autocast",
     "devices": "layers on several devices",
 }
-"""What the stack computes, as the tests on a CPU show, and what no GPU has run yet."""
+"""Cases that the stack covers, tested on a CPU, but that no GPU has run yet."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Describe what the choice depends on in a model.
+    """Facts of a model that the choice depends on.
 
     Attributes:
-        architecture: Name of the class of the decoder.
-        dtype: Of the frozen weights, such as "bfloat16"; "mixed" where they differ.
+        architecture: Class name of the decoder.
+        dtype: Dtype of the frozen weights, such as "bfloat16"; "mixed" if they differ.
         base: "plain", "nf4", "fp4", "int8", "fp8", or "mixed".
         head_size: Columns of a head.
-        activation: Of the feed-forward part.
-        attention_dropout: Probability while training.
-        residual_dropout: Probability while training.
+        activation: Activation of the feed-forward part.
+        attention_dropout: Probability in training.
+        residual_dropout: Probability in training.
         lora_dropout: The largest probability of an adapter.
-        adapters: What keeps adapters off the stack, such as "a variant (DoRA)"; empty: nothing.
-        hooks: Modules of the layers that carry hooks or a forward of their own.
+        adapters: Reasons why the stack cannot compute the adapters, such as "a variant (DoRA)".
+        hooks: Modules of the layers that have hooks or an instance attribute `forward`.
         trains_base: Parameters of the layers that train and are neither adapters nor norms.
         trains_norms: Whether a norm of a layer trains.
         unadapted: Whether some linear layer has no adapter.
         longrope: Whether the rotary factors depend on a document's length.
-        sharded: Whether FSDP or DeepSpeed has the weights.
-        devices: On how many devices the layers are.
+        sharded: Whether FSDP or DeepSpeed shards the weights.
+        devices: Number of devices that have layers.
     """
 
     architecture: str = "Phi3Model"
@@ -78,17 +78,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """Describe what the choice depends on in a call of the model.
+    """Facts of a call of the model that the choice depends on.
 
     Attributes:
         gradients: Whether a backward pass will follow.
         training: Whether the model is in training mode.
         mask: Whether an attention mask is given: rows with padding.
         positions: Whether positions or bounds of documents are given.
-        cache: Whether a cache of keys and values is given or asked for.
-        outputs: What else is asked for, such as "output_hidden_states".
+        cache: Whether a cache of keys and values is given or requested.
+        outputs: Other requested outputs, such as "output_hidden_states".
         autocast: The dtype of autocast, or None.
-        keep: What is kept for backward.
+        keep: What is kept for backward (`layer.Keep`).
     """
 
     gradients: bool = True
@@ -103,20 +103,20 @@ class BatchFacts:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """Describe what the choice depends on in the device and what is installed.
+    """Facts of the device and of the installation that the choice depends on.
 
     Attributes:
         kind: "cuda", "cpu" or another.
-        name: For people.
+        name: The device's name for people.
         capability: CUDA's compute capability, or None.
-        memory_bytes: Of the device.
+        memory_bytes: Memory of the device.
         triton: The version of Triton, or None.
         interpreted: Whether Triton's kernels run on a CPU (`TRITON_INTERPRET=1`).
         flash: Whether PyTorch has flash attention for documents of any lengths.
-        switch: `PHILORA_STACK`: "0" off, "all" also what has not run on a GPU, else "".
+        switch: Value of `PHILORA_STACK`: "0" for off, "all" also for untried cases, else "".
         fused: Whether philora's fast paths are on (`PHILORA_FUSED`).
-        disagreement: What the comparison with plain PEFT at the start has found, or None.
-        problem: Why a GPU that is there cannot be used, or None.
+        disagreement: How the stack differs from plain PEFT, or None.
+        problem: Why an existing GPU cannot be used, or None.
     """
 
     kind: str = "cuda"
@@ -133,11 +133,11 @@ class DeviceFacts:
 
 
 class Choice(NamedTuple):
-    """The path that was chosen.
+    """The chosen path.
 
     Attributes:
         path: `stack`, `modules` or `plain`.
-        reasons: Why not the one above it; for `stack`, what it rests on.
+        reasons: Why a faster path was not chosen; for `stack`, the model and device.
     """
 
     path: Path
@@ -148,7 +148,7 @@ class Choice(NamedTuple):
 
 
 def stack_for(model: ModelFacts, batch: BatchFacts, device: DeviceFacts) -> Choice:
-    """Return how the decoder layers of a batch are computed, with every reason that speaks against the stack."""
+    """Return how the decoder layers of a batch are computed, with all reasons against the stack."""
     if not device.fused:
         return Choice("plain", ("PHILORA_FUSED=0 turns philora's fast paths off",))
     reasons = [*_of_device(device), *_of_model(model), *_of_batch(batch, model)]
@@ -222,7 +222,7 @@ def _of_batch(batch: BatchFacts, model: ModelFacts) -> list[str]:
 
 
 def _untried(model: ModelFacts, batch: BatchFacts) -> list[str]:
-    """Return the keys of `UNTRIED` that a case rests on."""
+    """Return the keys of `UNTRIED` that a case needs."""
     rests = {
         "dropout": batch.training and model.lora_dropout > 0,
         "float16": model.dtype == "float16",

@@ -1,4 +1,4 @@
-"""Reads from a model, a call and a device what `choice.stack_for` decides by. Nothing here waits for a device."""
+"""Read the facts that `choice.stack_for` needs from a model, a call and a device, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from philora.kernels.switches import stack_switch
 from philora.lora.functional import autocast_dtype, fused_enabled
 
 LINEARS = (("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_proj"), ("mlp", "down_proj"))
-"""Where the linear layers of a decoder layer are, in the order in which they are computed."""
+"""Paths of the linear layers of a decoder layer, in the order of computation."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 _RECORDING = "transformers.utils.output_capturing"
-"""Where transformers' hooks for output_hidden_states are from: once asked for they stay, and do nothing afterwards."""
+"""Module of transformers' hooks for output_hidden_states. Once requested they stay, and do nothing afterwards."""
 
 _GLOBAL_HOOKS = tuple(
     name
@@ -70,7 +70,7 @@ def base_of(linear: nn.Module) -> Any:
 
 
 def not_one_adapter(layer: Any) -> str | None:
-    """Say why a LoRA layer has not one active adapter without a variant (DoRA, ...) or a bias of B; None: it has."""
+    """Return why a LoRA layer does not have just one active adapter without variant (DoRA, ...) and bias, or None."""
     if layer.disable_adapters or layer.merged:
         return "its adapters are disabled or merged"
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
@@ -87,9 +87,9 @@ def active_adapter(layer: Any) -> str:
 
 
 def adapter_name_of(linear: Any) -> str | None:
-    """Return the name of the one plain LoRA adapter of a linear layer; None: it has none, or none that is plain.
+    """Return the name of the one plain LoRA adapter of a linear layer, or None.
 
-    Plain: `not_one_adapter` finds nothing, A and B are linear layers without slices, and dropout is PyTorch's or none.
+    It is plain if `not_one_adapter` returns None, A and B are linear layers without slices, and dropout is PyTorch's.
     """
     if not isinstance(linear, LoraLayer) or not_one_adapter(linear) is not None:
         return None
@@ -106,8 +106,8 @@ def facts_of_model(model: Any) -> ModelFacts:
     """Return the facts of a decoder (`Phi3Model` and its like), with or without weights.
 
     Cost:
-        Walks over all modules and parameters of its layers: 31 ms of processor time for 32 layers, measured on two busy
-        cores. `known_facts` does it once.
+        Visits all modules and parameters of the layers: 31 ms of CPU time for 32 layers, measured on two busy cores.
+        `known_facts` does it once.
     """
     config = model.config
     architecture = next((item.__name__ for item in type(model).__mro__ if item.__name__.endswith("Model")), "")
@@ -143,7 +143,7 @@ def facts_of_model(model: Any) -> ModelFacts:
 
 
 def _dtype(model: Any, linears: list[Any], norms: list[Any]) -> str:
-    """The dtype that all products are in; "mixed" where activations would change theirs on the way."""
+    """Return the dtype of all products; "mixed" if activations would change their dtype between layers."""
     embedding = model.embed_tokens
     embedding = embedding.original_module if isinstance(embedding, ModulesToSaveWrapper) else embedding
     own = getattr(embedding, "base_layer", embedding).weight.dtype
@@ -163,7 +163,7 @@ def _base(model: Any, linears: list[Any]) -> str:
 
 
 def _adapter_reasons(linears: list[Any]) -> Iterator[str]:
-    """Why PEFT's or philora's layers have to compute an adapter themselves."""
+    """Yield the reasons why PEFT's or philora's layers have to compute an adapter themselves."""
     names: set[str] = set()
     for linear in linears:
         if isinstance(linear, LoraLayer):
@@ -199,7 +199,7 @@ def _reasons_of_one(layer: Any) -> list[str]:
 
 
 def only_moves(hook: Any) -> bool:
-    """Return whether a hook of accelerate's does nothing but move inputs to a module's device, as the stack does."""
+    """Return whether a hook of accelerate's only moves inputs to a module's device, as the stack does itself."""
     return type(hook) is AlignDevicesHook and not hook.offload
 
 
@@ -232,10 +232,10 @@ def _trains_base(layers: list[nn.Module], linears: list[Any], norms: list[Any]) 
 
 
 class _Watch:
-    """Describe what the facts of a model rest on, as it was when they were read.
+    """Detect changes of all that the facts of a model were read from.
 
-    It is looked at in lists that are made once: modules, parameters and hooks by identity, and what of them can change
-    in place. A list that is not as long, or has another object in a place, is a change.
+    Modules, parameters and hooks are compared by identity, and values that can change in place by equality, in lists
+    that are made once.
     """
 
     def __init__(self, model: Any) -> None:
@@ -255,7 +255,7 @@ class _Watch:
         self._objects, self._values = self._look()
 
     def _look(self) -> tuple[list[Any], list[Any]]:
-        """Return the objects that must stay the same ones, and the values that must stay equal."""
+        """Return the objects that must stay identical, and the values that must stay equal."""
         parameters = [
             parameter for parameter in chain.from_iterable(map(dict.values, self._parameters)) if parameter is not None
         ]
@@ -299,10 +299,7 @@ _facts: WeakKeyDictionary[nn.Module, tuple[_Watch, ModelFacts]] = WeakKeyDiction
 
 
 def known_facts(model: Any) -> ModelFacts:
-    """Return `facts_of_model`, read when they are first asked for and again when something that they rest on changed.
-
-    The same object is returned as long as nothing has.
-    """
+    """Return `facts_of_model`, cached until the model changes; the same object is returned until then."""
     known = _facts.get(model)
     if known is None or known[0].changed():
         known = _facts[model] = _Watch(model), facts_of_model(model)
@@ -338,7 +335,7 @@ def facts_of_call(model: nn.Module, inputs: Mapping[str, Any], keep: str) -> Bat
 
 
 def facts_of_device(device: torch.device | None = None) -> DeviceFacts:
-    """Return the facts of a device; default: the first GPU where there is one, else the CPU."""
+    """Return the facts of a device; default: the first GPU if there is one, else the CPU."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {
@@ -370,17 +367,17 @@ def facts_of_device(device: torch.device | None = None) -> DeviceFacts:
 
 @cache
 def triton_version() -> str | None:
-    """Return the version of Triton, or None where it is not installed. It is not imported."""
+    """Return the version of Triton without importing it, or None if it is not installed."""
     if find_spec("triton") is None:
         return None
     try:
         return version("triton")
-    except PackageNotFoundError:  # AMD's and Intel's builds of PyTorch bring it under another name
+    except PackageNotFoundError:  # AMD's and Intel's builds of PyTorch have it under another name
         return "of unknown version"
 
 
 def _unusable_gpu() -> str | None:
-    """Why a GPU that seems to be there cannot be used, in PyTorch's own words."""
+    """Return why a GPU cannot be used though PyTorch was built for CUDA, in PyTorch's own words, or None."""
     if torch.version.cuda is None or torch.cuda.is_available():
         return None
     try:

@@ -1,14 +1,14 @@
 """The decoder stack in CUDA graphs, for rows so short that launching the kernels takes longer than the kernels.
 
     batch -> `size_for` -> the graph of that size: its own inputs are written, forward and backward replayed
-          -> copies of its outputs and gradients, which autograd adds up as always
+          -> copies of its outputs and gradients, which autograd accumulates as usual
 
-A graph computes one shape. Rows are filled up to a multiple of 256 tokens with one more document of zeros, and bounds
-with documents of no length; the longest length is a constant of the size. A row that fits no size, or that comes while
-the pass before it still waits for its backward pass, runs without a graph.
+A graph computes one shape. Rows are padded to a multiple of 256 tokens with one more document of zeros, and bounds with
+empty documents; the longest length is a constant of the size. A row that fits no size, or that comes while the previous
+pass still waits for its backward pass, runs without a graph.
 
-The gradients of a graph stand in memory that its next replay writes over. So none of it is handed out: with
-accumulation, `.grad` would be one tensor with it, and the second micro-batch would take the place of the first.
+The next replay overwrites the gradients of a graph, so only copies are returned. Otherwise, with accumulation, `.grad`
+would be the same tensor, and the second micro-batch would overwrite the first.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LAYOUTS = ((24, 1024), (64, 2048))
-"""Documents, and tokens of the longest one, that a graph is made for; attention costs as many, so few come first."""
+"""Number of documents, and tokens of the longest one, of a graph; attention costs as much, so small ones come first."""
 
 EVEN_TOKENS = 256
 MOST_GRAPHS = 3
 MOST_FILLED_UP = 1.25
-"""A row may be computed by a graph of up to this many times its tokens, once there are `MOST_GRAPHS`."""
+"""Once there are `MOST_GRAPHS`, a row can be computed by a graph of up to this many times its tokens."""
 
 LARGEST_TOKENS = {"plain": 2048, "fp8": 4096, "nf4": 4096}
-"""Of a row, by the base's kind: longer ones keep the device busy by themselves, and a graph pays for what it fills."""
+"""The longest row for a graph, by the base's kind: longer rows keep the device busy, and padding costs time."""
 
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Of a graph's outputs and gradients from the plain stack's, relative to their norm."""
+"""The largest difference of a graph's outputs and gradients from the stack's without a graph, relative to the norm."""
 
 
 class Size(NamedTuple):
     """The shape of a packed row, or of the rows that a graph computes.
 
     Attributes:
-        tokens: Of the row.
-        documents: In it.
-        longest_tokens: Of the longest of them.
+        tokens: Tokens of the row.
+        documents: Documents in it.
+        longest_tokens: Tokens of the longest document.
     """
 
     tokens: int
@@ -62,7 +62,7 @@ class Size(NamedTuple):
     longest_tokens: int
 
     def holds(self, row: Size) -> bool:
-        """Return whether a graph of this size computes a row."""
+        """Return whether a graph of this size can compute a row."""
         more = self.tokens - row.tokens
         return (
             more >= 0
@@ -73,15 +73,15 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """Describe what the choice depends on.
+    """The facts that the choice depends on.
 
     Attributes:
-        switch: `PHILORA_GRAPHS`: "all" takes graphs in training.
-        kind: Of the device.
+        switch: Value of `PHILORA_GRAPHS`: "all" uses graphs in training.
+        kind: Type of the device.
         base: "plain", "nf4", "fp8" or another.
-        dtype: Of the activations.
+        dtype: Dtype of the activations.
         keep: What is kept for backward.
-        devices: On how many devices the layers are.
+        devices: Number of devices that have layers.
         autocast: Whether autocast is on.
     """
 
@@ -95,7 +95,7 @@ class GraphFacts:
 
 
 def against(facts: GraphFacts) -> list[str]:
-    """Return every reason why the layers of a training are computed without graphs; none: with them."""
+    """Return all reasons why the layers are computed without graphs in training; empty if there is none."""
     if facts.switch != "all":
         return ["no GPU has run this yet, PHILORA_GRAPHS=all takes it"]
     found = []
@@ -115,12 +115,12 @@ def against(facts: GraphFacts) -> list[str]:
 
 
 def size_for(row: Size, made: Collection[Size], most: int = MOST_GRAPHS) -> Size | None:
-    """Return the size of the graph that computes a row; None: it is computed without one.
+    """Return the size of the graph that computes a row, or None if it is computed without one.
 
     Args:
         row: The row.
-        made: Sizes that there are graphs of.
-        most: How many there may be.
+        made: Sizes of existing graphs.
+        most: The largest number of graphs.
     """
     tokens = -(-row.tokens // EVEN_TOKENS) * EVEN_TOKENS
     sizes = [Size(tokens, documents, min(longest, tokens)) for documents, longest in LAYOUTS]
@@ -131,7 +131,7 @@ def size_for(row: Size, made: Collection[Size], most: int = MOST_GRAPHS) -> Size
 
 
 class Inputs(NamedTuple):
-    """A batch as the stack takes it. Shapes: x (T, C), cos and sin (T, half of the rotated columns), counter (1)."""
+    """The stack's inputs for a batch. Shapes: x (T, C), cos and sin (T, half of the rotated columns), counter (1)."""
 
     x: Tensor
     cos: Tensor
@@ -141,27 +141,27 @@ class Inputs(NamedTuple):
 
     @property
     def size(self) -> Size:
-        """Its shape, without asking the device."""
+        """Return the shape of the batch, without waiting for the device."""
         return Size(len(self.x), len(self.layout.bounds) - 1, self.layout.longest_tokens)
 
 
 class StackGraph:
-    """The stack's forward and backward pass for rows of one size, each recorded once.
+    """The stack's forward and backward pass for rows of one size, both recorded once.
 
     Args:
         stack: The stack.
-        size: Of the rows.
-        inputs: A batch that it holds; the passes are compared with the plain ones on it.
-        keep: As `DecoderStack.__call__`.
-        deterministic: As there.
-        capture: What records.
-        pool: Memory that the graphs of a stack share: no two of them are between forward and backward at a time.
+        size: Size of the rows.
+        inputs: A batch that fits; on it the recorded passes are compared with the plain ones.
+        keep: As in `DecoderStack.__call__`.
+        deterministic: As in `DecoderStack.__call__`.
+        capture: Function that records.
+        pool: Memory that the graphs of a stack share; only one of them is between forward and backward at a time.
 
     Raises:
-        NotRecorded: Recording failed, or the graph computes something else than the stack.
+        NotRecorded: Recording failed, or the graph's results differ from the stack's.
 
     Cost:
-        What a pass keeps for backward, for as long as the graph is there; its inputs, outputs and gradients.
+        While the graph exists: the tensors that a pass keeps for backward, its inputs, outputs and gradients.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class StackGraph:
         _fill(self._dh, dh)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Return what the stack does, in memory of its own. Shapes: (T, C) twice."""
+        """Return the stack's results as new tensors. Shapes: (T, C) twice."""
         self._load(inputs)
         self._passes[0].replay()
         x, h = own_copies(self._passes[0].results)
@@ -225,7 +225,7 @@ class StackGraph:
         return x[: len(inputs.x)], h[: len(inputs.x)]
 
     def backward(self, dx: Tensor, dh: Tensor) -> list[Tensor | None]:
-        """Return the gradients of x and of `DecoderStack.trained`, in memory of their own. Shapes: (T, C) each."""
+        """Return the gradients of x and of `DecoderStack.trained` as new tensors. Shapes: dx and dh (T, C)."""
         self._load_gradients(dx, dh)
         self._passes[1].replay()
         of_x, *trained = own_copies(self._passes[1].results)
@@ -233,13 +233,13 @@ class StackGraph:
 
 
 def _fill(own: Tensor, given: Tensor) -> None:
-    """Write rows, and zeros behind them."""
+    """Write rows, and zeros after them."""
     own[: len(given)] = given
     own[len(given) :] = 0
 
 
 def own_copies(tensors: Collection[Tensor | None]) -> list[Tensor | None]:
-    """Return copies of a graph's results, all by one call; the next replay leaves them alone."""
+    """Return copies of a graph's results, made by one call, which the next replay does not overwrite."""
     copies = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
     there = [(new, old) for new, old in zip(copies, tensors, strict=True) if new is not None and old is not None]
     torch._foreach_copy_([new for new, _ in there], [old for _, old in there])
@@ -247,7 +247,7 @@ def own_copies(tensors: Collection[Tensor | None]) -> list[Tensor | None]:
 
 
 def _gap(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
-    """The largest difference of a result relative to its norm."""
+    """Return the largest difference of a result relative to its norm."""
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
     gaps = [(a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30) for a, b in pairs]
     return float(torch.stack(gaps).max())
@@ -260,17 +260,17 @@ class _Turn:
 
 
 class _ByGraph(torch.autograd.Function):
-    """The stack by a graph, between the embeddings and what is behind the layers, with what trains in it."""
+    """The stack as a graph in autograd, with the embeddings and the trained parameters as inputs."""
 
     @staticmethod
     def forward(ctx: Any, graph: StackGraph, turn: _Turn, inputs: Inputs, x: Tensor, *trained: Tensor) -> Any:
-        """x: that of the inputs; trained: as `DecoderStack.trained`."""
+        """Return the graph's results. x is `inputs.x`, trained as `DecoderStack.trained`; autograd tracks both."""
         ctx.graph, ctx.turn = graph, turn
         return graph.forward(inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of what trains."""
+        """Return the gradients of x and of the trained parameters."""
         refuse_create_graph()
         if ctx.turn.done:
             raise RuntimeError("the decoder stack's CUDA graph computes one backward pass for each forward pass")
@@ -283,9 +283,9 @@ class GraphRunner:
 
     Args:
         stack: The stack.
-        device: Where it is.
+        device: The stack's device.
         base: The kind of its base, a key of `LARGEST_TOKENS`.
-        capture: What records; default: a CUDA graph on a GPU, else the passes themselves.
+        capture: Function that records; default: `graphs.record` on a GPU, else `graphs.repeat`.
     """
 
     def __init__(
@@ -298,24 +298,24 @@ class GraphRunner:
         self._pool = graphs.pool_for(device)
         self._memory: tuple[int, ...] = ()
         self._turn: Any = None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def __call__(self, inputs: Inputs, keep: Keep, deterministic: bool) -> tuple[Tensor, Tensor] | None:
-        """Return what the stack does by a graph, or None where the batch is to be computed without one."""
+        """Return the stack's results by a graph, or None if the batch has to be computed without one."""
         waiting = None if self._turn is None else self._turn()
-        if (waiting is not None and not waiting.done) or inputs.size.tokens > self._largest or "failed" in self._said:
+        if (waiting is not None and not waiting.done) or inputs.size.tokens > self._largest or "failed" in self._warned:
             return None
         trained = self.stack.trained
         kind = (keep, deterministic, inputs.x.requires_grad, tuple(self.stack.chances()), inputs.counter is None)
         now = (*self.stack.addresses(), *(item is not None and item.requires_grad for item in trained))
         if now != self._memory:
-            self.made.clear()  # a graph reads and writes where the weights were when it was recorded
+            self.made.clear()  # a graph uses the addresses that the weights had when it was recorded
             self._memory = now
         sizes = [item.size for (own, _), item in self.made.items() if own == kind]
         size = size_for(inputs.size, sizes, MOST_GRAPHS - len(self.made) + len(sizes))
         if size is None:
             tokens, documents, longest = inputs.size
-            self._say("size", f"{tokens} tokens in {documents} documents of up to {longest} fit none of its sizes")
+            self._warn("size", f"{tokens} tokens in {documents} documents of up to {longest} fit none of its sizes")
             return None
         graph = self.made.get((kind, size)) or self._new(kind, size, inputs, keep, deterministic)
         if graph is None:
@@ -336,12 +336,12 @@ class GraphRunner:
             made = None
         if made is None:  # outside of `except`, where what the recording held is free
             self.made.clear()
-            self._say("failed", reason)
+            self._warn("failed", reason)
             return None
         self.made[kind, size] = made
         return made
 
-    def _say(self, what: str, reason: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _warn(self, what: str, reason: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             logger.warning("decoder layers run without a CUDA graph: %s", reason)

@@ -1,21 +1,21 @@
 """One decoder layer as one autograd node: forward and backward written by hand.
 
-With `x` the residual stream and `h` what is still to be added to it, a layer computes
+With `x` the residual stream and `h` the part not yet added to it, a layer computes
 
     x1 = x + h            y1 = norm(x1)     heads = attention(rotate(qkv(y1)))     h1 = o(heads)
     x2 = x1 + h1          y2 = norm(x2)     product = swiglu(gate_up(y2))          h2 = down(product)
 
-and hands on `(x2, h2)`, so that each sum rides on the pass of the norm that follows it. In place of some 40 nodes
-of autograd, each with a launch and a saved copy or two, there is one.
+and returns `(x2, h2)`, so that every sum is computed in the pass of the norm that follows it. This replaces some 40
+autograd nodes with their launches and saved copies by one.
 
 What is kept for backward (`Keep`):
 
-| word           | kept                                              | computed again                        |
+| value          | kept                                              | computed again                        |
 | -------------- | ------------------------------------------------- | ------------------------------------- |
 | `everything`   | all intermediate results                          | dropout's masks                       |
 | `elementwise`  | all but the outputs of the norms and of SwiGLU    | those                                 |
 | `input`        | x1                                                | the layer                             |
-| `host`         | x1, in the computer's pinned memory               | the layer                             |
+| `host`         | x1, in pinned host memory                         | the layer                             |
 
 Letters in the shapes: T tokens, C hidden size, H query heads, K key heads, D head size, r rank.
 """
@@ -49,7 +49,7 @@ class Adapter(NamedTuple):
         working_down: A in the dtype of the products.
         working_up: scaling · B in the dtype of the products.
         scaling: Multiplier of the update.
-        dropout: The module that drops elements of what A sees.
+        dropout: The module that applies dropout to A's input.
     """
 
     down: nn.Parameter
@@ -62,16 +62,16 @@ class Adapter(NamedTuple):
 
 @dataclass
 class Pass:
-    """Describe what the layers share in one forward pass and its backward pass.
+    """State that the layers share in one forward pass and its backward pass.
 
     Attributes:
         attention: How heads attend.
         cos: Cosines of the rotary embedding.
         sin: Sines.
         keep: What is kept for backward.
-        dropouts: Of every linear layer of the stack, by its index; None where none acts.
-        host: Where inputs are kept, for `keep == "host"`.
-        handed_down: The gradient that a layer's backward pass has handed to the layer before it, with its fp8 copy.
+        dropouts: Dropout of every linear layer of the stack, by index; None if it is off.
+        host: Inputs of layers, for `keep == "host"`.
+        handed_down: The gradient that a layer's backward pass has passed to the previous layer, with its fp8 copy.
 
     Shapes:
         cos and sin (T, half of the rotated columns), fp32.
@@ -86,7 +86,7 @@ class Pass:
     handed_down: Rows | None = None
 
     def on(self, device: torch.device) -> Pass:
-        """Return the same for layers on another device, itself where it is there already."""
+        """Return the state for layers on a device; itself if it is on that device."""
         if self.cos.device == device:
             return self
         layout = self.attention.layout.to(device)
@@ -97,8 +97,8 @@ class Pass:
         attention = replace(self.attention, layout=layout)
         return Pass(attention, self.cos.to(device), self.sin.to(device), dropouts, self.keep, host)
 
-    def taken_up(self, grad: Tensor) -> Rows | None:
-        """Return the fp8 copy that belongs to a gradient, if it is the one that was handed down and unchanged."""
+    def take_handed_down(self, grad: Tensor) -> Rows | None:
+        """Return the gradient with its fp8 copy if it is the unchanged one that was handed down, else None."""
         handed, self.handed_down = self.handed_down, None
         same = handed is not None and handed.values.data_ptr() == grad.data_ptr() and handed.values._version == 0
         return handed if same else None
@@ -107,7 +107,7 @@ class Pass:
 class AdaptedLinear:
     """A linear layer with a frozen weight, and its adapter if it has one.
 
-    With `u` what A sees (x, or x after dropout) and s the scaling:
+    With `u` the input of A (x, or x after dropout) and s the scaling:
 
         y = x W^T + (u A^T) (s B)^T        g = dy (s B)
         dx = dy W + mask(g A)              dA = g^T u        dB = s dy^T (u A^T)
@@ -151,10 +151,10 @@ class Gradients(NamedTuple):
     """Gradients of one linear layer.
 
     Attributes:
-        x: Of the input; without the adapter's part where dropout acts; None where it is not asked for.
-        adapter: The adapter's part, before dropout's mask; None where x has it.
-        down: Of A.
-        up: Of B.
+        x: Gradient of the input, with dropout without the adapter's part; None if not needed.
+        adapter: The adapter's part before dropout's mask; None if x includes it.
+        down: Gradient of A.
+        up: Gradient of B.
     """
 
     x: Any
@@ -163,7 +163,7 @@ class Gradients(NamedTuple):
     up: Tensor | None
 
     def of_adapter(self) -> Gradients:
-        """Return those of A and B alone, so that the memory of the others is free."""
+        """Return only the gradients of A and B, so that the memory of the others can be freed."""
         return self._replace(x=None, adapter=None)
 
 
@@ -175,7 +175,7 @@ def _sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Kept(NamedTuple):
-    """Describe what backward needs of the forward pass of one layer; None is computed again."""
+    """Intermediate results of one layer that backward needs; None is computed again."""
 
     x1: Tensor
     y1: Tensor | None
@@ -201,9 +201,9 @@ class DecoderLayer:
     """The parts of one decoder layer.
 
     Attributes:
-        index: Its number in the stack.
+        index: The layer's number in the stack.
         norms: Weights of the two norms.
-        eps: Of the norms.
+        eps: Epsilon of the norms.
         linears: The fused q, k, v projection, the output projection, the fused gate and up projection, the down
             projection.
         heads: Numbers of query heads and of key heads.
@@ -218,7 +218,7 @@ class DecoderLayer:
     head_size: int
 
     def __call__(self, shared: Pass, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the residual stream before the last sum, and what is to be added to it.
+        """Return the residual stream before the last sum, and the part to add to it.
 
         Shapes:
             x and h (T, C); returns (T, C) twice.
@@ -227,7 +227,7 @@ class DecoderLayer:
         return found
 
     def forward(self, shared: Pass, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """Return what `__call__` does, without autograd, and what is kept for `backward`. Shapes: as `__call__`."""
+        """Return the results of `__call__`, without autograd, and the tensors for `backward`. Shapes: as `__call__`."""
         with _on_device_of(x):
             h2, kept = self.run(shared, x, h)
             assert h2 is not None
@@ -251,15 +251,15 @@ class DecoderLayer:
         needs_x: bool,
         norms: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradient of x, which is that of h too, and of what trains, in the order of `trained`.
+        """Return the gradient of x, which is also that of h, and of the trained parameters in the order of `trained`.
 
         Args:
             shared: As in `forward`.
-            saved: What `forward` has kept.
+            saved: Tensors that `forward` has kept.
             dx: Gradient of the residual stream.
-            dh: Gradient of what is to be added to it.
-            needs_x: Whether that of x is wanted.
-            norms: Whether those of the two norms are.
+            dh: Gradient of the part to add to it.
+            needs_x: Whether the gradient of x is needed.
+            norms: Whether the gradients of the two norms are needed.
 
         Shapes:
             dx and dh (T, C); returns (T, C).
@@ -274,12 +274,12 @@ class DecoderLayer:
 
     @property
     def device(self) -> torch.device:
-        """Return where its weights are."""
+        """Return the device of the layer's weights."""
         return self.norms[0].device
 
     @property
     def trained(self) -> list[Tensor | None]:
-        """The weights of the norms, then A and B of every linear layer, None where there is no adapter."""
+        """Return the weights of the norms, then A and B of every linear layer, None without an adapter."""
         adapters = [linear.adapter for linear in self.linears]
         return [*self.norms, *(item for one in adapters for item in ((None, None) if one is None else one[:2]))]
 
@@ -315,13 +315,13 @@ class DecoderLayer:
 
 
 class _Layer(torch.autograd.Function):
-    """`DecoderLayer` between the residual stream before and after it, with what trains in it."""
+    """`DecoderLayer` in autograd, with the residual stream and the trained parameters as inputs."""
 
     @staticmethod
     def forward(
         ctx: Any, layer: DecoderLayer, shared: Pass, x: Tensor, h: Tensor | None, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """trained: as `DecoderLayer.trained`."""
+        """Compute the layer; `trained` is `DecoderLayer.trained`, for autograd."""
         x2, h2, saved = layer.forward(shared, x, h)
         ctx.layer, ctx.shared = layer, shared
         ctx.save_for_backward(*saved)
@@ -329,7 +329,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, h and what trains."""
+        """Return the gradients of x, h and the trained parameters."""
         refuse_create_graph()
         needed = ctx.needs_input_grad
         needs_x = needed[2] or needed[3]
@@ -339,7 +339,7 @@ class _Layer(torch.autograd.Function):
 
 @contextmanager
 def _on_device_of(x: Tensor) -> Iterator[None]:
-    """Launch Triton's kernels, which go to the current device, where the tensors are; leave dtypes alone."""
+    """Make the tensors' device current, since Triton launches kernels there, and turn autocast off."""
     with without_autocast(x.device.type), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         yield
 
@@ -351,17 +351,17 @@ def _without_elementwise(kept: Kept) -> Kept:
 def _gradients(
     layer: DecoderLayer, shared: Pass, kept: Kept, dx: Tensor, dh: Tensor, needs_x: bool, norms: Sequence[bool]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gradient of the residual stream, and of the norms, A and B in the order of `_Layer.forward`.
+    """Return the gradients of the residual stream, and of the norms, A and B in the order of `DecoderLayer.trained`.
 
     Shapes:
-        dx and dh (T, C), of the residual stream and of what is to be added to it; returns (T, C).
+        dx and dh (T, C), of the residual stream and of the part to add to it; returns (T, C).
     """
     qkv_proj, o_proj, gate_up_proj, down_proj = layer.linears
     fp8 = [linear.product.takes_fp8 for linear in layer.linears]
     dropouts = [shared.dropouts[linear.index] for linear in layer.linears]
     k = kept
 
-    rows = shared.taken_up(dh) or (kernels.quantize(dh.contiguous()) if fp8[3] else Rows(dh.contiguous()))
+    rows = shared.take_handed_down(dh) or (kernels.quantize(dh.contiguous()) if fp8[3] else Rows(dh.contiguous()))
     product = kernels.swiglu(k.gate_up)[0].values if k.product is None else k.product
     down = down_proj.backward(rows, product, k.down4, dropouts[3])
     del product
@@ -394,7 +394,7 @@ def _gradients(
     qkv, of_norm1 = _norm_weight(qkv, layer.norms[0], dropouts[0], norms[0], k.x1, k.inverse1)
     of_x1 = None
     if needs_x:
-        takes_fp8 = fp8[3]  # the layer before this one is like it
+        takes_fp8 = fp8[3]  # as in the previous layer
         of_x1 = kernels.norm_backward(
             qkv.x, k.x1, k.inverse1, layer.norms[0], of_x2.values, qkv.adapter, dropouts[0], takes_fp8
         )
@@ -406,7 +406,7 @@ def _gradients(
 def _norm_weight(
     linear: Gradients, weight: Tensor, dropout: Dropout | None, wanted: bool, x: Tensor, inverse: Tensor
 ) -> tuple[Gradients, Tensor | None]:
-    """Return the gradient of a norm's weight where it trains; the adapter's part is in that of the input then.
+    """Return the gradient of a norm's weight if it trains; then the adapter's part is added to the input's gradient.
 
     Shapes:
         x (T, C), weight (C), inverse (T); returns (C).

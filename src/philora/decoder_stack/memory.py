@@ -1,7 +1,7 @@
 """Bytes that the decoder stack needs on a GPU, from the sizes of its layers: plain functions, without a device.
 
-`footprint` adds them to the base, the adapter and the loss; tests/unit/decoder_stack/test_stack_memory.py counts the
-tensors of a real step beside them, and has the peaks that were measured on a card.
+`footprint` adds them to the base, the adapter and the loss. tests/unit/decoder_stack/test_stack_memory.py compares them
+with the tensors of a real step, and with peaks measured on a GPU.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from philora.decoder_stack.layer import Keep  # needs Triton
 
-# The peak of a step in a CUDA graph was 1.4 to 2.4 GB above that of the same step without one, at 32 layers of 3,072
-# columns, alike for 2,048 and 8,192 tokens (benchmarks/results/gpu_prototype.csv).
+# The peak of a step in a CUDA graph was 1.4 to 2.4 GB above that of the same step without one, with 32 layers of 3,072
+# columns, for 2,048 as for 8,192 tokens (benchmarks/results/gpu_prototype.csv).
 GRAPH_BYTES_PER_LAYER_COLUMN = 2.4e9 / (32 * 3072)
 
 
 @dataclass(frozen=True)
 class StackSizes:
-    """Describe what the bytes of a decoder layer depend on.
+    """Sizes that the bytes of a decoder layer depend on.
 
     Attributes:
         layers: Decoder layers.
@@ -28,9 +28,9 @@ class StackSizes:
         query: Columns of all query heads.
         key_value: Columns of all key heads, and of all value heads.
         heads: Query heads.
-        ranks: Ranks of the four adapters of a layer, added up.
-        element_bytes: Of an activation.
-        dropout: Whether LoRA dropout acts.
+        ranks: Sum of the ranks of a layer's four adapters.
+        element_bytes: Bytes of an activation.
+        dropout: Whether LoRA dropout is on.
         fp8: Whether the base's products are in fp8.
         weights: Weights of the linear layers of all decoder layers.
     """
@@ -49,11 +49,11 @@ class StackSizes:
 
     @property
     def fused(self) -> int:
-        """Columns of the fused q, k, v projection."""
+        """Return the columns of the fused q, k, v projection."""
         return self.query + 2 * self.key_value
 
     def layer_bytes(self, keep: Keep) -> float:
-        """Return what one layer keeps of a token on the device until its backward pass (`layer.Kept`).
+        """Return the bytes per token that one layer keeps on the device until its backward pass (`layer.Kept`).
 
         Args:
             keep: What is kept.
@@ -61,15 +61,15 @@ class StackSizes:
         size = self.element_bytes
         if keep in ("input", "host"):
             return size * self.hidden if keep == "input" else 0
-        # x1 and x2; q, k, v and what attention returns; gate and up; u A^T of every adapter.
+        # x1 and x2; q, k, v and attention's output; gate and up; u A^T of every adapter.
         elements = 2 * self.hidden + self.fused + self.query + 2 * self.feed_forward + self.ranks
         if keep == "everything":
             elements += 2 * self.hidden + self.feed_forward  # the norms' and SwiGLU's outputs
-        # In fp32: one over the root mean square of every norm, and flash attention's normaliser of every head.
+        # In fp32: one over the root mean square of both norms, and flash attention's normaliser per head.
         return size * elements + 4 * (2 + self.heads)
 
     def backward_bytes(self, keep: Keep) -> float:
-        """Return what one layer's backward pass has of a token at once at most, besides what is kept.
+        """Return the largest bytes per token of one layer's backward pass, besides the kept tensors.
 
         Args:
             keep: What is kept.
@@ -77,7 +77,7 @@ class StackSizes:
         c, i, q, f = self.hidden, self.feed_forward, self.query, self.fused
         again = keep == "elementwise"
         dropped = int(self.dropout)
-        # The gradients of x and of h, which the layer after this one has made, are there throughout.
+        # The gradients of x and h, made by the next layer, exist throughout.
         stages = (
             i * (1 + again + 2 * dropped),  # of SwiGLU's output; the output again; dropout's copy, the adapter's part
             3 * i + i * dropped,  # the same, and that of gate and up
@@ -91,34 +91,34 @@ class StackSizes:
         return made_again + self.element_bytes * (2 * c + max(stages)) * copies
 
     def activation_bytes(self, tokens: int, keep: Keep) -> float:
-        """Return what all layers keep on the device of so many tokens, and what stands before and after them.
+        """Return the bytes that all layers keep on the device for a micro-batch, with inputs and outputs of the stack.
 
         Args:
-            tokens: Of a micro-batch.
+            tokens: Tokens of the micro-batch.
             keep: What is kept.
         """
         # The sum of x and h that the last norm reads, and the norm's output; cos and sin in fp32; the ids, labels and
-        # positions in int64. With inputs in the computer's memory two of them are on their way at a time, and two back.
+        # positions in int64. With inputs in host memory, two are being copied there and two back at a time.
         around = 2 * self.hidden * self.element_bytes + 4 * self.query / self.heads + 4 * 8
         if keep == "host":
             around += 4 * self.hidden * self.element_bytes
         return tokens * (around + self.layers * self.layer_bytes(keep))
 
     def pinned_bytes(self, tokens: int, keep: Keep) -> int:
-        """Return what is in the computer's pinned memory.
+        """Return the bytes in pinned host memory.
 
         Args:
-            tokens: Of a micro-batch.
+            tokens: Tokens of a micro-batch.
             keep: What is kept.
         """
         return tokens * self.layers * self.hidden * self.element_bytes if keep == "host" else 0
 
     @property
     def fp8_bytes(self) -> int:
-        """Copies of the weights in fp8, one for every direction of the products, with a scale a row."""
+        """Return the bytes of the fp8 copies of the weights, one for each direction of the products."""
         return 2 * self.weights if self.fp8 else 0
 
     @property
     def graph_bytes(self) -> int:
-        """Return what a CUDA graph of the layers holds besides what a step without one does."""
+        """Return the additional bytes of a CUDA graph of the layers."""
         return round(GRAPH_BYTES_PER_LAYER_COLUMN * self.layers * self.hidden)

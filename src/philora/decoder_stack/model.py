@@ -1,7 +1,7 @@
-"""`Phi3Model` with the decoder stack inside: a class that `optimize` gives to existing models.
+"""`Phi3Model` with the decoder stack: a class that `optimize` gives to existing models.
 
 Only the class changes; parameters, names and state dicts are transformers'. A call that the stack does not cover runs
-the forward that transformers wrote, over philora's modules; the first such call on a GPU says why.
+transformers' forward over philora's modules; the first such call on a GPU logs why.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _PARAMETERS = tuple(inspect.signature(Phi3Model.forward).parameters)[1:]
 
 @dataclass
 class StackSettings:
-    """Describe what is asked of a model's decoder stack.
+    """Settings of a model's decoder stack.
 
     Attributes:
         deterministic: Whether repeated steps give the same bits.
-        fp8: Whether the base's products are to be in fp8, where the device has it.
-        inputs_on_host: Whether inputs of layers are kept in the computer's memory, where layers are recomputed.
-        counter: Forward passes with dropout so far; with the seed, it decides the masks. Part of what a run resumes.
-        seed: Of the masks; None: PyTorch's initial seed.
+        fp8: Whether the base's products are in fp8 if the device supports it.
+        inputs_on_host: Whether inputs of layers are kept in host memory if layers are recomputed.
+        counter: Number of forward passes with dropout. With the seed it determines the masks; resuming restores it.
+        seed: Seed of the masks; None for PyTorch's initial seed.
     """
 
     deterministic: bool = True
@@ -59,12 +59,12 @@ class StackSettings:
 
 
 class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
-    """Phi-3's decoder, whose layers are one autograd node each where `choice.stack_for` says so."""
+    """Phi-3's decoder with one autograd node per layer if `choice.stack_for` allows it."""
 
-    stack_settings = StackSettings()  # a model's own replaces it
+    stack_settings = StackSettings()  # replaced by the model's own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'."""
+        """Compute the decoder. Arguments and results are transformers'."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not _possible(self.embed_tokens):
             return super().forward(*args, **kwargs)
         inputs, keep = dict(zip(_PARAMETERS, args, strict=False)) | kwargs, keep_of(self)
@@ -73,7 +73,7 @@ class StackedPhi3Model(Phi3Model):  # type: ignore[misc]
         choice = choose(self, inputs, keep, facts)
         if choice.path != "stack":
             _runners.pop(self, None)  # graphs hold memory
-            _say(choice, self)
+            _warn_without_stack(choice, self)
             return super().forward(*args, **kwargs)
         return _stacked(self, inputs, keep, facts)
 
@@ -88,7 +88,7 @@ def _possible(embedding: nn.Module) -> bool:
 
 
 def keep_of(model: Any) -> Keep:
-    """Return what the stack keeps for backward, by the settings of recomputation that the model has already."""
+    """Return what the stack keeps for backward, from the model's settings of recomputation."""
     settings: StackSettings = model.stack_settings
     if model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers):
         return "host" if settings.inputs_on_host else "input"
@@ -96,7 +96,7 @@ def keep_of(model: Any) -> Keep:
 
 
 def choose(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) -> Choice:
-    """Return how a call of a decoder is computed; on a GPU the stack is compared with plain PEFT first, once."""
+    """Return how a call of a decoder is computed; on a GPU the stack is first compared with plain PEFT, once."""
     given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if given is None:
         return Choice("modules", ("there is no input",))
@@ -111,14 +111,14 @@ def choose(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) ->
     return choice
 
 
-_said: set[Choice] = set()
+_warned: set[Choice] = set()
 
 
-def _say(choice: Choice, model: Any) -> None:
-    """Say once, of a model on a GPU that trains, why the stack does not run."""
-    if choice in _said or not model.training or next(model.parameters()).device.type != "cuda":
+def _warn_without_stack(choice: Choice, model: Any) -> None:
+    """Warn once why the stack does not run, for a model on a GPU in training mode."""
+    if choice in _warned or not model.training or next(model.parameters()).device.type != "cuda":
         return
-    _said.add(choice)
+    _warned.add(choice)
     fp8 = ", and base products are not in fp8" if model.stack_settings.fp8 else ""
     logger.warning("decoder layers run without the stack of one node a layer%s: %s", fp8, "; ".join(choice.reasons))
 
@@ -138,7 +138,8 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) 
     cos, sin = (
         item[..., :half].expand(rows, tokens, half).reshape(-1, half).float().contiguous() for item in (cos, sin)
     )
-    # PyTorch has flash attention in bf16 and fp16 alone; other dtypes go document by document, by lengths of the host.
+    # PyTorch has flash attention only in bf16 and fp16. In other dtypes documents are computed one by one, which needs
+    # the lengths on the host.
     flash = embeddings.is_cuda and embeddings.dtype in (torch.bfloat16, torch.float16)
     documents = documents_of(inputs["position_ids"], rows, inputs, with_lengths=not flash)
     counter = _next_counter(model, embeddings.device) if model.training else None
@@ -152,7 +153,7 @@ def _stacked(model: Any, inputs: dict[str, Any], keep: Keep, facts: ModelFacts) 
 
 
 def stack_of(model: Any, embeddings: Tensor, facts: ModelFacts) -> DecoderStack:
-    """Return the stack of a model, made when it is first wanted and again when a part of the model is another."""
+    """Return the stack of a model, cached until a part of the model is replaced."""
     from philora.decoder_stack.stack import DecoderStack  # needs Triton
 
     fp8: Scaling | None = fp8_scaling(embeddings.device, embeddings.dtype) if model.stack_settings.fp8 else None
@@ -161,7 +162,7 @@ def stack_of(model: Any, embeddings: Tensor, facts: ModelFacts) -> DecoderStack:
         return stack
     if stack is None or not stack.is_for(model, embeddings.dtype, fp8):
         stack = None
-        _stacks.pop(model, None)  # freed before the next one is made
+        _stacks.pop(model, None)  # freed before a new one is made
         _runners.pop(model, None)
         stack = DecoderStack(model, embeddings.dtype, fp8)
     _stacks[model] = stack, facts
@@ -169,9 +170,9 @@ def stack_of(model: Any, embeddings: Tensor, facts: ModelFacts) -> DecoderStack:
 
 
 def _runner_of(model: Any, stack: DecoderStack, x: Tensor, keep: Keep, facts: ModelFacts) -> graphs.GraphRunner | None:
-    """Return what computes the stack in CUDA graphs, or None where it is computed without."""
+    """Return the runner that computes the stack in CUDA graphs, or None if it is computed without."""
     switch = graph_switch()
-    if switch != "all":  # read in every pass: no further facts are looked at
+    if switch != "all":  # checked in every pass, so before all other facts
         return None
     runner = _runners.get(model)
     if runner is not None and runner.stack is stack and keep != "host" and autocast_dtype(x.device.type) is None:
@@ -181,15 +182,15 @@ def _runner_of(model: Any, stack: DecoderStack, x: Tensor, keep: Keep, facts: Mo
     dtype = str(x.dtype).removeprefix("torch.")
     reasons = graphs.against(graphs.GraphFacts(switch, x.device.type, base, dtype, keep, facts.devices, autocast))
     if reasons:
-        _say_of_graphs(tuple(reasons))
+        _warn_without_graphs(tuple(reasons))
         return None
-    _runners.pop(model, None)  # freed before the next one is made
+    _runners.pop(model, None)  # freed before a new one is made
     runner = _runners[model] = graphs.GraphRunner(stack, x.device, base)
     return runner
 
 
 @cache
-def _say_of_graphs(reasons: tuple[str, ...]) -> None:
+def _warn_without_graphs(reasons: tuple[str, ...]) -> None:
     logger.warning("decoder layers run without a CUDA graph: %s", "; ".join(reasons))
 
 
@@ -197,7 +198,7 @@ def _say_of_graphs(reasons: tuple[str, ...]) -> None:
 
 
 def _next_counter(model: Any, device: torch.device) -> Tensor:
-    """Return the number of this pass on the device, and count it. A new tensor, since backward reads it again."""
+    """Return the number of this pass on the device, and count it. It is a new tensor, since backward reads it again."""
     settings: StackSettings = model.stack_settings
     counter = _counters.get(model)
     if counter is None or counter.device != device:
@@ -210,14 +211,14 @@ def _next_counter(model: Any, device: torch.device) -> Tensor:
 
 
 def _own_seed() -> int:
-    """A seed for every process: PyTorch's, and far from those of the other processes."""
+    """Return a seed from PyTorch's, far from the seeds of other processes."""
     distributed = torch.distributed
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
     return (torch.initial_seed() + rank * 1_000_000_007) % (1 << 31)
 
 
 def dropout_state(model: nn.Module) -> dict[str, int] | None:
-    """Return what a run has to keep so that dropout's masks continue, or None where no stack has drawn any."""
+    """Return the state that a run saves to continue dropout's masks; None if no stack has drawn any."""
     for decoder in _decoders(model):
         if decoder.stack_settings.counter:
             settings = decoder.stack_settings
@@ -226,7 +227,7 @@ def dropout_state(model: nn.Module) -> dict[str, int] | None:
 
 
 def set_dropout_state(model: nn.Module, state: dict[str, int]) -> None:
-    """Let dropout's masks continue where `dropout_state` was."""
+    """Continue dropout's masks from a state of `dropout_state`."""
     for decoder in _decoders(model):
         configure(decoder, seed=int(state["seed"]), counter=int(state["counter"]))
         _counters.pop(decoder, None)
@@ -245,26 +246,26 @@ def use_decoder_stack(model: nn.Module) -> None:
         if type(module) is Phi3Model:
             module.__class__ = StackedPhi3Model
             cast(StackedPhi3Model, module).stack_settings = StackSettings()
-            _let_record(module)
+            _register_outputs(module)
 
 
-def _let_record(model: Any) -> None:
-    """Tell transformers, which looks it up by the class, what a decoder can record (output_hidden_states)."""
+def _register_outputs(model: Any) -> None:
+    """Register a decoder's recordable outputs (output_hidden_states), which transformers looks up by class."""
     try:
         from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-    except ImportError:  # before transformers 5 it stands with the class
+    except ImportError:  # before transformers 5 it is an attribute of the class
         return
     _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
 def configure(model: nn.Module, **settings: Any) -> None:
-    """Change settings of the decoder stacks inside a model, by the names of `StackSettings`."""
+    """Change settings (`StackSettings`) of the decoder stacks inside a model."""
     for decoder in _decoders(model):
         decoder.stack_settings = replace(decoder.stack_settings, **settings)
 
 
 def facts_for(model: nn.Module) -> Any:
-    """Return the facts of the first decoder inside a model, or None where there is none of the family."""
+    """Return the facts of the first `Phi3Model` inside a model, or None if there is none."""
     for module in model.modules():
         if isinstance(module, Phi3Model):
             return facts_of_model(cast(Any, module))

@@ -1,4 +1,4 @@
-"""The two products of a frozen weight, `x W^T` and `dy W`, in the forms that the decoder stack can compute them in.
+"""The two products of a frozen weight, `x W^T` and `dy W`, in the forms that the decoder stack can compute.
 
 | class                | the weight is                          | the product is in        |
 | -------------------- | -------------------------------------- | ------------------------ |
@@ -6,7 +6,7 @@
 | `DequantizedProduct` | 4 or 8 bits of bitsandbytes            | the activations' dtype   |
 | `Fp8Product`         | a matrix, and copies of it in fp8      | fp8, sums in fp32        |
 
-All have `forward`, `backward`, and `takes_fp8`: whether the kernel that makes an operand shall also write it in fp8.
+All have `forward`, `backward`, and `takes_fp8`: whether the kernel that makes an operand should also write it in fp8.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from philora.kernels.quantization import dequantized_into, is_quantized
 logger = logging.getLogger(__name__)
 
 Scaling = Literal["rows", "tensor"]
-"""What one scale of an fp8 operand belongs to: a row, or the whole tensor."""
+"""Whether an fp8 operand has one scale per row or one per tensor."""
 
 
 class Product(Protocol):
     """The products of one frozen weight.
 
     Attributes:
-        takes_fp8: Whether `forward` and `backward` want their operand's copy in fp8.
+        takes_fp8: Whether `forward` and `backward` use an fp8 copy of their operand.
     """
 
     takes_fp8: bool
@@ -44,7 +44,7 @@ class Product(Protocol):
 
 
 class PlainProduct:
-    """A weight that is there as a matrix, of the activations' dtype. Moved elsewhere, it is read where it is then."""
+    """A weight that is a matrix in the activations' dtype. If the model is moved, the moved weight is used."""
 
     takes_fp8 = False
 
@@ -52,22 +52,22 @@ class PlainProduct:
         self._weight = weight
 
     def forward(self, x: Rows) -> Tensor:
-        """As `Product.forward`."""
+        """Return `x W^T`, as `Product.forward`."""
         return x.values @ self._weight.detach().t()
 
     def backward(self, dy: Rows) -> Tensor:
-        """As `Product.backward`."""
+        """Return `dy W`, as `Product.backward`."""
         return dy.values @ self._weight.detach()
 
 
 class Buffer:
-    """Memory for one matrix at a time, shared by all layers of a stack, as large as the largest that was asked for."""
+    """Memory for one matrix at a time, shared by all layers of a stack."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
     def matrix(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return memory of this shape; what it held before is lost."""
+        """Return memory of this shape. Earlier contents are lost."""
         memory = self._memory
         if memory is None or memory.numel() < shape.numel() or memory.dtype != dtype or memory.device != device:
             memory = self._memory = torch.empty(shape.numel(), dtype=dtype, device=device)
@@ -78,8 +78,8 @@ class DequantizedProduct:
     """A weight of bitsandbytes, dequantised for every product into memory that all layers share.
 
     Cost:
-        One pass that writes the matrix for every product, forward and backward: 22% of the time of the products at
-        1,000 tokens, less with more of them.
+        Every product, forward and backward, writes the matrix once: 22% of the time of the products at 1,000 tokens,
+        less with more tokens.
     """
 
     takes_fp8 = False
@@ -93,11 +93,11 @@ class DequantizedProduct:
         return dequantized_into(layer, self._buffer.matrix(shape, dtype, layer.weight.device))
 
     def forward(self, x: Rows) -> Tensor:
-        """As `Product.forward`."""
+        """Return `x W^T`, as `Product.forward`."""
         return x.values @ self._matrix(x.values.dtype).t()
 
     def backward(self, dy: Rows) -> Tensor:
-        """As `Product.backward`."""
+        """Return `dy W`, as `Product.backward`."""
         return dy.values @ self._matrix(dy.values.dtype)
 
 
@@ -105,17 +105,17 @@ class Fp8Product:
     """A matrix whose products are computed from copies in e4m3, the sums in fp32.
 
     Args:
-        weight: The matrix; it stays as it is, for evaluation and for what the stack does not cover.
-        scaling: Whether scales belong to rows or to whole tensors.
+        weight: The matrix; it is not changed, for evaluation and for calls that the stack does not cover.
+        scaling: Whether scales are per row or per tensor.
         backward: The format of the backward product: e4m3, or the weight's own dtype, which is exact and slower.
 
     Numerics:
-        Each operand is divided by its scale and rounded to 3 bits of mantissa. `docs/performance.md` has what that
-        does to losses and gradients.
+        Every operand is divided by its scale and rounded to 3 bits of mantissa. `docs/performance.md` shows the effect
+        on losses and gradients.
 
     Cost:
-        As much memory again as the weight has in bf16: a copy in fp8 for every direction, since both operands of the
-        product have to be laid out along its inner dimension. Half of that where backward is not in fp8.
+        The memory of the weight in bf16 once more: an fp8 copy for each direction, since both operands of a product
+        must be contiguous along its inner dimension. Half of that if backward is not in fp8.
     """
 
     def __init__(self, weight: Tensor, scaling: Scaling = "rows", backward: Literal["e4m3", "weight"] = "e4m3") -> None:
@@ -125,11 +125,11 @@ class Fp8Product:
         self._backward = to_fp8(weight.t().contiguous(), scaling) if backward == "e4m3" else None
 
     def forward(self, x: Rows) -> Tensor:
-        """As `Product.forward`."""
+        """Return `x W^T`, as `Product.forward`."""
         return self._product(x, *self._forward)
 
     def backward(self, dy: Rows) -> Tensor:
-        """As `Product.backward`."""
+        """Return `dy W`, as `Product.backward`."""
         return dy.values @ self._weight if self._backward is None else self._product(dy, *self._backward)
 
     def _product(self, x: Rows, weight: Tensor, scales: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def to_fp8(matrix: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
 
 
 def scaled_product(a: Tensor, of_a: Tensor, b: Tensor, of_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `(a * of_a) (b * of_b)^T` of two matrices in fp8; on a CPU by their values in fp32.
+    """Return `(a * of_a) (b * of_b)^T` of two matrices in fp8; a CPU computes it in fp32.
 
     Shapes:
         a (T, k), of_a (T, 1) or (), b (n, k), of_b (n, 1) or (); returns (T, n).
@@ -163,10 +163,10 @@ def scaled_product(a: Tensor, of_a: Tensor, b: Tensor, of_b: Tensor, dtype: torc
 
 @cache
 def fp8_scaling(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Scaling | None:
-    """Return the finest scaling with which this device multiplies in fp8, tried by one small product, or None.
+    """Return the finest scaling with which this device can multiply in fp8, tried by one small product, or None.
 
-    Says once where it is not the finest: scales by row are refused by some releases and cards (PyTorch issues 130359
-    and 192707), and below compute capability 8.9 there is no fp8.
+    Warns once if it is not per row. Some releases and GPUs refuse scales per row (PyTorch issues 130359 and 192707),
+    and below compute capability 8.9 there is no fp8.
     """
     reasons = []
     generator = torch.Generator().manual_seed(0)
@@ -193,8 +193,8 @@ def product_of(layer: nn.Module, buffer: Buffer, fp8: Scaling | None = None) -> 
 
     Args:
         layer: A `torch.nn.Linear`, or a quantised layer of bitsandbytes.
-        buffer: For dequantised matrices.
-        fp8: The scaling of products in fp8; None: in the weight's dtype. A quantised layer stays as it is.
+        buffer: Memory for dequantised matrices.
+        fp8: The scaling of products in fp8; None for products in the weight's dtype. Ignored for a quantised layer.
     """
     if is_quantized(layer):
         return DequantizedProduct(layer, buffer)

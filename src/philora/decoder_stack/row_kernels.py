@@ -1,13 +1,13 @@
-"""The element-wise work of a decoder layer on a GPU: Triton kernels in which one program treats one row.
+"""The element-wise work of a decoder layer on a GPU: Triton kernels in which one program computes one row.
 
-A row is one token. Each kernel reads and writes its rows once and does all that can ride on that pass: the sum of the
-residual stream with the norm, dropout of what the adapter sees, and the fp8 copy that the next product takes.
+A row is one token. A kernel reads and writes its rows once, and does all related work in that pass: the sum of the
+residual stream with the norm, dropout of the adapter's input, and the fp8 copy for the next product.
 
 Letters in the shapes: T tokens, C hidden size, I intermediate size, H query heads, K key heads, D head size, R half of
 the rotated columns of a head.
 
-Numerics, for all kernels: fp32 inside; results are rounded once to the dtype of the tensor that they are written to.
-Every kernel moves as many bytes as its arguments have; none of them is bound by arithmetic.
+All kernels compute in fp32 and round once to the dtype of the result. The time of a kernel is that of moving the bytes
+of its arguments, not of its arithmetic.
 
 Triton is needed to import this module. With `TRITON_INTERPRET=1` set before Triton is imported, the same kernels run
 on a CPU, slowly; the tests use that.
@@ -27,7 +27,7 @@ from philora.decoder_stack.rows import FP8, Dropout, Rows
 
 @triton.jit
 def _keeps(seed, row, columns, width, p):
-    """Return which elements of a row dropout keeps: a hash of (seed, row, column), so that backward sees the same."""
+    """Return which elements of a row dropout keeps: a hash of (seed, row, column), so that backward has the same."""
     key = tl.load(seed).to(tl.uint32)
     bits = (row * width + columns).to(tl.uint32)
     bits = (bits ^ key) * 0x85EBCA6B
@@ -126,7 +126,7 @@ def _rotate(qkv, cos, sin, stride, heads, size, half, HEADS: tl.constexpr, HALF:
 
 @triton.jit
 def _turned_back(source, heads, size, half, cos, sin, row, HEADS: tl.constexpr, SIZE: tl.constexpr):
-    """Return the gradient before the rotation, of all heads of a row; columns beyond the rotated ones pass."""
+    """Return the gradient before the rotation, of all heads of a row; other columns are copied."""
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, SIZE)[None, :]
     inside = (head < heads) & (column < size)
@@ -258,12 +258,12 @@ def _quantize(x, quantized, scales, width, BLOCK: tl.constexpr):
 
 
 def _block(width: int) -> dict[str, int]:
-    """Return the columns of a program, a power of two, and the warps that share them."""
+    """Return the columns of a program, a power of two, and its number of warps."""
     return {"BLOCK": triton.next_power_of_2(width), "num_warps": 4 if width <= 4096 else 8}
 
 
 def _copy_in_fp8(like: Tensor, columns: int, wanted: bool) -> tuple[Tensor, Tensor] | None:
-    """Return memory for a matrix in fp8 and its scales, or None where none is wanted."""
+    """Return memory for a matrix in fp8 and its scales, or None if it is not needed."""
     if not wanted:
         return None
     quantized = torch.empty(len(like), columns, device=like.device, dtype=FP8)
@@ -271,7 +271,7 @@ def _copy_in_fp8(like: Tensor, columns: int, wanted: bool) -> tuple[Tensor, Tens
 
 
 def _dropout(dropout: Dropout | None, unused: Tensor) -> tuple[Tensor, float, float]:
-    """Return what a kernel takes: seed, probability, and the factor of what is kept."""
+    """Return a kernel's arguments for dropout: seed, probability, and the factor of kept elements."""
     if dropout is None:
         return unused, 0.0, 1.0
     return dropout.seed, dropout.p, 1.0 / (1.0 - dropout.p) if dropout.p < 1 else 0.0
@@ -280,7 +280,7 @@ def _dropout(dropout: Dropout | None, unused: Tensor) -> tuple[Tensor, float, fl
 def add_norm(
     x: Tensor, h: Tensor | None, weight: Tensor, eps: float, dropout: Dropout | None = None, quantize: bool = False
 ) -> tuple[Tensor, Rows, Tensor, Tensor | None]:
-    """Return the sum of the residual stream and what is to be added to it, and the RMSNorm of that sum.
+    """Return the sum of the residual stream and the part to add to it, and the RMSNorm of that sum.
 
     Args:
         x: The residual stream.
@@ -310,7 +310,7 @@ def add_norm(
 
 
 def norm_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Return the norm that `add_norm` returned, the same bits. Shapes: x (T, C), weight (C), inverse (T)."""
+    """Return the norm with the same bits as `add_norm`. Shapes: x (T, C), weight (C), inverse (T)."""
     y = torch.empty_like(x)
     _norm_again[(len(x),)](x, weight, inverse, y, x.shape[1], **_block(x.shape[1]))
     return y
@@ -378,7 +378,7 @@ def rotate_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor
 
 
 def swiglu(gate_up: Tensor, dropout: Dropout | None = None, quantize: bool = False) -> tuple[Rows, Tensor | None]:
-    """Return `silu(gate) * up`, and the same after dropout, or None.
+    """Return `silu(gate) * up`, and a copy after dropout or None.
 
     Shapes:
         gate_up (T, 2 I), gate first; returns (T, I) twice.
@@ -424,7 +424,7 @@ def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
 
 
 def add_dropped_(x: Tensor, addend: Tensor, dropout: Dropout) -> Tensor:
-    """Add what dropout leaves of `addend` to x, in place; return x. Shapes: both (T, columns)."""
+    """Add `addend` after dropout to x in place, and return x. Shapes: both (T, columns)."""
     _add_dropped[(len(x),)](x, addend, *_dropout(dropout, x), x.shape[1], **_block(x.shape[1]))
     return x
 

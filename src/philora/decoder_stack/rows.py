@@ -1,4 +1,4 @@
-"""Define what the kernels and the products of the decoder stack hand to each other. Needs PyTorch only."""
+"""Data types that the kernels and the products of the decoder stack share. They need PyTorch only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FP8_LARGEST = 448.0  # the largest number of e4m3
 
 
 class Dropout(NamedTuple):
-    """Dropout of what one linear layer's adapter sees.
+    """Dropout on the input of one linear layer's adapter.
 
     Attributes:
         seed: One int64 on the device, of which 32 bits are used.
@@ -24,7 +24,7 @@ class Dropout(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A matrix of activations or gradients, with its copy in fp8 where the next product takes one.
+    """A matrix of activations or gradients, with its copy in fp8 if the next product takes one.
 
     Attributes:
         values: The matrix.
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 def kept_by_dropout(rows: int, columns: int, dropout: Dropout) -> Tensor:
-    """Return which elements dropout keeps, in PyTorch: the hash of the kernels, bit for bit.
+    """Return which elements dropout keeps, by the same hash as the kernels, in PyTorch.
 
     Shapes:
         Returns (rows, columns) of bool.

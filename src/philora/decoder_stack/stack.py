@@ -1,7 +1,6 @@
 """All decoder layers of a model, ready to compute: products of the frozen weights, working copies of the adapters.
 
-`DecoderStack` needs Triton. It takes tensors and gives tensors, and reads nothing from the device, so that a CUDA
-graph can hold it.
+`DecoderStack` needs Triton. It reads no values from the device, so a CUDA graph can record it.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class Passed(NamedTuple):
 
     Attributes:
         x: The residual stream before the last sum.
-        h: What is to be added to it.
-        shared: What the layers share.
-        saved: What each layer keeps for backward.
+        h: The part to add to it.
+        shared: State that the layers share.
+        saved: Tensors that every layer keeps for backward.
 
     Shapes:
         x and h (T, C).
@@ -43,7 +42,7 @@ _SEED_OF_LAYER, _SEED_OF_PASS = 2654435761, 1000003
 
 
 def parts_of(model: Any) -> list[tuple[Any, ...]]:
-    """Return what a stack is made of, in an order of its own: it is to be made anew when one of these is another."""
+    """Return the parts of a model that a stack is made of. If one is replaced, a new stack is needed."""
     found: list[tuple[Any, ...]] = []
     for layer in list(model.layers)[: model.config.num_hidden_layers]:
         found += [(norm_of(layer, name).weight,) for name in NORMS]
@@ -63,22 +62,22 @@ def seeds_of(counter: Tensor, linears: int) -> Tensor:
 
 
 def _same(mine: tuple[Any, ...], theirs: tuple[Any, ...]) -> bool:
-    """Return whether the parts are the same tensors and modules, and the scaling an equal number."""
+    """Return whether the tensors and modules are identical, and the scalings equal."""
     return len(mine) == len(theirs) and all(
         a == b if isinstance(a, float) else a is b for a, b in zip(mine, theirs, strict=True)
     )
 
 
 class DecoderStack:
-    """The decoder layers of a `Phi3Model` that `choice.stack_for` lets through.
+    """The decoder layers of a `Phi3Model` for which `choice.stack_for` chooses the stack.
 
     Args:
-        model: The decoder; its modules keep their parameters, and stay as they are.
-        dtype: Of the activations.
-        fp8: The scaling of the base's products in fp8; None: they are in `dtype`, or dequantised to it.
+        model: The decoder; it is not changed.
+        dtype: Dtype of the activations.
+        fp8: The scaling of the base's products in fp8; None for products in `dtype`, dequantised if needed.
 
     Cost:
-        A copy of every adapter in `dtype`; with fp8 what `Fp8Product` says; over a quantised base one matrix.
+        A copy of every adapter in `dtype`; with fp8 the cost of `Fp8Product`; over a quantised base one matrix.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, fp8: Scaling | None = None) -> None:
@@ -108,7 +107,7 @@ class DecoderStack:
         return AdaptedLinear(index, product, adapter)
 
     def is_for(self, model: Any, dtype: torch.dtype, fp8: Scaling | None) -> bool:
-        """Return whether the stack is still what it would be if it was made now."""
+        """Return whether a new stack for this model would be the same."""
         if self.dtype != dtype or self.fp8 != fp8:
             return False
         now = parts_of(model)
@@ -116,19 +115,17 @@ class DecoderStack:
 
     @torch.no_grad()
     def _cast_adapters(self) -> None:
-        """Round A and scaling · B to the dtype of the products, all at once."""
+        """Round A and scaling · B of all adapters to the dtype of the products."""
         if not self._adapters:
             return
-        working = [adapter.working_down for adapter in self._adapters] + [
-            adapter.working_up for adapter in self._adapters
-        ]
+        working_up = [adapter.working_up for adapter in self._adapters]
+        working = [adapter.working_down for adapter in self._adapters] + working_up
         trained: list[Tensor] = [adapter.down for adapter in self._adapters]
         torch._foreach_copy_(working, [*trained, *(adapter.up for adapter in self._adapters)])
-        up = working[len(self._adapters) :]
-        torch._foreach_mul_(up, [adapter.scaling for adapter in self._adapters])
+        torch._foreach_mul_(working_up, [adapter.scaling for adapter in self._adapters])
 
     def _dropouts(self, counter: Tensor | None) -> list[Dropout | None]:
-        """Return the dropout of every linear layer in this pass; none where it does not act. Shapes: counter (1)."""
+        """Return the dropout of every linear layer in this pass, None where it is off. Shapes: counter (1)."""
         chances = self.chances()
         if counter is None or not any(chances):
             return [None] * len(chances)
@@ -139,22 +136,22 @@ class DecoderStack:
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *,
         keep: Keep = "everything", counter: Tensor | None = None, deterministic: bool = True,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return the residual stream before the last sum, and what is to be added to it.
+        """Return the residual stream before the last sum, and the part to add to it.
 
         Args:
             x: Embeddings of the tokens.
-            cos: Cosines of the rotary embedding, the first of the two halves, which are alike.
+            cos: Cosines of the rotary embedding, one of the two equal halves.
             sin: Sines.
             layout: The documents.
             keep: What is kept for backward.
-            counter: Number of this forward pass, for dropout's masks; None: no dropout.
+            counter: Number of this forward pass, for dropout's masks; None for no dropout.
             deterministic: Whether backward repeats its bits.
 
         Shapes:
             x (T, C), cos and sin (T, half of the rotated columns) in fp32, counter (1); returns (T, C) twice.
         """
         shared = self._begin(x, cos, sin, layout, keep, counter, deterministic)
-        passes = {x.device: shared}  # under a `device_map` layers are on several devices
+        passes = {x.device: shared}  # with a `device_map` layers are on several devices
         h: Tensor | None = None
         for layer in self._layers:
             device = layer.device
@@ -168,7 +165,7 @@ class DecoderStack:
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, keep: Keep, counter: Tensor | None,
         deterministic: bool,
     ) -> Pass:  # fmt: skip
-        """Return what the layers share in a pass, the adapters rounded for it."""
+        """Round the adapters, and return the state that the layers share in a pass."""
         self._cast_adapters()
         window = self._window if self._window is not None and self._window < layout.longest_tokens else None
         attention = Attention(layout, self._scaling, window, deterministic)
@@ -179,18 +176,17 @@ class DecoderStack:
 
     @property
     def trained(self) -> list[Tensor | None]:
-        """Return what may train, in the order of the gradients of `backward`."""
+        """Return the parameters that can train, in the order of the gradients of `backward`."""
         return [item for layer in self._layers for item in layer.trained]
 
     def addresses(self) -> list[int]:
-        """Return where the weights stand in memory."""
+        """Return the addresses of the weights."""
         return [item.data_ptr() for part in self.parts for item in part if isinstance(item, Tensor)]
 
     def chances(self) -> list[float]:
-        """Return the probabilities of dropout of the linear layers as they are now."""
-        modules = [
-            None if one.adapter is None else one.adapter.dropout for layer in self._layers for one in layer.linears
-        ]
+        """Return the current probabilities of dropout of the linear layers."""
+        adapters = [linear.adapter for layer in self._layers for linear in layer.linears]
+        modules = [None if adapter is None else adapter.dropout for adapter in adapters]
         return [
             float(getattr(module, "p", 0.0)) if module is not None and module.training else 0.0 for module in modules
         ]
@@ -200,7 +196,7 @@ class DecoderStack:
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *,
         keep: Keep = "everything", counter: Tensor | None = None, deterministic: bool = True,
     ) -> Passed:  # fmt: skip
-        """Compute what `__call__` does, without autograd. Arguments and shapes: as there."""
+        """Compute the same as `__call__`, without autograd. Arguments and shapes are the same."""
         shared = self._begin(x, cos, sin, layout, keep, counter, deterministic)
         h: Tensor | None = None
         saved = []
@@ -214,9 +210,9 @@ class DecoderStack:
     def backward(
         self, passed: Passed, dx: Tensor, dh: Tensor, needs_x: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradients of x and of what trains, in the order of `trained`; None for what does not.
+        """Return the gradients of x and of the parameters, in the order of `trained`; None for frozen ones.
 
-        What `passed` kept is let go layer by layer.
+        The tensors that `passed` keeps are freed layer by layer.
 
         Shapes:
             dx and dh (T, C), of what `forward` returned; returns (T, C).

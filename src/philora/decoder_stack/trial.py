@@ -1,8 +1,8 @@
-"""One decoder layer beside plain PEFT, before a machine's first use of the stack.
+"""Comparison of one decoder layer with plain PEFT, before the first use of the stack on a machine.
 
-Drivers, compilers and cards differ, and a kernel that is wrong there trains wrongly in silence. So the layer is run
-once on a few tokens and compared with transformers' and PEFT's own code in the same dtype. That it agrees is
-remembered for this card and these versions; where it does not, the stack stays off, with one notice.
+Drivers, compilers and GPUs differ, and a kernel that is wrong on one of them would train wrongly without an error. So
+a layer is computed once on a few tokens, and compared with transformers' and PEFT's own code in the same dtype. An
+agreement is cached for this GPU and these versions. Otherwise the stack stays off, with one warning.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ logger = logging.getLogger(__name__)
 LENGTHS = (3, 17, 1, 30)  # tokens of the documents, some shorter and some longer than the window
 WINDOW_TOKENS = 13
 LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Relative to the norm of what is compared. bf16 itself moves gradients by 0.023 (measured on an H200)."""
+"""The largest difference relative to the norm. bf16 itself changes gradients by 0.023 (measured on an H200)."""
 LARGEST_DIFFERENCE_IN_FP8 = 0.15
-"""With 3 bits of mantissa; emulated on a CPU the gradients of this layer are 0.03 away."""
+"""The same with 3 bits of mantissa; emulated on a CPU the gradients of this layer differ by 0.03."""
 
 
 class Differences(NamedTuple):
     """Relative differences of the stack from plain PEFT.
 
     Attributes:
-        output: Of the layer's output.
-        gradients: The largest, of A, B and the input.
+        output: Difference of the layer's output.
+        gradients: The largest difference of the gradients of A, B and the input.
     """
 
     output: float
@@ -50,7 +50,7 @@ class Differences(NamedTuple):
 
 
 def disagreement(device: torch.device, facts: ModelFacts) -> str | None:
-    """Return how the stack differs from plain PEFT on this device, in words, or None where it agrees."""
+    """Return in words how the stack differs from plain PEFT on this device, or None if it agrees."""
     return _disagreement(device, facts.dtype, facts.head_size, facts.lora_dropout > 0, facts.base)
 
 
@@ -74,13 +74,13 @@ def _disagreement(device: torch.device, dtype: str, head_size: int, with_dropout
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, known | {key: max(found)})
     except OSError:
-        logger.info("that the decoder stack agrees with plain PEFT is not remembered: %s cannot be written", path)
+        logger.info("the comparison of the decoder stack with plain PEFT is not cached: %s cannot be written", path)
     return None
 
 
 @cache
 def _own_digest() -> str:
-    """A digest of the stack's own files, so that a changed kernel is compared anew."""
+    """Return a digest of the stack's own files, so that a changed kernel is compared again."""
     import hashlib
 
     files = sorted(Path(__file__).parent.glob("*.py"))
@@ -90,16 +90,16 @@ def _own_digest() -> str:
 def compare(
     device: torch.device, dtype: torch.dtype, head_size: int = 16, dropout: float = 0.0, base: str = "plain"
 ) -> Differences:
-    """Compute one layer of random weights by the stack and by plain PEFT.
+    """Compute one layer of random weights by the stack and by plain PEFT, and return the differences.
 
-    The weights are small and the same each time; random generators are left as they were.
+    The weights are small and always the same. The states of random generators are restored.
 
     Args:
-        device: Where both compute.
-        dtype: Of the weights and activations.
+        device: Device of both computations.
+        dtype: Dtype of weights and activations.
         head_size: Columns of a head.
-        dropout: Of LoRA.
-        base: "nf4": the frozen weights are quantised, for PEFT too; "fp8": the stack's base products are in fp8.
+        dropout: Probability of LoRA's dropout.
+        base: "nf4" to quantise the frozen weights, for PEFT too; "fp8" for the stack's base products in fp8.
     """
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.enable_grad(), torch.autocast(device.type, enabled=False):
@@ -162,7 +162,7 @@ def _by_stack(model: Any, x: Tensor, grad: Tensor, fp8: Scaling | None) -> list[
 
 
 def _by_peft(model: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """Document by document, as transformers and PEFT compute it, under the masks that the stack's hash gives."""
+    """Compute the layer with transformers and PEFT, document by document, with the masks of the stack's hash."""
     from philora.decoder_stack.stack import seeds_of  # needs Triton
 
     linears = linears_of(model.layers[0])
@@ -188,11 +188,11 @@ def _by_peft(model: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 class SameMasks(nn.Module):
-    """Dropout by the masks of the kernels, for rows of a packed batch that begin at row `first`.
+    """Dropout with the masks of the kernels, for rows of a packed batch.
 
     Attributes:
         dropout: Seed and probability.
-        first: The row.
+        first: Index of the first row.
     """
 
     def __init__(self, dropout: Dropout, first: int = 0) -> None:
@@ -200,13 +200,13 @@ class SameMasks(nn.Module):
         self.dropout, self.first = dropout, first
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., T, columns); returns the same."""
+        """Apply dropout. Shapes: x (..., T, columns); returns the same."""
         kept = kept_by_dropout(self.first + x.shape[-2], x.shape[-1], self.dropout)[self.first :]
         return x * kept.to(x.dtype) / (1.0 - self.dropout.p)
 
 
 def _gradients(model: Any, leaf: Tensor, output: Tensor, grad: Tensor) -> list[Tensor]:
-    """The output, and the gradients of the input, of A and of B."""
+    """Return the output, and the gradients of the input, of A and of B."""
     output.backward(grad)  # type: ignore[no-untyped-call]
     trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     found = [output.detach(), leaf.grad, *(item.grad for item in trained)]
