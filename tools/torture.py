@@ -224,7 +224,7 @@ def kills(count: int, saving: int, work: Path, chance: random.Random) -> dict[st
     Goes on until there are `count` of them, and `saving` that were killed while a checkpoint was written. Every second
     run is aimed at that, and all once there are enough others; what counts is what the folder shows after the kill.
     """
-    from philora.files.checkpoint import newest_whole
+    from philora.files.checkpoint import newest_complete
 
     model, whole, notes = make_model(work / "model"), work / "whole", work / "notes"
     begun = time.monotonic()
@@ -244,7 +244,7 @@ def kills(count: int, saving: int, work: Path, chance: random.Random) -> dict[st
         if killed_run(settings, folder, notes, chance, seconds, while_saving=aimed):
             phase = phase_of(folder)
             phases[phase] += 1
-            newest = newest_whole(folder / "checkpoints").folder
+            newest = newest_complete(folder / "checkpoints").folder
             step = 0 if newest is None else int(newest.name.partition("-")[2])
             notes.unlink(missing_ok=True)
             resume = (folder / "config.yaml").exists()
@@ -268,9 +268,9 @@ def taken_up(settings: dict[str, Any], folder: Path, notes: Path, expected: dict
     Returns:
         What is wrong: it is refused, begins elsewhere than at the newest checkpoint, or ends as another run.
     """
-    from philora.files.checkpoint import newest_whole
+    from philora.files.checkpoint import newest_complete
 
-    newest = newest_whole(folder / "checkpoints").folder
+    newest = newest_complete(folder / "checkpoints").folder
     step = 0 if newest is None else int(newest.name.partition("-")[2])
     done = newest is None and (folder / "results.json").exists()
     if done:
@@ -292,7 +292,7 @@ def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
     The exit code and the words must say what is on the disk, and the command that they ask for must end as a run that
     nothing happened to.
     """
-    from philora.files.checkpoint import newest_whole
+    from philora.files.checkpoint import newest_complete
 
     model, notes = make_model(work / "model"), work / "notes"
     begun = time.monotonic()
@@ -325,7 +325,7 @@ def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         if code == 0 or (folder / "results.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             continue  # it was faster
-        saved = newest_whole(folder / "checkpoints").folder is not None
+        saved = newest_complete(folder / "checkpoints").folder is not None
         what = f"{chosen.name}{', then SIGKILL' if code < 0 else ''}, {'saved' if saved else 'nothing saved'}"
         seen[what] += 1
         if code == 1:
@@ -401,7 +401,7 @@ def races(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
 
 def foreign(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
     """Put files of others into each checkpoint of a run that was stopped; damage the newest of every second one."""
-    from philora.files.checkpoint import newest_whole
+    from philora.files.checkpoint import newest_complete
 
     model, notes = make_model(work / "model"), work / "notes"
     expected = unharmed(model, work / "whole", notes)
@@ -425,7 +425,7 @@ def foreign(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
             (each / name).parent.mkdir(parents=True, exist_ok=True)
             (each / name).write_bytes(b"foreign")
         (folder / ".DS_Store").write_bytes(b"foreign")
-        newest = newest_whole(checkpoints).folder
+        newest = newest_complete(checkpoints).folder
         damaged = seen.total() % 2 == 1
         if damaged and newest is not None:
             (newest / "optimizer.pt").write_bytes(b"torn")
@@ -575,8 +575,8 @@ def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
 
 
 def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
-    """Truncate and change each file of a checkpoint in turn; `newest_whole` must name it every time."""
-    from philora.files.checkpoint import foreign_files, newest_whole
+    """Truncate and change each file of a checkpoint in turn; `newest_complete` must name it every time."""
+    from philora.files.checkpoint import foreign_files, newest_complete
 
     folder = work / "run"
     unharmed(make_model(work / "model"), folder, work / "notes")
@@ -588,7 +588,7 @@ def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
     def check(path: Path, what: str) -> None:
         nonlocal done
         done += 1
-        found = newest_whole(checkpoints)
+        found = newest_complete(checkpoints)
         if found.folder != older or found.passed_over[0][0] != newest or path.name not in found.passed_over[0][1]:
             wrong.append(f"{path.name} {what}: {found}")
 
@@ -609,10 +609,10 @@ def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
     extra = newest / "optimizer.bin"
     extra.write_bytes(b"planted")
     done += 1
-    if newest_whole(checkpoints) != (newest, []) or foreign_files(newest) != [extra.name]:
+    if newest_complete(checkpoints) != (newest, []) or foreign_files(newest) != [extra.name]:
         wrong.append("a foreign file is not told, or makes the checkpoint damaged")
     extra.unlink()
-    assert newest_whole(checkpoints).folder == newest
+    assert newest_complete(checkpoints).folder == newest
     return {"number": done, "seen": {"files": len(files)}, "wrong": wrong}
 
 

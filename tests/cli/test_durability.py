@@ -261,7 +261,7 @@ def test_what_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
         return digest(path)
 
     monkeypatch.setattr(checkpoint, "_digest", fails)
-    found = checkpoint.newest_whole(tmp_path)
+    found = checkpoint.newest_complete(tmp_path)
     assert found.folder == tmp_path / "checkpoint-1"
     assert found.passed_over == [(tmp_path / "checkpoint-2", "a cannot be read: Input/output error")]
 
@@ -285,7 +285,7 @@ def test_a_damaged_best_checkpoint_does_not_cost_the_last_one(model, tmp_path):
     given = short(model, folder, save_total_limit=1, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1)
     given["training_config"] |= {"metric_for_best_model": "eval_num_tokens", "greater_is_better": False}
     philora.train(given, callbacks=[At("save", spoil)])
-    assert checkpoint.newest_whole(folder / "checkpoints").folder.name == "checkpoint-4"
+    assert checkpoint.newest_complete(folder / "checkpoints").folder.name == "checkpoint-4"
 
 
 # ---------------------------------------------------------------------------------------------- ended early
@@ -450,7 +450,7 @@ def dangling(path):
         (lambda s, m, t: s["model"].update(name_or_path=model_without(m, t / "m", Path.unlink)), ModelError,
          r"model: name_or_path=.* - expected a model with its weights: model.safetensors, or .* Copy the whole model"),
         (lambda s, m, t: s["model"].update(name_or_path=model_without(m, t / "m", cut)), ModelError,
-         r"model.safetensors: content=.* - expected a whole safetensors file. Copy the model again"),
+         r"model.safetensors: content=.* - expected a complete safetensors file. Copy the model again"),
         (lambda s, m, t: s["training_config"].update(optim="galore_adamw", optim_target_modules="all-linear"),
          ConfigError, r"training_config.optim='galore_adamw' - expected the package galore_torch"),
         (lambda s, m, t: s["training_config"].update(optim="schedule_free_adamw"),
@@ -544,7 +544,7 @@ def test_an_export_on_a_full_disk_says_so_and_leaves_nothing(whole, tmp_path, mo
 
     monkeypatch.setattr(conversion, "write_peft", full)
     with pytest.raises(
-        RunError, match=r"disk: folder=.*out' - expected room to write to it: .*No space left.* Free some"
+        RunError, match=r"disk: folder=.*out' - expected free space for it: .*No space left.* Free some"
     ):
         philora.export(whole, tmp_path / "out", format="peft", layout="server")
     assert not list(tmp_path.iterdir())

@@ -304,7 +304,7 @@ def test_when_a_process_is_killed_the_other_ends(tmp_path, victim):
     assert sorted(exit_codes(err)) == [-9, 1]
     assert len(said(err)) == 1
     assert "expected every process to continue, but another one has ended" in said(err)[0]
-    assert checkpoint.newest_whole(tmp_path / "run" / "checkpoints").folder is not None
+    assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").folder is not None
 
 
 @pytest.mark.slow

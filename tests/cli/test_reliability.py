@@ -221,7 +221,7 @@ def test_a_signal_saves_the_step_whenever_it_comes(model, whole, tmp_path, event
         goes_on(model, folder, resume=False, callbacks=[Listening(event, once)])
     step = int(str(at.value).split("step ")[1].split()[0])
     assert step - sent[0] == (event == "step_begin"), "no further step is made"
-    assert checkpoint.newest_whole(folder / "checkpoints").folder.name == f"checkpoint-{step}"
+    assert checkpoint.newest_complete(folder / "checkpoints").folder.name == f"checkpoint-{step}"
     goes_on(model, folder)
     assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
 
@@ -433,7 +433,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_examples(model, tmp_path):
         record = json.loads(Path(file).read_text().splitlines()[int(line) - 1])
         assert record["messages"][-1]["content"] == example["conversation"][-1]["content"]
         assert example["row"] is not None
-    newest = checkpoint.newest_whole(folder / "checkpoints").folder
+    newest = checkpoint.newest_complete(folder / "checkpoints").folder
     saved = checkpoint.read_peft_tensors(newest)
     assert newest.name == "checkpoint-4"
     assert saved
@@ -578,7 +578,7 @@ def test_room_is_looked_for_before_each_checkpoint(model, tmp_path, monkeypatch)
     ):
         goes_on(model, tmp_path / "run", resume=False, callbacks=[Listening("save", fills)])
     assert len(written) == 2, "nothing was written of the third"
-    assert checkpoint.newest_whole(tmp_path / "run" / "checkpoints").folder.name == "checkpoint-2"
+    assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").folder.name == "checkpoint-2"
 
 
 # --------------------------------------------------------------------------------------- files from outside

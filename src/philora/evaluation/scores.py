@@ -44,7 +44,7 @@ from philora.generation.batches import (
     window_tokens,
 )
 from philora.generation.progress import advance
-from philora.kernels.memory import give_back_freed_memory, out_of_memory
+from philora.kernels.memory import out_of_memory, return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -317,9 +317,9 @@ def evaluate(
     """
     started = time.perf_counter()
     # What training, scoring and answering allocate differs in size: none fills the holes that another left in the heap.
-    give_back_freed_memory()
+    return_freed_memory()
     row_scores = score_rows(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
-    give_back_freed_memory()
+    return_freed_memory()
     window = window_tokens(model)
     # What is asked is the beginning of what was trained, where a control token in a message is that token.
     settings = replace(settings or GenerationSettings(), control_tokens=True)
@@ -327,7 +327,7 @@ def evaluate(
     lengths = [len(ids) for ids in prompts]
     fitting = [pair for pair, length in zip(conversations, lengths, strict=True) if window is None or length < window]
     answers = _answers(model, tokenizer, [prompt for prompt, _ in fitting], settings)
-    give_back_freed_memory()
+    return_freed_memory()
     samples = [_sample(prompt, reference, answer) for (prompt, reference), answer in zip(fitting, answers, strict=True)]
     seconds = time.perf_counter() - started
     too_long = len(conversations) - len(fitting)

@@ -39,12 +39,12 @@ from philora.exporting.merging import (
     whole_modules,
 )
 from philora.files.checkpoint import (
+    atomic_folder,
     disk_full,
     is_taken,
     not_writable,
     read_peft_tensors,
     unwritable,
-    whole_folder,
     write_json,
     write_text,
 )
@@ -152,7 +152,7 @@ def _merge(
     needed = sum(tensor.nbytes for tensor in weights.like.values())
     _check_room(out, needed)
     try:
-        with whole_folder(out) as temporary:
+        with atomic_folder(out) as temporary:
             total = _write_weights(weights, shards, temporary, needed)
             _write_companions(folder, adapter.path, temporary, untied=weights.untied)
             companions = Companions(temporary, temporary, weights.config)

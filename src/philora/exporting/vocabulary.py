@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from philora.errors import ModelError, fault, one_per_line
-from philora.models.spare_rows import MEND
+from philora.models.spare_rows import ADVICE
 
 # How llama.cpp splits text before byte-level BPE, by the name it has there (llama-vocab.cpp); the expressions are
 # those of the tokenizers that the names stand for: GPT-2, cl100k (Phi-4), o200k (Phi-4-mini).
@@ -148,7 +148,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
     faults: list[str] = []
     if max(ids.values()) >= size:
         expected = f"at most {size} tokens, the rows of the model's embedding"
-        faults.append(fault("export to gguf", "tokenizer", max(ids.values()) + 1, expected, MEND))
+        faults.append(fault("export to gguf", "tokenizer", max(ids.values()) + 1, expected, ADVICE))
     if described["model"].get("type") not in ("BPE", None):
         faults.append(fault("export to gguf", "tokenizer model", described["model"].get("type"), "BPE"))
         raise ModelError(one_per_line(faults))

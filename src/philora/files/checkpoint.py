@@ -1,7 +1,7 @@
-"""Files of a run: written whole or not at all, and checked when they are read.
+"""Files of a run: written atomically, and checked when they are read.
 
-A file or folder is written under a temporary name in the same directory, synced, then renamed; what exists under its
-final name is whole. A checkpoint also carries a manifest of its files, written last.
+A file or folder is written under a temporary name in the same directory, synced, then renamed. So a file that exists
+under its final name is complete. A checkpoint also has a manifest of its files, which is written last.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ logger = logging.getLogger("philora.run")
 
 MANIFEST_NAME = "philora_manifest.json"
 STATE_NAME = "philora_state.json"
-"""In a checkpoint: what exact resuming needs and transformers does not keep."""
+"""In a checkpoint: state that exact resuming needs and transformers does not save."""
 LOCK_NAME = ".lock"
 TEMPORARY_PREFIX = ".saving-"
 _OLD = "-old-"
-_NO_ROOM = ("No space left", "iostream error", "PytorchStreamWriter failed", "unexpected pos")
-"""What torch, safetensors and tokenizers say where a file cannot be written to its end."""
+_DISK_FULL = ("No space left", "iostream error", "PytorchStreamWriter failed", "unexpected pos")
+"""Parts of the messages of torch, safetensors and tokenizers if a file cannot be written to its end."""
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, or its parts in turn, in UTF-8 so that `path` holds either its old content or all of the new."""
+    """Write a text, or its parts one after another, in UTF-8. `path` has either its old content or all of the new."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -59,18 +59,18 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def as_json(data: Mapping[str, Any]) -> str:
-    """Indented JSON, with null for not-a-number and infinities."""
+    """Return indented JSON, with null for not-a-number and infinities."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file; empty where there is none, or none that can be read, which is said."""
+    """Return the object in a small JSON file; empty if there is none or, with a warning, if it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s cannot be read and is passed over: %s", path, error)
+        logger.warning("%s cannot be read and is ignored: %s", path, error)
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -86,16 +86,16 @@ def _finite(value: Any) -> Any:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Return whether a full disk caused an error; torch, safetensors and tokenizers have classes of their own.
+    """Return whether a full disk caused an error, also of the classes of torch, safetensors and tokenizers.
 
-    An error that was raised while another was handled counts too: `torch.save` fails once more when it closes the
-    archive that it could not write.
+    The errors that it was raised from or during count too: `torch.save` fails a second time when it closes the archive
+    that it could not write.
     """
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
         text = str(cause)
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(item in text for item in _NO_ROOM):
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(item in text for item in _DISK_FULL):
             return True
         seen.append(cause)
         cause = cause.__cause__ or cause.__context__
@@ -104,12 +104,12 @@ def disk_full(error: BaseException) -> bool:
 
 def sync_file(path: Path) -> None:
     """Wait until a file's content is on the disk."""
-    with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows syncs what is open for writing only
+    with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows syncs only files that are open for writing
         os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:
-    if os.name == "nt":  # directories cannot be opened there, and renames are journalled
+    if os.name == "nt":  # directories cannot be opened, and renames are journalled
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -119,8 +119,8 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final`, replacing what was there, when the block ends without an error.
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Create a temporary folder that replaces `final` when the block ends without an error.
 
     Yields:
         An empty folder beside `final`.
@@ -137,16 +137,16 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """`whole_folder` for what a command makes, which says so where the disk is full.
+    """Create the folder that a command writes, as `atomic_folder`, and explain an error of a full disk.
 
     Yields:
         An empty folder beside `final`.
 
     Raises:
-        RunError: The disk is full; nothing is left of it.
+        RunError: The disk is full. The temporary folder has been deleted.
     """
     try:
-        with whole_folder(final) as temporary:
+        with atomic_folder(final) as temporary:
             yield temporary
     except PhiloraError:
         raise
@@ -154,57 +154,57 @@ def new_folder(final: Path) -> Iterator[Path]:
         if not disk_full(error):
             raise
         free = free_bytes(final)
-        todo = f"Free some space ({free:,} bytes are free), or write to another disk; nothing of it was kept"
-        raise RunError(fault("disk", "folder", str(final), f"room to write to it: {error}", todo)) from error
+        todo = f"Free some space ({free:,} bytes are free), or write to another disk; nothing was kept"
+        raise RunError(fault("disk", "folder", str(final), f"free space for it: {error}", todo)) from error
 
 
 def not_writable(where: str, name: str, path: Path, error: OSError | ValueError) -> str:
-    """The message for a folder that the system does not let be made or written to."""
+    """Return the message for a folder that cannot be created or written to."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return fault(where, name, str(path), f"a folder that can be written to: {why}", "Give another place")
+    return fault(where, name, str(path), f"a folder that can be written to: {why}", "Give another folder")
 
 
 def unwritable(folder: Path) -> OSError | ValueError | None:
-    """Why a folder cannot be made or written to; None: it can.
+    """Return why a folder cannot be created or written to; None if it can.
 
     Args:
-        folder: It need not exist; then the nearest folder above it that does is tried, with an empty folder that is
+        folder: The folder. If it does not exist, its nearest existing parent is tried, with an empty folder that is
             removed again.
     """
     deepest = folder / "checkpoints" / f"{TEMPORARY_PREFIX}checkpoints" / "checkpoint-1000000" / MANIFEST_NAME
     try:
         if folder.is_symlink() and not folder.exists():
-            return FileExistsError(errno.EEXIST, f"it is a link to {folder.readlink()}, which is not there")
+            return FileExistsError(errno.EEXIST, f"it is a link to {folder.readlink()}, which does not exist")
         with contextlib.suppress(FileNotFoundError):
-            deepest.absolute().lstat()  # a name that is too long, a zero byte, a file where a folder is to be
-        place = folder.absolute()
-        while not os.path.lexists(place):
-            place = place.parent
-        if not place.is_dir():
-            return NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
-        if not os.access(place, os.W_OK | os.X_OK):
+            deepest.absolute().lstat()  # finds a name that is too long, a zero byte, a file in place of a folder
+        parent = folder.absolute()
+        while not os.path.lexists(parent):
+            parent = parent.parent
+        if not parent.is_dir():
+            return NotADirectoryError(errno.ENOTDIR, f"{parent} is no folder")
+        if not os.access(parent, os.W_OK | os.X_OK):
             with contextlib.suppress(OSError, AttributeError):
-                if os.statvfs(place).f_flag & os.ST_RDONLY:
-                    return OSError(errno.EROFS, f"{place} is read-only")
-            return PermissionError(errno.EACCES, f"{place} may not be written to")
-        Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=place)).rmdir()
+                if os.statvfs(parent).f_flag & os.ST_RDONLY:
+                    return OSError(errno.EROFS, f"{parent} is read-only")
+            return PermissionError(errno.EACCES, f"{parent} may not be written to")
+        Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=parent)).rmdir()
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         return error
     return None
 
 
 def is_taken(path: Path) -> bool:
-    """Return whether something stands where a new folder is to be written; an empty folder does not count."""
+    """Return whether a path for a new folder exists already, other than as an empty folder."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Sync every file below `temporary` and rename the folder to `final`; a folder of that name is replaced.
+    """Sync every file below `temporary` and rename the folder to `final`, replacing a folder of that name.
 
-    Files get the ordinary permissions that the folder has: safetensors writes its own for the owner alone.
+    Files get the read and write permissions of the folder: safetensors writes files for the owner only.
 
-    A process that ends between the two renames of a replacement leaves the old folder under a temporary name, from
-    which `remove_leftovers` brings it back.
+    If the process ends between the two renames of a replacement, the old folder is left under a temporary name, and
+    `remove_leftovers` restores it.
     """
     ordinary = temporary.stat().st_mode & 0o666
     for root, _, names in os.walk(temporary):
@@ -232,7 +232,7 @@ def _digest(path: Path) -> str:
 
 
 def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Sync each file of a folder, then write and sync its manifest: size and SHA-256 of each, and `facts`."""
+    """Sync all files of a folder, then write its manifest: size and SHA-256 of every file, and `facts`."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST_NAME:
@@ -243,20 +243,19 @@ def seal(folder: Path, facts: Mapping[str, Any] | None = None) -> None:
 
 
 def faults_of(folder: Path) -> list[str]:
-    """Return what is wrong with a sealed folder; empty when every file in its manifest is as it was written.
+    """Return what is wrong with a sealed folder; empty if every file in its manifest is as it was written.
 
-    Files that are not in the manifest (`foreign_files`) change nothing about those that are.
+    Files that are not in the manifest (`foreign_files`) are ignored.
     """
     manifest = folder / MANIFEST_NAME
     try:
         text = manifest.read_text(encoding="utf-8")
         content = json.loads(text)
         files = content["files"]
-        if content["format"] != 1:  # the first format said nothing of itself
-            said = content.pop("sha256")
-            if said != hashlib.sha256(as_json(content).encode()).hexdigest() or text != as_json(
-                {**content, "sha256": said}
-            ):
+        if content["format"] != 1:  # the first format has no digest of itself
+            digest = content.pop("sha256")
+            same = digest == hashlib.sha256(as_json(content).encode()).hexdigest()
+            if not same or text != as_json({**content, "sha256": digest}):
                 return [f"{MANIFEST_NAME} was changed after it was written"]
         expected = {str(name): (int(item["bytes"]), str(item["sha256"])) for name, item in files.items()}
     except FileNotFoundError:
@@ -282,7 +281,7 @@ def _fault_of(folder: Path, name: str, size: int, digest: str) -> str | None:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Files in a sealed folder that its manifest does not name, such as a note or what a file manager left."""
+    """Return the files in a sealed folder that are not in its manifest, such as a note or a file manager's."""
     try:
         known = {MANIFEST_NAME, *json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -292,16 +291,16 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a path name from a file stays in the folder that the file describes."""
+    """Return whether a relative path read from a file stays inside the file's folder."""
     parts = PurePosixPath(name.replace("\\", "/"))
     return bool(parts.parts) and not parts.is_absolute() and ".." not in parts.parts and ":" not in parts.parts[0]
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The files that the index of a sharded model names, each beside it.
+    """Return the files that the index of a sharded model names.
 
     Raises:
-        ModelError: The index cannot be read, or names a file outside its folder or one that is missing.
+        ModelError: The index cannot be read, or a file is missing or outside the index's folder.
     """
     try:
         names = {str(value) for value in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
@@ -310,7 +309,7 @@ def indexed_files(index: Path) -> list[str]:
         raise ModelError(fault(str(index), "content", f"{type(error).__name__}: {error}", expected)) from error
     todo = "Copy the whole model again"
     faults = [
-        fault(str(index), "weight_map", name, "a file in the same folder, which is there", todo)
+        fault(str(index), "weight_map", name, "an existing file in the same folder", todo)
         for name in sorted(names)
         if not is_inside(name) or not (index.parent / name).is_file()
     ]
@@ -320,18 +319,18 @@ def indexed_files(index: Path) -> list[str]:
 
 
 class Found(NamedTuple):
-    """The newest complete checkpoint of a run, if any, and those passed over with the reason."""
+    """The newest complete checkpoint of a run, if any, and the skipped ones with the reasons."""
 
     folder: Path | None
     passed_over: list[tuple[Path, str]]
 
 
 PASSED_OVER_PREFIX = "passed-over-"
-"""Put before the name of a checkpoint that a run passed over when it went on: nothing of philora's deletes it."""
+"""Prefix for the name of a checkpoint that was skipped on resuming. philora does not delete it."""
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that was passed over, so that no later checkpoint replaces or removes it; its new place."""
+    """Rename a skipped checkpoint, so that no later checkpoint replaces or removes it, and return its new path."""
     number, aside = 1, path.with_name(f"{PASSED_OVER_PREFIX}{path.name}")
     while aside.exists():
         number += 1
@@ -341,17 +340,17 @@ def set_aside(path: Path) -> Path:
 
 
 def has_checkpoints(checkpoints: Path) -> bool:
-    """Return whether a run has checkpoints, whole or not."""
+    """Return whether a run has checkpoints, complete or not."""
     return bool(_numbered(checkpoints))
 
 
-def how_to_go_on(checkpoints: Path) -> str:
-    """Return how a run that ended continues, by what is on the disk: from a checkpoint, or from the start."""
+def how_to_continue(checkpoints: Path) -> str:
+    """Return how to continue a stopped run: from a checkpoint if there is one, or from the start."""
     return "continue with --resume" if has_checkpoints(checkpoints) else "start it again"
 
 
-def newest_whole(checkpoints: Path) -> Found:
-    """Look for the newest checkpoint that is whole; every file of those looked at is read once."""
+def newest_complete(checkpoints: Path) -> Found:
+    """Find the newest complete checkpoint. Every file of the checkpoints that are checked is read once."""
     passed_over: list[tuple[Path, str]] = []
     for _, path in reversed(_numbered(checkpoints)):
         faults = faults_of(path)
@@ -362,7 +361,7 @@ def newest_whole(checkpoints: Path) -> Found:
 
 
 def _numbered(checkpoints: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run by their steps, in their order."""
+    """Return the checkpoints of a run with their steps, in order."""
     return sorted(
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in checkpoints.glob("checkpoint-*")
@@ -371,15 +370,16 @@ def _numbered(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def rotate(checkpoints: Path, newest: Path, keep: int | None, best: Path | None = None) -> None:
-    """Remove the oldest checkpoints beyond `keep`, called when `newest` is complete. Each loses its name at once.
+    """Remove the oldest checkpoints beyond `keep`, after `newest` was written. A checkpoint is renamed before removal.
 
-    What is ahead of `newest` was made by a run that has gone back since: it stays, and does not count.
+    Checkpoints with later steps than `newest` are from a run that was resumed at an earlier step. They are kept and not
+    counted.
 
     Args:
         checkpoints: The folder of checkpoints.
-        newest: The one that was just written; it stays.
-        keep: How many stay, `newest` and `best` included; None or 0: all.
-        best: Stays as well.
+        newest: The checkpoint that was just written; it is kept.
+        keep: How many are kept, `newest` and `best` included; None or 0 for all.
+        best: Another checkpoint that is kept.
     """
     if not keep or keep < 0:
         return
@@ -394,7 +394,7 @@ def rotate(checkpoints: Path, newest: Path, keep: int | None, best: Path | None 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what an interrupted process left half-written in `folder`; bring back what it was about to replace."""
+    """Delete temporary files that an interrupted process left in `folder`; restore a folder that it was replacing."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         final = folder / path.name.partition(_OLD)[2]
         if _OLD in path.name and not final.exists():
@@ -406,25 +406,25 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def bytes_in(folder: Path) -> int:
-    """Size of all files below a folder."""
+    """Return the size of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def missing_bytes(folder: Path, needed: int) -> int:
-    """Return how many more bytes must be free where `folder` is, or will be, for `needed` to fit."""
+    """Return how many more bytes must be free on the disk of `folder` for `needed` to fit."""
     return max(0, needed - free_bytes(folder))
 
 
 _held: set[int] = set()
-"""Descriptors of held locks: a forked worker that outlives a killed run must not keep its folder locked."""
+"""Descriptors of held locks. A forked worker closes them, so that it does not keep the lock of a killed run."""
 
 
 def _drop_locks() -> None:
@@ -450,7 +450,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
-    """Return whether a file still has its name: who held the lock before may have removed it."""
+    """Return whether a lock file still has its name: the previous holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
@@ -458,21 +458,21 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 
 def _locked(folder: Path) -> int:
-    """The descriptor of a folder's lock file, locked.
+    """Lock a folder's lock file, and return its descriptor.
 
     Raises:
-        ConfigError: Another process holds it.
-        OSError: The lock file cannot be made.
+        ConfigError: Another process holds the lock.
+        OSError: The lock file cannot be created.
     """
     path = folder / LOCK_NAME
     while True:
-        # Never emptied, and no link is followed: what it leads to is not the run's.
+        # The file is not truncated and a link is not followed, since its target is not the run's.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(descriptor)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                logger.warning("%s cannot be locked (%s): see to it that no other run writes there.", folder, error)
+                logger.warning("%s cannot be locked (%s): make sure that no other run writes there.", folder, error)
                 return descriptor
             os.close(descriptor)
             expected = "a folder that no other run is writing to"
@@ -481,18 +481,18 @@ def _locked(folder: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        if os.name == "nt" or _is_named(descriptor, path):  # Windows does not remove what is open
+        if os.name == "nt" or _is_named(descriptor, path):  # Windows does not remove an open file
             return descriptor
         os.close(descriptor)
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the lock ends with the process, however it ends.
+    """Lock a run folder for this process. The lock ends with the process, however it ends.
 
     Raises:
-        ConfigError: Another process holds it.
-        OSError: The lock file cannot be made.
+        ConfigError: Another process holds the lock.
+        OSError: The lock file cannot be created.
     """
     descriptor = _locked(folder)
     _held.add(descriptor)
@@ -510,17 +510,17 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""Of safetensors' header, as far as an adapter may hold them."""
+"""Dtypes of safetensors' header that an adapter can have."""
 
 
 def read_peft_tensors(folder: Path) -> dict[str, Tensor]:
-    """Names, shapes and dtypes of the tensors of an adapter folder in PEFT's format, on the meta device.
+    """Return the tensors of an adapter folder in PEFT's format by name, on the meta device.
 
-    Only the header is read, whose length and offsets safetensors compares with the size of the file: what does not
-    fit the model is refused before any memory is taken for it.
+    Only the header is read, whose length and offsets safetensors compares with the size of the file. So an adapter that
+    does not fit the model is refused before memory is allocated.
 
     Raises:
-        AdapterError: The folder is no such adapter, or a file of it cannot be read.
+        AdapterError: The folder is no such adapter, or one of its files cannot be read.
     """
     where = str(folder)
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
@@ -542,7 +542,7 @@ def read_peft_tensors(folder: Path) -> dict[str, Tensor]:
                     part = file.get_slice(name)
                     tensors[name] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-            expected = "a whole safetensors file"
+            expected = "a complete safetensors file"
             faults.append(fault(str(weights), "content", str(error), expected, "Copy it again, or use a checkpoint"))
     if faults:
         raise AdapterError(one_per_line(faults))

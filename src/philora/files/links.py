@@ -1,7 +1,7 @@
-"""Symbolic links in folders from outside: nothing that leads out of a folder is followed.
+"""Symbolic links in downloaded folders: a link that leads out of its folder is not followed.
 
-A downloaded adapter, run or dataset may hold a link to any file of this machine. Copying it would publish that file,
-and writing to it would overwrite it.
+A downloaded adapter, run or dataset may have a link to any file of this machine. Copying the link would publish that
+file, and writing to it would overwrite the file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from philora.errors import PhiloraError, fault, one_per_line
 
 
 def leads_out(folder: Path, path: Path) -> bool:
-    """Return whether a path inside a folder names something outside it, through a link at any level.
+    """Return whether a path inside a folder leads out of it, through a link at any level.
 
-    The Hub's cache keeps a snapshot as links to its `blobs` folder, so the folder of the whole repository counts there.
+    A snapshot in the Hub's cache has links to the repository's `blobs` folder, so there the repository's folder counts.
     """
     folder = folder.resolve()
     allowed = next((part.parent for part in (folder, *folder.parents) if part.name == "snapshots"), folder)
@@ -28,12 +28,12 @@ def refuse_leading_out(folder: Path, kind: type[PhiloraError], paths: Iterable[P
     """Refuse a folder with links that lead out of it.
 
     Args:
-        folder: A folder from outside, such as an adapter's.
-        kind: What to raise.
-        paths: What is going to be used; default: everything in the folder itself.
+        folder: A downloaded folder, such as an adapter's.
+        kind: Class of the error.
+        paths: Paths that will be used; default: everything directly in the folder.
 
     Raises:
-        PhiloraError: Of the given kind, with one line for every link.
+        PhiloraError: There are such links. The error is of class `kind`, with one line per link.
     """
     found = sorted(folder.iterdir()) if paths is None else paths
     faults = [

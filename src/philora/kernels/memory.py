@@ -61,7 +61,7 @@ def return_large_blocks() -> bool:
     return _set(_LARGE_BLOCK, _LARGE_BLOCK)
 
 
-def give_back_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Make glibc's allocator return the free memory of its heap once, after a phase that needed more.
 
     Does nothing except on Linux with glibc.

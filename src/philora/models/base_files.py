@@ -1,4 +1,4 @@
-"""A base's folder as merging and GGUF read it: its files, whole and memory-mapped, and what training saw of them."""
+"""A base's folder for merging and GGUF: its memory-mapped files, and how its weights were quantised in training."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from philora.models.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES
 from philora.runtime.hub import reach
 
 INDEX_NAME = "model.safetensors.index.json"
-# Whatever else stands beside the weights of a base and is needed, or required by its licence, beside those of a merge.
+# Other files of a base that a merged model needs, or that the base's licence requires.
 COMPANION_FILES = ("*.py", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
 
 
 def base_folder(base: str, revision: str | None = None) -> Path:
-    """Return the folder of a base whose config says that it can be merged into.
+    """Return the folder of a base, after checking its config for merging.
 
     Args:
-        base: A folder or a hub id; of the latter the weights are downloaded after that check.
-        revision: Branch, tag or commit of a hub id; None: the main branch.
+        base: A folder, or a hub id, whose weights are downloaded after the check.
+        revision: Branch, tag or commit of a hub id; None for the main branch.
 
     Raises:
-        ModelError: There is no such model, or another scheme than bitsandbytes' quantised its weights.
+        ModelError: There is no such model, or its weights are quantised by another scheme than bitsandbytes'.
     """
     refuse_adapter(base, revision, where="base", key="name")
     folder = Path(base)
@@ -71,11 +71,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 class TrainedOver(NamedTuple):
-    """Return the base of an adapter as it was in training.
+    """How the weights of an adapter's base were loaded in training.
 
     Attributes:
-        dtype: Of its weights before they were quantised.
-        quantization: How they were quantised when they were loaded; None: they are as the files hold them.
+        dtype: Dtype of the weights before they were quantised.
+        quantization: How they were quantised on loading; None if the files have them as they were used.
     """
 
     dtype: torch.dtype
@@ -83,10 +83,10 @@ class TrainedOver(NamedTuple):
 
 
 def read_trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) -> TrainedOver | None:
-    """Return what the base's config, else the adapter's record, says of the base; None: weights that nothing quantised.
+    """Read how the base was quantised, from its config or from the adapter's record; None if it was not.
 
     Raises:
-        ModelError: The base's files are quantised and a fresh one was asked for, or bitsandbytes is not installed.
+        ModelError: The base's files are quantised although `fresh_base` is set, or bitsandbytes is not installed.
     """
     config = read_config_file(folder / "config.json")
     scheme = scheme_of(config)
@@ -112,10 +112,10 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a model folder, memory-mapped: their bytes are read when they are used.
+    """Return the tensors of a model folder, memory-mapped, so that their bytes are read when they are used.
 
     Raises:
-        ModelError: A file is missing or torn.
+        ModelError: A file is missing or damaged.
     """
     tensors: dict[str, Tensor] = {}
     faults = []
@@ -127,7 +127,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
             todo = "Save it as such: AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)"
             faults.append(fault(str(folder), "file", name, "weights in safetensors files", todo))
         except (SafetensorError, OSError) as error:
-            expected = "a whole safetensors file"
+            expected = "a complete safetensors file"
             faults.append(fault(str(folder / name), "content", str(error), expected, "Copy the base again"))
     if faults:
         raise ModelError(one_per_line(faults))
@@ -135,7 +135,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_trained_over(base: Path, trained_over: TrainedOver | None) -> PreTrainedModel:
-    """The base as it was in training."""
+    """Load the base as it was in training."""
     options: dict[str, Any] = {"dtype": "auto"}
     if trained_over is not None:
         options["dtype"] = trained_over.dtype

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_STOP_TOKENS = 1000
 
-# Tokens that can stand in for padding because nothing else uses them, in order of preference.
+# Tokens that can be used for padding because nothing else uses them, in order of preference.
 PADDING_CANDIDATES = (
     "<pad>",
     "<|pad|>",
@@ -59,7 +59,7 @@ _ADDED_PADDING = "<|pad|>"
 
 
 def local_path(name: str) -> str:
-    """Return where a model's files are: the bundled folder for `nano`, a hub id for a short name, else the name."""
+    """Return a model's location: the bundled folder for `nano`, a hub id for a short name, else the name."""
     if name == "nano":
         return str(resources.files("philora") / "nano" / "model")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else hub_id(name)
@@ -69,7 +69,7 @@ def bf16_is_fast(device: str | None = None) -> bool:
     """Return whether bfloat16 matrices are multiplied in hardware (CUDA from Ampere on, AVX512-BF16, AMX, ...).
 
     Args:
-        device: `cpu`; None: the fastest device of this machine.
+        device: `cpu`, or None for the fastest device of this machine.
     """
     if device != "cpu" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -80,36 +80,36 @@ def bf16_is_fast(device: str | None = None) -> bool:
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of a configuration's name; `auto` is bfloat16 where that is fast, else float32."""
+    """Return the torch dtype of a name in the configuration; `auto` is bfloat16 if that is fast, else float32."""
     if dtype == "auto":
         return torch.bfloat16 if bf16_is_fast() else torch.float32
     return cast(torch.dtype, getattr(torch, dtype))
 
 
 def _explain(name: str, error: Exception, what: str) -> ModelError:
-    """One message for the many ways in which a hub or a folder can fail."""
+    """Return one message for the many errors of loading from the hub or a folder."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyError) and "longrope" in text:  # transformers 5.23, where the type is "su"
-        expected = "`longrope` as rope_scaling.type in its config.json, and not the older name `su`"
+        expected = "`longrope` as rope_scaling.type in its config.json, not the older name `su`"
         todo = "Download the model again, or change the word in the folder's config.json"
         return ModelError(fault("model", "name_or_path", name, expected, todo))
     if Path(name).expanduser().is_dir():
         expected = f"a folder with {what}"
-        said = text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
-        return ModelError(fault("model", "name_or_path", name, expected, f"transformers says: {said[:300]}"))
+        reason = text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
+        return ModelError(fault("model", "name_or_path", name, expected, f"transformers says: {reason[:300]}"))
     offline = any(
         phrase in text for phrase in ("couldn't connect", "offline", "Connection", "resolve", "internet", "Max retries")
     )
     if offline:
         expected = "a local folder, `nano`, or a hub id that is in the local cache (there is no connection to the hub)"
-        todo = "Connect and try again, or download the model where there is a network and give its folder"
+        todo = "Connect and try again, or download the model on a machine with a network and give its folder"
     else:
-        expected = "a local folder, `nano`, or a model on the Hugging Face Hub that you may read"
+        expected = "a local folder, `nano`, or a model on the Hugging Face Hub that you can read"
         todo = f"Check the spelling and your login (`hf auth login`). The hub says: {text[:200]}"
     return ModelError(fault("model", "name_or_path", name, expected, todo))
 
 
-# What transformers raises for a folder or repository that it cannot make a tokenizer, a config or a model of.
+# Errors that transformers raises if a tokenizer, config or model cannot be loaded.
 _UNREADABLE = (
     OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, AssertionError, RuntimeError,
     ArithmeticError,
@@ -117,27 +117,27 @@ _UNREADABLE = (
 
 
 def _config_keys(model: ModelConfig) -> dict[str, Any]:
-    """Return what a model's config.json says, before anything interprets it; nothing where there is none."""
+    """Return the raw content of a model's config.json; empty if there is none."""
     try:
         options = {"revision": model.revision, **reach()}
         keys, _ = PreTrainedConfig.get_config_dict(local_path(model.name_or_path), **options)
-    except _UNREADABLE:  # loading it says what is wrong
+    except _UNREADABLE:  # loading it explains the error
         return {}
     return dict(keys)
 
 
 def _refuse_unknown(model: ModelConfig, keys: Mapping[str, Any]) -> None:
-    """Refuse a Phi model whose code is not in transformers, unless code from elsewhere is trusted.
+    """Refuse a Phi model whose code is not in transformers, unless remote code is trusted.
 
     Raises:
-        ModelError: It is one.
+        ModelError: It is such a model.
     """
     kind = str(keys.get("model_type", ""))
     if kind not in NOT_IN_TRANSFORMERS or model.trust_remote_code:
         return
-    expected = f"a model whose code is in transformers; model_type={kind} has it on the Hub alone (docs/family.md)"
+    expected = f"a model whose code is in transformers; that of model_type={kind} is only on the Hub (docs/family.md)"
     instead = NOT_IN_TRANSFORMERS[kind]
-    todo = f"{instead[0].upper()}{instead[1:]}. model.trust_remote_code: true runs that code, which nothing here tests"
+    todo = f"{instead[0].upper()}{instead[1:]}. model.trust_remote_code: true runs that code, which is not tested here"
     raise ModelError(fault("model", "name_or_path", model.name_or_path, expected, todo))
 
 
@@ -153,7 +153,7 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
     try:
         options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         tokenizer = read_tokenizer(path, **options, **reach())
-    except Exception as error:  # what a damaged file leads transformers to is of any class
+    except Exception as error:  # with a damaged file transformers may raise any class
         refuse_adapter(model.name_or_path, model.revision)
         raise _explain(model.name_or_path, error, "a tokenizer") from error
     if settings.model_max_length:
@@ -167,11 +167,11 @@ def load_tokenizer(model: ModelConfig, settings: TokenizerConfig) -> PreTrainedT
 
 
 def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer as its files have it.
+    """Load a tokenizer from its files without changes, and check it.
 
     Raises:
         OSError, ValueError, KeyError: It cannot be found or read, it fails on ordinary text, or its chat template takes
-            all memory.
+            too much memory or time.
     """
     with panics_as_errors("tokenizer.json"):
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, **options))
@@ -183,7 +183,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Any = None) 
     """Return the ids that end an answer: the family's in the vocabulary, the tokenizer's own, and the model's.
 
     Raises:
-        ModelError: The model names more than any model has.
+        ModelError: The model has an impossible number of them.
     """
     if isinstance(model_stops, (list, tuple)) and len(model_stops) > _MOST_STOP_TOKENS:
         expected, value = f"at most {_MOST_STOP_TOKENS} tokens", f"a list of {len(model_stops):,} numbers"
@@ -192,26 +192,26 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_stops: Any = None) 
     ids = [vocabulary[token] for token in stop_tokens_in(vocabulary)]
     ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids += [model_stops] if isinstance(model_stops, int) else list(model_stops or [])
-    return [token for token in dict.fromkeys(ids) if 0 <= token < 1 << 31]  # some configurations have -1 for none
+    return [token for token in dict.fromkeys(ids) if 0 <= token < 1 << 31]  # in some configurations -1 means none
 
 
 def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None, rows: int = 0) -> None:
-    """Give a tokenizer a padding token that is no stop token: with one, the end of an answer would never be learned.
+    """Set a padding token that is not a stop token; otherwise the end of an answer would never be learned.
 
     Args:
-        tokenizer: Changed in place.
-        wanted: The token that was asked for.
-        rows: Of the model's embedding. Where the vocabulary has nothing to pad with, as that of Phi-1.5 and Phi-2, and
-            the embedding has a row behind it, `<|pad|>` takes that row: what pads is masked, and the row never used.
+        tokenizer: The tokenizer; changed in place.
+        wanted: The requested token.
+        rows: Rows of the model's embedding. If the vocabulary has no token for padding, as that of Phi-1.5 and Phi-2,
+            and the embedding has more rows, `<|pad|>` gets the next row. Padding is masked, so the row is never used.
 
     Raises:
-        ModelError: `wanted` is not in the vocabulary or stops generation, or nothing in the vocabulary can serve.
+        ModelError: `wanted` is not in the vocabulary or is a stop token, or no token can be used for padding.
     """
     vocabulary = tokenizer.get_vocab()
     stops = set(stop_token_ids(tokenizer))
     if wanted is not None:
         if wanted not in vocabulary or vocabulary[wanted] in stops:
-            expected = "a token of the vocabulary that does not stop generation: what pads is never learned"
+            expected = "a token of the vocabulary that does not stop generation: padding is never learned"
             known = ", ".join(token for token in PADDING_CANDIDATES if token in vocabulary)
             raise ModelError(fault("tokenizer", "pad_token", wanted, expected, f"Such as: {known}" if known else ""))
         tokenizer.pad_token = wanted
@@ -234,22 +234,22 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None, r
 
 
 def load_skeleton(model: ModelConfig) -> PreTrainedModel:
-    """Return the model without weights (meta device): enough to check names and sizes before weights are read.
+    """Return the model without weights (meta device), to check names and sizes before weights are read.
 
     Raises:
-        ModelError: The configuration cannot be found or loaded, or the weights are in a form that is not trained over.
+        ModelError: The configuration cannot be found or loaded, or the weights have a form that cannot be trained over.
     """
     return _skeleton(model, _load_config(model))
 
 
 def refuse_adapter(name: str, revision: str | None = None, where: str = "model", key: str = "name_or_path") -> None:
-    """Refuse a base that is an adapter, or holds one: transformers would put it on the base without a message.
+    """Refuse a base that is or contains an adapter, which transformers would apply to the base without a message.
 
     Args:
         name: Folder or hub id of a base.
-        revision: Of a hub id.
-        where: What the message calls the place where it was given.
-        key: What it is called there.
+        revision: Revision of a hub id.
+        where: The source of the setting, for the message.
+        key: The setting's name, for the message.
 
     Raises:
         ModelError: There is an `adapter_config.json`.
@@ -259,20 +259,20 @@ def refuse_adapter(name: str, revision: str | None = None, where: str = "model",
         run = folder / "adapter" / "adapter_config.json"
         found: Path | None = next((file for file in (folder / "adapter_config.json", run) if file.is_file()), None)
         if found == run and (folder / "config.json").is_file():
-            return  # a base whose subfolder nothing reads
-        whole = (folder / "config.json").is_file()
+            return  # a base with a subfolder `adapter`, which is not read
+        has_base = (folder / "config.json").is_file()
     else:
         try:
             path = find_adapter_config_file(name, revision=revision, **reach())
-        except (OSError, ValueError):  # no such repository, or none that may be read: loading it says so
+        except (OSError, ValueError):  # no such repository, or no access: loading it reports that
             return
         found = None if path is None else Path(path)
-        whole = found is not None and (found.parent / "config.json").is_file()
+        has_base = found is not None and (found.parent / "config.json").is_file()
     if found is None:
         return
-    if whole:
-        expected = "a base model alone; it also holds an adapter (adapter_config.json), which would be put on it unsaid"
-        todo = "Move adapter_config.json and adapter_model.safetensors into a folder of their own"
+    if has_base:
+        expected = "a base model without an adapter; its adapter_config.json would be applied without a message"
+        todo = "Move adapter_config.json and adapter_model.safetensors to another folder"
         raise ModelError(fault(where, key, name, expected, todo))
     try:
         base = json.loads(found.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -285,7 +285,7 @@ def refuse_adapter(name: str, revision: str | None = None, where: str = "model",
 
 
 def _load_config(model: ModelConfig) -> Any:
-    """The model's config, once it is clear that its weights can be trained over."""
+    """Return the model's config, after checking that its weights can be trained over."""
     refuse_adapter(model.name_or_path, model.revision)
     _refuse_unknown(model, _config_keys(model))
     _check_shards(Path(local_path(model.name_or_path)))
@@ -293,7 +293,7 @@ def _load_config(model: ModelConfig) -> Any:
         path = local_path(model.name_or_path)
         options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         config = AutoConfig.from_pretrained(path, **options, **reach())
-    except Exception as error:  # what a damaged file leads transformers to is of any class
+    except Exception as error:  # with a damaged file transformers may raise any class
         raise _explain(model.name_or_path, error, "a causal language model") from error
     _check_sizes(config, model.name_or_path)
     scheme = check_folder(config, model.name_or_path, model.quantization)
@@ -304,7 +304,7 @@ def _load_config(model: ModelConfig) -> Any:
 
 
 def has_file(model: ModelConfig, names: Sequence[str]) -> bool:
-    """Return whether a model on the Hub has one of these files; without a network, in the cache."""
+    """Return whether a model on the Hub, or without a network in the cache, has one of these files."""
     try:
         where = {"revision": model.revision, **reach()}
         return any(hub_has_file(model.name_or_path, name, **where) for name in names)
@@ -313,9 +313,9 @@ def has_file(model: ModelConfig, names: Sequence[str]) -> bool:
 
 
 def _check_base_products(model: ModelConfig, quantized: bool) -> None:
-    """Check that the base's products can be computed as asked for.
+    """Check that the base's products can be computed as configured.
 
-    A GPU without fp8 is no fault: its products stay in the weights' dtype, with a notice.
+    A GPU without fp8 is not a fault: its products stay in the weights' dtype, with a warning.
 
     Raises:
         ModelError: fp8 without a CUDA GPU or over a quantised base; int8, which is not there yet.
@@ -336,12 +336,12 @@ def _check_base_products(model: ModelConfig, quantized: bool) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    """Check that the shards which transformers will read are there, and in the folder; a hub id has none yet.
+    """Check that the shards which transformers will read exist in the folder. A hub id has no local files yet.
 
     Raises:
-        ModelError: Their index leads elsewhere.
+        ModelError: The index names other files.
     """
-    # In the order in which transformers looks for them; what stands behind the first is not read.
+    # In the order in which transformers looks for them; only the first is read.
     for weights in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / weights).is_file():
             return
@@ -350,7 +350,7 @@ def _check_shards(folder: Path) -> None:
             return
 
 
-# Far above any model; with a size beyond them even the model without weights would never be made.
+# Far above any model. With a larger size, even creating the model without weights would not end.
 _LARGEST: Final = {
     "num_hidden_layers": 2_000, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "vocab_size": 1 << 26,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 30,
@@ -358,7 +358,11 @@ _LARGEST: Final = {
 
 
 def _check_sizes(config: Any, name: str) -> None:
-    """Raises: ModelError: A size of the model is none that a model has."""
+    """Check the sizes in a model's configuration.
+
+    Raises:
+        ModelError: A size is impossible.
+    """
     text = config.get_text_config()
     faults = [
         fault(f"model {name}: config.json", key, value, f"a whole number from 1 to {most:,}", "Copy the model again")
@@ -380,20 +384,20 @@ def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:
                 PreTrainedModel,
                 AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code),
             )
-    except Exception as error:  # values that do not go together are found where they meet, by any class
+    except Exception as error:  # values that do not fit together may raise any class
         raise _explain(model.name_or_path, error, "a causal language model") from error
 
 
 def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """Load the base model with its weights, and a generation config that knows every stop token and the padding token.
+    """Load the base model with its weights, and a generation config with all stop tokens and the padding token.
 
-    With `model.quantization` the weights are read and quantised one after the other; a folder whose weights
-    bitsandbytes quantised is loaded as it is.
+    With `model.quantization` the weights are read and quantised one after another. A folder whose weights bitsandbytes
+    has quantised is loaded without change.
 
     Raises:
-        ModelError: It cannot be found or loaded, is quantised by another scheme than bitsandbytes', or asks for what
-            is not installed.
-        ConfigError: A key of `model.quantization` has a value that it cannot have.
+        ModelError: The model cannot be found or loaded, is quantised by another scheme than bitsandbytes', or needs a
+            package that is not installed.
+        ConfigError: A key of `model.quantization` has an invalid value.
     """
     path = local_path(model.name_or_path)
     config = _load_config(model)
@@ -406,7 +410,7 @@ def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = N
     reading: AbstractContextManager[None] = nullcontext()
     quantized_already = getattr(config, "quantization_config", None) is not None
     if quantized_already or model.quantization not in (None, "none"):
-        return_large_blocks()  # those that are read are gone once they are quantised
+        return_large_blocks()  # the 16-bit weights are freed once they are quantised
     if not quantized_already and model.quantization not in (None, "none"):
         skeleton = _skeleton(model, config) if isinstance(model.quantization, Mapping) else None
         options["quantization_config"] = quantization_config(model.quantization, dtype, skeleton)
@@ -444,7 +448,7 @@ def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def max_length_of(config: Config, model_config: Any) -> int:
-    """Tokens of a row: what is configured, within the model's context and the tokenizer's limit."""
+    """Return the tokens of a row: as configured, within the model's context and the tokenizer's limit."""
     given = config.training_config["max_length"]
     context = int(getattr(model_config, "max_position_embeddings", given or 2**20))
     limit = min(context, config.tokenizer.model_max_length or context)

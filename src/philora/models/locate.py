@@ -1,4 +1,4 @@
-"""Find where an adapter is, and which base model it belongs to: the argument RUN_OR_ADAPTER of every command."""
+"""Find an adapter and its base model from the argument RUN_OR_ADAPTER of the commands."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class AdapterSource(NamedTuple):
 
     Attributes:
         path: Folder in PEFT's format, or a file in loralib's.
-        base: Folder or hub id of the base model; None: nothing says which.
+        base: Folder or hub id of the base model; None if it is unknown.
         run: The run folder that the adapter belongs to, if any.
-        tried: Where the base was looked for in vain; empty when there is one, or it is a hub id.
-        revision: Branch, tag or commit of a base on the Hub, as the run or PEFT's configuration names it.
+        tried: Paths where the base was not found; empty if it was found or is a hub id.
+        revision: Branch, tag or commit of a base on the Hub, from the run or PEFT's configuration.
     """
 
     path: Path
@@ -42,10 +42,10 @@ def find_adapter(source: str | Path, base: str | None = None, *, unfinished: boo
     """Find a run folder's adapter, an adapter folder, a checkpoint, a loralib file or an adapter on the Hub.
 
     Args:
-        source: What the person gave. On the Hub a subfolder and a revision may follow the id:
+        source: The argument. On the Hub a subfolder and a revision can follow the id:
             `OWNER/NAME/SUB/FOLDER@REVISION`.
-        base: Base model that they named; default: the run's, or the one that the adapter names.
-        unfinished: Of a run that has not ended, take the newest complete checkpoint and say so; else it is refused.
+        base: The base model if it was given; default: the run's, or the one that the adapter names.
+        unfinished: Use the newest complete checkpoint of a run that has not ended, with a warning, instead of refusing.
 
     Raises:
         AdapterError: There is no adapter, or its folder has a link that leads out of it.
@@ -71,24 +71,28 @@ def find_adapter(source: str | Path, base: str | None = None, *, unfinished: boo
 
 
 def require_base(found: AdapterSource) -> str:
-    """Return the base of an adapter, which has to be there.
+    """Return the base of an adapter, after checking that it exists.
 
     Raises:
-        AdapterError: The adapter does not name one.
-        ModelError: It is a folder that no longer exists.
+        AdapterError: The adapter does not name a base.
+        ModelError: The base is a folder that does not exist.
     """
     if found.base is None:
         expected = "the base model, which the adapter does not name"
         raise AdapterError(fault(str(found.path), "base", None, expected, "Name it: --base MODEL"))
     if found.tried:
         expected = f"the folder of the base model; there is none at {', '.join(found.tried)}"
-        todo = "Give the place where it is now: --base FOLDER"
+        todo = "Give its current folder: --base FOLDER"
         raise ModelError(fault(str(found.run or found.path), "base", found.base, expected, todo))
     return found.base
 
 
 def _adapter_in(folder: Path, unfinished: bool) -> Path:
-    """The adapter of a run; or what the person may have meant by a folder that is neither run nor adapter."""
+    """Return the adapter of a run.
+
+    Raises:
+        AdapterError: The folder is not a run, with a suggestion; or the run has no adapter that can be used.
+    """
     run = TrainedRun(folder)
     if run.has_ended:
         return run.adapter
@@ -99,7 +103,7 @@ def _adapter_in(folder: Path, unfinished: bool) -> Path:
         raise AdapterError(fault("adapter", "source", str(folder), expected, todo))
     checkpoint, command = run.newest_checkpoint(), resume_command(folder)
     if checkpoint is None:
-        expected = "a run with an adapter; it has not ended, and no whole checkpoint of it is there"
+        expected = "a run with an adapter; this run has not ended and has no complete checkpoint"
         raise AdapterError(fault("adapter", "source", str(folder), expected, f"Continue with it: {command}"))
     if not unfinished:
         expected = "a run that has ended"
@@ -112,7 +116,7 @@ def _adapter_in(folder: Path, unfinished: bool) -> Path:
 
 
 def _meant(folder: Path) -> Path | None:
-    """The run around or the newest run below a folder, else an adapter just below it."""
+    """Return the run that contains a folder, else the newest run in it, else an adapter in it."""
     around = [parent for parent in (folder.absolute().parent, folder.absolute().parent.parent) if is_run(parent)]
     if around:
         return around[0]
@@ -125,13 +129,13 @@ def _meant(folder: Path) -> Path | None:
 
 
 def _step_and_name(folder: Path) -> tuple[int, str]:
-    """Checkpoints in the order of their steps, everything else before them by name."""
+    """Return a sort key: checkpoints in the order of their steps, other folders before them by name."""
     step = folder.name.removeprefix("checkpoint-")
     return (int(step) if step.isdecimal() else -1, str(folder))
 
 
 def _named_base(path: Path) -> tuple[Place, str | None]:
-    """Return the base that an adapter's configuration names, and its revision; an empty name where it names none."""
+    """Return the base that an adapter's configuration names, and its revision; an empty name if there is none."""
     if not path.is_dir():
         return Place(""), None
     try:
@@ -167,14 +171,14 @@ def _download(name: str) -> Path:
 
 
 def _others(place: HubPath) -> str:
-    """Return what the repository has in place of the folder that was named."""
+    """Return a sentence with the adapter folders that the repository has."""
     found = [f"{place.repo_id}/{subfolder}" if subfolder else place.repo_id for subfolder in adapter_subfolders(place)]
     suffix = f"@{place.revision}" if place.revision else ""
-    return f"It has: {', '.join(place_name + suffix for place_name in found[:5])}" if found else ""
+    return f"It has: {', '.join(name + suffix for name in found[:5])}" if found else ""
 
 
 def licence(base: str | None) -> str | None:
-    """The licence of a base: what the card in its folder says; Microsoft's Phi models are all under MIT."""
+    """Return the licence of a base from the card in its folder; Microsoft's Phi models are all under MIT."""
     if base is None:
         return None
     readme = Path(local_path(base)) / "README.md"

@@ -1,9 +1,9 @@
-"""A trained run, as the commands that use one read it: its own files, and where its base and its data are now.
+"""Read a trained run for the commands that use one: its own files, and the current paths of its base and data.
 
-Training and resuming check the whole configuration. What uses a trained run afterwards (chat, serve, generate,
-evaluate, merge, export, push) reads only the parts that it needs: a setting of the training, a data file that was
-deleted or a key of another release does not stop it. The record `run.json` says where the run's paths led when it was
-trained, as absolute paths and from the run folder, so that a folder which moved together with its base still finds it.
+Training and resuming check the complete configuration. Commands that use a trained run (chat, serve, generate,
+evaluate, merge, export, push) read only the parts that they need, so they work despite a deleted data file or a key of
+another release. `run.json` records the run's paths, absolute and relative to the run folder. So a run folder that was
+moved together with its base still finds it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from philora.configuration.sections import (
     TokenizerConfig,
 )
 from philora.errors import ConfigError, fault, one_per_line, shorten
-from philora.files.checkpoint import newest_whole, read_json
+from philora.files.checkpoint import newest_complete, read_json
 
 logger = logging.getLogger("philora.run")
 
@@ -42,15 +42,15 @@ _BUNDLED: Final = ("nano", HELPDESK)
 
 
 USUAL_SHARE: Final = 0.9
-"""Share of the training conversations from which on their commonest system turn begins what is asked later."""
+"""If this share of the training conversations has the same system turn, later questions begin with it."""
 
 
 class SystemTurn(NamedTuple):
-    """The commonest system turn of a run's training conversations.
+    """The most common system turn of a run's training conversations.
 
     Attributes:
-        text: What it says.
-        share: Of the conversations that begin with it, above 0 and at most 1.
+        text: The system prompt.
+        share: Share of the conversations that begin with it, above 0 and at most 1.
     """
 
     text: str
@@ -63,11 +63,11 @@ class SystemTurn(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Describe where a path of a run leads now.
+    """The current location of a path of a run.
 
     Attributes:
-        name: The path, or the name itself where it is none (a hub id, `nano`) or nothing was found.
-        tried: The places that were looked at in vain; empty when the name can be used.
+        name: The path, or the given name if it is not a path (a hub id, `nano`) or was not found.
+        tried: The paths where it was not found; empty if the name can be used.
     """
 
     name: str
@@ -80,7 +80,7 @@ def is_run(folder: Path) -> bool:
 
 
 def run_of(adapter: Path) -> Path | None:
-    """Return the run folder that an `adapter/` or a checkpoint stands in; None for an adapter of no run."""
+    """Return the run folder that contains an `adapter/` or a checkpoint, or None."""
     adapter = adapter.absolute()
     owner = adapter.parent if adapter.name == "adapter" else None
     if adapter.parent.name == "checkpoints" and adapter.name.startswith("checkpoint-"):
@@ -89,7 +89,7 @@ def run_of(adapter: Path) -> Path | None:
 
 
 def example_messages(system: SystemTurn | None) -> str:
-    """Return the messages of a page's example as code: a question, after the system turn where there is one."""
+    """Return the messages of a page's example as code: the system turn, if there is one, and a question."""
     messages = [{"role": "user", "content": "Hello"}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system.text})
@@ -102,7 +102,7 @@ def resume_command(folder: Path) -> str:
 
 
 def recorded_eval_rows(record: Mapping[str, Any]) -> int | None:
-    """Return how many rows a run held out, as its `run.json` says; None where it does not."""
+    """Return the number of rows that a run held out, from its `run.json`, or None."""
     data = record.get("data")
     rows = data.get("rows") if isinstance(data, Mapping) else None
     found = rows.get("eval") if isinstance(rows, Mapping) else None
@@ -111,7 +111,7 @@ def recorded_eval_rows(record: Mapping[str, Any]) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """The parts of a run folder that its users need, each read when it is asked for.
+    """The parts of a run folder that commands need, read when they are used.
 
     Attributes:
         folder: The run folder.
@@ -125,12 +125,12 @@ class TrainedRun:
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
-        """Return what `run.json` holds; empty where there is none."""
+        """Return the content of `run.json`; empty if there is no such file."""
         return read_json(self.folder / RECORD_NAME)
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter; it is there when the run has ended."""
+        """Return the folder of the trained adapter, which exists once the run has ended."""
         return self.folder / "adapter"
 
     @property
@@ -140,24 +140,24 @@ class TrainedRun:
 
     def newest_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint that holds an adapter, if there is one."""
-        found = newest_whole(self.folder / "checkpoints").folder
+        found = newest_complete(self.folder / "checkpoints").folder
         return found if found is not None and (found / "adapter_config.json").is_file() else None
 
     # -- the configuration, one part at a time
 
     @cached_property
     def model(self) -> ModelConfig:
-        """Return how the base was loaded, by the name that the configuration gives it.
+        """Return the section `model` of the configuration.
 
         Raises:
-            ConfigError: The section has a value that it cannot have.
+            ConfigError: The section has an invalid value.
         """
-        # How the frozen products were computed is of the device that trained; here it may be another.
+        # `base_products` depends on the device that trained; this one may be another.
         return ModelConfig(**(self._section("model", ModelConfig) | {"base_products": None}))
 
     @cached_property
     def tokenizer(self) -> TokenizerConfig:
-        """Return what the run changed in the tokenizer.
+        """Return the section `tokenizer` of the configuration.
 
         Raises:
             ConfigError: As `model`.
@@ -166,7 +166,7 @@ class TrainedRun:
 
     @cached_property
     def evaluation(self) -> EvaluationConfig:
-        """Return how the run was evaluated.
+        """Return the section `evaluation` of the configuration.
 
         Raises:
             ConfigError: As `model`.
@@ -175,7 +175,7 @@ class TrainedRun:
 
     @property
     def system(self) -> SystemTurn | None:
-        """The system turn that nearly all training conversations began with, by the run's record; None without one."""
+        """Return the recorded system turn that nearly all training conversations began with, or None."""
         given = self.record.get("system")
         text, share = (given.get("text"), given.get("share")) if isinstance(given, Mapping) else (None, None)
         if not isinstance(text, str) or not isinstance(share, float | int) or share < USUAL_SHARE:
@@ -190,27 +190,27 @@ class TrainedRun:
 
     @property
     def seed(self) -> int:
-        """The seed, by which the held-out rows were drawn.
+        """Return the seed with which the held-out rows were drawn.
 
         Raises:
-            ConfigError: It is no whole number.
+            ConfigError: It is not a whole number.
         """
         return int(self._training_number("seed", 42) or 0)
 
     @property
     def max_length(self) -> int | None:
-        """The longest row in tokens, as configured; None: the model's context.
+        """Return the configured length of the longest row in tokens; None for the model's context.
 
         Raises:
-            ConfigError: It is no whole number.
+            ConfigError: It is not a whole number.
         """
         return self._training_number("max_length", None)
 
     def data(self) -> DataConfig:
-        """Return the data that the run was trained on, where it is now.
+        """Return the section `data` of the configuration, with current paths.
 
         Raises:
-            ConfigError: A source was deleted, or the section has a value that it cannot have.
+            ConfigError: A source was deleted, or the section has an invalid value.
         """
         section = dict(self._config.get("data") or {})
         for key in ("train", "eval"):
@@ -219,7 +219,7 @@ class TrainedRun:
         return load_config({"data": section}).data
 
     def _found(self, given: Any) -> Any:
-        """A source, or several, with their paths as they are now."""
+        """Return a source, or a list of them, with current paths."""
         if isinstance(given, list):
             return [self._found(source) for source in given]
         if isinstance(given, Mapping) and isinstance(given.get("path"), str):
@@ -235,7 +235,7 @@ class TrainedRun:
         raise ConfigError(fault(where, f"training_config.{name}", value, "a whole number, as the run wrote it"))
 
     def _section(self, name: str, kind: type) -> dict[str, Any]:
-        """The values of a section; keys that this release does not know are named once and left out."""
+        """Return the values of a section; unknown keys are left out with a warning."""
         where, given = str(self.folder / CONFIG_NAME), self._config.get(name) or {}
         if not isinstance(given, Mapping):
             raise ConfigError(fault(where, name, given, "a mapping, as the run wrote it"))
@@ -243,7 +243,7 @@ class TrainedRun:
         values, faults = {}, []
         for key, value in given.items():
             if key not in known:
-                logger.warning("%s: %s.%s is not known to this release and is not used", where, name, key)
+                logger.warning("%s: %s.%s is unknown to this release and is ignored", where, name, key)
                 continue
             try:
                 values[str(key)] = known[key].read(value)
@@ -254,10 +254,10 @@ class TrainedRun:
             raise ConfigError(one_per_line(faults))
         return values
 
-    # -- where things are now
+    # -- current paths
 
     def base(self) -> Place:
-        """Return where the base model is now.
+        """Return the current location of the base model.
 
         Raises:
             ConfigError: As `model`.
@@ -265,7 +265,7 @@ class TrainedRun:
         return self.place(self.model.name_or_path)
 
     def place(self, name: str) -> Place:
-        """Return where a path of the configuration leads now: as recorded, else seen from where the run was started."""
+        """Return the current location of a configured path: as recorded, else relative to the start folder."""
         if name in _BUNDLED:
             return Place(name)
         recorded = self._recorded(name)
@@ -292,7 +292,7 @@ class TrainedRun:
         return {key: value for key, value in found.items() if isinstance(value, str)}
 
     def _started_in(self) -> Path | None:
-        """The folder that the run was started in, told from its own place; for runs that recorded no paths."""
+        """Return the folder in which a run without recorded paths was started, found from the run's own path."""
         section = self._config.get("training_config")
         written = section.get("output_dir") if isinstance(section, Mapping) else None
         if not isinstance(written, str) or Path(written).expanduser().is_absolute():
@@ -312,10 +312,10 @@ def is_path(name: str) -> bool:
 
 
 def paths_of(config: Config, folder: Path) -> dict[str, dict[str, str]]:
-    """Return the paths of a configuration for the record: for each, as it was given, where it leads.
+    """Return the paths of a configuration for `run.json`: the given path, with its absolute and relative form.
 
     Args:
-        config: The configuration; names that are no paths of this machine are left out.
+        config: The configuration; names that are not paths of this machine are left out.
         folder: The run folder.
     """
     given = [config.model.name_or_path, config.model.adapter, *_sources(config.data)]

@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer has and a model never learned: their rows of the embedding are spare, or are not there."""
+"""Tokens of a tokenizer that the model never learned: their rows of the embedding are spare or missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from philora.families import tokens_that_ship
 from philora.models.base_files import open_weights
 
 _SHOWN = 5
-_COMPARED = 256  # rows without a token that are looked at
+_COMPARED = 256  # rows without a token that are compared
 
 
 def untrained_tokens(
@@ -23,14 +23,14 @@ def untrained_tokens(
 ) -> dict[str, int]:
     """Return the tokens without a trained row, with their ids.
 
-    A row is not there beyond the end of the embedding. It is spare beyond the tokens that a Phi model ships with, and
-    where it is zero or the same, bit for bit, as the row of an id that no token has.
+    A token beyond the end of the embedding has no row. A row is spare if it is beyond the tokens that a Phi model ships
+    with, if it is zero, or if it has the same bits as the row of an id without a token.
 
     Args:
         tokenizer: The tokenizer of the run. Its padding token needs no row.
-        rows: Of the model's embedding.
+        rows: Rows of the model's embedding.
         config: The model's configuration.
-        weight: The embedding; None: only ids are looked at.
+        weight: The embedding; None to check ids only.
 
     Shapes:
         weight (V, C).
@@ -48,7 +48,7 @@ def untrained_tokens(
 
 
 def _like_unused(weight: Tensor, unused: Iterable[int], candidates: Iterable[int]) -> set[int]:
-    """Return the candidates whose rows are zero, or those of an unused id bit for bit."""
+    """Return the candidates whose rows are zero, or have the same bits as the row of an unused id."""
     spare = {_bits(weight[index]) for index in unused}
     return {index for index in candidates if not weight[index].any() or _bits(weight[index]) in spare}
 
@@ -58,28 +58,28 @@ def _bits(row: Tensor) -> bytes:
 
 
 def stored_embedding(folder: Path, model: PreTrainedModel) -> Tensor | None:
-    """Return the input embedding in a model folder's files, memory-mapped; None where they do not hold it by itself."""
+    """Return the memory-mapped input embedding in a model folder's files; None if they have no such tensor."""
     embedding = model.get_input_embeddings()
     name = next((name for name, module in model.named_modules() if module is embedding), None)
     try:
         return open_weights(folder).get(f"{name}.weight")
-    except ModelError:  # another form of weights; loading them says what is wrong
+    except ModelError:  # another form of weights; loading them explains the error
         return None
 
 
 def notice(tokens: Mapping[str, int], rows: int, peft_config: Mapping[str, Any]) -> str | None:
-    """Return what a person should know before training, or None where every token has a row or gets one.
+    """Return a notice about untrained tokens before training, or None if all rows are or will be trained.
 
     Args:
-        tokens: Of `untrained_tokens`.
-        rows: Of the model's embedding.
-        peft_config: Of the run; what trains the embeddings makes spare rows trained ones.
+        tokens: Result of `untrained_tokens`.
+        rows: Rows of the model's embedding.
+        peft_config: The run's section; it may train rows of the embedding.
     """
     missing = [token for token, index in tokens.items() if index >= rows]
     if missing:
         return (
             f"the tokenizer has {len(missing):,} tokens beyond the {rows:,} rows of the model's embedding "
-            f"({_named(missing)}). A row with one of them cannot be trained. {MEND}"
+            f"({_named(missing)}). Text with one of them cannot be trained on. {ADVICE}"
         )
     trained = _trained_ids(peft_config)
     spare = {token: index for token, index in tokens.items() if trained is not None and index not in trained}
@@ -87,20 +87,20 @@ def notice(tokens: Mapping[str, int], rows: int, peft_config: Mapping[str, Any])
         return None
     return (
         f"{len(spare):,} tokens of the tokenizer have a spare row of the embedding, which the base never learned "
-        f"({_named(spare)}). LoRA does not train embeddings, so they would mean nothing: train their rows with "
+        f"({_named(spare)}). LoRA does not train embeddings, so they would have no meaning: train their rows with "
         f"peft_config.trainable_token_indices: {{embed_tokens: {sorted(spare.values())[:_SHOWN]}}}, or do without them."
     )
 
 
-MEND = (
-    "Give the base a row for each and train those: model.resize_token_embeddings(len(tokenizer)), save both into one "
-    "folder, and name it as model.name_or_path; or use the tokenizer that the base ships with"
+ADVICE = (
+    "Add a row per token to the base and train it: call model.resize_token_embeddings(len(tokenizer)), save model and "
+    "tokenizer in one folder, and set model.name_or_path to it; or use the base's own tokenizer"
 )
 """What to do about tokens beyond the embedding."""
 
 
 def _trained_ids(peft_config: Mapping[str, Any]) -> set[int] | None:
-    """Return the ids whose rows train; None: all of them do."""
+    """Return the ids whose rows train; None if all of them do."""
     targets = peft_config.get("target_modules")
     whole = {*(peft_config.get("modules_to_save") or ()), *(targets if isinstance(targets, Iterable) else ())}
     if not isinstance(targets, str) and any(str(name).endswith("embed_tokens") for name in whole):

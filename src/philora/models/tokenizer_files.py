@@ -1,4 +1,4 @@
-"""Write what goes beside the weights of every export and merge: tokenizer, generation config, stop tokens."""
+"""Write the files beside the weights of an export or merge: tokenizer, generation config, stop tokens."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ TOKENIZER_FILES = (
 
 
 def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of a folder whose names fit.
+    """Copy the files of a folder that match the patterns.
 
     Raises:
-        ModelError: One of them is a link to a file outside the folder, whose content would be published.
+        ModelError: A file is a link out of the folder, which would publish another file.
     """
     for pattern in patterns:
         for path in source.glob(pattern):
@@ -42,12 +42,12 @@ def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
 
 
 class Companions:
-    """Return tokenizer and generation config of an adapter: its own where its folder has them, else the base's.
+    """Tokenizer and generation config of an adapter: its own if its folder has them, else the base's.
 
     Attributes:
-        tokenizer: None where neither has one, or it cannot be read without code of its own.
-        generation: None where neither has one.
-        stops: Ids that end an answer, the one of a turn first.
+        tokenizer: None if neither has one, or if it cannot be read without remote code.
+        generation: None if neither has one.
+        stops: Ids that end an answer, beginning with the one that ends a turn.
     """
 
     def __init__(self, adapter: Path, base: Path, config: Any) -> None:
@@ -65,20 +65,18 @@ class Companions:
 
     @property
     def stop_tokens(self) -> list[str]:
-        """The stop tokens as text; empty without a tokenizer."""
-        return (
-            [] if self.tokenizer is None else [str(token) for token in self.tokenizer.convert_ids_to_tokens(self.stops)]
-        )
+        """Return the stop tokens as text; empty without a tokenizer."""
+        return [] if self.tokenizer is None else list(map(str, self.tokenizer.convert_ids_to_tokens(self.stops)))
 
     def write(self, folder: Path, *, files: bool = True) -> None:
-        """Write `stop_tokens.json`, and the tokenizer's and generation config's files where the format needs them."""
+        """Write `stop_tokens.json` and, if the format needs them, the files of tokenizer and generation config."""
         write_json(folder / STOPS_NAME, self.manifest())
         if files:
             copy_files(self._generation_folder, folder, (GENERATION_FILE,))
             copy_files(self._tokenizer_folder, folder, TOKENIZER_FILES)
 
     def manifest(self) -> dict[str, Any]:
-        """Return which tokens end an answer: what a server has to be told that reads neither of the other files."""
+        """Return the tokens that end an answer, for servers that read neither tokenizer nor generation config."""
         texts: list[str | None] = [*self.stop_tokens] or [None] * len(self.stops)
         return {
             "format": 1,
@@ -89,7 +87,7 @@ class Companions:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """A folder's tokenizer; None where it has none, and, with a notice, where it cannot be read."""
+    """Return a folder's tokenizer; None if there is none or, with a warning, if it cannot be read."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
@@ -97,19 +95,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError, KeyError) as error:
         logger.warning("%s: the tokenizer cannot be read, so stop tokens are named by id only: %s", folder, error)
         return None
-    with contextlib.suppress(ModelError):  # a vocabulary may hold nothing to pad with, which is no fault here
+    with contextlib.suppress(ModelError):  # a vocabulary without a token for padding is not a fault here
         set_padding(tokenizer)
     return tokenizer
 
 
 def _turn_first(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> list[int]:
-    """The stop tokens with that first which the chat template writes after an answer."""
+    """Return the stop tokens, beginning with the one that the chat template writes after an answer."""
     if not isinstance(tokenizer.chat_template, str):
         return stops
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\x02"}]
     after = str(tokenizer.apply_chat_template(talk, tokenize=False)).rpartition("\x02")[2]
-    places = {token: after.find(str(tokenizer.convert_ids_to_tokens(token))) for token in stops}
-    written = [token for token in stops if places[token] >= 0]
-    return sorted(written, key=places.__getitem__)[:1] + [
-        token for token in stops if token != min(written, key=places.__getitem__, default=None)
-    ]
+    positions = {token: after.find(str(tokenizer.convert_ids_to_tokens(token))) for token in stops}
+    first = min((token for token in stops if positions[token] >= 0), key=positions.__getitem__, default=None)
+    return sorted(stops, key=lambda token: token != first)

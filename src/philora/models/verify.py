@@ -1,6 +1,6 @@
-"""Check that two forms of one adapter are the same function: their logits on the same tokens.
+"""Check that two forms of an adapter compute the same, by their logits on the same tokens.
 
-Every conversion (`merge`, `export`) is checked with these before its result gets its final name.
+Every conversion (`merge`, `export`) is checked before its result gets its final name.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from philora.errors import AdapterError, fault
 
 ROWS, TOKENS = 2, 64
 
-# Relative difference of logits that one more rounding of a weight may cause: half an ulp (2^-25, 2^-12, 2^-9) grown
-# over some tens of layers.
+# Relative difference of logits that one more rounding of a weight can cause: half an ulp (2^-25, 2^-12, 2^-9) that
+# grows over some tens of layers.
 ROUNDED_ONCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class Agreement(NamedTuple):
-    """The distance of two forms from each other, beside how far the adapter moves the base.
+    """The difference of two forms, and the adapter's effect on the base for comparison.
 
     Attributes:
         largest: Largest difference of a logit.
-        relative: Norm of the difference over the norm of the reference.
-        effect: The same of reference and base; 0 when it was not measured.
-        bound: What `relative` may be.
+        relative: Norm of the difference divided by the norm of the reference.
+        effect: The same between reference and base; 0 if it was not measured.
+        bound: The allowed value of `relative`.
     """
 
     largest: float
@@ -43,13 +43,13 @@ class Agreement(NamedTuple):
 
 
 def probe(vocabulary: int, device: Any = "cpu") -> Tensor:
-    """Random tokens, always the same. Shape: (ROWS, TOKENS)."""
+    """Return random tokens, always the same. Shape: (ROWS, TOKENS)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (ROWS, TOKENS), generator=generator).to(device)
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The model's logits in evaluation mode, on the CPU in fp32. Shape: (ROWS, TOKENS, V)."""
+    """Return the model's logits in evaluation mode, on the CPU in fp32. Shape: (ROWS, TOKENS, V)."""
     was_training = model.training
     model.eval()
     try:
@@ -66,12 +66,12 @@ def agreement(
     """Compare logits.
 
     Args:
-        where: What the message calls the conversion.
-        reference: Logits of the adapter as it was given.
+        where: The conversion's name in the message.
+        reference: Logits of the given adapter.
         other: Logits of the converted form.
-        bound: Largest relative difference that the conversion may cause.
+        bound: Largest relative difference that is allowed.
         base: Logits of the base without the adapter.
-        todo: What to do when they differ.
+        todo: What to do if they differ.
 
     Raises:
         AdapterError: They differ by more, or are not finite.
@@ -86,23 +86,23 @@ def agreement(
     return result
 
 
-# Mean divergence that a file's type may cause, in nats. On the bundled model f16 gave 1e-9 when it was read back in
-# fp32, 1e-6 in llama.cpp, and a reference in bf16 gave 1e-4; q8_0, which keeps 8 bits of every weight, gave 1e-3. Other
-# models have ten to twenty times as much room.
+# Mean divergence that a file's type is allowed to cause, in nats. On the bundled model f16 gave 1e-9 when read back in
+# fp32 and 1e-6 in llama.cpp, and a reference in bf16 gave 1e-4; q8_0, with 8 bits per weight, gave 1e-3. The limits are
+# ten to twenty times larger, for other models.
 DIVERGENCE = {"f32": 1e-3, "f16": 1e-3, "q8_0": 2e-2}
 
 
 class Divergence(NamedTuple):
-    """Return how far the next-token distributions of two forms of a model are from each other.
+    """The divergence between the next-token distributions of two forms of a model.
 
     Attributes:
-        reader: What computed the second form.
+        reader: The program that computed the second form.
         mean: Kullback-Leibler divergence from the trained model, in nats, mean over the positions.
-        largest: The largest of them.
-        same: Part of the positions where both have the same likeliest token.
-        positions: How many there are.
+        largest: The largest divergence at a position.
+        same: Share of the positions where both have the same most likely token.
+        positions: Number of positions.
         effect: Mean divergence of the base from the trained model.
-        bound: What `mean` may be.
+        bound: The allowed value of `mean`.
     """
 
     reader: str
@@ -122,7 +122,7 @@ class Divergence(NamedTuple):
 
 
 def row_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The model's logits for every row of token ids, on the CPU in fp32. Shape of each: (T, V)."""
+    """Return the model's logits for every row of token ids, on the CPU in fp32. Shapes: (T, V)."""
     device = next(model.parameters()).device
     return [logits_of(model, torch.tensor([list(row)], device=device))[0] for row in rows]
 
@@ -138,18 +138,18 @@ def divergence(
     """Compare distributions over the next token.
 
     Args:
-        where: What the message calls the conversion.
-        reader: What computed `other`.
+        where: The conversion's name in the message.
+        reader: The program that computed `other`.
         reference: Logits of the trained model for every row.
         other: Logits of the written form.
         base: Logits of the base.
-        bound: Largest mean divergence that the conversion may cause.
+        bound: Largest mean divergence that is allowed.
 
     Shapes:
-        Each element of the three is (T, V), with T of its row.
+        The elements of the three lists are (T, V), with T tokens of the row.
 
     Raises:
-        AdapterError: The mean is larger, or something is not finite.
+        AdapterError: The mean is larger, or a value is not finite.
     """
     divergences = torch.cat([_kl(a, b) for a, b in zip(reference, other, strict=True)])
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, other, strict=True)])
@@ -170,6 +170,6 @@ def divergence(
 
 
 def _kl(reference: Tensor, other: Tensor) -> Tensor:
-    """Divergence at every position. Shape: (T,)."""
+    """Return the divergence at every position. Shape: (T,)."""
     p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it can be reached, whose token writes to it, and what it says when it refuses."""
+"""The Hugging Face Hub: offline mode, paths of adapters, uploads, and messages for its errors."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from philora.runtime.process_state import is_run
 
 
 def reach() -> dict[str, Any]:
-    """Options of a download: without a network, the hub's cache alone.
+    """Return options of a download: without a network, only the hub's cache is used.
 
-    The hub's own retries take a minute before they give up.
+    The hub library's own retries would take a minute.
     """
     return {"local_files_only": True} if constants.HF_HUB_OFFLINE or _has_no_network(constants.ENDPOINT) else {}
 
 
 @contextlib.contextmanager
 def datasets_from_cache() -> Iterator[None]:
-    """In this block of a run datasets are read from the hub's cache where there is no network.
+    """Read datasets from the hub's cache in this block if there is no network.
 
-    `datasets` takes no option for it, so it is set for the whole process, and only in a run's.
+    `datasets` has no option for it, so it is set for the process, and only in a run.
     """
     import datasets
 
@@ -72,8 +72,8 @@ class HubPath(NamedTuple):
 
     Attributes:
         repo_id: `OWNER/NAME`.
-        subfolder: The folder in it; empty: the repository itself.
-        revision: Branch, tag or commit; None: the main branch.
+        subfolder: The folder in it; empty for the repository itself.
+        revision: Branch, tag or commit; None for the main branch.
     """
 
     repo_id: str
@@ -82,10 +82,10 @@ class HubPath(NamedTuple):
 
 
 def parse_hub_path(name: str) -> HubPath | None:
-    """Return what `OWNER/NAME[@REVISION][/SUB/FOLDER]` names; None where it has another form.
+    """Parse `OWNER/NAME[@REVISION][/SUB/FOLDER]`; return None if a name has another form.
 
-    The revision may stand at the end as well, and `hf://` in front, as in Hugging Face's own paths. A slash in a branch
-    is written %2F, or the revision stands at the end.
+    The revision may also be at the end, and `hf://` in front, as in Hugging Face's own paths. A branch with a slash has
+    to be at the end, or the slash is written %2F.
 
     Example:
         >>> parse_hub_path("me/adapters/support@v2")
@@ -104,10 +104,10 @@ def parse_hub_path(name: str) -> HubPath | None:
 
 
 def download_adapter(place: HubPath) -> Path:
-    """Bring an adapter's files into the Hub's cache, and return the folder that holds them.
+    """Download an adapter's files into the Hub's cache, and return their folder.
 
     Raises:
-        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError: The Hub does not give them.
+        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError: The download failed.
     """
     inside = f"{place.subfolder}/" if place.subfolder else ""
     names = ("*.json", "*.jinja", "adapter_model.safetensors", "tokenizer*")
@@ -122,7 +122,7 @@ def download_adapter(place: HubPath) -> Path:
 
 
 def adapter_subfolders(place: HubPath) -> list[str]:
-    """Return the folders of a repository that hold an adapter; empty where that cannot be found out."""
+    """Return the folders of a repository that have an adapter; empty if the files cannot be listed."""
     with contextlib.suppress(HfHubHTTPError, OSError):
         files = HfApi().list_repo_files(place.repo_id, revision=place.revision)
         return sorted(name.rpartition("/")[0] for name in files if name.endswith("/adapter_config.json"))
@@ -136,7 +136,7 @@ def check_repo_id(repo_id: str, where: str, name: str = "repo_id") -> None:
     """Refuse a name that no repository can have.
 
     Raises:
-        ConfigError: Such as a name with a space, two slashes or a dot at its end.
+        ConfigError: The name has a space, two slashes, a dot at its end or the like.
     """
     try:
         validate_repo_id(repo_id)
@@ -146,7 +146,7 @@ def check_repo_id(repo_id: str, where: str, name: str = "repo_id") -> None:
 
 
 def require_token(where: str, token: str | None = None) -> str:
-    """Return the token that was given, else that of `HF_TOKEN` or of the login.
+    """Return the given token, else that of `HF_TOKEN` or of the login.
 
     Raises:
         ConfigError: There is none.
@@ -160,10 +160,10 @@ def require_token(where: str, token: str | None = None) -> str:
 
 
 def create_repository(repo_id: str, token: str, private: bool | None, where: str) -> str:
-    """Make a repository if it is not there yet; returns its full name.
+    """Create a repository if it does not exist, and return its full name.
 
     Raises:
-        ConfigError: The Hub does not know the token, or the token may not write there.
+        ConfigError: The token is invalid, or has no write access.
         RunError: The Hub cannot be reached, or refuses for another reason.
     """
     with _explained(where, repo_id, token):
@@ -181,7 +181,7 @@ def files(repo_id: str, token: str, where: str) -> list[str]:
 
 
 def upload(folder: Path, repo_id: str, token: str, message: str, where: str, *, remove: Sequence[str] = ()) -> str:
-    """Put a folder's files into a repository and remove others in one commit; return the address of the commit.
+    """Upload a folder's files to a repository and remove others in one commit; return the URL of the commit.
 
     Raises:
         ConfigError, RunError: As `create_repository`.
@@ -199,7 +199,7 @@ def upload(folder: Path, repo_id: str, token: str, message: str, where: str, *, 
 
 @contextlib.contextmanager
 def _explained(where: str, repo_id: str, token: str) -> Iterator[None]:
-    """One message for the many ways in which the Hub can refuse; none of them holds the token."""
+    """Turn the Hub's errors into one message, without the token."""
     try:
         yield
     except HfHubHTTPError as error:

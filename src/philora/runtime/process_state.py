@@ -1,7 +1,7 @@
-"""Set the state that a run needs in its whole process: memory, products and the network.
+"""State that a run sets for its process: memory, products and the network.
 
 A run is a command of the command line, or `philora.train`. A call of the library (`optimize`, `get_peft_model`,
-`load_adapter`, a merge, ...) leaves the process as it is; what it would set asks `is_run` first.
+`load_adapter`, a merge, ...) does not change the process: code that would do so checks `is_run` first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _runs = 0
 
 @contextmanager
 def run() -> Iterator[None]:
-    """In this block the process belongs to a run."""
+    """Mark the process as a run's in this block."""
     global _runs
     with _lock:
         _runs += 1
@@ -34,12 +34,12 @@ def is_run() -> bool:
 
 @contextmanager
 def quiet_libraries(*, bars: bool = False) -> Iterator[None]:
-    """In this block transformers, datasets and the Hub's library show no progress bars, and transformers only warnings.
+    """Turn off progress bars of transformers, datasets and the Hub's library, and transformers' infos, in this block.
 
-    What was set before is set again afterwards.
+    The earlier settings are restored afterwards.
 
     Args:
-        bars: Leave the bars of transformers and the Hub as they are: for a person who waits for weights to come.
+        bars: Do not change the bars of transformers and the Hub, for a person who waits for a download.
     """
     import datasets
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

@@ -1,9 +1,9 @@
-"""Several processes of one run, as torchrun, accelerate or Slurm start them: who writes, who waits, who speaks.
+"""Several processes of one run, as torchrun, accelerate or Slurm start them: which one writes, waits or reports errors.
 
-The groups are accelerate's and PyTorch's. What stands here goes through the launcher's key-value store, which has no
-limit of time: the others wait for hours of data preparation without a collective that gives up.
+Process groups are accelerate's and PyTorch's. The functions here use the launcher's key-value store, which has no time
+limit: other processes can wait for hours of data preparation, which would time out a collective.
 
-The modules above load without torch; so does this one, until there is more than one process.
+This module loads without torch as long as there is only one process.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from philora.errors import PhiloraError, RunError, fault
 T = TypeVar("T")
 
 CONNECT = datetime.timedelta(minutes=30)
-"""How long a process waits for the store, while others still start."""
+"""How long a process waits for the store while others are starting."""
 
 LAST_WORD_SECONDS = 20.0
-"""How long a process that has failed waits for the one that failed first to say why."""
+"""How long a failed process waits for the message of the process that failed first."""
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate looks for them
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
-# What gloo and PyTorch's stores say when the other end of a connection is closed.
+# Messages of gloo and PyTorch's stores about a connection that the other side has closed.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout caused pair")
 
 
 class Elsewhere(PhiloraError, RuntimeError):
-    """Another process of the run has failed and says why; this one only ends with it."""
+    """Another process of the run has failed and reports the error; this one ends with it."""
 
     exit_code = 1
 
@@ -50,32 +50,32 @@ def _first(names: tuple[str, ...], default: int) -> int:
 
 
 def count() -> int:
-    """Processes of this run, on all machines."""
+    """Return the number of processes of this run, on all machines."""
     return _first(_SIZES, 1)
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's rank, from 0."""
     return _first(_RANKS, 0) if count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Return whether this process is the one that writes and speaks."""
+    """Return whether this process is the one that writes files and messages."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """Return this process's rank on its machine."""
     return _first(_LOCAL_RANKS, rank()) if count() > 1 else 0
 
 
 def local_count() -> int:
-    """Processes of this run on this machine."""
+    """Return the number of processes of this run on this machine."""
     return _first(_LOCAL_SIZES, count()) if count() > 1 else 1
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """Return what a person types to start this run once more, whoever has started it now."""
+    """Return the command that starts this run again, with torchrun if it has several processes."""
     if count() == 1:
         return ["philora", *arguments]
     options = ["--nproc-per-node", str(local_count())]
@@ -97,14 +97,14 @@ def launched_for_deepspeed() -> bool:
 
 
 def join(timeout_seconds: float, cpu: bool = False) -> None:
-    """Make accelerate's state and with it the group of processes; nothing for a single one.
+    """Create accelerate's state and with it the process group; does nothing for a single process.
 
     Args:
-        timeout_seconds: How long a collective may take; `training_config.ddp_timeout`.
-        cpu: Train on the CPU although there is a GPU.
+        timeout_seconds: Time limit of a collective; `training_config.ddp_timeout`.
+        cpu: Train on the CPU even if there is a GPU.
 
     Raises:
-        RunError: The others did not come.
+        RunError: The processes did not reach each other.
     """
     if count() == 1:
         return
@@ -121,12 +121,12 @@ def join(timeout_seconds: float, cpu: bool = False) -> None:
 
 
 def shards_on_cpu() -> bool:
-    """Return whether FSDP works on a CPU: accelerate up to 1.15 looks for its plugin on accelerators only."""
+    """Return whether FSDP works on a CPU: accelerate up to 1.15 uses its plugin on accelerators only."""
     return False
 
 
 def not_here(given: Mapping[str, Any], source: str) -> list[str]:
-    """Return what `training_config` asks for and this machine cannot do: FSDP on a CPU, missing DeepSpeed."""
+    """Return faults for settings that this machine does not support: FSDP on a CPU, DeepSpeed if it is missing."""
     import torch
 
     faults = []
@@ -144,7 +144,7 @@ def not_here(given: Mapping[str, Any], source: str) -> list[str]:
 
 
 def idle_gpus(given: Mapping[str, Any], device_map: Any) -> int:
-    """Return how many visible GPUs a run leaves alone: without a launcher a process trains on one.
+    """Return how many visible GPUs a run does not use: without a launcher, one process trains on one GPU.
 
     Args:
         given: The run's `training_config`.
@@ -158,7 +158,7 @@ def idle_gpus(given: Mapping[str, Any], device_map: Any) -> int:
 
 
 def idle_gpus_notice(given: Mapping[str, Any], device_map: Any) -> str | None:
-    """Return a notice about GPUs that the run leaves alone, with the command that uses them all; None without any."""
+    """Return a notice about unused GPUs with the command that uses them all, or None."""
     idle = idle_gpus(given, device_map)
     if not idle:
         return None
@@ -175,27 +175,27 @@ _calls = 0
 
 
 def _shared() -> Any:
-    """The launcher's store, or one that the first process holds where the launcher has none."""
+    """Return the launcher's store, or one in the first process if the launcher has none."""
     global _store
     if _store is None:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         store, _, _ = next(rendezvous("env://", timeout=CONNECT))
-        # A group of workers that torchrun starts again must not read what the one before it has written.
+        # Workers that torchrun restarts must not read the values of the previous ones.
         _store = PrefixStore(f"philora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return _store
 
 
 def _next_key() -> str:
-    """A name that all processes give to the same call: they make the same calls in the same order."""
+    """Return a key that is the same in all processes, since they make the same calls in the same order."""
     global _calls
     _calls += 1
     return f"call-{_calls}"
 
 
 def _wait(key: str, seconds: float = float("inf")) -> bytes | None:
-    """The value of a key once it is there, or None after so many seconds; a signal is heard while it waits."""
+    """Wait for a key and return its value, or None after a timeout. Signals are handled in the meantime."""
     store, pause, end = _shared(), 0.001, time.monotonic() + seconds
     while not store.check([key]):
         if time.monotonic() > end:
@@ -208,36 +208,36 @@ def _wait(key: str, seconds: float = float("inf")) -> bytes | None:
 _FAILED = b"failed"
 
 PART_BYTES = 1 << 20
-"""Of a value that goes through the store at a time: PyTorch's closes the connection at values above 8 MiB."""
+"""Bytes of a value per entry of the store: PyTorch's closes the connection at values above 8 MiB."""
 
 
 def _give(key: str, value: object) -> None:
-    """Put a value into the store, in parts; the key itself comes last, with their number."""
-    whole = pickle.dumps(value)
-    parts = range(0, len(whole), PART_BYTES)
+    """Store a value in parts; the key itself is written last, with their number."""
+    data = pickle.dumps(value)
+    parts = range(0, len(data), PART_BYTES)
     for number, start in enumerate(parts):
-        _shared().set(f"{key}/{number}", whole[start : start + PART_BYTES])
+        _shared().set(f"{key}/{number}", data[start : start + PART_BYTES])
     _shared().set(key, str(len(parts)))
 
 
 def _take(key: str, which: int) -> Any:
-    """The value that a process has given, however long it takes.
+    """Return the value that a process has stored, however long it takes.
 
     Raises:
         Elsewhere: The process has failed.
     """
-    said = _wait(key)
-    if said is None or said == _FAILED:
+    parts = _wait(key)
+    if parts is None or parts == _FAILED:
         _end_with(f"process {which}")
-    # Written by a process of this run, for this run.
-    return pickle.loads(b"".join(bytes(_shared().get(f"{key}/{number}")) for number in range(int(said))))
+    # The pickle was written by a process of this run.
+    return pickle.loads(b"".join(bytes(_shared().get(f"{key}/{number}")) for number in range(int(parts))))
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do something in the main process only, and give its result to all; the others wait for as long as it takes.
+    """Call a function in the main process only, and return its result in all; the others wait as long as it takes.
 
     Raises:
-        Elsewhere: In the others, when it failed in the main process, which raises what went wrong.
+        Elsewhere: In the other processes, if it failed in the main process, which raises the error itself.
     """
     if count() == 1:
         return work()
@@ -259,10 +259,10 @@ def _end_with(which: str) -> NoReturn:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """One process of every machine works first, and leaves to the others what it has put into a cache.
+    """Run the block in one process per machine first, so that the others find its results in a cache.
 
     Raises:
-        Elsewhere: In the others, when the first one failed.
+        Elsewhere: In the other processes, if the first one failed.
     """
     if count() == 1:
         yield
@@ -286,7 +286,7 @@ def main_first() -> Iterator[None]:
 
 
 def agreed(value: int) -> int:
-    """The largest of the processes' numbers, in all of them, by a collective: for what is asked at every step."""
+    """Return the largest of the processes' numbers, by a collective, for use in every step."""
     if count() == 1:
         return value
     import torch
@@ -298,7 +298,7 @@ def agreed(value: int) -> int:
 
 
 def gathered(value: T) -> list[T]:
-    """Every process's value, in the order of their ranks, in all of them, however long the slowest takes."""
+    """Return the values of all processes in the order of ranks, however long the slowest takes."""
     if count() == 1:
         return [value]
     key = _next_key()
@@ -307,7 +307,7 @@ def gathered(value: T) -> list[T]:
 
 
 def share(length: int) -> range:
-    """This process's part of so many things: a block, so that the parts put together keep their order."""
+    """Return the indices of this process's part of a list: a block, so that joined parts keep the order."""
     return range(length * rank() // count(), length * (rank() + 1) // count())
 
 
@@ -323,31 +323,31 @@ def lost(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def last_word(text: str, code: int, error: BaseException | None) -> Iterator[tuple[bool, int]]:
-    """Around the message of a failure: the first process to fail says it, the others end with its exit code.
+    """Let only the first failed process print the message of a failure; the others end with its exit code.
 
     Args:
         text: The message; torchrun's own report shows it too.
         code: The exit code of this process's failure.
-        error: The failure; `Elsewhere` leaves the word to another.
+        error: The failure; with `Elsewhere` another process prints its message.
 
     Yields:
-        Whether this process is to speak, and the exit code.
+        Whether this process prints the message, and the exit code.
     """
     if count() == 1:
         yield True, code
         return
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends those that are left
-    said = _claim(error)
-    why, code = (text, code) if said is None else said
-    _tell_launcher(why)  # in every process: torchrun's report is of the one that it sees end first
-    yield said is None, code
-    if said is None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it to the remaining processes
+    first = _first_failure(error)
+    why, code = (text, code) if first is None else first
+    _tell_launcher(why)  # in every process: torchrun reports the one that it sees end first
+    yield first is None, code
+    if first is None:
         with contextlib.suppress(RuntimeError, ValueError, OSError):
             _shared().set("said", json.dumps([text, code]))
 
 
 def _tell_launcher(text: str) -> None:
-    """Leave the message where torchrun looks for it; else its report names a page about missing tracebacks."""
+    """Write the message where torchrun looks for it; else its report links to a page about missing tracebacks."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
@@ -356,12 +356,12 @@ def _tell_launcher(text: str) -> None:
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
-def _claim(error: BaseException | None) -> tuple[str, int] | None:
-    """None for the process that is to speak, else the message and the exit code of the one that did."""
+def _first_failure(error: BaseException | None) -> tuple[str, int] | None:
+    """Return the message and exit code of the process that failed first; None if it is this one."""
     try:
         if not isinstance(error, Elsewhere) and _shared().add("failures", 1) == 1:
             return None
-        said = _wait("said", LAST_WORD_SECONDS)
-        return None if said is None else cast("tuple[str, int]", tuple(json.loads(said)))
-    except (RuntimeError, ValueError, OSError):  # no store: each speaks for itself
+        found = _wait("said", LAST_WORD_SECONDS)
+        return None if found is None else cast("tuple[str, int]", tuple(json.loads(found)))
+    except (RuntimeError, ValueError, OSError):  # without a store every process prints its own message
         return None

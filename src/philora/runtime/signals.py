@@ -1,6 +1,6 @@
-"""SIGINT and SIGTERM stop a run in good order: at once where nothing would be lost, else after the step.
+"""SIGINT and SIGTERM stop a run cleanly: at once if nothing would be lost, else after the step.
 
-Loads without torch, so that a signal is heard from the first moment of a command.
+This module loads without torch, so that a command handles signals from its start.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ REPEAT_SECONDS = 5.0
 
 
 class Interrupted(RunError):
-    """A signal stopped the run; the message says how to continue.
+    """A signal stopped the run. The message names the command to continue.
 
-    `exit_code` is 3 where something is saved for `--resume` to continue, else 128 and the signal's number, as shells
-    have it.
+    `exit_code` is 3 if `--resume` can continue from a checkpoint, else 128 plus the signal's number, as in shells.
     """
 
     def __init__(self, text: str, exit_code: int = 3) -> None:
@@ -33,17 +32,17 @@ class Interrupted(RunError):
 
 
 class Signalled(KeyboardInterrupt):
-    """Raised where the signal arrived, or by who looked for one: no library takes it for an error of its own."""
+    """Raised where a signal arrived or was checked for. It is a KeyboardInterrupt, so libraries do not catch it."""
 
 
 class StopOnSignal:
-    """In this block the first SIGINT or SIGTERM ends in `Interrupted`; a second one kills the process at once.
+    """Raise `Interrupted` on the first SIGINT or SIGTERM in this block; a second one kills the process at once.
 
     Attributes:
-        stopped_by: The name of the signal, once one has come.
-        doing: What is going on, for the message.
-        command: What starts the run, for the message.
-        saved: Whether there is something on the disk that a run resumes from; asked when the message is written.
+        stopped_by: The name of the signal, once one has arrived.
+        doing: The current work, for the message.
+        command: The command that starts the run, for the message.
+        saved: Returns whether the run can be resumed from the disk; called when the message is written.
     """
 
     def __init__(self, doing: str, command: str) -> None:
@@ -59,7 +58,7 @@ class StopOnSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous[number] = signal.signal(number, self._received)
-            except ValueError:  # not the main thread: signals are somebody else's there
+            except ValueError:  # not the main thread, which handles the signals
                 return self
         return self
 
@@ -71,7 +70,7 @@ class StopOnSignal:
             raise self.interrupted() from None
 
     def interrupted(self) -> Interrupted:
-        """The error that says where the run stopped and how it continues."""
+        """Return the error that tells where the run stopped and how to continue."""
         what = f"{self.stopped_by}: stopped {self.doing}."
         if self.saved():
             resume = self.command if "--resume" in self.command else f"{self.command} --resume"
@@ -80,25 +79,25 @@ class StopOnSignal:
         return Interrupted(f"{what} Nothing was saved; start it again with: {self.command}", code)
 
     def check(self) -> None:
-        """Raise if a signal has come; a destructor may have swallowed what the handler raised."""
+        """Raise if a signal has arrived; a destructor may have swallowed the handler's exception."""
         if self.stopped_by is not None and not self._finishing:
             raise Signalled
 
     def agreed(self) -> bool:
-        """Return whether a signal has come to any of the run's processes; all of them ask at the same place."""
+        """Return whether a signal has arrived in any of the run's processes. All of them must call it together."""
         number = processes.agreed(0 if self.stopped_by is None else int(signal.Signals[self.stopped_by]))
         if number and self.stopped_by is None:
             self.stopped_by = signal.Signals(number).name
         return number > 0
 
     def check_together(self) -> None:
-        """Raise if a signal has come to any of the run's processes, for work that can be left and done again."""
+        """Raise if a signal has arrived in any of the run's processes, for work that can be repeated."""
         if self.agreed():
             raise Signalled
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """In this block a signal is only noted: whoever runs inside looks at `stopped_by` and ends in good order."""
+        """Only record a signal in this block; the code inside checks `stopped_by` and ends cleanly."""
         self.check()
         self._finishing = True
         try:

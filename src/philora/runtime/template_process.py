@@ -1,7 +1,6 @@
 """Render a chat template within limits; `untrusted.py` starts this file as a process.
 
-It imports nothing of philora, so that it starts in a fifth of a second. The environment is the one that transformers
-renders chat templates in.
+It imports nothing of philora, so that it starts in a fifth of a second. The Jinja environment is that of transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ MEMORY_BYTES, CPU_SECONDS = 2 << 30, 10
 
 
 class Generation(Extension):
-    """Render what stands between `generation` and `endgeneration` as it is."""
+    """Render the text between `generation` and `endgeneration` unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
@@ -43,7 +42,7 @@ def conversations() -> list[list[dict[str, str]]]:
 
 
 def limit() -> None:
-    """Bound this process's memory and time, where the system can."""
+    """Limit this process's memory and time, if the system supports it."""
     with contextlib.suppress(ImportError):
         import resource
 
@@ -52,15 +51,15 @@ def limit() -> None:
 
 
 def refuse(message: str) -> NoReturn:
-    """Stand in for what templates call to refuse a conversation."""
+    """Raise the error with which a template refuses a conversation."""
     raise jinja2.TemplateError(message)
 
 
 def main() -> None:
-    """Render the template that standard input names as JSON, with its special tokens.
+    """Render the template in the JSON of standard input, with its special tokens.
 
     Raises:
-        MemoryError: It takes more than the process may have.
+        MemoryError: It takes more memory than the limit.
     """
     given = json.load(sys.stdin)
     limit()
@@ -72,7 +71,7 @@ def main() -> None:
     try:
         template = environment.from_string(given["template"])
         for messages in conversations():
-            # What a template refuses or does not know is for the reader of the data to say.
+            # A template that refuses or does not know a message is reported when the data is read.
             with contextlib.suppress(jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError):
                 template.render(messages=messages, add_generation_prompt=True, **given["tokens"])
     except jinja2.TemplateError:

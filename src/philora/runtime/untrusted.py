@@ -1,4 +1,4 @@
-"""Tokenizers from outside: one that panics, and a chat template that takes all memory, are errors like others."""
+"""Downloaded tokenizers: a panic of the tokenizers library, or a chat template that takes all memory, is an error."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def panics_as_errors(where: str) -> Iterator[None]:
     """Turn a panic of the tokenizers library, which is no `Exception`, into a ValueError.
 
     Args:
-        where: What the message calls the file.
+        where: The file's name in the message.
 
     Raises:
-        ValueError: With what the library says.
+        ValueError: The library panicked.
     """
     try:
         yield
@@ -35,7 +35,7 @@ def panics_as_errors(where: str) -> Iterator[None]:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Encode and decode a few texts, and render the chat template, before anything depends on them.
+    """Encode and decode a few texts and render the chat template, to find errors early.
 
     Raises:
         ValueError: The tokenizer fails on ordinary text, or its template takes more than `template_process` allows.
@@ -53,15 +53,15 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 @functools.lru_cache(maxsize=64)
 def check_template(name: str, template: str, tokens: str) -> None:
-    """Render a chat template in a process with bounds on memory and time.
+    """Render a chat template in a process with limits on memory and time.
 
     Args:
-        name: What the message calls it.
+        name: The template's name in the message.
         template: Jinja source.
-        tokens: Special tokens as a JSON object, which templates write.
+        tokens: Special tokens that the template can write, as a JSON object.
 
     Cost:
-        A fifth of a second, once for every template.
+        A fifth of a second, once per template.
 
     Raises:
         ValueError: It takes more than 2 GiB or 10 s for ordinary conversations.
@@ -75,5 +75,5 @@ def check_template(name: str, template: str, tokens: str) -> None:
     if done is not None and done.returncode == 0:
         return
     if done is not None and done.returncode == 1 and "MemoryError" not in done.stderr:
-        return  # a fault of this check, such as a jinja2 that it does not know, is no fault of the template
+        return  # an error of this check itself, such as an incompatible jinja2, is not the template's
     raise ValueError(f"{name}: rendering ordinary conversations takes more than 2 GiB of memory or 10 s of time")

@@ -1,4 +1,4 @@
-"""The folder for what can be made again: compiled functions and prepared data."""
+"""The cache folder for compiled functions and prepared data, which can be made again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """`$XDG_CACHE_HOME/philora`, else `~/.cache/philora`; a folder for temporary files where there is no home.
+    """Return `$XDG_CACHE_HOME/philora`, else `~/.cache/philora`, else a temporary folder if there is no home.
 
-    A process in a container often runs under a number that no user has: it has no home folder, and in place of `HOME`
-    at most `/`, where it may not write.
+    A process in a container often runs under a user id without a user. It has no home folder, and `HOME` may be `/`,
+    which it cannot write to.
     """
     chosen = os.environ.get("XDG_CACHE_HOME")
     if chosen and Path(chosen).is_absolute():
@@ -28,7 +28,7 @@ def user_cache() -> Path:
 
 @functools.cache
 def _temporary() -> Path:
-    """One for every user, which nobody else can write to: compiled code and prepared data of others are not read."""
+    """Return a temporary folder that only this user can write to, so that other users cannot plant code or data."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     folder = Path(tempfile.gettempdir()) / f"philora-{user}"
     try:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from philora.errors import RunError, fault
-from philora.files.checkpoint import how_to_go_on, sync_file, write_text
+from philora.files.checkpoint import how_to_continue, sync_file, write_text
 
 
 def peak_memory_bytes() -> int:
@@ -111,7 +111,7 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
             if self.path.exists():
                 os.truncate(self.path, size)
             expected = f"room to write to it: {error}"
-            todo = f"Free some space, then {how_to_go_on(self.path.parent / 'checkpoints')}"
+            todo = f"Free some space, then {how_to_continue(self.path.parent / 'checkpoints')}"
             raise RunError(fault("run", "metrics", str(self.path), expected, todo)) from error
 
 

@@ -14,7 +14,7 @@ from philora.files.checkpoint import (
     TEMPORARY_PREFIX,
     bytes_in,
     disk_full,
-    how_to_go_on,
+    how_to_continue,
     missing_bytes,
     publish,
     rotate,
@@ -104,5 +104,5 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 def _no_space(run: Path, final: Path, size: int, why: str) -> RunError:
     free = shutil.disk_usage(run if run.exists() else run.parent).free
-    todo = f"Free some space ({free:,} bytes are free), then {how_to_go_on(run)}; older checkpoints are as they were"
+    todo = f"Free some space ({free:,} bytes are free), then {how_to_continue(run)}; older checkpoints are as they were"
     return RunError(fault("checkpoint", "folder", str(final), f"free space for about {size:,} bytes: {why}", todo))

@@ -31,7 +31,7 @@ def explained(folder: Path) -> Iterator[None]:
 
 
 def _message(error: Exception, folder: Path) -> str | None:
-    then = checkpoint.how_to_go_on(folder / "checkpoints")
+    then = checkpoint.how_to_continue(folder / "checkpoints")
     if processes.lost(error):
         expected = "every process to continue, but another one has ended"
         todo = f"Look for its message, or for what ended it (memory, a signal); then {then}"

@@ -293,7 +293,7 @@ def _require_weights(config: Config) -> None:
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             todo = "Copy the model again"
             raise ModelError(
-                fault(str(folder / shard), "content", str(error), "a whole safetensors file", todo)
+                fault(str(folder / shard), "content", str(error), "a complete safetensors file", todo)
             ) from error
 
 

@@ -241,7 +241,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
     Raises:
         ConfigError: There are checkpoints and none is whole, or the run is complete and has none.
     """
-    found = checkpoint.newest_whole(folder / "checkpoints")
+    found = checkpoint.newest_complete(folder / "checkpoints")
     name = "training_config.output_dir"
     if found.folder is None and found.passed_over:
         damaged = "; ".join(f"{path.name}: {why}" for path, why in found.passed_over)

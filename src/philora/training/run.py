@@ -135,7 +135,7 @@ def _train(
     with contextlib.ExitStack() as held:
         claim = resuming.Claim(folder)
         continued = processes.on_main(lambda: _open(claim, config, resume, held))
-        stop.saved = lambda: checkpoint.newest_whole(folder / "checkpoints").folder is not None
+        stop.saved = lambda: checkpoint.newest_complete(folder / "checkpoints").folder is not None
         if continued is not None:
             config = continued.config
         processes.on_main(lambda: readiness.require(config))

@@ -84,7 +84,7 @@ class RunFiles:
             model: The model with its adapter.
             weights: Tensors by name, where processes share the model's; default: the model's own.
         """
-        with checkpoint.whole_folder(self._folder / "adapter") as folder:
+        with checkpoint.atomic_folder(self._folder / "adapter") as folder:
             model.save_pretrained(str(folder), state_dict=weights)
             sort_names(folder / "adapter_config.json")
             if not (folder / RECORD_NAME).exists():

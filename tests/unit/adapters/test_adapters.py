@@ -351,7 +351,7 @@ def test_a_torn_adapter_is_refused(phi3, tmp_path):
     philora.get_peft_model(phi3(), lora(target_modules=["qkv_proj"])).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(AdapterError, match=r"adapter_model.safetensors: content=.* - expected a whole safetensors"):
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors: content=.* - expected a complete safetensors"):
         philora.load_adapter(phi3(), tmp_path)
     path.unlink()
     with pytest.raises(AdapterError, match=r"file='adapter_model.safetensors' - expected this file"):

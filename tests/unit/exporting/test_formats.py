@@ -292,7 +292,7 @@ def test_files_that_are_torn_or_run_code_are_refused(base, saved, tmp_path, caps
     folder = saved()
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(AdapterError, match=r"adapter_model.safetensors: content=.* - expected a whole safetensors"):
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors: content=.* - expected a complete safetensors"):
         export(folder, tmp_path / "out")
     assert "this ran" not in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

@@ -80,7 +80,7 @@ blocks = [torch.ones(2_500_000) for _ in range(40)]
 last = torch.ones(1000)
 del blocks
 kept = held()
-memory.give_back_freed_memory()
+memory.return_freed_memory()
 print(kept - begun, held() - begun)
 """
 

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from philora.configuration.config import load_config
-from philora.files.checkpoint import whole_folder
+from philora.files.checkpoint import atomic_folder
 from philora.reporting.card import model_card
 from philora.training.run_arguments import logging_steps
 from tests.unit.reporting.test_report import evaluated, make_run, results
@@ -39,7 +39,7 @@ def test_a_card_that_is_published_has_no_row_of_the_data(run):
 
 
 def test_a_folder_is_written_with_ordinary_permissions(tmp_path):
-    with whole_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         (folder / "weights").write_bytes(b"1")
         (folder / "weights").chmod(0o600)
         (folder / "plain").write_bytes(b"1")

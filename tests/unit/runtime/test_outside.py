@@ -92,7 +92,7 @@ def test_an_adapter_is_refused_by_its_header(phi3, adapter):
     content = weights.read_bytes()
     length = int.from_bytes(content[:8], "little")
     weights.write_bytes((2**40).to_bytes(8, "little") + content[8:])
-    with pytest.raises(AdapterError, match="expected a whole safetensors file"):
+    with pytest.raises(AdapterError, match="expected a complete safetensors file"):
         philora.load_adapter(phi3(), adapter)
     header = json.loads(content[8 : 8 + length])
     name = next(each for each in header if each != "__metadata__")
@@ -163,7 +163,7 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path, name):
     (tmp_path / "outside.safetensors").write_text("x")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ModelError, match=r"weight_map=.* - expected a file in the same folder, which is there"):
+    with pytest.raises(ModelError, match=r"weight_map=.* - expected an existing file in the same folder"):
         indexed_files(index)
     with pytest.raises(ModelError, match=r"weight_map="):
         load_skeleton(ModelConfig(str(folder)))

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import philora
 from philora.errors import RunError
-from philora.files.checkpoint import newest_whole
+from philora.files.checkpoint import newest_complete
 from philora.kernels.memory import out_of_memory
 from philora.models.loading import local_path
 from philora.training.microbatches import halves, label_tokens, parts
@@ -227,7 +227,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tokenizer, tmp_path):
     assert equal(disturbed[0], from_the_start[0]), "the step that failed began again in every respect"
     assert disturbed[1] == from_the_start[1]
 
-    found = newest_whole(run)
+    found = newest_complete(run)
     assert found.folder == run / "checkpoint-4"
     state = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["MicroBatchParts"]["attributes"] == {"halvings": 1, "evaluation_halvings": 0}
@@ -261,7 +261,7 @@ def test_the_end_in_good_order(tokenizer, tmp_path):
     assert "Set gradient_checkpointing: true, lower max_length, or quantise the base" in str(end.value)
     assert "checkpoint-2 is whole" in str(end.value)
     assert end.value.exit_code == 1
-    assert newest_whole(tmp_path).folder == tmp_path / "checkpoint-2"
+    assert newest_complete(tmp_path).folder == tmp_path / "checkpoint-2"
     assert memory.seen[-1] > 20
 
 
