@@ -17,6 +17,7 @@ from philora.configuration.sections import Config
 from philora.decoder_stack.choice import DeviceFacts
 from philora.families import PhiModel, find
 from philora.planning import plan as planning
+from philora.planning.batch import FILLED, GRADES, choose
 from philora.planning.footprint import Footprint, footprint
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "hardware.md"
@@ -70,7 +71,7 @@ def case(name: str, base: str, device: str) -> Case:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config_of(member), dtype=torch.bfloat16)
     adapted = planning.weightless(config, skeleton)
-    ways = {grade: way(config, adapted, grade, device) for grade in planning.GRADES}
+    ways = {grade: way(config, adapted, grade, device) for grade in GRADES}
     counted = footprint(adapted, config.model, "adamw_torch_fused", device, stack=ways["none"] == "stack")
     return Case(name, base, counted, ways["host"] == "stack")
 
@@ -91,11 +92,11 @@ def way(config: Config, adapted: object, grade: str, device: str) -> str:
 
 def cell(case: Case, gigabytes: int) -> str:
     """Return how a row of the defaults fits into so much memory."""
-    found = planning.choose(
+    found = choose(
         case.counted, row_tokens=ROW_TOKENS, tokens_per_step=8192, rows=None, accumulation=None, recomputation=None,
         memory=gigabytes * 10**9, host=case.host,
     )  # fmt: skip
-    return MARKS[found.recomputation] if found.estimate.peak <= planning.FILLED * gigabytes * 10**9 else "no"
+    return MARKS[found.recomputation] if found.estimate.peak <= FILLED * gigabytes * 10**9 else "no"
 
 
 def fitting(device: str, sizes: tuple[int, ...]) -> list[str]:
@@ -105,7 +106,7 @@ def fitting(device: str, sizes: tuple[int, ...]) -> list[str]:
     for name in MODELS:
         for base in BASES:
             counted = case(name, base, device)
-            least = counted.counted.estimate(ROW_TOKENS, "full").peak / planning.FILLED / 1e9
+            least = counted.counted.estimate(ROW_TOKENS, "full").peak / FILLED / 1e9
             cells = " | ".join(cell(counted, size) for size in sizes)
             lines.append(f"| {name} | {base} | {least:.1f} GB | {cells} |")
     return lines

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from philora.adapters.slices import Slice, Slices, inside, lora_layers, ranked_by_zeros
+from philora.adapters.slices import Slices, inside, lora_layers, ranked_by_zeros, slices_named
 from philora.adapters.targets import Names, as_list, is_lora, resolve
 from philora.errors import AdapterError, PhiloraError, fault, one_per_line
 from philora.files.checkpoint import read_peft_tensors
@@ -215,7 +215,7 @@ def saved_slices(
             if seen is None:
                 continue
             r, chosen = seen
-        parts = tuple(Slice(entry, *rows[entry], i * r, (i + 1) * r) for i, entry in enumerate(chosen))
+        parts = slices_named(chosen, rows, r)
         if parts[-1].rank_stop != weight.shape[1] or bool(weight[~inside(weight, parts)].any()):
             changed.append(name)
         else:

@@ -7,7 +7,7 @@ so that the multiplier stays the same. The zeros get no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,11 @@ class Slice(NamedTuple):
 
 
 Slices = tuple[Slice, ...]
+
+
+def slices_named(names: Sequence[str], rows: Mapping[str, tuple[int, int]], r: int) -> Slices:
+    """Return the slices of these names, with rank r each, in this order of ranks."""
+    return tuple(Slice(name, *rows[name], index * r, (index + 1) * r) for index, name in enumerate(names))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from philora.adapters.slices import Slice, Slices
+from philora.adapters.slices import Slices, slices_named
 from philora.compat.peft import ExcludedModule, check_target_module_exists, expand_all_linear
 from philora.errors import TargetError, fault, nearest, one_per_line
 from philora.families import fused_slices
@@ -340,9 +340,7 @@ def _resolve_slices(
                 expected = f"one value for all slices of {leaf}, which share one A and one B on disk"
                 faults.append(fault(where, key, values[key], expected, "Give them the same value"))
         r, alpha = int(values["rank_pattern"][ordered[0]]), values["alpha_pattern"][ordered[0]]
-        slices[fused] = tuple(
-            Slice(entry, *names.rows[fused][entry], index * r, (index + 1) * r) for index, entry in enumerate(ordered)
-        )
+        slices[fused] = slices_named(ordered, names.rows[fused], r)
         stacked = len(ordered)
         rank_pattern.setdefault(leaf, {})[fused] = r * stacked
         alpha_pattern.setdefault(leaf, {})[fused] = alpha * (math.sqrt(stacked) if config.use_rslora else stacked)

@@ -1,9 +1,9 @@
-"""An adapter without a layout, and the layouts that PEFT's format can hold it in."""
+"""An adapter independent of its format, and the layouts that PEFT's format supports."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,17 +11,17 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from philora.adapters.slices import Slice, Slices, ranked_by_zeros
+from philora.adapters.slices import Slices, ranked_by_zeros, slices_named
 from philora.adapters.targets import Names
 from philora.errors import AdapterError, fault, one_per_line
 
-# The update of a module may change by one rounding of B (scale folded in) and one of the product.
+# The update of a module can change by one rounding of B (scale folded in) and one of the product.
 UPDATE_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-12}
 
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one module: `scaling * B A`, of an embedding transposed.
+    """The update of one module: `scaling * B A`, transposed for an embedding.
 
     Shapes:
         lora_A (R, in), lora_B (out, R); with slices B is zero outside their blocks.
@@ -46,7 +46,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter without a layout: its updates, what was trained whole, and what its format keeps beside them."""
+    """An adapter independent of its format: updates, complete trained tensors, and PEFT's configuration."""
 
     updates: dict[str, Update]
     whole: dict[str, Tensor] = field(default_factory=dict)
@@ -54,21 +54,21 @@ class Adapter:
 
 
 def plain_number(value: float) -> float:
-    """Return a whole number as an int, as PEFT writes alpha; else the value."""
+    """Return a value that is nearly an integer as an int, as PEFT writes alpha; else the value."""
     near = round(value)
     return near if math.isclose(value, near, rel_tol=1e-12) else value
 
 
 def as_fused(adapter: Adapter, model: PreTrainedModel) -> Adapter:
-    """Return the same matrices, each of a whole module: further training may fill the zeros between the blocks."""
+    """Return the same matrices as updates of the fused modules; further training can fill the zeros between blocks."""
     return replace(adapter, updates={name: replace(update, slices=()) for name, update in adapter.updates.items()})
 
 
 def as_slices(adapter: Adapter, model: PreTrainedModel) -> Adapter:
-    """Return the updates of fused modules as one of every slice.
+    """Return the updates of fused modules as updates of their slices.
 
-    A fused update whose B is block-diagonal is taken apart; of any other, each slice gets all of A and its rows of B:
-    exact, at as many times the rank as there are slices.
+    An update whose B is block-diagonal is split into its blocks. For any other, every slice gets all of A and its rows
+    of B: this is exact, but multiplies the rank by the number of slices.
 
     Raises:
         AdapterError: Slices of one module would differ in rank.
@@ -86,8 +86,8 @@ def _sliced(update: Update, rows: Mapping[str, tuple[int, int]]) -> Update:
     found = ranked_by_zeros(update.lora_B, rows)
     if found is not None:
         r, chosen = found
-        return replace(update, slices=_parts(chosen, rows, r))
-    parts = _parts(list(rows), rows, update.rank)
+        return replace(update, slices=slices_named(chosen, rows, r))
+    parts = slices_named(list(rows), rows, update.rank)
     up = update.lora_B.new_zeros(update.lora_B.shape[0], parts[-1].rank_stop)
     for part in parts:
         span = slice(part.row_start, part.row_stop)
@@ -95,20 +95,16 @@ def _sliced(update: Update, rows: Mapping[str, tuple[int, int]]) -> Update:
     return replace(update, lora_A=update.lora_A.repeat(len(parts), 1), lora_B=up, slices=parts)
 
 
-def _parts(names: Sequence[str], rows: Mapping[str, tuple[int, int]], r: int) -> Slices:
-    return tuple(Slice(name, *rows[name], i * r, (i + 1) * r) for i, name in enumerate(names))
-
-
 def for_server(adapter: Adapter, model: PreTrainedModel) -> Adapter:
-    """Return updates of one rank and one alpha for all modules: llama.cpp knows one alpha, vLLM no patterns.
+    """Return updates with one rank and one alpha for all modules: llama.cpp has one alpha, and vLLM no patterns.
 
     Numerics:
         B times its scaling is rounded once to B's dtype (exact when the scaling is a power of two).
 
     Raises:
-        AdapterError: The adapter holds more than updates of linear layers.
+        AdapterError: The adapter has more than updates of linear layers.
     """
-    todo = "Merge it in its place (philora merge), or export --layout fused"
+    todo = "Merge it instead (philora merge), or export --layout fused"
     faults = [
         fault("export", "layout server", name, "updates of linear layers only", todo)
         for name in [*adapter.whole, *(name for name, update in adapter.updates.items() if update.embedding)]
@@ -127,10 +123,10 @@ def for_server(adapter: Adapter, model: PreTrainedModel) -> Adapter:
 
 
 def check_updates(adapter: Adapter, again: Adapter) -> None:
-    """Check that the update of every module is the same, whatever its effect on the logits of a few tokens.
+    """Check that the update of every module is the same, also if it hardly affects the logits of a few tokens.
 
     Raises:
-        AdapterError: One is missing, or differs by more than a rounding.
+        AdapterError: An update is missing, or differs by more than a rounding.
     """
     faults = []
     for name, update in adapter.updates.items():
@@ -145,6 +141,6 @@ def check_updates(adapter: Adapter, again: Adapter) -> None:
             faults.append(fault("export", name, difference, f"an update that differs by at most {bound:g}"))
     for name, value in adapter.whole.items():
         if name not in again.whole or not torch.equal(value.float(), again.whole[name].float()):
-            faults.append(fault("export", name, "changed", "every whole tensor in the result"))
+            faults.append(fault("export", name, "changed", "every complete tensor in the result"))
     if faults:
         raise AdapterError(one_per_line(faults))

@@ -1,4 +1,4 @@
-"""One adapter in another layout, and the proof that it is the same adapter."""
+"""Export of an adapter to another layout, and the check that it is the same adapter."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ FORMATS = {
     "gguf": ("merged", "adapter", "base+adapter"),
     "ollama": ("merged", "base+adapter"),
 }
-"""The formats, and the layouts of each; the first one is the default."""
+"""The formats and their layouts; the first layout is the default."""
 
 FILE_TYPES = ("f16", "q8_0", "f32")
 
 
 class Exported(NamedTuple):
-    """Describe what `export` wrote, and how it compares with the adapter that it was made from.
+    """The result of `export`, and its comparison with the source adapter.
 
     Attributes:
-        folder: Where it is.
-        agreement: Read again and computed here.
-        reader: Computed by llama.cpp; None for other formats, and where it is not installed or could not be run.
-        reader_failure: Why llama.cpp could not be run; the files are checked by philora's own reader alone.
+        folder: The written folder.
+        agreement: Comparison with the files as philora reads them.
+        reader: Comparison with the files as llama.cpp reads them; None for other formats, or if it could not be run.
+        reader_failure: Why llama.cpp could not be run; then only philora's own reader has checked the files.
     """
 
     folder: Path
@@ -66,30 +66,31 @@ def export(
     base: str | None = None,
     lora_alpha: float | None = None,
 ) -> Exported:
-    """Write an adapter in another layout; nothing is written unless it computes the same.
+    """Write an adapter in another layout. Nothing is written unless it computes the same.
 
     Args:
         source: Run folder, adapter folder, hub id, or a file in loralib's format (`.pt` or `.safetensors`).
         out: Folder to write; must not exist or be empty.
         format: `peft`, `loralib`, `gguf` (llama.cpp), or `ollama` (GGUF and a Modelfile).
-        layout: Of the `peft` format. `server` (the default): one rank and one alpha for all modules, as llama.cpp and
-            vLLM read it (scale folded into B, ranks padded with zeros). `fused`: each fused module one matrix.
-            `slices`: each slice of a fused projection an update of its own, as `get_peft_model` trains them.
-            Of `gguf` and `ollama`. `merged` (the default): one model with the adapter in its weights. `base+adapter`:
-            a file of each. `adapter`: of `gguf` only, the adapter's file alone.
-        dtype: Of `gguf` and `ollama`: `f16`, `q8_0` or `f32`.
+        layout: For `peft`: `server` (the default) has one rank and one alpha for all modules, as llama.cpp and vLLM
+            need (scale folded into B, ranks padded with zeros). `fused` has one matrix per fused module. `slices` has
+            an update for every slice of a fused projection, as `get_peft_model` trains them.
+            For `gguf` and `ollama`: `merged` (the default) is one model with the adapter in its weights.
+            `base+adapter` is one file for the base and one for the adapter. `adapter` is the adapter's file only (not
+            for `ollama`).
+        dtype: For `gguf` and `ollama`: `f16`, `q8_0` or `f32`.
         base: Base model; default: the one that the adapter names.
-        lora_alpha: For a loralib file without `lora.json`: what its layers were made with.
+        lora_alpha: For a loralib file without `lora.json`: the value of its layers.
 
     Returns:
         The folder, and the difference of logits between source and result.
 
     Cost:
-        Loads the base once, in fp32 where there is memory for it, else in its own dtype.
+        Loads the base once, in fp32 if there is enough memory, else in its own dtype.
 
     Raises:
-        AdapterError: A file is torn or does not fit the base, the adapter has parts that the layout cannot hold, or
-            the result does not compute the same. `out` is as it was.
+        AdapterError: A file is damaged or does not fit the base, the layout does not support parts of the adapter, or
+            the result does not compute the same. `out` is not changed.
         ConfigError: An argument is wrong, or `out` is not empty.
     """
     out = Path(out).expanduser()
@@ -254,7 +255,7 @@ def restored(model: PreTrainedModel) -> Iterator[None]:
 def read_adapter(
     model: PreTrainedModel, source: AdapterSource, lora_alpha: float | None = None
 ) -> tuple[nn.Module, Adapter]:
-    """Put an adapter on its base, in place, and take its updates off the layers.
+    """Load an adapter into its base, in place, and return its updates.
 
     Returns:
         The model that computes with the adapter, and the adapter.

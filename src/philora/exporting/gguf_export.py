@@ -1,4 +1,4 @@
-"""GGUF files of an adapter, for llama.cpp and Ollama, and the proof that they are what was trained."""
+"""GGUF files of an adapter, for llama.cpp and Ollama, and the check that they are what was trained."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ logger = logging.getLogger(__name__)
 
 LAYOUTS = ("merged", "adapter", "base+adapter")
 
-# Largest error of a matrix relative to its norm: half a unit in the last place in f16; in q8_0 each of 32 values is off
-# by half of 1/127 of the largest at most, which is below 1.3% of their norm.
+# Largest error of a matrix relative to its norm: half a unit in the last place in f16. In q8_0 the error of each of 32
+# values is at most half of 1/127 of the largest, which is below 1.3% of their norm.
 _ROUNDED = {"f32": 1e-7, "f16": 1e-3, "q8_0": 2e-2}
 
 
 class GGUFExport(NamedTuple):
-    """Describe what was written and how it compares.
+    """The written files, and their comparison with the trained model.
 
     Attributes:
         files: Names of the GGUF files: the model or base first, then the adapter.
-        read_back: Read with the `gguf` package, dequantised and computed by transformers.
-        llama: Computed by llama.cpp; None where it is not installed or could not be run.
+        read_back: Comparison with the files read by the `gguf` package and computed by transformers.
+        llama: Comparison with llama.cpp; None if it could not be run.
         llama_failure: Why it could not be run.
     """
 
@@ -153,7 +153,7 @@ def _write_merged(
 def _write_base_and_adapter(
     source: _Source, folder: Path, words: Any, rows: Any, file_type: str, name: str, facts: dict[str, str]
 ) -> _Written:
-    """Write the base, and the adapter in a file of its own."""
+    """Write the base, and the adapter in a separate file."""
     model = _base_as_trained(source.found, source.base)
     plain = row_logits(model, rows)
     files = (f"base-{file_type}.gguf", "adapter.gguf")

@@ -1,9 +1,9 @@
 """Models and adapters of the Phi-3 architecture as GGUF, the format of llama.cpp and Ollama, and back.
 
-Names of tensors and fields are the `gguf` package's. What llama.cpp does with them was read in its sources
-(models/phi3.cpp, llama-model.cpp, llama-adapter.cpp): one tensor for q, k, v and one for gate and up, in the order of
-transformers' rows; LongRoPE's factors as two tensors, the long ones for contexts beyond the original window; the
-factor on cosine and sine as `rope.scaling.attn_factor`; rotation of the first `rope.dimension_count` columns of a head.
+Names of tensors and fields are the `gguf` package's. Their meaning is from llama.cpp's sources (models/phi3.cpp,
+llama-model.cpp, llama-adapter.cpp): one tensor for q, k, v and one for gate and up, in the order of transformers' rows;
+LongRoPE's factors as two tensors, the long ones for contexts beyond the original window; the factor on cosine and sine
+as `rope.scaling.attn_factor`; rotation of the first `rope.dimension_count` columns of a head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FILE_TYPES: Final[Mapping[str, tuple[gguf.LlamaFileType, gguf.GGMLQuantizationTy
     "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
     "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
 }
-"""Types of weights: the field that names one, and the type of a matrix. Vectors are always fp32."""
+"""Types of weights: the value of the file's field, and the type of matrices. Vectors are always fp32."""
 
 _ROPE_LONG, _ROPE_SHORT = (
     f"{gguf.TENSOR_NAMES[entry]}.weight"
@@ -40,10 +40,10 @@ _ROPE_LONG, _ROPE_SHORT = (
 
 
 def check_architecture(config: Any) -> None:
-    """Refuse what llama.cpp's `phi3` does not compute.
+    """Refuse a model that llama.cpp's `phi3` does not support.
 
     Raises:
-        ModelError: Every such point at once.
+        ModelError: It is not supported; all reasons are reported at once.
     """
     where, faults = "export to gguf", []
     if getattr(config, "model_type", None) != "phi3":
@@ -63,7 +63,7 @@ def check_architecture(config: Any) -> None:
 
 
 def tensor_name(name: str, blocks: int) -> str | None:
-    """Return GGUF's name of a parameter of transformers, or None where it has none."""
+    """Return GGUF's name of a parameter of transformers, or None if there is none."""
     module, _, leaf = name.rpartition(".")
     found = gguf.get_tensor_name_map(ARCHITECTURE, blocks).get_name(module)
     return None if found is None else f"{found}.{leaf}"
@@ -81,20 +81,20 @@ def write_model(
     name: str,
     facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model; its weights are converted one after the other.
+    """Write a model. Its weights are converted one after another.
 
     Args:
         model: A Phi3ForCausalLM.
         file: The file to write.
         vocabulary: Its tokenizer.
-        file_type: `f32`, `f16` or `q8_0`: type of the matrices. A matrix whose rows are no multiple of 32 long is
-            written in f16 in place of q8_0.
-        name: What the model is called; a tokenizer may force a prefix, see `Vocabulary.model_name`.
-        facts: `license`, `base_model` and `description`, where they are known.
+        file_type: Type of the matrices: `f32`, `f16` or `q8_0`. A matrix whose row length is not a multiple of 32 is
+            written in f16 instead of q8_0.
+        name: The model's name; a tokenizer may require a prefix, see `Vocabulary.model_name`.
+        facts: `license`, `base_model` and `description`, if known.
 
     Raises:
-        ModelError: The model has tensors or settings that GGUF's `phi3` has no place for, or weights that the type
-            cannot hold.
+        ModelError: GGUF's `phi3` does not support a tensor or setting of the model, or the type cannot represent a
+            weight.
     """
     check_architecture(model.config)
     tensors = model_tensors(model)
@@ -118,20 +118,20 @@ def write_lora(
     name: str,
     facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter that has one rank and one scaling, as `for_server` makes it.
+    """Write an adapter with one rank and one scaling, as from `for_server`.
 
-    llama.cpp multiplies each update with `adapter.lora.alpha` over the rank of its tensors.
+    llama.cpp multiplies every update by `adapter.lora.alpha` divided by the rank of its tensors.
 
     Args:
         adapter: One rank and one scaling for all modules.
         model: Its base.
         file: The file to write.
-        file_type: `f32`, or f16 for everything else: A and B stay unquantised.
-        name: What the adapter is called.
-        facts: As of `write_model`.
+        file_type: `f32`; with any other value A and B are written in f16, not quantised.
+        name: The adapter's name.
+        facts: As in `write_model`.
 
     Raises:
-        AdapterError: It has modules that GGUF has no name for, or several ranks or scalings.
+        AdapterError: GGUF has no name for a module, or there are several ranks or scalings.
     """
     check_architecture(model.config)
     blocks = int(model.config.num_hidden_layers)
@@ -271,7 +271,7 @@ def attention_factor(config: Any) -> float:
 
 
 class GGUFFile:
-    """A GGUF file, memory-mapped: its fields, and its tensors when they are asked for.
+    """A memory-mapped GGUF file: its fields, and its tensors, which are read when they are used.
 
     Raises:
         ModelError: It cannot be read.
@@ -281,7 +281,7 @@ class GGUFFile:
         try:
             self._reader = gguf.GGUFReader(file)
         except (OSError, ValueError, IndexError) as error:
-            raise ModelError(fault(str(file), "content", str(error), "a whole GGUF file")) from error
+            raise ModelError(fault(str(file), "content", str(error), "a complete GGUF file")) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
     def field(self, key: str, default: Any = None) -> Any:

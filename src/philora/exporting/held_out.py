@@ -1,4 +1,4 @@
-"""Conversations that written models are compared on: the held-out ones of the run, and some general ones."""
+"""Conversations on which written models are compared: held-out ones of the run, and some general ones."""
 
 from __future__ import annotations
 

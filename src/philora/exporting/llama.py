@@ -27,7 +27,7 @@ _PROGRAM = Path(__file__).with_name("llama_process.py")
 
 
 class Reading(NamedTuple):
-    """Describe what llama.cpp makes of a file.
+    """Result of llama.cpp for a file.
 
     Attributes:
         tokens: Token ids of every text.
@@ -39,7 +39,7 @@ class Reading(NamedTuple):
 
 
 class Unreadable(Exception):
-    """llama.cpp could not be run here, so that the file is neither confirmed nor refuted."""
+    """llama.cpp could not be run on this machine, so the file could not be checked with it."""
 
 
 def available() -> bool:
@@ -48,14 +48,14 @@ def available() -> bool:
 
 
 def reader_name() -> str:
-    """Return what a message calls it."""
+    """Return the reader's name in messages."""
     return f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
 
 
 def read(
     model: Path, lora: Path | None, texts: Sequence[str], rows: Sequence[Sequence[int]], *, add_bos: bool
 ) -> Reading:
-    """Tokenise texts and compute logits with llama.cpp, on the CPU, in a process of its own.
+    """Tokenise texts and compute logits with llama.cpp, on the CPU, in a separate process.
 
     Args:
         model: GGUF file of a model.
@@ -79,7 +79,7 @@ def read(
             "add_bos": add_bos,
         }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        # -P: this folder's own modules must not stand before the installed packages.
+        # -P: modules in this folder must not shadow installed packages.
         command = [sys.executable, "-P", str(_PROGRAM), temporary]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
@@ -103,7 +103,7 @@ def _why(code: int, stderr: str) -> str:
 
 
 def check_tokens(got: Sequence[Sequence[int]], written: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
-    """Check that llama.cpp makes the same tokens of the same texts.
+    """Check that llama.cpp makes the same tokens from the same texts.
 
     Args:
         got: Token ids by llama.cpp.

@@ -1,4 +1,4 @@
-"""Adapters in loralib's format: a `lora_state_dict` of a model of LoRA layers, and `lora.json`, how those are made."""
+"""Adapters in loralib's format: a `lora_state_dict` of a model of LoRA layers, and their arguments in `lora.json`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS_NAME, LAYERS_NAME = "lora.pt", "lora.json"
 
 
 def read_loralib(model: PreTrainedModel, file: Path, lora_alpha: float | None) -> Adapter:
-    """Replace the layers that a loralib file names, load it, and read the updates off them."""
+    """Replace the layers that a loralib file names, load the file, and return the updates."""
     state = read_state(file)
     beside = file.with_suffix(".json")
     if beside.is_file():
@@ -63,14 +63,14 @@ def _layers_file(path: Path) -> dict[str, dict[str, Any]]:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         return {str(name): dict(arguments) for name, arguments in layers.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        expected = "JSON with the arguments of each LoRA layer under `layers`"
+        expected = "JSON with the arguments of every LoRA layer under `layers`"
         raise AdapterError(fault(str(path), "content", f"{type(error).__name__}: {error}", expected)) from error
 
 
 def _layers_from_shapes(
     model: PreTrainedModel, state: Mapping[str, Any], file: Path, lora_alpha: float | None
 ) -> dict[str, dict[str, Any]]:
-    """Return how the layers of a file were made, as far as the shapes of A and B show it."""
+    """Return the arguments of a file's layers, as far as the shapes of A and B determine them."""
     if lora_alpha is None:
         expected = "the lora_alpha of the layers that wrote the file: it does not hold it"
         raise ConfigError(fault(str(file), "lora_alpha", None, expected, "Give it: --lora-alpha NUMBER"))
@@ -144,7 +144,7 @@ def _check_loralib(
 
 
 def _without_weights(module: nn.Module) -> nn.Module:
-    """Return the same module on the meta device."""
+    """Return a copy of a module on the meta device."""
     like = copy.copy(module)
     like._parameters = {
         name: None
@@ -156,7 +156,7 @@ def _without_weights(module: nn.Module) -> nn.Module:
 
 
 def _named_slices(layer: lora.MergedLinear, rows: Mapping[str, tuple[int, int]]) -> Slices:
-    """Return the adapted slices of a layer; without names of a family's, they are numbered."""
+    """Return the adapted slices of a layer; they are numbered if the family has no names for them."""
     starts = [sum(layer.slices[:index]) for index in range(len(layer.slices))]
     names = {span: name for name, span in rows.items()}
     adapted = [index for index, enabled in enumerate(layer.enable_lora) if enabled]
@@ -184,7 +184,7 @@ def _on_the_diagonal(compact: Tensor, slices: Slices, out_features: int) -> Tens
 
 
 def write_loralib(adapter: Adapter, model: PreTrainedModel, folder: Path, base: str) -> None:
-    """Write `lora.pt`, what `lora_state_dict` gives of a model of LoRA layers, and `lora.json`, how they are made."""
+    """Write `lora.pt`, the `lora_state_dict` of a model of LoRA layers, and their arguments in `lora.json`."""
     rows = Names.of(model).rows
     state: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
@@ -219,10 +219,10 @@ def _all_slices(update: Update, rows: Mapping[str, tuple[int, int]]) -> tuple[li
 
 
 def _loralib_readme(base: str, whole: bool) -> str:
-    also = " It also holds tensors that were trained whole." if whole else ""
+    also = " It also has complete tensors that were trained." if whole else ""
     return f"""# An adapter of {base} in loralib's layout
 
-`{WEIGHTS_NAME}` is a `lora_state_dict`.{also} `{LAYERS_NAME}` has the arguments of each layer.
+`{WEIGHTS_NAME}` is a `lora_state_dict`.{also} `{LAYERS_NAME}` has the arguments of every layer.
 
 ```python
 import json

@@ -1,7 +1,7 @@
-"""Merging from folder to folder: a model folder with an adapter in its weights, a shard at a time.
+"""Merging from folder to folder: a model folder with an adapter in its weights, written shard by shard.
 
-The model that PEFT's layers are put on has the base's memory-mapped files for weights; each tensor is merged when the
-shard that holds it is written. The logits of the result are compared with those of base and adapter.
+PEFT's layers are added to a model whose weights are the base's memory-mapped files. A tensor is merged when its shard
+is written. The logits of the result are compared with those of base and adapter.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ class MergeResult(NamedTuple):
     """A merged model on disk.
 
     Attributes:
-        folder: Where it is.
-        agreement: Its logits beside those of base and adapter; None: it was not verified.
+        folder: The written folder.
+        agreement: Comparison of its logits with those of base and adapter; None if it was not verified.
         shards: Number of weight files.
-        bytes: Their size.
+        bytes: Size of the weight files.
     """
 
     folder: Path
@@ -96,34 +96,34 @@ def merge_to_folder(
     max_shard_size: int | str = "2GB",
     verify: bool = True,
 ) -> MergeResult:
-    """Write base and adapter as one model folder, which transformers, vLLM and others load.
+    """Write base and adapter as one model folder, which transformers, vLLM and others can load.
 
     Args:
         source: A run folder, an adapter folder, a checkpoint or a hub id, in PEFT's format.
         out: The folder to write; it must be new or empty.
         base: Folder or hub id of the base; default: the one that the adapter names.
-        fresh_base: Of an adapter that was trained over a quantised base: merge it into the weights of `base` as its
-            files hold them. By default it is merged into the dequantised weights, over which it was trained.
-        max_shard_size: Size of a weight file at most, in bytes or such as "2GB"; a larger tensor has one of its own.
-        verify: Compare the logits of the result with those of base and adapter before it gets its name. This loads
-            both models, one after the other.
+        fresh_base: For an adapter that was trained over a quantised base: merge it into the 16-bit weights in the files
+            of `base`. By default it is merged into the dequantised weights, over which it was trained.
+        max_shard_size: Largest size of a weight file, in bytes or as in "2GB"; a larger tensor gets a separate file.
+        verify: Compare the logits of the result with those of base and adapter before it gets its final name. This
+            loads both models, one after another.
 
     Returns:
-        Where it is, how well it agrees, and how large it is.
+        The folder, its agreement with base and adapter, and its size.
 
     Numerics:
-        As `merge`; every other tensor of the base is copied as it is. Names and dtypes are those of the base's files.
-        Over a quantised base every quantised weight is written as it was in training: quantised and dequantised.
+        As `merge`; all other tensors of the base are copied. Names and dtypes are those of the base's files. Over a
+        quantised base every quantised weight is written as it was in training: quantised and dequantised.
 
     Cost:
         Without `verify`: memory for the adapter, the merged tensors of one shard, one weight in fp32 and its update
-        (KaSA changes every adapted weight of the base when it is loaded: those as well). With it: one of the models
+        (KaSA changes all adapted weights of the base when it is loaded, so also for those). With it: one of the models
         at a time, and three forward passes.
 
     Raises:
-        ConfigError: `out` is not empty, or `max_shard_size` is no size.
-        ModelError: There is no such base, it is not in whole safetensors files, is quantised by another scheme than
-            bitsandbytes', or is quantised and `fresh_base` asks for 16-bit weights.
+        ConfigError: `out` is not empty, or `max_shard_size` is not a size.
+        ModelError: There is no such base, its safetensors files are not complete, it is quantised by another scheme
+            than bitsandbytes', or it is quantised although `fresh_base` is set.
         AdapterError: There is no such adapter, it does not fit the base or cannot be merged, or the logits differ.
         TargetError: The adapter names modules that the base does not have.
         RunError: The disk is full.
@@ -150,7 +150,7 @@ def _merge(
     weights = _Weights(folder, adapter.path, trained_over)
     shards = _shards(weights.like, max_shard_size)
     needed = sum(tensor.nbytes for tensor in weights.like.values())
-    _check_room(out, needed)
+    _check_free_space(out, needed)
     try:
         with atomic_folder(out) as temporary:
             total = _write_weights(weights, shards, temporary, needed)
@@ -163,12 +163,16 @@ def _merge(
         if not disk_full(error):
             raise
         todo = "Free some space, or give another folder; nothing was written"
-        raise RunError(fault("merge", "out", str(out), f"room for {needed:,} bytes", todo)) from error
+        raise RunError(fault("merge", "out", str(out), f"free space for {needed:,} bytes", todo)) from error
     return MergeResult(out, agreement, len(shards), total)
 
 
 def free_folder(out: str | Path) -> Path:
-    """Return the folder to write; raise ConfigError where it holds something or cannot be made."""
+    """Return the folder to write.
+
+    Raises:
+        ConfigError: It is not empty, or cannot be created.
+    """
     path = Path(out).expanduser().absolute()
     refused = unwritable(path)
     if refused is not None:
@@ -179,28 +183,28 @@ def free_folder(out: str | Path) -> Path:
     return path
 
 
-def _check_room(out: Path, needed: int) -> None:
+def _check_free_space(out: Path, needed: int) -> None:
     existing = next(parent for parent in out.parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        expected = f"room for {needed:,} bytes; {free:,} are free"
+        expected = f"free space for {needed:,} bytes; {free:,} are free"
         raise RunError(fault("merge", "out", str(out), expected, "Free some space, or give another folder"))
 
 
 class _Weights:
-    """The tensors of a merged model by the names of the base's files, each made when it is asked for.
+    """The tensors of a merged model by the names of the base's files, computed when they are used.
 
-    The model that PEFT's layers are put on has the base's memory-mapped tensors for weights. The mapping is private:
-    what is written to it costs memory and never reaches the file.
+    PEFT's layers are added to a model whose weights are the base's memory-mapped tensors. The mapping is private: a
+    write to it takes memory, and does not change the file.
 
     Attributes:
-        like: A tensor of the same shape and dtype for each, in the order of the base's files.
+        like: Tensors of the same shapes and dtypes, in the order of the base's files.
         config: The base's configuration.
-        untied: Whether embeddings that the base shares became two.
+        untied: Whether tied embeddings of the base became separate.
     """
 
     def __init__(self, folder: Path, adapter: Path, trained_over: TrainedOver | None = None) -> None:
-        """Check everything that can be known before a weight is changed.
+        """Check all that can be checked before a weight is changed.
 
         Raises:
             ModelError, AdapterError, TargetError: As `merge_to_folder`.
@@ -217,7 +221,7 @@ class _Weights:
         if trained_over is not None and trained_over.quantization is not None:
             transposed = quantized_names(skeleton, trained_over.quantization)
             if converted & transposed.keys():
-                expected = "weights that the base's files hold by themselves, to quantise them as in training"
+                expected = "separate weights in the base's files, to quantise them as in training"
                 raise AdapterError(fault("merge", "base", sorted(converted & transposed.keys()), expected, IN_MEMORY))
             by_file = {self._file_names[name]: entry for name, entry in transposed.items()}
             self._made = rounded_weights(self._base, by_file, trained_over.quantization, trained_over.dtype)
@@ -247,7 +251,7 @@ class _Weights:
         self.untied = self._untie()
         missing = sorted(self._changed - self._file_names.keys())
         if missing:
-            expected = "tensors that the base's files hold by themselves; they hold these in another form"
+            expected = "tensors that are in the base's files; these are stored in another form"
             raise AdapterError(fault("merge", "base", missing, expected, IN_MEMORY))
         added = {file: name for name, file in self._file_names.items() if file not in self._base}
         self.like = self._base | {file: self._source(name) for file, name in added.items()}
@@ -277,7 +281,7 @@ class _Weights:
         return self._base[file if file in self._base else self._file_names[cast(str, self._partner(name))]]
 
     def _untie(self) -> bool:
-        """Give embeddings that the base's files hold as one a name each, if the adapter makes them differ."""
+        """Store tied embeddings under both names if the adapter makes them differ; return whether it does."""
         touched = {entry for pair in self._ties.items() if self._changed.intersection(pair) for entry in pair}
         absent = touched - self._file_names.keys()
         if stays_tied(self._adapted):
@@ -287,7 +291,7 @@ class _Weights:
         return bool(touched)
 
     def make(self, file_name: str) -> Tensor:
-        """Return one tensor of the merged model, in the base's dtype. It is not kept: ask for it once."""
+        """Return one tensor of the merged model in the base's dtype. It is not cached, so each is computed once."""
         name = self._model_names.get(file_name)
         if name is None or name not in self._changed:
             return self._made[file_name]() if file_name in self._made else self.like[file_name]
@@ -300,7 +304,7 @@ class _Weights:
         return self._ready.pop(name).to(self.like[file_name].dtype).contiguous()
 
     def _merged(self, name: str) -> dict[str, Tensor]:
-        """Merge the layers of one module; its own weights are the base's again afterwards, which take no memory."""
+        """Merge the layers of one module, and restore its own memory-mapped weights afterwards."""
         module, layers = self._modules[name], self._layers[name]
         before = {key: getattr(module, key) for key in _all_merged(layers)}
         file = self._file_names.get(f"{name}.weight")
@@ -318,21 +322,21 @@ class _Weights:
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make a tensor the parameter of that name, without a copy."""
+    """Set a parameter to a tensor, without a copy."""
     module, _, key = name.rpartition(".")
     setattr(model.get_submodule(module), key, nn.Parameter(tensor, requires_grad=False))
 
 
 def _plain_name(key: str) -> str:
-    """Return the name in the base model of a tensor that an adapter's file holds whole."""
+    """Return the name in the base model of a complete tensor in an adapter's file."""
     return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _without_initialisation(adapter: Path) -> tuple[PeftConfig, LoraConfig | None]:
-    """Return a config to load the adapter with; and, if its initialisation changes the base, the one to do so.
+    """Return a config for loading the adapter and, if its initialisation changes the base, its original config.
 
     Raises:
-        AdapterError: It is not LoRA, or replicates layers.
+        AdapterError: It is not LoRA, or it replicates layers.
     """
     config = PeftConfig.from_pretrained(str(adapter))
     where = str(adapter / "adapter_config.json")
@@ -340,7 +344,7 @@ def _without_initialisation(adapter: Path) -> tuple[PeftConfig, LoraConfig | Non
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise AdapterError(fault(where, "peft_type", kind, "LORA", IN_MEMORY))
     if config.layer_replication:
-        expected = "the layers that the base has"
+        expected = "null, because a merged model has the base's layers"
         raise AdapterError(
             fault(where, "layer_replication", config.layer_replication, expected, "Serve base and adapter")
         )
@@ -352,7 +356,7 @@ def _without_initialisation(adapter: Path) -> tuple[PeftConfig, LoraConfig | Non
 
 
 def _initialise(layer: LoraLayer, config: LoraConfig) -> None:
-    """Change a base weight as loading the adapter with its own config does."""
+    """Change a base weight as if the adapter were loaded with its original config."""
     adapter = layer.active_adapters[0]
     trained = {name: entry for name, entry in layer.state_dict().items() if not name.startswith("base_layer.")}
     layer.update_layer(adapter, layer.r[adapter], lora_alpha=layer.lora_alpha[adapter], config=config)
@@ -364,7 +368,7 @@ def _all_merged(layers: Iterable[BaseTunerLayer]) -> list[str]:
 
 
 def _file_names(skeleton: PreTrainedModel, tensors: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """Return names in the files by names in the model, and names that transformers makes out of several."""
+    """Return names in the files by names in the model, and names that transformers makes from several tensors."""
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -380,14 +384,14 @@ def _file_names(skeleton: PreTrainedModel, tensors: Iterable[str]) -> tuple[dict
     return {name: file_name for name, file_name in plain.items() if name in known}, converted
 
 
-# -- what is written
+# -- writing
 
 
 def _shards(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, list[str]]:
-    """Return the names of the files and of the tensors in each.
+    """Return the names of tensors by the name of their file.
 
     Raises:
-        ConfigError: `max_shard_size` is no size.
+        ConfigError: `max_shard_size` is not a size.
     """
     try:
         split = split_state_dict_into_shards_factory(
@@ -403,7 +407,7 @@ def _shards(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> dict[st
 
 
 def _write_weights(weights: _Weights, shards: Mapping[str, list[str]], folder: Path, total_size: int) -> int:
-    """Write the files one after the other; returns their size."""
+    """Write the files one after another, and return their size."""
     for file, names in shards.items():
         save_file({name: weights.make(name) for name in names}, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -424,8 +428,8 @@ def _write_companions(base: Path, adapter: Path, folder: Path, *, untied: bool) 
     write_json(folder / "config.json", config)
     copy_files(base, folder, COMPANION_FILES)
     copy_files(adapter if (adapter / GENERATION_FILE).is_file() else base, folder, (GENERATION_FILE,))
-    # A tokenizer's files belong together: all of them are the adapter's, or all the base's. Only the SentencePiece
-    # model, which some converters ask for and PEFT folders lack, may be added: it is read by nothing else.
+    # A tokenizer's files belong together: they are all the adapter's or all the base's. Only the SentencePiece model,
+    # which some converters need and PEFT folders lack, is added, since nothing else reads it.
     if (adapter / "tokenizer_config.json").is_file():
         copy_files(base, folder, ("tokenizer.model",))
         copy_files(adapter, folder, TOKENIZER_FILES)
@@ -475,7 +479,7 @@ def _compare(base: Path, adapter: Path, merged: Path, trained_over: TrainedOver 
     result = agreement("merge", reference, logits_of(model, tokens), max(bound, rounding_bound(model)), base=plain)
     if result.relative > result.effect / 2 > 0:
         logger.warning(
-            "merge: the check says little, because rounding to %s moves the logits by %.1e and the adapter by %.1e",
+            "merge: the check is weak, because rounding to %s moves the logits by %.1e and the adapter by %.1e",
             str(model.dtype).removeprefix("torch."),
             result.relative,
             result.effect,

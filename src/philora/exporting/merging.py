@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 UNTIED = "the adapter changes one of the input and output embeddings, which the base shares: they are separate now"
 
-# Initialisations that take their first A and B out of the base weight: PEFT does so again when such an adapter is
-# loaded, so the weight to merge into is what they leave.
+# Initialisations that subtract their first A and B from the base weight. PEFT does so again when such an adapter is
+# loaded, so it is merged into the remaining weight.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
@@ -42,18 +42,18 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def merge_layer(layer: BaseTunerLayer, where: str) -> None:
-    """Merge one of PEFT's layers, whatever its kind, into its base layer; the layer is used up.
+    """Merge one of PEFT's layers of any kind into its base layer. The layer cannot be used afterwards.
 
     Args:
         layer: A layer that PEFT put around a base layer.
-        where: What a message calls it.
+        where: The layer's name in messages.
 
     Numerics:
-        Base weight and adapter are held in fp32 (fp64 for fp64 weights) while PEFT merges them; the result is rounded
-        once into the dtype of the base. Quantised layers, and those of other methods than LoRA, are left to PEFT.
+        Base weight and adapter are in fp32 (fp64 for fp64 weights) while PEFT merges them; the result is rounded once
+        to the dtype of the base. Quantised layers, and those of other methods than LoRA, are left to PEFT.
 
     Cost:
-        Memory for the weight in fp32 and its update (twice, while PEFT scales it), until the layer is done.
+        Memory for the weight in fp32 and its update (twice, while PEFT scales it), for one layer at a time.
 
     Raises:
         AdapterError: The merged weight is not finite in the dtype of the base.
@@ -69,7 +69,7 @@ def merge_layer(layer: BaseTunerLayer, where: str) -> None:
     wide = torch.promote_types(before[names[0]].dtype, torch.float32)
     with torch.no_grad():
         for name, parameter in before.items():
-            # A parameter of its own: a weight that is shared (tied embeddings) stays what it was for the others.
+            # A new parameter, so that a shared weight (tied embeddings) does not change for other modules.
             setattr(base, name, nn.Parameter(parameter.to(wide, copy=True), requires_grad=False))
         inside = {id(parameter) for parameter in base.parameters()}
         for parameter in layer.parameters():
@@ -80,12 +80,12 @@ def merge_layer(layer: BaseTunerLayer, where: str) -> None:
             merged = getattr(base, name).detach().to(parameter.dtype)
             setattr(base, name, nn.Parameter(merged, requires_grad=parameter.requires_grad))
             if not _is_finite(merged):
-                expected = f"merged values that {str(merged.dtype).removeprefix('torch.')} can hold"
+                expected = f"merged values within the range of {str(merged.dtype).removeprefix('torch.')}"
                 raise AdapterError(fault("merge", where, name, expected, "Is the adapter broken?"))
 
 
 def merged_parameters(layer: BaseTunerLayer) -> list[str]:
-    """Return the parameters of the base layer that merging may change; none for layers that are left to PEFT."""
+    """Return the parameters of the base layer that merging can change; none for layers that are left to PEFT."""
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
         return [layer.parameter_name]
@@ -95,12 +95,12 @@ def merged_parameters(layer: BaseTunerLayer) -> list[str]:
 
 
 def _is_plain(parameter: Any) -> bool:
-    """Return whether it is a matrix of floats as torch has them; quantised weights are of other classes."""
+    """Return whether a parameter is a plain tensor of floats; quantised weights have other classes."""
     return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    low, high = tensor.aminmax()  # unlike isfinite on the whole, without a mask of its size
+    low, high = tensor.aminmax()  # without a mask of the tensor's size, which isfinite would need
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
@@ -132,7 +132,7 @@ def mergeable(model: PeftModel) -> dict[str, BaseTunerLayer]:
 
 
 def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
-    """Return what keeps a layer from being merged: what was expected, and what to do."""
+    """Yield the reasons why a layer cannot be merged: what was expected, and what to do."""
     base, active = layer.get_base_layer(), layer.active_adapters
     variants = [entry for name, entry in getattr(layer, "lora_variant", {}).items() if name in active]
     if any(isinstance(variant, ALoraLinearVariant | ArrowLinearVariant) for variant in variants):
@@ -157,19 +157,19 @@ def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
 
 
 def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Add the active adapter to the base weights and check that the outputs stayed the same.
+    """Add the active adapter to the base weights, and check that the outputs are the same.
 
     Args:
-        model: The adapted model; it is used up.
+        model: The adapted model; it cannot be used afterwards.
         probe: Inputs for the check; default: random tokens.
 
     Returns:
-        The base model with the merged weights, in its own dtype. Embeddings that the base shares are separate when
-        the adapter changes only one of them. A quantised base becomes a 16-bit model: its weights are the dequantised
-        ones, over which the adapter was trained.
+        The base model with the merged weights, in its own dtype. Tied embeddings become separate if the adapter changes
+        only one of them. A quantised base becomes a 16-bit model with the dequantised weights, over which the adapter
+        was trained.
 
     Numerics:
-        Each update is computed in fp32, whatever the adapter's dtype, and rounded once into the base's dtype.
+        Updates are computed in fp32, for adapters of any dtype, and rounded once to the base's dtype.
 
     Cost:
         Two forward passes, and memory for one weight in fp32 and its update.
@@ -196,7 +196,7 @@ def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Mod
 
 
 def _dequantise(model: PeftModel, layers: Iterable[BaseTunerLayer]) -> None:
-    """Put plain layers in the place of quantised ones, and PEFT's layer of plain ones around them."""
+    """Replace quantised layers by plain ones, and PEFT's layers around them by those for plain layers."""
     base = model.get_base_model()
     over = [layer for layer in layers if is_quantized(layer.get_base_layer())]
     if not isinstance(base, PreTrainedModel) or not over:
@@ -220,12 +220,12 @@ def _logits(model: nn.Module, probe: Mapping[str, Tensor] | None) -> Tensor:
 
 
 def rounding_bound(model: nn.Module) -> float:
-    """Return what one more rounding may do to the logits: that of the model's coarsest dtype."""
+    """Return the allowed effect on the logits of one more rounding to the model's coarsest dtype."""
     return max(ROUNDED_ONCE.get(parameter.dtype, ROUNDED_ONCE[torch.bfloat16]) for parameter in model.parameters())
 
 
 def whole_modules(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Return modules of the base, and what `modules_to_save` trained in their place."""
+    """Return modules of the base with the trained modules of `modules_to_save` that replace them."""
     return [
         (module.original_module, module.modules_to_save[module.active_adapters[0]])
         for module in model.modules()
@@ -241,7 +241,7 @@ def _round_whole_modules(model: nn.Module) -> None:
 
 
 def stays_tied(model: PeftModel) -> bool:
-    """Return whether the adapter changes shared embeddings alike, if it changes them."""
+    """Return whether tied embeddings stay tied: the adapter changes both alike, or neither."""
     if any(getattr(value, "ensure_weight_tying", False) for value in model.peft_config.values()):
         return True
     if stay_tied(model):
@@ -252,7 +252,7 @@ def stays_tied(model: PeftModel) -> bool:
 
 
 def _settle_tie(model: PreTrainedModel, tied: bool) -> None:
-    """Make config and weights agree on whether the embeddings are shared."""
+    """Make config and weights agree on whether the embeddings are tied."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not getattr(model.config, "tie_word_embeddings", False) or head is None or head.weight is embedding.weight:
         return

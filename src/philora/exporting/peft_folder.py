@@ -45,7 +45,7 @@ _NOT_PLAIN = (
 def _check_plain(folder: Path) -> None:
     config = peft.PeftConfig.from_pretrained(str(folder))
     where = str(folder / "adapter_config.json")
-    todo = "Merge it in its place: philora merge"
+    todo = "Merge it instead: philora merge"
     faults = []
     if not isinstance(config, LoraConfig):
         raise AdapterError(fault(where, "peft_type", str(config.peft_type), "LORA", todo))
@@ -86,7 +86,7 @@ def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_peft(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, Adapter]:
-    """Put the adapter of a folder on its base, in place, and take its updates off the layers.
+    """Load the adapter of a folder into its base, in place, and return its updates.
 
     Raises:
         AdapterError: A file is torn or does not fit the base, or the adapter is no plain LoRA.
@@ -96,7 +96,7 @@ def read_peft(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, Adapter]
     adapted = load_adapter(model, folder)
     if adapted.changed_base:
         expected = "the base's own weights under LoRA"
-        todo = "Merge it in its place: philora merge"
+        todo = "Merge it instead: philora merge"
         raise AdapterError(fault(str(folder), "embeddings", adapted.changed_base, expected, todo))
     return adapted, _of_peft(adapted, dtypes.pop() if len(dtypes) == 1 else torch.float32)
 
@@ -105,7 +105,7 @@ def write_peft(adapter: Adapter, model: PreTrainedModel, folder: Path, base: str
     """Write `adapter_model.safetensors`, `adapter_config.json` and, of slices, `philora.json`.
 
     Raises:
-        AdapterError: A tensor was trained whole that PEFT's format has no place for.
+        AdapterError: PEFT's format does not support a complete trained tensor.
     """
     names = Names.of(model)
     tensors: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""A tokenizer in the words of GGUF: what llama.cpp needs to make the same tokens of a text.
+"""A tokenizer in GGUF's terms: the fields that llama.cpp needs to make the same tokens from a text.
 
 llama.cpp has tokenizers of its own. Which one it takes, and how it treats the space after a special token, follows from
 fields of the file and, in one case, from the name of the model; all of them are derived here from what the tokenizer
@@ -128,7 +128,7 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[int]) -> Vocabulary:
-    """Read a tokenizer off for GGUF.
+    """Convert a tokenizer for GGUF.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -186,7 +186,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], model: str) -> dict[str, int]:
-    """Return the ids of the tokens that GGUF knows by their role."""
+    """Return the ids of the tokens that have a role in GGUF."""
     special = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else stops[-1],
@@ -198,7 +198,7 @@ def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], model: st
 
 
 def _strips(added: Iterable[Mapping[str, Any]], faults: list[str]) -> bool:
-    """Return whether special tokens drop the space after them, all alike as llama.cpp does it."""
+    """Return whether special tokens remove the space after them; in llama.cpp all do or none does."""
     added = list(added)
     for flag in ("lstrip", "single_word"):
         named = [entry["content"] for entry in added if entry[flag]]
@@ -240,7 +240,7 @@ def _tokens(
 def _scores(
     tokens: Sequence[str], types: Sequence[TokenType], pairs: Sequence[tuple[str, ...]], faults: list[str]
 ) -> list[float]:
-    """Return a score for every piece, so that llama.cpp forms them in the order of the merges.
+    """Return a score for every piece, so that llama.cpp merges pieces in the order of the merges.
 
     llama.cpp joins any two neighbours that make a piece, the best piece first; the merges have to name them all.
     """
@@ -285,7 +285,7 @@ def _space_after_special(
 
 
 def _pre(described: Mapping[str, Any], backend: Tokenizer, faults: list[str]) -> str:
-    """Return the name of llama.cpp's way to split text that splits as this tokenizer does."""
+    """Return the name of llama.cpp's pre-tokenizer that splits text as this tokenizer does."""
     if described["normalizer"] is not None:
         faults.append(fault("export to gguf", "normalizer", described["normalizer"], "none before byte-level BPE"))
     if described["model"].get("ignore_merges"):

@@ -1,9 +1,8 @@
 """Memory and operations of a run, counted on the model without weights.
 
-`footprint` walks the modules once and notes bytes a token and bytes in all; `Footprint.estimate` adds them up for a
-micro-batch. Each term says what it counts. The formulas are those of philora's fast path, which
-tests/unit/planning/test_footprint.py compares with the tensors that autograd really keeps; what another path keeps is
-near.
+`footprint` visits the modules once, and counts bytes per token and total bytes; `Footprint.estimate` adds them up for a
+micro-batch. The formulas are those of philora's fast path. tests/unit/planning/test_footprint.py compares them with the
+tensors that autograd keeps. Other paths need about the same.
 """
 
 from __future__ import annotations
@@ -35,31 +34,31 @@ if TYPE_CHECKING:
     from philora.decoder_stack.layer import Keep  # needs Triton
 
 Recomputation = Literal["none", "elementwise", "full", "host"]
-"""What backward computes again: nothing, the outputs of RMSNorm and SwiGLU and dropout's masks, or whole layers; with
-`host`, whole layers from inputs that are kept in the computer's memory, which the decoder stack alone can."""
+"""What backward computes again: nothing, the outputs of RMSNorm and SwiGLU and dropout's masks, or complete layers;
+with `host`, complete layers from inputs in host memory, which only the decoder stack supports."""
 WHOLE_LAYERS = ("full", "host")
 KEPT: dict[Recomputation, Keep] = {"none": "everything", "elementwise": "elementwise", "full": "input", "host": "host"}
-"""The same in the decoder stack's words."""
+"""The same in the decoder stack's terms."""
 
-# On a CPU, what a process holds besides: interpreter, libraries, tokenizer and data before the first step, and then the
-# kernels that oneDNN makes for every shape that comes along, most of them in the first dozen of steps. Measured on
-# models that are next to nothing, with the versions of constraints.txt.
+# Other memory of a process on a CPU: interpreter, libraries, tokenizer and data before the first step, and then the
+# kernels that oneDNN makes for every new shape, most of them in the first dozen steps. Measured on tiny models, with
+# the versions of constraints.txt.
 RUNTIME_CPU_BYTES = 560_000_000
 KERNELS_CPU_BYTES = 100_000_000
-# What torch allocates on a GPU besides tensors: cuBLAS's workspaces. The context is not torch's.
+# Memory of torch on a GPU besides tensors: cuBLAS's workspaces. The CUDA context is not included.
 RUNTIME_GPU_BYTES = 64 * 2**20
-# Of the memory that a step allocates and frees, what glibc's heap holds besides, between blocks that stay: measured by
-# `benchmarks.memory` over eight steps with `kernels.memory.keep_freed_memory`, more where many layers' activations
-# stand side by side. Where large blocks go back to the system (`return_large_blocks`) there is none.
+# Free memory in glibc's heap between used blocks, as a share of the memory that a step allocates and frees. Measured by
+# `benchmarks.memory` over eight steps with `kernels.memory.keep_freed_memory`; it is larger if activations of many
+# layers are kept. There is none if large blocks are returned to the system (`return_large_blocks`).
 HEAP_SHARE: dict[Recomputation, float] = {"none": 0.7, "elementwise": 0.7, "full": 0.35, "host": 0.35}
-# The same of CUDA's allocator: what it reserves beyond what is allocated, 0.13 and 0.15 of what a step allocates in the
-# two trainings of results/gpu.csv.
+# The same for CUDA's allocator, which reserves more than is allocated: 0.13 and 0.15 of a step's allocations in the two
+# trainings of results/gpu.csv.
 RESERVE_SHARE = 0.15
-# Blocks of fp32 that are as large as a chunk of logits, while the scores of its labels are computed on a GPU.
+# Number of fp32 blocks of the size of a chunk of logits, while a GPU computes the scores of its labels.
 SCORE_BLOCKS = 3
 
 Role = Literal["attention", "feed-forward", "product", "other"]
-# Linear layers that read the same tensor, and what that tensor is: the output of a norm, or of SwiGLU.
+# Linear layers by the tensor that they read: the output of a norm, or of SwiGLU.
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("qkv_proj", "q_proj", "k_proj", "v_proj"), "attention"),
     **dict.fromkeys(("gate_up_proj", "gate_proj", "up_proj"), "feed-forward"),
@@ -72,19 +71,19 @@ class Estimate:
     """Memory of a run by part, in bytes.
 
     Attributes:
-        weights: The base as it is held: 16 or 32 bits, or 4 or 8 with embeddings, head and norms in 16.
-        adapter: What trains in fp32, its gradient, and its copy in the dtype of the products.
+        weights: The base: 16 or 32 bits, or 4 or 8 with embeddings, head and norms in 16.
+        adapter: Trained parameters in fp32, their gradients, and copies in the dtype of the products.
         optimizer: States of the optimizer.
-        activations: What backward needs, and the largest that it makes while all of it is there.
+        activations: Tensors that backward needs, and its largest temporary ones.
         loss: Hidden states and logits at labels.
-        dequantized: The one matrix of a quantised layer that is there while its product runs.
-        heap: Freed blocks that the allocator holds between others.
+        dequantized: The dequantised matrix of one layer, during its product.
+        heap: Free blocks that the allocator holds between used ones.
         runtime: Interpreter, libraries, kernels.
-        graph: What a CUDA graph of the layers holds besides.
+        graph: Additional memory of a CUDA graph of the layers.
         loading: Peak while the model is loaded, runtime included.
         evaluation: Peak while the run evaluates, runtime included.
-        files: Of the peak, pages of mapped files: the weights of a base that is neither quantised nor converted.
-        pinned: Of the computer's memory beside a GPU's, pinned: inputs of layers. No part of the peak.
+        files: The part of the peak that is pages of mapped files: a base that is neither quantised nor converted.
+        pinned: Pinned host memory for inputs of layers, in a run on a GPU. Not part of the peak.
     """
 
     weights: int
@@ -108,7 +107,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Return the largest memory of the run: while it trains, loads or evaluates."""
+        """Return the largest of the run's peaks: in training, loading and evaluation."""
         return max(self.training, self.loading, self.evaluation)
 
     def to_dict(self) -> dict[str, int]:
@@ -121,13 +120,13 @@ PARTS = ("weights", "adapter", "optimizer", "activations", "loss", "dequantized"
 
 
 class LayerBytes(NamedTuple):
-    """Describe what a decoder layer keeps for backward of a token, in bytes.
+    """Bytes per token that a decoder layer keeps for backward.
 
     Attributes:
-        kept: What both grades keep.
-        cheap: What element-wise recomputation makes again.
-        unlabelled_kept: Of `kept`, what the last layer leaves out for a token without a label (less than zero: adds).
-        unlabelled_cheap: The same of `cheap`.
+        kept: Bytes kept with and without element-wise recomputation.
+        cheap: Bytes that element-wise recomputation does not keep.
+        unlabelled_kept: The part of `kept` that the last layer does not keep for a token without a label.
+        unlabelled_cheap: The same part of `cheap`.
         widest: The largest output of a linear layer.
     """
 
@@ -142,9 +141,9 @@ class Linears(NamedTuple):
     """Weights of the linear layers of all decoder layers, and the shape of the largest.
 
     Attributes:
-        weights: How many, all together.
-        out_features: Of the largest.
-        in_features: Of the largest.
+        weights: Number of weights of all layers.
+        out_features: Rows of the largest.
+        in_features: Columns of the largest.
     """
 
     weights: int
@@ -153,14 +152,14 @@ class Linears(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """Describe what an evaluation has in memory at once.
+    """Sizes of an evaluation's batches.
 
     Attributes:
-        tokens: Of a batch that is scored.
-        answers: Made at once.
-        answer_tokens: Of each, with its prompt.
-        packed: Bytes of weights that are reordered for them, or 0.
-        by_graph: Whether they are computed in a CUDA graph, whose cache has a fixed size.
+        tokens: Tokens of a batch that is scored.
+        answers: Number of answers generated at once.
+        answer_tokens: Tokens of an answer with its prompt.
+        packed: Bytes of weights that are reordered for generation, or 0.
+        by_graph: Whether answers are computed in a CUDA graph, whose cache has a fixed size.
     """
 
     tokens: int = 0
@@ -175,30 +174,30 @@ NOT_EVALUATED = Evaluated()
 
 @dataclass(frozen=True)
 class Footprint:
-    """Describe what memory and time of a run depend on besides its batch.
+    """The sizes that memory and time of a run depend on, except its batch.
 
     Attributes:
         device: `cpu` or the accelerator's name.
-        dtype: Of weights and activations.
+        dtype: Dtype of weights and activations.
         quantization: none, nf4, fp4 or int8.
-        parameters: Of the base.
+        parameters: Parameters of the base.
         trainable: Parameters that train.
-        trained_bytes: Of one of them: 4, or 2 with `training_config.adapter_dtype: bfloat16`.
-        weights: Bytes of the base as it is held.
+        trained_bytes: Bytes of a trained parameter: 4, or 2 with `training_config.adapter_dtype: bfloat16`.
+        weights: Bytes of the base in memory.
         mapped: Whether they are pages of mapped files.
-        converted: Bytes of files that are mapped while weights are made from them in another dtype.
+        converted: Bytes of files that are mapped while their weights are converted to another dtype.
         optimizer: Bytes of the optimizer's states.
         layers: Decoder layers.
         hidden: Width.
         vocabulary: Rows of the head.
         attention_width: Query heads times their size.
         key_value_width: Key heads times their size.
-        layer: Bytes a token of one layer.
-        linears: Of the decoder layers.
+        layer: Bytes per token of one layer.
+        linears: Linear layers of the decoder layers.
         quantized_matrix: Elements of the largest weight that is dequantised.
         skips_last: Whether the last layer leaves out tokens without a label.
-        packed: Bytes of the reordered weights that generation holds where there is room; 0 where it makes none.
-        stack: Sizes of the decoder layers where the decoder stack computes them.
+        packed: Bytes of the reordered weights that generation keeps if there is enough memory, or 0.
+        stack: Sizes of the decoder layers if the decoder stack computes them.
         graph: Whether it does so in a CUDA graph.
     """
 
@@ -227,7 +226,7 @@ class Footprint:
 
     @property
     def anonymous(self) -> int:
-        """Return the bytes that the process holds while it evaluates, without batches and pages of files."""
+        """Return the bytes of the process during evaluation, without batches and pages of files."""
         runtime = RUNTIME_CPU_BYTES + KERNELS_CPU_BYTES if self.device == "cpu" else RUNTIME_GPU_BYTES
         trained = self.trained_bytes * self.trainable + self.optimizer
         return runtime + trained + (0 if self.mapped else self.weights)
@@ -250,13 +249,13 @@ class Footprint:
         Args:
             tokens: Tokens of a micro-batch.
             recomputation: What backward computes again.
-            label_share: Of the tokens, those with a label.
-            evaluation: What is evaluated at once.
+            label_share: Share of the tokens that have a label.
+            evaluation: Sizes of the evaluation's batches.
         """
         loss, matrix = self._loss(tokens, label_share), self.quantized_matrix * self.element_bytes
         activations, temporary, copies = self._layers(tokens, recomputation, label_share)
-        # The end of the forward pass has the loss, the beginning of the backward pass the temporaries; of these
-        # dequantised matrices are a part, but for the one that the decoder stack keeps for all.
+        # The loss exists at the end of the forward pass, the temporaries at the start of the backward pass. They
+        # include dequantised matrices, except the shared one of the decoder stack.
         activations += max(temporary - loss - (0 if self.stack else matrix), 0)
         on_cpu = self.device == "cpu"
         runtime = RUNTIME_CPU_BYTES if on_cpu else RUNTIME_GPU_BYTES
@@ -285,15 +284,15 @@ class Footprint:
         return HEAP_SHARE[recomputation] if self.quantization == "none" or shares else 0
 
     def _layers(self, tokens: int, recomputation: Recomputation, label_share: float) -> tuple[float, float, float]:
-        """Return what the layers keep, the most that backward has besides, and copies of A and B for the products."""
+        """Return the bytes that the layers keep, their largest temporaries, and copies of A and B for the products."""
         size = self.element_bytes
         if self.stack is not None:
             keep = KEPT[recomputation]
             kept = self.stack.activation_bytes(tokens, keep), tokens * self.stack.backward_bytes(keep)
             return (*kept, self.trainable * size)
         labelled = label_share if self.skips_last and recomputation not in WHOLE_LAYERS else 1.0
-        # A full backward pass of one layer: the residual's gradient, that of its widest output and of what went into
-        # it. The last layer's has labelled tokens alone, and the loss is over by then.
+        # A backward pass of one layer: the gradients of the residual, of its widest output and of that one's input. The
+        # last layer's has labelled tokens only, and the loss is freed by then.
         one = self.layer.kept + self.layer.cheap
         backward = 2 * self.layer.widest + 2 * self.hidden * size
         if recomputation in WHOLE_LAYERS:
@@ -302,23 +301,23 @@ class Footprint:
             temporary = max(tokens * (labelled * (backward + self.layer.cheap)), tokens * (backward - self.layer.kept))
         else:
             temporary = max(tokens * labelled * backward, tokens * (backward - one))
-        # The copies belong to the graph: with recomputation to that of one layer.
+        # The copies belong to the autograd graph; with recomputation to that of one layer.
         layers = self.layers if recomputation in WHOLE_LAYERS else 1
         copies = 0 if size == self.trained_bytes else self.trainable * size / layers
         return self._activations(tokens, recomputation, labelled), temporary, copies
 
     def _activations(self, tokens: int, recomputation: Recomputation, labelled: float) -> float:
-        """Return the bytes that backward needs of all layers."""
-        # The last norm's output; the embeddings' output where something is computed again from it (nothing before it
-        # trains, so that otherwise nobody needs it); token ids, labels, positions in int64.
+        """Return the bytes of all layers that backward needs."""
+        # The last norm's output; the embeddings' output if something is computed again from it (nothing before it
+        # trains, so otherwise it is freed); token ids, labels, positions in int64.
         ends = 1 if recomputation == "none" else 2
         around = tokens * (ends * self.hidden * self.element_bytes + 4 * 8)
         if recomputation in WHOLE_LAYERS:
             return around + tokens * self.layers * self.hidden * self.element_bytes
         cheap = 0 if recomputation == "elementwise" else self.layer.cheap
         dropped = self.layer.unlabelled_kept + (0 if recomputation == "elementwise" else self.layer.unlabelled_cheap)
-        # Of labelled tokens the last layer keeps copies: what its output projection reads of attention's output, the
-        # outputs of that and of the feed-forward part, and the norm's output, which is not made again there.
+        # The last layer keeps copies for labelled tokens: the input of its output projection, the outputs of that and
+        # of the feed-forward part, and the norm's output, which is not recomputed there.
         read = self.attention_width if self.element_bytes < 4 else 0
         copied = labelled * self.element_bytes * (read + 2 * self.hidden) if labelled < 1 else 0.0
         if recomputation == "elementwise" and labelled < 1:
@@ -329,7 +328,7 @@ class Footprint:
         """Return the bytes of the label head: hidden states, their gradient, and a chunk of logits."""
         labels = tokens * label_share
         chunk = min(labels, max(FEWEST_TOKENS, CHUNK_BYTES // (self.vocabulary * self.element_bytes)))
-        blocks = 0 if self.device == "cpu" else 4 * SCORE_BLOCKS  # on a CPU they are small
+        blocks = 0 if self.device == "cpu" else 4 * SCORE_BLOCKS  # small on a CPU
         return labels * 3 * self.hidden * self.element_bytes + chunk * self.vocabulary * (self.element_bytes + blocks)
 
     def _evaluation(self, evaluated: Evaluated, label_share: float) -> int:
@@ -352,10 +351,11 @@ class Footprint:
     # -- time
 
     def flops_per_token(self, recomputation: Recomputation, label_share: float, document_tokens: float) -> float:
-        """Count the operations of a token's step: products of the base forward and for the gradient.
+        """Return the operations of a step per token.
 
-        4 N, with full recomputation 6 N; the head at labels, twice; causal attention of a document (forward once,
-        backward two and a half times); adapters forward and twice backward.
+        The base's products forward and for the gradient take 4 N, with full recomputation 6 N. Added are the head at
+        labels, twice; causal attention of a document (forward once, backward two and a half times); adapters forward
+        once and backward twice.
         """
         again = recomputation in WHOLE_LAYERS
         passes = 6 if again else 4
@@ -374,14 +374,14 @@ def footprint(
     *,
     stack: bool = False,
 ) -> Footprint:
-    """Count a model that has no weights.
+    """Count the sizes of a model without weights.
 
     Args:
         model: The base on the meta device with its adapter.
-        settings: `model` of the configuration.
+        settings: Section `model` of the configuration.
         optim: `training_config.optim`.
-        device: Where the run computes, `cpu` or the accelerator's name.
-        trained_bytes: Of a parameter that trains.
+        device: The run's device, `cpu` or the accelerator's name.
+        trained_bytes: Bytes of a trained parameter.
         stack: Whether the decoder stack computes the layers.
     """
     base = cast(PreTrainedModel, model.get_base_model())
@@ -446,7 +446,7 @@ def _attention_sizes(config: Any) -> tuple[int, int, int]:
 def _parameters(
     model: PeftModel, quantized: Mapping[str, Callable[[nn.Parameter], float]], size: int
 ) -> tuple[list[tuple[int, float]], list[int]]:
-    """Return of every parameter of the base its elements and bytes; and 0 with the elements of the quantised ones."""
+    """Return elements and bytes of every parameter of the base, and elements of the quantised ones with a leading 0."""
     counts: dict[int, tuple[int, float]] = {}
     matrices = [0]
     for name, parameter in model.named_parameters():
@@ -463,7 +463,7 @@ def _parameters(
 def _stack_sizes(
     config: Any, linears: Sequence[_Linear], shape: tuple[int, int, int, int], size: int, fp8: bool, weights: int
 ) -> StackSizes:
-    """Return the sizes for the decoder stack; `shape`: layers, query heads, their size, columns of all keys."""
+    """Return the decoder stack's sizes. `shape` has layers, query heads, their size, and columns of all keys."""
     layers, heads, width, key_value = shape
     adapters = [linear.adapter for linear in linears if linear.adapter is not None]
     return StackSizes(
@@ -482,14 +482,14 @@ def _stack_sizes(
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a parameter has without PEFT's layers around it."""
+    """Return the name of a parameter in the model without PEFT's layers."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _quantized(
     base: PreTrainedModel, wanted: Any, dtype: torch.dtype
 ) -> tuple[str, dict[str, Callable[[nn.Parameter], float]]]:
-    """Return how a base is quantised, and bytes a weight of every parameter that is."""
+    """Return how a base is quantised, and functions for the bytes per weight of every quantised parameter."""
     found = getattr(base.config, "quantization_config", None)
     if found is not None:
         keys = found if isinstance(found, Mapping) else found.to_dict()
@@ -498,8 +498,8 @@ def _quantized(
         asked = quantization_config(wanted, dtype, base)
     if asked is None:
         return "none", {}
-    # Scales: one for 64 weights, in fp32 or, quantised once more, in a byte and one in fp32 for 256 of them; int8 has
-    # one in fp32 a row.
+    # Scales: one for 64 weights, in fp32 or, with double quantisation, in a byte with an fp32 scale for 256 of them.
+    # int8 has one in fp32 per row.
     if asked.load_in_8bit:
         scheme, held = "int8", lambda weight: 1 + 4 / weight.shape[-1]
     else:
@@ -518,10 +518,10 @@ def optimizer_bytes(optim: str, shape: torch.Size, parameter_bytes: int = 4) -> 
     count = shape.numel()
     if name == "sgd" or "lomo" in name:
         return 0
-    if name == "adafactor":  # one number a row and a column of a matrix
+    if name == "adafactor":  # one number per row and per column of a matrix
         return 4 * (sum(shape) if len(shape) > 1 else count)
     states = 1 if name.startswith(("lion", "rmsprop", "adagrad", "sgd")) else 3 if name.startswith("ademamix") else 2
-    if "8bit" in name and count >= 4096:  # bytes and a scale for 256 of them; smaller tensors have fp32
+    if "8bit" in name and count >= 4096:  # bytes, with a scale for 256 of them; smaller tensors are in fp32
         return states * (count + 4 * math.ceil(count / 256))
     return states * count * (parameter_bytes if "_torch" in name else 4)
 
@@ -544,7 +544,7 @@ class _Linear(NamedTuple):
 
 
 def _linears(layer: nn.Module) -> Iterator[_Linear]:
-    """Return the linear layers, adapted or not, with the module that each is a part of."""
+    """Yield the linear layers, adapted or not, with their parent modules."""
     inside: set[int] = set()
     for name, module in layer.named_modules():
         adapter = module if isinstance(module, LoraLayer) else None
@@ -561,55 +561,56 @@ def _linears(layer: nn.Module) -> Iterator[_Linear]:
 def _layer_bytes(
     layer: nn.Module, linears: Sequence[_Linear], size: int, heads: int, width: int, device: str
 ) -> LayerBytes:
-    """Return the bytes of a token in one layer, from what its modules are."""
-    # What a linear layer returns is kept: by attention (q, k, v), by SwiGLU (gate and up), and as the residual after
-    # it, which is the input of the next norm.
+    """Return the bytes per token of one layer, from the classes of its modules."""
+    # The outputs of linear layers are kept: by attention (q, k, v), by SwiGLU (gate and up), and as the residual that
+    # is the input of the next norm.
     kept = float(size * sum(linear.out_features for linear in linears))
-    cheap = unlabelled_cheap = 0.0
     unlabelled_kept = 0.0 if size < 4 else float(heads * width * size)
-    # Attention's output, cos and sin in fp32, and of each head the logarithm of the normaliser. In fp32 attention works
-    # in tiles and keeps neither that nor its output, which the output projection keeps, of labelled tokens alone.
+    # Attention's output, cos and sin in fp32, and the logarithm of the normaliser per head. In fp32 attention works in
+    # tiles and keeps neither that nor its output; the output projection keeps the latter for labelled tokens.
     kept += heads * width * size + 4 * width + (4 * heads if size < 4 else 0)
     fast_norms = [module for module in layer.modules() if isinstance(module, tuple(FAST.values())) and _is_norm(module)]
     for norm in filter(_is_norm, layer.modules()):
-        # One number a row; transformers' own norm also keeps its input in fp32, twice.
+        # One number per row; transformers' own norm also keeps its input in fp32, twice.
         kept += 4 if norm in fast_norms else 8 * cast(nn.Parameter, norm.weight).numel()
     for module in layer.modules():
         names = {linear.name for linear in linears if linear.parent is module}
-        if {"gate_proj", "up_proj"} <= names:  # silu(gate) beside gate and up, where SwiGLU is not one node
+        if {"gate_proj", "up_proj"} <= names:  # silu(gate) as well as gate and up, if SwiGLU is not one node
             kept += next(size * linear.out_features for linear in linears if linear.name == "gate_proj")
+    unlabelled_kept += sum(size * linear.out_features for linear in linears if linear.name == "gate_up_proj")
+    widest = size * max(linear.out_features for linear in linears)
+    more, cheap, unlabelled_more, unlabelled_cheap = _adapted_bytes(linears, size, device, bool(fast_norms))
+    return LayerBytes(kept + more, cheap, unlabelled_kept + unlabelled_more, unlabelled_cheap, widest)
+
+
+def _adapted_bytes(
+    linears: Sequence[_Linear], size: int, device: str, fast_norms: bool
+) -> tuple[float, float, float, float]:
+    """Return the bytes per token that the adapters of a layer add, as the first four of `LayerBytes`."""
+    kept = cheap = unlabelled_kept = unlabelled_cheap = 0.0
     read: set[tuple[int, Role, str]] = set()
     for linear in linears:
-        in_feed_forward = linear.name in ("gate_up_proj", "down_proj")
-        if in_feed_forward:
-            unlabelled_kept += size * linear.out_features * (linear.name == "gate_up_proj")
         if linear.adapter is None:
             continue
-        # An adapted layer keeps what it reads, once for all that read it, x A, and dropout's mask.
+        # An adapted layer keeps its input, once for all layers that read it, x A, and dropout's mask.
         role = _ROLES.get(linear.name, "other")
         rank = sum(linear.adapter.r.values())
         p = max((float(getattr(drop, "p", 0.0)) for drop in linear.adapter.lora_dropout.values()), default=0.0)
         mask = linear.in_features / (8 if device == "cpu" and native.available() else 1) if p > 0 else 0
-        kept += rank * size
-        cheap += mask
         source = id(linear.parent), role, linear.name if role == "other" else ""
-        given = size * linear.in_features
-        if source in read or linear.name == "o_proj":  # attention's output is counted above
-            given = 0
+        counted = source in read or linear.name == "o_proj"  # attention's output is counted by the layer
+        given = 0 if counted else size * linear.in_features
         read.add(source)
-        again = (role in ("attention", "feed-forward") and bool(fast_norms)) or (
+        again = (role in ("attention", "feed-forward") and fast_norms) or (
             role == "product" and isinstance(linear.parent, FastPhi3MLP)
         )
-        if again:
-            cheap += given
-        else:
-            kept += given
-        if in_feed_forward or linear.name == "o_proj":
-            unlabelled_cheap += mask + (given if again else 0)
-            unlabelled_kept += rank * size + (0 if again else given)
-    return LayerBytes(
-        kept, cheap, unlabelled_kept, unlabelled_cheap, size * max(linear.out_features for linear in linears)
-    )
+        made_again, held = (given, 0) if again else (0, given)
+        kept += rank * size + held
+        cheap += mask + made_again
+        if linear.name in ("gate_up_proj", "down_proj", "o_proj"):
+            unlabelled_kept += rank * size + held
+            unlabelled_cheap += mask + made_again
+    return kept, cheap, unlabelled_kept, unlabelled_cheap
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Limits of a device, named before a run: plain functions of facts, without a device in them."""
+"""Notices about the limits of a device, before a run: functions of facts, which need no device."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from philora.kernels.attention_choice import LEAST_CAPABILITY
 
 
 def hardware_notices(device: DeviceFacts, dtype: str, cuda: str | None, use_cpu: bool = False) -> Sequence[str]:
-    """Return what a person should know about the device of a run.
+    """Return notices about the device of a run.
 
     Args:
         device: The device.
         dtype: `model.dtype` of the configuration.
         cuda: The version of CUDA that PyTorch was built for, or None.
-        use_cpu: Whether the run was asked to compute on the CPU.
+        use_cpu: Whether the run is configured to use the CPU.
     """
     found = [None if use_cpu else unusable_gpu(device, cuda), old_gpu(device, dtype)]
     return tuple(entry for entry in found if entry is not None)
 
 
 def unusable_gpu(device: DeviceFacts, cuda: str | None) -> str | None:
-    """Return why a GPU that is there is not used, and what to do; None where there is none, or it works.
+    """Return why a GPU is not used, with advice; None if there is no GPU or it works.
 
     Args:
-        device: The device that is used instead; its `problem` holds PyTorch's words.
+        device: The device that is used instead; its `problem` has PyTorch's message.
         cuda: The version of CUDA that PyTorch was built for.
     """
     problem = device.problem
@@ -38,12 +38,12 @@ def unusable_gpu(device: DeviceFacts, cuda: str | None) -> str | None:
         )
     return (
         f"the GPU cannot be used and the run computes on {device.name}: {problem}. "
-        f"Look whether nvidia-smi works, or set training_config.use_cpu to true."
+        f"Check whether nvidia-smi works, or set training_config.use_cpu to true."
     )
 
 
 def old_gpu(device: DeviceFacts, dtype: str) -> str | None:
-    """Return what a GPU without bf16 and flash attention means for a run; None for others.
+    """Return a notice about a GPU without bf16 and flash attention; None for others.
 
     Args:
         device: The device.
@@ -66,7 +66,7 @@ def slow_bf16(float32_peak_bytes: int, usable_bytes: int) -> str:
 
     Args:
         float32_peak_bytes: The peak of the run with a base in fp32.
-        usable_bytes: Memory that a run may fill.
+        usable_bytes: Memory that a run can use.
     """
     text = "this processor has no bf16 instructions (AVX512-BF16 or AMX): products in bf16 take many times longer"
     peak, usable = float32_peak_bytes / 1e9, usable_bytes / 1e9

@@ -1,16 +1,14 @@
 """The plan of a run, before any weight is loaded: memory by part, the batch that fits, steps, time, and advice.
 
-`plan` is the one way to it: `philora check` shows what it returns, a run follows it. It needs the configuration, the
-model without weights and the counts of the data, and measures for a moment how fast this machine multiplies.
+`philora check` shows the result of `plan`, and a run follows it. It needs the configuration, the model without weights
+and the counts of the data, and measures the speed of this machine (`rate`).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -31,10 +29,20 @@ from philora.decoder_stack.model import facts_for
 from philora.generation.decoding import PACKED_SHARE
 from philora.generation.static_decoding import BY_GRAPH, answers_on
 from philora.kernels.memory import available_bytes
-from philora.kernels.quantization import QuantizedWeight, bitsandbytes_is_here, empty_layer, scheme_of
+from philora.kernels.quantization import bitsandbytes_is_here, scheme_of
 from philora.kernels.switches import graph_switch
 from philora.models.loading import bf16_is_fast, resolve_dtype
 from philora.models.locate import find_adapter
+from philora.planning.batch import (
+    FILLED,
+    GRADES,
+    TOKENS_PER_STEP,
+    TOKENS_PER_STEP_ACCELERATOR,
+    Batch,
+    choose,
+    recomputation_of,
+    step_tokens,
+)
 from philora.planning.footprint import (
     KEPT,
     NOT_EVALUATED,
@@ -47,27 +55,14 @@ from philora.planning.footprint import (
     footprint,
 )
 from philora.planning.hardware import hardware_notices, slow_bf16
+from philora.planning.rate import Rate, measure_rate
 from philora.runtime.processes import idle_gpus
 
-# Most tokens that `tokens_per_step: auto` puts into one optimizer step, on a CPU and on an accelerator.
-TOKENS_PER_STEP = 8192
-TOKENS_PER_STEP_ACCELERATOR = 16384
-STEPS_PER_EPOCH = 100  # what `tokens_per_step: auto` aims at where the data is small
-# `learning_rate: auto`: the usual rate of LoRA for a model of this hidden size, in inverse proportion for others.
+# `learning_rate: auto`: LoRA's usual rate for a model of this hidden size; for others it is inversely proportional.
 LEARNING_RATE, LEARNING_RATE_HIDDEN_SIZE = 2e-4, 3072
-# Share of the memory that a plan fills; the rest is for what no formula knows.
-FILLED = 0.9
-# A product of fewer rows than this reads its weight more than it computes: rather more recomputation than that.
-TOKENS_AT_LEAST = 512
-# A GPU is busy from so many tokens of a micro-batch on (docs/performance.md); with fewer than the second number the
-# launches cost more than computing whole layers again does.
-TOKENS_AT_LEAST_ACCELERATOR, TOKENS_BEFORE_WHOLE_LAYERS = 8192, 4096
-# Of a step's time, the products of the base (benchmarks/results/training.csv, share_of_limit of work a without
-# dropout); attention, adapters, what stands between, and the optimizer are the rest.
+# Share of the base's products in the time of a step (benchmarks/results/training.csv, share_of_limit of work a without
+# dropout). The rest is attention, adapters, element-wise work and the optimizer.
 PRODUCT_SHARE = 0.58
-GRADES: tuple[Recomputation, ...] = ("none", "elementwise", "full", "host")
-
-
 DEFAULT_OPTIM = "adamw_torch_fused"
 
 
@@ -75,10 +70,10 @@ class Change(NamedTuple):
     """A setting that would save memory.
 
     Attributes:
-        setting: As `KEY=VALUE` of the command line.
-        saves_bytes: Of the peak.
-        peak_bytes: What it would be.
-        costs: In words.
+        setting: `KEY=VALUE` for the command line.
+        saves_bytes: Reduction of the peak.
+        peak_bytes: The peak with the setting.
+        costs: Its disadvantage, in words.
     """
 
     setting: str
@@ -87,47 +82,33 @@ class Change(NamedTuple):
     costs: str
 
 
-class Rate(NamedTuple):
-    """Describe what this machine does at this moment.
-
-    Attributes:
-        flops_per_second: Of products of the shape of the model's largest linear layer.
-        dequantized_per_second: Weights; None without a quantised base.
-        seconds: That measuring took.
-    """
-
-    flops_per_second: float
-    dequantized_per_second: float | None
-    seconds: float
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Describe what a run will do and need.
+    """What a run will do and need.
 
     Attributes:
         micro_batch_rows: Rows of a micro-batch on every device.
         accumulation: Micro-batches of an optimizer step.
         recomputation: What backward computes again.
         max_length: Tokens of a row at most.
-        row_tokens: Tokens of a row: of a pack, or a mean example.
+        row_tokens: Tokens of a row: a pack, or a mean example.
         step_tokens: Tokens of an optimizer step on all devices.
         steps: Optimizer steps; None for a stream without max_steps.
-        parameters: Of the base.
+        parameters: Parameters of the base.
         trainable: Parameters that train.
-        quantization: Of the base.
-        device: Where it computes.
+        quantization: Quantisation of the base.
+        device: The run's device.
         estimate: Memory on every device.
-        available_bytes: Memory that the run may take.
-        rate: Of this machine.
+        available_bytes: Memory that is available to the run.
+        rate: Speed of this machine.
         step_seconds: Estimated time of an optimizer step.
-        learning_rate: At its peak.
-        learning_rate_origin: Where it comes from: a file, the command line, or the rule of `auto`.
-        changes: What would save memory, the best first; empty where the run fits.
-        decoder_layers: Which way the decoder layers go, and why.
+        learning_rate: The highest learning rate.
+        learning_rate_origin: Its origin: a file, the command line, or the rule of `auto`.
+        changes: Settings that would save memory, the best first; empty if the run fits.
+        decoder_layers: How the decoder layers are computed, and why.
         answers: How the tokens of answers are computed on a GPU, and why; empty on a CPU.
-        notices: What the hardware cannot do well, with what to do.
-        idle_gpus: GPUs that are visible and that the run does not use.
+        notices: Limits of the hardware, with advice.
+        idle_gpus: Visible GPUs that the run does not use.
         deterministic: Whether a repeated or resumed run on a GPU has the same bits.
     """
 
@@ -167,7 +148,7 @@ class Plan:
 
     @property
     def warning(self) -> str | None:
-        """Return what to change where the run does not fit, else None."""
+        """Return advice if the run does not fit, else None."""
         if self.fits:
             return None
         seen, needs = self.available_bytes / 1e9, self.estimate.peak / 1e9
@@ -236,15 +217,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-# ------------------------------------------------------------------------------------------------- the plan
-
-
 def weightless(config: Config, skeleton: PreTrainedModel) -> PeftModel:
     """Return the model of a run on the meta device, with its adapter and slices; the skeleton is changed.
 
     Raises:
         TargetError: A name matches nothing.
-        AdapterError: There is no adapter to begin from, or it does not fit.
+        AdapterError: The adapter to continue from does not exist or does not fit.
     """
     lora = LoraConfig(**config.peft_config)
     if config.model.adapter is not None:
@@ -271,14 +249,14 @@ def plan(
     processes: int = 1,
     sharing: int = 1,
 ) -> Plan:
-    """Decide what the configuration leaves open, and estimate what the run needs.
+    """Choose the settings that the configuration leaves to `auto`, and estimate what the run needs.
 
     Args:
         config: The configuration.
-        adapted: What `weightless` made of it.
+        adapted: The model from `weightless`.
         report: Counts of the data.
         max_length: Tokens of a row at most, within the model's context.
-        chosen: What a resumed run was started with: keys of `training_config`.
+        chosen: Keys of `training_config` with which a resumed run was started.
         processes: Processes that share a step.
         sharing: Processes that share this machine's memory.
     """
@@ -340,15 +318,15 @@ def _footprint(
 
 
 class _RowLengths(NamedTuple):
-    """Rows as they are trained on.
+    """Lengths of the training rows.
 
     Attributes:
-        counts: Of the training data; None where it is streamed.
+        counts: Counts of the training data; None if it is streamed.
         packed: Whether conversations are packed.
-        tokens: Of a row.
+        tokens: Tokens of a row.
         longest: Tokens of the longest row of a batch.
         document: Tokens of a conversation.
-        label_share: Share of the tokens that the loss is a sum over.
+        label_share: Share of the tokens that have a label.
     """
 
     counts: SplitReport | None
@@ -363,7 +341,7 @@ def _row_lengths(report: DataReport, max_length: int, packed: bool) -> _RowLengt
     train = None if report.streaming else report.train
     mean = max_length if train is None else max(1, int(train.tokens / max(1, train.rows)))
     document = min(mean, max_length)
-    # Rows that are not packed are filled up to the longest of their batch, and some batch has the longest of all.
+    # Rows that are not packed are padded to the longest of their batch, and some batch has the longest of all.
     longest = max_length if packed or train is None else min(max(train.longest_tokens, mean), max_length)
     label_share = train.labels / train.tokens if train and train.tokens and train.labels else 1.0
     return _RowLengths(train, packed, max_length if packed else document, longest, document, label_share)
@@ -379,7 +357,7 @@ def _batch(
     processes: int,
     stacked: Mapping[Any, Choice],
 ) -> Batch:
-    """Choose what the configuration leaves open of a batch."""
+    """Choose the batch, with the settings that the configuration gives."""
     wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
     return choose(
         counted,
@@ -398,7 +376,7 @@ def _batch(
 
 
 def _micro_batch_seconds(counted: Footprint, batch: Batch, rows: _RowLengths, rate: Rate) -> float:
-    """Estimate the time of a micro-batch from the rate of products on this device."""
+    """Return the estimated time of a micro-batch, from the rate of products on this device."""
     flops = counted.flops_per_token(batch.recomputation, rows.label_share, rows.document)
     seconds = batch.rows * rows.tokens * flops / rate.flops_per_second / PRODUCT_SHARE
     if rate.dequantized_per_second is not None:
@@ -408,12 +386,12 @@ def _micro_batch_seconds(counted: Footprint, batch: Batch, rows: _RowLengths, ra
 
 
 def decoder_layers(config: Config, adapted: PeftModel, device: DeviceFacts, recomputation: Recomputation) -> Choice:
-    """Return which way the decoder layers of a run go, by the model without weights.
+    """Return how the decoder layers of a run are computed, from the model without weights.
 
     Args:
         config: The configuration.
-        adapted: What `weightless` made of it.
-        device: Where the run computes.
+        adapted: The model from `weightless`.
+        device: The run's device.
         recomputation: What backward computes again.
     """
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
@@ -451,29 +429,14 @@ def _device(training: Mapping[str, Any]) -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
-def step_tokens(epoch_tokens: int, conversation_tokens: int = 1, device: str = "cpu") -> int:
-    """Return the tokens of an optimizer step under `tokens_per_step: auto`.
-
-    A hundredth of one epoch, so that three epochs of small data make about 300 steps and more epochs make more; at
-    least one conversation; at most what an accelerator, or a CPU, is kept busy by.
-
-    Args:
-        epoch_tokens: Tokens of the training data.
-        conversation_tokens: Of a mean conversation.
-        device: Where the run computes, `cpu` or the accelerator's name.
-    """
-    most = TOKENS_PER_STEP if device == "cpu" else TOKENS_PER_STEP_ACCELERATOR
-    return min(most, max(1, conversation_tokens, round(epoch_tokens / STEPS_PER_EPOCH)))
-
-
 def with_learning_rate(config: Config, model_config: PretrainedConfig) -> Config:
-    """Return the configuration with the number that `learning_rate: auto` stands for, and the rule as its origin.
+    """Return the configuration with the value of `learning_rate: auto`, and the rule as its origin.
 
-    The rate that suits an adapter falls with the model's width: docs/settings.md has what was measured.
+    The best rate for an adapter falls with the model's width: docs/settings.md has the measurements.
 
     Args:
         config: The configuration.
-        model_config: Of the model.
+        model_config: The model's configuration.
     """
     key = "learning_rate"
     if config.training_config.get(key) != "auto":
@@ -491,7 +454,7 @@ def with_learning_rate(config: Config, model_config: PretrainedConfig) -> Config
 def _lengths(
     config: Config, report: DataReport, max_length: int, chosen: Mapping[str, Any] | None, device: str
 ) -> tuple[int, int | None]:
-    """Return the tokens of a row, and of a step where that is not left to the batch."""
+    """Return the tokens of a row, and of a step, the latter None if it follows from the batch."""
     tokens = config.training_config.get("tokens_per_step", "auto")
     if chosen:
         return int(chosen.get("max_length", max_length)), None if tokens == "auto" else tokens
@@ -502,15 +465,15 @@ def _lengths(
             mean = round(report.train.tokens / max(1, report.train.rows))
             tokens = step_tokens(report.train.tokens, mean, device)
     if tokens is not None and not report.streaming:
-        # A pack is one row, and a step has at least one: a pack longer than the step would make larger steps than
-        # were asked for. Conversations stay whole.
+        # A pack is one row, and a step has at least one row: a pack longer than the step would make steps too large.
+        # Conversations are not cut.
         longest = max((split.longest_tokens for split in report.splits.values()), default=0)
         max_length = min(max_length, max(tokens, longest, 8))
     return max_length, tokens
 
 
 def _evaluated(config: Config, report: DataReport, max_length: int, counted: Footprint, memory: int) -> Evaluated:
-    """Return what the run evaluates at once before and after training."""
+    """Return the sizes of the batches in the evaluations before and after training."""
     figures = report.eval
     if figures is None or not figures.rows:
         return NOT_EVALUATED
@@ -524,7 +487,7 @@ def _evaluated(config: Config, report: DataReport, max_length: int, counted: Foo
 def _steps(
     given: Mapping[str, Any], train: SplitReport | None, packing: bool, row_tokens: int, batch: Batch, processes: int
 ) -> int | None:
-    """Count optimizer steps as transformers does."""
+    """Return the number of optimizer steps, counted as in transformers."""
     steps = int(given.get("max_steps") or -1)
     if steps > 0:
         return steps
@@ -535,105 +498,9 @@ def _steps(
     return max(1, math.ceil(math.ceil(rows / batch.rows / processes) / batch.accumulation * epochs))
 
 
-class Batch(NamedTuple):
-    """Rows of a micro-batch, micro-batches of a step, what backward computes again, and the memory of it."""
-
-    rows: int
-    accumulation: int
-    recomputation: Recomputation
-    estimate: Estimate
-
-
-def choose(
-    counted: Footprint,
-    *,
-    row_tokens: int,
-    tokens_per_step: int | None,
-    rows: int | None,
-    accumulation: int | None,
-    recomputation: Recomputation | None,
-    memory: int,
-    processes: int = 1,
-    label_share: float = 1.0,
-    evaluation: Evaluated = NOT_EVALUATED,
-    longest_row_tokens: int | None = None,
-    host: bool = False,
-) -> Batch:
-    """Fill in what the person left open: the largest micro-batch, with the least recomputation that lets one fit.
-
-    On an accelerator micro-batches of at least `TOKENS_AT_LEAST_ACCELERATOR` tokens come first, within the step.
-
-    Args:
-        counted: Of the model.
-        row_tokens: Tokens of one row (a pack, or a mean example).
-        tokens_per_step: Tokens of one optimizer step; default `TOKENS_PER_STEP`.
-        rows: Rows of a micro-batch when given.
-        accumulation: Micro-batches of a step when given.
-        recomputation: What backward computes again, when given; whole layers from inputs on the device or, where those
-            do not fit, in the computer's memory.
-        memory: Bytes that may be used; a tenth is left free.
-        processes: Processes that share a step. Where it cannot be divided among them evenly it grows to the next
-            number of rows that can.
-        label_share: Of the tokens, those with a label.
-        evaluation: What is evaluated at once.
-        longest_row_tokens: Tokens of the longest row, for which there must be memory; default: `row_tokens`.
-        host: Whether inputs of layers can be kept in the computer's memory.
-    """
-    longest = longest_row_tokens or row_tokens
-    in_a_step = max(1, round((tokens_per_step or TOKENS_PER_STEP) / row_tokens))
-    wanted = max(1, round(math.ceil(in_a_step / processes) / (accumulation or 1)))
-    wanted_grades = {None: GRADES, "full": WHOLE_LAYERS}.get(recomputation, (recomputation,))
-    grades = [entry for entry in GRADES if entry in wanted_grades and (host or entry != "host")]
-    sizes = [rows] if rows is not None else [n for n in range(wanted, 0, -1) if wanted % n == 0 or n == 1]
-    options = [(micro, grade) for grade in grades for micro in sizes]
-    options.sort(key=lambda option: _rank(option[0] * row_tokens, option[1], sizes[0] * row_tokens, counted.device))
-    found = [
-        (micro, grade, counted.estimate(micro * longest, grade, label_share=label_share, evaluation=evaluation))
-        for micro, grade in options
-    ]
-    # Evaluation and loading are what they are, whatever the batch.
-    least = min(found, key=lambda option: option[2].training)
-    micro, grade, estimate = next((entry for entry in found if entry[2].training <= FILLED * memory), least)
-    return Batch(micro, accumulation or max(1, round(wanted / micro) if rows is None else 1), grade, estimate)
-
-
-def _rank(tokens: int, recomputation: Recomputation, most: int, device: str) -> int:
-    """Return how early a micro-batch of so many tokens is tried, 0 first; equal ones in the order of the grades.
-
-    Args:
-        tokens: Of the micro-batch.
-        recomputation: What backward computes again.
-        most: Tokens of the largest micro-batch.
-        device: `cpu` or the accelerator's name.
-    """
-    if device == "cpu":
-        return int(tokens < min(TOKENS_AT_LEAST, most))
-    if tokens >= min(TOKENS_AT_LEAST_ACCELERATOR, most):
-        return 2 if recomputation in WHOLE_LAYERS else 0
-    if tokens >= min(TOKENS_BEFORE_WHOLE_LAYERS, most):
-        return 3 if recomputation in WHOLE_LAYERS else 1
-    return 4
-
-
-def recomputation_of(gradient_checkpointing: bool | str) -> Recomputation | None:
-    """Return the grade that `training_config.gradient_checkpointing` stands for; None for auto."""
-    named: dict[bool | str, Recomputation] = {
-        False: "none", "elementwise": "elementwise", True: "full", "host": "host",
-    }  # fmt: skip
-    return named.get(gradient_checkpointing)
-
-
-def gradient_checkpointing_of(recomputation: Recomputation) -> bool | str:
-    """Return what `SFTConfig(gradient_checkpointing=...)` takes for a grade."""
-    return recomputation if recomputation in ("elementwise", "host") else recomputation == "full"
-
-
-# ------------------------------------------------------------------------------------------------- advice
-
-
 @dataclass(frozen=True)
 class _Situation:
-    """A planned run, to estimate what it would need if one thing were different."""
+    """A planned run, for estimates with one setting changed."""
 
     config: Config
     adapted: PeftModel
@@ -652,7 +519,7 @@ class _Situation:
         grade: Recomputation | None = None,
         evaluated: Evaluated | None = None,
     ) -> int:
-        """Return the peak of memory with these values in place of the run's."""
+        """Return the peak of memory with these values instead of the run's."""
         estimate = (counted or self.counted).estimate(
             (rows or self.batch.rows) * (row_tokens or self.lengths.longest),
             grade or self.batch.recomputation,
@@ -662,13 +529,13 @@ class _Situation:
         return estimate.peak
 
     def counted_with(self, settings: ModelConfig, optim: str) -> Footprint:
-        """Return what would be counted with other settings of the model, or another optimizer."""
+        """Return the sizes with other settings of the model, or another optimizer."""
         counted = self.counted
         trained, stack = counted.trained_bytes, counted.stack is not None
         return footprint(self.adapted, settings, optim, counted.device, trained, stack=stack)
 
     def slow_bf16(self, optim: str, memory: int) -> str | None:
-        """Return a notice where a CPU has no instructions for the bf16 of the weights."""
+        """Return a notice if the weights are in bf16 and the CPU has no instructions for it."""
         on_cpu = self.counted.device == "cpu"
         if not on_cpu or self.counted.dtype != torch.bfloat16 or bf16_is_fast("cpu"):
             return None
@@ -676,7 +543,7 @@ class _Situation:
         return slow_bf16(peak, int(FILLED * memory))
 
     def changes(self, optim: str, memory: int) -> tuple[Change, ...]:
-        """Return changes that each save memory, the cheapest first; those that do not suffice come last."""
+        """Return settings that would save memory, the cheapest first; those that do not suffice come last."""
         micro, _, grade, estimate = self.batch
         settings = self.config.model
         answers = self.evaluated.answers
@@ -711,72 +578,3 @@ class _Situation:
         enough = [change for change in useful if change.peak_bytes <= FILLED * memory]
         rest = [change for change in useful if change.peak_bytes > FILLED * memory]
         return (*enough, *sorted(rest, key=lambda change: -change.saves_bytes))
-
-
-# ------------------------------------------------------------------------------------------- this machine
-
-
-_SLOW_SECONDS = 0.25
-
-
-def measure_rate(counted: Footprint, tokens: int) -> Rate:
-    """Measure the rate of products of the model's largest linear layer, with the run's threads.
-
-    Rows are added, from one on, until a product takes 20 ms or has the micro-batch's rows; forward and backward count
-    alike. A processor without instructions for the dtype, which is a hundred times slower, is measured in a second too.
-
-    Args:
-        counted: Of the model.
-        tokens: Tokens of a micro-batch.
-    """
-    begun = time.perf_counter()
-    device, dtype = counted.device, counted.dtype
-    shape = counted.linears.out_features, counted.linears.in_features
-
-    def wait() -> None:
-        if device != "cpu":
-            torch.accelerator.synchronize()
-
-    def seconds_of(work: Callable[[], object]) -> float:
-        wait()
-        at = time.perf_counter()
-        work()
-        wait()
-        return time.perf_counter() - at
-
-    weight = torch.full(shape, 0.01, dtype=dtype, device=device)
-    if device != "cpu":  # a GPU draws more power, and is slower, with numbers that are not all alike
-        weight.normal_(generator=torch.Generator(device).manual_seed(0))
-    rows = 1
-    with torch.no_grad():
-        while True:
-            x, dy = (torch.full((rows, size), 0.01, dtype=dtype, device=device) for size in reversed(shape))
-
-            def both(x: torch.Tensor = x, dy: torch.Tensor = dy) -> None:
-                torch.mm(x, weight.t())
-                torch.mm(dy, weight)
-
-            seconds = seconds_of(both)  # makes the kernels
-            if seconds < _SLOW_SECONDS:
-                seconds = seconds_of(both)
-            if seconds >= 0.04 or rows >= tokens:
-                break
-            rows = min(4 * rows, tokens)
-        if seconds < _SLOW_SECONDS:
-            seconds = statistics.median([seconds, *(seconds_of(both) for _ in range(2))])
-    dequantized = _dequantized_per_second(counted, seconds_of) if counted.quantized_matrix else None
-    return Rate(4 * rows * shape[0] * shape[1] / seconds, dequantized, time.perf_counter() - begun)
-
-
-def _dequantized_per_second(counted: Footprint, seconds_of: Callable[[Callable[[], object]], float]) -> float:
-    """Measure how many weights a second are dequantised, at a layer of 1024 x 4096."""
-    layer = empty_layer(counted.quantization, 4096, 1024, counted.dtype).to(counted.device)
-
-    weight = QuantizedWeight(layer)
-
-    @torch.no_grad()
-    def work() -> object:
-        return weight.dequantize(counted.dtype)
-
-    seconds_of(work)
-    return 4096 * 1024 / statistics.median(seconds_of(work) for _ in range(3))

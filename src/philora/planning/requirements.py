@@ -1,4 +1,4 @@
-"""Checks before a run of what it needs besides weights and data."""
+"""Checks before a run for packages and hardware that it needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": i
 
 
 def faults(config: Config) -> list[str]:
-    """Return a fault for every tracker whose package is missing, and for an attention that the device does not have."""
+    """Return faults for trackers whose package is missing, and for an attention that the device does not support."""
     return [*_trackers(config), *_attention(config)]
 
 
@@ -44,7 +44,7 @@ def _trackers(config: Config) -> Sequence[str]:
 
 
 def _attention(config: Config) -> Sequence[str]:
-    """Return a fault for an attention implementation that the device does not have for training."""
+    """Return a fault if the device cannot train with the attention implementation."""
     cpu = bool(config.training_config.get("use_cpu")) or not torch.accelerator.is_available()
     given = config.model.attn_implementation
     expected = None

@@ -1,4 +1,4 @@
-"""The learning rate of every optimizer step, and whether a run of so few steps trains at all."""
+"""The learning rate of every optimizer step, and checks for runs that are too short to train."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import get_scheduler
 from philora.errors import ConfigError, fault
 
 FEW_STEPS = 20
-"""Below so many optimizer steps an adapter, which starts as no change at all, learns little."""
+"""With fewer optimizer steps an adapter, which starts at zero, learns little."""
 
 
 def rates(settings: Mapping[str, Any], steps: int) -> list[float] | None:
-    """Return the learning rate of every optimizer step, or None where it depends on the run's losses.
+    """Return the learning rate of every optimizer step, or None if it depends on the run's losses.
 
     Args:
         settings: `learning_rate`, `lr_scheduler_type`, `lr_scheduler_kwargs` and `warmup_steps`, as `SFTConfig` takes
@@ -32,7 +32,7 @@ def rates(settings: Mapping[str, Any], steps: int) -> list[float] | None:
             optimizer.step()
             scheduler.step()
     except (TypeError, ValueError, AssertionError):
-        return None  # it asks for a loss, or the trainer refuses it in words of its own
+        return None  # it needs a loss, or the trainer refuses it with its own message
     return found
 
 
@@ -48,11 +48,11 @@ def _scheduler(settings: Mapping[str, Any], steps: int, optimizer: torch.optim.O
 
 
 def trains_nothing(settings: Mapping[str, Any], steps: int | None) -> bool:
-    """Return whether the learning rate is 0 at every step, as where the warm-up is the whole run.
+    """Return whether the learning rate is 0 at every step, for example if the warm-up is as long as the run.
 
     Args:
         settings: As for `rates`.
-        steps: Optimizer steps of the run; None where that is not known.
+        steps: Optimizer steps of the run; None if unknown.
     """
     if steps is None or not 0 < steps <= FEW_STEPS:
         return False
@@ -65,12 +65,12 @@ def check_schedule(settings: Mapping[str, Any], steps: int | None, where: str) -
 
     Args:
         settings: As for `rates`.
-        steps: Optimizer steps of the run; None where that is not known.
-        where: What the message begins with.
+        steps: Optimizer steps of the run; None if unknown.
+        where: The configuration's name in the message.
 
     Raises:
-        ConfigError: The rate is 0 at every step, so that the adapter would stay as it is; or the schedule does not
-            take `lr_scheduler_kwargs`.
+        ConfigError: The rate is 0 at every step, so the adapter would not change; or the schedule does not accept
+            `lr_scheduler_kwargs`.
     """
     given = settings.get("lr_scheduler_kwargs")
     try:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from philora.compat.transformers import use_one_gpu
 from philora.configuration.sections import Config
 from philora.planning import outlook
-from philora.planning.plan import gradient_checkpointing_of
+from philora.planning.batch import gradient_checkpointing_of
 from philora.training import readiness
 from philora.training.arguments import CHOSEN, SFTConfig
 from philora.training.run_context import RunContext

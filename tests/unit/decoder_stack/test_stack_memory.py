@@ -14,8 +14,8 @@ from transformers import Phi3Config, Phi3ForCausalLM
 import philora
 from philora.configuration.sections import ModelConfig
 from philora.decoder_stack.memory import StackSizes
+from philora.planning.batch import choose, gradient_checkpointing_of, recomputation_of
 from philora.planning.footprint import footprint
-from philora.planning.plan import choose, gradient_checkpointing_of, recomputation_of
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 GIB = 2**30

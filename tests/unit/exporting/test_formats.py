@@ -258,7 +258,7 @@ def test_layers_files_that_are_wrong(base, saved, tmp_path):
     layers = tmp_path / "lib" / "lora.json"
     content = json.loads(layers.read_text())
     for text, message in (
-        ("{", r"lora.json: content='JSONDecodeError.* - expected JSON with the arguments of each LoRA layer"),
+        ("{", r"lora.json: content='JSONDecodeError.* - expected JSON with the arguments of every LoRA layer"),
         ('{"layers": 3}', r"content=.AttributeError.* - expected JSON with the arguments"),
         (
             json.dumps({"layers": {**content["layers"], "model.layers.9.mlp.down_proj": {"r": 2}}}),

@@ -297,7 +297,7 @@ def test_other_models_are_refused(saved, tmp_path):
     assert "hidden_act='gelu' - expected silu" in str(raised.value)
     assert "head_dim=4 - expected hidden_size over the number of heads" in str(raised.value)
     (tmp_path / "torn.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
-    with pytest.raises(ModelError, match=r"torn.gguf: content=.* - expected a whole GGUF file"):
+    with pytest.raises(ModelError, match=r"torn.gguf: content=.* - expected a complete GGUF file"):
         GGUFFile(tmp_path / "torn.gguf")
 
 

@@ -295,7 +295,7 @@ def test_a_bias_of_b_is_merged_into_the_bias():
 def test_values_that_the_dtype_cannot_hold_are_an_error():
     layer = adapted_layer("linear", torch.float16, torch.float32)
     layer.scaling["default"] = 1e8
-    with pytest.raises(AdapterError, match=r"merge: linear='weight' - expected merged values that float16 can hold"):
+    with pytest.raises(AdapterError, match=r"merge: linear='weight' - expected merged values within the range of float16 hold"):
         merge_layer(layer, "linear")
 
 
@@ -633,7 +633,7 @@ def test_a_check_that_says_little_says_so(phi3, tmp_path, caplog):
             module.lora_B["default"].weight.data *= 2e-2
     model.save_pretrained(adapter)
     merge_to_folder(adapter, tmp_path / "out", base=str(base))
-    assert "the check says little, because rounding to bfloat16 moves the logits by" in caplog.text
+    assert "the check is weak, because rounding to bfloat16 moves the logits by" in caplog.text
 
 
 # -- refusals: nothing is written
@@ -719,7 +719,7 @@ def other_adapter(base, adapter):
         (lambda base, adapter: (base / "config.json").write_text("{"), ModelError, r"config.json: content=.*JSON file"),
         (other_adapter, AdapterError, r"2 faults:\n.*expected the shape"),
         (lambda base, adapter: edit_json(adapter / "adapter_config.json", layer_replication=[[0, 2], [1, 2]]),
-         AdapterError, r"layer_replication=.* - expected the layers that the base has"),
+         AdapterError, r"layer_replication=.* - expected null, because a merged model has"),
         (lambda base, adapter: edit_json(adapter / "adapter_config.json", peft_type="LOHA"),
          AdapterError, r"peft_type='LOHA' - expected LORA. Merge it in memory"),
     ],
@@ -787,7 +787,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(case, tmp_path):
 def test_too_small_a_disk_is_said_before(refused, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    message = r"merge: out=.* - expected room for [\d,]+ bytes; 1,000 are free"
+    message = r"merge: out=.* - expected free space for [\d,]+ bytes; 1,000 are free"
     refused(lambda base, adapter: None, RunError, message=message)
 
 

@@ -14,7 +14,8 @@ from philora.errors import ConfigError
 from philora.evaluation.measures import LOSS, of_means, paired
 from philora.evaluation.scores import compare
 from philora.planning import outlook, requirements
-from philora.planning.plan import step_tokens, with_learning_rate
+from philora.planning.batch import step_tokens
+from philora.planning.plan import with_learning_rate
 from philora.planning.schedule import check_schedule, rates, trains_nothing
 from philora.training.readiness import preflight
 from philora.training.resume import _with_recorded_rate

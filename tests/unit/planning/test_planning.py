@@ -21,8 +21,9 @@ from philora.errors import ConfigError
 from philora.models import loading as models
 from philora.models.loading import load_skeleton, load_tokenizer, local_path, max_length_of, stop_token_ids
 from philora.planning import plan as planning
+from philora.planning.batch import GRADES, choose
 from philora.planning.footprint import PARTS, Evaluated, footprint
-from philora.planning.plan import choose, measure_rate
+from philora.planning.rate import measure_rate
 from philora.training.readiness import preflight
 
 GIB = 2**30
@@ -44,7 +45,7 @@ def plan(counted, memory, **changes):
 
 def test_parts_of_the_full_shape(mini):
     assert (mini.parameters, mini.trainable) == (3_821_079_552, 25_165_824)
-    none, cheap, full = (mini.estimate(2048, grade) for grade in planning.GRADES[:3])
+    none, cheap, full = (mini.estimate(2048, grade) for grade in GRADES[:3])
     assert none.training == sum(getattr(none, name) for name in PARTS)
     assert none.activations > 1.2 * cheap.activations > 4 * full.activations
     assert none.weights == full.weights == none.files == 2 * mini.parameters, "pages of files count, and are named"
@@ -70,7 +71,7 @@ def test_answers_by_a_graph_take_the_rows_and_tokens_that_it_is_made_for(mini):
 def test_the_plan_says_and_counts_how_answers_go(monkeypatch, kind, by_graph):
     facts = DeviceFacts(kind=kind)
     counted = []
-    count = planning.choose
+    count = choose
     monkeypatch.setattr(planning, "facts_of_device", lambda device: facts)
     monkeypatch.setattr(planning, "choose", lambda *args, **given: (counted.append(given), count(*args, **given))[1])
     given = {"model": {"name_or_path": "nano", "dtype": "bfloat16"}, "data": {"train": "helpdesk", "eval": 0.1}}
@@ -108,8 +109,8 @@ def test_fp8_that_has_no_effect_is_a_notice(monkeypatch):
 
 def test_the_least_recomputation_that_fits(mini):
     assert plan(mini, 500 * GIB)[:3] == (4, 1, "none")
-    sizes = {grade: mini.estimate(2048, grade).training / 0.9 for grade in planning.GRADES[:3]}
-    for grade in planning.GRADES[:3]:
+    sizes = {grade: mini.estimate(2048, grade).training / 0.9 for grade in GRADES[:3]}
+    for grade in GRADES[:3]:
         assert plan(mini, int(1.01 * sizes[grade]))[:3] == (1, 4, grade)
     assert plan(mini, 1 * GIB)[:3] == (1, 4, "full"), "nothing fits: the least, and the run says so"
 
