@@ -237,9 +237,7 @@ def test_each_defect_of_a_published_sample_is_reported(notices, name):
 
 def test_padding_with_the_end_token_is_refused_when_asked_for(phi, data):
     given = {"model": {"name_or_path": str(phi)}, "tokenizer": {"pad_token": "<|endoftext|>"}, "data": data["S2"]}
-    with pytest.raises(
-        ModelError, match=r"pad_token='<\|endoftext\|>' - expected a token .* what pads is never learned"
-    ):
+    with pytest.raises(ModelError, match=r"pad_token='<\|endoftext\|>' - expected a token .* padding is never learned"):
         preflight(given)
 
 

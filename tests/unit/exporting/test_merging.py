@@ -295,7 +295,9 @@ def test_a_bias_of_b_is_merged_into_the_bias():
 def test_values_that_the_dtype_cannot_hold_are_an_error():
     layer = adapted_layer("linear", torch.float16, torch.float32)
     layer.scaling["default"] = 1e8
-    with pytest.raises(AdapterError, match=r"merge: linear='weight' - expected merged values within the range of float16 hold"):
+    with pytest.raises(
+        AdapterError, match=r"merge: linear='weight' - expected merged values within the range of float16"
+    ):
         merge_layer(layer, "linear")
 
 
@@ -760,7 +762,7 @@ def test_experts_in_another_form_are_merged_in_memory(phi3, tmp_path):
     phimoe(phi3).save_pretrained(base)
     config = lora(target_modules=["o_proj"], target_parameters=["mlp.experts.down_proj"])
     trained(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
-    with pytest.raises(AdapterError, match=r"they hold these in another form. Merge it in memory: philora.merge"):
+    with pytest.raises(AdapterError, match=r"these are stored in another form. Merge it in memory: philora.merge"):
         merge_to_folder(adapter, tmp_path / "out", base=str(base))
     adapted = loaded(base, adapter)
     expected = logits(adapted)

@@ -293,7 +293,7 @@ def test_the_older_name_of_longrope_is_explained(folder, tmp_path):
         (older / "config.json").write_text(json.dumps(config), encoding="utf-8")
         if kind == "longrope":
             assert longrope_switch_tokens(load_skeleton(ModelConfig(str(older))).config) == SWITCH
-    expected = r"expected `longrope` as rope_scaling.type in its config.json, and not the older name `su`. Download"
+    expected = r"expected `longrope` as rope_scaling.type in its config.json, not the older name `su`. Download"
     for surface in (preflight, philora.train):
         with pytest.raises(ModelError, match=expected):
             surface(settings(older, tmp_path))

@@ -70,7 +70,7 @@ TAKES_A_BASE = {
 @pytest.mark.parametrize("command", TAKES_A_BASE)
 @pytest.mark.parametrize("kind", ["holds an adapter", "is an adapter", "is a run"])
 def test_a_base_that_holds_or_is_an_adapter_is_refused_by_name(kind, command, base, adapter, tmp_path):
-    given, expected = base, "it also holds an adapter"
+    given, expected = base, "a base model without an adapter"
     if kind == "holds an adapter":
         for path in adapter.iterdir():
             shutil.copy(path, base)
@@ -107,7 +107,7 @@ def test_a_model_whose_code_is_elsewhere_is_refused_by_name(kind, base):
     owner = {"AutoConfig": f"configuration_{kind}.Config", "AutoModelForCausalLM": f"modeling_{kind}.Model"}
     model = with_config(base, {"model_type": kind, "auto_map": owner, **ELSEWHERE[kind]})
     for read in (lambda: load_tokenizer(model, TokenizerConfig()), lambda: load_skeleton(model)):
-        with pytest.raises(ModelError, match=f"model_type={kind} has it on the Hub alone") as caught:
+        with pytest.raises(ModelError, match=f"that of model_type={kind} is only on the Hub") as caught:
             read()
         assert "trust_remote_code" in str(caught.value)
         assert "microsoft/Phi-" in str(caught.value)

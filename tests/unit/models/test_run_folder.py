@@ -155,9 +155,7 @@ def test_the_bundled_model_of_another_installation_is_this_one_s(adapters, tmp_p
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
         assert require_base(find_adapter(folder)) == expected
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/home/ada/phi"}))
-    with pytest.raises(
-        philora.errors.ModelError, match=r"none at /home/ada/phi. Give the place where it is now: --base"
-    ):
+    with pytest.raises(philora.errors.ModelError, match=r"none at /home/ada/phi. Give its current folder: --base"):
         require_base(find_adapter(folder))
     assert require_base(find_adapter(folder, "nano")) == local_path("nano")
 

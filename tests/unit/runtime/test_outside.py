@@ -177,7 +177,7 @@ def test_an_index_of_weights_that_are_not_read_is_no_fault(phi3, tmp_path):
     (folder / "pytorch_model.bin.index.json").write_text(index)
     load_skeleton(ModelConfig(str(folder)))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"weight_map='pytorch_model-00001-of-00002.bin' - expected a file"):
+    with pytest.raises(ModelError, match=r"weight_map='pytorch_model-00001-of-00002.bin' - expected an existing file"):
         load_skeleton(ModelConfig(str(folder)))
 
 

@@ -32,7 +32,7 @@ GUARDED = {
     "runtime/template_process.py": {"resource"},
     "runtime/user_cache.py": {"os.getuid"},
     "dataset/store.py": {"os.sched_getaffinity"},
-    "native/library.py": {"os.getuid"},
+    "native/build.py": {"os.getuid"},
 }
 
 
