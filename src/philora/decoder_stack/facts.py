@@ -83,7 +83,8 @@ def not_one_adapter(layer: Any) -> str | None:
 
 def active_adapter(layer: Any) -> str:
     """Return the name of the active adapter of a LoRA layer that has just one (`not_one_adapter`)."""
-    return next(adapter for adapter in layer.active_adapters if adapter in layer.lora_A)
+    name: str = next(adapter for adapter in layer.active_adapters if adapter in layer.lora_A)
+    return name
 
 
 def adapter_name_of(linear: Any) -> str | None:
