@@ -24,7 +24,7 @@ from philora.errors import AdapterError, fault, one_per_line
 _PREFIX = "base_model.model."
 
 
-class WholeEmbedding(ModulesToSaveWrapper):  # type: ignore[misc]
+class OwnEmbedding(ModulesToSaveWrapper):  # type: ignore[misc]
     """An embedding of the base with those of adapters beside it. They are used, but do not train."""
 
     def _freeze(self) -> None:
@@ -46,7 +46,7 @@ class WholeEmbedding(ModulesToSaveWrapper):  # type: ignore[misc]
         super().set_adapter(adapter_names, inference_mode=True)
 
 
-class Whole:
+class OwnWeights:
     """Complete weights in an adapter's file that differ from those of the base's embeddings.
 
     Attributes:
@@ -114,7 +114,7 @@ class Whole:
             if isinstance(module, ModulesToSaveWrapper):
                 module.update(adapter_name)
             else:
-                module = WholeEmbedding(module, adapter_name)
+                module = OwnEmbedding(module, adapter_name)
                 parent, _, leaf = name.rpartition(".")
                 setattr(base.get_submodule(parent), leaf, module)
             if adapter_name in model.active_adapters:
@@ -157,6 +157,6 @@ def stay_tied(model: PeftModel) -> bool:
     weights = [
         entry.modules_to_save[entry.active_adapters[0]].weight
         for entry in (base.get_input_embeddings(), base.get_output_embeddings())
-        if isinstance(entry, WholeEmbedding) and entry.active_adapters
+        if isinstance(entry, OwnEmbedding) and entry.active_adapters
     ]
     return len(weights) == 2 and weights[0] is weights[1]

@@ -136,7 +136,7 @@ def _warn_sharded_alone() -> None:
     """Warn once that layers run PEFT's forward, because FSDP gathers a weight only while its own module runs."""
     logger.warning(
         "FSDP shards linear layers inside LoRA layers by themselves, so those run PEFT's own forward. "
-        "Wrap whole decoder layers to have the fused one."
+        "Wrap complete decoder layers to have the fused one."
     )
 
 
@@ -208,7 +208,7 @@ def optimize(model: nn.Module, recomputation: Literal["none", "elementwise"] | N
         ConfigError: `recomputation` has another value.
     """
     if recomputation not in (None, "none", "elementwise"):
-        todo = "model.gradient_checkpointing_enable() recomputes whole layers"
+        todo = "model.gradient_checkpointing_enable() recomputes complete layers"
         raise ConfigError(fault("optimize", "recomputation", recomputation, "none or elementwise", todo))
     for module in model.modules():
         fast = FAST.get(type(module))
@@ -244,7 +244,7 @@ def _set_recomputation(model: nn.Module, on: bool) -> None:
         kept += isinstance(layer, LoraLayer) and not (isinstance(layer, FastForward) and layer.plain_adapter())
     if not on:
         return
-    todo = "gradient_checkpointing=True (full) recomputes whole layers of any model"
+    todo = "gradient_checkpointing=True (full) recomputes complete layers of any model"
     if not fused_enabled():
         logger.warning("element-wise recomputation is a part of the fused path, which is off: all is kept. %s.", todo)
     elif not parts:

@@ -24,7 +24,7 @@ from philora.adapters.adapter_files import (
     slice_record,
     sort_names,
 )
-from philora.adapters.embeddings import Whole
+from philora.adapters.embeddings import OwnWeights
 from philora.adapters.fast_layers import FastForward, optimize
 from philora.adapters.slices import Slices, inside, keep_zeros, lora_layers
 from philora.adapters.targets import Names, is_lora, resolve
@@ -92,27 +92,27 @@ def load_adapter(
     """
     folder = _local_folder(source)
     recorded: Mapping[str, Any] | None = None
-    whole: Whole | None = None
+    own: OwnWeights | None = None
     if folder.is_dir():
         plain = _without_adapters(model) if isinstance(model, PeftModel) else model
         config, tensors = check_adapter(plain, folder)
         with reading(folder):
-            whole = Whole(model, config, tensors, folder)
-        _check_changed_base(model, whole, folder)
+            own = OwnWeights(model, config, tensors, folder)
+        _check_changed_base(model, own, folder)
         recorded = recorded_slices(folder, Names.of(plain))
     elif folder.exists():
         raise AdapterError(fault("load_adapter", "source", str(source), "a folder", "Give the folder that holds it"))
     with reading(folder):
-        before = {} if whole is None else whole.copies(model)
+        before = {} if own is None else own.copies(model)
         path = str(folder if folder.is_dir() else source)
         if isinstance(model, PeftModel):
             model.load_adapter(path, adapter_name, is_trainable=is_trainable, **kwargs)
             adapted = model
         else:
             adapted = PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable, **kwargs)
-        if whole is not None:
-            whole.put(adapted, adapter_name, before)
-            adapted.changed_base = [*getattr(adapted, "changed_base", ()), *whole.under_lora]
+        if own is not None:
+            own.put(adapted, adapter_name, before)
+            adapted.changed_base = [*getattr(adapted, "changed_base", ()), *own.under_lora]
     optimize(adapted)
     apply_slices(adapted, saved_slices(adapted, recorded, folder, adapter_name), adapter_name)
     return cast(PeftModel, adapted)
@@ -130,13 +130,13 @@ def _local_folder(source: str | Path) -> Path:
         raise AdapterError(fault("load_adapter", "source", str(source), expected, f"The hub says: {answer}")) from error
 
 
-def _check_changed_base(model: nn.Module, whole: Whole, folder: Path) -> None:
+def _check_changed_base(model: nn.Module, own: OwnWeights, folder: Path) -> None:
     """Refuse an adapter that changes a base which other adapters use; warn if it is the only adapter.
 
     Raises:
         AdapterError: The model has an adapter already, and this one or that one changes the base itself.
     """
-    changed = [*getattr(model, "changed_base", ()), *whole.under_lora]
+    changed = [*getattr(model, "changed_base", ()), *own.under_lora]
     if changed and isinstance(model, PeftModel):
         expected = "the base's own weights under LoRA, beside another adapter"
         raise AdapterError(fault(str(folder), "embeddings", changed, expected, "Use it by itself, or merge it"))

@@ -334,7 +334,7 @@ class GraphRunner:
                 raise
             reason = str(error).partition("\n")[0]
             made = None
-        if made is None:  # outside of `except`, where what the recording held is free
+        if made is None:  # outside of `except`, so that the memory of the recording is freed
             self.made.clear()
             self._warn("failed", reason)
             return None

@@ -36,7 +36,7 @@ from philora.exporting.merging import (
     merged_parameters,
     rounding_bound,
     stays_tied,
-    whole_modules,
+    trained_modules,
 )
 from philora.files.checkpoint import (
     atomic_folder,
@@ -239,7 +239,7 @@ class _Weights:
             self._layers.setdefault(names[id(layer.get_base_layer())], []).append(layer)
         self._whole = {
             f"{names[id(original)]}.{key}": tensor
-            for original, trained in whole_modules(self._adapted)
+            for original, trained in trained_modules(self._adapted)
             for key, tensor in trained.state_dict().items()
         }
         self._changed = self._whole.keys() | {

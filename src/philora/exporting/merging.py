@@ -179,7 +179,7 @@ def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Mod
             model's logits differ from the adapted model's by more than rounding explains.
     """
     layers = mergeable(model)
-    _round_whole_modules(model)
+    _round_trained_modules(model)
     before, bound = _logits(model, probe), rounding_bound(model)
     tied = stays_tied(model)
     _dequantise(model, layers.values())
@@ -224,7 +224,7 @@ def rounding_bound(model: nn.Module) -> float:
     return max(ROUNDED_ONCE.get(parameter.dtype, ROUNDED_ONCE[torch.bfloat16]) for parameter in model.parameters())
 
 
-def whole_modules(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def trained_modules(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Return modules of the base with the trained modules of `modules_to_save` that replace them."""
     return [
         (module.original_module, module.modules_to_save[module.active_adapters[0]])
@@ -233,8 +233,8 @@ def whole_modules(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     ]
 
 
-def _round_whole_modules(model: nn.Module) -> None:
-    for original, trained in whole_modules(model):
+def _round_trained_modules(model: nn.Module) -> None:
+    for original, trained in trained_modules(model):
         for old, new in zip(original.parameters(), trained.parameters(), strict=True):
             new.data = new.data.to(old.dtype)
             new.requires_grad_(old.requires_grad)

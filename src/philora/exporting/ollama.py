@@ -28,7 +28,7 @@ from philora.models.tokenizer_files import Companions
 logger = logging.getLogger(__name__)
 
 _FOLDED = "\n\n"
-"""What stands between a folded system turn and the user's; a template that keeps system turns writes a role there."""
+"""Text between a folded system turn and the user's; a template that keeps system turns writes a role there."""
 _MARKS = ("\x02one\x03", "\x02two\x03", "\x02three\x03")
 
 
@@ -156,7 +156,7 @@ def _common_prefix(a: str, b: str) -> str:
 
 
 def _from_special(text: str, special: Sequence[str]) -> str:
-    """Return the part of a text from its first special token on; all of it where there is none."""
+    """Return the part of a text from its first special token on; all of it if there is none."""
     starts = [text.index(entry) for entry in special if entry in text]
     return text[min(starts) :] if starts else text
 
@@ -168,12 +168,12 @@ def write_modelfile(
     """Write a Modelfile beside GGUF files.
 
     Args:
-        folder: Where the files are.
+        folder: The folder of the files.
         files: The model, or the base and the adapter.
         companions: Tokenizer, generation config and stop tokens.
         config: The model's configuration.
-        adds_bos: Whether the GGUF file makes its reader begin a text with the first token.
-        system: What Ollama begins a conversation with that has no system turn of its own.
+        adds_bos: Whether the GGUF file makes its reader add the first token of a text.
+        system: System turn for conversations that have none.
     """
     assert companions.tokenizer is not None
     template = markup(companions.tokenizer, writes_bos=not adds_bos).go()

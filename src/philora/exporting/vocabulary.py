@@ -1,8 +1,8 @@
 """A tokenizer in GGUF's terms: the fields that llama.cpp needs to make the same tokens from a text.
 
-llama.cpp has tokenizers of its own. Which one it takes, and how it treats the space after a special token, follows from
-fields of the file and, in one case, from the name of the model; all of them are derived here from what the tokenizer
-does, and what cannot be said in them is refused.
+llama.cpp has its own tokenizers. Fields of the file and, in one case, the model's name choose one and how it treats the
+space after a special token. These values are derived here from how the tokenizer behaves. A tokenizer that they cannot
+describe is refused.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ _EXPECTED: Final = _NOT_STRIPPED | {"</s>"}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as GGUF holds it.
+    """The fields of a tokenizer in GGUF.
 
     Attributes:
         model: `llama` (SentencePiece's BPE) or `gpt2` (byte-level BPE).
-        pre: How text is split before it, in llama.cpp's words.
-        tokens: One for every row of the embedding; those that the tokenizer lacks are unused.
-        types: `gguf.TokenType` of each.
-        scores: Of `llama`: a piece with a higher one is formed first.
-        merges: Of `gpt2`.
-        special: Ids by name of GGUF's field without its affixes: bos, eos, eot, unknown, padding.
-        add_bos: Whether a text begins with the first token of a text; the chat template does not write it then.
-        add_space_prefix: Whether a space goes before text that follows a special token.
-        strips: Whether the space after special tokens is dropped.
-        chat_template: In Jinja.
+        pre: llama.cpp's name for the way text is split first.
+        tokens: One per row of the embedding; rows without a token have unused ones.
+        types: `gguf.TokenType` of every token.
+        scores: For `llama`: pieces with higher scores are merged first.
+        merges: For `gpt2`.
+        special: Ids by the name of GGUF's field without affixes: bos, eos, eot, unknown, padding.
+        add_bos: Whether llama.cpp adds the first token of a text; then the chat template does not write it.
+        add_space_prefix: Whether a space is added before text that follows a special token.
+        strips: Whether the space after special tokens is removed.
+        chat_template: The template in Jinja.
     """
 
     model: str
@@ -89,7 +89,7 @@ class Vocabulary:
     chat_template: str | None
 
     def write(self, writer: GGUFWriter) -> None:
-        """Add it to a file's metadata."""
+        """Add the fields to a file's metadata."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -132,11 +132,11 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Sequence[in
 
     Args:
         tokenizer: A fast tokenizer.
-        size: Rows of the embedding; tokens that the tokenizer lacks are filled up as unused.
-        stops: Ids that end an answer, the turn's first.
+        size: Rows of the embedding; rows without a token get unused tokens.
+        stops: Ids that end an answer, beginning with the one that ends a turn.
 
     Raises:
-        ModelError: It does what no tokenizer of llama.cpp does; all such points at once.
+        ModelError: No tokenizer of llama.cpp behaves like it; all reasons are reported at once.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, with manifests and locks."""
+"""Files that are written atomically, with manifests and locks."""

@@ -307,7 +307,7 @@ def indexed_files(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "the index of a sharded model"
         raise ModelError(fault(str(index), "content", f"{type(error).__name__}: {error}", expected)) from error
-    todo = "Copy the whole model again"
+    todo = "Copy the complete model again"
     faults = [
         fault(str(index), "weight_map", name, "an existing file in the same folder", todo)
         for name in sorted(names)

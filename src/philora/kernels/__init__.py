@@ -1,1 +1,1 @@
-"""Fast paths that stand in for parts of a transformers model; each equals the part it replaces."""
+"""Fast paths that replace parts of a transformers model and compute the same."""

@@ -1,6 +1,6 @@
-"""LoRA layers for models of one's own: write `from philora import lora` for `import loralib as lora`.
+"""LoRA layers for your own models: replace `import loralib as lora` by `from philora import lora`.
 
-loralib's names, arguments, shapes and checkpoints, without its faults; `docs/loralib.md` lists every difference.
+Names, arguments, shapes and checkpoints are loralib's, without its faults; `docs/loralib.md` lists all differences.
 Needs torch only.
 
 Examples:

@@ -1,1 +1,1 @@
-"""Models, tokenizers and adapters: where they are, and how they are loaded."""
+"""Models, tokenizers and adapters: finding and loading them."""

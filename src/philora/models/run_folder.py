@@ -337,18 +337,3 @@ def _sources(data: DataConfig) -> Iterable[str]:
     return [
         source.path for side in sides if isinstance(side, tuple) for source in side if isinstance(source, SourceConfig)
     ]
-
-
-__all__ = [
-    "HELD_OUT_NAME",
-    "RECORD_NAME",
-    "Place",
-    "SystemTurn",
-    "TrainedRun",
-    "example_messages",
-    "is_path",
-    "is_run",
-    "paths_of",
-    "resume_command",
-    "run_of",
-]

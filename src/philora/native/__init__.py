@@ -1,1 +1,1 @@
-"""The functions in C: how they are built, and how they are called."""
+"""Building and calling the functions in C."""

@@ -1,7 +1,7 @@
-"""Estimate what a run can be expected to learn, before it starts, and what it did learn, at its end.
+"""Warnings about the steps of a run before it starts, and a judgement of its results at its end.
 
-A run that made a step or two, or whose answers are no better than the base's, ends like any other without a warning.
-`notices` looks at the plan, `judge` at the results.
+Without them a run of a step or two, or one whose answers are no better than the base's, would end like any other.
+`notices` checks the plan, `judge` the results.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from philora.planning.plan import Plan
 from philora.planning.schedule import FEW_STEPS, check_schedule, few_steps, trains_nothing
 
 STILL_FALLING = 0.1
-"""Share of the whole fall of the held-out loss that, in the second half of the steps, shows that it has not settled.
+"""If the second half of the steps has more than this share of the held-out loss's fall, it has not converged.
 
-Under a cosine or a straight line to 0 the second half has a fifth or a quarter of the summed learning rate: a loss that
-continues in proportion falls by about twice this share there, and one that has settled by far less.
+Under a cosine or linear schedule to 0 the second half has a fifth or a quarter of the summed learning rate. A loss that
+falls in proportion to it falls by about twice this share, and one that has converged by far less.
 """
 
 
 def warmup_steps(config: Config, plan: Plan) -> float:
-    """Return the run's `warmup_steps`: none where nobody asked for it and it would be the whole of a very short run."""
+    """Return the run's `warmup_steps`: 0 if it was not set and the default would be as long as a very short run."""
     given: float = config.training_config["warmup_steps"]
     asked = config.origins.get("training_config.warmup_steps", "default") != "default"
     return 0 if not asked and trains_nothing(config.training_config, plan.steps) else given
@@ -48,7 +48,7 @@ def check(config: Config, plan: Plan) -> None:
 
 
 def notices(config: Config, plan: Plan) -> list[str]:
-    """Return what a person should know about the steps of a run before it starts.
+    """Return warnings about the steps of a run before it starts.
 
     Args:
         config: The configuration.
@@ -57,7 +57,7 @@ def notices(config: Config, plan: Plan) -> list[str]:
     found = []
     if config.origins.get("model.name_or_path", "default") == "default" and config.model.adapter is None:
         found.append(
-            "NO MODEL IS NAMED: this trains the bundled toy, which is there to try philora and knows nothing else. "
+            "NO MODEL IS NAMED: this trains the bundled toy, which is only for trying philora. "
             "Name one: --model phi-3-mini, or model.name_or_path in the configuration."
         )
     if plan.steps is not None and plan.steps < FEW_STEPS:
@@ -73,14 +73,14 @@ def notices(config: Config, plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Describe what came of a run.
+    """The judgement of a run.
 
     Attributes:
-        verdict: `better`, `worse` or `unclear` than the base, by the 95% interval of the held-out loss's difference;
-            `unknown` where nothing was held out.
-        still_falling: Whether the held-out loss fell on in the second half of the steps; None where too few
-            evaluations tell.
-        sentences: The same for people, with what to do.
+        verdict: `better` or `worse` than the base, or `unclear`, by the 95% interval of the held-out loss's difference;
+            `unknown` without held-out data.
+        still_falling: Whether the held-out loss still fell in the second half of the steps; None if there are too few
+            evaluations.
+        sentences: The same as sentences, with advice.
     """
 
     verdict: str
@@ -102,10 +102,10 @@ def judge(
     """Judge a finished run: the interval against the base, and the second half's share of the fall in loss.
 
     Args:
-        comparison: Figures of the base beside the adapter.
-        log: Entries of the trainer's log, with `step` and, where it evaluated, `eval_loss`.
-        steps: Optimizer steps that the run made.
-        updates: Norms of what the adapter adds to every module.
+        comparison: Figures of base and adapter.
+        log: Entries of the trainer's log, with `step` and, for evaluations, `eval_loss`.
+        steps: Optimizer steps of the run.
+        updates: Norms of the adapter's update of every module.
     """
     loss = next((entry for entry in comparison if entry.field == LOSS.field), None)
     verdict = "unknown" if loss is None else loss.verdict
@@ -139,7 +139,7 @@ def _ends(loss: Paired) -> str:
 
 
 def _still_falling(before: float, log: Sequence[Mapping[str, Any]], steps: int) -> bool | None:
-    """Return whether the second half of the steps has more than `STILL_FALLING` of the loss's whole fall."""
+    """Return whether the second half of the steps has more than `STILL_FALLING` of the loss's fall."""
     losses = {int(entry["step"]): float(entry["eval_loss"]) for entry in log if "eval_loss" in entry}
     early = [step for step in losses if 0.4 * steps <= step <= 0.6 * steps]
     late = [step for step in losses if step > 0.8 * steps]

@@ -25,25 +25,25 @@ from philora.models.loading import bf16_is_fast
 from philora.runtime import hub
 
 SUGGESTED = ("phi-3-mini", "phi-3.5-mini", "phi-4-mini")
-"""Models that are chosen where none is named, the first that can be had; all have 3.8 G parameters."""
+"""Models for a first run if none is named; the first available one is chosen. All have 3.8 G parameters."""
 
 BESIDE_THE_WEIGHTS_BYTES = 3_000_000_000
-"""What a first choice keeps for adapter, optimizer and a short row; `philora check` counts it exactly."""
+"""Estimate for adapter, optimizer and a short row in the first choice; `philora check` counts it exactly."""
 
 NF4_BYTES = 0.7
-"""Of a parameter in nf4: half a byte and its scales, with embeddings in 16 bits."""
+"""Bytes of a parameter in nf4: half a byte and its scales, with embeddings in 16 bits."""
 
 FEW_RECORDS = 8
 """With fewer records nothing is held out."""
 
 
 class Machine(NamedTuple):
-    """Describe what decides which model is chosen.
+    """Facts of a machine that the choice of a model depends on.
 
     Attributes:
         device: `cuda`, `mps` or `cpu`.
-        memory_bytes: What a run can have of its memory.
-        weight_bytes: Of a parameter as it is loaded there: 2 in bf16, 4 in fp32.
+        memory_bytes: Memory that is available to a run.
+        weight_bytes: Bytes of a loaded parameter: 2 in bf16, 4 in fp32.
         quantizes: Whether bitsandbytes is installed.
         online: Whether the Hub can be reached.
         cached: Hub ids that are in the Hub's cache.
@@ -58,7 +58,7 @@ class Machine(NamedTuple):
 
 
 class ModelChoice(NamedTuple):
-    """A model for a first run: its name, the quantisation of its weights, and why."""
+    """A model for a first run: its name, the quantisation of its weights, and the reason."""
 
     name: str
     quantization: str
@@ -71,8 +71,8 @@ class Start(NamedTuple):
     Attributes:
         text: The YAML.
         settings: The same as a mapping.
-        found: What was found in the data, for people.
-        model: Which model, and why.
+        found: A sentence about the data.
+        model: The model and the reason.
     """
 
     text: str
@@ -100,7 +100,7 @@ def choose_model(machine: Machine, named: str | None = None) -> ModelChoice:
 
     Args:
         machine: The facts.
-        named: A model that the person named: only the quantisation is chosen then, where its size is known.
+        named: A given model; only its quantisation is chosen, if its size is known.
     """
     names = [families.hub_id(entry) for entry in SUGGESTED]
     chosen = next((name for name in names if name in machine.cached), names[0] if machine.online else None)
@@ -125,12 +125,12 @@ def choose_model(machine: Machine, named: str | None = None) -> ModelChoice:
 
 
 def start(data: str, model: str | None = None, machine: Machine | None = None) -> Start:
-    """Look at data, choose, and write the configuration of a first run.
+    """Inspect data, choose a model, and return the configuration of a first run.
 
     Args:
-        data: A file or folder that the readers take, or a hub id.
+        data: A file or folder that the readers support, or a hub id.
         model: Hub id, short name or folder; default: one that fits this machine.
-        machine: Default: this one.
+        machine: Facts of the machine; default: this one.
 
     Raises:
         DataError: The data cannot be read, or its shape is not known.
@@ -149,7 +149,7 @@ def start(data: str, model: str | None = None, machine: Machine | None = None) -
 
 
 def _yaml(data: str, count: int, found: str, choice: ModelChoice) -> str:
-    """Return the configuration as text, with a comment on every line that a person may want to change."""
+    """Return the configuration as text, with a comment on every line that is likely to be changed."""
     lines: list[tuple[str, str]] = [(f"# {found}", "")]
     lines += [("model:", ""), (f"  name_or_path: {json.dumps(choice.name, ensure_ascii=False)}", choice.reason)]
     commented = "# " if choice.quantization == "none" else ""

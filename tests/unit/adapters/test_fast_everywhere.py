@@ -309,7 +309,7 @@ def test_two_processes_in_bf16(shared, plain, label_head):
 def test_a_layer_that_is_sharded_from_within_says_so_once(shared):
     said = [each for each in shared["notices"] if "run PEFT's own forward" in each]
     assert len(said) == 1
-    assert "Wrap whole decoder layers" in said[0]
+    assert "Wrap complete decoder layers" in said[0]
 
 
 def test_two_processes_by_the_trainer(shared, trained_plain):

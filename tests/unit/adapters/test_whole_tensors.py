@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import philora
-from philora.adapters.embeddings import WholeEmbedding
+from philora.adapters.embeddings import OwnEmbedding
 from philora.errors import AdapterError
 from philora.generation.conversation import load_pool
 from philora.generation.inference import load
@@ -235,7 +235,7 @@ def test_embeddings_that_are_the_bases_are_no_part_of_the_adapter(base, tmp_path
     tensors["base_model.model.model.embed_tokens.weight"] = of_base(base).get_input_embeddings().weight.detach().clone()
     save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
     model = philora.load_adapter(of_base(base), adapter)
-    assert not any(isinstance(each, WholeEmbedding) for each in model.modules())
+    assert not any(isinstance(each, OwnEmbedding) for each in model.modules())
     philora.export(adapter, tmp_path / "out", base=str(base))  # of one rank, as servers want it
 
 
