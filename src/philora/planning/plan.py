@@ -273,7 +273,9 @@ def plan(
     evaluated = _evaluated(config, report, max_length, counted, memory)._replace(by_graph=answers == BY_GRAPH)
     batch = _batch(given, counted, rows, evaluated, memory, tokens_per_step, processes, stacked)
     situation = _Situation(config, adapted, counted, batch, max_length, rows, evaluated)
-    notices = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
+    layers = stacked[batch.recomputation]
+    hardware = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
+    others = situation.slow_bf16(optim, memory), _fp8_without_effect(config, layers)
     rate = measure_rate(counted, batch.rows * rows.tokens)
     return Plan(
         micro_batch_rows=batch.rows,
@@ -295,15 +297,10 @@ def plan(
         learning_rate_origin=config.origins.get("training_config.learning_rate", "default"),
         changes=situation.changes(optim, memory) if batch.estimate.peak > FILLED * memory else (),
         idle_gpus=idle_gpus(config.training_config, config.model.device_map),
-        decoder_layers=stacked[batch.recomputation],
+        decoder_layers=layers,
         answers=answers,
         deterministic=bool(given.get("deterministic", True)),
-        notices=(
-            *notices,
-            *filter(
-                None, [situation.slow_bf16(optim, memory), _fp8_without_effect(config, stacked[batch.recomputation])]
-            ),
-        ),
+        notices=(*hardware, *filter(None, others)),
     )
 
 

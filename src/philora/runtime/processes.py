@@ -132,7 +132,7 @@ def not_here(given: Mapping[str, Any], source: str) -> list[str]:
     faults = []
     cpu = bool(given.get("use_cpu", False)) or not torch.accelerator.is_available()
     if given.get("fsdp") and cpu and not shards_on_cpu():
-        expected = "nothing on a CPU, where accelerate would silently train without it"
+        expected = "nothing on a CPU, where accelerate would train without it silently"
         todo = "Leave it out: several processes on a CPU train by DDP"
         faults.append(fault(source, "training_config.fsdp", given["fsdp"], expected, todo))
     deepspeed = given.get("deepspeed") or launched_for_deepspeed()

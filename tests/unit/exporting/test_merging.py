@@ -711,7 +711,7 @@ def other_adapter(base, adapter):
     [
         (only_bin, ModelError, r"file='model.safetensors' - expected weights in safetensors files. Save it as such"),
         (torn, ModelError, r"base/model.safetensors: content=.* - expected a complete safetensors file. Copy the base"),
-        (missing_shard, ModelError, r"weight_map='model-00002-of-.*' - expected an existing file in .*Copy the complete model"),
+        (missing_shard, ModelError, r"weight_map='model-00002-of-.*' - expected an existing .*Copy the complete model"),
         (misshapen, ModelError, r"3 faults:\n.*model.layers.0.self_attn.qkv_proj.weight=\(3, 3\) - expected the shape "
                                 r"\(64, 32\)(.|\n)*missing='model.layers.1.mlp.down_proj.weight'(.|\n)*model.norm"),
         (lambda base, adapter: edit_json(base / "config.json", quantization_config={"quant_method": "gptq"}),
