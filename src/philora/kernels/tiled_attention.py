@@ -258,7 +258,8 @@ class TiledAttention(torch.autograd.Function):
         views = _heads(parts, heads)
         ctx.layout, ctx.heads, ctx.scaling, ctx.window = layout, heads, scaling, window
         if native.attends(views, scaling):
-            output, normaliser = native.attend(views, layout.starts, layout.lengths, _pair(cos, sin), window, scaling)
+            causal = native.Causal(layout.starts, layout.lengths, _pair(cos, sin), window, scaling)
+            output, normaliser = native.attend(views, causal)
             output = output.view(len(output), -1)
             ctx.save_for_backward(cos, sin, output, normaliser, *parts)
             return output
@@ -279,9 +280,9 @@ class TiledAttention(torch.autograd.Function):
         results = [part.new_empty(part.shape) for part in parts]
         grad = grads[0].reshape(len(grads[0]), ctx.heads[0], -1)
         if normaliser is not None:
-            layout, settings = ctx.layout, (_pair(cos, sin), ctx.window, ctx.scaling)
-            saved, places = (output, normaliser), _heads(results, ctx.heads)
-            native.attend_backward(views, layout.starts, layout.lengths, *settings, saved, grad.contiguous(), places)
+            causal = native.Causal(ctx.layout.starts, ctx.layout.lengths, _pair(cos, sin), ctx.window, ctx.scaling)
+            saved, of_heads = (output, normaliser), _heads(results, ctx.heads)
+            native.attend_backward(views, causal, saved, grad.contiguous(), of_heads)
             return None, None, None, None, None, None, *results
         with without_autocast("cpu"):
             for group in ctx.layout.groups:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -406,21 +406,35 @@ def attends(heads: Sequence[Tensor], scale: float) -> bool:
     )
 
 
-def _description(
-    name: str,
-    heads: Sequence[Tensor],
-    starts: Tensor,
-    lengths: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
-    window: int | None,
-    scale: float,
-) -> _Attention:
+class Causal(NamedTuple):
+    """How the heads of documents attend.
+
+    Attributes:
+        starts: First token of every document, the longest first.
+        lengths: Tokens of every document.
+        angles: cos and sin of every token in fp32, contiguous; None if heads are not rotated.
+        window: Number of keys that a query sees at most, itself included; None for all.
+        scale: Positive multiplier of the scores.
+
+    Shapes:
+        starts and lengths (documents), cos and sin (B·T, half of the rotated columns).
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    angles: tuple[Tensor, Tensor] | None
+    window: int | None
+    scale: float
+
+
+def _description(name: str, heads: Sequence[Tensor], causal: Causal) -> _Attention:
     """Return the struct of the arguments, after checking them.
 
     Raises:
         ValueError: An argument does not fit.
     """
     query, key, value = heads
+    starts, lengths, angles, window, scale = causal
     for argument, item in (("query", query), ("key", key), ("value", value)):
         _check_heads(name, argument, item)
     if not attends(heads, scale):
@@ -442,27 +456,16 @@ def _description(
     return _Attention(*at, *strides, count, groups, width, *places, len(starts), cos, sin, *last)
 
 
-def attend(
-    heads: Sequence[Tensor],
-    starts: Tensor,
-    lengths: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attend(heads: Sequence[Tensor], causal: Causal) -> tuple[Tensor, Tensor]:
     """Compute causal attention of every document, with queries and keys rotated if there are angles.
 
     Args:
         heads: Queries, keys and values.
-        starts: First token of every document, the longest first.
-        lengths: Tokens of every document.
-        angles: cos and sin of every token in fp32, contiguous.
-        window: Number of keys that a query sees at most, itself included.
-        scale: Positive multiplier of the scores.
+        causal: How they attend.
 
     Shapes:
-        heads three of (B·T, H or K, D), cos and sin (B·T, half of the rotated columns); returns the output (B·T, H, D)
-        and the logarithm of every query's normaliser (H, B·T).
+        heads three of (B·T, H or K, D); returns the output (B·T, H, D) and the logarithm of every query's normaliser
+        (H, B·T).
 
     Numerics:
         Products of bf16 with sums in fp32; rotated queries and keys and the softmax's exponentials are rounded to
@@ -471,7 +474,7 @@ def attend(
     Raises:
         MemoryError: There is not enough memory for a document's scores.
     """
-    description = _description("attend", heads, starts, lengths, angles, window, scale)
+    description = _description("attend", heads, causal)
     tokens, count, width = heads[0].shape
     output, normaliser = _empty(tokens, count, width, dtype=torch.bfloat16), _empty(count, tokens)
     _attend(
@@ -484,25 +487,13 @@ def attend(
 
 
 def attend_backward(
-    heads: Sequence[Tensor],
-    starts: Tensor,
-    lengths: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
-    window: int | None,
-    scale: float,
-    saved: tuple[Tensor, Tensor],
-    grad: Tensor,
-    results: Sequence[Tensor],
+    heads: Sequence[Tensor], causal: Causal, saved: tuple[Tensor, Tensor], grad: Tensor, results: Sequence[Tensor]
 ) -> None:
     """Write the gradients of queries, keys and values.
 
     Args:
         heads: As in `attend`.
-        starts: As in `attend`.
-        lengths: As in `attend`.
-        angles: As in `attend`.
-        window: As in `attend`.
-        scale: As in `attend`.
+        causal: As in `attend`.
         saved: Results of `attend`.
         grad: Gradient of the output.
         results: Memory for the three gradients, with the strides of `heads`.
@@ -511,7 +502,7 @@ def attend_backward(
         MemoryError: There is not enough memory for a document's gradients.
     """
     name, (output, normaliser) = "attend_backward", saved
-    description = _description(name, heads, starts, lengths, angles, window, scale)
+    description = _description(name, heads, causal)
     tokens, count, _ = shape = heads[0].shape
     for argument, item, like in zip(("d_query", "d_key", "d_value"), results, heads, strict=True):
         _check_heads(name, argument, item)

@@ -240,15 +240,9 @@ def weightless(config: Config, skeleton: PreTrainedModel) -> PeftModel:
 
 
 def plan(
-    config: Config,
-    adapted: PeftModel,
-    report: DataReport,
-    *,
-    max_length: int,
-    chosen: Mapping[str, Any] | None = None,
-    processes: int = 1,
-    sharing: int = 1,
-) -> Plan:
+    config: Config, adapted: PeftModel, report: DataReport, *, max_length: int,
+    chosen: Mapping[str, Any] | None = None, processes: int = 1, sharing: int = 1,
+) -> Plan:  # fmt: skip
     """Choose the settings that the configuration leaves to `auto`, and estimate what the run needs.
 
     Args:
@@ -262,8 +256,7 @@ def plan(
     """
     config = with_learning_rate(config, adapted.get_base_model().config)
     given = {**config.training_config, **(chosen or {})}
-    device = _device(given)
-    optim = str(given.get("optim") or DEFAULT_OPTIM)
+    device, optim = _device(given), str(given.get("optim") or DEFAULT_OPTIM)
     facts = facts_of_device(torch.device(device))
     stacked = {grade: decoder_layers(config, adapted, facts, grade) for grade in GRADES}
     counted = _footprint(config, adapted, given, device, stacked)

@@ -74,11 +74,11 @@ def test_nothing_depends_on_the_number_of_threads():
         found = list(native.rms_norm(x[:, :48].contiguous(), weight, 1e-5))
         heads = qkv.split([4, 2, 2, 1], 1)[:3]
         if native.attends(heads, 0.2):  # the processor has instructions for bf16
-            output, normaliser = native.attend(heads, starts, lengths, (cos, sin), None, 0.2)
+            causal = native.Causal(starts, lengths, (cos, sin), None, 0.2)
+            output, normaliser = native.attend(heads, causal)
             results = [torch.zeros_like(qkv[:, :n]) for n in (4, 2, 2)]
             plain = [each.contiguous() for each in heads]
-            arguments = starts, lengths, (cos, sin), None, 0.2
-            native.attend_backward(plain, *arguments, (output, normaliser), output.flip(0).contiguous(), results)
+            native.attend_backward(plain, causal, (output, normaliser), output.flip(0).contiguous(), results)
             found += [output, normaliser, *results]
         return [native.keep_bits(70, 96, 99), native.swiglu(x), *found]
 
