@@ -97,7 +97,7 @@ class StopOnSignal:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Only record a signal in this block; the code inside checks `stopped_by` and ends cleanly."""
+        """Record a signal in this block without raising; the code inside checks `stopped_by` and ends cleanly."""
         self.check()
         self._finishing = True
         try:
