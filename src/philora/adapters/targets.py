@@ -130,11 +130,7 @@ def _matches_pattern(pattern: str, name: str) -> bool:
 
 
 # Names that PEFT itself adds to modules_to_save for a task, whether or not the model has them.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def resolve(model: nn.Module, peft_config: LoraConfig, where: str = "peft_config") -> Resolution:

@@ -339,11 +339,7 @@ def facts_of_device(device: torch.device | None = None) -> DeviceFacts:
     """Return the facts of a device; default: the first GPU if there is one, else the CPU."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings: dict[str, Any] = {
-        "switch": stack_switch(),
-        "fused": fused_enabled(),
-        "triton": triton_version(),
-    }
+    settings: dict[str, Any] = {"switch": stack_switch(), "fused": fused_enabled(), "triton": triton_version()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return DeviceFacts(

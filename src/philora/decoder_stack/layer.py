@@ -243,13 +243,7 @@ class DecoderLayer:
         return kept.x2, h2, saved
 
     def backward(
-        self,
-        shared: Pass,
-        saved: Sequence[Tensor | None],
-        dx: Tensor,
-        dh: Tensor,
-        needs_x: bool,
-        norms: Sequence[bool],
+        self, shared: Pass, saved: Sequence[Tensor | None], dx: Tensor, dh: Tensor, needs_x: bool, norms: Sequence[bool]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gradient of x, which is also that of h, and of the trained parameters in the order of `trained`.
 

@@ -38,13 +38,7 @@ EVEN_TOKENS = 16
 BLOCK_BYTES = 1 << 20
 
 # Config keys of architectures that change the logits after the head; TRL's function computes these.
-LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 class LabelScores(NamedTuple):

@@ -15,13 +15,7 @@ Examples:
 """
 
 from philora.lora.base import LoRALayer
-from philora.lora.functional import (
-    fused,
-    fused_enabled,
-    lora_linear,
-    lora_merged_linear,
-    lora_sliced_linear,
-)
+from philora.lora.functional import fused, fused_enabled, lora_linear, lora_merged_linear, lora_sliced_linear
 from philora.lora.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from philora.lora.replace import replace_layers
 from philora.lora.state import (

@@ -128,12 +128,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     _scaling = 0.0
     _merged_from: tuple[Tensor, ...] = ()
 
-    def adapt(
-        self,
-        shape_a: tuple[int, int],
-        shape_b: tuple[int, int],
-        use_rslora: bool,
-    ) -> None:
+    def adapt(self, shape_a: tuple[int, int], shape_b: tuple[int, int], use_rslora: bool) -> None:
         """Add A and B with the weight's dtype and device, and freeze the weight. Nothing is added for rank 0."""
         if self.r > 0 and 0 not in shape_b:
             self.lora_A = nn.Parameter(self.base_weight.new_zeros(shape_a))

@@ -381,8 +381,7 @@ def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return cast(
-                PreTrainedModel,
-                AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code),
+                PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
             )
     except Exception as error:  # values that do not fit together may raise any class
         raise _explain(model.name_or_path, error, "a causal language model") from error
@@ -402,11 +401,7 @@ def load_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = N
     path = local_path(model.name_or_path)
     config = _load_config(model)
     dtype = resolve_dtype(model.dtype)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-    }
+    options: dict[str, Any] = {"dtype": dtype, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
     reading: AbstractContextManager[None] = nullcontext()
     quantized_already = getattr(config, "quantization_config", None) is not None
     if quantized_already or model.quantization not in (None, "none"):

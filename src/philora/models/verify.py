@@ -128,12 +128,7 @@ def row_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def divergence(
-    where: str,
-    reader: str,
-    reference: Sequence[Tensor],
-    other: Sequence[Tensor],
-    base: Sequence[Tensor],
-    bound: float,
+    where: str, reader: str, reference: Sequence[Tensor], other: Sequence[Tensor], base: Sequence[Tensor], bound: float
 ) -> Divergence:
     """Compare distributions over the next token.
 

@@ -242,12 +242,7 @@ def _masked(name: str, x: Tensor, words: Tensor, y: Tensor) -> None:
 
 
 def gather_heads(
-    flat: Tensor,
-    repeat: int,
-    starts: Tensor,
-    lengths: Tensor,
-    length: int,
-    angles: tuple[Tensor, Tensor] | None,
+    flat: Tensor, repeat: int, starts: Tensor, lengths: Tensor, length: int, angles: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """Gather the heads of documents in fp32, rotated if there are angles, repeated, and zero at padding.
 
@@ -277,12 +272,7 @@ def gather_heads(
 
 
 def scatter_heads(
-    rows: Tensor,
-    flat: Tensor,
-    repeat: int,
-    starts: Tensor,
-    lengths: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
+    rows: Tensor, flat: Tensor, repeat: int, starts: Tensor, lengths: Tensor, angles: tuple[Tensor, Tensor] | None
 ) -> None:
     """Reverse `gather_heads` into `flat`: sum the copies of a head, rotate back, round, and drop padding.
 

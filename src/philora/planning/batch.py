@@ -5,14 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from philora.planning.footprint import (
-    NOT_EVALUATED,
-    WHOLE_LAYERS,
-    Estimate,
-    Evaluated,
-    Footprint,
-    Recomputation,
-)
+from philora.planning.footprint import NOT_EVALUATED, WHOLE_LAYERS, Estimate, Evaluated, Footprint, Recomputation
 
 # The most tokens of an optimizer step under `tokens_per_step: auto`, on a CPU and on an accelerator.
 TOKENS_PER_STEP = 8192

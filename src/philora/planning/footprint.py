@@ -366,13 +366,7 @@ class Footprint:
 
 
 def footprint(
-    model: PeftModel,
-    settings: ModelConfig,
-    optim: str,
-    device: str,
-    trained_bytes: int = 4,
-    *,
-    stack: bool = False,
+    model: PeftModel, settings: ModelConfig, optim: str, device: str, trained_bytes: int = 4, *, stack: bool = False
 ) -> Footprint:
     """Count the sizes of a model without weights.
 

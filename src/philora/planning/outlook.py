@@ -89,11 +89,7 @@ class Judgement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {
-            "verdict": self.verdict,
-            "still_falling": self.still_falling,
-            "sentences": list(self.sentences),
-        }
+        return {"verdict": self.verdict, "still_falling": self.still_falling, "sentences": list(self.sentences)}
 
 
 def judge(

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 
 from philora.kernels.quantization import QuantizedWeight, empty_layer
-from philora.planning.footprint import (
-    Footprint,
-)
+from philora.planning.footprint import Footprint
 
 
 class Rate(NamedTuple):
