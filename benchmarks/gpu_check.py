@@ -19,7 +19,9 @@ ends it, and rows go to results/gpu_check.csv.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,9 +70,8 @@ def commands(device: str, quick: bool, seconds: float) -> dict[str, list[str]]:
         seconds: For the part `speed`.
     """
     own = [sys.executable, "-m", "benchmarks.gpu_check", "--device", device, *(["--quick"] if quick else []), "--part"]
-    tests = ["-m", "gpu", "tests/unit"] if device == "cuda" else ["-m", "not gpu", "-k", "cpu", "tests/unit"]
-    if quick:
-        tests[-1:] = ["tests/unit/kernels/test_elementwise.py"]
+    tests = ["-m", "gpu"] if device == "cuda" else ["-m", "not gpu", "-k", "cpu"]
+    tests += ["tests/unit/kernels/test_elementwise.py"] if quick else test_files()
     speed = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--minutes", f"{seconds / 60:.2f}"]
     speed += ["--warmup", "3", "--steps", "6", "--only", "philora/bf16/256/keep" if quick else SPEED]
     return {
@@ -81,7 +82,36 @@ def commands(device: str, quick: bool, seconds: float) -> dict[str, list[str]]:
     }
 
 
-def run_part(part: str, command: Sequence[str], seconds: float, folder: Path) -> Outcome:
+def test_files() -> list[str]:
+    """The files whose tests can run on a card. Others need packages that the machine does not have.
+
+    Those of the benchmarks are left out: the part `speed` runs what they test.
+    """
+    folder = REPOSITORY / "tests" / "unit"
+    found = [path for path in sorted(folder.rglob("test_*.py")) if "benchmarks" not in path.parts]
+    return [str(path.relative_to(REPOSITORY)) for path in found if has_gpu_tests(path.read_text(encoding="utf-8"))]
+
+
+def has_gpu_tests(source: str) -> bool:
+    """Whether a test of a file is marked `gpu`, or uses the fixture `device`."""
+    return any(_is_for_a_gpu(node) for node in ast.walk(ast.parse(source)))
+
+
+def _is_for_a_gpu(node: ast.AST) -> bool:
+    """Whether this is the mark, a `usefixtures` with the fixture, or a test or fixture that asks for it."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "gpu" and isinstance(node.value, ast.Attribute) and node.value.attr == "mark"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "usefixtures":
+        return any(isinstance(given, ast.Constant) and given.value == "device" for given in node.args)
+    if isinstance(node, ast.FunctionDef):
+        decorators = "".join(map(ast.unparse, node.decorator_list))
+        asks = node.name.startswith("test") or "fixture" in decorators
+        parametrized = re.search(r"parametrize\([^)]*'device'", decorators) is not None
+        return asks and not parametrized and any(argument.arg == "device" for argument in node.args.args)
+    return False
+
+
+def run_part(part: str, command: Sequence[str], seconds: float, folder: Path, device: str = "cuda") -> Outcome:
     """Run one part in a process group of its own, which ends with it.
 
     Args:
@@ -89,10 +119,13 @@ def run_part(part: str, command: Sequence[str], seconds: float, folder: Path) ->
         command: Its command line.
         seconds: After which it is ended.
         folder: For its output.
+        device: cuda or cpu.
     """
     log = folder / f"{part}.log"
     paths = [str(REPOSITORY / "src"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    if device == "cuda":  # tests/conftest.py lets an interpreter run Triton's kernels where it sees no driver
+        environment["TRITON_INTERPRET"] = "0"
     begun = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
@@ -279,7 +312,7 @@ def check(given: argparse.Namespace, console: Console) -> int:
     for part in given.only:
         seconds = max(1.0, min(SECONDS[part] * given.minutes / 5.8, deadline - time.monotonic()))
         command = commands(given.device, given.quick, seconds - 5)[part]
-        outcome = run_part(part, command, seconds, folder)
+        outcome = run_part(part, command, seconds, folder, given.device)
         outcomes.append(outcome)
         console.print(
             f"{part}: {outcome.status}, {outcome.seconds:.0f} s: {outcome.said}", highlight=False, markup=False

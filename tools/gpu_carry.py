@@ -1,8 +1,11 @@
 """Check the list of what to carry to a machine with a GPU and no network against what the packages declare.
 
     python tools/gpu_carry.py                                # is anything missing in tools/gpu_carry.txt?
-    python tools/gpu_carry.py --download FOLDER              # fetch the wheels, where there is a network
+    python tools/gpu_carry.py --download FOLDER --cuda 130   # fetch the wheels, where there is a network
     python tools/gpu_carry.py --slim WHEEL --cuda 130        # bitsandbytes with one build for CUDA only
+
+`--download` keeps only the build of bitsandbytes for that CUDA. It fails where the wheels and the files of the
+repository are more than 64 MiB together.
 
 On the other machine: `pip install --no-index --no-deps --target SITE FOLDER/*.whl`, then `make gpu` with SITE on
 PYTHONPATH.
@@ -38,6 +41,10 @@ ENVIRONMENT = {
     "extra": "",
 }
 """The machine that the packages are carried to."""
+
+
+LIMIT_BYTES = 64 * 2**20
+"""Of the wheels and the repository's files together."""
 
 
 class Carried(NamedTuple):
@@ -156,8 +163,44 @@ def download(carried: Carried, folder: Path) -> None:
     subprocess.run([*command, *(f"{name}=={each}" for name, each in carried.versions.items())], check=True)
 
 
+def keep_one_build(folder: Path, cuda: str) -> None:
+    """Replace the wheel of bitsandbytes in a folder by the one that `slim` makes of it."""
+    for wheel in folder.glob("bitsandbytes-*.whl"):
+        small = slim(wheel, cuda)
+        small.replace(wheel)
+        small.parent.rmdir()
+
+
+def tracked(repository: Path = ROOT) -> list[Path]:
+    """Return the files of the repository that git knows."""
+    command = ["git", "-C", str(repository), "ls-files", "-z"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [repository / name for name in names if name]
+
+
+def too_large(wheels: Sequence[Path], files: Sequence[Path], limit_bytes: int = LIMIT_BYTES) -> str | None:
+    """Say that wheels and files are too large together, with the largest wheels, or return None.
+
+    Args:
+        wheels: That are carried.
+        files: Of the repository.
+        limit_bytes: For all of them.
+    """
+    sizes = {wheel.name: wheel.stat().st_size for wheel in wheels}
+    own = sum(path.stat().st_size for path in files if path.is_file())
+    total = sum(sizes.values()) + own
+    if total <= limit_bytes:
+        return None
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    named = ", ".join(f"{name} {sizes[name] / 2**20:.1f}" for name in largest)
+    return (
+        f"wheels {(total - own) / 2**20:.1f} MiB and files {own / 2**20:.1f} MiB - expected at most "
+        f"{limit_bytes / 2**20:.0f} together. The largest wheels: {named}."
+    )
+
+
 def main() -> int:
-    """Return 1 where something is missing."""
+    """Return 1 where something is missing, or too much is carried."""
     parser = argparse.ArgumentParser(prog="python tools/gpu_carry.py", description=__doc__.splitlines()[0])
     parser.add_argument("--download", type=Path, metavar="FOLDER")
     parser.add_argument("--slim", type=Path, metavar="WHEEL")
@@ -178,6 +221,12 @@ def main() -> int:
         print(f"Not installed here, so what they declare is not known: {', '.join(unknown)}.")
     if given.download is not None:
         download(carried, given.download)
+        keep_one_build(given.download, given.cuda)
+        wheels = sorted(given.download.glob("*.whl"))
+        fault = too_large(wheels, tracked())
+        total = sum(path.stat().st_size for path in wheels) / 2**20
+        print(fault or f"{len(wheels)} wheels, {total:.1f} MiB.")
+        return int(fault is not None)
     return 0
 
 

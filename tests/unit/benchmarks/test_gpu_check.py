@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 import zipfile
@@ -60,10 +61,86 @@ def test_one_build_of_bitsandbytes_is_enough(tmp_path):
         gpu_carry.slim(wheel, "99")
 
 
+def test_more_than_can_be_carried_is_refused(tmp_path):
+    wheel, own = tmp_path / "a-1.whl", tmp_path / "file.py"
+    wheel.write_bytes(b"0" * 600)
+    own.write_bytes(b"0" * 400)
+    assert gpu_carry.too_large([wheel], [own], 1000) is None
+    assert gpu_carry.too_large([wheel], [own, own], 1000).endswith("The largest wheels: a-1.whl 0.0.")
+
+
+def test_the_wheel_in_a_folder_is_replaced_by_the_one_with_one_build(tmp_path):
+    wheel = tmp_path / "bitsandbytes-0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for each in ("cuda126", "cuda130"):
+            archive.writestr(f"bitsandbytes/libbitsandbytes_{each}.so", each)
+    gpu_carry.keep_one_build(tmp_path, "130")
+    assert [each.name for each in tmp_path.iterdir()] == [wheel.name]
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.namelist() == ["bitsandbytes/libbitsandbytes_cuda130.so"]
+
+
 def test_the_parts_take_less_than_six_minutes_and_every_part_has_a_command():
     assert sum(gpu_check.SECONDS.values()) < 360
     assert gpu_check.commands("cuda", False, 60.0).keys() == gpu_check.SECONDS.keys()
-    assert "gpu" in gpu_check.commands("cuda", False, 60.0)["parity"]
+    parity = gpu_check.commands("cuda", False, 60.0)["parity"]
+    assert parity[parity.index("-m", 3) + 1] == "gpu"
+    assert parity[-len(gpu_check.test_files()) :] == gpu_check.test_files()
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("@pytest.mark.gpu\ndef test_a(): ...", True),
+        ("pytestmark = [pytest.mark.gpu]", True),
+        ("@pytest.mark.usefixtures('device')\ndef test_a(): ...", True),
+        ("def test_a(device): ...", True),
+        ("@pytest.fixture\ndef kernels(device): ...", True),
+        ("def helper(device): ...", False),
+        ("@pytest.mark.parametrize(('device', 'said'), [])\ndef test_a(device, said): ...", False),
+        ("@pytest.mark.slow\ndef test_a(tmp_path): ...", False),
+    ],
+)
+def test_files_with_tests_for_a_card_are_found(source, expected):
+    assert gpu_check.has_gpu_tests(source) is expected
+
+
+def collected(*options, plugins=()):
+    """What pytest collects in a process of its own, without plugins that happen to be installed."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    command += [word for each in plugins for word in ("-p", each)]
+    paths = [str(REPOSITORY / "src"), str(REPOSITORY)]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    ended = subprocess.run(
+        [*command, *options], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_the_files_that_parity_runs_are_those_that_hold_tests_for_a_card():
+    code, said = collected("-m", "gpu", "--ignore=tests/unit/benchmarks", "tests/unit")
+    assert code == 0, said
+    files = {line.partition("::")[0] for line in said.splitlines() if "::" in line}
+    # Some files mark all of their tests where there is a card.
+    assert files <= set(gpu_check.test_files())
+    assert len(files) > 10
+
+
+@pytest.mark.slow
+def test_what_parity_runs_is_collected_with_the_packages_of_the_machine_alone():
+    code, said = collected(*gpu_check.test_files(), plugins=["tests.hidden_packages"])
+    assert code == 0, said[-3000:]
+    code, said = collected("tests/unit/lora/test_lora_layers.py", "tests/parity", plugins=["tests.hidden_packages"])
+    assert code != 0, "negative control: these need loralib"
+    assert "No module named 'loralib'" in said
+
+
+def test_a_card_compiles_kernels_and_a_cpu_interprets_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    code = "import os; print(os.environ['TRITON_INTERPRET'])"
+    for device, said in (("cuda", "0"), ("cpu", "1")):
+        assert gpu_check.run_part("parity", [sys.executable, "-c", code], 60.0, tmp_path, device).said == said
 
 
 def test_a_part_that_fails_or_hangs_costs_its_own_time_only(tmp_path):
