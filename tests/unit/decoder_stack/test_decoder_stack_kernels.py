@@ -204,7 +204,7 @@ def test_deterministic_kernels_hold_for_their_block_alone():
 @pytest.mark.parametrize("scaling", ["rows", "tensor"])
 def test_products_in_fp8_are_near_and_are_not_the_same(scaling):
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # a card's products by rows are bf16 alone
-    x, weight, dy = (random(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate([(16, 64), (32, 64), (16, 32)]))
+    x, weight, dy = (random(*shape, seed=at, dtype=dtype) for at, shape in enumerate([(16, 64), (32, 64), (16, 32)]))
     product, plain = Fp8Product(weight, scaling), PlainProduct(weight)
     given, gradient = kernels.quantize(x), kernels.quantize(dy)
     for mine, exact in (
