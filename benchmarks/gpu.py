@@ -3,10 +3,11 @@
 `python -m benchmarks.gpu [--only PATTERN,...] [--long] [--rounds N] [--steps N] [--minutes M]`
 
 A case is a contestant, a base (bf16, NF4, or for philora products in fp8), packs of 2048 or 8192 tokens (with `--long`
-also 16384), and activations kept or recomputed. The cases of a contestant and a base share one process, which makes the
-weights on the device anew for each. The most telling come first; none is begun when the time is nearly over. Rows go to
-results/gpu.csv, also of a case that failed: it says why. At the end philora's best case stands beside the best case of
-all others, whatever their packs and settings.
+also 16384), activations kept or recomputed, and on request LoRA dropout and, for philora, a CUDA graph. `--only` picks
+cases by their names, in its order. Neighbours of one contestant share a process, which makes the weights on the device
+anew for each. None is begun when the time is nearly over. Rows go to results/gpu.csv, also of a case that failed: it
+says why. At the end philora's best case stands beside the best case of all others, whatever their packs and settings.
+On a GPU the command fails where philora's decoder layers ran in another way than the case asks for.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import LORA, PACKAGES, TRAINER, dataset_of, facts_of
+from benchmarks.paths import watched
 from benchmarks.process import REPOSITORY, Record, environment, start
 from benchmarks.rate import layers_rate
 from benchmarks.results import RESULTS, append, commit, now
@@ -42,6 +46,11 @@ REFERENCE = "trl"
 """Losses are compared with its."""
 
 OK = "ok"
+KEPT = {"keep": "none", "elementwise": "elementwise", "recompute": "full", "host": "host"}
+"""What a case keeps for backward, and the planner's word for it; `elementwise` and `host` are philora's alone."""
+DROPOUT = 0.05
+"""LoRA dropout where a case has some: the model card's and philora's default."""
+BASES = ("bf16", "fp8", "nf4")
 SKIPPED = "not started: the time was nearly over"
 
 
@@ -71,12 +80,26 @@ class Case:
     contestant: str
     base: str
     tokens: int
-    recompute: bool
+    kept: str = "keep"
+    dropout: float = 0.0
+    graphs: bool = False
 
     @property
     def name(self) -> str:
         """What `--only` picks by."""
-        return f"{self.contestant}/{self.base}/{self.tokens}/{'recompute' if self.recompute else 'keep'}"
+        extras = ("+dropout" if self.dropout else "") + ("+graphs" if self.graphs else "")
+        return f"{self.contestant}/{self.base}/{self.tokens}/{self.kept}{extras}"
+
+    @property
+    def recompute(self) -> bool:
+        """Whether whole layers are computed again."""
+        return self.kept in ("recompute", "host")
+
+    @property
+    def switches(self) -> dict[str, str]:
+        """Variables of the environment that turn on what is off until a card has run it."""
+        stack = {"PHILORA_STACK": "all"} if self.dropout or self.kept == "host" else {}
+        return stack | ({"PHILORA_GRAPHS": "all"} if self.graphs else {})
 
 
 @dataclass(frozen=True)
@@ -196,13 +219,13 @@ def make_model(work: Work, base: str, attention: str, settings: Settings) -> Any
     return model
 
 
-def seeded_adapter() -> Any:
+def seeded_adapter(dropout: float = 0.0) -> Any:
     """The adapter's configuration; what draws A next draws the same for all."""
     import transformers
     from peft import LoraConfig
 
     transformers.set_seed(0)
-    return LoraConfig(lora_dropout=0.0, **LORA)
+    return LoraConfig(lora_dropout=dropout, **LORA)
 
 
 def by_trainer(module: str) -> Callable[[Case, list[list[Document]], Settings], tuple[Measured, Any]]:
@@ -216,7 +239,7 @@ def by_trainer(module: str) -> Callable[[Case, list[list[Document]], Settings], 
         library = __import__(module)
         chosen = CONTESTANTS[case.contestant]
         model = make_model(settings.work, case.base, chosen.attention, settings)
-        return run_trainer(library, model, seeded_adapter(), case, rows, settings)
+        return run_trainer(library, model, seeded_adapter(case.dropout), case, rows, settings)
 
     return train
 
@@ -266,7 +289,7 @@ def run_trainer(
             bf16=autocast,
             use_cpu=settings.device == "cpu",
             seed=settings.seed,
-            gradient_checkpointing=case.recompute,
+            gradient_checkpointing={"keep": False, "recompute": True}.get(case.kept, case.kept),
             max_length=case.tokens,
             logging_strategy="no",
             logging_nan_inf_filter=False,  # it waits for the device in every step
@@ -299,7 +322,8 @@ def by_loop(case: Case, rows: list[list[Document]], settings: Settings) -> tuple
     import torch
 
     chosen = CONTESTANTS[case.contestant]
-    model = peft.get_peft_model(make_model(settings.work, case.base, chosen.attention, settings), seeded_adapter())
+    base = make_model(settings.work, case.base, chosen.attention, settings)
+    model = peft.get_peft_model(base, seeded_adapter(case.dropout))
     if case.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -370,13 +394,13 @@ def by_unsloth(case: Case, rows: list[list[Document]], settings: Settings) -> tu
     )
     wanted = {name: value for name, value in LORA.items() if name != "task_type"}
     adapted = FastModel.get_peft_model(
-        model, lora_dropout=0.0, use_gradient_checkpointing=recompute, random_state=settings.seed, **wanted
+        model, lora_dropout=case.dropout, use_gradient_checkpointing=recompute, random_state=settings.seed, **wanted
     )
     return run_trainer(trl, adapted, None, case, rows, settings)
 
 
 CONTESTANTS = {
-    "philora": Contestant("philora.SFTTrainer", by_trainer("philora"), autocast=False, bases=("bf16", "fp8", "nf4")),
+    "philora": Contestant("philora.SFTTrainer", by_trainer("philora"), autocast=False, bases=BASES),
     "trl": Contestant("TRL SFTTrainer + PEFT", by_trainer("trl")),
     "trl-pure": Contestant("TRL + PEFT, no autocast", by_trainer("trl"), autocast=False),
     "plain": Contestant("plain loop, PEFT", by_loop),
@@ -406,12 +430,15 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
     rows = make_rows(work)[: settings.warmup + settings.steps]
     if len(rows) < settings.warmup + settings.steps:
         raise ValueError(f"steps={settings.steps} - expected at most {len(rows) - settings.warmup}.")
-    measured, model = CONTESTANTS[case.contestant].train(case, rows, settings)
+    before = torch.cuda.memory_allocated() if settings.device == "cuda" else 0
+    # Unsloth wants to be imported before transformers, which philora imports.
+    ours = case.contestant == "philora"
+    with switched(case.switches), watched() if ours else nullcontext() as taken:
+        measured, model = CONTESTANTS[case.contestant].train(case, rows, settings)
     packages = [*PACKAGES, *(["bitsandbytes"] if case.base == "nf4" else [])]
     extra = {"liger": ["liger-kernel"], "unsloth": ["unsloth"], "trl-flash": ["flash-attn"]}
-    facts = {"autocast": CONTESTANTS[case.contestant].autocast, "dropout": 0.0, **facts_of(model)}
-    if case.contestant == "philora":
-        facts["decoder_layers"] = decoder_layers(model, case, settings.device)
+    facts = {"autocast": CONTESTANTS[case.contestant].autocast, "dropout": case.dropout, **facts_of(model)}
+    facts |= {"allocated_before": before, **case.switches}
     result = measured.record(settings.warmup).result(facts, [*packages, *extra.get(case.contestant, [])])
     timed = [len(each.input_ids) for row in rows[settings.warmup :] for each in row]
     share = sum(result["labels"][settings.warmup :]) / sum(timed)
@@ -419,19 +446,66 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
     if settings.device == "cuda":
         result["max_memory_allocated"] = torch.cuda.max_memory_allocated()
         result["max_memory_reserved"] = torch.cuda.max_memory_reserved()
+    if taken is not None:
+        result["path"] = str(taken)
+        if settings.device == "cuda":
+            result["fault"] = taken.fault(case.base == "fp8", case.graphs)
+            result["planned_memory_allocated"] = planned_bytes(
+                case, settings.work, share, stack=taken.by_stack, graph=taken.replayed > 0
+            )
     return result
 
 
-def decoder_layers(model: Any, case: Case, device: str) -> str:
-    """Which way philora's decoder layers go, and why."""
+@contextmanager
+def switched(switches: dict[str, str]) -> Iterator[None]:
+    """In this block variables of the environment have these values."""
+    before = {name: os.environ.get(name) for name in switches}
+    os.environ |= switches
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def planned_bytes(case: Case, work: Work, label_share: float, *, stack: bool = True, graph: bool = False) -> int:
+    """What philora's planner expects `max_memory_allocated` to be.
+
+    Args:
+        case: Of philora.
+        work: The shape.
+        label_share: Labelled tokens among all.
+        stack: Whether the decoder stack computes the layers.
+        graph: Whether it does so in a CUDA graph.
+    """
+    counted = replace(_footprint(case.base, case.dropout, work, stack), graph=graph)
+    estimate = counted.estimate(case.tokens, KEPT[case.kept], label_share=label_share)
+    return estimate.training - estimate.heap  # what the allocator reserves and nobody has is not allocated
+
+
+@cache
+def _footprint(base: str, dropout: float, work: Work, stack: bool) -> Any:
+    """The planner's count of a model without weights."""
     import torch
+    from transformers import Phi3ForCausalLM
 
-    from philora.decoder_stack.choice import BatchFacts, stack_for
-    from philora.decoder_stack.facts import facts_of_device
-    from philora.decoder_stack.model import facts_for
+    import philora
+    from philora.configuration.sections import ModelConfig
+    from philora.planning.footprint import footprint
 
-    batch = BatchFacts(keep="input" if case.recompute else "everything")
-    return str(stack_for(facts_for(model), batch, facts_of_device(torch.device(device))))
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        model = philora.get_peft_model(Phi3ForCausalLM(config_of(work)), seeded_adapter(dropout))
+    torch.set_rng_state(state)
+    asked = ModelConfig(
+        dtype="bfloat16",
+        quantization="nf4" if base == "nf4" else "none",
+        base_products="fp8" if base == "fp8" else None,
+    )
+    return footprint(model, asked, "adamw_torch_fused", "cuda", stack=stack)
 
 
 def contestant(cases: list[Case], settings: Settings, out: Path) -> None:
@@ -491,16 +565,26 @@ def child(line: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def groups(only: Sequence[str], tokens: Sequence[int]) -> Iterator[list[Case]]:
-    """The cases of each process, the most telling first."""
-    for base in ("bf16", "fp8", "nf4"):
-        for name, chosen in CONTESTANTS.items():
-            if base not in chosen.bases:
+def cases_of(name: str, tokens: Sequence[int]) -> Iterator[Case]:
+    """All cases of a contestant; what philora alone has is asked of philora alone."""
+    ours = name == "philora"
+    for base in BASES:
+        if base not in CONTESTANTS[name].bases:
+            continue
+        for kept in KEPT:
+            if not ours and kept not in ("keep", "recompute"):
                 continue
-            cases = [Case(name, base, count, recompute) for recompute in (False, True) for count in tokens]
-            picked = [each for each in cases if any(fnmatch(each.name, pattern) for pattern in only)]
-            if picked:
-                yield picked
+            for dropout in (0.0, DROPOUT):
+                for graphs in (False, True) if ours and kept != "host" else (False,):
+                    yield from (Case(name, base, count, kept, dropout, graphs) for count in tokens)
+
+
+def groups(only: Sequence[str], tokens: Sequence[int]) -> Iterator[list[Case]]:
+    """The cases of each process: those of each pattern in turn, and neighbours of one contestant together."""
+    known = [case for name in CONTESTANTS for case in cases_of(name, tokens)]
+    picked = dict.fromkeys(case for pattern in only for case in known if fnmatch(case.name, pattern))
+    for _, cases in groupby(picked, key=lambda case: case.contestant):
+        yield list(cases)
 
 
 def missing(name: str) -> str | None:
@@ -510,8 +594,12 @@ def missing(name: str) -> str | None:
 
 
 def reference_of(case: Case, contestant: str) -> Case:
-    """The case that a case's losses are compared with: another's at the same packs, in bf16 where products are fp8."""
-    return replace(case, contestant=contestant, base="bf16" if case.base == "fp8" else case.base)
+    """The case that a case's losses are compared with: another's at the same packs, in bf16 where products are fp8.
+
+    What is kept changes no loss, and dropout draws other masks: the reference keeps everything and has no dropout.
+    """
+    kept = case.kept if case.kept == "recompute" else "keep"
+    return Case(contestant, "bf16" if case.base == "fp8" else case.base, case.tokens, kept)
 
 
 def row_of(
@@ -535,7 +623,7 @@ def row_of(
             "seconds": json.dumps([round(each, 5) for each in result["seconds"]]),
             "losses": json.dumps([round(each, 5) for each in result["losses"]]),
         }
-        measured |= {name: result[name] for name in MEASURED if name.startswith("max_memory") and name in result}
+        measured |= {name: result[name] for name in (*MEMORY, "path") if name in result}
         if reference is not None and reference["status"] == OK:
             measured["loss_gap_to_philora"] = round(largest_gap(result["losses"], reference["losses"]), 5)
         for name in ("tokens", "labels", "settings", "versions"):
@@ -547,7 +635,9 @@ def row_of(
         "contestant": case.contestant,
         "base": case.base,
         "row_tokens": case.tokens,
-        "recomputation": case.recompute,
+        "kept": case.kept,
+        "lora_dropout": case.dropout,
+        "cuda_graphs": case.graphs,
         "round": number,
         "status": result["status"],
         "warmup_steps": given.warmup,
@@ -557,13 +647,14 @@ def row_of(
     }
 
 
+MEMORY = ("max_memory_allocated", "max_memory_reserved", "planned_memory_allocated")
 MEASURED = (
+    "path",
     "tokens_per_second",
     "flops_per_token",
     "limit_tokens_per_second",
     "share_of_limit",
-    "max_memory_allocated",
-    "max_memory_reserved",
+    *MEMORY,
     "seconds",
     "tokens",
     "labels",
@@ -584,7 +675,7 @@ def run_group(cases: list[Case], given: argparse.Namespace, deadline: float, fol
         return {each.name: {"status": why} for each in cases}
     settings = Settings(given.work, given.device, given.warmup, given.steps, left - given.least_seconds)
     task = json.dumps({"settings": asdict(settings), "cases": [asdict(each) for each in cases]})
-    stem = folder / f"{cases[0].contestant}-{cases[0].base}"
+    stem = folder / cases[0].name.replace("/", "-")
     done: dict[str, dict[str, Any]] = {}
     why = "the process ended before it"
     try:
@@ -610,7 +701,8 @@ def table_of(results: dict[Case, list[dict[str, Any]]], facts: dict[str, Any]) -
     """What the person sees: medians over the rounds."""
     table = Table(box=None, pad_edge=False)
     table.add_column("case", no_wrap=True)
-    for column in ("tokens/s", "of limit", "allocated GB", "reserved GB", "loss", f"gap to {REFERENCE}"):
+    columns = ("allocated", "reserved", "planned")
+    for column in ("tokens/s", "of limit", *(f"{each} GB" for each in columns), "loss", f"gap to {REFERENCE}"):
         table.add_column(column, justify="right", no_wrap=True)
     for case, all_rounds in results.items():
         done = [each for each in all_rounds if each["status"] == OK]
@@ -619,7 +711,7 @@ def table_of(results: dict[Case, list[dict[str, Any]]], facts: dict[str, Any]) -
             continue
         last, speed = done[-1], median(each["tokens_per_second"] for each in done)
         theirs = [each for each in results.get(reference_of(case, REFERENCE), []) if each["status"] == OK]
-        memory = [last.get(f"max_memory_{each}") for each in ("allocated", "reserved")]
+        memory = [last.get(each) for each in MEMORY]
         table.add_row(
             case.name,
             f"{speed:,.0f}",
@@ -644,7 +736,7 @@ def best_of(results: dict[Case, list[dict[str, Any]]], ours: bool, base: str) ->
 
 def verdicts(results: dict[Case, list[dict[str, Any]]]) -> Iterator[str]:
     """philora's best case beside the best of all others, each at the packs and settings that suit it most."""
-    for base in ("bf16", "fp8", "nf4"):
+    for base in BASES:
         mine, theirs = best_of(results, True, base), best_of(results, False, "bf16" if base == "fp8" else base)
         if mine is not None and theirs is not None:
             yield (
@@ -657,7 +749,10 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", default="*", help="cases, as patterns of CONTESTANT/BASE/TOKENS/keep|recompute: philora/*"
+        "--only",
+        default="*/keep,*/recompute",
+        help="cases in this order, as patterns of CONTESTANT/BASE/TOKENS/keep|elementwise|recompute|host[+dropout]"
+        "[+graphs]: philora/*/keep",
     )
     parser.add_argument("--long", action="store_true", help="also packs of 16384 tokens")
     parser.add_argument("--rounds", type=int, default=1)
@@ -673,7 +768,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(line)
     given.only = given.only.split(",")
     given.work, given.tokens, given.least_seconds = MINI, (2048, 8192), 30.0
-    given.tokens += (16384,) if given.long else ()
+    given.tokens += (16384,) if given.long or any("/16384/" in pattern for pattern in given.only) else ()
     if given.quick:
         given.work, given.tokens, given.least_seconds = WORKS["quick"], (256, 512), 5.0
         given.warmup, given.steps, given.threads = 1, 2, 1
@@ -682,7 +777,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("rounds, warmup, steps and threads: expected at least 1")
     given.groups = list(groups(given.only, given.tokens))
     if not given.groups:
-        known = [each.name for cases in groups(["*"], given.tokens) for each in cases]
+        known = [each.name for cases in groups(["*/keep"], given.tokens) for each in cases]
         parser.error(f"--only: {','.join(given.only)!r} - expected patterns of some of {', '.join(known)}")
     return given
 
@@ -716,11 +811,12 @@ def measure(given: argparse.Namespace, console: Console, folder: Path) -> int:
                     reference = results.get(reference_of(case, "philora"), [None])[-1]
                     append(given.results, row_of(case, number, result, facts, given, reference))
                 said = f"{result['tokens_per_second']:,.0f} tokens/s" if result["status"] == OK else result["status"]
+                said += f", {result['path']}" if result.get("path") else ""
                 console.print(f"{case.name}: {said}", highlight=False, markup=False)
     console.print(table_of(results, facts))
     for each in verdicts(results):
         console.print(each, highlight=False, markup=False)
-    faults = []
+    faults = [f"{case.name}: {one['fault']}" for case, each in results.items() for one in each if one.get("fault")]
     for tokens in given.tokens:
         same = {case.name: [one for one in each if one["status"] == OK] for case, each in results.items()
                 if case.tokens == tokens}  # fmt: skip
@@ -731,7 +827,7 @@ def measure(given: argparse.Namespace, console: Console, folder: Path) -> int:
 
 
 def main() -> int:
-    """Run the benchmark; 1 when there is no device or a contestant was given other work than the rest."""
+    """Run the benchmark; 1 when there is no device, a fallback ran, or a contestant had other work than the rest."""
     given = arguments()
     console = Console(soft_wrap=True)
     console.width = max(console.width, 124)

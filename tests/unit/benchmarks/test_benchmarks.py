@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -275,19 +276,76 @@ def test_the_gpu_limit_is_that_of_phi_3_mini():
 
 
 def test_gpu_cases_begin_with_the_most_telling():
-    order = list(gpu.groups(["*"], gpu.arguments([]).tokens))
-    assert [each.name for each in order[0]] == [
+    given = gpu.arguments([])
+    assert [each.name for each in given.groups[0]] == [
         "philora/bf16/2048/keep",
         "philora/bf16/8192/keep",
-        "philora/bf16/2048/recompute",
-        "philora/bf16/8192/recompute",
-    ]
-    names = list(gpu.CONTESTANTS)
-    assert [cases[0].contestant for cases in order] == [*names, "philora", *names], "fp8 is philora's alone"
-    assert [cases[0].base for cases in order] == ["bf16"] * len(names) + ["fp8"] + ["nf4"] * len(names)
-    picked = gpu.groups(["trl/nf4/*/keep"], gpu.arguments(["--long"]).tokens)
-    tokens = (2048, 8192, 16384)
-    assert [[each.name for each in cases] for cases in picked] == [[f"trl/nf4/{each}/keep" for each in tokens]]
+        "philora/fp8/2048/keep",
+        "philora/fp8/8192/keep",
+        "philora/nf4/2048/keep",
+        "philora/nf4/8192/keep",
+    ], "one process holds one base after the other"
+    assert [cases[0].contestant for cases in given.groups] == 2 * list(gpu.CONTESTANTS)
+    assert {case.base for case in given.groups[1]} == {"bf16", "nf4"}, "fp8 is philora's alone"
+    asked = "philora/nf4/2048/keep,philora/bf16/2048/keep+*,trl/bf16/2048/*,trl/nf4/*/keep,philora/nf4/16384/host"
+    assert [[each.name for each in cases] for cases in gpu.arguments(["--only", asked]).groups] == [
+        [
+            "philora/nf4/2048/keep",
+            "philora/bf16/2048/keep+graphs",
+            "philora/bf16/2048/keep+dropout",
+            "philora/bf16/2048/keep+dropout+graphs",
+        ],
+        [f"trl/{each}" for each in (
+            "bf16/2048/keep", "bf16/2048/keep+dropout", "bf16/2048/recompute", "bf16/2048/recompute+dropout",
+            "nf4/2048/keep", "nf4/8192/keep", "nf4/16384/keep",
+        )],
+        ["philora/nf4/16384/host"],
+    ]  # fmt: skip
+
+
+def test_gpu_cases_turn_on_what_is_off_until_a_card_ran_it():
+    plain = gpu.Case("philora", "bf16", 2048)
+    assert plain.switches == replace(plain, kept="elementwise").switches == replace(plain, kept="recompute").switches
+    assert plain.switches == {}
+    assert replace(plain, dropout=0.05).switches == replace(plain, kept="host").switches == {"PHILORA_STACK": "all"}
+    assert replace(plain, graphs=True).switches == {"PHILORA_GRAPHS": "all"}
+    assert gpu.reference_of(gpu.Case("philora", "fp8", 2048, "host", 0.05), "trl") == gpu.Case("trl", "bf16", 2048)
+
+
+def test_gpu_switches_are_put_back(monkeypatch):
+    monkeypatch.setenv("PHILORA_STACK", "0")
+    monkeypatch.delenv("PHILORA_GRAPHS", raising=False)
+    with gpu.switched({"PHILORA_STACK": "all", "PHILORA_GRAPHS": "all"}):
+        assert os.environ["PHILORA_STACK"] == os.environ["PHILORA_GRAPHS"] == "all"
+    assert os.environ["PHILORA_STACK"] == "0"
+    assert "PHILORA_GRAPHS" not in os.environ
+
+
+def test_gpu_rows_have_the_columns_of_the_table():
+    given = gpu.arguments([])
+    facts = {"rates": {"2048": 1e15}, "device": "a card", "stamp": {"date": "", "commit": ""}}
+    row = gpu.row_of(gpu.Case("philora", "bf16", 2048), 1, {"status": gpu.SKIPPED}, facts, given)
+    with (REPOSITORY / "benchmarks" / "results" / "gpu.csv").open(newline="", encoding="utf-8") as stream:
+        assert next(csv.reader(stream)) == list(row)
+
+
+def test_the_planners_memory_stands_beside_what_was_measured():
+    """The two trainings of philora that were measured on a card, before there was a stack."""
+    pytest.importorskip("bitsandbytes")
+    with (REPOSITORY / "benchmarks" / "results" / "gpu.csv").open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["contestant"] == "philora" and row["status"] == "ok"]
+    for row in [row for row in rows if row["commit"] == "38c5060"]:
+        case = gpu.Case("philora", row["base"], int(row["row_tokens"]), row["kept"])
+        measured = int(row["max_memory_allocated"])
+        assert gpu.planned_bytes(case, gpu.MINI, 0.5, stack=False) == pytest.approx(measured, rel=0.1)
+        planned = [gpu.planned_bytes(replace(case, kept=kept), gpu.MINI, 0.5) for kept in gpu.KEPT]
+        assert planned == sorted(planned, reverse=True)
+        assert len(set(planned)) == 4, "what is kept counts"
+    fp8, dropout = gpu.Case("philora", "fp8", 2048), gpu.Case("philora", "bf16", 2048, dropout=0.05)
+    plain = gpu.planned_bytes(gpu.Case("philora", "bf16", 2048), gpu.MINI, 0.5)
+    assert gpu.planned_bytes(fp8, gpu.MINI, 0.5) > plain
+    assert gpu.planned_bytes(dropout, gpu.MINI, 0.5) > plain
+    assert gpu.planned_bytes(dropout, gpu.MINI, 0.5, graph=True) > gpu.planned_bytes(dropout, gpu.MINI, 0.5)
 
 
 def test_gpu_baseline_is_the_best_of_the_others_whatever_its_packs():
@@ -295,12 +353,12 @@ def test_gpu_baseline_is_the_best_of_the_others_whatever_its_packs():
         return [{"status": gpu.OK, "tokens_per_second": each} for each in speeds]
 
     results = {
-        gpu.Case("philora", "bf16", 8192, False): ran(30.0, 34.0, 32.0),
-        gpu.Case("philora", "fp8", 8192, False): ran(48.0),
-        gpu.Case("trl", "bf16", 2048, False): ran(5.0),
-        gpu.Case("liger", "bf16", 8192, True): ran(16.0),
-        gpu.Case("unsloth", "bf16", 2048, False): [{"status": "not importable: unsloth"}],
-        gpu.Case("philora", "nf4", 2048, False): ran(20.0),
+        gpu.Case("philora", "bf16", 8192): ran(30.0, 34.0, 32.0),
+        gpu.Case("philora", "fp8", 8192): ran(48.0),
+        gpu.Case("trl", "bf16", 2048): ran(5.0),
+        gpu.Case("liger", "bf16", 8192, "recompute"): ran(16.0),
+        gpu.Case("unsloth", "bf16", 2048): [{"status": "not importable: unsloth"}],
+        gpu.Case("philora", "nf4", 2048): ran(20.0),
     }
     assert list(gpu.verdicts(results)) == [
         "bf16: philora/bf16/8192/keep has 32 tokens/s, 2.00 times the best of the others, liger/bf16/8192/recompute "
@@ -318,7 +376,7 @@ def test_gpu_names_that_match_nothing_are_refused(capsys):
 
 def test_gpu_cases_that_cannot_run_say_why(tmp_path):
     given = gpu.arguments(["--quick", "--device", "cpu"])
-    cases = [gpu.Case(name, "bf16", 256, False) for name in ("unsloth", "philora")]
+    cases = [gpu.Case(name, "bf16", 256) for name in ("unsloth", "philora")]
     soon = time.monotonic()
     found = gpu.run_group(cases[:1], given, soon + 600, tmp_path) | gpu.run_group(cases[1:], given, soon + 1, tmp_path)
     assert found == {
@@ -347,23 +405,23 @@ def test_gpu_rows(tmp_path, device):
     if device == "cuda" and not pytest.importorskip("torch").cuda.is_available():
         pytest.skip("no CUDA GPU")
     table = tmp_path / "gpu.csv"
-    only = "philora/*/256/*,trl/*/256/keep,plain/bf16/256/keep,liger/bf16/256/keep"
+    only = "philora/*/256/keep,philora/*/256/recompute,trl/*/256/keep,plain/bf16/256/keep,liger/bf16/256/keep"
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--quick", "--only", only]
     command += ["--results", str(table), "--work-dir", str(tmp_path)]
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     with table.open(encoding="utf-8") as stream:
-        rows = {(row["contestant"], row["base"], row["recomputation"]): row for row in csv.DictReader(stream)}
+        rows = {(row["contestant"], row["base"], row["kept"]): row for row in csv.DictReader(stream)}
     done = {name: row for name, row in rows.items() if name[0] != "liger"}
     assert len(done) == 9
     if importlib.util.find_spec("liger_kernel") is None:
-        assert rows["liger", "bf16", "False"]["status"] == "not importable: liger_kernel"
+        assert rows["liger", "bf16", "keep"]["status"] == "not importable: liger_kernel"
     assert {row["status"] for row in done.values()} == {"ok"}
     for what in ("labels", "tokens"):
         assert len({row[what] for row in done.values()}) == 1
     for name, row in done.items():
         base = "bf16" if name[1] == "fp8" else name[1]
-        theirs = json.loads(done["trl", base, "False"]["losses"])
+        theirs = json.loads(done["trl", base, "keep"]["losses"])
         losses = json.loads(row["losses"])
         assert len(losses) == 3
         assert losses[-1] < losses[0]
@@ -374,5 +432,8 @@ def test_gpu_rows(tmp_path, device):
         assert bool(row["max_memory_allocated"]) == (device == "cuda")
         gap = training.largest_gap(losses, json.loads(done["philora", base, name[2]]["losses"]))
         assert float(row["loss_gap_to_philora"]) == pytest.approx(gap, abs=2e-5)
-    assert json.loads(done["philora", "bf16", "False"]["settings"])["adapters"] == "float32"
-    assert "bitsandbytes" in json.loads(done["philora", "nf4", "False"]["versions"])
+        if name[0] == "philora":
+            assert row["path"].startswith("stack" if device == "cuda" else "modules")
+            assert bool(row["planned_memory_allocated"]) == (device == "cuda")
+    assert json.loads(done["philora", "bf16", "keep"]["settings"])["adapters"] == "float32"
+    assert "bitsandbytes" in json.loads(done["philora", "nf4", "keep"]["versions"])
