@@ -10,6 +10,9 @@ tokens that are all but equally likely, and PEFT computes its adapters in fp32 w
 Work `nano` is the bundled model, whose answers end by themselves at different lengths; `a` has random weights, so that
 nearly every answer has the full length, which favours the pipeline. Seconds of the process on all cores stand beside
 the wall time: where other processes disturb, they say more. Rows go to results/generation.csv.
+
+`--device cuda`, or `--rows 1,64`, times so many rows together, on Phi-3-mini's shape (`mini`) or `nano`, beside
+transformers' own `generate`: see benchmarks/generation_rows.py.
 """
 
 from __future__ import annotations
@@ -49,24 +52,34 @@ class Timed(NamedTuple):
 def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__.splitlines()[0])
-    parser.add_argument("--work", default="nano,a", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--work", help=f"of {', '.join(SHAPES)}; default nano,a; with --rows nano or mini")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
+    parser.add_argument("--rows", help="numbers of rows that are answered together; default with --device cuda: 1,64")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, help="default 64; with --rows 256")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work-dir", type=Path, default=default_root(), help="models")
     parser.add_argument("--quick", action="store_true", help="the bundled model and few prompts, nothing written")
     parser.add_argument("--no-write", action="store_true", help="leave results/ as it is")
     given = parser.parse_args(line)
+    given.rows = given.rows or ("1,64" if given.device == "cuda" else "")
+    if given.rows and not all(each.isdigit() and int(each) for each in given.rows.split(",")):
+        parser.error(f"--rows: {given.rows!r} - expected numbers of at least 1")
+    given.rows = [int(each) for each in given.rows.split(",") if each]
+    given.new_tokens = given.new_tokens or (256 if given.rows else 64)
+    given.work = given.work or ("mini" if given.rows else "nano,a")
     if given.quick:
         given.work, given.prompts, given.new_tokens, given.rounds = "nano", 6, 8, 1
         given.batch, given.threads, given.no_write = 4, 1, True
+        given.rows = given.rows and [1, 3]
     given.work = given.work.split(",")
+    known = ("nano", "mini") if given.rows else SHAPES
     for name in given.work:
-        if name not in SHAPES:
-            parser.error(f"--work: {name!r} - expected some of {', '.join(SHAPES)}")
+        if name not in known:
+            parser.error(f"--work: {name!r} - expected some of {', '.join(known)}")
     return given
 
 
@@ -162,6 +175,9 @@ def main() -> int:
 
     torch.set_num_threads(given.threads)
     console = Console(soft_wrap=True)
+    console.width = max(console.width, 124)
+    if given.rows:
+        return by_rows(given, console)
     stamp = {"commit": commit(REPOSITORY), "date": now(), "machine": machine(env)}
     for name in given.work:
         folder = name
@@ -177,6 +193,29 @@ def main() -> int:
                 rounds[each].append(runs[each]())
         report(console, given, name, rounds, stamp)
     return 0
+
+
+def by_rows(given: argparse.Namespace, console: Console) -> int:
+    """Time so many rows together; 1 where philora answered on a card without a graph."""
+    import torch
+
+    from benchmarks.generation_rows import measure
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device: cuda - expected a CUDA GPU that torch can use. Leave it out to use the CPU.")
+    name = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
+    stamp = {"commit": commit(REPOSITORY), "date": now(), "device": name}
+    faults = []
+    for work in given.work:
+        rows, wrong = measure(
+            work, given.device, given.dtype, given.rows, given.new_tokens, given.rounds, prompts, console
+        )
+        faults += wrong
+        for row in rows if not given.no_write else []:
+            append(RESULTS / "generation_gpu.csv", stamp | row)
+    for each in faults:
+        console.print(each, style="red", highlight=False, markup=False)
+    return int(bool(faults))
 
 
 def report(

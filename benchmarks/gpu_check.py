@@ -9,11 +9,13 @@
 | `bf16`, `nf4` | the main job on the bundled model, from a configuration to an adapter |
 | `resume` | the same, stopped by a signal and resumed: its adapter has the bits of the run that went through |
 | `speed` | `benchmarks.gpu` on the most telling cases; its rows go to results/gpu.csv |
+| `answers` | `benchmarks.generation` with one row and 64, beside transformers; rows go to results/generation_gpu.csv |
 | `profile` | one step of philora's trainer under PyTorch's profiler: where its time goes, and waits for the device |
 
-Each part is a process of its own with a limit, so that one that fails or hangs costs its own time only. It needs
-Python, PyTorch, Triton and the packages of tools/gpu_carry.txt, no network, no git and no installed philora. A table
-ends it, and rows go to results/gpu_check.csv.
+Each part is a process of its own with a limit, so that one that fails or hangs costs its own time only. `speed` also
+gets what the parts before it leave of their time. On a card a job whose decoder layers ran without the stack has
+failed. It needs Python, PyTorch, Triton and the packages of tools/gpu_carry.txt, no network, no git and no installed
+philora. A table ends it, and rows go to results/gpu_check.csv.
 """
 
 from __future__ import annotations
@@ -37,12 +39,41 @@ from rich.table import Table
 from benchmarks.results import RESULTS, append, commit, now
 
 REPOSITORY = Path(__file__).parents[1]
-SPEED = (
-    "philora/bf16/*/keep,philora/fp8/8192/keep,philora/nf4/*/keep,trl/bf16/*/keep,trl/nf4/2048/keep,"
-    "liger/bf16/*/keep,unsloth/bf16/2048/keep"
+# In order of value. philora's first six, and those after the others, each take one process.
+SPEED = ",".join(
+    [
+        *(f"philora/{base}/{tokens}/keep" for base in ("bf16", "fp8", "nf4") for tokens in (2048, 8192)),
+        "trl/bf16/2048/keep",
+        "trl/bf16/8192/keep",
+        "trl/nf4/2048/keep",
+        "liger/bf16/2048/keep",
+        "liger/bf16/8192/keep",
+        "philora/bf16/8192/keep+dropout",
+        "philora/bf16/2048/keep+graphs",
+        "philora/nf4/16384/host",
+        "unsloth/bf16/2048/keep",
+    ]
 )
 # Seconds of each part, which add up to less than six minutes.
-SECONDS = {"parity": 85.0, "bf16": 35.0, "nf4": 35.0, "resume": 45.0, "speed": 105.0, "profile": 40.0}
+SECONDS = {
+    "parity": 80.0, "bf16": 25.0, "nf4": 25.0, "resume": 35.0, "speed": 110.0, "answers": 40.0, "profile": 30.0,
+}  # fmt: skip
+ROWS = (1, 64)
+"""Rows that answers are timed with."""
+
+
+def allowance(part: str, left: float, later: Sequence[str], scale: float = 1.0) -> float:
+    """Return the seconds of a part: its own, and for `speed` all that is not meant for later parts.
+
+    Args:
+        part: Its name.
+        left: Seconds until everything has to be over.
+        later: The parts after it.
+        scale: Of the seconds in `SECONDS`.
+    """
+    if part == "speed":
+        return max(1.0, left - scale * sum(SECONDS[each] for each in later))
+    return max(1.0, min(scale * SECONDS[part], left))
 
 
 class Outcome(NamedTuple):
@@ -74,10 +105,13 @@ def commands(device: str, quick: bool, seconds: float) -> dict[str, list[str]]:
     tests += ["tests/unit/kernels/test_elementwise.py"] if quick else test_files()
     speed = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--minutes", f"{seconds / 60:.2f}"]
     speed += ["--warmup", "3", "--steps", "6", "--only", "philora/bf16/256/keep" if quick else SPEED]
+    answers = [sys.executable, "-m", "benchmarks.generation", "--device", device]
+    answers += ["--work", "mini", "--rows", ",".join(map(str, ROWS)), "--rounds", "1"]
     return {
         "parity": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x" if quick else "-q", *tests],
         **{part: [*own, part] for part in ("bf16", "nf4", "resume")},
         "speed": [*speed, *(["--quick"] if quick else [])],
+        "answers": [*answers, *(["--quick"] if quick else [])],
         "profile": [*own, "profile"],
     }
 
@@ -174,19 +208,28 @@ def adapter_of(folder: Path, base: str, device: str, stop: bool = False) -> byte
         base: bf16 or nf4.
         device: cuda or cpu.
         stop: Whether a signal stops the run after 5 steps, and it is resumed.
+
+    Raises:
+        RuntimeError: The signal did not stop it, the loss did not fall, or on a card the decoder stack did not run.
     """
     import philora
+    from benchmarks.paths import watched
     from philora.runtime.signals import Interrupted
 
     given = settings(folder, base, device)
-    if stop:
-        try:
-            philora.train(given, callbacks=[_signal_after(5)], quiet=True)
-        except Interrupted:
-            pass
-        else:
-            raise RuntimeError("the signal did not stop the run")
-    result = philora.train(given, resume=stop, quiet=True)
+    with watched() as taken:
+        if stop:
+            try:
+                philora.train(given, callbacks=[_signal_after(5)], quiet=True)
+            except Interrupted:
+                pass
+            else:
+                raise RuntimeError("the signal did not stop the run")
+        result = philora.train(given, resume=stop, quiet=True)
+    print(f"{base}: decoder layers: {taken}")
+    fault = taken.fault() if device == "cuda" else None
+    if fault is not None:
+        raise RuntimeError(fault)
     losses = [each["loss"] for each in _log(folder) if "loss" in each]
     print(f"{base}: loss {losses[0]:.3f} to {losses[-1]:.3f}, {result.results['throughput']}")
     if not losses[-1] < losses[0]:
@@ -245,10 +288,11 @@ def profile(device: str, quick: bool) -> None:
     from transformers import TrainerCallback
 
     from benchmarks import gpu
+    from benchmarks.paths import watched
     from benchmarks.work import WORKS, make_rows
 
     work, tokens = (WORKS["quick"], 256) if quick else (gpu.MINI, 2048)
-    case = gpu.Case("philora", "bf16", tokens, recompute=False)
+    case = gpu.Case("philora", "bf16", tokens)
     chosen = gpu.Settings(work, device, 3, 1, seconds=0.0)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     recorded = profiler(activities=activities)
@@ -269,11 +313,13 @@ def profile(device: str, quick: bool) -> None:
     rows = make_rows(gpu.replace(work, row_tokens=tokens))[:4]
     model = gpu.make_model(work, "bf16", "sdpa", chosen)
     library = __import__("philora")
-    gpu.run_trainer(library, model, gpu.seeded_adapter(), case, rows, chosen, callbacks=[OneStep()])
+    with watched() as taken:
+        gpu.run_trainer(library, model, gpu.seeded_adapter(), case, rows, chosen, callbacks=[OneStep()])
     order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
     print(recorded.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
     waits = [each for each in recorded.events() or () if "Synchronize" in each.name or each.name == "aten::item"]
-    print(f"one step of {tokens} tokens: {len(recorded.events() or ())} events, {len(waits)} waits for the device")
+    events = len(recorded.events() or ())
+    print(f"one step of {tokens} tokens by {taken}: {events} events, {len(waits)} waits for the device")
 
 
 # --------------------------------------------------------------------------------------------------- the command
@@ -310,14 +356,15 @@ def check(given: argparse.Namespace, console: Console) -> int:
     folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     outcomes = []
     for part in given.only:
-        seconds = max(1.0, min(SECONDS[part] * given.minutes / 5.8, deadline - time.monotonic()))
+        later = given.only[given.only.index(part) + 1 :]
+        seconds = allowance(part, deadline - time.monotonic(), later, given.minutes / 5.8)
         command = commands(given.device, given.quick, seconds - 5)[part]
         outcome = run_part(part, command, seconds, folder, given.device)
         outcomes.append(outcome)
         console.print(
             f"{part}: {outcome.status}, {outcome.seconds:.0f} s: {outcome.said}", highlight=False, markup=False
         )
-        if part in ("speed", "profile") or outcome.status != "ok":
+        if part in ("speed", "answers", "profile") or outcome.status != "ok":
             console.print((folder / f"{part}.log").read_text(encoding="utf-8", errors="replace")[-6000:], markup=False)
         if not given.no_write:
             row = {**outcome._asdict(), "seconds": round(outcome.seconds, 1)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
+from benchmarks import gpu, gpu_check
 from tools import gpu_carry
 
 REPOSITORY = Path(__file__).parents[3]
@@ -136,6 +136,54 @@ def test_what_parity_runs_is_collected_with_the_packages_of_the_machine_alone():
     assert "No module named 'loralib'" in said
 
 
+def test_speed_gets_the_time_that_other_parts_left():
+    parts = list(gpu_check.SECONDS)
+    later = parts[parts.index("speed") + 1 :]
+    reserved = sum(gpu_check.SECONDS[each] for each in later)
+    assert gpu_check.allowance("speed", 300.0, later) == 300.0 - reserved
+    assert gpu_check.allowance("speed", 300.0, []) == 300.0
+    assert gpu_check.allowance("speed", 10.0, later) == 1.0
+    assert gpu_check.allowance("parity", 300.0, later) == gpu_check.SECONDS["parity"]
+    assert gpu_check.allowance("parity", 300.0, later, 0.5) == gpu_check.SECONDS["parity"] / 2
+    assert gpu_check.allowance("profile", 5.0, []) == 5.0
+
+
+def test_speed_begins_with_philora_over_every_base():
+    groups = gpu.arguments(["--only", gpu_check.SPEED]).groups
+    assert [each.name.removesuffix("/keep") for each in groups[0]] == [
+        f"philora/{base}/{tokens}" for base in ("bf16", "fp8", "nf4") for tokens in (2048, 8192)
+    ]
+    assert [cases[0].contestant for cases in groups] == ["philora", "trl", "liger", "philora", "unsloth"]
+    assert [(each.dropout, each.graphs, each.kept) for each in groups[3]] == [
+        (0.05, False, "keep"),
+        (0.0, True, "keep"),
+        (0.0, False, "host"),
+    ]
+    assert sum(map(len, groups)) == len(gpu_check.SPEED.split(",")), "every pattern is one case"
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_the_main_job_takes_the_stack_on_a_card(tmp_path, monkeypatch, base):
+    """By the facts of its model and of a card; on another adapter the same choice says no."""
+    from peft import LoraConfig
+
+    import philora
+    from philora.configuration.config import load_config
+    from philora.decoder_stack.choice import BatchFacts, DeviceFacts, stack_for
+    from philora.decoder_stack.model import facts_for
+    from philora.models.loading import load_model
+
+    pytest.importorskip("bitsandbytes")
+    given = gpu_check.settings(tmp_path, base, "cuda")
+    given["training_config"]["use_cpu"] = True
+    config = load_config(given)
+    model = philora.get_peft_model(load_model(config.model), LoraConfig(**config.peft_config))
+    facts = facts_for(model)
+    assert stack_for(facts, BatchFacts(), DeviceFacts()).path == "stack", stack_for(facts, BatchFacts(), DeviceFacts())
+    assert facts.base == ("plain" if base == "bf16" else base)
+    assert stack_for(facts, BatchFacts(), DeviceFacts(disagreement="wrong")).path == "modules"
+
+
 def test_a_card_compiles_kernels_and_a_cpu_interprets_them(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     code = "import os; print(os.environ['TRITON_INTERPRET'])"
@@ -168,4 +216,4 @@ def test_the_whole_command_on_a_cpu(tmp_path):
     assert rows.keys() == gpu_check.SECONDS.keys()
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert rows["resume"]["said"] == "the resumed run has the same adapter, bit for bit"
-    assert "one step of 256 tokens" in rows["profile"]["said"]
+    assert "one step of 256 tokens by modules" in rows["profile"]["said"]
