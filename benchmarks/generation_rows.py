@@ -160,8 +160,6 @@ def models(work: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(model.dtype)
             if "lora_B" in name:
                 parameter.data.normal_(0.0, 2e-3)
         return model.eval()

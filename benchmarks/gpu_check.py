@@ -106,7 +106,7 @@ def commands(device: str, quick: bool, seconds: float) -> dict[str, list[str]]:
     speed = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--minutes", f"{seconds / 60:.2f}"]
     speed += ["--warmup", "3", "--steps", "6", "--only", "philora/bf16/256/keep" if quick else SPEED]
     answers = [sys.executable, "-m", "benchmarks.generation", "--device", device]
-    answers += ["--work", "mini", "--rows", ",".join(map(str, ROWS)), "--rounds", "1"]
+    answers += ["--work", "mini", "--rows", ",".join(map(str, ROWS)), "--rounds", "1", "--new-tokens", "128"]
     return {
         "parity": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x" if quick else "-q", *tests],
         **{part: [*own, part] for part in ("bf16", "nf4", "resume")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from philora.generation.static_decoding import (
 from philora.kernels import graphs
 from philora.training.readiness import Hardware
 from tests.conftest import make_phi3
+from tests.tolerances import LOGITS_BF16
 
 NEW = 20
 PROMPTS = [[5, 9, 14], [40, 3, 7, 22, 61, 30, 11, 8], [12], [33, 34, 35, 36, 37]]
@@ -91,7 +93,7 @@ def by_transformers(model: Any, prompts: Any = PROMPTS) -> list[str]:
     """Greedy, one prompt at a time, without a cache."""
     found = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         output = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, use_cache=False,
             eos_token_id=[2, 50], pad_token_id=0,
@@ -381,15 +383,74 @@ def test_a_cpu_keeps_its_decoder(monkeypatch):
     assert not static_decoding.facts_of(copy.deepcopy(model).half()).quantized
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_on_a_gpu_the_graph_gives_the_tokens_of_the_plain_step(monkeypatch):
-    model = make_phi3(hidden_size=128, intermediate_size=256).cuda()
-    expected = answers(model, batch_size=3)
+def first_difference(model: Any, prompt: list[int], mine: list[int], theirs: list[int]) -> float:
+    """How far apart the logits of the two tokens are where answers first differ, relative to the largest; 0: nowhere.
+
+    A greedy answer in bf16 may take another token where two are as likely as bf16 can tell; what follows then differs.
+    Where one answer is over and the other is not, it took a stop token.
+    """
+    for at, (own, other) in enumerate(zip_longest(mine, theirs)):
+        if own != other:
+            ids = torch.tensor([prompt + theirs[:at]], device=model.device)
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+            pair = [logits[[2, 50]].max() if each is None else logits[each] for each in (own, other)]
+            return float((pair[0] - pair[1]).abs() / logits.abs().max())
+    return 0.0
+
+
+def assert_same_but_for_ties(model: Any, mine: list[str], theirs: list[str], tolerance: float) -> None:
+    for prompt, own, other in zip(PROMPTS, mine, theirs, strict=True):
+        split = [list(map(int, each.split())) for each in (own, other)]
+        assert first_difference(model, prompt, *split) <= tolerance, (own, other)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
+def test_in_bf16_the_static_step_answers_as_transformers_but_for_ties(static, adapter):
+    model = make_phi3().bfloat16()
+    if adapter:
+        lora = LoraConfig(target_modules="all-linear", r=4, lora_alpha=8, init_lora_weights=False)
+        model = optimize(get_peft_model(model, lora)).eval()
+    expected = by_transformers(model)
+    assert_same_but_for_ties(model, answers(model, batch_size=3), expected, LOGITS_BF16)
+    assert static
+    planted = [" ".join(str((int(each) + 7) % 97) for each in answer.split()) for answer in expected]
+    with pytest.raises(AssertionError):
+        assert_same_but_for_ties(model, planted, expected, LOGITS_BF16)
+    with pytest.raises(AssertionError):
+        assert_same_but_for_ties(model, [each.rpartition(" ")[0] for each in expected], expected, LOGITS_BF16)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What was recorded: a graph, or None where that failed."""
     made = []
     own = StaticDecoder._record
     monkeypatch.setattr(StaticDecoder, "_record", lambda self: (own(self), made.append(self._recorded))[0])
+    return made
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_on_a_gpu_the_graph_in_bf16_answers_as_transformers_but_for_ties(recorded, adapter, batch_size):
+    model = make_phi3(hidden_size=128, intermediate_size=256).bfloat16()
+    if adapter:
+        lora = LoraConfig(target_modules="all-linear", r=4, lora_alpha=8, init_lora_weights=False)
+        model = get_peft_model(model, lora)
+    model = optimize(model.cuda()).eval() if adapter else model.cuda()
+    assert_same_but_for_ties(model, answers(model, batch_size=batch_size), by_transformers(model), LOGITS_BF16)
+    assert recorded, "bf16 takes a graph by default"
+    assert None not in recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_a_gpu_the_graph_gives_the_tokens_of_the_plain_step(monkeypatch, recorded):
+    model = make_phi3(hidden_size=128, intermediate_size=256).cuda()
+    expected = answers(model, batch_size=3)
     monkeypatch.setenv("PHILORA_GRAPHS", "all")
     assert answers(model, batch_size=3) == expected
-    assert made
-    assert None not in made
+    assert recorded
+    assert None not in recorded

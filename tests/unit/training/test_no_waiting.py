@@ -109,13 +109,14 @@ def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, monkeypatch, model, dtype):
     monkeypatch.setenv("PHILORA_STACK", "all")  # no GPU has read figures late yet
     made = trainer(tmp_path, MODELS[model]().to(dtype), max_steps=5)
     get, look = made.get_batch_samples, made._maybe_log_save_evaluate
+    moved = []
 
     def samples(*args):
-        torch.cuda.set_sync_debug_mode("default")
-        found = get(*args)
-        if made.state.global_step >= 2:  # the first steps choose kernels and make the optimizer's state
-            torch.cuda.set_sync_debug_mode("error")
-        return found
+        # The first steps choose kernels and make the optimizer's state. From then on batches are made, counted and
+        # moved under the same rule as the step itself.
+        torch.cuda.set_sync_debug_mode("error" if made.state.global_step >= 2 else "default")
+        moved.append(torch.cuda.get_sync_debug_mode())
+        return get(*args)
 
     def log_and_save(*args, **kwargs):
         if made.outcome_matters():
@@ -126,6 +127,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, monkeypatch, model, dtype):
     monkeypatch.setattr(made, "_maybe_log_save_evaluate", log_and_save)
     try:
         made.train()
+        assert moved == [0, 0, 2, 2, 2], "2: errors"
         torch.cuda.set_sync_debug_mode("error")
         with pytest.raises(RuntimeError):
             adapter(made).sum().item()  # a planted fault
