@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +155,83 @@ def test_rows_in_fp8():
     assert float((zeros.quantized.float() * zeros.scales).abs().max()) == 0
 
 
+# ------------------------------------------------------------------------------------------------ planted faults
+
+FAULTS = [
+    (test_norm_with_sum_dropout_and_fp8, "a.to(tl.float32) + tl.load(h", "a.to(tl.float32) - tl.load(h"),
+    (test_norm_with_sum_dropout_and_fp8, "tl.sum(wide * wide, 0) / width", "tl.sum(wide * wide, 0) / (width + 1)"),
+    (test_norm_with_sum_dropout_and_fp8, "result = (normal * tl.load(weight", "result = (normal + tl.load(weight"),
+    (test_norm_with_sum_dropout_and_fp8, "result.to(tl.float32) * factor", "result.to(tl.float32)"),
+    (test_norm_with_sum_dropout_and_fp8, "tl.store(y + at, (normal * ", "tl.store(y + at, (1.01 * normal * "),
+    (test_norm_with_sum_dropout_and_fp8, "(values / scale).to(", "(1.1 * values / scale).to("),
+    (lambda: test_gradient_of_the_norm(1e-5), "grad - normal * (tl.sum(grad * normal, 0) / width)", "grad"),
+    (lambda: test_gradient_of_the_norm(1e-5), "grad += tl.load(dresidual", "grad -= tl.load(dresidual"),
+    (lambda: test_gradient_of_the_norm(1e-5), "tl.load(dadapter + at, inside, 0.0).to(tl.float32) * factor", "grad"),
+    (lambda: test_gradient_of_the_norm(1e-5), "_store_fp8(grad, tl.max(", "_store_fp8(-grad, tl.max("),
+    (lambda: test_rotation_and_its_gradient(2), "wide_a * c - wide_b * s", "wide_a * c + wide_b * s"),
+    (lambda: test_rotation_and_its_gradient(2), "wide_b * c + wide_a * s", "wide_b * c"),
+    (lambda: test_rotation_and_its_gradient(4), "tl.where(low, b, -b) * s", "b * s"),
+    (lambda: test_rotation_and_its_gradient(2), "angle, rotated, 1.0)", "angle, rotated, 0.0)"),
+    (
+        lambda: test_rotation_and_its_gradient(2),
+        "_store_fp8(value, largest, at_value",
+        "_store_fp8(key, largest, at_value",
+    ),
+    (test_swiglu_and_its_gradient, "gate / (1.0 + tl.exp(-gate)) * up", "gate / (1.0 + tl.exp(gate)) * up"),
+    (test_swiglu_and_its_gradient, "rounded.to(tl.float32) * factor", "rounded.to(tl.float32)"),
+    (test_swiglu_and_its_gradient, "(1.0 + gate * (1.0 - sigmoid))", "(1.0 + gate * sigmoid)"),
+    (test_swiglu_and_its_gradient, "of_up = grad * gate * sigmoid", "of_up = grad * gate"),
+    (test_swiglu_and_its_gradient, "_store_fp8(of_up, largest", "_store_fp8(of_gate, largest"),
+    (test_dropout_has_the_masks_of_its_hash, "0x85EBCA6B", "0x85EBCA6D"),
+    (test_dropout_has_the_masks_of_its_hash, "value * factor, 0.0)", "value, 0.0)"),
+    (
+        test_dropout_has_the_masks_of_its_hash,
+        "value += tl.where(kept, tl.load(addend",
+        "value -= tl.where(kept, tl.load(addend",
+    ),
+    (test_rows_in_fp8, "1e-12) / 448.0", "1e-12) / 400.0"),
+    (test_rows_in_fp8, "tl.store(scales + row, scale)", "tl.store(scales + row, 2 * scale)"),
+]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="each fault would be compiled, and on a CPU it shows as much")
+@pytest.mark.parametrize(("comparison", "formula", "wrong"), FAULTS, ids=[each[1][:40] for each in FAULTS])
+def test_a_planted_fault_in_a_kernel_is_found(comparison, formula, wrong, tmp_path, monkeypatch):
+    """The comparison that has to see it is run over the kernels with one formula changed."""
+    source = Path(kernels.__file__).read_text(encoding="utf-8")
+    assert formula in source
+    changed = tmp_path / "changed_kernels.py"
+    changed.write_text(source.replace(formula, wrong), encoding="utf-8")
+    specification = importlib.util.spec_from_file_location("changed_kernels", changed)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setitem(globals(), "kernels", module)
+    with pytest.raises(AssertionError):
+        comparison()
+
+
+TRUE_MASK = kept_by_dropout
+
+
+def _the_same_in_every_row(rows, columns, dropout):
+    return TRUE_MASK(1, columns, dropout).expand(rows, columns)
+
+
+def _too_few(rows, columns, dropout):
+    return TRUE_MASK(rows, columns, dropout._replace(p=dropout.p + 0.01))
+
+
+def _of_no_seed(rows, columns, dropout):
+    return TRUE_MASK(rows, columns, dropout._replace(seed=torch.zeros_like(dropout.seed)))
+
+
+@pytest.mark.parametrize("fault", [_the_same_in_every_row, _too_few, _of_no_seed], ids=lambda each: each.__name__)
+def test_masks_that_are_not_random_are_found(monkeypatch, fault):
+    monkeypatch.setitem(globals(), "kept_by_dropout", fault)
+    with pytest.raises(AssertionError):
+        test_masks_are_as_dense_as_asked_for_and_independent()
+
+
 # ---------------------------------------------------------------------------------------------------- attention
 
 
@@ -175,7 +254,10 @@ def test_attention_of_documents_and_its_gradients_beside_pytorch():
     for mine, each in zip(at.gradients(grad, *plain, output, kept), (q, k, v), strict=True):
         torch.testing.assert_close(mine, each.grad, **EXACT)
     wider = Attention(at.layout, at.scaling, window + 1)
-    assert not torch.allclose(wider.attend(*plain)[0], expected.detach(), **EXACT)
+    wide_output, wide_kept = wider.attend(*plain)
+    assert not torch.allclose(wide_output, expected.detach(), **EXACT)
+    for mine, each in zip(wider.gradients(grad, *plain, wide_output, wide_kept), (q, k, v), strict=True):
+        assert not torch.allclose(mine, each.grad, **EXACT)
 
 
 def test_the_window_of_flash_attention_counts_the_tokens_before():
@@ -216,6 +298,9 @@ def test_products_in_fp8_are_near_and_are_not_the_same(scaling):
         # A rounding of 2^-4 at most, 2^-5 in the middle, of each of two factors; sums of many average it out. bf16
         # rounds the result by 2^-9, a twentieth of that.
         assert 1e-3 < float((mine - exact).float().norm() / exact.float().norm()) < 0.06
+    louder = Fp8Product(weight * 1.1, scaling).forward(Rows(x))
+    exact = plain.forward(Rows(x))
+    assert float((louder - exact).float().norm() / exact.float().norm()) > 0.06, "negative control: 10% more"
     exact_backward = Fp8Product(weight, scaling, backward="weight")
     assert torch.equal(exact_backward.backward(Rows(dy)), plain.backward(Rows(dy)))
 
@@ -265,6 +350,9 @@ def test_a_quantised_weight_is_dequantised_into_one_buffer(scheme):
         product, matrix = DequantizedProduct(layer, buffer), dequantized(layer, torch.bfloat16)
         assert torch.equal(product.forward(x), x.values @ matrix.t())
         assert torch.equal(product.backward(dy), dy.values @ matrix)
+        layer.weight.data[0] = layer.weight.data[0] ^ 0x11  # a planted fault: other numbers in the first row
+        assert not torch.equal(product.forward(x), x.values @ matrix.t())
+        assert not torch.equal(product.backward(dy), dy.values @ matrix)
     first = buffer.matrix(torch.Size((128, 64)), torch.bfloat16, torch.device("cpu")).data_ptr()
     assert buffer.matrix(torch.Size((64, 64)), torch.bfloat16, torch.device("cpu")).data_ptr() == first
 
@@ -280,6 +368,8 @@ def test_inputs_on_the_host_come_back_in_the_order_of_backward():
         places.add(found.data_ptr())
         assert torch.equal(found, given[index])
     assert len(places) == 2
+    host.store(0, given[1])  # a planted fault: another input in its place
+    assert not torch.equal(host.fetch(0), given[0])
 
 
 def test_fp8_of_a_matrix():
