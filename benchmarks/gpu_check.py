@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +102,9 @@ def commands(device: str, quick: bool, seconds: float) -> dict[str, list[str]]:
         seconds: For the part `speed`.
     """
     own = [sys.executable, "-m", "benchmarks.gpu_check", "--device", device, *(["--quick"] if quick else []), "--part"]
-    tests = ["-m", "gpu"] if device == "cuda" else ["-m", "not gpu", "-k", "cpu"]
+    tests = ["-m", "gpu and not slow"] if device == "cuda" else ["-m", "not gpu", "-k", "cpu"]
+    if device == "cuda" and find_spec("xdist") is not None:
+        tests += ["-n", "4", "--dist", "worksteal"]  # kernels are compiled on the host, one after the other
     tests += ["tests/unit/kernels/test_elementwise.py"] if quick else test_files()
     speed = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--minutes", f"{seconds / 60:.2f}"]
     speed += ["--warmup", "3", "--steps", "6", "--only", "philora/bf16/256/keep" if quick else SPEED]
