@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from itertools import chain
 from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -241,7 +241,7 @@ class _Watch:
 
     def __init__(self, model: Any) -> None:
         modules = [model, *(item for layer in model.layers for item in layer.modules())]
-        self._modules = modules
+        self._model, self._modules = ref(model), modules[1:]  # what holds a model here would keep it for ever
         self._states = [item.__dict__ for item in modules]
         self._hooks = [state[name] for state in self._states for name in _HOOKS]
         self._children = [state["_modules"] for state in self._states]
@@ -260,7 +260,12 @@ class _Watch:
         parameters = [
             parameter for parameter in chain.from_iterable(map(dict.values, self._parameters)) if parameter is not None
         ]
-        objects = [*chain.from_iterable(map(dict.values, self._children)), *parameters, *map(type, self._modules)]
+        objects = [
+            *chain.from_iterable(map(dict.values, self._children)),
+            *parameters,
+            type(self._model()),
+            *map(type, self._modules),
+        ]
         values = [
             list(map(len, self._states)),
             list(map(len, self._hooks)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -348,6 +350,16 @@ def test_two_forward_passes_before_backward_keep_their_own_masks():
     decoder(**packed)
     output.backward(grad)
     assert torch.equal(leaf.grad, alone["input"])
+
+
+def test_a_model_that_has_trained_is_freed(nodes):
+    made = make()
+    decoder = weakref.ref(made.get_base_model().model)
+    by_stack(made)
+    assert nodes == [0]
+    del made
+    gc.collect()
+    assert decoder() is None
 
 
 def test_a_second_derivative_is_refused():
