@@ -341,8 +341,8 @@ def test_the_planners_memory_stands_beside_what_was_measured():
         planned = [gpu.planned_bytes(replace(case, kept=kept), gpu.MINI, 0.5) for kept in gpu.KEPT]
         assert planned == sorted(planned, reverse=True)
         assert len(set(planned)) == 4, "what is kept counts"
-    fp8, dropout = gpu.Case("philora", "fp8", 2048), gpu.Case("philora", "bf16", 2048, dropout=0.05)
-    plain = gpu.planned_bytes(gpu.Case("philora", "bf16", 2048), gpu.MINI, 0.5)
+    fp8, dropout = gpu.Case("philora", "fp8", 8192), gpu.Case("philora", "bf16", 8192, dropout=0.05)
+    plain = gpu.planned_bytes(gpu.Case("philora", "bf16", 8192), gpu.MINI, 0.5)
     assert gpu.planned_bytes(fp8, gpu.MINI, 0.5) > plain
     assert gpu.planned_bytes(dropout, gpu.MINI, 0.5) > plain
     assert gpu.planned_bytes(dropout, gpu.MINI, 0.5, graph=True) > gpu.planned_bytes(dropout, gpu.MINI, 0.5)
