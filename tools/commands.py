@@ -48,7 +48,8 @@ def section(name: str) -> str:
         default = "" if each.default in (None, False, "", ()) or each.is_flag else f"`{each.default}`"
         rows.append((names, default, each.help or ""))
     if command.epilog:
-        lines += [f"{command.epilog.replace('Example: ', 'Example: `')}`", ""]
+        example = command.epilog.partition("\n")[0].removeprefix("Example: ")
+        lines += [f"Example: `{example}`", ""]
     if rows:
         lines += ["| | default | |", "| --- | --- | --- |"]
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]

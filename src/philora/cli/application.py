@@ -57,13 +57,25 @@ def _complete_run(incomplete: str) -> list[str]:
     return [str(item) if (item / "config.yaml").is_file() else f"{item}/" for item in shown]
 
 
-def _setting(flag: str, help: str) -> Any:
+def closing(page: str, example: str) -> str:
+    """Return the end of a command's help: an example, and the page of the documentation that explains the command.
+
+    The pages are files of the source distribution.
+    """
+    return f"Example: {example}\n\nMore: docs/{page}"
+
+
+def _setting(flag: str, metavar: str, help: str) -> Any:
     """Return an option that is a setting of the configuration, which checks its value."""
-    return typer.Option(flag, help=help, show_default=False, rich_help_panel="Settings")
+    return typer.Option(flag, help=help, metavar=metavar, show_default=False, rich_help_panel="Settings")
 
 
 ConfigArgument = Annotated[
-    str, typer.Argument(help="YAML file of the run, or its data: a file or folder.", metavar="CONFIG_OR_DATA")
+    str,
+    typer.Argument(
+        help="YAML file with the configuration of a run; or data: a file or folder of conversations.",
+        metavar="CONFIG_OR_DATA",
+    ),
 ]
 AdapterArgument = Annotated[
     str,
@@ -76,48 +88,135 @@ AdapterArgument = Annotated[
 BaseOption = Annotated[
     str | None,
     typer.Option(
-        "--base", help="Base model; default: the run's, or the one that the adapter names.", show_default=False
+        "--base",
+        help="Base model: a hub id or folder. Default: the base of the run, or the one that the adapter names.",
+        show_default=False,
     ),
 ]
-HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; beyond this machine it needs a key.")]
-PortOption = Annotated[int, typer.Option("--port", help="Port; 0 takes one that is free.", min=0, max=65535)]
+HostOption = Annotated[
+    str,
+    typer.Option("--host", help="Address to listen on. One that other machines can reach needs --api-key."),
+]
+PortOption = Annotated[int, typer.Option("--port", help="Port to listen on. 0 takes a free one.", min=0, max=65535)]
 KeyOption = Annotated[
     str | None,
-    typer.Option("--api-key", envvar="PHILORA_API_KEY", help="Key that requests must bring.", show_default=False),
+    typer.Option(
+        "--api-key",
+        envvar="PHILORA_API_KEY",
+        help="Key that every request must carry. Default: no key.",
+        show_default=False,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Settings that go over the file's.", metavar="[KEY=VALUE]...", autocompletion=_complete_setting
+        help="Settings that replace those of the configuration, such as training_config.max_steps=50.",
+        metavar="[KEY=VALUE]...",
+        autocompletion=_complete_setting,
     ),
 ]
-ModelFlag = Annotated[str | None, _setting("--model", "Base: a hub id, a folder, or a name such as phi-3-mini.")]
-EvalFlag = Annotated[str | None, _setting("--eval", "Held-out data: a file, or a share of the data such as 0.1.")]
-OutFlag = Annotated[str | None, _setting("--out", "Run folder.")]
-EpochsFlag = Annotated[str | None, _setting("--epochs", "Passes over the data.")]
-LearningRateFlag = Annotated[str | None, _setting("--learning-rate", "At its peak, such as 1e-4.")]
-BatchSizeFlag = Annotated[str | None, _setting("--batch-size", "Rows of a micro-batch on each device.")]
-MaxLengthFlag = Annotated[str | None, _setting("--max-length", "Longest row, in tokens.")]
-SeedFlag = Annotated[str | None, _setting("--seed", "Of the split, the order and the adapter's start.")]
-RankFlag = Annotated[str | None, _setting("--rank", "Rank of the adapter.")]
-AlphaFlag = Annotated[str | None, _setting("--alpha", "Its multiplier is alpha / rank.")]
-DropoutFlag = Annotated[str | None, _setting("--dropout", "On the adapter's input.")]
-TargetsFlag = Annotated[str | None, _setting("--target-modules", "Such as q_proj,v_proj; all-linear: all of them.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="Show warnings and what goes wrong, nothing else.")]
+# Where a default is given here it is that of `configuration.fields`; a test compares them.
+ModelFlag = Annotated[
+    str | None,
+    _setting(
+        "--model",
+        "<model>",
+        "Base model: a hub id, a folder, or a short name such as phi-3-mini. "
+        "Default: nano, the bundled toy; for data alone, a Phi model that fits this machine.",
+    ),
+]
+EvalFlag = Annotated[
+    str | None,
+    _setting(
+        "--eval",
+        "<data|share>",
+        "Held-out data: a file, a number of rows, or a share of the training data. Default: 0.05; "
+        "0.1 of data alone with fewer than 1,000 records.",
+    ),
+]
+OutFlag = Annotated[
+    str | None,
+    _setting("--out", "<folder>", "Run folder. Default: runs/NAME, after the name of the configuration or data."),
+]
+EpochsFlag = Annotated[str | None, _setting("--epochs", "<number>", "Passes over the training data. Default: 3.")]
+LearningRateFlag = Annotated[
+    str | None,
+    _setting(
+        "--learning-rate",
+        "<number>",
+        "Peak learning rate, such as 1e-4. Default: auto, which is 2e-4 * 3072 / the model's hidden size.",
+    ),
+]
+BatchSizeFlag = Annotated[
+    str | None,
+    _setting(
+        "--batch-size",
+        "<rows>",
+        "Rows of a micro-batch on each device. Default: auto, as many as the memory estimate allows.",
+    ),
+]
+MaxLengthFlag = Annotated[str | None, _setting("--max-length", "<tokens>", "Longest row, in tokens. Default: 2048.")]
+SeedFlag = Annotated[
+    str | None,
+    _setting(
+        "--seed",
+        "<number>",
+        "Seed of the held-out split, the order of the data, dropout and the adapter's initial weights. Default: 42.",
+    ),
+]
+RankFlag = Annotated[str | None, _setting("--rank", "<number>", "Rank of the adapter's matrices. Default: 16.")]
+AlphaFlag = Annotated[
+    str | None,
+    _setting("--alpha", "<number>", "Scale of the adapter: its update is multiplied by alpha / rank. Default: 32."),
+]
+DropoutFlag = Annotated[
+    str | None,
+    _setting(
+        "--dropout",
+        "<share>",
+        "Dropout on the adapter's input: the share of values that are set to zero. Default: 0.05.",
+    ),
+]
+TargetsFlag = Annotated[
+    str | None,
+    _setting(
+        "--target-modules",
+        "<names>",
+        "Linear layers to adapt, separated by commas, such as q_proj,v_proj. Default: all-linear, which is all.",
+    ),
+]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="Show only warnings and errors.")]
 
 # For completion, which must not load torch; `philora.exporting` has the same words.
 FORMATS = ("peft", "loralib", "gguf", "ollama")
 LAYOUTS = ("server", "fused", "slices", "merged", "adapter", "base+adapter")
 FILE_TYPES = ("f16", "q8_0", "f32")
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
-SampleOption = Annotated[bool, typer.Option("--sample", help="Draw each token; default: the likeliest.")]
-TemperatureOption = Annotated[float | None, typer.Option(help="Of sampling; default: the model's own.")]
-TopPOption = Annotated[float | None, typer.Option(help="Of sampling; default: the model's own.")]
-TopKOption = Annotated[int | None, typer.Option(help="Of sampling; default: the model's own.")]
-SeedOption = Annotated[int, typer.Option(help="Of sampling.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document and nothing else.")]
+SampleOption = Annotated[
+    bool, typer.Option("--sample", help="Draw each token at random. Default: always take the likeliest.")
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(help="Temperature of --sample: above 1 more varied, below 1 less. Default: the model's own."),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        help="With --sample: draw from the likeliest tokens with this probability together, in (0, 1]. "
+        "Default: the model's own."
+    ),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(help="With --sample: draw from this many of the likeliest tokens. Default: the model's own."),
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of --sample.")]
 ControlTokensOption = Annotated[
     bool,
-    typer.Option("--control-tokens", help="Read control tokens inside messages as such; default: as text."),
+    typer.Option(
+        "--control-tokens",
+        help="Let text such as <|end|> inside a message act as a control token. Default: it is ordinary text.",
+    ),
 ]
 
 

@@ -32,6 +32,7 @@ from philora.cli.application import (
     SeedFlag,
     TargetsFlag,
     app,
+    closing,
     err,
     out,
     print_json,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from philora.training.readiness import Preflight
 
 
-@app.command(rich_help_panel=GROUP_DATA, epilog="Example: philora init support.csv --model phi-3-mini")
+@app.command(rich_help_panel=GROUP_DATA, epilog=closing("quickstart.md", "philora init support.csv --model phi-3-mini"))
 def init(
     data: Annotated[str, typer.Argument(help="File, folder or hub id of conversations.", metavar="DATA")],
     model: Annotated[
@@ -73,7 +74,7 @@ def init(
     _check_run(str(file), [], f"philora train {shlex.quote(str(file))}", False, False)
 
 
-@app.command(rich_help_panel=GROUP_DATA, epilog="Example: philora check support.yaml")
+@app.command(rich_help_panel=GROUP_DATA, epilog=closing("quickstart.md", "philora check support.yaml"))
 def check(
     context: typer.Context,
     config: ConfigArgument,
@@ -100,7 +101,7 @@ def check(
     _check_run(config, [*(overrides or []), *flag_overrides(context)], command, as_json, quiet)
 
 
-@app.command("data", rich_help_panel=GROUP_DATA, epilog="Example: philora data support.csv")
+@app.command("data", rich_help_panel=GROUP_DATA, epilog=closing("data.md", "philora data support.csv"))
 def show_data(
     source: Annotated[
         str, typer.Argument(help="Data file, folder or hub id; or the YAML file of a run.", metavar="FILE")
@@ -138,7 +139,9 @@ def show_data(
 
 
 @app.command(
-    "config", rich_help_panel=GROUP_DATA, epilog="Example: philora config support.yaml training_config.max_steps=50"
+    "config",
+    rich_help_panel=GROUP_DATA,
+    epilog=closing("configuration.md", "philora config support.yaml training_config.max_steps=50"),
 )
 def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: JsonOption = False) -> None:
     """Show the effective configuration and where every value comes from."""

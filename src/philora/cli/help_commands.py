@@ -9,13 +9,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from philora.cli.application import GROUP_HELP, JsonOption, app, err, out, print_json, set_up_logging
+from philora.cli.application import GROUP_HELP, JsonOption, app, closing, err, out, print_json, set_up_logging
 from philora.reporting import display
 
 
-@app.command(rich_help_panel=GROUP_HELP, epilog="Example: philora doctor")
+@app.command(rich_help_panel=GROUP_HELP, epilog=closing("platforms.md", "philora doctor"))
 def doctor(as_json: JsonOption = False) -> None:
-    """Show what works on this machine: Python, packages, device, compiler, caches, disk, the Hub."""
+    """Check this machine: Python, packages, device, compiler, caches, disk, the connection to the Hub."""
     set_up_logging("warning")
     with err.status("looking"):
         from philora.cli.doctor import examine
@@ -37,11 +37,13 @@ def doctor(as_json: JsonOption = False) -> None:
         sys.exit(1)
 
 
-@app.command(rich_help_panel=GROUP_HELP, epilog="Example: philora explain")
+@app.command(rich_help_panel=GROUP_HELP, epilog=closing("troubleshooting.md", "philora explain"))
 def explain(
-    entry: Annotated[str | None, typer.Argument(help="Name after `help: philora explain`; default: list them.")] = None,
+    entry: Annotated[
+        str | None, typer.Argument(help="Name of an entry, as an error message gives it. Default: list all entries.")
+    ] = None,
 ) -> None:
-    """Explain what an error message means and what to do, from the troubleshooting page."""
+    """Explain an error message and what to do about it, from the troubleshooting page."""
     from philora.cli.troubleshooting import entries, entry_named
 
     if entry is None:

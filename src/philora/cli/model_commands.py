@@ -17,6 +17,7 @@ from philora.cli.application import (
     BaseOption,
     JsonOption,
     app,
+    closing,
     out,
     plain_values,
     print_json,
@@ -25,23 +26,30 @@ from philora.cli.application import (
 from philora.reporting import display
 
 
-@app.command(rich_help_panel=GROUP_SHARE, epilog="Example: philora merge runs/support --out merged")
+@app.command(rich_help_panel=GROUP_SHARE, epilog=closing("memory.md", "philora merge runs/support --out merged"))
 def merge(
     source: AdapterArgument,
-    output: Annotated[str, typer.Option("--out", help="Folder for the merged model.")],
+    output: Annotated[
+        str, typer.Option("--out", help="Folder to write the merged model to; must be empty or not exist.")
+    ],
     base: BaseOption = None,
     fresh_base: Annotated[
-        bool, typer.Option("--fresh-base", help="After training over a quantised base: merge into its 16-bit weights.")
+        bool,
+        typer.Option("--fresh-base", help="Merge into the 16-bit weights of a base that was quantised in training."),
     ] = False,
     data: Annotated[
         str | None,
-        typer.Option(help="With --fresh-base: rows for the loss of both bases; default: those that the run held out."),
+        typer.Option(
+            help="With --fresh-base: rows on which the loss over both bases is measured. Default: the held-out rows."
+        ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 500MB or 5GB.")] = "2GB",
-    verify: Annotated[bool, typer.Option(help="Compare logits of adapter and merged model.")] = True,
+    max_shard_size: Annotated[str, typer.Option(help="Size limit of a file of weights, such as 500MB or 5GB.")] = "2GB",
+    verify: Annotated[
+        bool, typer.Option(help="Compare the logits of the merged model with those of base and adapter.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model folder with the adapter added to the weights, a shard at a time."""
+    """Write a model folder with the adapter merged into the weights, one shard at a time."""
     set_up_logging("warning")
     scores = None
     if data is not None and not fresh_base:
@@ -73,31 +81,40 @@ def merge(
 
 @app.command(
     rich_help_panel=GROUP_SHARE,
-    epilog="Example: philora export runs/support --format ollama --dtype q8_0 --out support-ollama",
+    epilog=closing("formats.md", "philora export runs/support --format ollama --dtype q8_0 --out support-ollama"),
 )
 def export(
     source: AdapterArgument,
-    output: Annotated[str, typer.Option("--out", help="Folder for the result.")],
+    output: Annotated[str, typer.Option("--out", help="Folder to write; must be empty or not exist.")],
     format: Annotated[
-        str, typer.Option(help="peft, loralib, gguf (llama.cpp) or ollama.", autocompletion=lambda: list(FORMATS))
+        str,
+        typer.Option(
+            help="Format to write: peft, loralib, gguf (llama.cpp) or ollama.", autocompletion=lambda: list(FORMATS)
+        ),
     ] = "peft",
     layout: Annotated[
         str | None,
         typer.Option(
-            help="Of peft: server (one rank, one alpha), fused or slices. "
-            "Of gguf and ollama: merged, base+adapter or adapter. Default: the first.",
+            help="Layout within the format. peft: server (one rank, one alpha), fused or slices. "
+            "gguf: merged, base+adapter or adapter. ollama: merged or base+adapter. Default: the first.",
             show_default=False,
             autocompletion=lambda: list(LAYOUTS),
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of gguf and ollama: f16, q8_0 or f32.", autocompletion=lambda: list(FILE_TYPES))
+        str,
+        typer.Option(
+            help="Type of the weights in gguf and ollama: f16, q8_0 or f32.", autocompletion=lambda: list(FILE_TYPES)
+        ),
     ] = "f16",
     base: BaseOption = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Of a loralib file that has no lora.json beside it.")] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(help="Alpha that a loralib file was trained with. Needed only where no lora.json is beside it."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the adapter in another layout; nothing is written unless it computes the same."""
+    """Convert an adapter to another format. The result is written only if it computes the same."""
     set_up_logging("warning")
     from philora.exporting.conversion import export as convert
 
@@ -113,26 +130,42 @@ def export(
         out.print(str(result.reader or failed or missing), highlight=False)
 
 
-@app.command(rich_help_panel=GROUP_SHARE, epilog="Example: philora push runs/support OWNER/NAME --dry-run")
+@app.command(rich_help_panel=GROUP_SHARE, epilog=closing("hub.md", "philora push runs/support OWNER/NAME --dry-run"))
 def push(
     source: AdapterArgument,
-    repo_id: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub.", metavar="REPO_ID")],
-    merged: Annotated[bool, typer.Option("--merged", help="Push the whole model, merged and verified.")] = False,
+    repo_id: Annotated[
+        str,
+        typer.Argument(
+            help="Repository on the Hugging Face Hub, as OWNER/NAME. It is created where it does not exist.",
+            metavar="REPO_ID",
+        ),
+    ],
+    merged: Annotated[
+        bool,
+        typer.Option("--merged", help="Push the complete model with the adapter merged, instead of the adapter alone."),
+    ] = False,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Remove an adapter where a model is pushed, or a model where an adapter is."),
+        typer.Option(
+            "--replace",
+            help="Remove the adapter in the repository when a model is pushed, or the model when an adapter is.",
+        ),
     ] = False,
     private: Annotated[
         bool | None,
         typer.Option(
-            "--private/--public", help="Of a new repository; default: the owner's setting.", show_default=False
+            "--private/--public",
+            help="Visibility of a new repository. Default: the owner's setting on the Hub.",
+            show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files that would be uploaded, and upload nothing.")
+    ] = False,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish the adapter, or the merged model, with its card on the Hugging Face Hub."""
+    """Upload an adapter, or the merged model, with its model card to the Hugging Face Hub."""
     set_up_logging("warning")
     from philora.reporting.pushing import push as publish
 

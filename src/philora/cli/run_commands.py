@@ -40,6 +40,7 @@ from philora.cli.application import (
     TopKOption,
     TopPOption,
     app,
+    closing,
     err,
     out,
     print_json,
@@ -52,20 +53,24 @@ from philora.runtime import process_state, processes
 from philora.runtime.signals import StopOnSignal
 
 
-@app.command(rich_help_panel=GROUP_RUN, epilog="Example: philora demo training_config.max_steps=60")
+@app.command(rich_help_panel=GROUP_RUN, epilog=closing("quickstart.md", "philora demo training_config.max_steps=60"))
 def demo(
-    output: Annotated[str, typer.Option("--out", help="Run folder; a number is added when it is taken.")] = "runs/demo",
+    output: Annotated[
+        str, typer.Option("--out", help="Run folder. A number is added where it exists already.")
+    ] = "runs/demo",
     overrides: Overrides = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune the bundled nano model on the bundled help desk, and show that it worked."""
+    """Fine-tune the bundled nano model on the bundled help-desk chats: a complete run in a few minutes."""
     from philora.configuration.folders import unused_folder
 
     folder = unused_folder(Path(output))
     train_run("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False, as_json)
 
 
-@app.command(rich_help_panel=GROUP_RUN, epilog="Example: philora train support.yaml --learning-rate 1e-4")
+@app.command(
+    rich_help_panel=GROUP_RUN, epilog=closing("quickstart.md", "philora train support.yaml --learning-rate 1e-4")
+)
 def train(
     context: typer.Context,
     config: ConfigArgument,
@@ -85,43 +90,75 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            "--resume", help="Continue from the newest complete checkpoint: yes, or force (changed settings)."
+            "--resume",
+            help="Resume the run from its newest complete checkpoint; --resume=force also where settings have changed.",
         ),
     ] = "",
     quiet: QuietFlag = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune as CONFIG says, or on DATA by settings that fit it, evaluate before and after, write the run folder."""
+    """Fine-tune a model as a configuration says, or on data alone; write a run folder with adapter and report."""
     if resume not in ("", "yes", "force"):
         raise typer.BadParameter(f"{resume!r}: expected --resume or --resume=force")
     given = [*(overrides or []), *flag_overrides(context)]
     train_run(config, given, "force" if resume == "force" else bool(resume), as_json, quiet)
 
 
-@app.command("evaluate", rich_help_panel=GROUP_RUN, epilog="Example: philora evaluate runs/support --answers 100")
+@app.command(
+    "evaluate",
+    rich_help_panel=GROUP_RUN,
+    epilog=closing("evaluation.md", "philora evaluate runs/support --answers 100"),
+)
 def evaluate_adapter(
     source: AdapterArgument,
-    data: Annotated[str | None, typer.Option(help="Rows to judge by; default: those the run held out.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File or folder of rows to score. Default: the rows that the run held out.")
+    ] = None,
     base: BaseOption = None,
-    answers: Annotated[int | None, typer.Option(min=0, help="Answers to generate; default: as in the run.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows to read at most.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Of rouge,bleu,chrf; default: those that are installed.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Command that reads answers as JSONL and writes scores.")] = None,
-    forgetting: Annotated[bool, typer.Option(help="Score general prompts and plain texts too.")] = True,
+    answers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of answers to generate; 0: none. Default: as in the run, else 200."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of rows to score at most. Default: all.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Metrics of the answers, separated by commas: rouge, bleu, chrf. Default: all that are installed."
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Shell command that reads answers as JSONL on standard input and writes their scores. Default: none."
+        ),
+    ] = None,
+    forgetting: Annotated[
+        bool,
+        typer.Option(help="Also score bundled general prompts and texts, to see what training made the model forget."),
+    ] = True,
     keep_training_rows: Annotated[
-        bool, typer.Option("--keep-training-rows", help="Score rows of the training set too.")
+        bool,
+        typer.Option(
+            "--keep-training-rows", help="Also score rows that the training set contains. Default: they are left out."
+        ),
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: as in the run.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Answers at a time; default: as in the run.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of an answer, in tokens. Default: as in the run, else 256.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Number of answers generated at a time. Default: as in the run, else 16.")
+    ] = None,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
     top_k: TopKOption = None,
     seed: SeedOption = 0,
-    output: Annotated[str | None, typer.Option("--out", help="Folder; default: evaluation in the run folder.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--out", help="Folder for the results. Default: evaluation/ in the run folder.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score base and adapter on the same held-out rows: loss, answers, ROUGE, BLEU, chrF, and what was forgotten."""
+    """Compare an adapter with its base on held-out rows: loss, answers, ROUGE, BLEU, chrF, forgetting."""
     set_up_logging("warning" if as_json else "info")
     from philora.evaluation.assessment import evaluate
     from philora.reporting.progress import evaluation_shown
@@ -154,16 +191,22 @@ def evaluate_adapter(
     )
 
 
-@app.command(rich_help_panel=GROUP_RUN, epilog="Example: philora report runs/first runs/second --open")
+@app.command(rich_help_panel=GROUP_RUN, epilog=closing("evaluation.md", "philora report runs/first runs/second --open"))
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Run folders; several are compared.", metavar="RUN...")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folder. With several, one page compares them.", metavar="RUN...")
+    ],
     output: Annotated[
-        str | None, typer.Option("--out", help="File; default: report.html in the run folder, or comparison.html here.")
+        str | None,
+        typer.Option(
+            "--out",
+            help="HTML file to write. Default: report.html in the run folder; of several runs, comparison.html here.",
+        ),
     ] = None,
-    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    open_it: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write report.html of a run again, or one page about several."""
+    """Write the HTML report of a run again, or one page that compares several runs."""
     from philora.reporting.report import write_comparison, write_report
 
     if len(runs) == 1:
@@ -178,12 +221,12 @@ def report(
     out.print(str(written), highlight=False)
 
 
-@app.command("runs", rich_help_panel=GROUP_RUN, epilog="Example: philora runs")
+@app.command("runs", rich_help_panel=GROUP_RUN, epilog=closing("commands.md", "philora runs"))
 def show_runs(
-    folder: Annotated[str, typer.Argument(help="Folder that holds runs.", metavar="FOLDER")] = "runs",
+    folder: Annotated[str, typer.Argument(help="Folder that contains run folders.", metavar="FOLDER")] = "runs",
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs in FOLDER, the newest first: base, date, held-out loss, matching answers, status."""
+    """List the runs in a folder, newest first: base, date, held-out loss, matching answers, status."""
     from philora.reporting.run_list import list_runs
 
     found = list_runs(Path(folder).expanduser())

@@ -26,6 +26,7 @@ from philora.cli.application import (
     TopKOption,
     TopPOption,
     app,
+    closing,
     err,
     out,
     quiet_transformers,
@@ -43,26 +44,31 @@ PRODUCTS_KEPT = 256
 
 
 @app.command(
-    "generate", rich_help_panel=GROUP_USE, epilog='Example: philora generate runs/support --prompt "Where is my order?"'
+    "generate",
+    rich_help_panel=GROUP_USE,
+    epilog=closing("evaluation.md", 'philora generate runs/support --prompt "Where is my order?"'),
 )
 def generate_answers(
     source: AdapterArgument,
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="JSONL, JSON, CSV or Parquet of conversations, or a .txt of prompts; -: lines of standard input.",
+            help="File of prompts: conversations as JSONL, JSON, CSV or Parquet, or a .txt with one prompt a line. "
+            "-: read lines from standard input.",
             show_default=False,
         ),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="A prompt; may be given again.", show_default=False)
+        list[str] | None, typer.Option("--prompt", help="Text of a prompt. May be repeated.", show_default=False)
     ] = None,
-    output: Annotated[str | None, typer.Option("--out", help="JSONL file; default: standard output.")] = None,
+    output: Annotated[str | None, typer.Option("--out", help="JSONL file to write. Default: standard output.")] = None,
     base: BaseOption = None,
-    adapter: Annotated[bool, typer.Option(help="With the adapter, or the base alone.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Answers at a time.")] = 16,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
+    adapter: Annotated[bool, typer.Option(help="Answer with the adapter, or with the base alone.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Number of answers generated at a time.")] = 16,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer. May be repeated. Default: none.")
+    ] = None,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -70,7 +76,7 @@ def generate_answers(
     seed: SeedOption = 0,
     control_tokens: ControlTokensOption = False,
 ) -> None:
-    """Answer prompts in batches, as JSONL."""
+    """Generate answers to a file of prompts, or to prompts on the command line, as JSONL."""
     set_up_logging("warning")
     if (prompts is None) == (not prompt):
         given = "nothing" if prompts is None else "both"
@@ -101,30 +107,56 @@ def generate_answers(
         out.print(f"{output}: {lines.count(chr(10))} answers", highlight=False)
 
 
-@app.command(rich_help_panel=GROUP_USE, epilog="Example: philora chat runs/support --web")
+@app.command(rich_help_panel=GROUP_USE, epilog=closing("chat.md", "philora chat runs/support --web"))
 def chat(
     source: AdapterArgument,
     base: BaseOption = None,
     system: Annotated[
         str | None,
-        typer.Option("--system", help="System prompt; default: that of nearly all training data; -: none."),
+        typer.Option(
+            "--system",
+            help="System prompt; -: none. Default: that of the training data, where nearly all of it has the same.",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Of sampling, in (0, 1].")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Of sampling, at least 1.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of sampling; default: another each time.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; may be repeated.")] = None,
-    web: Annotated[bool, typer.Option("--web", help="A page in the browser: base and adapter side by side.")] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Length limit of an answer, in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Temperature of sampling. 0: always take the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            help="Draw from the likeliest tokens with this probability together, in (0, 1]. Default: the model's own.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", help="Draw from this many of the likeliest tokens. Default: the model's own."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of sampling. Default: a new one each time.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Text that ends an answer. May be repeated. Default: none.")
+    ] = None,
+    web: Annotated[
+        bool,
+        typer.Option(
+            "--web", help="Serve a web page with base and adapter side by side, instead of a chat in the terminal."
+        ),
+    ] = False,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8080,
     key: KeyOption = None,
     votes: Annotated[
-        str | None, typer.Option("--votes", help="File of the page's votes; default: preferences.jsonl in the run.")
+        str | None,
+        typer.Option(
+            "--votes", help="File for the votes given on the page. Default: preferences.jsonl in the run folder."
+        ),
     ] = None,
     control_tokens: ControlTokensOption = False,
 ) -> None:
-    """Talk to an adapter, here or in the browser beside its base."""
+    """Chat with an adapter in the terminal, or in the browser with the answers of its base beside it."""
     set_up_logging("warning")
     if web:
         terminal_only = {"system": system, "temperature": temperature, "top-p": top_p, "top-k": top_k, "seed": seed}
@@ -146,25 +178,36 @@ def chat(
     _talk(pool, settings, name, system)
 
 
-@app.command(rich_help_panel=GROUP_USE, epilog="Example: philora serve support=runs/support --port 8000")
+@app.command(rich_help_panel=GROUP_USE, epilog=closing("serving.md", "philora serve support=runs/support --port 8000"))
 def serve(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Adapters of one base, with names if you like.", metavar="[NAME=]RUN_OR_ADAPTER..."),
+        typer.Argument(
+            help="Adapters of one base. NAME is the model name that clients use; default: the name of the folder.",
+            metavar="[NAME=]RUN_OR_ADAPTER...",
+        ),
     ],
     base: BaseOption = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     key: KeyOption = None,
     max_requests: Annotated[
-        int, typer.Option("--max-requests", min=1, help="Answers being made or waiting; more are refused with 429.")
+        int,
+        typer.Option(
+            "--max-requests",
+            min=1,
+            help="Requests in progress or waiting at a time. Further ones are refused with status 429.",
+        ),
     ] = 32,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest answer where a request does not say.")
+        int,
+        typer.Option(
+            "--max-new-tokens", min=1, help="Length limit of an answer in tokens, for requests that give none."
+        ),
     ] = 512,
     control_tokens: ControlTokensOption = False,
 ) -> None:
-    """Answer OpenAI's clients: the base and each adapter is a model of its own."""
+    """Serve base and adapters over an API that OpenAI's clients can use."""
     set_up_logging("warning")
     _serve(sources, base, host, port, key, max_requests, max_new_tokens, None, control_tokens)
 
