@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from philora.configuration.fields import FIELDS, LIBRARY, ONE_RATE_OPTIMIZERS
 from philora.configuration.reader import Reader
 from philora.configuration.sections import plain
-
-# --- defaults and checks across keys --------------------------------------------------------------------------------
 
 
 def own_defaults(section: str) -> dict[str, Any]:
@@ -28,7 +26,7 @@ def training_defaults(given: Mapping[str, Any], data: Mapping[str, Any], stem: s
     preset = own_defaults("training_config")
     preset["output_dir"] = f"runs/{stem}"
     if isinstance(given.get("per_device_train_batch_size"), int) or "gradient_accumulation_steps" in given:
-        preset["tokens_per_step"] = None  # who names either means their product, as in TRL
+        preset["tokens_per_step"] = None  # the step is the product of the two, as in TRL
     if given.get("fp16"):
         preset["bf16"] = False
     if data.get("eval", 0.05) is None or (given.get("do_eval") is False and "eval_strategy" not in given):
@@ -36,7 +34,7 @@ def training_defaults(given: Mapping[str, Any], data: Mapping[str, Any], stem: s
     if given.get("early_stopping_patience") is not None:
         preset["load_best_model_at_end"] = True  # without it transformers follows no metric
     if {**preset, **given}.get("load_best_model_at_end"):
-        # The best checkpoint can only be one that was evaluated, so what is not given follows what is.
+        # The best checkpoint must be one that was evaluated, so a setting that is not given follows its counterpart.
         for one, other in (("eval_strategy", "save_strategy"), ("save_strategy", "eval_strategy")):
             if one in given and other not in given and given[one] != "best":
                 preset[other] = given[one]
@@ -49,44 +47,14 @@ def training_defaults(given: Mapping[str, Any], data: Mapping[str, Any], stem: s
 def check_training(
     given: Mapping[str, Any], defaults: Mapping[str, Any], data: Mapping[str, Any], reader: Reader
 ) -> None:
-    """Record faults of `training_config` that no single key shows, before the trainer would find them."""
+    """Record faults and notices of settings of `training_config` that do not fit together."""
     values = {**defaults, **given}
 
     def refuse(key: str, expected: str, todo: str = "") -> None:
         reader.fault(("training_config", key), values[key], expected, todo)
 
-    evaluates = values["eval_strategy"] != "no"
-    if evaluates and data.get("eval", 0.05) is None:
-        refuse("eval_strategy", "no, because data.eval is null", "Give data.eval, for example 0.05")
-    if given.get("load_best_model_at_end") and not evaluates:
-        refuse("load_best_model_at_end", "false, because eval_strategy is no", "Set eval_strategy to steps or epoch")
-    elif evaluates and values.get("load_best_model_at_end") and values["save_strategy"] != "best":
-        if values["eval_strategy"] != values["save_strategy"]:
-            refuse(
-                "load_best_model_at_end",
-                f"eval_strategy={values['eval_strategy']!r} and save_strategy={values['save_strategy']!r} to be equal",
-                "Set both to steps or both to epoch",
-            )
-        elif values["eval_strategy"] == "steps" and not _multiple(values["save_steps"], values["eval_steps"]):
-            refuse("save_steps", f"a multiple of eval_steps={values['eval_steps']!r}, for load_best_model_at_end")
-    if values.get("early_stopping_patience") is not None and not evaluates:
-        refuse("early_stopping_patience", "null, because eval_strategy is no", "Set eval_strategy to steps or epoch")
-    elif values.get("early_stopping_patience") is not None and not (
-        values.get("load_best_model_at_end") or values.get("metric_for_best_model")
-    ):
-        refuse("early_stopping_patience", "load_best_model_at_end: true beside it, or a metric_for_best_model")
-    if values.get("loraplus_lr_ratio") is not None and values.get("optim") in ONE_RATE_OPTIMIZERS:
-        expected = f"null, because optim={values['optim']!r} has one learning rate for all"
-        refuse("loraplus_lr_ratio", expected, "Choose another optim, such as adamw_torch")
-    optim = str(values.get("optim") or "")
-    if (optim.startswith("paged_") or "8bit" in optim) and importlib.util.find_spec("bitsandbytes") is None:
-        expected = "an optimizer of torch's, because bitsandbytes is not installed"
-        refuse("optim", expected, "pip install 'philora[quantization]', or set adamw_torch")
-    if values["save_strategy"] == "best" and not evaluates:
-        refuse("save_strategy", "evaluation in training for 'best'", "Set eval_strategy to steps or epoch")
-    scheduler = values["lr_scheduler_type"]
-    if scheduler in ("reduce_lr_on_plateau", "greedy") and not evaluates:
-        refuse("lr_scheduler_type", f"evaluation in training for {scheduler!r}", "Set eval_strategy to steps or epoch")
+    _check_evaluation(given, values, data, refuse)
+    _check_optimizer(values, refuse)
     for one, other in (("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval")):
         if values.get(one) is True and values.get(other) is True:
             refuse(one, f"false, because {other} is true", "Choose one of the two")
@@ -105,6 +73,49 @@ def check_training(
             f"{reader.place(('training_config', 'tokens_per_step'))}: training_config.tokens_per_step and "
             f"gradient_accumulation_steps are both given: gradient_accumulation_steps holds."
         )
+
+
+def _check_evaluation(
+    given: Mapping[str, Any], values: Mapping[str, Any], data: Mapping[str, Any], refuse: Callable[..., None]
+) -> None:
+    """Refuse settings that need an evaluation during training which does not take place, or not at the right steps."""
+    evaluates = values["eval_strategy"] != "no"
+    turn_on = "Set eval_strategy to steps or epoch"
+    if evaluates and data.get("eval", 0.05) is None:
+        refuse("eval_strategy", "no, because data.eval is null", "Give data.eval, for example 0.05")
+    if given.get("load_best_model_at_end") and not evaluates:
+        refuse("load_best_model_at_end", "false, because eval_strategy is no", turn_on)
+    elif evaluates and values.get("load_best_model_at_end") and values["save_strategy"] != "best":
+        if values["eval_strategy"] != values["save_strategy"]:
+            refuse(
+                "load_best_model_at_end",
+                f"eval_strategy={values['eval_strategy']!r} and save_strategy={values['save_strategy']!r} to be equal",
+                "Set both to steps or both to epoch",
+            )
+        elif values["eval_strategy"] == "steps" and not _multiple(values["save_steps"], values["eval_steps"]):
+            refuse("save_steps", f"a multiple of eval_steps={values['eval_steps']!r}, for load_best_model_at_end")
+    if values.get("early_stopping_patience") is not None and not evaluates:
+        refuse("early_stopping_patience", "null, because eval_strategy is no", turn_on)
+    elif values.get("early_stopping_patience") is not None and not (
+        values.get("load_best_model_at_end") or values.get("metric_for_best_model")
+    ):
+        refuse("early_stopping_patience", "load_best_model_at_end: true beside it, or a metric_for_best_model")
+    if values["save_strategy"] == "best" and not evaluates:
+        refuse("save_strategy", "evaluation in training for 'best'", turn_on)
+    scheduler = values["lr_scheduler_type"]
+    if scheduler in ("reduce_lr_on_plateau", "greedy") and not evaluates:
+        refuse("lr_scheduler_type", f"evaluation in training for {scheduler!r}", turn_on)
+
+
+def _check_optimizer(values: Mapping[str, Any], refuse: Callable[..., None]) -> None:
+    """Refuse an optimizer that cannot have LoRA+'s two learning rates, or whose package is missing."""
+    if values.get("loraplus_lr_ratio") is not None and values.get("optim") in ONE_RATE_OPTIMIZERS:
+        expected = f"null, because optim={values['optim']!r} has one learning rate for all"
+        refuse("loraplus_lr_ratio", expected, "Choose another optim, such as adamw_torch")
+    optim = str(values.get("optim") or "")
+    if (optim.startswith("paged_") or "8bit" in optim) and importlib.util.find_spec("bitsandbytes") is None:
+        expected = "an optimizer of torch's, because bitsandbytes is not installed"
+        refuse("optim", expected, "pip install 'philora[quantization]', or set adamw_torch")
 
 
 def _multiple(save: float, evaluation: float | None) -> bool:

@@ -1,8 +1,8 @@
 """The configuration of a run: defaults, bounds, older spellings, and where every value came from.
 
 A configuration is a YAML file, or the same dict in Python, with `KEY=VALUE` overrides on top. `load_config` checks
-all of it before anything heavy is imported and reports every fault at once; what it returns is complete for
-philora's own keys. Keys of TRL and PEFT that nobody names are left to TRL and PEFT, whose defaults are not copied.
+all of it before any large library is imported and reports every fault at once. What it returns is complete for
+philora's own keys. Keys of TRL and PEFT that are not given keep the defaults of TRL and PEFT, which are not copied.
 
 Nothing here imports torch, transformers, TRL or PEFT: `philora.configuration.schema` reads their keys from their
 source.
@@ -36,7 +36,7 @@ from philora.families import ALIASES, hub_id
 
 
 def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str, str]:
-    """The reader of a source, the source's name, and the name that the run folder gets."""
+    """Return the reader of a source, the source's name, and the default name of the run folder."""
     if isinstance(source, Config):
         reader = Reader("config", "python")
         given = source.to_dict()
@@ -111,7 +111,7 @@ _HOLD_PATHS: Final = ("path", "train", "eval", "name_or_path", "adapter", "outpu
 
 
 def _unusable_texts(value: Any, path: KeyPath, reader: Reader) -> Iterator[str]:
-    """A fault for every text that no file can hold, and for every path in the home folder of nobody."""
+    """Yield a fault for every text that UTF-8 cannot encode, and for every path whose home folder is not known."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _unusable_texts(item, (*path, str(key)), reader)
@@ -132,7 +132,7 @@ def _unusable_texts(value: Any, path: KeyPath, reader: Reader) -> Iterator[str]:
         )
     except RuntimeError:
         expected = "a path whose home folder is known here"
-        yield config_fault(where, name, text, expected, "Write the whole path, or set the variable HOME")
+        yield config_fault(where, name, text, expected, "Write the full path, or set the variable HOME")
 
 
 def _build(reader: Reader, source: str, stem: str) -> Config:
@@ -163,7 +163,7 @@ def _build(reader: Reader, source: str, stem: str) -> Config:
             given = key in values
             origins[f"{section}.{key}"] = reader.origin_of((section, key)) if given else "default"
     if reader.faults:
-        # Only so that there is something to return; load_config raises.
+        # A Config needs the key; load_config raises the faults.
         own["data"].setdefault("train", ())
     if own["model"].get("trust_remote_code"):
         path = ("model", "trust_remote_code")
@@ -185,13 +185,13 @@ def _build(reader: Reader, source: str, stem: str) -> Config:
 
 
 def _in_order(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The keys of the table in its order, then the others in the order given."""
+    """Return values with the keys of `FIELDS` first, in its order, then the others in the order given."""
     names = [key.partition(".")[2] for key in FIELDS if key.startswith(f"{section}.")]
     return {key: values[key] for key in (*(name for name in names if name in values), *values)}
 
 
 def _read_own(section: str, given: dict[str, Any], reader: Reader, origins: dict[str, str]) -> dict[str, Any]:
-    """The values of one of philora's own sections; faults are recorded and left out."""
+    """Return the values of one of philora's own sections; record faults and leave their keys out."""
     kind = SECTIONS[section]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
@@ -257,7 +257,7 @@ def _read_nested(
 
 
 def _read_library(section: str, given: dict[str, Any], reader: Reader) -> dict[str, Any]:
-    """The values of `training_config` or `peft_config`; faults are recorded and left out."""
+    """Return the values of `training_config` or `peft_config`; record faults and leave their keys out."""
     values: dict[str, Any] = {}
     known = schema.training_fields() if section == "training_config" else schema.lora_fields()
     for key, value in given.items():

@@ -65,6 +65,7 @@ LIBRARY: Final = schema.UNKNOWN
 """As a default in `FIELDS`: the key is not set, and TRL's or PEFT's own default holds."""
 
 REQUIRED: Final = dataclasses.MISSING
+_LIBRARY_RULE: Final = Rule("", lambda value: value)  # `rule_of` returns the rule of the installed library
 _SMALL_BETA: Final = number(least=0, below=1)
 _RATIO_OR_STEPS: Final = dataclasses.replace(
     union(number(least=0, below=1), COUNT),
@@ -86,12 +87,7 @@ _LIBRARY_FIELDS: Final = (
         union(number(above=0), AUTO),
         "peak learning rate; auto: 2e-4 * 3072 / the model's hidden size",
     ),
-    Field(
-        "training_config.lr_scheduler_type",
-        "cosine",
-        Rule("", lambda value: value),  # the words come from the installed transformers
-        "shape of the learning rate over the run",
-    ),
+    Field("training_config.lr_scheduler_type", "cosine", _LIBRARY_RULE, "shape of the learning rate over the run"),
     Field(
         "training_config.loraplus_lr_ratio",
         None,
@@ -182,11 +178,11 @@ _LIBRARY_FIELDS: Final = (
         STEPS,
         "steps between log lines; where it is not set, fewer in a short run, for a curve of 100 points",
     ),
-    Field("training_config.eval_strategy", "steps", Rule("", lambda value: value), "when to evaluate in training"),
+    Field("training_config.eval_strategy", "steps", _LIBRARY_RULE, "when to evaluate in training"),
     Field("training_config.eval_steps", 0.1, union(STEPS, NULL), "steps between evaluations"),
     Field("training_config.eval_delay", LIBRARY, number(least=0), "steps or epochs before the first evaluation"),
     Field("training_config.eval_accumulation_steps", LIBRARY, COUNT_OR_NULL, "evaluation steps kept on the device"),
-    Field("training_config.save_strategy", "steps", Rule("", lambda value: value), "when to save a checkpoint"),
+    Field("training_config.save_strategy", "steps", _LIBRARY_RULE, "when to save a checkpoint"),
     Field("training_config.save_steps", 0.1, STEPS, "steps between checkpoints"),
     Field(
         "training_config.early_stopping_patience",
@@ -204,7 +200,7 @@ _LIBRARY_FIELDS: Final = (
     Field("training_config.save_total_limit", 2, COUNT_OR_NULL, "checkpoints kept; null: all"),
     Field("training_config.seed", 42, number(least=0, whole=True), "seed of data order, dropout and initialisation"),
     Field("training_config.data_seed", LIBRARY, union(number(least=0, whole=True), NULL), "seed of the data order"),
-    Field("training_config.report_to", "none", Rule("", lambda value: value), "trackers, such as tensorboard or wandb"),
+    Field("training_config.report_to", "none", _LIBRARY_RULE, "trackers, such as tensorboard or wandb"),
     Field(
         "training_config.dataloader_num_workers", LIBRARY, number(least=0, whole=True), "processes that load batches"
     ),
@@ -226,14 +222,14 @@ _LIBRARY_FIELDS: Final = (
     Field("peft_config.r", 16, COUNT, "rank of the adapters"),
     Field("peft_config.lora_alpha", 32, number(above=0), "numerator of the multiplier: alpha/r, or alpha/sqrt(r)"),
     Field("peft_config.lora_dropout", 0.05, _SMALL_BETA, "dropout on the input of the adapters"),
-    Field("peft_config.bias", "none", Rule("", lambda value: value), "which biases train"),
+    Field("peft_config.bias", "none", _LIBRARY_RULE, "which biases train"),
     Field("peft_config.task_type", "CAUSAL_LM", Rule("CAUSAL_LM", _task_type, ("CAUSAL_LM",)), "PEFT's task"),
     Field("peft_config.peft_type", LIBRARY, union(one_of("LORA"), NULL), "PEFT's method; the configuration is LoRA's"),
     Field("peft_config.inference_mode", LIBRARY, exactly(False), "true would freeze the adapters"),
     Field(
         "peft_config.target_modules",
         "all-linear",
-        Rule("", lambda value: value),
+        _LIBRARY_RULE,
         "modules to adapt; also q_proj, k_proj, v_proj, gate_proj and up_proj as slices of Phi's fused modules",
     ),
     Field(
@@ -263,7 +259,7 @@ FIELDS: Final[Mapping[str, Field]] = {field.key: field for field in (*_own_field
 
 
 def rule_of(section: str, key: str) -> Rule | None:
-    """The rule of a key of a library section, or None where the installed library has no such key."""
+    """Return the rule of a key of a library section, or None if the installed library has no such key."""
     own = FIELDS.get(f"{section}.{key}")
     library = (schema.training_fields() if section == "training_config" else schema.lora_fields()).get(key)
     if own is not None and own.rule.text:

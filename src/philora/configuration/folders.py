@@ -14,15 +14,15 @@ RECORD_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xlsx"
 """Suffixes of files with records."""
 
 DATA_SUFFIXES: Final = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".xlsx", ".txt", ".arrow")
-"""Suffixes of files that are data where a configuration is asked for."""
+"""Suffixes of files that are taken as data where a configuration is expected."""
 
 _LONGEST_SETTINGS_BYTES: Final = 1_000_000
 
 
 def holds_data(name: str) -> bool:
-    """Return whether a name is that of data where a configuration is asked for: a file of records, or a folder of them.
+    """Return whether a name given in place of a configuration is that of data: a file of records, or a folder of them.
 
-    JSON is a configuration where it is one object with a section of a configuration, else data.
+    A JSON file is a configuration if it is one object with a section of a configuration; otherwise it is data.
     """
     file = Path(name).expanduser()
     if not exists(file):
@@ -42,7 +42,7 @@ def holds_data(name: str) -> bool:
 
 
 def unused_folder(folder: Path) -> Path:
-    """Return a folder that holds nothing: the one given, or the first with a number behind its name."""
+    """Return an empty or new folder: the one given, or the first with a number appended to its name."""
     found, number = folder, 1
     while found.exists() and (found.is_file() or any(found.iterdir())):
         number += 1
@@ -51,14 +51,14 @@ def unused_folder(folder: Path) -> Path:
 
 
 def newest_folder(folder: Path) -> Path:
-    """Return the folder with the highest number behind its name that is there; the one given where none is."""
+    """Return the existing folder with the highest number appended to its name, or the one given if there is none."""
     numbers = [file.name.removeprefix(f"{folder.name}-") for file in folder.parent.glob("*") if file.is_dir()]
     highest = max((int(number) for number in numbers if number.isdecimal()), default=1)
     return folder.with_name(f"{folder.name}-{highest}") if highest > 1 else folder
 
 
 def exists(file: Path) -> bool:
-    """Return whether a path leads to something; one that no file can have, such as one that is too long, does not."""
+    """Return whether a path exists; one that is not valid, such as one that is too long, does not."""
     try:
         return file.exists()
     except (OSError, ValueError):
@@ -66,7 +66,7 @@ def exists(file: Path) -> bool:
 
 
 def nearest_file(file: Path) -> str:
-    """A hint with the file in the same folder whose name is nearest, or that the folder does not exist."""
+    """Return a hint: the file in the same folder with the nearest name, or that the folder does not exist."""
     folder = file.parent
     try:
         names = sorted(entry.name for entry in folder.iterdir())

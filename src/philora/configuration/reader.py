@@ -1,4 +1,4 @@
-"""A configuration as it was given: values, the line and the origin of every key, overrides, and faults."""
+"""Read a configuration as it was given: values, the line and the origin of every key, overrides, and faults."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Reader:
         self.faults.append(config_fault(self.place(path), ".".join(path), value, expected, todo))
 
     def is_section(self, section: str) -> bool:
-        """Return whether a section is absent or a mapping; another kind of value has a fault of its own."""
+        """Return whether a section is absent or a mapping; for another value `load_config` records a fault."""
         return self.given.get(section) is None or isinstance(self.given[section], Mapping)
 
     def read(self, path: KeyPath, value: Any, rule: Rule) -> Any:
@@ -66,10 +66,10 @@ class Reader:
             self.fault(path, value, rule.text, hint)
             return None
 
-    # -- older spellings, layer by layer, so that an override in one spelling replaces a file's value in another
+    # -- older spellings; each layer is translated alone, so that an override replaces a file's value in any spelling
 
     def translate(self) -> None:
-        """Put the given mapping into today's spelling."""
+        """Translate the given mapping to today's spelling."""
         training = self.given.get("training_config")
         if isinstance(training, Mapping):
             out = to_current_names(training)
@@ -95,7 +95,7 @@ class Reader:
             self.given["model"] = result
 
     def _join(self, training: dict[str, Any], newer: str, own: str) -> None:
-        """transformers has two names for recomputation; philora keeps the one that all supported versions have."""
+        """Replace transformers' newer name for recomputation by the one that all supported versions have."""
         if newer not in training:
             return
         value = training.pop(newer)
@@ -103,9 +103,8 @@ class Reader:
         if value is None:
             return
         if own in training and training[own] != value:
-            self.fault(
-                path, value, f"the same as {own}={training[own]!r}", "Remove one of the two, which are one setting"
-            )
+            todo = "Remove one of the two: they are the same setting"
+            self.fault(path, value, f"the same as {own}={training[own]!r}", todo)
         training[own] = value
         self.places["training_config", own] = self.place(path)
         self.notices.append(f"{self.place(path)}: training_config.{newer}={value!r} is read as {own}={value!r}.")
@@ -117,21 +116,14 @@ class Reader:
         key, equals, written = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            self.faults.append(
-                config_fault(
-                    "command line", "override", text, "KEY=VALUE", "For example training_config.learning_rate=1e-4"
-                )
-            )
+            todo = "For example training_config.learning_rate=1e-4"
+            self.faults.append(config_fault("command line", "override", text, "KEY=VALUE", todo))
             return
         try:
             value = yaml_text.parse(written)[1] if written.strip() else None
         except yaml_text.NOT_YAML as error:
-            problem = getattr(error, "problem", None) or "not YAML"
-            self.faults.append(
-                config_fault(
-                    "command line", key, written, "a YAML value", f"{str(problem).capitalize()}; quote the value"
-                )
-            )
+            todo = f"{str(getattr(error, 'problem', None) or 'not YAML').capitalize()}; quote the value"
+            self.faults.append(config_fault("command line", key, written, "a YAML value", todo))
             return
         path = tuple(key.split("."))
         layer = Reader("command line", "command line")
@@ -139,7 +131,7 @@ class Reader:
         layer.translate()
         self.notices += layer.notices
         self.faults += layer.faults
-        # What translation dropped leaves an empty section, and then there is nothing to apply.
+        # A setting that translation drops leaves an empty section, which has no leaves.
         for leaf_path, leaf in _leaves(layer.given, len(path)):
             self._set(leaf_path, leaf)
 
@@ -168,7 +160,7 @@ def _nested(path: KeyPath, value: Any) -> dict[str, Any]:
 
 
 def _leaves(given: Mapping[str, Any], depth: int, prefix: KeyPath = ()) -> Iterable[tuple[KeyPath, Any]]:
-    """Return what stands `depth` levels down a mapping; nearer where the mapping ends before."""
+    """Return the values `depth` levels down a mapping, or where the mapping ends before that."""
     for key, value in given.items():
         path = (*prefix, key)
         if depth > 1 and isinstance(value, Mapping):
@@ -181,7 +173,7 @@ _MOST_BYTES = 1 << 20
 
 
 def fill_from_yaml(file: Path, reader: Reader) -> None:
-    """Fill the reader from a file, with the line of every key; raises where the file is no YAML mapping."""
+    """Fill the reader from a file, with the line of every key; raise an error if the file is not a YAML mapping."""
     where = reader.where
     try:
         if file.stat().st_size > _MOST_BYTES:
@@ -220,10 +212,10 @@ def fill_from_yaml(file: Path, reader: Reader) -> None:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file, with nothing in it checked or translated.
+    """Return the mapping in a YAML file, without checking or translating it.
 
     Raises:
-        ConfigError: The file cannot be read, or holds no mapping.
+        ConfigError: The file cannot be read, or does not contain a mapping.
     """
     reader = Reader(str(file), str(file))
     fill_from_yaml(file, reader)
@@ -231,7 +223,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _note_lines(node: yaml.Node, path: KeyPath, reader: Reader, seen: set[int]) -> None:
-    """Record the line of every key, and a fault for every key that stands twice in one mapping."""
+    """Record the line of every key, and a fault for every key that occurs twice in one mapping."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -249,7 +241,7 @@ def _note_lines(node: yaml.Node, path: KeyPath, reader: Reader, seen: set[int]) 
         inner, line = (*path, key.value), key.start_mark.line + 1
         if key.value in first:
             reader.faults.append(
-                f"{reader.where}:{line}: {'.'.join(inner)} stands twice, first in line {first[key.value]} - "
+                f"{reader.where}:{line}: {'.'.join(inner)} is given twice, first in line {first[key.value]} - "
                 f"expected each key once. Remove one of the two."
             )
         first.setdefault(key.value, line)

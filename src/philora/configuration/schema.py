@@ -1,11 +1,11 @@
-"""Read what the installed TRL, transformers and PEFT accept, read from their source without importing them.
+"""Read which settings the installed TRL, transformers and PEFT accept, from their source and without importing them.
 
-`trl.SFTConfig` and `peft.LoraConfig` take some 200 keys, which change from release to release. Importing the two to
-ask them costs seconds; parsing the files that define them costs hundredths of a second and is just as true to the
-installed version. Only names, annotations, defaults and choices are read; nothing of those files is run.
+`trl.SFTConfig` and `peft.LoraConfig` take some 200 keys, which change from release to release. Importing them takes
+seconds. Parsing the files that define them takes hundredths of a second and gives the same keys. Only names,
+annotations, defaults and choices are read; no code of those files runs.
 
-This module also holds `Rule`, the bound of one value: the text that a message gives and the function that reads a
-value or refuses it. Rules for the libraries' fields come from their annotations.
+This module also defines `Rule`, the bound of one value: its text in a message, and the function that reads a value or
+refuses it. Rules for the libraries' fields are made from their annotations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
@@ -35,11 +35,11 @@ class _Unknown(Enum):
 
 
 UNKNOWN: Final = _Unknown.UNKNOWN
-"""Stands for a default that the library computes at import, such as the optimizer of the installed torch."""
+"""Placeholder for a default that the library computes at import, such as the optimizer of the installed torch."""
 
 
 class Misfit(ValueError):
-    """A value that a rule refuses; `hint` may say what to write instead."""
+    """A value that a rule refuses; `hint` may name what to write instead."""
 
     def __init__(self, hint: str = "") -> None:
         super().__init__(hint)
@@ -123,7 +123,7 @@ ANYTHING = Rule("any value", lambda value: value, null=True)
 
 
 def exactly(expected: object) -> Rule:
-    """One literal, such as the word `auto`."""
+    """Return the rule of one literal, such as `auto`."""
 
     def read(value: Any) -> Any:
         if type(value) is type(expected) and value == expected:
@@ -142,7 +142,7 @@ def number(
     most: float = math.inf,
     whole: bool = False,
 ) -> Rule:
-    """A finite number within bounds; `whole` turns 8.0 into 8 and refuses 8.5.
+    """Return the rule of a finite number within bounds; `whole` turns 8.0 into 8 and refuses 8.5.
 
     Example:
         >>> number(above=0, below=1).text
@@ -173,7 +173,7 @@ def number(
 
 
 def one_of(*words: str) -> Rule:
-    """One word of a fixed set; `no`, which YAML 1.1 reads as false, is understood where it is among the words."""
+    """Return the rule of one word of a fixed set; false is read as `no`, as YAML 1.1 does, if that is one of them."""
 
     def read(value: Any) -> str:
         if isinstance(value, Enum):
@@ -188,7 +188,7 @@ def one_of(*words: str) -> Rule:
 
 
 def list_of(item: Rule) -> Rule:
-    """A list whose members all fit `item`; tuples and sets, which Python callers use, become lists."""
+    """Return the rule of a list whose members all fit `item`; tuples and sets from Python callers become lists."""
 
     def read(value: Any) -> list[Any]:
         if isinstance(value, (set, frozenset)):
@@ -201,7 +201,7 @@ def list_of(item: Rule) -> Rule:
 
 
 def mapping_of(item: Rule) -> Rule:
-    """A mapping from text to values that fit `item`."""
+    """Return the rule of a mapping from text to values that fit `item`."""
 
     def read(value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -236,7 +236,7 @@ class LibraryField:
     nested: str | None = None
 
 
-# Where every class stands, the ancestors first: fields of a later one replace those of an earlier one.
+# The file of every class, ancestors first: fields of a later class replace those of an earlier one.
 _TRAINING: Final = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
@@ -261,7 +261,7 @@ _ENUMS: Final = {
 
 @cache
 def _module(package: str, path: str) -> ast.Module:
-    # find_spec of a top-level package looks for it and does not import it.
+    # find_spec of a top-level package does not import it.
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ConfigError(f"{package}: not installed - expected it beside philora. Run `pip install {package}`.")
@@ -308,7 +308,7 @@ def _log_levels() -> tuple[str, ...]:
 
 
 def union(*rules: Rule) -> Rule:
-    """Any of several rules; null comes last, so that a message reads `text, a list (text) or null`."""
+    """Return a rule that any of several rules satisfies; null is named last, as in `text, a list (text) or null`."""
     ordered = list({rule.text: rule for rule in sorted(rules, key=lambda rule: rule.null)}.values())
     joined = ordered[0]
     for rule in ordered[1:]:
@@ -328,7 +328,7 @@ _SIMPLE: Final = {
 
 
 def _rule(node: ast.expr, subclasses: frozenset[str]) -> Rule:
-    """The rule that an annotation states; what it does not understand is let through to the library's own checks."""
+    """Return the rule that an annotation states; an unknown annotation allows any value, which the library checks."""
     members = _members(node)
     if len(members) > 1:
         return union(*(_rule(member, subclasses) for member in members))
@@ -361,7 +361,7 @@ def _rule(node: ast.expr, subclasses: frozenset[str]) -> Rule:
 
 
 def _members(node: ast.expr) -> list[ast.expr]:
-    """The alternatives of `X | Y`, `Union[X, Y]` and `Optional[X]`, or the annotation itself."""
+    """Return the alternatives of `X | Y`, `Union[X, Y]` and `Optional[X]`, or the annotation itself."""
     match node:
         case ast.BinOp(op=ast.BitOr(), left=left, right=right):
             members = _members(left) + _members(right)
@@ -371,7 +371,7 @@ def _members(node: ast.expr) -> list[ast.expr]:
             members = [*_members(inner), ast.Constant(value=None)]
         case _:
             return [node]
-    # `SchedulerType | str` takes the words of the enumeration, in either spelling, and no other text.
+    # `SchedulerType | str` accepts the values of the enumeration, as members or as text, and no other text.
     if any(isinstance(member, ast.Name) and member.id in _ENUMS for member in members):
         members = [member for member in members if not (isinstance(member, ast.Name) and member.id == "str")]
     return members
@@ -427,13 +427,15 @@ def _choices(metadata: ast.expr | None) -> tuple[str, ...]:
     return ()
 
 
+def _merged(classes: Iterable[tuple[str, str, str]], subclasses: frozenset[str]) -> dict[str, LibraryField]:
+    """Return the fields of several classes, each given as package, file and name; a later class replaces a field."""
+    return {name: field for where in classes for name, field in _fields(_class(*where), subclasses).items()}
+
+
 @cache
 def training_fields() -> Mapping[str, LibraryField]:
-    """The fields of the installed `trl.SFTConfig`, those it inherits from transformers included."""
-    merged: dict[str, LibraryField] = {}
-    for place in _TRAINING:
-        merged |= _fields(_class(*place), frozenset())
-    return merged
+    """Return the fields of the installed `trl.SFTConfig`, including those inherited from transformers."""
+    return _merged(_TRAINING, frozenset())
 
 
 @cache
@@ -444,24 +446,21 @@ def _lora_subclasses() -> frozenset[str]:
 
 @cache
 def lora_fields() -> Mapping[str, LibraryField]:
-    """The fields of the installed `peft.LoraConfig`, inherited ones included."""
-    merged: dict[str, LibraryField] = {}
-    for place in _LORA:
-        merged |= _fields(_class(*place), _lora_subclasses())
-    return merged
+    """Return the fields of the installed `peft.LoraConfig`, including inherited ones."""
+    return _merged(_LORA, _lora_subclasses())
 
 
 @cache
 def lora_nested_fields(name: str) -> Mapping[str, LibraryField]:
-    """The fields of a class that LoraConfig nests, such as `EvaConfig`."""
+    """Return the fields of a class that LoraConfig nests, such as `EvaConfig`."""
     return _fields(_class("peft", "tuners/lora/config.py", name), frozenset())
 
 
 @cache
 def quantization_fields() -> Mapping[str, LibraryField]:
-    """The arguments of the installed `transformers.BitsAndBytesConfig`.
+    """Return the arguments of the installed `transformers.BitsAndBytesConfig`.
 
-    They have no annotations; the rule of every follows from its default and its name.
+    They have no annotations; each rule follows from the default and the name.
     """
     node = _class("transformers", "utils/quantization_config.py", "BitsAndBytesConfig")
     signature = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__").args

@@ -40,7 +40,7 @@ def _attention(value: Any) -> str:
 
 
 def _setting(default: Any, rule: Rule, doc: str) -> Any:
-    """A dataclass field that carries its rule and its line of documentation."""
+    """Return a dataclass field that carries its rule and its line of documentation."""
     return dataclasses.field(default=default, metadata={"rule": rule, "doc": doc})
 
 
@@ -120,7 +120,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Changes to the model's tokenizer; null leaves what the model brings."""
+    """Changes to the model's tokenizer; null keeps the tokenizer's own value."""
 
     model_max_length: int | None = _setting(None, union(number(least=8, whole=True), NULL), "window in tokens")
     padding_side: str | None = _setting(None, union(one_of("left", "right"), NULL), "side that is padded")
@@ -185,7 +185,7 @@ class Config:
         peft_config: Keywords of `peft.LoraConfig`.
         source: The file, or "python".
         origins: For every key its origin: "default", the file, "command line" or "python".
-        notices: What the reader should be told, such as older spellings that were translated.
+        notices: Texts for the user, such as older spellings that were translated.
     """
 
     model: ModelConfig
@@ -199,7 +199,7 @@ class Config:
     notices: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in the shape of the YAML file; `load_config` of it gives an equal Config."""
+        """Return the configuration in the shape of the YAML file; `load_config` of it gives an equal Config."""
         sections: dict[str, Any] = {
             name: {field.name: plain(getattr(getattr(self, name), field.name)) for field in dataclasses.fields(kind)}
             for name, kind in SECTIONS.items()
@@ -218,7 +218,7 @@ SECTIONS: Final[dict[str, type]] = {
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML has it."""
+    """Return a value in types that YAML has."""
     if isinstance(value, SourceConfig):
         given = {
             field.name: plain(getattr(value, field.name))

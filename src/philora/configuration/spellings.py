@@ -10,8 +10,6 @@ from philora.configuration import schema
 from philora.configuration.schema import Misfit, number
 from philora.errors import ConfigError, fault, one_per_line
 
-# --- older spellings ------------------------------------------------------------------------------------------------
-
 _RENAMED: Final = {
     "evaluation_strategy": "eval_strategy",
     "max_seq_length": "max_length",
@@ -60,7 +58,7 @@ _RENAMED_VALUES: Final = {
 
 @dataclass
 class Translation:
-    """Keys in today's spelling, with what to tell the reader.
+    """Keys in today's spelling, with notices and faults for the user.
 
     `came_from` maps today's key to the older one that it was read from. A fault is (key, value, expected, todo).
     """
@@ -116,7 +114,7 @@ def to_current_names(given: Mapping[str, Any]) -> Translation:
 
 
 def _translate_warmup(value: Any, given: Mapping[str, Any], out: Translation, move: Any) -> None:
-    """Older `warmup_ratio` to today's `warmup_steps`, where a value below 1 is a fraction of the run."""
+    """Translate the older `warmup_ratio` to `warmup_steps`, where a value below 1 is a fraction of the run."""
     if value is None:
         out.notices.append(("warmup_ratio", "warmup_ratio=None is an older spelling: left out."))
         return
@@ -138,7 +136,7 @@ def _translate_warmup(value: Any, given: Mapping[str, Any], out: Translation, mo
 
 
 def rename_torch_dtype(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[tuple[str, Any, str, str]]]:
-    """`torch_dtype`, the older spelling of `dtype`, in a mapping for a model."""
+    """Rename `torch_dtype` to `dtype` in a mapping for a model; return the mapping, notices and faults."""
     result = {key: value for key, value in given.items() if key != "torch_dtype"}
     older = given["torch_dtype"]
     if result.get("dtype", older) not in (older, None):
@@ -151,16 +149,16 @@ def rename_torch_dtype(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
 def translate_training_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Put keywords of SFTConfig or TrainingArguments into the spelling of the installed version.
 
-    Keys that the installed version has are left as they are; so are unknown ones, for the class to refuse.
+    Keys of the installed version do not change. Unknown keys do not either; the class refuses them.
 
     Args:
         given: Keywords, as for `SFTConfig(**given)`.
 
     Returns:
-        The keywords in today's spelling, and one notice for every older one.
+        The keywords in today's spelling, and a notice for every older one.
 
     Raises:
-        ConfigError: An older and today's spelling of one thing are both given and differ.
+        ConfigError: An older and today's spelling of one setting are both given and differ.
 
     Example:
         >>> translate_training_arguments({"no_cuda": True})
@@ -189,13 +187,13 @@ _CONFIG_KEYWORDS: Final = (
 
 
 def translate_trainer_keywords(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Sort older keywords of SFTTrainer into those that SFTConfig takes today and those that the trainer takes.
+    """Divide keywords of SFTTrainer into those that SFTConfig takes today and those that the trainer takes.
 
     Args:
         given: Keywords, as for `SFTTrainer(**given)`.
 
     Returns:
-        Keywords for SFTConfig, keywords for the trainer, and one notice for every that moved.
+        Keywords for SFTConfig, keywords for the trainer, and a notice for every one that moved.
 
     Raises:
         ConfigError: `tokenizer` and `processing_class` are both given and differ.

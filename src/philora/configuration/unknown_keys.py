@@ -22,7 +22,7 @@ def likely_section(key: str, sections: Iterable[str]) -> str:
 
 
 def section_keys() -> dict[str, set[str]]:
-    """The keys of every section."""
+    """Return the keys of every section."""
     own = {section: {field.name for field in dataclasses.fields(kind)} for section, kind in SECTIONS.items()}
     return own | {
         "training_config": {*schema.training_fields(), *OWN_TRAINING_KEYS},

@@ -13,16 +13,13 @@ from philora.configuration.sections import Config, SourceConfig
 _SECRETS: Final = ("training_config.hub_token",)
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
 def dump_yaml(config: Config) -> str:
-    """The effective configuration as YAML, loadable again. Tokens of the hub are left out."""
+    """Return the effective configuration as YAML that can be loaded again, without tokens of the hub."""
     return yaml_text.dump(without_secrets(config.to_dict()), sort_keys=False, allow_unicode=True, width=120)
 
 
 def without_secrets(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A configuration in the shape of the file, without tokens of the hub."""
+    """Return a configuration in the shape of the file, without tokens of the hub."""
     return {
         section: {name: value for name, value in values.items() if f"{section}.{name}" not in _SECRETS}
         for section, values in sections.items()
@@ -30,7 +27,7 @@ def without_secrets(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
 
 
 def explain(config: Config) -> list[tuple[str, Any, str]]:
-    """Every key with its value and its origin, in the order of the file; tokens of the hub are hidden."""
+    """Return every key with its value and its origin, in the order of the file; tokens of the hub are hidden."""
     rows = []
     for section, values in config.to_dict().items():
         for name, value in values.items():
@@ -41,7 +38,7 @@ def explain(config: Config) -> list[tuple[str, Any, str]]:
 
 
 def reference() -> str:
-    """The keys that philora states a default or a bound for, as a Markdown table."""
+    """Return the keys that philora states a default or a bound for, as a Markdown table."""
     lines = ["| key | default | allowed | what it is |", "| --- | --- | --- | --- |"]
     rows = []
     for value in FIELDS.values():

@@ -1,4 +1,4 @@
-"""YAML as configurations are written in it: numbers as in YAML 1.2, text that can be written again, bounded sizes."""
+"""Read and write YAML for configurations: numbers as in YAML 1.2, text that can be written again, bounded sizes."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ _REPLACED: Final = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2
 NOT_YAML: Final = (
     yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError, OverflowError,
 )  # fmt: skip
-"""What PyYAML raises; beside its own class, whatever a tag with a value that it cannot have leads it to."""
+"""What PyYAML raises: its own class, and what follows from a tag whose value does not fit it."""
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the numbers of YAML 1.2; nothing is executed."""
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        """The text of a scalar; JSON writes a sign beyond 16 bits as two escapes, which are joined."""
+        """Return the text of a scalar; JSON writes a character beyond 16 bits as two escapes, which are joined."""
         text = str(super().construct_scalar(node))
         try:
             return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            problem = "half of a pair of surrogates (\\ud800 to \\udfff) stands alone, which is no text"
+            problem = "an unpaired surrogate (\\ud800 to \\udfff) is not text"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def read_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number: decimal, 0o octal or 0x hexadecimal."""
+        """Return an integer: decimal, 0o octal or 0x hexadecimal."""
         text = str(self.construct_scalar(node))
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
     def read_float(self, node: yaml.ScalarNode) -> float:
-        """A number with a point or an exponent; .inf and .nan."""
+        """Return a number with a point or an exponent, .inf or .nan."""
         text = str(self.construct_scalar(node)).lower()
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
@@ -72,7 +72,7 @@ for _tag, _reader in _readers.items():
 
 
 def parse(content: str) -> tuple[yaml.Node | None, Any]:
-    """The nodes of a YAML text and their value, which may not grow beyond bounds by aliases.
+    """Return the nodes of a YAML text and their value, whose size is bounded although aliases may multiply it.
 
     Raises:
         yaml.YAMLError, ValueError and the others of `NOT_YAML`: It is no YAML, or too large.
@@ -92,12 +92,12 @@ def parse(content: str) -> tuple[yaml.Node | None, Any]:
 
 
 def dump(value: Any, **options: Any) -> str:
-    """A value as YAML that `parse` and readers of YAML 1.1 read back the same."""
+    """Return a value as YAML that `parse` and readers of YAML 1.1 read back the same."""
     return str(yaml.dump(value, Dumper=_Dumper, **options))
 
 
 def _depth(content: str) -> int:
-    """Return how deep brackets stand in brackets; PyYAML takes the square of it in time."""
+    """Return how deep brackets are nested; PyYAML's time grows with the square of that."""
     depth = most = 0
     for sign in re.findall(r"[\[\]{}]", content):
         depth = depth + 1 if sign in "[{" else max(0, depth - 1)
@@ -114,5 +114,5 @@ def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
         parts = node.value if isinstance(node, yaml.SequenceNode) else [item for pair in node.value for item in pair]
         known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
     elif known[id(node)] == 0:
-        raise ValueError("an alias stands inside what it repeats")
+        raise ValueError("an alias is inside the value that it repeats")
     return known[id(node)]

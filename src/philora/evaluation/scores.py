@@ -231,7 +231,7 @@ def score_rows(
                     found = _score_batch(logits_of, pieces, pad_token_id, device)
                     if found is None:
                         most = positions // 2
-                        logger.warning("out of memory with %d positions at once; going on with %d", positions, most)
+                        logger.warning("out of memory with %d positions at once; continuing with %d", positions, most)
                         clear_device_cache(garbage_collection=True)
                 if found is None:
                     half = len(part) // 2

@@ -1,11 +1,11 @@
-"""Answers from a model: batched generation that gives what one prompt at a time would give.
+"""Generate answers in batches that equal the answers of one prompt at a time.
 
     conversations -> chat template -> token ids, longest first -> rows of a batch -> text up to the stop
 
-For Phi-3 models `philora.generation.decoding` works on the batch: a row that has ended makes room for the next prompt.
-Any other model answers by transformers' `generate`, in batches of similar length, padded on the left so that the next
-token of every row stands in the same column. The batch size changes the speed and, in low precision, the rounding; for
-Phi-3 models it changes nothing else, and for others nothing else of greedy answers.
+For Phi-3 models `philora.generation.decoding` computes the batch: when a row has ended, the next prompt takes its slot.
+Other models answer by transformers' `generate`, in batches of similar length, padded on the left so that the next token
+of every row is in the same column. The batch size changes the speed and, in low precision, the rounding. For Phi-3
+models it changes nothing else; for other models it changes nothing else in greedy answers.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class GenerationSettings:
     """Describe how answers are made.
 
     Attributes:
-        max_new_tokens: Longest answer, in tokens; less where the model's window leaves less room.
-        batch_size: Prompts at once; halved by itself where memory does not suffice.
-        do_sample: Draw each token at random; False always takes the likeliest (greedy).
+        max_new_tokens: Length limit of an answer, in tokens; the model's window may lower it.
+        batch_size: Prompts at a time; it is halved automatically where memory does not suffice.
+        do_sample: Draw each token at random; False always takes the likeliest token (greedy).
         temperature: Above 0, for sampling; None is the model's own.
         top_p: In (0, 1], for sampling; None is the model's own.
         top_k: At least 1, for sampling; None is the model's own.
-        seed: Of sampling; a Phi-3 model's answer follows from it and the prompt's place in the list, whatever the
-            batch. The random state of the caller stays as it is.
-        stop_strings: Texts that end an answer as a stop token does; they are cut from it.
-        control_tokens: Read a control token's text inside a message, such as `<|end|>`, as that token; else it is
-            text like any other, and cannot end a message or begin another.
+        seed: Seed of sampling. A Phi-3 model's answer depends on it and on the prompt's index, not on the batch. The
+            caller's random state does not change.
+        stop_strings: Texts that end an answer as a stop token does; they are removed from it.
+        control_tokens: Read the text of a control token inside a message, such as `<|end|>`, as that token. By default
+            it is ordinary text, which cannot end a message or start another.
 
     Raises:
         ConfigError: A value is out of its bounds, or belongs to sampling while `do_sample` is False.
@@ -101,11 +101,11 @@ class NotFiniteError(ModelError):
 
 
 LEAST_TEMPERATURE = 1e-6
-"""Smaller ones are computed as this one: by it, too, only tokens that are all but equal to the likeliest are drawn."""
+"""Lower temperatures are raised to this one; it too draws only tokens that are almost as likely as the likeliest."""
 
 
 def stop_token_ids(model_or_generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends an answer: Phi's two where the vocabulary has them, the tokenizer's, and the model's."""
+    """Return every id that ends an answer: Phi's two if the vocabulary has them, the tokenizer's and the model's."""
     generation_config = getattr(model_or_generation_config, "generation_config", model_or_generation_config)
     return models.stop_token_ids(tokenizer, getattr(generation_config, "eos_token_id", None))
 
@@ -116,19 +116,19 @@ def generate(
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     settings: GenerationSettings | None = None,
 ) -> list[Answer]:
-    """The assistant's next turn of every conversation.
+    """Generate the assistant's next turn of every conversation.
 
-    Greedy answers equal those of `transformers`' own `generate` on one prompt at a time. The model is in eval mode
-    meanwhile, its cache is used whatever `config.use_cache` says, and every module's training flag is as it was after.
+    Greedy answers equal those of transformers' `generate` on one prompt at a time. Meanwhile the model is in eval mode
+    and its cache is used, whatever `config.use_cache` is. Afterwards every module has its earlier training flag.
 
     Args:
         model: A causal language model of transformers, or a PeftModel around one, with its adapter active or disabled.
         tokenizer: Its tokenizer, with a chat template.
-        conversations: Each a list of messages with `role` and `content` that ends where the assistant is to speak.
+        conversations: Lists of messages with `role` and `content`, up to the assistant's next turn.
         settings: Greedy and up to 256 tokens when None.
 
     Returns:
-        One answer for every conversation, in their order.
+        An answer for every conversation, in the order given.
 
     Raises:
         DataError: A prompt fills the model's window; nothing has been generated.
@@ -152,23 +152,23 @@ def generate(
     with evaluating(model), torch.inference_mode(), _seeded(model, settings):
         fast = decoding.covers(model) and _plainly_drawn(model, settings)
         for group in _groups(lengths, settings.max_new_tokens, switch):
-            tasks = [_Task(index, prompts[index], _room(lengths[index], window, settings)) for index in group.indices]
+            tasks = [_Task(i, prompts[i], answer_limit(lengths[i], window, settings)) for i in group.indices]
             if fast and not group.crosses:
                 answers |= _answer_in_rows(model, tokenizer, tasks, settings, len(answers), len(prompts))
                 continue
             for start in range(0, len(tasks), settings.batch_size):
                 batch = tasks[start : start + settings.batch_size]
                 rows = _generate_batch(
-                    model, tokenizer, [item.prompt for item in batch], settings, min(item.room for item in batch)
+                    model, tokenizer, [item.prompt for item in batch], settings, min(item.limit for item in batch)
                 )
-                answers |= {task.place: row for task, row in zip(batch, rows, strict=True)}
+                answers |= {task.index: row for task, row in zip(batch, rows, strict=True)}
                 advance("answers", len(answers), len(prompts))
     return [answers[index] for index in range(len(prompts))]
 
 
-def _room(length: int, window: int | None, settings: GenerationSettings) -> int:
-    """Most tokens of an answer."""
-    return settings.max_new_tokens if window is None else min(settings.max_new_tokens, window - length)
+def answer_limit(prompt_tokens: int, window: int | None, settings: GenerationSettings) -> int:
+    """Return the length limit of the answer to a prompt, in tokens."""
+    return settings.max_new_tokens if window is None else min(settings.max_new_tokens, window - prompt_tokens)
 
 
 def prompt_tokens(
@@ -177,7 +177,7 @@ def prompt_tokens(
     *,
     control_tokens: bool = False,
 ) -> list[list[int]]:
-    """Token ids of every conversation, arranged as in training, up to and with the header of the assistant's next turn.
+    """Return the token ids of every conversation as in training, up to and including the header of the next answer.
 
     Raises:
         DataError: The chat template refuses a conversation.
@@ -187,36 +187,36 @@ def prompt_tokens(
 
 
 def window_tokens(model: nn.Module) -> int | None:
-    """Positions the model was made for, prompt and answer together; None where its config does not say."""
+    """Return how many positions the model has for prompt and answer together; None if its config does not state it."""
     window = getattr(model.config, "max_position_embeddings", None)
     return int(window) if window else None
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and after it the training flag of every module as it was.
+    """Set eval mode inside the block, and restore the training flag of every module after it.
 
-    Gradient checkpointing needs no switch: transformers uses it only in training mode, and its flags stay untouched.
+    Gradient checkpointing needs no switch: transformers uses it in training mode only.
     """
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in flags:  # from the root down, so that a part may differ from the whole
+        for module, training in flags:  # from the root down: a submodule may differ from its parent
             if module.training != training:
                 module.train(training)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the model's inputs go."""
+    """Return the device of the model's inputs."""
     return next(
         (parameter.device for parameter in model.parameters() if parameter.device.type != "meta"), torch.device("cpu")
     )
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.device | None = None) -> Tensor:
-    """Rows of token ids as one tensor.
+    """Return rows of token ids as one padded tensor.
 
     Shapes:
         Returns (B, longest row).
@@ -229,7 +229,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.devi
 
 @contextlib.contextmanager
 def _seeded(model: nn.Module, settings: GenerationSettings) -> Iterator[None]:
-    """The seed of sampling, and after it the random state as it was, so that an evaluation changes no training."""
+    """Seed sampling inside the block and restore the random state after it, so that training is not affected."""
     if not settings.do_sample:
         yield
         return
@@ -241,19 +241,19 @@ def _seeded(model: nn.Module, settings: GenerationSettings) -> Iterator[None]:
 
 
 class _Task(NamedTuple):
-    """A prompt, its place in the list, and the most tokens of its answer."""
+    """A prompt, its index in the list, and the length limit of its answer."""
 
-    place: int
+    index: int
     prompt: list[int]
-    room: int
+    limit: int
 
 
 class _Group(NamedTuple):
-    """Prompts that may share a batch, longest first: a batch too large for memory shows at once.
+    """Prompts that may share a batch, longest first, so that a batch too large for memory fails at once.
 
     Attributes:
-        indices: Their places.
-        crosses: They cross LongRoPE's boundary while they are answered, all at the same token.
+        indices: Their indices.
+        crosses: Whether they cross LongRoPE's boundary while they are answered, all at the same token.
     """
 
     indices: list[int]
@@ -261,7 +261,7 @@ class _Group(NamedTuple):
 
 
 def _groups(lengths: Sequence[int], new_tokens: int, switch: int | None) -> list[_Group]:
-    """With LongRoPE the longest row decides for all rows of a batch, so none holds rows on both sides of `switch`."""
+    """Group prompts so that none has rows on both sides of `switch`: LongRoPE's factors follow from the longest row."""
     groups: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         length = lengths[index]
@@ -293,12 +293,12 @@ def _plainly_drawn(model: Any, settings: GenerationSettings) -> bool:
 
 
 class _Row:
-    """An answer in the making, and the numbers it is drawn by, which follow from seed, prompt and place."""
+    """An unfinished answer, and its random generator, which depends on the seed and the prompt's index."""
 
     def __init__(self, task: _Task, settings: GenerationSettings) -> None:
         self.task = task
         self.ids: list[int] = []
-        self.random = torch.Generator().manual_seed((settings.seed * 1_000_003 + task.place) % 2**63)
+        self.random = torch.Generator().manual_seed((settings.seed * 1_000_003 + task.index) % 2**63)
 
 
 def _answer_in_rows(
@@ -309,19 +309,19 @@ def _answer_in_rows(
     earlier: int,
     total: int,
 ) -> dict[int, Answer]:
-    """Return the answers of a group by `decoding.Decoder`, with half as many rows where memory runs out."""
+    """Return the answers of a group by `decoding.Decoder`, with half as many rows after every out-of-memory error."""
     rows = min(settings.batch_size, len(tasks))
     answers: dict[int, Answer] = {}
     while len(answers) < len(tasks):
-        waiting = [task for task in tasks if task.place not in answers]
+        waiting = [task for task in tasks if task.index not in answers]
         try:
-            for place, answer in _in_rows(model, tokenizer, waiting, settings, rows):
-                answers[place] = answer
+            for index, answer in _in_rows(model, tokenizer, waiting, settings, rows):
+                answers[index] = answer
                 advance("answers", earlier + len(answers), total)
         except (MemoryError, RuntimeError) as error:
             if rows == 1 or not out_of_memory(error):
                 raise
-            logger.warning("out of memory with %d prompts at once; going on with %d", rows, rows // 2)
+            logger.warning("out of memory with %d prompts at once; continuing with %d", rows, rows // 2)
             rows //= 2
             if device_of(model).type == "cuda":
                 torch.cuda.empty_cache()
@@ -335,51 +335,52 @@ def _in_rows(
     settings: GenerationSettings,
     rows: int,
 ) -> Iterator[tuple[int, Answer]]:
-    """Index and answer of every task as it ends. A quarter of the rows is filled at once: a prompt costs about a step.
+    """Yield the index and the answer of every task as it ends.
 
-    A row that is not in use is computed along with the others, on its own past; with no prompt left, the cache is
-    halved as often as half of the rows have ended.
+    Free rows are refilled a quarter of them at a time, because reading a prompt costs about as much as a step. A row
+    that is not in use is computed with the others and ignored. Once no prompt is left, the cache is halved whenever
+    half of the rows have ended.
     """
     stops = frozenset(stop_token_ids(model, tokenizer))
     ends = _stop_strings(tokenizer, settings)
     sampler = Sampler(model, settings, top_k=50)  # transformers' own default
-    decoder = static_decoding.decoder_for(model, rows, max(len(item.prompt) + item.room for item in waiting))
+    decoder = static_decoding.decoder_for(model, rows, max(len(item.prompt) + item.limit for item in waiting))
     working: list[_Row | None] = [None] * rows
     waiting = list(reversed(waiting))  # the longest is taken first, from the end
     while True:
-        chosen: Iterable[tuple[int, int]]  # place, token
-        free = [place for place, row in enumerate(working) if row is None]
+        chosen: Iterable[tuple[int, int]]  # slot, token
+        free = [slot for slot, row in enumerate(working) if row is None]
         if waiting and len(free) >= min(len(waiting), -(-rows // 4)):
-            places = free[: len(waiting)]
-            for place in places:
-                working[place] = _Row(waiting.pop(), settings)
-            fresh = [row for place in places if (row := working[place]) is not None]
-            logits = decoder.prefill([row.task.prompt for row in fresh], places)
-            chosen = list(zip(places, sampler(logits, [row.random for row in fresh]), strict=True))
+            slots = free[: len(waiting)]
+            for slot in slots:
+                working[slot] = _Row(waiting.pop(), settings)
+            fresh = [row for slot in slots if (row := working[slot]) is not None]
+            logits = decoder.prefill([row.task.prompt for row in fresh], slots)
+            chosen = list(zip(slots, sampler(logits, [row.random for row in fresh]), strict=True))
         else:
             if not waiting and len(free) >= len(working) / 2:
-                kept = [place for place, row in enumerate(working) if row is not None]
+                kept = [slot for slot, row in enumerate(working) if row is not None]
                 if not kept:
                     return
                 decoder.keep(kept)
-                working = [working[place] for place in kept]
+                working = [working[slot] for slot in kept]
             chosen = _next_tokens(decoder, sampler, working)
-        for place, token in chosen:
-            row = working[place]
+        for slot, token in chosen:
+            row = working[slot]
             if row is None:
                 continue
             row.ids.append(token)
-            if token in stops or len(row.ids) >= row.task.room or ends(row.ids):
-                yield row.task.place, _answer(row.ids, tokenizer, stops, settings)
-                working[place] = None
+            if token in stops or len(row.ids) >= row.task.limit or ends(row.ids):
+                yield row.task.index, _answer(row.ids, tokenizer, stops, settings)
+                working[slot] = None
 
 
 def _next_tokens(
     decoder: decoding.Decoder, sampler: Sampler, working: Sequence[_Row | None]
 ) -> Iterator[tuple[int, int]]:
-    """Place and token of every row after a step; after several steps, one step after the other, on a GPU.
+    """Yield the slot and the next token of every row, for one step; on a GPU for several steps in succession.
 
-    Rows of `working` that the caller sets to None have ended: nothing that is computed of them afterwards counts.
+    Rows of `working` that the caller sets to None have ended; their further tokens are to be ignored.
     """
     tokens = [row.ids[-1] if row else 0 for row in working]
     positions = [len(row.task.prompt) + len(row.ids) - 1 if row else 0 for row in working]
@@ -387,7 +388,7 @@ def _next_tokens(
     if not isinstance(decoder, static_decoding.StaticDecoder):
         yield from enumerate(sampler(decoder.step(tokens, positions), randoms))
         return
-    steps = min(static_decoding.STEPS, max(row.task.room - len(row.ids) for row in working if row))
+    steps = min(static_decoding.STEPS, max(row.task.limit - len(row.ids) for row in working if row))
     numbers = None if sampler.greedy else torch.stack([sampler.numbers(randoms) for _ in range(steps)])
     answered = decoder.answer(tokens, positions, steps, sampler.choose, numbers)
     for found, top in zip(answered.tokens.tolist(), answered.tops, strict=True):
@@ -396,11 +397,11 @@ def _next_tokens(
 
 
 def _stop_strings(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Callable[[list[int]], bool]:
-    """Return a test of whether an answer holds a stop string; it looks at the end, since every token asks."""
+    """Return a function that tests whether an answer ends in a stop string; it decodes the end of the answer only."""
     longest = max((len(string.encode()) for string in settings.stop_strings), default=0)
 
     def ends(ids: list[int]) -> bool:
-        # A token holds a byte at least; the margin is for tokenizers that trim the first one.
+        # A token has at least one byte; the margin is for tokenizers that trim the first one.
         text = tokenizer.decode(ids[-longest - 4 :], skip_special_tokens=True) if longest else ""
         return any(string in text for string in settings.stop_strings)
 
@@ -408,12 +409,12 @@ def _stop_strings(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettin
 
 
 class Sampler:
-    """The next token of every row: the likeliest, or drawn with a number of the row's own, which no neighbour changes.
+    """Choose the next token of every row: the likeliest, or one drawn with the row's own random number.
 
     Args:
-        model: Its generation config decides what `settings` leaves open.
-        settings: Of sampling.
-        top_k: Where neither says; 0 for none.
+        model: Its generation config gives the values that are None in `settings`.
+        settings: The settings of sampling.
+        top_k: Used where neither gives one; 0 for no limit.
     """
 
     def __init__(self, model: Any, settings: GenerationSettings, top_k: int = 0) -> None:
@@ -433,25 +434,25 @@ class Sampler:
         """Choose a token for every row.
 
         Raises:
-            NotFiniteError: A row in use has no logit that is a number, or one that is infinite.
+            NotFiniteError: A row in use has NaN or an infinite largest logit.
 
         Shapes:
-            logits (B, V), a generator for every row; None for one that is not in use.
+            logits (B, V); a generator for every row, None for a row that is not in use.
         """
         check_finite(logits.amax(-1), [random is not None for random in randoms])
         numbers = None if self.greedy else self.numbers(randoms).to(logits.device)
         return [int(value) for value in self.choose(logits, numbers)[0].tolist()]
 
     def numbers(self, randoms: Sequence[torch.Generator | None]) -> Tensor:
-        """Return a number in [0, 1) for every row, 0 for one that is not in use. Shapes: returns (B), on the CPU."""
+        """Return a number in [0, 1) for every row, 0 for a row that is not in use. Shapes: returns (B), on the CPU."""
         return torch.tensor([0.0 if random is None else float(torch.rand((), generator=random)) for random in randoms])
 
     def choose(self, logits: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the tokens and the largest logits, with nothing read back from the device.
+        """Return the tokens and the largest logits, without reading anything back from the device.
 
         Args:
-            logits: Of every row.
-            numbers: What the tokens are drawn by; None: the likeliest are taken.
+            logits: The logits of every row.
+            numbers: The random numbers that tokens are drawn with; None takes the likeliest tokens.
 
         Shapes:
             logits (B, V), numbers (B); returns (B) twice.
@@ -460,7 +461,7 @@ class Sampler:
         return likeliest if numbers is None else self.draw(logits, numbers), top
 
     def draw(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Tokens by inverse transform sampling after temperature, top-k and top-p, in transformers' order.
+        """Draw tokens by inverse transform sampling after temperature, top-k and top-p, in transformers' order.
 
         Shapes:
             logits (B, V), numbers (B) in [0, 1); returns (B).
@@ -468,7 +469,7 @@ class Sampler:
         Numerics:
             fp32, as transformers' warpers.
         """
-        # Less the largest, so that neither a large logit nor a small temperature overflows: the likeliest has 0.
+        # The largest is subtracted, so that neither a large logit nor a low temperature overflows.
         scores = logits.float()
         scores = (scores - scores.amax(-1, keepdim=True)) / max(self.temperature, LEAST_TEMPERATURE)
         kept = min(self.top_k or scores.shape[-1], scores.shape[-1])
@@ -488,10 +489,10 @@ class Sampler:
 
 
 def check_finite(top: Tensor, in_use: Sequence[bool]) -> None:
-    """Raise where nothing can be chosen.
+    """Raise an error if a row has no logits to choose a token by.
 
     Shapes:
-        top (B), the largest logit of every row, NaN where there is one in the row.
+        top (B), the largest logit of every row; NaN where the row has a NaN.
 
     Raises:
         NotFiniteError: A row in use has NaN, infinity, or nothing above minus infinity.
@@ -512,7 +513,7 @@ def _generate_batch(
     settings: GenerationSettings,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Answers of one batch, in halves where memory does not suffice for the whole."""
+    """Return the answers of one batch; after an out-of-memory error in two halves."""
     stops = stop_token_ids(model, tokenizer)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     device = device_of(model)
@@ -528,7 +529,7 @@ def _generate_batch(
         temperature = settings.temperature and max(settings.temperature, LEAST_TEMPERATURE)
         chosen = {"temperature": temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         options |= {name: value for name, value in chosen.items() if value is not None}
-    else:  # what a model's own generation config may set, and what has no part in a greedy answer
+    else:  # the model's own generation config may set these, which greedy answers ignore
         options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
     extra: dict[str, Any] = {}
     if settings.stop_strings:
@@ -551,7 +552,7 @@ def _generate_batch(
             _answer(_unpadded(row, stops, filler), tokenizer, stops, settings) for row in output[:, width:].tolist()
         ]
     half = len(prompts) // 2
-    logger.warning("out of memory with %d prompts at once; going on with %d", len(prompts), half)
+    logger.warning("out of memory with %d prompts at once; continuing with %d", len(prompts), half)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     parts = (prompts[:half], prompts[half:])
@@ -559,13 +560,13 @@ def _generate_batch(
 
 
 def _refuse_not_finite(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """A processor of transformers that changes nothing, and raises as `check_finite`."""
+    """Check the scores as a logits processor of transformers, which raises as `check_finite` and changes nothing."""
     check_finite(scores.amax(-1), [True] * len(scores))
     return scores
 
 
 def _unpadded(ids: list[int], stops: Collection[int], filler: int) -> list[int]:
-    """A row up to its stop; one that a stop string ended has none before its padding."""
+    """Return a row up to its stop token, or without padding where a stop string ended it."""
     end = next((position for position, token in enumerate(ids) if token in stops), None)
     if end is not None:
         return ids[: end + 1]
@@ -577,7 +578,7 @@ def _unpadded(ids: list[int], stops: Collection[int], filler: int) -> list[int]:
 def _answer(
     ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: Collection[int], settings: GenerationSettings
 ) -> Answer:
-    """The answer in generated ids, the stop token last where there is one."""
+    """Return the answer in generated ids, whose last one may be a stop token."""
     ended = ids[-1] in stops
     text = str(tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
     cuts = [text.index(string) for string in settings.stop_strings if string in text]

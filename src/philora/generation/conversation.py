@@ -1,11 +1,11 @@
-"""A conversation with a model: the answer as it comes, from the base or from one of its adapters.
+"""Hold a conversation with a model: stream answers from the base or from one of its adapters.
 
-    sources -> `load_pool`: one base in memory, its adapters beside each other
+    sources -> `load_pool`: one base in memory with all its adapters
             -> `AdapterPool.prompt`: messages -> token ids, checked against the model's window
-            -> `AdapterPool.answer` -> `Reply`: one token at every step, text in pieces of whole characters
+            -> `AdapterPool.answer` -> `Reply`: one token at every step, text in pieces of complete characters
 
-The terminal, the page and the endpoint all speak through these. A `Reply` is stepped by whoever reads it, so stopping
-it is to take no further step. Several take turns on one model, or a step together by `AdapterPool.step`.
+The terminal, the page and the endpoint use these. The reader of a `Reply` takes its steps, so an answer is stopped by
+taking no further step. Several replies take turns on one model, or share a step by `AdapterPool.step`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,18 @@ from philora.dataset.arrangement import Arrangement, PromptTooLong
 from philora.errors import AdapterError, ConfigError, DataError, fault, nearest
 from philora.families import longrope_switch_tokens
 from philora.generation import decoding, static_decoding
-from philora.generation.batches import GenerationSettings, Sampler, device_of, stop_token_ids, window_tokens
-from philora.generation.inference import Loaded, load
+from philora.generation.batches import (
+    GenerationSettings,
+    Sampler,
+    answer_limit,
+    device_of,
+    stop_token_ids,
+    window_tokens,
+)
+from philora.generation.inference import Loaded, adapter_folder, load
 from philora.kernels.memory import out_of_memory
 from philora.models.loading import load_tokenizer, local_path
-from philora.models.locate import AdapterSource, find_adapter
+from philora.models.locate import AdapterSource
 from philora.models.run_folder import SystemTurn, TrainedRun
 
 logger = logging.getLogger(__name__)
@@ -44,7 +51,7 @@ Message = Mapping[str, str]
 _Result = TypeVar("_Result")
 
 USUAL_ROWS = 8
-"""Answers in a step that weights are laid out for; any other number is computed as well."""
+"""Answers in a step that the layout of the weights is made for; any other number works too."""
 
 
 def chat_settings(
@@ -55,7 +62,7 @@ def chat_settings(
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> GenerationSettings:
-    """Settings in the terms of a conversation, where temperature 0 is the greedy answer.
+    """Return settings for a conversation, where temperature 0 means the greedy answer.
 
     Raises:
         ConfigError: A value is out of its bounds, or belongs to sampling while the temperature is 0.
@@ -76,12 +83,12 @@ def chat_settings(
 
 
 class ContextError(DataError):
-    """A prompt leaves the model no room for an answer.
+    """A prompt fills the model's window, so that no token is left for an answer.
 
     Attributes:
-        tokens: Of the prompt, as far as it was read.
-        count: The same in words; a prompt that is far too long is not read to its end.
-        window: Positions of the model, prompt and answer together.
+        tokens: Tokens of the prompt, as far as it was read.
+        count: The same as text; "over" a number where the prompt was not read to its end.
+        window: Positions of the model for prompt and answer together.
     """
 
     def __init__(self, tokens: int, window: int, *, exact: bool = True) -> None:
@@ -99,7 +106,7 @@ class Memory:
 
     Attributes:
         ids: The tokens.
-        adapter: Which adapter has read them.
+        adapter: The adapter that has read them.
         cache: transformers' cache; None before the first token.
     """
 
@@ -109,16 +116,16 @@ class Memory:
 
 
 class AdapterPool:
-    """One base model that answers as itself or with any of its adapters. For one thread at a time.
+    """A base model that answers alone or with any of its adapters; one thread may use it at a time.
 
     Attributes:
         base: The base's name.
         adapters: Names of the adapters, in the order in which they were given.
         model: The PeftModel that holds them all.
-        tokenizer: Theirs and the base's.
-        window: Positions of the model; None where its config does not say.
-        control_tokens: Read a control token's text inside a message as that token; else it is text.
-        systems: By an adapter's name the system turn of its training conversations, for those that have one.
+        tokenizer: The tokenizer of the base and all adapters.
+        window: Positions of the model; None if its config does not state it.
+        control_tokens: Whether the text of a control token inside a message is read as that token.
+        systems: The system turn of an adapter's training conversations by the adapter's name, where it has one.
     """
 
     def __init__(
@@ -129,7 +136,7 @@ class AdapterPool:
         adapters: Mapping[str, str],
         systems: Mapping[str, SystemTurn] | None = None,
     ) -> None:
-        """`adapters` maps the names that people use to those that the PeftModel has."""
+        """Take a loaded model; `adapters` maps the names that users give to those in the PeftModel."""
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.arrangement = Arrangement(tokenizer)
@@ -145,7 +152,7 @@ class AdapterPool:
         self._current: str | None = None
         self._batches: dict[str | None, SharedBatch] = {}
         self._packing: decoding.Packing | None = None
-        # With LongRoPE the longest row decides the factors of all: what goes beyond its boundary is computed alone.
+        # With LongRoPE the longest row decides the factors of all: rows beyond its boundary are computed alone.
         limits = [item for item in (self.window, self.longrope_switch) if item is not None]
         self._shared_tokens = min(limits) if limits and decoding.covers(model) else 0
         self._by_graph = not static_decoding.against(static_decoding.facts_of(model))
@@ -157,7 +164,7 @@ class AdapterPool:
         self.switch(self.adapters[0])
 
     def switch(self, adapter: str | None) -> None:
-        """Compute with this adapter from now on; None: with the base alone."""
+        """Compute with this adapter from now on; None for the base alone."""
         if adapter == self._current:
             return
         if adapter is None:
@@ -168,7 +175,7 @@ class AdapterPool:
         self._current = adapter
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to and with the header of the assistant's turn.
+        """Return the token ids up to and including the header of the assistant's turn.
 
         Raises:
             ContextError: They fill the model's window.
@@ -182,7 +189,7 @@ class AdapterPool:
                 expected = "text that UTF-8 can hold"
                 raise DataError(fault(f"messages[{index}]", "content", message["content"], expected)) from error
         window = self.window
-        if window is not None and len(messages) >= window:  # each has a token at least
+        if window is not None and len(messages) >= window:  # a message has at least one token
             raise ContextError(len(messages), window, exact=False)
         try:
             (ids,) = self.arrangement.prompt_ids([messages], control_tokens=self.control_tokens, limit_tokens=window)
@@ -200,32 +207,32 @@ class AdapterPool:
         adapter: str | None,
         memory: Memory | None = None,
     ) -> Reply:
-        """The answer to a prompt, which is computed as it is read.
+        """Return the answer to a prompt, which is computed while it is read.
 
         Args:
-            prompt: What `prompt` gave.
-            settings: Length, sampling and stop strings; `batch_size` has no part in it. Sampling values that are None
-                are the model's own where it has any, else they change nothing.
-            adapter: Who answers; None: the base.
-            memory: Of the last turn (`Reply.memory`): what it shares with the prompt is not computed again.
+            prompt: Token ids from `prompt`.
+            settings: Length, sampling and stop strings; `batch_size` is not used. Sampling values that are None are the
+                model's own, if it has any.
+            adapter: The adapter that answers; None for the base.
+            memory: The memory of the last turn (`Reply.memory`); the tokens it shares with the prompt are not computed
+                again.
         """
         return Reply(self, prompt, settings, adapter, memory)
 
     @torch.inference_mode()
     def step(self, adapter: str | None, replies: Sequence[Reply]) -> list[str | BaseException]:
-        """One token of each of an adapter's answers, in one forward pass where `philora.generation.decoding` covers the
-        model.
+        """Compute a token of each of an adapter's answers; in one forward pass if `decoding.covers` the model.
 
-        Answers come and go between two steps. Keys and values of one that is not there any more are let go, and of one
-        that comes back are computed again. What goes wrong with an answer is its own: the others get their token. Where
-        memory was refused (`philora.kernels.memory.out_of_memory`) an answer is as it was, and can be stepped again.
+        The set of answers may change between two steps. The keys and values of an answer that was left out are freed,
+        and computed again if it returns. An error in one answer does not affect the others. After an out-of-memory
+        error (`philora.kernels.memory.out_of_memory`) an answer is unchanged and can be stepped again.
 
         Numerics:
-            Each row has its own positions and sees its own tokens only. How many rows there are changes the order of
-            sums: nothing in fp32 but the last digits, and in bf16 the choice between tokens that are all but equal.
+            Each row has its own positions and sees its own tokens only. The number of rows changes the order of sums:
+            the last digits in fp32, and in bf16 the choice between tokens of almost equal probability.
 
         Returns:
-            For every the text that its token settled, or what went wrong.
+            For every answer the text that its token completed, or its error.
         """
         shared = [reply for reply in replies if reply.limit_tokens <= self._shared_tokens]
         if not shared:
@@ -237,11 +244,11 @@ class AdapterPool:
         return [found[reply] for reply in replies]
 
     def by_graph(self, reply: Reply) -> bool:
-        """Return whether a single answer, too, is faster by `step`: on a GPU, where a step is one CUDA graph."""
+        """Return whether `step` is faster for a single answer too: on a GPU, where a step is one CUDA graph."""
         return self._by_graph and reply.limit_tokens <= self._shared_tokens
 
     def _step_shared(self, adapter: str | None, replies: Sequence[Reply]) -> dict[Reply, str | BaseException]:
-        """The step of answers that share a forward pass; one by one where that fails, to find whose fault it is."""
+        """Step answers that share a forward pass; if that fails, step them one by one to find which one is at fault."""
         if not replies:
             return {}
         logits = _tried(partial(self._logits_shared, adapter, replies))
@@ -257,7 +264,7 @@ class AdapterPool:
 
     def _logits_shared(self, adapter: str | None, replies: Sequence[Reply]) -> list[Tensor]:
         self.switch(adapter)
-        batch = self._batches.pop(adapter, None)  # what fails in the middle is not gone on from
+        batch = self._batches.pop(adapter, None)  # after an error its cache is not used again
         if batch is None:
             self._packing = self._packing or decoding.Packing(self.model, USUAL_ROWS)
             batch = SharedBatch(static_decoding.decoder_for(self.model, 0, self._shared_tokens, self._packing))
@@ -269,8 +276,8 @@ class AdapterPool:
     def next_logits(self, ids: Sequence[int], memory: Memory) -> Tensor:
         """Read the tokens that `memory` has not read yet, with its adapter.
 
-        With LongRoPE, keys of up to `longrope_switch` tokens have other factors than those of more: at the first token
-        behind it everything is read again, as transformers' `generate` does.
+        With LongRoPE, keys of up to `longrope_switch` tokens have other factors than keys of more tokens: at the first
+        token beyond it everything is read again, as in transformers' `generate`.
 
         Shapes:
             Returns (V), the logits of the next token, in fp32.
@@ -280,7 +287,7 @@ class AdapterPool:
             memory.ids, memory.cache = [], None
         self.switch(memory.adapter)
         known, cache = len(memory.ids), memory.cache
-        memory.ids, memory.cache = [], None  # what is interrupted in the middle is not gone on from
+        memory.ids, memory.cache = [], None  # after an interruption its cache is not used again
         fresh = torch.tensor([list(ids[known:])], device=self.device)
         output = self.model(input_ids=fresh, past_key_values=cache, use_cache=True, **self._last_only)
         memory.cache = getattr(output, "past_key_values", None)
@@ -289,7 +296,7 @@ class AdapterPool:
         return logits
 
     def recall(self, prompt: Sequence[int], adapter: str | None, memory: Memory | None) -> Memory:
-        """As much of a memory as holds for another prompt; an empty one where nothing does."""
+        """Return the part of a memory that is valid for another prompt; an empty memory if no part is."""
         fresh = Memory(adapter=adapter)
         if memory is None or memory.cache is None or memory.adapter != adapter:
             return fresh
@@ -304,18 +311,18 @@ class AdapterPool:
         if shared < len(memory.ids):
             try:
                 memory.cache.crop(shared - len(memory.ids))
-            except (RuntimeError, AttributeError):  # a sliding window has let go of them, or no cache of keys
+            except (RuntimeError, AttributeError):  # a sliding window has dropped them, or it is no cache of keys
                 return fresh
         return Memory(list(prompt[:shared]), adapter, memory.cache)
 
 
 def _tried(compute: Callable[[], _Result]) -> _Result | BaseException:
-    """Return the result of a function, or what it raises but for a wish to stop; a panic is no Exception."""
+    """Return the result of a function or its error, except a request to stop; a Rust panic is not an Exception."""
     try:
         return compute()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - told to whom it belongs
+    except BaseException as error:  # noqa: BLE001 - returned to the reader of its answer
         if out_of_memory(error):
             error.__traceback__ = None  # its frames hold the memory that the next try needs
         return error
@@ -329,14 +336,14 @@ class SharedBatch:
         self.replies: list[Reply] = []
 
     def logits(self, replies: Sequence[Reply]) -> list[Tensor]:
-        """Of the next token of each, (V); those that were not there before are read, all others get a step."""
+        """Return the logits (V) of every answer's next token; new prompts are read, other answers get a step."""
         staying = [reply for reply in self.replies if reply in replies]
         coming = [reply for reply in replies if reply not in staying]
         if coming or len(staying) < len(self.replies):
             self.decoder.keep([self.replies.index(item) for item in staying], len(coming))
             self.replies = staying + coming
         found: dict[Reply, Tensor] = {}
-        if staying:  # the rows of those that come are not in use yet
+        if staying:  # the rows of new answers are not in use yet
             tokens = [item.ids[-1] for item in staying] + [0] * len(coming)
             places = [len(item.ids) - 1 for item in staying] + [0] * len(coming)
             found |= zip(staying, self.decoder.step(tokens, places), strict=False)
@@ -347,21 +354,21 @@ class SharedBatch:
 
 
 class Reply:
-    """An answer that is computed while it is read: each step is one token and gives the text that it settled.
+    """An answer that is computed while it is read: a step computes one token and returns the text that it completes.
 
-    A piece is empty while a character is incomplete, or while the text may turn out to be the start of a stop string.
+    A piece is empty while a character is incomplete, or while the text may be the start of a stop string.
     The pieces together are `text`.
 
     Attributes:
-        text: So far.
-        prompt_tokens: Of the prompt.
-        tokens: Generated so far, the stop token included.
-        finish: `stop` when the model ended it or a stop string came, `length` when the room was used up; None before.
-        adapter: Who answers; None: the base.
+        text: The text so far.
+        prompt_tokens: Tokens of the prompt.
+        tokens: Tokens generated so far, including the stop token.
+        finish: `stop` if the model or a stop string ended it, `length` if the length limit did; None before the end.
+        adapter: The adapter that answers; None for the base.
         ids: The prompt's tokens and those generated so far, without the stop token.
-        limit_tokens: Most that these can become.
-        memory: What the model has read, for the next turn; of what `AdapterPool.step` computes it holds nothing, so
-            that on a GPU, where a single answer takes it too, each prompt is read anew.
+        limit_tokens: The most tokens that `ids` can have.
+        memory: What the model has read, for the next turn. It is empty for tokens that `AdapterPool.step` computes, so
+            on a GPU, where a single answer uses `step` too, each prompt is read again.
     """
 
     def __init__(
@@ -378,8 +385,7 @@ class Reply:
         self.finish: Literal["stop", "length"] | None = None
         self.adapter = adapter
         self.ids = list(prompt)
-        room = settings.max_new_tokens if pool.window is None else pool.window - len(prompt)
-        self.limit_tokens = len(prompt) + min(settings.max_new_tokens, room)
+        self.limit_tokens = len(prompt) + answer_limit(len(prompt), pool.window, settings)
         self.memory = pool.recall(prompt, adapter, memory)
         self._pool = pool
         self._settings = settings
@@ -400,13 +406,13 @@ class Reply:
         return self.take(self._pool.next_logits(self.ids, self.memory))
 
     def take(self, logits: Tensor) -> str:
-        """Choose the next token; the text that it settled.
+        """Choose the next token and return the text that it completes.
 
         Raises:
-            NotFiniteError: The logits say nothing.
+            NotFiniteError: The logits are not finite.
 
         Shapes:
-            logits (V), behind `ids`.
+            logits (V), of the token after `ids`.
         """
         before = None if self._sampler.greedy else self._random.get_state()
         try:
@@ -425,14 +431,14 @@ class Reply:
         return self._settled()
 
     def _settled(self) -> str:
-        """The text that no further token can change, less what was given before."""
+        """Return the text that no further token can change, without what was returned before."""
         text = str(self._pool.tokenizer.decode(self.ids[self.prompt_tokens :], skip_special_tokens=True))
         stops = self._settings.stop_strings
         cuts = [text.index(stop) for stop in stops if stop in text]
         if cuts:
             text, self.finish = text[: min(cuts)], "stop"
         elif self.finish is None:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character that is not whole yet
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of an incomplete character
             held = max((_overlap(text, stop) for stop in stops), default=0)
             text = text[: len(text) - held]
         piece = text[len(self.text) :]
@@ -441,16 +447,16 @@ class Reply:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that `stop` begins with."""
+    """Return how many characters at the end of `text` are a start of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Conversation:
-    """Turns between a person and a model, with the oldest let go where the window has no room for them.
+    """Turns between a person and a model; the oldest are left out of the prompt when the window is full.
 
     Attributes:
         messages: All turns, without the system prompt.
-        system: What the model is told before them; None: nothing.
+        system: The system prompt; None for none.
         settings: Of the answers.
         adapter: Who answers; None: the base.
     """
@@ -467,16 +473,16 @@ class Conversation:
         self._memory: Memory | None = None
 
     def ask(self, text: str) -> tuple[Reply, int]:
-        """Say something.
+        """Ask a question.
 
-        Room is kept for `max_new_tokens`, or for a quarter of the window where that is less.
+        `max_new_tokens` of the window are kept free for the answer, or a quarter of the window if that is less.
 
         Returns:
-            The answer to be read, and how many of the oldest messages the model no longer sees because of it. Nothing
-            is part of the history before `keep`.
+            The answer to be read, and how many of the oldest messages the model no longer sees because of it. The
+            history changes only by `keep`.
 
         Raises:
-            ContextError: The message and the system prompt alone leave no room.
+            ContextError: The message and the system prompt alone fill the window.
             DataError: The chat template refuses the conversation.
         """
         forgotten = self.forgotten
@@ -494,14 +500,14 @@ class Conversation:
                 if forgotten == len(self.messages):
                     raise
             forgotten += 2  # a question and its answer
-        # A seed names the whole conversation; each turn draws anew.
+        # One seed is given for all of the conversation; every turn draws with another one.
         settings = replace(self.settings, seed=self.settings.seed + len(self.messages))
         reply = self.pool.answer(prompt, settings, self.adapter, self._memory)
-        self._memory = None  # its cache is the reply's now
+        self._memory = None  # the reply changes its cache from now on
         return reply, forgotten - self.forgotten
 
     def keep(self, text: str, reply: Reply, forgotten: int) -> None:
-        """Make a question and as much of its answer as was read part of the history."""
+        """Add a question, and as much of its answer as was read, to the history."""
         self._memory = reply.memory
         if not reply.text:
             return
@@ -509,11 +515,11 @@ class Conversation:
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
 
     def reset(self) -> None:
-        """Begin anew, with the same system prompt and settings."""
+        """Start a new conversation with the same system prompt and settings."""
         self.messages, self.forgotten, self._memory = [], 0, None
 
     def record(self) -> dict[str, list[dict[str, str]]]:
-        """The whole conversation as a record of training data."""
+        """Return all of the conversation as a record of training data."""
         return {"messages": [*self._head(), *self.messages]}
 
     def _head(self) -> list[dict[str, str]]:
@@ -528,8 +534,8 @@ def load_pool(sources: Mapping[str, str | Path], base: str | None = None) -> Ada
 
     Args:
         sources: Run folders, adapter folders, checkpoints or hub ids, by the names that they get.
-        base: Folder or hub id of the base; default: the one that the adapters name. The base of a run is loaded as the
-            run's configuration says.
+        base: Folder or hub id of the base; default: the one that the adapters name. The base of a run is loaded with
+            the settings of its configuration.
 
     Raises:
         AdapterError: An adapter is missing, torn or does not fit, they belong to different bases or have different
@@ -537,7 +543,7 @@ def load_pool(sources: Mapping[str, str | Path], base: str | None = None) -> Ada
         ModelError: The base cannot be loaded, or has no chat template.
         TargetError: An adapter names modules that the base does not have.
     """
-    found = {name: _adapter_folder(source, base) for name, source in sources.items()}
+    found = {name: adapter_folder(source, base) for name, source in sources.items()}
     first = next(iter(found))
     others = {value.base for value in found.values()} - {found[first].base}
     if others:
@@ -557,16 +563,16 @@ def load_pool(sources: Mapping[str, str | Path], base: str | None = None) -> Ada
     runs = {name: TrainedRun(item.run) for name, item in found.items() if item.run is not None}
     systems = {name: run.system for name, run in runs.items() if run.system is not None}
     pool = AdapterPool(model, loaded.tokenizer, display, inside, systems)
-    with contextlib.suppress(DataError):  # of a template that wants other roles
-        pool.prompt([{"role": "user", "content": "Hello."}])  # without a template nothing can be asked
+    with contextlib.suppress(DataError):  # a template may require other roles
+        pool.prompt([{"role": "user", "content": "Hello."}])  # fails now if there is no template
     return pool
 
 
 def load_named(sources: Sequence[str], base: str | None = None) -> AdapterPool:
-    """`load_pool` of `NAME=SOURCE` arguments; without a name the source's own is taken.
+    """Load a pool from `NAME=SOURCE` arguments; the default name is that of the source.
 
     Raises:
-        AdapterError: A name is given twice or is the base's; and as `load_pool`.
+        AdapterError: A name is given twice or is the base's, or as `load_pool` raises it.
     """
     named: dict[str, str | Path] = {}
     for source in sources:
@@ -581,7 +587,7 @@ def load_named(sources: Sequence[str], base: str | None = None) -> AdapterPool:
 
 
 def name_of(source: str | Path) -> str:
-    """Return what an adapter is called by default: its run folder's name, or its hub id."""
+    """Return the default name of an adapter: that of its run folder, or its hub id."""
     path = Path(source).expanduser()
     if not path.exists():
         return str(source)
@@ -590,26 +596,18 @@ def name_of(source: str | Path) -> str:
 
 
 def base_name(base: str) -> str:
-    """A base's name for people: a hub id as it is, a folder by its last part."""
+    """Return the display name of a base: a hub id unchanged, a folder by its last part."""
     if local_path(base) == local_path("nano"):
         return "nano"
     path = Path(base).expanduser()
     return path.resolve().name if path.is_dir() else base
 
 
-def _adapter_folder(source: str | Path, base: str | None) -> AdapterSource:
-    found = find_adapter(source, base)
-    if not found.path.is_dir():
-        todo = "Convert it first: philora export FILE --format peft --base MODEL --out DIR"
-        raise AdapterError(fault("adapter", "source", str(source), "a run or a folder in PEFT's format", todo))
-    return found
-
-
 def _check_untouched_base(found: Mapping[str, AdapterSource]) -> None:
-    """Several adapters need a base that none of them has changed; beside a single one it is only said.
+    """Refuse several adapters if one of them changes the base; warn of a single one that does.
 
-    Trained biases, and initialisations that take the first singular vectors out of the weights, end up in the base
-    when PEFT loads them.
+    When PEFT loads trained biases, or an initialisation that takes the first singular vectors out of the weights, it
+    changes the base.
     """
     for name, item in found.items():
         config = PeftConfig.from_pretrained(str(item.path))
@@ -628,7 +626,7 @@ def _check_untouched_base(found: Mapping[str, AdapterSource]) -> None:
 
 
 def _check_tokenizer(adapter: Path, loaded: Loaded) -> None:
-    """One tokenizer serves all adapters, so that of a further one has to be the same."""
+    """Refuse a further adapter whose vocabulary or chat template differs: all share one tokenizer."""
     if not (adapter / "tokenizer_config.json").is_file():
         return
     other = load_tokenizer(ModelConfig(name_or_path=str(adapter)), TokenizerConfig())
@@ -638,5 +636,5 @@ def _check_tokenizer(adapter: Path, loaded: Loaded) -> None:
 
 
 def known(name: str, names: Sequence[str]) -> str:
-    """`Did you mean ...?`, or all the names."""
+    """Return a hint: `Did you mean ...?`, or all the names."""
     return nearest(name, names) or f"There are: {', '.join(names)}"

@@ -1,14 +1,14 @@
-"""One new token for each of several rows: the forward pass of generation alone, for the Phi-3 architecture.
+"""Compute one new token for each of several rows: the forward pass of generation for the Phi-3 architecture.
 
-    prompts -> `prefill`, right-padded and causal -> keys and values in each row's own slots -> logits of the last token
+    prompts -> `prefill`, right-padded and causal -> keys and values in the row's cache -> logits of the last token
     tokens  -> `step` -> logits of the next one
 
-transformers' forward serves training too, so each token of `generate` pays for masks, cache objects and modules that
+transformers' forward also serves training. Each token of its `generate` pays for masks, cache objects and modules that
 one new token does not need, and on a CPU each bf16 product reorders its weight first. Here the weights are reordered
-once, the cache has room ahead, and every row stands at its own position: rows of any length share a batch without
-padding between prompt and answer, and a row that has ended makes room for the next prompt at once.
+once, the cache has spare capacity, and every row has its own position. So rows of any length share a batch without
+padding between prompt and answer, and the next prompt can take a row as soon as it has ended.
 
-`philora.generation.batches` uses this where `covers` says so, and transformers' `generate` everywhere else.
+`philora.generation.batches` uses this for models that `covers` accepts, and transformers' `generate` for others.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from philora.native import library as native
 from philora.runtime import processes
 
 PREFILL_TOKENS = 4096
-"""Tokens of prompts at once, padding included; a longer prompt is taken alone."""
+"""Tokens of prompts that are read together, including padding; a longer prompt is read alone."""
 
 PACKED_SHARE = 0.5
-"""Weights are reordered where the copies take less than this share of the free memory."""
+"""Weights are reordered if the copies take less than this share of the free memory."""
 
-ROOM_TOKENS = 64
-"""The cache grows by this, and by a quarter of itself where that is more."""
+GROWTH_TOKENS = 64
+"""The cache grows by this, or by a quarter of itself if that is more."""
 
 Product = Callable[[Tensor], Tensor]
 
@@ -45,8 +45,8 @@ Product = Callable[[Tensor], Tensor]
 def covers(model: nn.Module) -> bool:
     """Return whether `Decoder` computes what this model computes.
 
-    It does for plain Phi-3 models on one device with SiLU and no autocast, whatever adapters and quantised layers stand
-    in the place of their linear layers, and unless hooks watch their modules or `PHILORA_FUSED=0` turns fast paths off.
+    It does for Phi-3 models on one device with SiLU and without autocast, with any adapters and quantised layers,
+    unless there are hooks on their modules or `PHILORA_FUSED=0` turns fast paths off.
     """
     devices = {parameter.device for parameter in _base(model).parameters()}
     types = {device.type for device in devices}
@@ -56,12 +56,12 @@ def covers(model: nn.Module) -> bool:
 
 
 def packs(model: nn.Module, device: str, dtype: torch.dtype) -> bool:
-    """Return whether `Decoder` holds reordered weights of this model besides, where memory lets it.
+    """Return whether `Decoder` keeps reordered copies of this model's weights, if memory allows it.
 
     Args:
-        model: As `covers` takes it; it needs no weights.
-        device: Where it generates.
-        dtype: Of its weights.
+        model: As for `covers`; it needs no weights.
+        device: The device that generates.
+        dtype: Dtype of the weights.
     """
     return (
         device == "cpu"
@@ -74,7 +74,7 @@ def packs(model: nn.Module, device: str, dtype: torch.dtype) -> bool:
 
 
 def _plain(model: nn.Module) -> bool:
-    """Return whether the model is the architecture that is computed here, with nothing that watches its modules."""
+    """Return whether the model has the architecture that is computed here, and no hooks on its modules."""
     base = _base(model)
     if type(base) is not Phi3ForCausalLM or not fused_enabled() or hasattr(base, "_hf_hook"):
         return False
@@ -102,7 +102,7 @@ def _base(model: Any) -> Any:
 
 
 def _decoder_modules(base: Any) -> list[nn.Module]:
-    """The modules whose forward is passed over."""
+    """Return the modules whose forward is not called."""
     return [item for layer in base.model.layers for item in (layer, layer.self_attn, layer.mlp)]
 
 
@@ -110,8 +110,8 @@ class Norm(NamedTuple):
     """An RMSNorm without what autograd needs.
 
     Attributes:
-        product: The norm of a matrix's rows.
-        weight: Its weight; None where it is no plain RMSNorm.
+        product: Computes the norm of a matrix's rows.
+        weight: Its weight; None if it is not a plain RMSNorm.
         eps: Added to the mean square.
     """
 
@@ -153,18 +153,18 @@ class PlainRows:
 
 
 class Decoder:
-    """A model's forward pass over new tokens, with the cache of the rows it works on. To be used without gradients.
+    """A model's forward pass over new tokens, with the cache of its rows. To be used without gradients.
 
     Args:
-        model: A model that `covers` accepts, or a PeftModel around one. Adapters count as they are at this moment.
+        model: A model that `covers` accepts, or a PeftModel around one. Its adapters are used as they are now.
         rows: Rows of the cache.
-        limit_tokens: Positions of the longest row, prompt and answer. With LongRoPE it decides the factors, as the
+        limit_tokens: Positions of the longest row, prompt and answer. With LongRoPE it decides the factors, like the
             longest row of a batch does in transformers.
-        packing: Of another decoder over the same base, so that its reordered weights are held once.
+        packing: The packing of another decoder over the same base, so that reordered weights are kept once.
 
     Cost:
-        Where `packs` says so a reordered copy of every linear layer's weight, unless half of the free memory is too
-        little for them; keys and values of the positions in use, and a quarter more.
+        If `packs` is true, a reordered copy of every linear layer's weight, unless they need more than half of the free
+        memory; keys and values of the positions in use, and a quarter more.
     """
 
     def __init__(self, model: nn.Module, rows: int, limit_tokens: int, packing: Packing | None = None) -> None:
@@ -194,41 +194,41 @@ class Decoder:
         places = torch.arange(limit_tokens, device=self.device)[None]
         cos, sin = (item[0] for item in base.model.rotary_emb(probe, places))
         half = sin.shape[-1] // 2
-        # Of `rotate_half` the sign stands here: a·cos + rotate_half(a)·sin = a·cos + roll(a)·(∓sin).
+        # The sign of `rotate_half` is part of sin: a·cos + rotate_half(a)·sin = a·cos + roll(a)·(∓sin).
         self.cos, self.sin = cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)
         self.dtype = probe.dtype
         self.rows, self.capacity = rows, 0
-        self.cache: list[tuple[Tensor, Tensor]] = [(self._room(rows, 0), self._room(rows, 0)) for _ in self.layers]
+        self.cache: list[tuple[Tensor, Tensor]] = [(self._empty(rows, 0), self._empty(rows, 0)) for _ in self.layers]
 
-    def _room(self, rows: int, tokens: int) -> Tensor:
-        """Shapes: (rows, K, tokens, D)."""
-        # Zeros: what is not written yet is masked, and a masked NaN would still be one.
+    def _empty(self, rows: int, tokens: int) -> Tensor:
+        """Return an empty cache. Shapes: (rows, K, tokens, D)."""
+        # Zeros, because unwritten positions are masked, and a masked NaN would still be NaN.
         return torch.zeros(rows, self.kv_heads, tokens, self.head_size, dtype=self.dtype, device=self.device)
 
     def reserve(self, tokens: int) -> None:
-        """See to it that rows have space for so many tokens."""
+        """Grow the cache if its rows have less capacity than so many tokens."""
         if tokens <= self.capacity:
             return
         grown = self.capacity_for(tokens)
         for index, pair in enumerate(self.cache):
             bigger = []
             for old in pair:
-                new = self._room(self.rows, grown)
+                new = self._empty(self.rows, grown)
                 new[:, :, : self.capacity] = old
                 bigger.append(new)
             self.cache[index] = (bigger[0], bigger[1])
         self.capacity = grown
 
     def capacity_for(self, tokens: int) -> int:
-        """Return how many tokens a row of the cache gets when it needs so many, more than it has."""
-        return min(len(self.cos), max(tokens, self.capacity + max(ROOM_TOKENS, self.capacity // 4)))
+        """Return the new capacity of a row of the cache that needs more tokens than it has."""
+        return min(len(self.cos), max(tokens, self.capacity + max(GROWTH_TOKENS, self.capacity // 4)))
 
     def keep(self, rows: Sequence[int], more: int = 0) -> None:
-        """Continue with some rows only, at 0, 1, ... in the order given, and `more` empty ones after them."""
+        """Keep some rows only, at 0, 1, ... in the order given, followed by `more` empty ones."""
         if not rows:
             self.capacity = 0
         chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
-        empty = self._room(more, self.capacity)
+        empty = self._empty(more, self.capacity)
         self.rows = len(rows) + more
         for index, (keys, values) in enumerate(self.cache):  # one by one: both copies of a layer, not of all
             self.cache[index] = (
@@ -240,8 +240,8 @@ class Decoder:
         """Read prompts into rows of the cache.
 
         Args:
-            prompts: Token ids, at least one each; prompts of similar length cost the least padding.
-            places: The row of each.
+            prompts: Token ids, at least one for each; prompts of similar length need the least padding.
+            places: The row of every prompt.
 
         Shapes:
             Returns the logits after every prompt's last token, (B, V).
@@ -283,7 +283,7 @@ class Decoder:
             value = states[:, :, self.heads + self.kv_heads :].transpose(1, 2)
             keys, values = self.cache[index]
             keys[chosen, :, :tokens], values[chosen, :, :tokens] = key, value
-            # Causal, and what pads a row stands behind it: no token sees any.
+            # Attention is causal and the padding is at the end, so no token sees it.
             mixed = F.scaled_dot_product_attention(
                 query,
                 key,
@@ -304,8 +304,8 @@ class Decoder:
         """Add a token to every row.
 
         Args:
-            tokens: Of every row of the cache; any for a row that is not in use.
-            positions: Where it stands in its row; 0 for a row that is not in use.
+            tokens: The new token of every row of the cache; any for a row that is not in use.
+            positions: Its position in the row; 0 for a row that is not in use.
 
         Shapes:
             Returns the logits after it, (B, V).
@@ -316,13 +316,13 @@ class Decoder:
         return self.compute(torch.tensor(tokens, device=self.device), at, width, PlainRows())
 
     def compute(self, tokens: Tensor, at: Tensor, width: int, work: PlainRows) -> Tensor:
-        """Add a token to every row, with nothing read back from the device.
+        """Add a token to every row, without reading anything back from the device.
 
         Args:
             tokens: Of every row of the cache.
-            at: Where it stands in its row, below `width`.
-            width: How much of the cache is looked at.
-            work: Does what is between the products.
+            at: Its position in the row, below `width`.
+            width: Positions of the cache that are read.
+            work: Computes what is between the products.
 
         Shapes:
             tokens and at (B); returns the logits after them, (B, V).
@@ -345,7 +345,7 @@ class Decoder:
             turned = work.rotate(states, cos, sin, turning)
             keys.view(-1, self.head_size).index_copy_(0, slots, turned[:, self.heads :].flatten(0, 1))
             values.view(-1, self.head_size).index_copy_(0, slots, states[:, turning:].flatten(0, 1))
-            # The query heads that share keys stand beside each other, like queries of one head.
+            # The query heads that share keys are adjacent, like queries of one head.
             query = turned[:, : self.heads].view(rows, self.kv_heads, -1, self.head_size)
             mixed = F.scaled_dot_product_attention(
                 query, keys[:, :, :width], values[:, :, :width], mask, scale=self.scale
@@ -356,7 +356,7 @@ class Decoder:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, the sign of `rotate_half` in `sin`.
+    """Apply the rotary embedding; `sin` has the sign of `rotate_half`.
 
     Shapes:
         x (..., heads, D), cos and sin (..., 1, rotated columns); returns as x.
@@ -369,7 +369,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _gated(gate_up: Tensor) -> Tensor:
-    """Shapes: (B, 2 C), gate first; returns (B, C)."""
+    """Return `silu(gate) * up`. Shapes: (B, 2 C), gate first; returns (B, C)."""
     gate, up = gate_up.chunk(2, -1)
     return up * F.silu(gate)
 
@@ -384,11 +384,11 @@ def _norm(module: nn.Module) -> Norm:
 
 
 class Packing:
-    """Products of linear layers, over weights in the order that oneDNN multiplies them in.
+    """Products of linear layers over weights that are reordered once for oneDNN.
 
     Args:
-        model: Whose layers; a PeftModel or its base.
-        rows: About as many as there will be in a step.
+        model: The model with the layers; a PeftModel or its base.
+        rows: The approximate number of rows in a step.
     """
 
     def __init__(self, model: nn.Module, rows: int) -> None:
@@ -402,7 +402,7 @@ class Packing:
         self.on = packs(base, device, torch.bfloat16) and needed < PACKED_SHARE * free
 
     def product(self, module: nn.Module) -> Product:
-        """The function of a linear layer, of PEFT's layer over one, or of any other module."""
+        """Return the function of a linear layer, of PEFT's layer over one, or of any other module."""
         if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
             if module not in self.plain:
                 self.plain[module] = self._linear(module.weight, module.bias)
@@ -415,7 +415,7 @@ class Packing:
                 base = self.product(module.base_layer)
                 down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                 return self._adapted(base, down, up, float(module.scaling[adapter]), module.base_layer.weight.dtype)
-        # Anything else is asked as it would be by the model: with three dimensions.
+        # Any other module is called as the model does: with three dimensions.
         return lambda x: cast(Tensor, module(x[None])[0])
 
     def _linear(self, weight: Tensor, bias: Tensor | None) -> Product:
@@ -426,7 +426,7 @@ class Packing:
         return lambda x: cast(Tensor, product(x, packed, bias, "none", [], ""))
 
     def _adapted(self, base: Product, down: Tensor, up: Tensor, scaling: float, dtype: torch.dtype) -> Product:
-        """`base(x) + scaling * x A^T B^T`, A and B rounded to the base's dtype as in training."""
+        """Return `base(x) + scaling * x A^T B^T`, with A and B rounded to the base's dtype as in training."""
         into, back = self._linear(down.to(dtype), None), (up * scaling).to(dtype)
         packed = self._packed(back)
         if packed is None:

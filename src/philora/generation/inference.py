@@ -1,4 +1,4 @@
-"""A trained adapter, ready to answer: RUN_OR_ADAPTER -> base, adapter and tokenizer, each as in training."""
+"""Load a trained adapter with its base and tokenizer as in training, and answer prompts with it."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Loaded:
     """An adapter on its base.
 
     Attributes:
-        model: In eval mode; `model.disable_adapter()` makes it the base.
-        tokenizer: As in training.
+        model: The model in eval mode; `model.disable_adapter()` makes it the base.
+        tokenizer: The tokenizer as in training.
         source: Where the adapter is.
         run: The run that it belongs to, if any.
-        base: Name of the base model, as the person or the run has it.
+        base: Name of the base model, as the user or the run gives it.
     """
 
     model: PeftModel
@@ -53,32 +53,29 @@ class Loaded:
 
     @property
     def system(self) -> SystemTurn | None:
-        """The system turn that nearly all of the run's training conversations began with."""
+        """Return the system turn that nearly all of the run's training conversations began with."""
         return None if self.run is None else self.run.system
 
 
 def load(source: str | Path, *, base: str | None = None, dtype: str | None = None) -> Loaded:
     """Load base, adapter and tokenizer for inference.
 
-    The run's configuration decides precision, quantisation and attention, where the adapter lies in a run folder; an
-    adapter alone is loaded onto the base it names in that base's own precision. On a GPU, where there is one. Of a
-    run's configuration only the sections `model` and `tokenizer` are read.
+    For an adapter in a run folder the run's configuration decides precision, quantisation and attention; only its
+    sections `model` and `tokenizer` are read. An adapter alone is loaded onto the base that it names, in that base's
+    own precision. A GPU is used if there is one.
 
     Args:
-        source: A run folder, a checkpoint in it, an adapter folder or a hub id. Of a run that has not ended the newest
-            whole checkpoint is taken, with a notice.
+        source: A run folder, a checkpoint in it, an adapter folder or a hub id. For an unfinished run the newest
+            complete checkpoint is used, with a notice.
         base: Base model; default: the run's, or the one that the adapter names.
         dtype: Precision of the base; default: the run's.
 
     Raises:
-        AdapterError: There is no adapter, it is a file of loralib's, or nothing says which base it belongs to.
-        ConfigError: What is read of the run's configuration has a value that it cannot have.
+        AdapterError: There is no adapter, it is a file of loralib's, or its base is not known.
+        ConfigError: A setting in these sections of the run's configuration is not valid.
         ModelError: The base or its tokenizer cannot be found or loaded.
     """
-    found = find_adapter(source, base)
-    if found.path.is_file():
-        todo = "Convert it first: philora export FILE --format peft --base MODEL --out DIR"
-        raise AdapterError(fault("adapter", "source", str(source), "a run or a folder in PEFT's format", todo))
+    found = adapter_folder(source, base)
     place = require_base(found)
     run = TrainedRun(found.run) if found.run is not None else None
     settings = run.model if run is not None else ModelConfig()
@@ -101,8 +98,21 @@ def load(source: str | Path, *, base: str | None = None, dtype: str | None = Non
     return Loaded(adapted.eval(), tokenizer, found, run, name)
 
 
+def adapter_folder(source: str | Path, base: str | None) -> AdapterSource:
+    """Find an adapter in PEFT's format.
+
+    Raises:
+        AdapterError: There is none, or it is a file of loralib's.
+    """
+    found = find_adapter(source, base)
+    if not found.path.is_dir():
+        todo = "Convert it first: philora export FILE --format peft --base MODEL --out DIR"
+        raise AdapterError(fault("adapter", "source", str(source), "a run or a folder in PEFT's format", todo))
+    return found
+
+
 def _tokenizer_of(found: AdapterSource, model: ModelConfig) -> ModelConfig:
-    """Whose tokenizer: the base's as the run had it, or the one beside an adapter that came alone."""
+    """Return where to load the tokenizer from: the run's base, or the folder of an adapter without a run."""
     if found.run is None and (found.path / "tokenizer_config.json").is_file():
         return dataclasses.replace(model, name_or_path=str(found.path), revision=None)
     return model
@@ -117,15 +127,15 @@ def answer_file(
     adapter: bool = True,
     out: str | Path | None = None,
 ) -> str:
-    """`philora generate`: answers to prompts as JSONL, one line each in the prompts' order.
+    """Answer prompts as JSONL for `philora generate`, one line for every prompt in the order given.
 
     Args:
         source: As for `load`.
         prompts: As for `read_prompts`, or conversations.
-        settings: How answers are made.
+        settings: Settings of generation.
         base: As for `load`.
-        adapter: With the adapter; False: the base alone.
-        out: File to write, whole or not at all.
+        adapter: Whether the adapter answers; False for the base alone.
+        out: File to write, atomically.
 
     Returns:
         The lines, with `prompt`, `answer`, `tokens` and `stopped`.
@@ -151,23 +161,23 @@ def answer_file(
 
 
 def with_system(messages: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
-    """Return a conversation that begins with a system turn: the one given where it has none of its own."""
+    """Return a conversation with a system turn: its own, or the given one if it has none."""
     own = any(message["role"] == "system" for message in messages)
     return [*([] if own else [{"role": "system", "content": text}]), *map(dict, messages)]
 
 
 _CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
-"""Control characters that JSON lets stand as they are, and that a terminal would obey."""
+"""Control characters that JSON does not escape and a terminal would obey."""
 
 
 # -- prompts
 
 
 def read_prompts(file: str | Path) -> list[list[dict[str, Any]]]:
-    """Conversations to answer, each up to where the assistant is to speak.
+    """Read conversations to answer from a file, each up to the assistant's next turn.
 
-    A `.txt` file holds one prompt a line. Of JSON, JSONL, CSV and Parquet each record is a conversation in any shape
-    that training reads, with or without its last answer, which is left out; or has a `prompt`.
+    A `.txt` file has one prompt a line. A record of JSON, JSONL, CSV or Parquet is a conversation in any shape that
+    training reads, or has a `prompt`. A last answer in it is left out.
 
     Raises:
         DataError: The file is missing or empty, or records cannot be used (all of them are named).
@@ -185,14 +195,14 @@ def read_prompts(file: str | Path) -> list[list[dict[str, Any]]]:
 
 
 def prompts_of_lines(content: bytes, where: str) -> list[list[dict[str, Any]]]:
-    """Return conversations to answer from text: JSON lines where the first line is a JSON object, else a prompt a line.
+    """Return conversations to answer from text: JSONL if the first line is a JSON object, else a prompt a line.
 
     Args:
         content: The text, as UTF-8.
-        where: What messages call it.
+        where: The name of the text in messages.
 
     Raises:
-        DataError: There is none, it is no UTF-8, or lines cannot be used.
+        DataError: There is none, it is not UTF-8, or lines cannot be used.
     """
     lines = [(line, f"{where}:{number}") for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
     if lines and lines[0][0].lstrip().startswith(b"{"):
@@ -207,7 +217,7 @@ def prompts_of_lines(content: bytes, where: str) -> list[list[dict[str, Any]]]:
 
 
 def _prompts(source: str, records: Iterable[tuple[Any, str]]) -> list[list[dict[str, Any]]]:
-    """The conversations of records, each with its place; all that cannot be used are named."""
+    """Return the conversations of records with their locations; name all that cannot be used in one error."""
     prompts, faults = [], []
     unread: Counter[str] = Counter()
     for record, where in records:
@@ -216,7 +226,7 @@ def _prompts(source: str, records: Iterable[tuple[Any, str]]) -> list[list[dict[
         except Fault as error:
             faults.append(error.at(where))
             continue
-        except DataError as error:  # of `detect`, with its place
+        except DataError as error:  # from `detect`, which names the location
             faults.append(str(error))
             continue
         unread.update(conversation.unread)

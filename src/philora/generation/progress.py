@@ -1,4 +1,4 @@
-"""How far a long evaluation is: whoever scores or generates tells it, whoever has a terminal shows it."""
+"""Report the progress of scoring and generation to a listener, such as the progress bar of a terminal."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 Listener = Callable[[str, int, int], None]
-"""Called with what is done (`rows scored`, `answers`), how many are done, and how many there are."""
+"""Called with what is counted (`rows scored`, `answers`), how many are done, and how many there are."""
 
 _listener: ContextVar[Listener | None] = ContextVar("philora_progress", default=None)
 
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tell a function of all progress within the block."""
+    """Report all progress within the block to a function."""
     token = _listener.set(listener)
     try:
         yield
@@ -23,7 +23,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def advance(what: str, done: int, total: int) -> None:
-    """Tell whoever listens how many of `total` are done."""
+    """Report to the listener, if there is one, how many of `total` are done."""
     listener = _listener.get()
     if listener is not None:
         listener(what, done, total)

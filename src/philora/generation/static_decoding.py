@@ -1,12 +1,12 @@
-"""Answers on a GPU: the step of `decoding.Decoder` in one CUDA graph.
+"""Decode on a GPU: the step of `decoding.Decoder` in one CUDA graph.
 
 A step of one new token launches hundreds of small kernels, and on a GPU the launches take longer than the kernels. Here
-the shapes of a step stay the same: rows are filled up to one of `ROWS`, the cache has a fixed size until it is full and
-then doubles, and tokens and positions stand on the device. So the step is recorded once and launched by one call, and
-the tokens of 16 steps are read back together.
+the shapes of a step stay the same: rows are padded to one of `ROWS`, the cache has a fixed size until it is full and
+then doubles, and tokens and positions are on the device. So the step is recorded once and launched by one call, and the
+tokens of 16 steps are read back together.
 
-After every recording the logits of the graph are compared with those of the step as `decoding` computes it. Where they
-differ, or where recording fails, one notice says so and the steps are computed without a graph.
+After every recording the logits of the graph are compared with those of the plain step in `decoding`. If they differ,
+or if recording fails, the log has one warning and the steps are computed without a graph.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from philora.kernels.switches import graph_switch
 logger = logging.getLogger(__name__)
 
 ROWS = (1, 8, 16, 32, 64)
-"""Rows that a graph is made for; more are filled up to the next multiple of the last."""
+"""Rows that a graph is made for; more are padded to the next multiple of the last."""
 
 STEPS = 16
-"""Steps after which tokens are read back, to look for stops."""
+"""Steps after which tokens are read back to look for stops."""
 
 FIRST_TOKENS = 256
-"""The least size of a row of the cache."""
+"""The smallest capacity of a row of the cache."""
 
 LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Of the graph's logits from those of the plain step, relative to their norm: what rounding makes of them."""
+"""Largest difference of the graph's logits from the plain step's, relative to their norm, that rounding explains."""
 
 BY_GRAPH = "a CUDA graph for each token"
-"""What `answers_on` returns where it is one."""
+"""What `answers_on` returns if a graph is used."""
 
 Choose = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """From logits (B, V) and numbers (B) the tokens (B) and the largest logits (B)."""
@@ -54,13 +54,13 @@ class GraphFacts:
 
     Attributes:
         kind: "cuda", "cpu" or another.
-        name: Of the device, for people.
+        name: Display name of the device.
         capability: CUDA's compute capability, or None.
         triton: The version of Triton, or None.
-        switch: `PHILORA_GRAPHS`: "0" off, "all" also what has not run on a GPU, else "".
+        switch: `PHILORA_GRAPHS`: "0" turns graphs off, "all" also takes what has not run on a GPU; else "".
         fused: Whether philora's fast paths are on.
-        dtype: Of the weights.
-        quantized: Whether linear layers are.
+        dtype: Dtype of the weights.
+        quantized: Whether linear layers are quantised.
         covered: Whether `decoding.Decoder` computes this model.
     """
 
@@ -76,7 +76,7 @@ class GraphFacts:
 
 
 def against(facts: GraphFacts) -> list[str]:
-    """Return every reason why answers are computed without a graph; none: they are computed with one."""
+    """Return every reason why answers are computed without a graph; empty if they are computed with one."""
     if facts.kind != "cuda":
         return [f"a graph needs a CUDA GPU, this is {facts.name}"]
     found = []
@@ -99,7 +99,7 @@ def against(facts: GraphFacts) -> list[str]:
 
 
 def facts_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) -> GraphFacts:
-    """Return the facts of a model on a device; the last three as in `GraphFacts`."""
+    """Return the facts of a model on a device; the last three arguments are as in `GraphFacts`."""
     return GraphFacts(
         kind=device.kind,
         name=device.name,
@@ -122,7 +122,7 @@ def facts_of(model: nn.Module) -> GraphFacts:
 
 
 def answers_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) -> str:
-    """Return how answers are computed on a GPU, for people; empty elsewhere. Arguments as those of `facts_on`."""
+    """Describe how answers are computed on a GPU; empty elsewhere. The arguments are those of `facts_on`."""
     if device.kind != "cuda":
         return ""
     reasons = against(facts_on(device, dtype, quantized, covered))
@@ -132,13 +132,13 @@ def answers_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) 
 def decoder_for(
     model: nn.Module, rows: int, limit_tokens: int, packing: decoding.Packing | None = None
 ) -> decoding.Decoder:
-    """Return the decoder that computes a model's answers here. Arguments as those of `decoding.Decoder`."""
+    """Return the decoder for a model's answers on its device. The arguments are those of `decoding.Decoder`."""
     kind = decoding.Decoder if against(facts_of(model)) else StaticDecoder
     return kind(model, rows, limit_tokens, packing)
 
 
 class TritonRows(decoding.PlainRows):
-    """The element-wise work of a step by the kernels of the decoder stack, each in one pass."""
+    """The element-wise work of a step by the kernels of the decoder stack, with one pass over memory each."""
 
     def __init__(self) -> None:
         from philora.decoder_stack import row_kernels  # needs Triton
@@ -146,7 +146,7 @@ class TritonRows(decoding.PlainRows):
         self._kernels = row_kernels
 
     def add_norm(self, norm: decoding.Norm, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `PlainRows.add_norm`."""
+        """Compute `PlainRows.add_norm`."""
         if norm.weight is None:
             return super().add_norm(norm, x, h)
         total, rows, _, _ = self._kernels.add_norm(x, h, norm.weight, norm.eps)
@@ -158,17 +158,17 @@ class TritonRows(decoding.PlainRows):
         return cos[:, :half].float().contiguous(), sin[:, half:].float().contiguous()
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        """As `PlainRows.rotate`, in place."""
+        """Compute `PlainRows.rotate` in place."""
         self._kernels.rotate_(states.view(len(states), -1), cos, sin, heads, states.shape[-1])
         return states[:, :heads]
 
     def gated(self, gate_up: Tensor) -> Tensor:
-        """As `PlainRows.gated`."""
+        """Compute `PlainRows.gated`."""
         return self._kernels.swiglu(gate_up)[0].values
 
 
 class Answered(NamedTuple):
-    """Describe what several steps have given.
+    """The results of several steps.
 
     Attributes:
         tokens: The token of every row after every step, on the CPU.
@@ -183,19 +183,19 @@ class Answered(NamedTuple):
 
 
 class StaticDecoder(decoding.Decoder):
-    """`decoding.Decoder` whose step is recorded once and launched again, tokens and positions on the device.
+    """`decoding.Decoder` whose step is recorded once and launched again, with tokens and positions on the device.
 
     Args:
         model: As there.
-        rows: Rows that are wanted; the cache has `filled_up` of them.
+        rows: Rows that are needed; the cache has `filled_up` of them.
         limit_tokens: As there.
         packing: As there.
-        capture: What records; default: a CUDA graph on a GPU, else the step itself.
-        work: What computes between the products; default: Triton's kernels on a GPU, else PyTorch.
+        capture: Records a step; default: a CUDA graph on a GPU, else the step itself.
+        work: Computes what is between the products; default: Triton's kernels on a GPU, else PyTorch.
 
     Cost:
-        As there; the cache has room for twice the tokens in use at most, and all of it is read at every step. A
-        recording takes about five steps as they are computed without a graph.
+        As there. The cache has at most twice the tokens in use, and all of it is read at every step. A recording takes
+        as long as about five steps without a graph.
     """
 
     def __init__(
@@ -220,12 +220,12 @@ class StaticDecoder(decoding.Decoder):
         return tuple(torch.zeros(self.rows, dtype=torch.long, device=self.device) for _ in range(2))  # type: ignore[return-value]
 
     def capacity_for(self, tokens: int) -> int:
-        """Return a power of two, or the longest row there will be; filled up so that attention's loads are even."""
-        self._recorded = None  # the cache becomes another one
+        """Return a power of two, or the length of the longest row rounded up for attention's loads."""
+        self._recorded = None  # it reads the old cache
         return cache_tokens(tokens, len(self.cos))
 
     def keep(self, rows: Sequence[int], more: int = 0) -> None:
-        """As `Decoder.keep`; where the number of rows filled up stays, in the same memory and by the same graph."""
+        """Keep rows as `Decoder.keep`; the memory and the graph stay if the padded number of rows does."""
         self.used = len(rows) + more
         wanted = filled_up(self.used)
         if wanted != self.rows:
@@ -239,23 +239,23 @@ class StaticDecoder(decoding.Decoder):
                     item[: len(rows)] = item[chosen]
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """As `Decoder.step`, of the rows in use."""
+        """Compute `Decoder.step` of the rows in use."""
         self._load(tokens, positions, 1)
         return self._next()[: self.used].clone()
 
     def answer(
         self, tokens: Sequence[int], positions: Sequence[int], steps: int, choose: Choose, numbers: Tensor | None
     ) -> Answered:
-        """Take several steps, each with the tokens that were chosen after the one before it.
+        """Take several steps, each with the tokens that were chosen in the step before.
 
-        A row that has ended continues by itself; what it gives is to be left out.
+        A row that has ended continues; its further tokens are to be ignored.
 
         Args:
-            tokens: Of every row in use, as for `step`.
-            positions: Where they stand.
+            tokens: The new token of every row in use, as for `step`.
+            positions: The positions of the tokens.
             steps: How many, at least one.
             choose: Chooses the tokens on the device.
-            numbers: What they are drawn by at every step, or None.
+            numbers: The random numbers that they are drawn with at every step, or None.
 
         Shapes:
             numbers (steps, B).
@@ -273,14 +273,14 @@ class StaticDecoder(decoding.Decoder):
         return Answered(found.cpu(), tops.cpu())
 
     def _load(self, tokens: Sequence[int], positions: Sequence[int], steps: int) -> None:
-        """Bring tokens and positions to the device, and see to it that the cache has room for so many steps."""
+        """Copy tokens and positions to the device, and reserve cache for so many steps."""
         self.reserve(min(len(self.cos), max(positions) + steps))
         unused = [0] * (self.rows - len(tokens))
         self._tokens.copy_(torch.tensor([*tokens, *unused]))
         self._at.copy_(torch.tensor([*positions, *unused]))
 
     def _next(self) -> Tensor:
-        """Return the logits after the tokens at their positions, in memory that the next call writes over."""
+        """Return the logits after the tokens at their positions, in memory that the next call overwrites."""
         if self._recorded is None and not self._off:
             self._record()
         if self._recorded is None:
@@ -294,7 +294,7 @@ class StaticDecoder(decoding.Decoder):
         """Record the step, and compare it with the plain one on the tokens at hand."""
         expected = self.compute(self._tokens, self._at, self.capacity, decoding.PlainRows())
         if not bool(expected.isfinite().all()):
-            return  # there is nothing to compare with, and whoever chooses a token will say so
+            return  # nothing to compare with; choosing a token raises the error
 
         def work() -> tuple[Tensor]:
             return (self.compute(self._tokens, self._at, self.capacity, self._work),)
@@ -302,34 +302,34 @@ class StaticDecoder(decoding.Decoder):
         try:
             (made,) = graphs.recorded([work], self.device, self._capture)
         except graphs.NotRecorded as error:
-            self._leave(f"the step could not be recorded ({error})")
+            self._turn_off(f"the step could not be recorded ({error})")
             return
         made.replay()
         found = made.results[0]
         assert found is not None
         gap = float((found.float() - expected.float()).norm() / expected.float().norm())
         if not gap < LARGEST_DIFFERENCE[expected.dtype]:
-            self._leave(f"its logits differ by {gap:.2g} from those without one")
+            self._turn_off(f"its logits differ by {gap:.2g} from those without one")
             return
         self._recorded = made
 
-    def _leave(self, reason: str) -> None:
+    def _turn_off(self, reason: str) -> None:
         self._off = True
-        _say(reason)
+        _warn_once(reason)
 
 
 @cache
-def _say(reason: str) -> None:
-    """Say once why answers are computed without a graph: there is a decoder for every call of `generate`."""
+def _warn_once(reason: str) -> None:
+    """Warn once why answers are computed without a graph: every call of `generate` makes a decoder."""
     logger.warning("answers are computed without a CUDA graph: %s", reason)
 
 
 def cache_tokens(tokens: int, longest_tokens: int) -> int:
-    """Return the size of a row of the cache that holds so many tokens, where the longest row has `longest_tokens`."""
+    """Return the capacity of a row of the cache for so many tokens, if the longest row has `longest_tokens`."""
     longest = -(-longest_tokens // 64) * 64
     return min(longest, max(FIRST_TOKENS, 1 << (tokens - 1).bit_length()))
 
 
 def filled_up(rows: int) -> int:
-    """Return the rows of the graph that computes so many."""
+    """Return the number of rows of the graph that computes so many."""
     return next((row for row in ROWS if rows <= row), -(-rows // ROWS[-1]) * ROWS[-1])

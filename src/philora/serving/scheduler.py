@@ -202,7 +202,7 @@ class Scheduler:
             self.parallel = len(self._active) // 2
             self._waiting.extendleft(reversed(self._active[self.parallel :]))
             del self._active[self.parallel :]
-        logger.warning("out of memory: going on with %d answers at a time", self.parallel)
+        logger.warning("out of memory: continuing with %d answers at a time", self.parallel)
         return True
 
 

@@ -400,7 +400,7 @@ def test_utf8_with_and_without_a_mark_is_read(write: Callable[..., Path]) -> Non
 def test_a_key_that_stands_twice(write: Callable[..., Path]) -> None:
     path = write("data: {train: helpdesk}\npeft_config:\n  r: 8\n  lora_alpha: 8\n  r: 16\n")
     assert fault_of(path) == (
-        f"{path}:5: peft_config.r stands twice, first in line 3 - expected each key once. Remove one of the two."
+        f"{path}:5: peft_config.r is given twice, first in line 3 - expected each key once. Remove one of the two."
     )
 
 

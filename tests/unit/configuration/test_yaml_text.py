@@ -72,7 +72,7 @@ def test_json_with_an_escaped_emoji_is_read_and_written_again(tmp_path):
 def test_half_of_a_pair_is_refused_with_its_line(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(f"data:\n  train: helpdesk\nmodel:\n  name_or_path: {text}\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml:4:17: .*surrogates"):
+    with pytest.raises(ConfigError, match=r"run\.yaml:4:17: .*surrogate"):
         load_config(path)
 
 

@@ -181,7 +181,7 @@ def test_a_batch_without_memory_is_halved_and_later_ones_too(caplog):
     hook = model.model.layers[0].register_forward_hook(limited)
     got = score_rows(model, rows, pad_token_id=0)
     assert max(seen[-3:]) <= 60
-    assert caplog.text.count("positions at once; going on with") == sum(each > 60 for each in seen)
+    assert caplog.text.count("positions at once; continuing with") == sum(each > 60 for each in seen)
     for mine, theirs in zip(got, want, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
     most = 0

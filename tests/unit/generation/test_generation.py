@@ -376,7 +376,7 @@ def test_a_batch_that_memory_cannot_hold_is_halved(model, tokenizer, monkeypatch
     monkeypatch.setattr(Phi3ForCausalLM, "generate", small)
     assert generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=4)) == expected
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
-    assert "out of memory with 8 prompts at once; going on with 4" in caplog.text
+    assert "out of memory with 8 prompts at once; continuing with 4" in caplog.text
 
 
 def test_rows_that_memory_cannot_hold_are_halved_and_what_is_answered_stays(model, tokenizer, monkeypatch, caplog):
@@ -392,7 +392,7 @@ def test_rows_that_memory_cannot_hold_are_halved_and_what_is_answered_stays(mode
     expected = generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=24))
     monkeypatch.setattr(decoding.Decoder, "step", small)
     assert generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=24)) == expected
-    assert "out of memory with 8 prompts at once; going on with 4" in caplog.text
+    assert "out of memory with 8 prompts at once; continuing with 4" in caplog.text
     assert sizes[0] == 8
     assert max(sizes[7:]) == 2
 

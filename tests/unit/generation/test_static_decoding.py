@@ -70,7 +70,7 @@ def static(monkeypatch):
         own(self, *args, **kwargs)
         made.append((self, self.rows))
 
-    static_decoding._say.cache_clear()
+    static_decoding._warn_once.cache_clear()
     monkeypatch.setattr(StaticDecoder, "__init__", noted)
     monkeypatch.setattr(static_decoding, "against", lambda facts: [])
     return made

@@ -115,7 +115,7 @@ def bomb(depth):
     ("content", "message"),
     [
         (bomb(12), "its aliases stand for more than 100,000 values"),
-        ("data: &a {train: helpdesk, x: *a}", "an alias stands inside what it repeats"),
+        ("data: &a {train: helpdesk, x: *a}", "an alias is inside the value that it repeats"),
         ("data: {train: !!python/object/apply:os.system [true]}", "could not determine a constructor"),
         ("data: {train: !!timestamp x}", "expected YAML"),
         ("data: {train: !!bool y}", "expected YAML"),

@@ -402,7 +402,7 @@ def test_where_memory_does_not_suffice_for_all_some_wait(served, voices, monkeyp
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda name: talk(served.client(), name), NAMES))
     assert answers == [expected[name] for name in NAMES]
-    assert "out of memory: going on with" in caplog.text
+    assert "out of memory: continuing with" in caplog.text
     assert served.idle()
 
 
