@@ -165,7 +165,7 @@ def test_a_person_at_a_terminal(run, rows, spoken, tmp_path):
             terminal.type("Say something.\n")
             terminal.until(r"Say something\.\n\S+")
             terminal.type("\x03")
-            shown = terminal.until(r"(stopped; what there is of it stays in the history|leaves)[^>]*> ")
+            shown = terminal.until(r"(stopped; the partial answer stays in the history|leaves)[^>]*> ")
         time.sleep(1)  # Python sees a signal between the prompt and the read of a line with the next key only
         terminal.type("\x03")
         terminal.until(r"Ctrl-C again leaves[^>]*> ", 20)

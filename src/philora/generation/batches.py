@@ -161,7 +161,7 @@ def generate(
                 rows = _generate_batch(
                     model, tokenizer, [item.prompt for item in batch], settings, min(item.limit for item in batch)
                 )
-                answers |= {task.index: row for task, row in zip(batch, rows, strict=True)}
+                answers |= {task.number: row for task, row in zip(batch, rows, strict=True)}
                 advance("answers", len(answers), len(prompts))
     return [answers[index] for index in range(len(prompts))]
 
@@ -243,7 +243,7 @@ def _seeded(model: nn.Module, settings: GenerationSettings) -> Iterator[None]:
 class _Task(NamedTuple):
     """A prompt, its index in the list, and the length limit of its answer."""
 
-    index: int
+    number: int
     prompt: list[int]
     limit: int
 
@@ -298,7 +298,7 @@ class _Row:
     def __init__(self, task: _Task, settings: GenerationSettings) -> None:
         self.task = task
         self.ids: list[int] = []
-        self.random = torch.Generator().manual_seed((settings.seed * 1_000_003 + task.index) % 2**63)
+        self.random = torch.Generator().manual_seed((settings.seed * 1_000_003 + task.number) % 2**63)
 
 
 def _answer_in_rows(
@@ -313,7 +313,7 @@ def _answer_in_rows(
     rows = min(settings.batch_size, len(tasks))
     answers: dict[int, Answer] = {}
     while len(answers) < len(tasks):
-        waiting = [task for task in tasks if task.index not in answers]
+        waiting = [task for task in tasks if task.number not in answers]
         try:
             for index, answer in _in_rows(model, tokenizer, waiting, settings, rows):
                 answers[index] = answer
@@ -371,7 +371,7 @@ def _in_rows(
                 continue
             row.ids.append(token)
             if token in stops or len(row.ids) >= row.task.limit or ends(row.ids):
-                yield row.task.index, _answer(row.ids, tokenizer, stops, settings)
+                yield row.task.number, _answer(row.ids, tokenizer, stops, settings)
                 working[slot] = None
 
 

@@ -1,10 +1,10 @@
-"""The endpoint that OpenAI's clients speak to, and the page that speaks to it.
+"""Define the endpoint for OpenAI's clients, and the chat page that uses it.
 
     request -> Guard (host, origin, key, type of body) -> ChatRequest -> Scheduler (a bound on requests)
-            -> one thread, a token of every answer at a time -> JSON, or events as they come
+            -> one thread that computes a token of every answer in turn -> JSON, or a stream of events
 
-Answers share the model: those of one adapter share each forward pass, in rows of their own, and each is drawn with its
-own generator. Some answers are made at a time, the others wait; past the bound a request is refused with 429.
+Answers share the model. Answers of one adapter share each forward pass, with a row and a random generator for each. A
+bounded number is computed at a time and the others wait; beyond the limit a request is refused with 429.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -39,7 +39,7 @@ BODY_SECONDS = 60.0
 """From the end of a request's header to the end of its body."""
 
 READ_AT_ONCE = 2
-"""Requests that are parsed and tokenised at a time; the others wait for that."""
+"""Requests that are parsed and tokenised at a time; the others wait."""
 
 _Asked = TypeVar("_Asked")
 WEB = Path(__file__).parent / "web"
@@ -57,15 +57,15 @@ SAFE_HEADERS = {
 }
 
 
-# -- who may ask
+# -- access
 
 
 class Guard:
-    """Refuses what does not come from where it should, before anything else sees it.
+    """Refuse requests from the wrong place before anything else handles them.
 
-    On loopback the Host must be this machine's: a page elsewhere whose name was made to point here (DNS rebinding)
-    still sends its own name. An Origin must be the server's own; no header allows another to read answers. A body must
-    be declared as JSON, which a form of another page cannot do.
+    On loopback the Host must be a name of this machine: with DNS rebinding, a page of another site still sends that
+    site's name. An Origin must be the server's own, and no header allows another origin to read answers. A body must be
+    declared as JSON, which a form of another page cannot do.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, key: str | None) -> None:
@@ -74,7 +74,7 @@ class Guard:
         self.key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request that is refused, else hand it on."""
+        """Answer a refused request with its error; pass others to the application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -114,18 +114,6 @@ class Guard:
 # -- the application
 
 
-class ChatPage(NamedTuple):
-    """Describe what the page needs beside the endpoint.
-
-    Attributes:
-        votes: File that its votes are added to.
-        questions: Held-out questions of the run, offered as a beginning.
-    """
-
-    votes: Path
-    questions: Sequence[str] = ()
-
-
 def build_app(
     pool: AdapterPool,
     *,
@@ -136,23 +124,23 @@ def build_app(
     votes: Path | None = None,
     questions: Sequence[str] = (),
 ) -> Guard:
-    """Return the endpoint, and the page where `votes` is given.
+    """Return the endpoint; with `votes` also the page.
 
     Args:
         pool: The model and its adapters.
-        defaults: For what a request does not say; greedy and up to 512 tokens when None.
-        scheduler: Who computes.
-        key: What requests must bring as `Authorization: Bearer`; None: nothing.
-        hosts: Names in the Host header that are served; None: any.
+        defaults: Settings where a request gives none; greedy and up to 512 tokens when None.
+        scheduler: Computes the answers.
+        key: The key that requests must send as `Authorization: Bearer`; None for no key.
+        hosts: Names that the Host header may have; None for any.
         votes: File that the page's votes are added to.
-        questions: Held-out questions that the page offers.
+        questions: Held-out questions that the page suggests.
     """
     defaults = defaults or GenerationSettings(max_new_tokens=512)
     scheduler = scheduler or Scheduler(pool)
     endpoint = _Endpoint(pool, defaults, scheduler)
     routes = endpoint.routes()
     if votes is not None:
-        routes += _page_routes(endpoint, ChatPage(votes, questions))
+        routes += _page_routes(endpoint, votes, questions)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -176,20 +164,19 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    text = "The server had an error; its log says more."
+    text = "The server had an error; see its log."
     return ApiError(500, text, type="server_error", code="internal_error").response()
 
 
-def _page_routes(endpoint: _Endpoint, chat_page: ChatPage) -> list[Route]:
+def _page_routes(endpoint: _Endpoint, votes: Path, suggested: Sequence[str]) -> list[Route]:
     """Return the routes of the page: its files, the held-out questions, votes, their tally and their download."""
-    votes = chat_page.votes
 
     async def page(request: Request) -> Response:
         name, kind = PAGE[request.scope["path"]]
         return FileResponse(WEB / name, media_type=kind, headers={"Cache-Control": "no-cache"})
 
     async def questions(request: Request) -> Response:
-        return JSONResponse({"questions": list(chat_page.questions)})
+        return JSONResponse({"questions": list(suggested)})
 
     async def store(file: Path, records: Sequence[Mapping[str, Any]]) -> Response:
         try:
@@ -222,10 +209,10 @@ def _page_routes(endpoint: _Endpoint, chat_page: ChatPage) -> list[Route]:
 
 
 async def _body(request: Request) -> bytes:
-    """The body, of a bounded size and within a bounded time.
+    """Return the body, of a bounded size and within a bounded time.
 
     Raises:
-        ApiError: It is larger, takes longer, or the client has gone.
+        ApiError: It is larger, takes longer, or the client has disconnected.
     """
     body = bytearray()
     try:
@@ -236,25 +223,26 @@ async def _body(request: Request) -> bytes:
                     raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", code="request_too_large")
     except TimeoutError as error:
         headers = {"Connection": "close"}
-        raise ApiError(408, "The body did not come in time.", code="request_timeout", headers=headers) from error
+        raise ApiError(408, "The body did not arrive in time.", code="request_timeout", headers=headers) from error
     except ClientDisconnect as error:
-        raise ApiError(499, "The client has gone.", code="client_closed_request") from error
+        raise ApiError(499, "The client has disconnected.", code="client_closed_request") from error
     return bytes(body)
 
 
 def _parsed(body: bytes) -> Any:
-    """The JSON of a body.
+    """Return the JSON of a body.
 
     Raises:
-        ApiError: It is none, or holds text that is no Unicode.
+        ApiError: It is not JSON, or contains text that is not valid Unicode.
     """
     try:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which neither an answer nor a file can hold
-        raise ApiError(400, f"The body holds text that is no Unicode: {error.reason}.", code="invalid_value") from error
+    except UnicodeEncodeError as error:  # an unpaired surrogate, which UTF-8 cannot encode
+        text = f"The body has text that is not valid Unicode: {error.reason}."
+        raise ApiError(400, text, code="invalid_value") from error
     except (ValueError, RecursionError) as error:
-        text = f"The body is no JSON that can be read: {str(error)[:200]}"
+        text = f"The body is not valid JSON: {str(error)[:200]}"
         raise ApiError(400, text, code="invalid_json") from error
     return content
 
@@ -294,11 +282,11 @@ class _Endpoint:
         return JSONResponse(self._described(self.known_model(request.path_params["name"])))
 
     async def health(self, request: Request) -> Response:
-        """Return that the server answers, and how much it has to do."""
+        """Return that the server is running, and its load."""
         return JSONResponse({"status": "ok", "version": __version__, "answers": self.scheduler.load})
 
     async def read(self, request: Request, read: Callable[[Any], _Asked]) -> _Asked:
-        """Return what a request asks for, parsed beside the event loop.
+        """Return the parsed body of a request; it is parsed in a thread, beside the event loop.
 
         Raises:
             ApiError: It cannot be read.
@@ -308,10 +296,10 @@ class _Endpoint:
             return await asyncio.to_thread(lambda: read(_parsed(body)))
 
     def known_model(self, name: str) -> str:
-        """The name, if it is one.
+        """Return the name if there is such a model.
 
         Raises:
-            ApiError: 404.
+            ApiError: 404 if there is not.
         """
         names = (*self.pool.adapters, self.pool.base)
         if name not in names:
@@ -320,7 +308,7 @@ class _Endpoint:
         return name
 
     def _asked(self, body: Any) -> ChatRequest:
-        """The request of a body; one of more messages than the model has positions is not looked at."""
+        """Return the request in a body; refuse one with more messages than the model has positions unread."""
         messages = body.get("messages") if isinstance(body, dict) else None
         window = self.pool.window
         if window is not None and isinstance(messages, list) and len(messages) >= window:
@@ -328,9 +316,9 @@ class _Endpoint:
         return ChatRequest.read(body)
 
     def _messages(self, asked: ChatRequest, adapter: str | None) -> list[dict[str, str]]:
-        """The conversation of a request; one without a system turn gets the adapter's, where it was trained with one.
+        """Return the conversation of a request; without a system turn it gets the adapter's, if it was trained with one.
 
-        An empty system turn is none, which is how a client asks for none.
+        An empty system turn counts as none, so that a client can leave it out.
         """
         messages = [message.plain() for message in asked.messages]
         if not self.pool.systems:
@@ -340,7 +328,7 @@ class _Endpoint:
         return [message for message in messages if message["role"] != "system" or message["content"]]
 
     async def chat(self, request: Request) -> Response:
-        """Answer a conversation, in one piece or as events."""
+        """Answer a conversation, in one response or as a stream of events."""
         asked = await self.read(request, self._asked)
         name = self.known_model(asked.model)
         adapter = None if name == self.pool.base else name
@@ -382,7 +370,7 @@ def _too_long(error: ContextError) -> ApiError:
 
 
 class _Answer:
-    """The choices of one request on their way to the client."""
+    """The choices of one request while they are computed."""
 
     def __init__(self, model: str, prompt_tokens: int, jobs: Sequence[Job], events: asyncio.Queue[Event]) -> None:
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
@@ -391,12 +379,12 @@ class _Answer:
         self.events = events
 
     def give_up(self) -> None:
-        """Compute no further; of no effect on what has ended."""
+        """Stop computing the choices that have not ended."""
         for job in self.jobs:
             job.cancelled = True
 
     async def _events(self, request: Request) -> AsyncIterator[Event]:
-        """Events of all choices until each has ended, or the client has hung up."""
+        """Yield events of all choices until they have ended or the client has disconnected."""
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             open_choices = len(self.jobs)
@@ -421,7 +409,7 @@ class _Answer:
             texts[event.choice] += event.piece
             replies[event.choice] = event.reply or replies[event.choice]
         if not all(replies):
-            return Response(status_code=499)  # nobody is there to read it
+            return Response(status_code=499)  # the client has disconnected
         choices = [
             {
                 "index": index,
@@ -437,7 +425,7 @@ class _Answer:
         )
 
     async def stream(self, request: Request, with_usage: bool) -> AsyncIterator[str]:
-        """Events of server-sent events, as OpenAI's: the role, pieces of text, the end of every choice, `[DONE]`."""
+        """Yield server-sent events as OpenAI's: the role, pieces of text, the end of every choice, `[DONE]`."""
 
         def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
             body = {**self.head, "object": "chat.completion.chunk", "choices": choices}
@@ -473,14 +461,14 @@ class _Answer:
 
 
 class _Stream(StreamingResponse):
-    """Events to a client. They may never begin, when it has hung up before."""
+    """A stream of events. It may never start, if the client has disconnected before."""
 
     def __init__(self, answer: _Answer, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them; whoever hangs up ends the computation."""
+        """Send the events; stop computing when the client disconnects."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -488,6 +476,6 @@ class _Stream(StreamingResponse):
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client has hung up."""
+    """Wait until the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,7 @@
-"""Define what OpenAI's clients may send, and the errors that they read.
+"""Define the requests that OpenAI's clients may send, and the errors they get.
 
-A field that asks for nothing is accepted whatever its name, one that nobody knows is logged and left out, and one that
-asks for what is not there is refused by its name.
+A field whose value asks for nothing is accepted. An unknown field is logged and ignored. A field that asks for something
+that is not supported is refused by its name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from philora.generation.conversation import chat_settings
 logger = logging.getLogger(__name__)
 
 NAMES_LOGGED = 100
-"""Fields that nobody knows are logged once each, and no more of them than this."""
+"""Most unknown fields that are logged; each is logged once."""
 
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -83,7 +83,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 _MESSAGE_UNSUPPORTED = ("tool_calls", "function_call", "tool_call_id", "audio", "refusal")
 _MESSAGE_IGNORED = ("annotations",)
-"""What `message.model_dump()` of OpenAI's client holds besides; it asks for nothing."""
+"""A further field in `message.model_dump()` of OpenAI's client; it asks for nothing."""
 
 
 class ApiError(Exception):
@@ -105,7 +105,7 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
-        """Return what the client gets."""
+        """Return the response with the error."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
@@ -126,13 +126,13 @@ class ChatMessage(BaseModel):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates take them; `developer` is a newer word for `system`."""
+        """Return role and text for a chat template; `developer` is a newer name of `system`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(BaseModel):
-    """Describe what the stream tells beside the text."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     include_usage: bool | None = None
@@ -160,7 +160,7 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    # taken and of no effect here
+    # accepted without effect
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -187,7 +187,7 @@ class ChatRequest(BaseModel):
             raise explain(error) from error
 
     def settings(self, defaults: GenerationSettings, choice: int) -> GenerationSettings:
-        """Return how the answer of a choice is made.
+        """Return the generation settings of a choice.
 
         Raises:
             ConfigError: A value is out of its bounds.
@@ -196,12 +196,12 @@ class ChatRequest(BaseModel):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         top_k = None if self.top_k is None or self.top_k < 1 else self.top_k  # 0 and -1 are other servers' "all"
         temperature = self.temperature
-        if temperature is None:  # whoever names another value of sampling means to sample
+        if temperature is None:  # another sampling setting asks for sampling
             temperature = 0.0 if self.top_p in (None, 1) and top_k is None else 1.0
             temperature = defaults.temperature or temperature
         if temperature == 0 or self.top_p == 0:
             return chat_settings(length, stop=stop)
-        # Any whole number is a seed; each choice has a number of its own.
+        # Any integer is a seed; each choice gets its own.
         seed = secrets.randbits(62) if self.seed is None else self.seed % 2**62
         top_p = defaults.top_p if self.top_p is None else self.top_p
         top_k = defaults.top_k if top_k is None else top_k
@@ -209,7 +209,7 @@ class ChatRequest(BaseModel):
 
 
 class Judgement(BaseModel):
-    """What a person says of two answers to one conversation."""
+    """A person's judgement of two answers to one conversation."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     prompt: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
@@ -219,7 +219,7 @@ class Judgement(BaseModel):
         """Return the judgement in a body.
 
         Raises:
-            ApiError: It is none.
+            ApiError: It is not a judgement.
         """
         if isinstance(body, dict):
             _check_messages("prompt", body.get("prompt"))
@@ -238,7 +238,7 @@ class Vote(Judgement):
     rejected_model: str
 
     def record(self) -> dict[str, Any]:
-        """Return a preference pair as TRL's DPOTrainer takes it, and who said what."""
+        """Return a preference pair as TRL's DPOTrainer takes it, with the models that answered."""
         return {
             "prompt": [turn.plain() for turn in self.prompt],
             "chosen": [{"role": "assistant", "content": self.chosen}],
@@ -249,14 +249,14 @@ class Vote(Judgement):
 
 
 class Rating(Judgement):
-    """`POST /ratings`: of two answers neither is better; both are good, or both are bad."""
+    """`POST /ratings`: two answers are both good or both bad."""
 
     answers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
     models: Annotated[list[str], Field(min_length=2, max_length=2)]
     good: bool
 
     def records(self) -> list[dict[str, Any]]:
-        """Return a rating of every answer as TRL's KTOTrainer takes it, and who gave the answer."""
+        """Return a rating of every answer as TRL's KTOTrainer takes it, with the model that answered."""
         return [
             {
                 "prompt": [message.plain() for message in self.prompt],
@@ -275,7 +275,7 @@ def _refuse_request(place: str, value: Any, neutral: tuple[Any, ...] = ()) -> No
 
 
 def _check_messages(name: str, messages: Any) -> None:
-    """Refuse what messages ask for beyond text, and log what nobody knows."""
+    """Refuse fields of messages that ask for more than text, and log unknown ones."""
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         if isinstance(message, dict):
             for field in _MESSAGE_UNSUPPORTED:
@@ -299,12 +299,12 @@ def _note_unknown(prefix: str, given: Mapping[str, Any], known: tuple[str, ...])
 
 
 def explain(error: ValidationError) -> ApiError:
-    """Return the fault of a request, in OpenAI's words for its code."""
+    """Return the fault of a request as an error with OpenAI's code."""
     found = max(error.errors(), key=lambda item: len(item["loc"]))  # inside a union, the fault of the nearest form
     where = [str(item) for item in found["loc"] if not str(item).startswith(("str", "list["))]
     place = "".join(f"[{item}]" if item.isdigit() else f".{item}" for item in where).lstrip(".")[:200] or None
     if place is None:
-        return ApiError(400, "The body is no JSON object.", code="invalid_value")
+        return ApiError(400, "The body is not a JSON object.", code="invalid_value")
     if found["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: '{place}'.", param=place, code="unknown_parameter")
     if found["type"] == "missing":

@@ -1,4 +1,4 @@
-"""The socket that the server listens on, and its connections: how many there may be, and how long each may take."""
+"""Listen on a socket, and limit the number and the time of the server's connections."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from philora.serving.scheduler import Scheduler, stopping
 logger = logging.getLogger(__name__)
 
 HEADER_SECONDS = 15.0
-"""From the first byte, or the opening of a connection, to the end of a request's header."""
+"""Time limit of a request's header, from its first byte or from the opening of the connection."""
 
 STOP_SECONDS = 1.0
-"""What clients have to read the end of their answers in when the server stops."""
+"""Time that clients have to read the end of their answers when the server stops."""
 
 MOST_CONNECTIONS = 1000
 _ACCEPTED_AT_ONCE = 16
@@ -34,23 +34,23 @@ _QUEUE = 128
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; taken before any weight is loaded, so that a port in use is told at once.
+    """Return a listening socket; called before weights are loaded, so that a port in use is reported at once.
 
     Raises:
-        ConfigError: The port is in use, or there is no such address.
+        ConfigError: The port is in use, or the address does not exist.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         bound = socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
-        expected = "an address of this machine and a port that is free"
-        todo = "Give another --port, or 0 for any that is free"
+        expected = "an address of this machine and a free port"
+        todo = "Give another --port, or 0 for any free one"
         raise ConfigError(fault("server", "address", f"{host}:{port}", expected, f"{error}. {todo}")) from error
     return bound
 
 
 def address_of(bound: socket.socket) -> str:
-    """The address as people type it."""
+    """Return the address as a URL."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -66,15 +66,15 @@ def is_loopback(host: str) -> bool:
 
 
 def hosts_of(host: str) -> frozenset[str] | None:
-    """Names in the Host header that are served: on loopback those of this machine, elsewhere any (there is a key)."""
+    """Return the names that a Host header may have: on loopback those of this machine; None elsewhere, for any name."""
     return frozenset({"localhost", "127.0.0.1", "::1", host.lower()}) if is_loopback(host) else None
 
 
 def check_key(host: str, key: str | None) -> None:
-    """Whoever reaches the server can use the machine, so beyond loopback it needs a key.
+    """Require a key beyond loopback, because anyone who reaches the server can use the machine.
 
     Raises:
-        ConfigError: There is none, or it is one that a header cannot hold.
+        ConfigError: There is none, or it cannot be sent in a header.
     """
     if key is not None and (not key.isascii() or not key.isprintable() or not key.strip() == key or not key):
         raise ConfigError(fault("server", "api_key", "...", "printable ASCII characters, without spaces around them"))
@@ -87,7 +87,7 @@ def check_key(host: str, key: str | None) -> None:
 
 
 def most_connections() -> int:
-    """Connections that leave this process file descriptors for everything else."""
+    """Return the most connections that leave this process enough file descriptors for other use."""
     if sys.platform == "win32":
         return MOST_CONNECTIONS
     import resource
@@ -102,15 +102,15 @@ def most_connections() -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with bounded connections, and an end that tells every client.
+    """uvicorn's server with a limit on connections, which informs every client when it stops.
 
-    uvicorn's own `limit_concurrency` refuses requests that have been read; connections that send nothing count there
-    and stay. Here they are refused when they open, and closed when a header takes too long.
+    uvicorn's own `limit_concurrency` refuses requests that have been read, while idle connections count and stay open.
+    Here connections are refused when they open, and closed when a header takes too long.
 
     Args:
-        app: What answers.
-        scheduler: Whose answers end with the server.
-        connections: Most at a time; default: what the process has file descriptors for.
+        app: The application.
+        scheduler: The scheduler whose answers end with the server.
+        connections: Most connections at a time; default: as many as the process has file descriptors for.
         header_seconds: As `HEADER_SECONDS`.
     """
 
@@ -129,7 +129,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=self._protocol,  # type: ignore[arg-type]  # it is called like the class that it makes one of
+                http=self._protocol,  # type: ignore[arg-type]  # uvicorn calls it as it would call the class
                 ws="none",
                 log_level="error",
                 access_log=False,
@@ -143,13 +143,13 @@ class Server(uvicorn.Server):
         return _Connection(self, **options)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen: few connections are accepted in one go, but more may queue."""
+        """Listen with a long queue; uvicorn accepts only a few connections in one go."""
         await super().startup(sockets)
         for item in sockets or []:
             item.listen(_QUEUE)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End: answers with an error that says so, and who does not read it is cut off."""
+        """Stop: end answers with an error, and close connections that do not read it in time."""
         self.scheduler.end_answers()
         cut = asyncio.get_running_loop().call_later(STOP_SECONDS, self._cut_off)
         try:
@@ -164,12 +164,12 @@ class Server(uvicorn.Server):
     def note_refused(self) -> None:
         """Log the first connection that is refused, and every thousandth."""
         if self.refused % 1000 == 0:
-            logger.warning("%d connections are open, as many as there may be: another is refused", self.connections)
+            logger.warning("%d connections are open, which is the limit: another is refused", self.connections)
         self.refused += 1
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, which is refused where there are too many, and closed where a header does not come."""
+    """uvicorn's connection, refused if there are too many, and closed if a header does not arrive in time."""
 
     def __init__(self, server: Server, **options: Any) -> None:
         super().__init__(**options)
@@ -177,36 +177,36 @@ class _Connection(H11Protocol):
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take it, or say that there are too many."""
+        """Accept the connection, or refuse it if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self._owner.connections:
             self._owner.note_refused()
-            self._say(503, "The server has too many connections; try again later.", "too_many_connections")
+            self._refuse(503, "The server has too many connections; try again later.", "too_many_connections")
         else:
             self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless it is refused."""
+        """Read data unless the connection is refused."""
         if not self.transport.is_closing():
             super().data_received(data)
             self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Cancel its timer."""
         self._unwatch()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """End after the answer; a request whose body has not come yet gets none."""
+        """Close after the answer; a request whose body has not arrived gets an error."""
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete and cycle.more_body and not cycle.response_started:
             error = stopping()
-            self._say(error.status, str(error), "server_stopping")
+            self._refuse(error.status, str(error), "server_stopping")
         else:
             super().shutdown()
 
     def _watch(self) -> None:
-        """A header must end in time, however slowly its bytes drip; an answer may take as long as it does."""
+        """Set a time limit while a header is awaited, and remove it while an answer is computed."""
         waiting = self.cycle is None or self.cycle.response_complete
         if waiting and self._late is None:
             self._late = self.loop.call_later(self._owner.header_seconds, self._too_late)
@@ -221,10 +221,10 @@ class _Connection(H11Protocol):
     def _too_late(self) -> None:
         self._late = None
         if not self.transport.is_closing():
-            self._say(408, "The request did not come in time.", "request_timeout")
+            self._refuse(408, "The request did not arrive in time.", "request_timeout")
 
-    def _say(self, status: int, text: str, code: str) -> None:
-        """An error in OpenAI's form, outside of any request, and the end of the connection."""
+    def _refuse(self, status: int, text: str, code: str) -> None:
+        """Send an error in OpenAI's form, outside of any request, and close the connection."""
         error = {"message": text, "type": "server_error", "param": None, "code": code}
         body = json.dumps({"error": error}).encode()
         phrase = {408: "Request Timeout", 503: "Service Unavailable"}[status]
@@ -237,5 +237,5 @@ class _Connection(H11Protocol):
 
 
 def run(app: ASGIApp, scheduler: Scheduler, bound: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; answers in the making end with an error that says so."""
+    """Serve until SIGINT or SIGTERM; unfinished answers end with an error."""
     Server(app, scheduler).run(sockets=[bound])

@@ -1,4 +1,4 @@
-"""Held-out questions of a run, which the page offers as a beginning."""
+"""Choose held-out questions of a run that the chat page suggests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def held_out_questions(source: str, most: int = 6) -> list[str]:
 
     Args:
         source: Run folder, or an adapter or checkpoint in one.
-        most: How many.
+        most: The number of questions.
 
     Returns:
-        The first short ones that begin a conversation, each once; none where the run keeps no held-out rows.
+        The first short ones that start a conversation, without repeats; none if the run has no held-out rows on disk.
     """
     given = Path(source).expanduser()
     folder = given if is_run(given) else run_of(given)
@@ -37,7 +37,7 @@ def held_out_questions(source: str, most: int = 6) -> list[str]:
 
 
 def _first_question(line: str) -> str:
-    """Return the question that a row begins with; empty where it has none, or was trained on."""
+    """Return the question that a row starts with; empty if it has none or was trained on."""
     try:
         row = json.loads(line)
         turns = [message for message in row["messages"] if message["role"] != "system"]

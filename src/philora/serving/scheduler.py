@@ -1,6 +1,6 @@
-"""One thread that computes answers, a token of every at a time.
+"""Compute answers in one thread, a token of every answer in turn.
 
-jobs that wait -> as many in the making as memory allows -> a step of every adapter's answers -> events
+waiting jobs -> as many active ones as memory allows -> a step of every adapter's answers -> events
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from philora.serving.chat_requests import ApiError
 logger = logging.getLogger(__name__)
 
 GROW_AFTER_STEPS = 128
-"""Steps without a refusal of memory after which one more answer is tried at a time."""
+"""Steps without an out-of-memory error after which one more answer is computed at a time."""
 
 STOP_SECONDS = 5.0
-"""How long the end of a step is waited for when the server stops."""
+"""Time limit for the end of a step when the server stops."""
 
 
 class Event(NamedTuple):
-    """Describe what an answer has to say: a piece of text, its end, or a failure.
+    """Describe an event of an answer: a piece of text, its end, or a failure.
 
     Attributes:
-        choice: Which answer of the request.
-        piece: Text.
+        choice: The index of the answer in its request.
+        piece: New text.
         reply: Set at the end.
-        error: Set where the answer failed.
+        error: Set if the answer failed.
     """
 
     choice: int
@@ -53,20 +53,20 @@ class Job:
         self._tell = tell
 
     def tell(self, event: Event) -> None:
-        """Hand an event on; whoever is not there any more has closed its event loop."""
+        """Pass on an event, unless its reader has closed the event loop."""
         with contextlib.suppress(RuntimeError):
             self._tell(event)
 
 
 class Scheduler:
-    """Computes answers in a thread of its own, a token of every at a time.
+    """Compute answers in a separate thread, a token of every answer in turn.
 
     Attributes:
-        pool: Who answers.
-        parallel: Answers in the making at a time; each holds keys and values of its conversation. Halved where memory
-            does not suffice, and raised by one again after `GROW_AFTER_STEPS` steps that it sufficed for.
-        most_parallel: What `parallel` began with.
-        limit: Answers in the making and waiting.
+        pool: The model and its adapters.
+        parallel: Answers that are computed at a time; each keeps the keys and values of its conversation. It is halved
+            after an out-of-memory error, and raised by one after `GROW_AFTER_STEPS` steps without one.
+        most_parallel: The initial value of `parallel`.
+        limit: The most answers that are computed or waiting.
     """
 
     def __init__(self, pool: AdapterPool, parallel: int = 8, limit: int = 32) -> None:
@@ -82,11 +82,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
     def start(self) -> None:
-        """Begin to compute."""
+        """Start computing."""
         self._thread.start()
 
     def end_answers(self) -> None:
-        """Take nothing more, and tell everybody who waits for an answer that there will be none."""
+        """Accept no more jobs, and end all unfinished answers with an error."""
         with self._changed:
             self._stopped = True
             jobs = [*self._active, *self._waiting]
@@ -96,29 +96,29 @@ class Scheduler:
             job.tell(Event(job.choice, error=stopping()))
 
     def stop(self) -> None:
-        """Give up what is not finished, and end the thread after its step."""
+        """End unfinished answers, and the thread after its step."""
         self.end_answers()
         if self._thread.ident is not None:
             self._thread.join(STOP_SECONDS)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Take the answers of a request, all or none.
+        """Accept the answers of a request, all or none.
 
         Raises:
-            ApiError: 429, there is no room for them; 503, the server is stopping.
+            ApiError: 429 if there would be more than `limit`; 503 if the server is stopping.
         """
         with self._changed:
             if self._stopped:
                 raise stopping()
             if len(self._waiting) + len(self._active) + len(jobs) > self.limit:
-                text = f"Too many requests: {self.limit} answers are being made or waiting. Try again later."
+                text = f"Too many requests: {self.limit} answers are computed or waiting. Try again later."
                 raise ApiError(429, text, type="requests", code="rate_limit_exceeded", headers={"Retry-After": "1"})
             self._waiting.extend(jobs)
             self._changed.notify()
 
     @property
     def load(self) -> int:
-        """Answers in the making and waiting."""
+        """Return the number of answers that are computed or waiting."""
         with self._changed:
             return len(self._waiting) + len(self._active)
 
@@ -126,7 +126,7 @@ class Scheduler:
         worked = False
         while True:
             with self._changed:
-                # After the last answer one more round, with none: the model lets go of what it held for them.
+                # After the last answer one more round, without any: it frees the memory of their keys and values.
                 while not (worked or self._waiting or self._active or self._stopped):
                     self._changed.wait()
                 if self._stopped:
@@ -134,7 +134,7 @@ class Scheduler:
             worked = self._round()
 
     def _round(self) -> bool:
-        """Take a step of every answer in the making; whether there was one."""
+        """Take a step of every active answer; return whether there was one."""
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
             self._active = [job for job in self._active if not job.cancelled]
@@ -148,18 +148,18 @@ class Scheduler:
         names = (*self.pool.adapters, None)
         for adapter in names:
             if not self._jobs_of(adapter):
-                self.pool.step(adapter, [])  # lets go of its memory, before others need it
+                self.pool.step(adapter, [])  # frees its memory before others need it
         for adapter in names:
             self._step(adapter)
         return worked
 
     def _jobs_of(self, adapter: str | None) -> list[Job]:
-        """An adapter's answers in the making, as it is now: a step of another adapter may have made some wait."""
+        """Return an adapter's active answers; another adapter's step may have moved some back to the queue."""
         with self._changed:
             return [job for job in self._active if job.reply.adapter == adapter]
 
     def _step(self, adapter: str | None) -> None:
-        """Take a step of an adapter's answers. What goes wrong with one ends that one alone."""
+        """Take a step of an adapter's answers. An error in one ends that one only."""
         jobs = self._jobs_of(adapter)
         if not jobs:
             return
@@ -168,7 +168,7 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - the other adapters' answers continue, and the server lives
             found = [error] * len(jobs)
         failed = [(job, item) for job, item in zip(jobs, found, strict=True) if isinstance(item, BaseException)]
-        # Where memory was refused an answer has lost nothing: it continues with fewer beside it.
+        # After an out-of-memory error an answer is unchanged: it continues together with fewer others.
         if any(out_of_memory(item) for _, item in failed) and self._fewer():
             failed = [(job, item) for job, item in failed if not out_of_memory(item)]
         ended = [job for job, item in failed]
@@ -190,11 +190,11 @@ class Scheduler:
     def _fail(self, job: Job, error: BaseException) -> None:
         told = str(error) if isinstance(error, PhiloraError) else "".join(traceback.format_exception(error))
         logger.error("an answer failed: %s", told)
-        text = "The server had an error while making this answer; its log says more."
+        text = "The server had an error while computing this answer; see its log."
         job.tell(Event(job.choice, error=ApiError(500, text, type="server_error", code="internal_error")))
 
     def _fewer(self) -> bool:
-        """Let half of the answers wait until others have ended; False where there is only one."""
+        """Move half of the answers back to the queue; return False if there is only one."""
         with self._changed:
             self._good_steps = 0
             if len(self._active) < 2:
@@ -207,6 +207,6 @@ class Scheduler:
 
 
 def stopping() -> ApiError:
-    """Return what a client is told when the server ends."""
-    text = "The server is stopping; ask again when it is back."
+    """Return the error for clients of a server that stops."""
+    text = "The server is stopping; try again later."
     return ApiError(503, text, type="server_error", code="server_stopping", headers={"Retry-After": "5"})

@@ -1,6 +1,6 @@
-"""A conversation in the terminal, or over a pipe: lines in, answers out as they come.
+"""Chat in the terminal or over a pipe: lines in, answers out as they are generated.
 
-Reading and writing are handed in, so that the same loop serves a person, a script and a test.
+Functions to read and write are passed in, so that a person, a script and a test use the same loop.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from philora.files.checkpoint import write_text
 from philora.generation.conversation import Conversation, chat_settings, known
 
 HELP = """\
-/reset            begin a new conversation
+/reset            start a new conversation
 /base             switch the adapter off, and on again
-/system [TEXT]    show or set the system prompt; a new conversation begins (/system - removes it)
+/system [TEXT]    show the system prompt, or set it and start a new conversation (/system - removes it)
 /params [K=V ...] show or set max_new_tokens, temperature, top_p, top_k, seed, stop
 /save FILE        write the conversation as a line of training data
-/help             this
+/help             show this list
 /exit             leave; so do exit, quit, Ctrl-D, and Ctrl-C twice
 Tab completes a command. Ctrl-C stops an answer. A line that ends in \\ continues in the next.
-// at the start sends a message that begins with one /."""
+// at the start sends a message that starts with one /."""
 
 COMMANDS = ("/reset", "/base", "/system", "/params", "/save", "/help", "/exit", "/quit")
 BREAKS = r"(\s|[\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef])"
-"""Where a line may end: at a space, and after every character of scripts that have none between words."""
+"""Where a line may be broken: at a space, and after every character of scripts without spaces between words."""
 
 LEAVE = ("/exit", "/quit", "exit", "quit")
 
@@ -52,7 +52,7 @@ class Terminal:
     """The loop of `philora chat`.
 
     Attributes:
-        refused: Messages and commands that could not be done.
+        refused: How many messages and commands failed.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Terminal:
         note: Callable[[str], None],
         guard: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        """Make one.
+        """Prepare the loop.
 
         Args:
-            conversation: With the adapter that it begins with.
-            read: The next line; raises EOFError at the end, and KeyboardInterrupt for Ctrl-C.
-            write: Shows a piece of an answer, at once.
+            conversation: The conversation, with its first adapter.
+            read: Returns the next line; raises EOFError at the end, and KeyboardInterrupt for Ctrl-C.
+            write: Shows a piece of an answer at once.
             note: Shows a line about the conversation.
-            guard: Held while an answer comes; `typing_ignored` on a terminal.
+            guard: Entered while an answer is generated; `typing_ignored` on a terminal.
         """
         self.conversation = conversation
         self.refused = 0
@@ -82,7 +82,7 @@ class Terminal:
         self._saved: set[Path] = set()
 
     def run(self) -> None:
-        """Read and answer until the end of input, a word that leaves, or the second Ctrl-C in a row."""
+        """Read and answer until the end of input, an exit command, or the second Ctrl-C in a row."""
         interrupted = False
         while True:
             try:
@@ -126,7 +126,7 @@ class Terminal:
         self._write("\n")
         self.conversation.keep(text, reply, forgotten)
         if reply.finish is None:
-            kept = "what there is of it stays in the history" if reply.text else "the message is taken back"
+            kept = "the partial answer stays in the history" if reply.text else "the message is removed"
             self._note(f"stopped; {kept}")
         elif reply.finish == "length":
             self._note(f"cut after {reply.tokens} tokens (/params max_new_tokens=...)")
@@ -199,7 +199,7 @@ class Terminal:
             raise ConfigError(fault("chat", "save", name, "a conversation with an answer in it"))
         path = Path(name).expanduser().absolute()
         if path.exists() and path not in self._saved:
-            raise ConfigError(fault("chat", "save", name, "a file that is not there yet", "Give another name"))
+            raise ConfigError(fault("chat", "save", name, "a file that does not exist yet", "Give another name"))
         if not path.parent.is_dir():
             raise ConfigError(fault("chat", "save", name, f"a file in a folder that exists; {path.parent} does not"))
         write_text(path, json.dumps(self.conversation.record(), ensure_ascii=False) + "\n")
@@ -209,9 +209,9 @@ class Terminal:
 
 @contextlib.contextmanager
 def typing_ignored() -> Iterator[None]:
-    """Keep what is typed while an answer comes off the screen and out of the next message; Ctrl-C still works.
+    """Ignore what is typed while an answer is generated, so that it is not shown or sent; Ctrl-C still works.
 
-    Where standard input is no terminal, or the system has no termios (Windows), nothing changes.
+    Nothing changes if standard input is not a terminal, or on a system without termios (Windows).
     """
     try:
         import termios
@@ -231,9 +231,9 @@ def typing_ignored() -> Iterator[None]:
 
 
 def complete_commands() -> bool:
-    """Let Tab complete commands and setting names at the prompt; returns whether the terminal can.
+    """Let Tab complete commands and setting names at the prompt; return whether the terminal supports it.
 
-    Windows' console edits lines by itself and has no completion.
+    The console of Windows has its own line editor, without completion.
     """
     try:
         import readline
@@ -246,11 +246,11 @@ def complete_commands() -> bool:
 
 
 def completions(line: str, word: str) -> list[str]:
-    """Return what a word at the prompt may become.
+    """Return the completions of a word at the prompt.
 
     Args:
-        line: All that was typed.
-        word: The word that the cursor is in.
+        line: The line as typed so far.
+        word: The word at the cursor.
     """
     if line.lstrip().startswith("/params "):
         return [f"{name}=" for name in SETTINGS if name.startswith(word)]
@@ -260,17 +260,17 @@ def completions(line: str, word: str) -> list[str]:
 
 
 class WordWrap:
-    """Writes text that comes in pieces so that no word is broken at the terminal's edge.
+    """Write text that arrives in pieces, and break lines between words.
 
-    A word is held back until it is whole; a word longer than a line is broken by the terminal.
+    A word is held back until it is complete. The terminal breaks a word that is longer than a line.
     """
 
     def __init__(self, write: Callable[[str], None], columns: Callable[[], int]) -> None:
-        """Make one.
+        """Start at the beginning of a line.
 
         Args:
             write: Shows text.
-            columns: The width of the terminal now.
+            columns: Returns the current width of the terminal.
         """
         self._write = write
         self._columns = columns
@@ -278,7 +278,7 @@ class WordWrap:
         self._held = ""
 
     def __call__(self, piece: str) -> None:
-        """Add a piece; its last word waits for its end, which is a space or a line break."""
+        """Add a piece; its last word is held back until a space or a line break ends it."""
         for part in re.split(BREAKS, piece):
             if part == "\n":
                 self._flush()
@@ -307,7 +307,7 @@ class WordWrap:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """SIGINT sets the event, so that an answer ends between two tokens; a second one interrupts at once."""
+    """Let SIGINT set the event, so that an answer ends between two tokens; a second SIGINT interrupts at once."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped

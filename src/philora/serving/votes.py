@@ -1,7 +1,7 @@
-"""Store what people say of two answers: preference pairs and ratings, each a line of a file.
+"""Store judgements of answers: preference pairs and ratings, each a line of a file.
 
-A preference is a line of the votes file, as TRL's DPOTrainer takes it. "Both good" and "both bad" prefer neither, so
-they go as ratings, a line for every answer, into `ratings.jsonl` beside it, as TRL's KTOTrainer takes them.
+A preference is a line of the votes file, for TRL's DPOTrainer. "Both good" and "both bad" prefer neither answer: they
+are written as ratings for TRL's KTOTrainer, a line for every answer, to `ratings.jsonl` beside the votes file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _lock = threading.Lock()
 
 
 def check_votes(path: Path) -> None:
-    """Try a file of votes before any weight is loaded: a vote must not be the first to find that it cannot be kept.
+    """Check that a file of votes can be written, before any weight is loaded.
 
     Raises:
-        ConfigError: It cannot be written, or is no file.
+        ConfigError: It cannot be written, or is not a file.
     """
     existed = path.exists()
     try:
@@ -34,13 +34,13 @@ def check_votes(path: Path) -> None:
         if not existed:
             path.unlink()
     except OSError as error:
-        expected = "a file that lines can be added to"
+        expected = "a file that lines can be appended to"
         todo = f"{error.strerror or error}. Give another with --votes"
         raise ConfigError(fault("chat", "votes", str(path), expected, todo)) from error
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines to a file: on the disk when this returns, and no part of them in the file when this raises.
+    """Append lines to a file and sync it; if that fails, the file has no part of them.
 
     Raises:
         OSError: The disk is full, or the file cannot be written.
@@ -52,7 +52,7 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(size - 1)
-                if file.read(1) != b"\n":  # a line that was cut short stays by itself
+                if file.read(1) != b"\n":  # end an incomplete line
                     line = b"\n" + line
             try:
                 written = file.write(line)
@@ -60,13 +60,13 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
                     written += file.write(line[written:])
                 os.fsync(file.fileno())
             except OSError:
-                with contextlib.suppress(OSError):  # of a device, which has no size
+                with contextlib.suppress(OSError):  # a device has no size
                     file.truncate(size)
                 raise
 
 
 def ratings_file(votes: Path) -> Path:
-    """Return the file of the ratings beside one of votes."""
+    """Return the file of ratings that belongs to a file of votes."""
     return votes.with_name("ratings.jsonl" if votes.name == "preferences.jsonl" else f"{votes.stem}.ratings.jsonl")
 
 
@@ -83,13 +83,13 @@ def tally(votes: Path) -> dict[str, Any]:
 
 
 def download(votes: Path) -> str:
-    """Return all votes as JSON lines: the preferences, then the ratings."""
+    """Return all votes as JSONL: the preferences, then the ratings."""
     texts = [path.read_text(encoding="utf-8") for path in (votes, ratings_file(votes)) if path.is_file()]
     return "".join(text if text.endswith("\n") or not text else f"{text}\n" for text in texts)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file, without a line that was cut short."""
+    """Return the records of a file, without an incomplete line."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):

@@ -83,7 +83,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(voices):
     assert COLOURS["red"].startswith(stopped)
     assert len(stopped) < len(COLOURS["red"])
     assert whole == COLOURS["red"]
-    assert screen.notes == ["stopped; what there is of it stays in the history"]
+    assert screen.notes == ["stopped; the partial answer stays in the history"]
     assert screen.conversation.messages[1]["content"] == stopped
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -239,7 +239,7 @@ def test_save_writes_a_line_of_training_data(voices, tmp_path):
     (line,) = path.read_text(encoding="utf-8").splitlines()
     assert [each["role"] for each in json.loads(line)["messages"]] == ["system", *["user", "assistant"] * 2]
     assert taken.read_text() == "mine"
-    assert "expected a file that is not there yet" in screen.notes[-1]
+    assert "expected a file that does not exist yet" in screen.notes[-1]
 
 
 def test_control_characters_do_not_reach_the_terminal():
