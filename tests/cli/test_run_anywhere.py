@@ -295,7 +295,7 @@ def test_a_second_stage_shows_base_start_and_result(cli, project, monkeypatch):
     assert "Change from start" in page
     card = (project / "runs" / "second" / "adapter" / "README.md").read_text()
     assert "| Loss | " + " | ".join(shown) in card
-    assert "the adapter it began with" in card
+    assert "the adapter it started from" in card
     assert cli("evaluate", project / "runs" / "second", "--no-forgetting").code == 0
     cli("report", project / "runs" / "second")
     page = (project / "runs" / "second" / "report.html").read_text()

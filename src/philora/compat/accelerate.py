@@ -1,4 +1,4 @@
-"""The private names of accelerate, and of DeepSpeed behind it, under public ones."""
+"""Give private names of accelerate, and of DeepSpeed behind it, public ones."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PRIVATE = (
     ),
     PrivateName(
         "accelerate.hooks.add_hook_to_module",
-        "sets `_hf_hook` on modules whose weights are elsewhere; kernels and generation leave those alone",
-        "no function tells whether a module has a hook",
+        "sets `_hf_hook` on modules whose weights are elsewhere; kernels and generation do not replace those",
+        "no function returns whether a module has a hook",
     ),
 )
 
@@ -28,7 +28,7 @@ def report_skipped(optimizer: Any, skipped: bool) -> None:
 
 
 def zero3_weights(engine: Any) -> dict[str, torch.Tensor] | None:
-    """Return the weights that train under DeepSpeed's ZeRO-3, whole, in the first process; None in the others.
+    """Return the gathered trained weights under DeepSpeed's ZeRO-3 in the first process; None in the others.
 
     `Accelerator.get_state_dict` refuses unless `stage3_gather_16bit_weights_on_model_save` is set, and gathers the
     frozen base too.

@@ -1,4 +1,4 @@
-"""The private names of bitsandbytes that philora uses, in kernels/quantization.py."""
+"""List the private names of bitsandbytes that kernels/quantization.py uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PRIVATE = (
     PrivateName(
         "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse",
         "reads 4-bit weights in the layout of a CPU",
-        "dequantize_4bit does not know that layout",
+        "dequantize_4bit does not support that layout",
     ),
     PrivateName(
         "bitsandbytes.autograd._functions.MatmulLtState",

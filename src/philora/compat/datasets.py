@@ -1,4 +1,4 @@
-"""The private names of datasets that philora uses, in dataset/datasets_library.py."""
+"""List the private names of datasets that dataset/datasets_library.py uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The private names of PEFT under public ones, and its classes that philora replaces."""
+"""Give private names of PEFT public ones, and list its classes that philora replaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRIVATE = (
     PrivateName("peft.tuners.tuners_utils.BaseTunerLayer._active_adapter", "which adapter is on", "costs a call"),
     PrivateName(
         "peft.tuners.lora.Linear",
-        "layers get the class FastLinear by `__class__`, in adapters and exporting, and go by PEFT's name",
+        "layers get the class FastLinear by `__class__`, in adapters and exporting, under PEFT's name",
         "PEFT's registry of custom layers would write them into adapter_config.json",
     ),
     PrivateName(

@@ -1,4 +1,4 @@
-"""Names of other libraries that philora uses though they are not public, and the check that they are still there."""
+"""List private names of other libraries that philora uses, and check that they still exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PrivateName(NamedTuple):
     Attributes:
         name: Its full path; the last part may be an attribute that a class gives to its instances.
         use: What philora uses it for.
-        missing: Why no public name does.
+        missing: Why no public name can be used.
     """
 
     name: str
@@ -36,7 +36,7 @@ def exists(name: str, *, read_source: bool = True) -> bool:
 
     Args:
         name: The full path.
-        read_source: Whether the source of a class is read where it has no such attribute; else it counts as there.
+        read_source: Whether to search the source of a class without the attribute; otherwise it counts as existing.
     """
     path, _, attribute = name.rpartition(".")
     try:

@@ -1,4 +1,4 @@
-"""The private names of sacrebleu under public ones."""
+"""Give private names of sacrebleu public ones."""
 
 from __future__ import annotations
 

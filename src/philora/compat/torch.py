@@ -1,4 +1,4 @@
-"""The private names of PyTorch that philora uses."""
+"""List the private names of PyTorch that philora uses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from philora.compat.private_names import PrivateName
 
-_HOOKS = "a fast path must not pass hooks by, and no public name tells whether there are any"
+_HOOKS = "a fast path must not skip hooks, and no public name returns whether there are any"
 
 PRIVATE = (
     PrivateName("torch.nn.Module._forward_hooks", _HOOKS, "hooks can be added in public, not listed"),
@@ -55,5 +55,5 @@ PRIVATE = (
 
 
 def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer leaves a step out where its attribute `found_inf` is 1, without the host."""
+    """Return whether an optimizer skips a step by itself if its attribute `found_inf` is 1."""
     return hasattr(optimizer, "_step_supports_amp_scaling")

@@ -1,4 +1,4 @@
-"""The private methods and counters of transformers' Trainer, under public names; no other file uses them."""
+"""Give private methods and counters of transformers' Trainer public names; no other file uses them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import transformers
 
 from philora.compat.private_names import PrivateName, require
 
-_NO_HOOK = "callbacks cannot surround this part of the loop, nor keep it from running"
-_NO_COUNTER = "the loop sets it to zero when it begins, and TrainerState has no field for it"
+_NO_HOOK = "callbacks cannot wrap this part of the loop or prevent it"
+_NO_COUNTER = "the loop sets it to zero at its start, and TrainerState has no field for it"
 
 PRIVATE = (
     PrivateName("transformers.Trainer._init_training_state", "restores counters from a checkpoint", _NO_HOOK),
     PrivateName("transformers.Trainer._run_epoch", "resumes inside an epoch", _NO_HOOK),
     PrivateName("transformers.Trainer._maybe_log_save_evaluate", "stops and saves after a signal", _NO_HOOK),
     PrivateName("transformers.Trainer._evaluate", "repeats an evaluation that a signal ended", _NO_HOOK),
-    PrivateName("transformers.Trainer._finalize_training", "reports the time of the whole training", _NO_HOOK),
+    PrivateName("transformers.Trainer._finalize_training", "reports the time of the complete training", _NO_HOOK),
     PrivateName("transformers.Trainer._load_best_model", "skips a damaged checkpoint", _NO_HOOK),
     PrivateName("transformers.Trainer._save_checkpoint", "writes checkpoints atomically", "on_save comes afterwards"),
     PrivateName("transformers.Trainer._get_output_dir", "writes checkpoints into a staging folder", _NO_HOOK),
@@ -32,7 +32,7 @@ PRIVATE = (
     PrivateName("transformers.Trainer._tr_loss", "resumes the logged loss", _NO_COUNTER),
     PrivateName("transformers.Trainer._total_loss_scalar", "resumes the mean loss", _NO_COUNTER),
     PrivateName("transformers.Trainer._globalstep_last_logged", "resumes the logged loss", _NO_COUNTER),
-    PrivateName("transformers.Trainer._initial_global_step", "reports the whole training", _NO_COUNTER),
+    PrivateName("transformers.Trainer._initial_global_step", "reports the complete training", _NO_COUNTER),
     PrivateName("transformers.Trainer._train_batch_size", "rows of a micro-batch over all devices", _NO_COUNTER),
     PrivateName(
         "transformers.trainer_pt_utils.BatchRebalanceSampler._yield_global_batch",
@@ -73,13 +73,13 @@ def use_one_gpu(arguments: Any) -> None:
 
 
 class EpochStart(NamedTuple):
-    """Describe where an epoch of the training loop begins.
+    """The start of an epoch of the training loop.
 
     Attributes:
         model: The model as the loop trains it, wrapped.
         trial: Of a hyperparameter search, or None.
-        checkpoint: The folder that the training resumes from, in its first epoch; else None.
-        inside: Whether some of the epoch's steps have been made already.
+        checkpoint: The folder that the training resumes from, in its first epoch; otherwise None.
+        inside: Whether some of the epoch's steps are done already.
     """
 
     model: Any
@@ -89,11 +89,11 @@ class EpochStart(NamedTuple):
 
 
 class StepEnd(NamedTuple):
-    """A step that has been made, or the end of an epoch behind one.
+    """The end of a step, or of an epoch after its last step.
 
     Attributes:
-        gradient_norm: Of the step; None where it has none.
-        learning_rate: The step's.
+        gradient_norm: The gradient norm of the step, if it has one.
+        learning_rate: The learning rate of the step.
         model: The model as the loop trains it, wrapped.
         trial: Of a hyperparameter search, or None.
     """
@@ -107,10 +107,10 @@ class StepEnd(NamedTuple):
 class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with public hooks around its private methods, and public names for its counters.
 
-    A hook gets what it surrounds as a function and decides when to call it; by default it does so at once.
+    A hook gets the wrapped part as a function and decides when to call it; by default at once.
 
     Attributes:
-        staging_folder: Where checkpoints are written instead of the output folder, while it is set.
+        staging_folder: While it is set, checkpoints are written to it instead of the output folder.
     """
 
     data_collator: Any
@@ -119,7 +119,7 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
     # -- hooks
 
     def begin_training(self, checkpoint: str | None) -> None:
-        """Run when the loop's state is new, or was read from `checkpoint`."""
+        """Run after the loop's state was created, or read from `checkpoint`."""
 
     def run_epoch(self, start: EpochStart, run: Callable[[], None]) -> None:
         """Run an epoch."""
@@ -134,7 +134,7 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
         return run()
 
     def end_training(self, trial: Any, finish: Callable[[float], Any], start_time: float) -> Any:
-        """Run at the end; `finish` takes the time that training began."""
+        """Run at the end; `finish` takes the start time of the training."""
         return finish(start_time)
 
     def can_load_best_model(self) -> bool:
@@ -157,10 +157,10 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
         """Return the collator for rows."""
         return collate
 
-    # -- what hooks call
+    # -- functions for hooks
 
     def output_folder(self, trial: Any) -> Path:
-        """Return the folder that checkpoints end up in."""
+        """Return the final folder of checkpoints."""
         return Path(super()._get_output_dir(trial))
 
     def write_checkpoint(self, model: Any, trial: Any) -> None:
@@ -176,7 +176,7 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
         self._load_rng_state(checkpoint)
 
     def log_evaluate_save(self, end: StepEnd, epoch: Any, start_time: float) -> None:
-        """Log, evaluate and save after a step, as `control` demands."""
+        """Log, evaluate and save after a step, as `control` states."""
         self._maybe_log_save_evaluate(
             self._tr_loss, end.gradient_norm, end.model, end.trial, epoch, None, start_time, end.learning_rate
         )
@@ -202,7 +202,7 @@ class TrainerHooks(transformers.Trainer):  # type: ignore[misc]
         return int(self._train_batch_size)
 
     def restore_counters(self, loss_since_log: float, logged_loss: float, last_logged_step: int) -> None:
-        """Set the counters that the loop has set to zero, so that they cover the whole training."""
+        """Restore the counters that the loop has set to zero, so that they cover the complete training."""
         self._tr_loss.fill_(loss_since_log)
         self._total_loss_scalar, self._globalstep_last_logged = logged_loss, last_logged_step
         self._initial_global_step = 0

@@ -1,8 +1,8 @@
-"""TRL, imported without wandb, and the private names of its trainer under public ones.
+"""Import TRL without wandb, and give private names of its trainer public ones.
 
-TRL's trainer imports wandb wherever it is installed, though only a run that reports to it needs it, and `import wandb`
-makes two temporary folders that stay when the process is killed. So wandb looks absent while TRL is imported, and
-TRL's modules import it when they use it.
+TRL's trainer imports wandb if it is installed, although only a run that reports to it needs it, and `import wandb`
+creates two temporary folders that remain if the process is killed. So wandb appears not to be installed while TRL is
+imported, and TRL's modules import it when they use it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _really_available = transformers.integrations.is_wandb_available
 
 
 def wandb_in_use() -> bool:
-    """Return whether this process has imported wandb, and it can be used."""
+    """Return whether this process has imported wandb and can use it."""
     return "wandb" in sys.modules and bool(_really_available())
 
 
 class _Wandb(ModuleType):
-    """Imports wandb when one of its names is read."""
+    """A module that imports wandb when one of its names is read."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module("wandb"), name)
@@ -41,7 +41,7 @@ class _Wandb(ModuleType):
 
 @contextmanager
 def without_wandb() -> Iterator[None]:
-    """Import TRL in this block without importing wandb; modules that were imported before it stay as they are."""
+    """Import TRL inside the block without importing wandb; modules that were imported before do not change."""
     kept = [(owner, owner.is_wandb_available) for owner in _OWNERS]
     for owner in _OWNERS:
         owner.is_wandb_available = wandb_in_use
@@ -57,7 +57,7 @@ def without_wandb() -> Iterator[None]:
 
 with without_wandb():
     import trl
-    from trl import SFTTrainer  # TRL imports its parts when they are first named
+    from trl import SFTTrainer  # TRL imports its modules lazily
     from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 _NO_METRICS = "TRL's metrics are counted by its compute_loss and logged by its log, with nothing in between"
@@ -75,7 +75,7 @@ PRIVATE = (
 
 
 class SFTTrainerHooks(TrainerHooks, SFTTrainer):  # type: ignore[misc]
-    """`trl.SFTTrainer` with the hooks of `TrainerHooks`, and with public names for its metrics."""
+    """`trl.SFTTrainer` with the hooks of `TrainerHooks`, and public names for its metrics."""
 
     _total_train_tokens: Any
 
@@ -90,12 +90,12 @@ class SFTTrainerHooks(TrainerHooks, SFTTrainer):  # type: ignore[misc]
 
     @property
     def pending_metrics(self) -> dict[str, dict[str, list[Any]]]:
-        """Return what will be logged next, by "train" or "eval" and by name: an entry for every micro-batch."""
+        """Return the metrics of the next log entry, by "train" or "eval" and by name, with an entry per micro-batch."""
         return cast("dict[str, dict[str, list[Any]]]", self._metrics)
 
     @property
     def counted_tokens(self) -> Any:
-        """Return the tokens that were trained on; a tensor until it is read."""
+        """Return the number of trained tokens; a tensor until it is read."""
         return self._total_train_tokens
 
     @counted_tokens.setter

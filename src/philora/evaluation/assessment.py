@@ -1,11 +1,11 @@
-"""`philora evaluate`: whether a trained adapter is better than its base, on rows that it was not trained on.
+"""Compare a trained adapter with its base on rows that it was not trained on, for `philora evaluate`.
 
     run or adapter -> the held-out rows that the run kept, without those of the training set
-                   -> the base, then the adapter: loss row by row, answers, and what a forgetting check asks
+                   -> the base, then the adapter: loss of every row, answers, and a forgetting check
                    -> figures with intervals, wins, ties and losses -> results.json, examples.jsonl
 
-Both models see the same rows and prompts. Every figure that is shown can be traced to the line of `examples.jsonl` that
-it comes from.
+Both models see the same rows and prompts. Every figure can be traced to the lines of `examples.jsonl` that it is
+computed from.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ ANSWERS = 200
 """Conversations that get an answer by default."""
 
 NAMED = 10
-"""Training rows that a notice names."""
+"""Most training rows that a notice names."""
 
 FORGETTING_TOKENS = 64
-"""Longest answer to a prompt of the forgetting check."""
+"""Length limit of an answer in the forgetting check."""
 
 FORGETTING_CORRECT = Measure("forgetting_correct", "General prompts, correct", True, True, measures.mean)
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """Describe what an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         folder: Where `results.json` and `examples.jsonl` are.
         results: The content of `results.json`.
-        figures: Of the held-out rows, the base beside the adapter.
-        forgetting: Of the general prompts and texts; empty where they were left out.
+        figures: Figures of base and adapter on the held-out rows.
+        forgetting: Figures on the general prompts and texts; empty if they were left out.
     """
 
     folder: Path
@@ -89,26 +89,26 @@ def evaluate(
     out: str | Path | None = None,
     command: str = "",
 ) -> Assessment:
-    """Evaluate an adapter beside its base.
+    """Compare an adapter with its base.
 
     Args:
         source: A run folder, a checkpoint, an adapter folder or a hub id.
-        data: Rows to judge by; default: those that the run held out.
+        data: Rows to score; default: those that the run held out.
         base: Base model; default: the one of the run or the adapter.
-        generation: Fields of `GenerationSettings`; what is left out is greedy, with the run's limits.
-        answers: Conversations that get an answer, the first ones; default: as in the run, else `ANSWERS`; 0 for none.
-        limit: Rows to read at most, the first ones.
-        metrics: Of `rouge`, `bleu` and `chrf`; default: those whose package is installed.
+        generation: Fields of `GenerationSettings`; by default answers are greedy, with the run's limits.
+        answers: Number of conversations to answer, from the first; default: as in the run, else `ANSWERS`; 0 for none.
+        limit: Most rows to score, from the first.
+        metrics: Some of `rouge`, `bleu` and `chrf`; default: those whose package is installed.
         judge: Command that scores answers, see `judged`.
         forgetting: Score the bundled general prompts and texts as well.
-        keep_training_rows: Score rows of the training set too; default: they are left out and named.
-        out: Folder for the results; default: `evaluation` in the run folder, of a checkpoint
+        keep_training_rows: Also score rows of the training set; by default they are left out and named.
+        out: Folder for the results; default: `evaluation` in the run folder, for a checkpoint
             `evaluation-checkpoint-N`.
-        command: What the results name as the command.
+        command: The command that the results record.
 
     Raises:
         AdapterError, ModelError: There is no adapter, or its base cannot be loaded.
-        DataError: There is no row to judge by, the data differs from the run's, or records cannot be used.
+        DataError: There is no row to score, the data differs from the run's, or records cannot be used.
         ConfigError: A measure is unknown or its package missing, or `out` is missing or not a folder to write to.
         RunError: The judge failed.
     """
@@ -161,7 +161,7 @@ def _both_models(
     settings: GenerationSettings,
     forgetting: bool,
 ) -> tuple[Evaluation, Evaluation, tuple[_General, _General] | None]:
-    """Evaluate the base, then the adapter, on the same rows and prompts; the third: what each does of general ones."""
+    """Evaluate the base, then the adapter, on the same rows and prompts; with `forgetting` also on general ones."""
     rows = found.rows.select(kept)
     conversations = [prompts_and_references(found.conversations[row]) for row in asked]
     logger.info("evaluating %d rows, %d answers", len(kept), len(conversations))
@@ -185,7 +185,7 @@ def _both_models(
 
 
 def _overlap_names(metrics: Sequence[str] | None) -> list[str]:
-    """Return the measures of overlap that are computed, and warn of those whose package is not installed."""
+    """Return the measures of overlap to compute, and warn of those whose package is not installed."""
     names, missing = measures.choose(metrics)
     for name in missing:
         logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
@@ -233,13 +233,13 @@ def _write(folder: Path, results: Mapping[str, Any], examples: Sequence[Mapping[
     return cast("dict[str, Any]", json.loads((folder / "results.json").read_text("utf-8")))
 
 
-# -- what is evaluated
+# -- rows
 
 
 def _folder(loaded: Loaded, out: str | Path | None) -> Path:
-    """Return the folder for the results, before anything is computed."""
+    """Return the folder for the results, and check it before anything is computed."""
     if out is None and loaded.run is None:
-        expected = "a folder for the results, since the adapter is in no run folder"
+        expected = "a folder for the results, because the adapter is not in a run folder"
         raise ConfigError(fault("evaluate", "out", None, expected, "Give --out DIR"))
     folder = Path(out).expanduser() if out is not None else _own_folder(loaded)
     if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
@@ -249,13 +249,13 @@ def _folder(loaded: Loaded, out: str | Path | None) -> Path:
 
 
 def _own_folder(loaded: Loaded) -> Path:
-    """Return the folder of an evaluation in its run; the report shows that of the run's own adapter."""
+    """Return the folder of an evaluation in its run; the report shows the one of the run's final adapter."""
     name = loaded.source.path.absolute().name
     return cast(TrainedRun, loaded.run).folder / ("evaluation" if name == "adapter" else f"evaluation-{name}")
 
 
 def _adapter_in_run(loaded: Loaded) -> str | None:
-    """Return which adapter of the run was evaluated, as a path in its folder; None for an adapter of no run."""
+    """Return the path of the evaluated adapter in its run folder; None for an adapter without a run."""
     if loaded.run is None:
         return None
     return loaded.source.path.absolute().relative_to(loaded.run.folder.absolute()).as_posix()
@@ -275,35 +275,35 @@ def _settings(loaded: Loaded, given: Mapping[str, Any]) -> GenerationSettings:
 
 
 def held_out_of(loaded: Loaded, data: str | Path | None) -> HeldOut:
-    """Return the rows to judge by: those of a file, else those that the run kept, else its data's, found by the seed.
+    """Return the rows to score: those of a file, else those in the run folder, else those split again from its data.
 
     Raises:
         DataError: There are none, the run's data is missing or has changed, or a source cannot be used.
-        ConfigError: A part of the run's configuration that is needed has a value that it cannot have.
+        ConfigError: A setting in the needed sections of the run's configuration is not valid.
     """
     run = loaded.run
     if run is None and data is None:
-        expected = "rows to judge by: an adapter that is in no run folder held none out"
+        expected = "rows to score: an adapter outside a run folder has no held-out rows"
         raise DataError(fault("evaluate", "data", None, expected, "Give --data FILE"))
     found = _kept_rows(loaded) if data is None else None
     if found is None:
         found = _rows_of_sources(loaded, data)
     if found.in_training is None:
-        logger.warning("whether these rows stand in the training set is not known")
+        logger.warning("whether these rows are in the training set is not known")
     return found
 
 
 def _kept_rows(loaded: Loaded) -> HeldOut | None:
-    """Return the rows of `held_out.jsonl`; None, with a warning, if they have to be taken from the data again."""
+    """Return the rows of `held_out.jsonl`; None, with a warning, if they must be taken from the data again."""
     run = cast(TrainedRun, loaded.run)
     file, recorded = run.folder / HELD_OUT_NAME, run.record.get("held_out")
     if not file.is_file():
         if run.holds_out:
-            logger.warning("%s keeps no %s: its rows are taken from its data again", run.folder, HELD_OUT_NAME)
+            logger.warning("%s has no %s: its rows are taken from its data again", run.folder, HELD_OUT_NAME)
         return None
     vocabulary = recorded.get("vocabulary") if isinstance(recorded, Mapping) else None
     if vocabulary is not None and vocabulary != vocabulary_digest(loaded.tokenizer):
-        logger.warning("%s is of another tokenizer than this base's: its rows are taken from the data again", file)
+        logger.warning("%s was written with another tokenizer: its rows are taken from the data again", file)
         return None
     return read_held_out(file, loaded.tokenizer, _recorded_fingerprint(run.folder))
 
@@ -337,13 +337,13 @@ def _rows_of_sources(loaded: Loaded, data: str | Path | None) -> HeldOut:
     recorded = _recorded_fingerprint(run.folder)
     if other is None and None not in (recorded, found.fingerprint) and recorded != found.fingerprint:
         expected = "the data that the run was trained with; it has changed, so the held-out rows are not known"
-        todo = "Restore the data, or give rows of your own: --data FILE"
+        todo = "Restore the data, or give other rows: --data FILE"
         raise DataError(fault("evaluate", "data", [entry.path for entry in of_the_run.train], expected, todo))
     return found
 
 
 def _longest_row(run: TrainedRun, model_config: Any) -> int:
-    """Return the tokens of a row as in the run: the setting, within the limits of model and tokenizer."""
+    """Return the row length in tokens as in the run: the setting, within the limits of model and tokenizer."""
     context = int(getattr(model_config, "max_position_embeddings", run.max_length or 2**20))
     limit = min(context, run.tokenizer.model_max_length or context)
     return min(run.max_length or limit, limit)
@@ -359,16 +359,16 @@ def _recorded_fingerprint(run: Path) -> str | None:
 
 
 def rows_to_score(found: HeldOut, limit: int | None, keep_training_rows: bool) -> list[int]:
-    """Return the indices of the rows that are scored; warn of those of the training set by name."""
+    """Return the indices of the rows to score; name rows of the training set in a warning."""
     trained = set(found.in_training or ())
     if trained:
         named = [f"row {row + 1} ({_begins(found.conversations[row])})" for row in sorted(trained)[:NAMED]]
         more = f" and {len(trained) - NAMED} more" if len(trained) > NAMED else ""
-        what = "are scored all the same" if keep_training_rows else "are left out"
-        logger.warning("rows that stand in the training set %s: %s%s", what, ", ".join(named), more)
+        what = "are scored as requested" if keep_training_rows else "are left out"
+        logger.warning("rows of the training set %s: %s%s", what, ", ".join(named), more)
     kept = [row for row in range(len(found.rows)) if keep_training_rows or row not in trained][:limit]
     if not kept:
-        expected = "at least one row that does not stand in the training set"
+        expected = "at least one row that is not in the training set"
         raise DataError(fault("evaluate", "rows", 0, expected, "Give other rows, or --keep-training-rows"))
     return kept
 
@@ -381,11 +381,11 @@ def _begins(conversation: Sequence[Mapping[str, Any]]) -> str:
 def _examples(
     found: HeldOut, kept: Sequence[int], asked: Sequence[int], before: Evaluation, after: Evaluation
 ) -> list[dict[str, Any]]:
-    """Return an entry for every row: its loss by both models and, where it was asked, their answers."""
+    """Return an entry for every row: its loss by both models and, if it was asked, their answers."""
     samples = {}
     fitting = (
-        {_question(sample): sample for sample in before.samples},
-        {_question(sample): sample for sample in after.samples},
+        {sample.question: sample for sample in before.samples},
+        {sample.question: sample for sample in after.samples},
     )
     for row in asked:
         key = repr(prompts_and_references(found.conversations[row]))
@@ -416,10 +416,6 @@ def _examples(
     return examples
 
 
-def _question(sample: Any) -> str:
-    return repr((sample.prompt, sample.reference))
-
-
 def _overlap(
     names: Sequence[str], before: Evaluation, after: Evaluation, examples: Sequence[dict[str, Any]]
 ) -> list[Paired]:
@@ -431,8 +427,9 @@ def _overlap(
     answered = _by_question(examples)
     for name, evaluation, side in zip(("base", "adapter"), (before, after), sides, strict=True):
         for index, sample in enumerate(evaluation.samples):
-            for entry in answered[_question(sample)]:
-                entry[name] |= {entry.field: round(entry.figure(sums[index]), 4) for entry, sums in side}
+            figures = {measure.field: round(measure.figure(sums[index]), 4) for measure, sums in side}
+            for entry in answered[sample.question]:
+                entry[name] |= figures
     return [paired(measure, old, new) for (measure, old), (_, new) in zip(*sides, strict=True)]
 
 
@@ -445,23 +442,23 @@ def _by_question(examples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str,
     return found
 
 
-# -- a judge of one's own
+# -- a judge
 
 
 def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the scores of answers by a command.
 
-    The command gets a line of JSON for every answer on standard input, with `id`, `prompt` (messages), `reference` and
-    `answer`, and writes a line of JSON with `id` and `score` for every on standard output, in any order; higher is
-    better. It is not told which model an answer is of.
+    On standard input the command gets a line of JSON for every answer, with `id`, `prompt` (messages), `reference` and
+    `answer`. On standard output it writes a line of JSON for every answer, with `id` and `score`, in any order; a
+    higher score is better. The lines do not tell which model has answered.
 
     Args:
-        command: Words as a shell would split them; no shell runs.
-        questions: With the four keys.
+        command: The command, split as by a shell but run without one.
+        questions: Mappings with the four keys.
 
     Raises:
-        ConfigError: There is no such command.
-        RunError: It failed, or did not score every answer once by a finite number.
+        ConfigError: The command cannot be started.
+        RunError: It failed, or did not give every answer exactly one finite score.
     """
     lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
     try:
@@ -471,7 +468,7 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
         raise ConfigError(fault("evaluate", "judge", command, f"a command that can be started ({error})")) from error
     if done.returncode:
         expected = f"a command that ends with 0, not {done.returncode}"
-        raise RunError(fault("evaluate", "judge", command, expected, f"It says: {done.stderr.strip()[-300:]}"))
+        raise RunError(fault("evaluate", "judge", command, expected, f"Its output: {done.stderr.strip()[-300:]}"))
     wanted = {str(question["id"]) for question in questions}
     scores: dict[str, float] = {}
     for number, line in enumerate(done.stdout.splitlines(), 1):
@@ -494,7 +491,7 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
 
 
 def _check_judge(command: str | None) -> None:
-    """Refuse a judge that cannot be started, before the models answer."""
+    """Refuse a judge that cannot be started, before any model answers."""
     if command is None:
         return
     try:
@@ -506,7 +503,7 @@ def _check_judge(command: str | None) -> None:
 
 
 def _judged(command: str, examples: Sequence[dict[str, Any]]) -> Paired:
-    """Score all answers by the judge, of both models in one mixed order, and add the scores to the examples."""
+    """Let the judge score the answers of both models in random order, and add the scores to the examples."""
     questions, owners = [], []
     for entry in examples:
         for name in ("base", "adapter") if "prompt" in entry else ():
@@ -523,12 +520,12 @@ def _judged(command: str, examples: Sequence[dict[str, Any]]) -> Paired:
     return paired(JUDGE, *(of_means([entry[name]["judge"] for entry in answered]) for name in ("base", "adapter")))
 
 
-# -- what may be forgotten
+# -- forgetting
 
 
 @dataclass(frozen=True)
 class _General:
-    """Describe what a model does with the bundled prompts and texts."""
+    """A model's results on the bundled general prompts and texts."""
 
     losses: list[Any]
     correct: list[float]
@@ -541,7 +538,7 @@ def _bundled(name: str) -> list[dict[str, Any]]:
 
 
 def is_accepted(answer: str, accept: Sequence[str], case: bool = False) -> bool:
-    """Return whether one of the accepted words is in an answer, as a word of its own.
+    """Return whether one of the accepted words is in an answer as a separate word.
 
     Example:
         >>> is_accepted("It is Paris.", ["paris"]), is_accepted("100", ["0"])

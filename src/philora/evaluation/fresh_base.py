@@ -1,7 +1,7 @@
-"""An adapter that was trained over a quantised base, merged into a fresh 16-bit one, with the loss of both beside it.
+"""Merge an adapter that was trained over a quantised base into the 16-bit base, and measure the loss over both.
 
-An adapter learns what goes well with rounded weights, so a fresh base may suit it less, or better. The held-out loss
-says which.
+An adapter is trained to fit rounded weights, so the 16-bit base may suit it less well, or better. The held-out loss
+shows which.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class BaseScores(NamedTuple):
-    """One adapter on both bases, on the same rows.
+    """Scores of one adapter over both bases, on the same rows.
 
     Attributes:
-        trained_over: On the dequantised base, over which it was trained.
-        fresh: On the base's 16-bit weights, as the merged folder has them.
-        rows: How many rows.
+        trained_over: Over the dequantised base that it was trained over.
+        fresh: Over the base's 16-bit weights, as in the merged folder.
+        rows: The number of rows.
     """
 
     trained_over: TokenScores
@@ -45,7 +45,7 @@ def merge_into_fresh_base(
     data: str | Path | None = None,
     **options: Any,
 ) -> tuple[MergeResult, BaseScores | None]:
-    """Merge as `merge_to_folder(fresh_base=True)`, and compare the loss of both bases.
+    """Merge as `merge_to_folder(fresh_base=True)`, and compare the loss over both bases.
 
     Args:
         source: As for `merge_to_folder`.
@@ -55,14 +55,14 @@ def merge_into_fresh_base(
         **options: Further arguments of `merge_to_folder`.
 
     Returns:
-        The merge, and the scores; None, with a notice, where there are no rows or nothing was quantised.
+        The merge, and the scores; None, with a notice, if there are no rows or the base was not quantised.
 
     Numerics:
-        Both are scored in the dtype that the run computed in; the fresh one's weights are those of the merged folder,
+        Both are scored in the dtype of the run's computation. The fresh base's weights are those of the merged folder,
         rounded to the dtype of its files.
 
     Cost:
-        Beyond the merge's: one forward pass over the rows with every model, one after the other.
+        In addition to the merge: a forward pass over the rows with each model, one after the other.
 
     Raises:
         As `merge_to_folder`, and DataError: The rows cannot be used. Nothing is written then.
@@ -84,18 +84,18 @@ def merge_into_fresh_base(
 
 
 def _rows(loaded: Loaded, data: str | Path | None) -> Any:
-    """Return tokenised rows that were not trained on; None where there are none."""
+    """Return tokenised rows that were not trained on; None if there are none."""
     if data is None and (loaded.run is None or not loaded.run.holds_out):
-        logger.warning("the loss of both bases needs rows that were not trained on: --data FILE gives them")
+        logger.warning("the loss over both bases needs rows that were not trained on: give them by --data FILE")
         return None
     found = held_out_of(loaded, data)
     return found.rows.select(rows_to_score(found, None, keep_training_rows=False))
 
 
 def _as_trained(loaded: Loaded) -> Any:
-    """Return the adapter on the base as it was in training; None where that was not quantised.
+    """Return the adapter on its base as in training; None if the base was not quantised.
 
-    Without the run's configuration the record beside the adapter says how it was.
+    Without the run's configuration the record beside the adapter describes the quantisation.
     """
     named = loaded.source.base or loaded.base
     folder = base_folder(named, loaded.source.revision)

@@ -1,10 +1,10 @@
-"""Figures of two models on the same examples: what each has, and how sure their difference is.
+"""Compute figures of two models on the same examples, with the interval of their difference.
 
-    per example: a row of sums, for every model -> added up over the examples -> one figure
-    the same examples drawn again and again    -> added up -> the spread of the difference
+    a row of sums for every example and model -> added up over the examples -> one figure
+    the same examples, drawn repeatedly       -> added up -> the spread of the difference
 
-A figure is a function of sums: the loss is the summed loss over the summed tokens, ROUGE a mean, BLEU and chrF what
-sacrebleu makes of n-gram counts. So one bootstrap serves all of them, and BLEU and chrF are those of the whole corpus.
+A figure is a function of sums: the loss is the summed loss over the summed tokens, ROUGE is a mean, and sacrebleu
+computes BLEU and chrF from n-gram counts. So one bootstrap serves all of them, and BLEU and chrF are corpus scores.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ RESAMPLES = 2000
 """Draws of the bootstrap: the ends of a 95% interval then rest on 50 draws each."""
 
 SEED = 2024
-"""Of the bootstrap: the same examples give the same interval."""
+"""Seed of the bootstrap: the same examples give the same interval."""
 
 OVERLAP = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
-"""Measures of common words, and the package that each needs."""
+"""Measures of common words, and the packages that they need."""
 
 INSTALL = "pip install 'philora[evaluation]'"
 
@@ -36,15 +36,15 @@ Sums = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure and how it is made.
+    """A figure and how it is computed.
 
     Attributes:
         field: Its key in results.
-        title: Its name for people.
-        higher_is_better: Which way is up.
-        percent: A share, shown as a percentage.
-        digits: Behind the point, for people.
-        figure: From sums over examples to the figure.
+        title: Its display name.
+        higher_is_better: Whether a higher value is better.
+        percent: Whether it is a share that is shown as a percentage.
+        digits: Decimals that are shown.
+        figure: Computes the figure from sums over examples.
     """
 
     field: str
@@ -60,18 +60,18 @@ class Paired:
     """One figure of two models on the same examples.
 
     Attributes:
-        field: Of the measure.
-        title: Of the measure.
-        before: Of the base.
-        after: Of the adapter.
+        field: The measure's key in results.
+        title: The measure's display name.
+        before: The base's figure.
+        after: The adapter's figure.
         low: Lower end of the 95% interval of `after - before`; None with fewer than two examples.
         high: Its upper end.
         wins: Examples on which the adapter is better than the base.
         ties: Examples on which both are equal.
         losses: Examples on which it is worse.
-        higher_is_better: Of the measure.
-        percent: Of the measure.
-        digits: Of the measure.
+        higher_is_better: As in the measure.
+        percent: As in the measure.
+        digits: As in the measure.
     """
 
     field: str
@@ -89,12 +89,12 @@ class Paired:
 
     @property
     def examples(self) -> int:
-        """Return how many were compared."""
+        """Return the number of examples that were compared."""
         return self.wins + self.ties + self.losses
 
     @property
     def verdict(self) -> str:
-        """Return `better`, `worse`, or `unclear` where the interval contains no difference."""
+        """Return `better`, `worse`, or `unclear` if the interval contains 0."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "unclear"
         return "better" if (self.low > 0) == self.higher_is_better else "worse"
@@ -132,14 +132,14 @@ def of_means(values: Sequence[float], weights: Sequence[float] | None = None) ->
 def paired(measure: Measure, before: Sums, after: Sums) -> Paired:
     """Compare two models on the same examples.
 
-    The interval is that of the paired percentile bootstrap: whole examples are drawn with replacement, both models'
-    sums together, and the 2.5th and 97.5th percentile of the difference are taken. It shows how far the difference
-    depends on which examples these are; it knows nothing of other seeds of training.
+    The interval is that of the paired percentile bootstrap: examples are drawn with replacement, with the sums of both
+    models together, and the 2.5th and 97.5th percentiles of the difference are its ends. It covers the choice of the
+    examples, and not the variation between seeds of training.
 
     Args:
         measure: The figure.
         before: A row of sums for every example.
-        after: The same of the other model.
+        after: The same for the other model.
 
     Shapes:
         before and after (n, k).
@@ -175,7 +175,7 @@ def _interval(figure: Callable[[Sums], float], before: Sums, after: Sums) -> tup
         return None, None
     generator = np.random.default_rng(SEED)
     differences = []
-    step = max(1, min(RESAMPLES, 2**22 // count))  # draws at once, so that many examples take no more memory
+    step = max(1, min(RESAMPLES, 2**22 // count))  # draws at a time, to bound the memory
     for start in range(0, RESAMPLES, step):
         times = generator.multinomial(count, np.full(count, 1 / count), min(step, RESAMPLES - start)).astype(float)
         differences += [figure(b) - figure(a) for a, b in zip(times @ before, times @ after, strict=True)]
@@ -190,13 +190,13 @@ def _interval(figure: Callable[[Sums], float], before: Sums, after: Sums) -> tup
 
 
 def choose(asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Return the measures of common words that are computed, and those whose package is missing.
+    """Return the measures of common words to compute, and those whose package is missing.
 
     Args:
         asked: Names of `OVERLAP`; None: all that can be computed.
 
     Raises:
-        ConfigError: A name is unknown, or one that was asked for needs a package that is not installed.
+        ConfigError: A name is unknown, or a named measure needs a package that is not installed.
     """
     unknown = [entry for entry in asked or () if entry not in OVERLAP]
     if unknown:
@@ -210,7 +210,7 @@ def choose(asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
 
 
 def _installed(package: str) -> bool:
-    """Return whether a package can be imported, and not only found: half-installed packages exist."""
+    """Return whether a package can be imported, and not only found: it may be installed incompletely."""
     try:
         __import__(package)
     except ImportError:
@@ -221,12 +221,12 @@ def _installed(package: str) -> bool:
 def overlap(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[tuple[Measure, Sums]]:
     """Return sums of ROUGE, BLEU and chrF of answers against one reference each.
 
-    ROUGE-1, -2, -L and -Lsum are the means of the F-measures of rouge-score with its stemmer, in percent; they know
-    words of Latin letters and digits only. BLEU and chrF are sacrebleu's with its defaults, of the whole corpus; of one
-    example BLEU leaves out the orders that it has no n-gram of.
+    ROUGE-1, -2, -L and -Lsum are the means of the F-measures of rouge-score with its stemmer, in percent; they count
+    words of Latin letters and digits only. BLEU and chrF are sacrebleu's corpus scores with its defaults. For a single
+    example BLEU leaves out orders without an n-gram.
 
     Returns:
-        Each measure with its sums, (n, k).
+        Measures with their sums, (n, k).
 
     Source:
         Lin, "ROUGE" (2004); Papineni et al., "BLEU" (2002); Popović, "chrF" (2015); Post, "A Call for Clarity" (2018).
@@ -264,5 +264,5 @@ def _from_sacrebleu(name: str, answers: Sequence[str], references: Sequence[str]
 
 
 def exp_or_inf(value: float) -> float:
-    """Return exp(value); infinite where it is beyond a float."""
+    """Return exp(value); infinity if that exceeds a float."""
     return math.exp(value) if value < 700 else math.inf

@@ -1,7 +1,7 @@
-"""How good a model is on held-out data: loss, perplexity, token accuracy, and answers that equal the reference.
+"""Score a model on held-out data: loss, perplexity, token accuracy, and answers that equal the reference.
 
-`score` reads labels, `evaluate` also generates answers. Both see the model as it is: the base is evaluated by the same
-calls with its adapter disabled, on the same rows and prompts, so that the two can be compared.
+`score` uses labels, `evaluate` also generates answers. Both use the model in its current state: the base is evaluated
+by the same calls with the adapter disabled, on the same rows and prompts, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from philora.kernels.memory import out_of_memory, return_freed_memory
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""The label of a token that has no part in the loss, as everywhere in PyTorch."""
+"""The label of a token without a loss, as in PyTorch."""
 
 CHUNK_ELEMENTS = 2**25
-"""Logits at once in `score`: 128 MiB in fp32."""
+"""Logits at a time in `score`: 128 MiB in fp32."""
 
 Message = dict[str, Any]
 
@@ -76,16 +76,16 @@ class RowScores(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on one held-out set.
+    """Scores of one model on one held-out set.
 
     Attributes:
         loss: Mean cross-entropy over the labelled tokens, in nats.
         perplexity: exp(loss).
         token_accuracy: Share of labelled tokens that the model ranks first, given the true ones before them.
         label_tokens: Tokens that the three are means of.
-        exact_match: Share of answers that equal their reference; None when none was generated.
-        exact_match_count: How many do.
-        answers: Answers generated.
+        exact_match: Share of answers that equal their reference; None if none was generated.
+        exact_match_count: Number of answers that equal their reference.
+        answers: Number of generated answers.
     """
 
     loss: float
@@ -110,14 +110,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt, the reference, and the answer a model gave.
+    """A prompt, its reference, and a model's answer.
 
     Attributes:
         prompt: The messages up to the assistant's turn.
-        reference: That turn in the data.
-        answer: That turn by the model.
+        reference: The assistant's turn in the data.
+        answer: The assistant's turn by the model.
         matched: `exact_match` of the two.
-        stopped: The model ended its answer by itself.
+        stopped: Whether the model ended its answer by itself.
         tokens: Tokens generated.
     """
 
@@ -128,17 +128,22 @@ class Sample:
     stopped: bool
     tokens: int
 
+    @property
+    def question(self) -> str:
+        """Return what identifies the question: equal questions have the same."""
+        return repr((self.prompt, self.reference))
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, every answer behind them, and the time it took.
+    """Scores, the answers they were computed from, and the time.
 
     Attributes:
-        scores: The figures.
-        samples: In the order of the conversations, without those that are too long.
+        scores: The scores.
+        samples: Answers in the order of the conversations, without those that are too long.
         seconds: Wall time.
         too_long: Conversations left out because their prompt fills the model's window.
-        rows: What each row of the data adds to the loss and the token accuracy.
+        rows: The sums of every row of the data for loss and token accuracy.
     """
 
     scores: Scores
@@ -149,11 +154,11 @@ class Evaluation:
 
 
 METRICS = (LOSS, PERPLEXITY, TOKEN_ACCURACY, EXACT_MATCH)
-"""What every run scores, before and after."""
+"""Scores of every run, before and after training."""
 
 
 class Comparison(NamedTuple):
-    """A row of the before/after table, ready to print."""
+    """A row of the before/after table, as text."""
 
     metric: str
     before: str
@@ -170,25 +175,25 @@ def score(
 ) -> TokenScores:
     """Compute loss, perplexity and token accuracy of a model on tokenised rows.
 
-    Every labelled token counts once, whatever batch it is in. The output layer is applied at labelled positions only
-    and in chunks, so that the logits never exist as a whole.
+    Every labelled token counts once, whatever batch it is in. The output layer is applied in chunks and at labelled
+    positions only, so that not all logits exist at the same time.
 
     Args:
         model: A causal language model of transformers, or a PeftModel around one.
-        rows: `input_ids` and `labels` (-100 where there is no loss) of equal length; a `datasets.Dataset` does. A row
-            with `seq_lengths` is a pack, and each of its sequences is scored by itself.
-        pad_token_id: Fills rows of unequal length; masked, so any id does.
-        batch_tokens: Most positions in one batch, padding included; a longer row is a batch of its own.
+        rows: `input_ids` and `labels` (-100 for no loss) of equal length, such as a `datasets.Dataset`. A row
+            with `seq_lengths` is a pack, whose sequences are scored separately.
+        pad_token_id: Pads rows of unequal length; it is masked, so any id works.
+        batch_tokens: Most positions of a batch, including padding; a longer row is a batch by itself.
 
     Returns:
-        Means over all labelled tokens; NaN for no labelled token at all.
+        Means over all labelled tokens; NaN if there is none.
 
     Numerics:
         The model computes in its own dtype; logits are cast to fp32 before the softmax, and the tokens' losses are
         added in double precision.
 
     Cost:
-        Peak memory beside the model is one batch of hidden states and `CHUNK_ELEMENTS` fp32 logits, about three times.
+        Peak memory besides the model: a batch of hidden states and about three times `CHUNK_ELEMENTS` logits in fp32.
     """
     return summary(score_rows(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens))
 
@@ -209,14 +214,14 @@ def score_rows(
     pad_token_id: int,
     batch_tokens: int = 8192,
 ) -> list[RowScores]:
-    """Compute `score` for every row by itself; arguments, numerics and cost are those of `score`.
+    """Compute the sums behind `score` for every row; arguments, numerics and cost are those of `score`.
 
-    A batch that there is no memory for is halved, and so are later ones of its size.
+    A batch that does not fit into memory is halved, and so are later ones of its size.
     """
     sequences = list(_sequences(rows))
     device = device_of(model)
     losses, corrects, counts = ([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
-    most = math.inf  # positions that there is memory for, as far as is known
+    most = math.inf  # the most positions that are known to fit into memory
     scored = 0
     with evaluating(model), torch.inference_mode():
         logits_of = _label_logits(model, rows, sequences, device)
@@ -249,7 +254,7 @@ def score_rows(
 def _score_batch(
     logits_of: Any, pieces: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device
 ) -> list[tuple[float, int, int]] | None:
-    """Return loss, correct and labelled tokens of every sequence; None if memory suffices for one only."""
+    """Return loss, correct tokens and labelled tokens of every sequence; None if several do not fit into memory."""
     try:
         input_ids = pad([ids for ids, _ in pieces], pad_token_id, "right", device)
         labels = pad([labels for _, labels in pieces], IGNORED, "right", device)
@@ -275,8 +280,8 @@ def _score_batch(
 def exact_match(answer: str, reference: str) -> bool:
     """Return whether an answer equals the reference.
 
-    White space at the ends is dropped and any run of white space inside counts as one space; letter case and
-    punctuation count.
+    White space at the ends is ignored, and a run of white space counts as one space. Letter case and punctuation must
+    be equal.
 
     Example:
         >>> exact_match(" Run  philora demo.\\n", "Run philora demo.")
@@ -300,9 +305,9 @@ def evaluate(
     """Score the rows and answer the conversations.
 
     Args:
-        model: A causal language model of transformers, or a PeftModel around one, as it is: with its adapter, or
-            inside `model.disable_adapter()` for the base.
-        tokenizer: Its tokenizer, with a chat template when there are conversations.
+        model: A causal language model of transformers, or a PeftModel around one in its current state: with its
+            adapter, or inside `model.disable_adapter()` for the base.
+        tokenizer: Its tokenizer; with a chat template if there are conversations.
         rows: As for `score`.
         conversations: Pairs of the messages up to an assistant's turn, and that turn's text.
         settings: As for `generate`.
@@ -313,15 +318,15 @@ def evaluate(
         The scores and a sample for every conversation whose prompt fits the model's window.
 
     Raises:
-        ModelError: There are conversations, and the tokenizer has no chat template.
+        ModelError: There are conversations, but the tokenizer has no chat template.
     """
     started = time.perf_counter()
-    # What training, scoring and answering allocate differs in size: none fills the holes that another left in the heap.
+    # Training, scoring and answering allocate different sizes, which do not fit into each other's freed blocks.
     return_freed_memory()
     row_scores = score_rows(model, rows, pad_token_id=pad_token_id, batch_tokens=batch_tokens)
     return_freed_memory()
     window = window_tokens(model)
-    # What is asked is the beginning of what was trained, where a control token in a message is that token.
+    # Prompts are the start of training rows, in which a control token inside a message is that token.
     settings = replace(settings or GenerationSettings(), control_tokens=True)
     prompts = prompt_tokens(tokenizer, [prompt for prompt, _ in conversations], control_tokens=True)
     lengths = [len(ids) for ids in prompts]
@@ -340,7 +345,7 @@ def _answers(
     prompts: Sequence[Sequence[Mapping[str, Any]]],
     settings: GenerationSettings,
 ) -> list[Answer]:
-    """Answer as `generate`; a model of NaN gives empty answers, so that its evaluation reports it."""
+    """Answer as `generate`; a model that computes NaN gets empty answers, so that its evaluation shows it."""
     try:
         return generate(model, tokenizer, prompts, settings)
     except NotFiniteError as error:
@@ -355,10 +360,10 @@ def _scores(rows: Sequence[RowScores], samples: Sequence[Sample]) -> Scores:
 
 
 def compare(before: Evaluation, after: Evaluation) -> list[Paired]:
-    """Return the figures of `METRICS` with their intervals: both models on the same rows and conversations.
+    """Return the figures of `METRICS` with intervals, of both models on the same rows and conversations.
 
     Raises:
-        ValueError: They did not see the same.
+        ValueError: They had different prompts.
     """
     compared = []
     if before.rows and after.rows:
@@ -373,7 +378,7 @@ def compare(before: Evaluation, after: Evaluation) -> list[Paired]:
         for measure, kind in ((LOSS, LOSS), (PERPLEXITY, LOSS), (TOKEN_ACCURACY, TOKEN_ACCURACY)):
             compared.append(paired(measure, *(entry[kind][labelled] for entry in sums)))
     if before.samples and after.samples:
-        if [_key(sample) for sample in before.samples] != [_key(sample) for sample in after.samples]:
+        if [sample.question for sample in before.samples] != [sample.question for sample in after.samples]:
             raise ValueError("compare: samples - expected the same prompts before and after.")
         matched = [of_means([float(sample.matched) for sample in entry.samples]) for entry in (before, after)]
         compared.append(paired(EXACT_MATCH, *matched))
@@ -384,8 +389,8 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
     """Join the evaluations of several parts of a held-out set, in the order of the data.
 
     Numerics:
-        Means are weighted by labelled tokens in double precision: what one evaluation of all gives, but for the order
-        of the sums. `seconds` is the longest part's.
+        Means are weighted by labelled tokens in double precision: they equal those of one evaluation of all, except for
+        the order of the sums. `seconds` is that of the longest part.
     """
     if len(parts) == 1:
         return parts[0]
@@ -398,7 +403,7 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
 def compare_table(before: Scores, after: Scores) -> list[Comparison]:
     """Return the before/after table as text: metric, before, after and change.
 
-    A figure that neither side has (no answers were generated) has no row; one that a side lacks is a dash.
+    A figure that neither side has has no row; one that a single side lacks is a dash.
     """
     table = []
     for metric in METRICS:
@@ -410,7 +415,7 @@ def compare_table(before: Scores, after: Scores) -> list[Comparison]:
 
 
 class StageComparison(NamedTuple):
-    """One row of the table of a run that began with an adapter; the change is from the start to the result."""
+    """A row of the table of a run that started from an adapter; the change is from the start to the result."""
 
     metric: str
     base: str
@@ -420,7 +425,7 @@ class StageComparison(NamedTuple):
 
 
 def stage_table(base: Scores, start: Scores, after: Scores) -> list[StageComparison]:
-    """Return the table of a run that began with an adapter: the base, the start and the result, as text."""
+    """Return the table of a run that started from an adapter: base, start and result, as text."""
     bases = {row.metric: row.before for row in compare_table(base, after)}
     return [
         StageComparison(row.metric, bases.get(row.metric, "–"), row.before, row.after, row.change)
@@ -429,12 +434,12 @@ def stage_table(base: Scores, start: Scores, after: Scores) -> list[StageCompari
 
 
 def shown_figure(value: float | None, measure: Measure | Paired) -> str:
-    """Format a figure; a dash for none."""
+    """Format a figure, or a dash if there is none."""
     return _shown(_number(value), measure)
 
 
 def interval_of(figure: Paired) -> str:
-    """Format the difference with its 95% interval in brackets; of shares in percentage points."""
+    """Format the difference with its 95% interval in brackets; that of shares in percentage points."""
     change = _change(_number(figure.before), _number(figure.after), figure)
     if figure.low is None or figure.high is None:
         return change
@@ -444,7 +449,7 @@ def interval_of(figure: Paired) -> str:
 
 
 def better(metric: Measure, before: float | None, after: float | None) -> bool | None:
-    """Return whether a figure got better; None when it is the same or a side lacks it."""
+    """Return whether a figure improved; None if it is equal or a side lacks it."""
     before, after = _number(before), _number(after)
     if before is None or after is None or before == after:
         return None
@@ -452,17 +457,17 @@ def better(metric: Measure, before: float | None, after: float | None) -> bool |
 
 
 def pick_samples(before: Evaluation, after: Evaluation, n: int = 3) -> list[dict[str, Any]]:
-    """Choose a few prompts with the base's and the adapter's answer that a person learns from.
+    """Choose a few instructive prompts with the answers of base and adapter.
 
-    First a conversation of several turns, when there is one; then an answer that became right; then one that is still
-    (or newly) wrong, so that the page does not only flatter; then what became right, changed, and the rest. Equal
-    claims go by the order of the data: the same evaluations always give the same samples.
+    The first is a conversation of several turns, if there is one. Then follow an answer that became right and one that
+    is wrong, so that the page does not show successes only; then further answers that became right, that changed, and
+    the rest. Between equals the order of the data decides, so the same evaluations give the same samples.
 
     Returns:
         At most `n`, in the form of `results.json`.
     """
-    others = {_key(sample): sample for sample in before.samples}
-    pairs = [(others[_key(sample)], sample) for sample in after.samples if _key(sample) in others]
+    others = {sample.question: sample for sample in before.samples}
+    pairs = [(others[sample.question], sample) for sample in after.samples if sample.question in others]
 
     def rank(pair: tuple[Sample, Sample]) -> int:
         base, adapter = pair
@@ -494,7 +499,7 @@ def pick_samples(before: Evaluation, after: Evaluation, n: int = 3) -> list[dict
 
 
 class _Piece(NamedTuple):
-    """A sequence of a dataset: its row and its place in it."""
+    """A sequence of a dataset: its row and its position in the row."""
 
     row: int
     start: int
@@ -502,7 +507,7 @@ class _Piece(NamedTuple):
 
 
 def _sequences(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Piece]:
-    """Yield every sequence in which a token follows another: a row is one, a pack as many as it has lengths."""
+    """Yield every sequence of at least two tokens: a row is one, a pack has one for every length."""
     for index, row in enumerate(rows):
         start = 0
         for length in row.get("seq_lengths") or [len(row["input_ids"])]:
@@ -518,7 +523,7 @@ def _read(rows: Sequence[Mapping[str, Any]], piece: _Piece) -> tuple[list[int], 
 
 
 def _token_batches(sequences: Sequence[_Piece], batch_tokens: int, switch: int | None) -> Iterator[list[_Piece]]:
-    """Yield batches of sequences of similar length, longest first, up to `batch_tokens` with their padding."""
+    """Yield batches of sequences of similar length, longest first, up to `batch_tokens` with padding."""
     batch: list[_Piece] = []
     width = 0
     for piece in sorted(sequences, key=lambda piece: (piece.start - piece.stop, piece)):
@@ -535,14 +540,14 @@ def _token_batches(sequences: Sequence[_Piece], batch_tokens: int, switch: int |
 
 
 class _FromHidden:
-    """Logits at labelled positions: the decoder's hidden states there, then the output layer, chunk by chunk."""
+    """Compute logits at labelled positions by the output layer, from the decoder's hidden states and in chunks."""
 
     def __init__(self, causal: Any) -> None:
         self.decoder = causal.get_decoder()
         self.head = causal.get_output_embeddings()
 
     def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
-        """Shapes: input_ids and mask (B, T), wanted (B, T-1); yields (positions, V), which add up to wanted's True."""
+        """Yield logits in chunks. Shapes: input_ids and mask (B, T), wanted (B, T-1); yields (positions, V)."""
         hidden = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         hidden = hidden[:, :-1][wanted]
         size = max(1, CHUNK_ELEMENTS // int(getattr(self.head, "out_features", 2**16)))
@@ -551,13 +556,13 @@ class _FromHidden:
 
 
 class _FromModel:
-    """Logits at labelled positions from the whole model's forward, where those are more than head(hidden)."""
+    """Compute logits at labelled positions by the model's forward, for models that change the head's output."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
-        """As of `_FromHidden`, in one chunk for every row."""
+        """Yield the logits as `_FromHidden`, in a chunk for every row."""
         for row in range(len(input_ids)):
             logits = self.model(input_ids=input_ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
             # Prompt learning puts virtual tokens before the row; the row's own are the last.
@@ -567,10 +572,10 @@ class _FromModel:
 def _label_logits(
     model: Any, rows: Sequence[Mapping[str, Any]], sequences: Sequence[_Piece], device: torch.device
 ) -> _FromHidden | _FromModel:
-    """Return the cheap way to the logits if it gives the model's own, which is tried on a few tokens.
+    """Return the cheaper way to the logits if it gives the model's own logits on a few tokens.
 
-    Some models scale or cap their logits after the output layer, and some adapters add virtual tokens: rather than
-    keep a list of them, compare.
+    Some models scale or cap their logits after the output layer, and some adapters add virtual tokens. They are found
+    by this comparison, without a list of them.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not sequences or not hasattr(causal, "get_decoder") or causal.get_output_embeddings() is None:
@@ -590,11 +595,6 @@ def _sample(prompt: Sequence[Mapping[str, Any]], reference: str, answer: Answer)
     return Sample(messages, reference, answer.text, matched, stopped=answer.stopped, tokens=answer.tokens)
 
 
-def _key(sample: Sample) -> str:
-    """Return what makes two samples the same question."""
-    return repr((sample.prompt, sample.reference))
-
-
 def _user_turns(sample: Sample) -> int:
     return sum(entry.get("role") == "user" for entry in sample.prompt)
 
@@ -604,7 +604,7 @@ def _finite(value: float | int | None) -> float | int | None:
 
 
 def _number(value: float | None) -> float | None:
-    """Return a figure, or None for one that is missing (NaN after a null in `results.json`)."""
+    """Return a figure, or None if it is missing (NaN, from a null in `results.json`)."""
     return None if value is None or math.isnan(value) else value
 
 
@@ -617,14 +617,14 @@ def _shown(value: float | None, metric: Measure | Paired) -> str:
 
 
 def _change(before: float | None, after: float | None, metric: Measure | Paired) -> str:
-    """Format the difference with its sign and the digits of its figures; of shares in percentage points."""
+    """Format the difference with its sign and the digits of its figures; that of shares in percentage points."""
     if before is None or after is None:
         return "–"
     return _signed(after - before, metric, max(abs(before), abs(after)))
 
 
 def _signed(change: float, metric: Measure | Paired, size: float) -> str:
-    """Format a difference between figures of about that size."""
+    """Format a difference between figures of about the given size."""
     if math.isnan(change):  # infinite before and after
         return "–"
     if metric.percent:

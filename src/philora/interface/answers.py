@@ -1,4 +1,4 @@
-"""Answers of a trained adapter from Python: the model is loaded once and kept for the next question."""
+"""Answer questions with a trained adapter from Python; the model is loaded once and kept."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Message = Mapping[str, Any]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep away what the libraries tell each other: warnings of releases to come, and their progress bars."""
+    """Hide the libraries' warnings about their own future releases, and their progress bars."""
     with warnings.catch_warnings(), process_state.quiet_libraries():
         display.ignore_future_warnings()
         yield
 
 
 class Answer(str):
-    """An answer: text, with the conversation that it ends.
+    """An answer as text, with the conversation that it ends.
 
     Attributes:
-        messages: The conversation, this answer included; `run.chat(text, after=answer)` continues it.
-        tokens: Tokens generated, the stop token included.
-        stopped: The model ended the answer; False where it was cut at `max_new_tokens`.
+        messages: The conversation including this answer; `run.chat(text, after=answer)` continues it.
+        tokens: Tokens generated, including the stop token.
+        stopped: Whether the model ended the answer; False if it was cut at `max_new_tokens`.
     """
 
     messages: list[dict[str, Any]]
@@ -61,14 +61,14 @@ class Answer(str):
 class AnsweringModel:
     """A base with an adapter that answers questions.
 
-    The model is loaded when it is first asked something, and kept for the next question; `free` releases its memory.
+    The model is loaded with the first question and kept for the next one; `free` releases its memory.
 
     Attributes:
         source: A run folder, a checkpoint, an adapter folder or a hub id.
     """
 
     def __init__(self, source: str | Path, base: str | None = None) -> None:
-        """Describe an adapter, by default on the base that it names."""
+        """Name an adapter and its base, by default the one that the adapter names; load nothing yet."""
         self.source = source
         self._base = base
         self._loaded: Loaded | None = None
@@ -106,19 +106,19 @@ class AnsweringModel:
     ) -> Answer:
         """Ask a question.
 
-        Each call is a conversation of its own, so that a cell gives the same answer when it is run again;
+        Each call starts a new conversation, so that a notebook cell gives the same answer when it runs again;
         `after=answer` continues the conversation of an earlier answer.
 
         Args:
-            text: What the person says.
-            after: The answer that this is said after.
-            system: System prompt; default: the one that nearly all training conversations began with; "": none.
-            adapter: Ask the adapter; False: the base alone.
-            max_new_tokens: Length of the answer at most.
-            temperature: 0 takes the likeliest token; above 0 tokens are drawn.
-            top_p: Of drawing, in (0, 1]; it needs a temperature above 0.
-            top_k: Of drawing, at least 1; likewise.
-            seed: Of drawing.
+            text: The question.
+            after: The earlier answer to continue from.
+            system: System prompt, "" for none; default: the one that nearly all training conversations began with.
+            adapter: Whether the adapter answers; False for the base alone.
+            max_new_tokens: Length limit of the answer, in tokens.
+            temperature: 0 takes the likeliest token; above 0 tokens are drawn at random.
+            top_p: In (0, 1]: draw from the likeliest tokens with this probability together; needs a temperature.
+            top_k: Draw from this many of the likeliest tokens; needs a temperature.
+            seed: Seed of drawing.
             stop: Texts that end an answer.
 
         Raises:
@@ -144,13 +144,13 @@ class AnsweringModel:
         """Answer many prompts, in batches.
 
         Args:
-            prompts: Texts or conversations; one text; or the Path of a file, as `philora generate --prompts` reads it.
-            adapter: With the adapter; False: the base alone.
-            settings: How answers are made; default: the likeliest tokens, 256 at most, 16 answers at a time.
+            prompts: Texts or conversations, one text, or the Path of a file as for `philora generate --prompts`.
+            adapter: Whether the adapter answers; False for the base alone.
+            settings: Settings of generation; default: the likeliest tokens, at most 256, 16 answers at a time.
             changed: Values of `GenerationSettings` by name, such as `max_new_tokens=64` or `do_sample=True`.
 
         Returns:
-            One answer for every prompt, in their order.
+            An answer for every prompt, in the order given.
 
         Raises:
             ConfigError: A value is out of its bounds.
@@ -173,7 +173,7 @@ class AnsweringModel:
         return self._answer(conversations, given, adapter)
 
     def _begun(self, system: str | None) -> list[dict[str, Any]]:
-        """The system turn of a new conversation."""
+        """Return the first messages of a new conversation: its system turn, if it has one."""
         if system is None and (trained := self._load().system) is not None:
             system = trained.text
         return [{"role": "system", "content": system}] if system else []

@@ -1,6 +1,6 @@
-"""Choose what a run is started with: a configuration, data alone, or `demo`, and the settings that have short names.
+"""Choose the configuration of a run from a file, data alone or `demo`, and from settings with short names.
 
-The command line and the Python functions share these, so that both choose the same.
+The command line and the Python functions share this module.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def overrides_of(settings: Mapping[str, Any]) -> list[str]:
     """Return settings by their short names as `KEY=VALUE` strings; None stands for the default.
 
     Raises:
-        ConfigError: There is no short name like one of them.
+        ConfigError: One of them is not a short name.
     """
     unknown = [name for name in settings if name not in SETTINGS]
     if unknown:
@@ -57,22 +57,22 @@ def overrides_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 def stem(data: str) -> str:
-    """Return the name of a run on data: that of its file or folder, without the endings."""
+    """Return the name of a run on data: that of the file or folder, without suffixes."""
     name = Path(data.rstrip("/")).expanduser().absolute().name
     return name.removesuffix(".gz").removesuffix(".zst").partition(".")[0] or "data"
 
 
 def demo_configuration(source: str) -> str:
-    """Return the file of the bundled demo where `demo` is asked for, else the name as it is."""
+    """Return the file of the bundled demo for `demo`, and any other name unchanged."""
     if source != "demo" or Path(source).exists():
         return source
     return str(resources.files("philora") / "nano" / "demo.yaml")
 
 
 def choose(source: str, overrides: Sequence[str], resume: bool | str = False) -> Choice:
-    """Return the configuration of a run: that of a file or, where data is named, settings that fit the data.
+    """Return the configuration of a run: that of a file or, if data is named, settings that fit the data.
 
-    A run on data gets a folder named after it, with a number where that exists; with `resume` it is the newest of them.
+    The folder of a run on data is named after it, with a number if it exists; with `resume` the newest one is taken.
 
     Raises:
         DataError, ConfigError: The data cannot be read.

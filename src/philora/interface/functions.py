@@ -1,4 +1,4 @@
-"""The commands as functions: the same choices, checks and files, with a result in place of printed lines."""
+"""Define the commands as functions: the same choices, checks and files, with a result instead of printed lines."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ Source = str | Path | Mapping[str, Any] | Config
 
 
 class Settings(TypedDict, total=False):
-    """The settings that people change most; they have these names on the command line too.
+    """The settings that people change most, as on the command line.
 
     Attributes:
-        model: Base: a hub id, a folder, or a name such as `phi-3-mini`.
-        evaluation: Held-out data: a file, or a share of the data such as 0.1.
+        model: Base model: a hub id, a folder, or a short name such as `phi-3-mini`.
+        evaluation: Held-out data: a file, a number of rows, or a share of the data such as 0.1.
         output: Run folder.
-        epochs: Passes over the data.
+        epochs: Passes over the training data.
         learning_rate: Peak learning rate.
         batch_size: Rows of a micro-batch on every device.
         max_length: Longest row, in tokens.
-        seed: Of the split, the order and the adapter's start.
-        rank: Rank of the adapter.
+        seed: Seed of the held-out split, the order of the data, dropout and the adapter's initial weights.
+        rank: Rank of the adapter's matrices.
         alpha: The adapter's update is multiplied by alpha / rank.
-        dropout: On the adapter's input.
-        target_modules: Names, or `all-linear`.
+        dropout: Dropout on the adapter's input.
+        target_modules: Names of the linear layers to adapt, or `all-linear`.
     """
 
     model: str | Path | None
@@ -80,29 +80,29 @@ def train(
     quiet: bool = False,
     **settings: Unpack[Settings],
 ) -> Run:
-    """Fine-tune, show the progress, and return the run.
+    """Fine-tune a model, show the progress, and return the run.
 
-    A run on data, or by a mapping that names no `output_dir`, gets a folder of its own below `runs/`, with a number
-    where that exists: a cell can be run twice. A folder that is named is never overwritten.
+    A run on data, or by a mapping without `output_dir`, gets a new folder in `runs/`, with a number if the name exists,
+    so that a notebook cell can run twice. A folder that is named is never overwritten.
 
     Args:
-        source: A YAML file, the same as a mapping, a Config; or data: a file or a folder of conversations. With
+        source: A YAML file, a mapping of the same shape or a Config; or data: a file or folder of conversations. With
             `resume` the run folder.
         overrides: `KEY=VALUE` strings that replace settings of the source.
         resume: Resume from the newest complete checkpoint; "force" also when the configuration changed.
         callbacks: Further callbacks of transformers' Trainer.
-        command: What the report names as the command; default: the process's own.
+        command: The command that the report shows; default: that of this process.
         quiet: Show warnings only. By default a terminal shows what `philora train` shows, a notebook a bar.
         settings: See `Settings`: `train("support.csv", model="phi-3-mini", epochs=2)`.
 
     Raises:
-        ConfigError, DataError, ModelError, TargetError, AdapterError: Something is wrong with what was given; nothing
+        ConfigError, DataError, ModelError, TargetError, AdapterError: An argument or its content is wrong; nothing
             has been written.
-        Interrupted: A signal stopped the run; what it had trained is in a checkpoint.
+        Interrupted: A signal stopped the run; its progress is saved in a checkpoint.
         RunError: The run failed; files that exist in its folder are complete.
-        Elsewhere: Another process of the run failed and says why.
+        Elsewhere: Another process of the run failed and reports the reason.
 
-    Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
+    Under torchrun or accelerate every process calls this. The first one writes, and all return the same result.
     """
     given = [*overrides, *overrides_of(settings)]
     config, found = processes.on_main(lambda: _configuration(source, given, resume))
@@ -120,9 +120,9 @@ def train(
 
 @contextlib.contextmanager
 def _noticed(bar: notebook.NotebookBar | None, quiet: bool) -> Iterator[None]:
-    """Show philora's warnings in the notebook or, in a quiet script that has no handler of its own, as plain lines.
+    """Show philora's warnings in the notebook or, in a quiet script without a log handler, as plain lines.
 
-    A run adds a handler for its log file, after which Python's handler of last resort shows nothing.
+    A run adds a handler for its log file, which turns off Python's handler of last resort.
     """
     logger = logging.getLogger(display.ROOT)
     handler: logging.Handler | None = None if bar is None else notebook.Notices(bar)
@@ -140,7 +140,7 @@ def _noticed(bar: notebook.NotebookBar | None, quiet: bool) -> Iterator[None]:
 
 
 def _configuration(source: Source, overrides: list[str], resume: bool | str) -> tuple[Config, list[str]]:
-    """The configuration of a run, and what was found in its data."""
+    """Return the configuration of a run, and what was found in its data."""
     if isinstance(source, str | Path):
         chosen = choose(str(source), overrides, resume)
         return load_config(chosen.source, chosen.overrides), chosen.found
@@ -155,7 +155,7 @@ def _refuse_finished(config: Config) -> None:
     folder = Path(config.training_config["output_dir"]).expanduser()
     try:
         finished = is_run(folder) and (folder / "adapter").is_dir() and (folder / "results.json").is_file()
-    except (OSError, ValueError):  # a name that no folder can have: the run says so
+    except (OSError, ValueError):  # not a valid name of a folder, which the run reports
         return
     if finished:
         expected = "a new or empty folder; this one holds another run"
@@ -164,7 +164,7 @@ def _refuse_finished(config: Config) -> None:
 
 
 def demo(output: str | Path = "runs/demo", overrides: Sequence[str] = (), *, quiet: bool = False) -> Run:
-    """Fine-tune the bundled model on the bundled help desk; the folder gets a number where it exists."""
+    """Fine-tune the bundled model on the bundled help-desk chats; the folder gets a number if it exists."""
     folder = unused_folder(Path(output))
     return train("demo", overrides, output=folder, quiet=quiet)
 
@@ -173,7 +173,7 @@ def init(data: str | Path, *, model: str | None = None, out: str | Path | None =
     """Write a short configuration for data, and return its file.
 
     Args:
-        data: File or folder of conversations.
+        data: A file, a folder or a hub id of conversations.
         model: Hub id, folder, or a name such as `phi-3-mini`; default: one that fits this machine.
         out: The file; default: named after the data.
 
@@ -190,7 +190,7 @@ def init(data: str | Path, *, model: str | None = None, out: str | Path | None =
 
 
 class Checked(Preflight):
-    """Describe what `check` found; shown as its verdict and notices."""
+    """The result of `check`, shown as its notices and verdict."""
 
     def __repr__(self) -> str:
         lines = [self.model, *(f"notice: {notice}" for notice in self.notices), str(self.coverage), str(self.plan)]
@@ -218,7 +218,7 @@ def check(source: Source, overrides: Sequence[str] = (), **settings: Unpack[Sett
 
 
 class Evaluated(Assessment):
-    """Describe what an evaluation found; shown as a table of figures."""
+    """The result of an evaluation, shown as a table of figures."""
 
     def _lines(self) -> list[tuple[str, ...]]:
         return [
@@ -228,10 +228,7 @@ class Evaluated(Assessment):
         ]  # fmt: skip
 
     def __repr__(self) -> str:
-        lines = [_FIGURES, *self._lines()]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(_FIGURES))]
-        shown = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-        return "\n".join(line.rstrip() for line in shown)
+        return notebook.text_table(self._lines(), _FIGURES)
 
     def _repr_html_(self) -> str:
         return str(notebook.table(self._lines(), _FIGURES))
@@ -241,16 +238,16 @@ _FIGURES = ("", "base", "adapter", "change, 95%", "better/same/worse")
 
 
 def evaluate(source: str | Path | Run, **options: Any) -> Evaluated:
-    """Score base and adapter on the same held-out rows.
+    """Compare base and adapter on the same held-out rows.
 
     Args:
         source: A run, its folder, a checkpoint, an adapter folder or a hub id.
         options: `data`, `base`, `generation`, `answers`, `limit`, `metrics`, `judge`, `forgetting`,
-            `keep_training_rows`, `out` and `command`, as `philora.evaluation.assessment.evaluate` explains them.
+            `keep_training_rows`, `out` and `command`; see `philora.evaluation.assessment.evaluate`.
 
     Raises:
         AdapterError, ModelError: There is no adapter, or its base cannot be loaded.
-        DataError: There is no row to judge by, or records cannot be used.
+        DataError: There is no row to score, or records cannot be used.
         ConfigError: A measure is unknown or its package missing, or `out` is missing or not a folder to write to.
         RunError: The judge failed.
     """
@@ -261,13 +258,13 @@ def evaluate(source: str | Path | Run, **options: Any) -> Evaluated:
 
 
 def chat(source: str | Path, text: str, *, base: str | None = None, **options: Any) -> Answer:
-    """Ask an adapter one question; to ask several, `philora.load(RUN).chat(...)` keeps the model loaded.
+    """Ask an adapter a single question; `philora.load(RUN).chat(...)` keeps the model loaded for several.
 
     Args:
         source: A run folder, a checkpoint, an adapter folder or a hub id.
         text: The question.
         base: Base model; default: the one that the adapter names.
-        options: Of `Run.chat`.
+        options: Options of `Run.chat`.
 
     Raises:
         AdapterError, ModelError, ConfigError, DataError: As `Run.chat`.
@@ -288,7 +285,7 @@ def generate(
         source: A run folder, a checkpoint, an adapter folder or a hub id.
         prompts: As for `Run.generate`.
         base: Base model; default: the one that the adapter names.
-        options: Of `Run.generate`.
+        options: Options of `Run.generate`.
 
     Raises:
         AdapterError, ModelError, ConfigError, DataError: As `Run.generate`.
@@ -305,7 +302,7 @@ def report(*runs: str | Path | Run, out: str | Path | None = None) -> Path:
 
     Raises:
         ConfigError: There are too few runs, or too many to compare.
-        DataError: A folder holds no run.
+        DataError: A folder is not that of a run.
     """
     folders = [Path(_folder(run)) for run in runs]
     if len(folders) == 1:
@@ -314,10 +311,10 @@ def report(*runs: str | Path | Run, out: str | Path | None = None) -> Path:
 
 
 def runs(folder: str | Path = "runs") -> RunTable:
-    """List the runs in a folder, the newest first.
+    """List the runs in a folder, newest first.
 
     Raises:
-        ConfigError: There is no such folder.
+        ConfigError: The folder does not exist.
     """
     return RunTable(list_runs(Path(folder).expanduser()))
 
@@ -325,13 +322,13 @@ def runs(folder: str | Path = "runs") -> RunTable:
 def import_adapter(
     source: str | Path, out: str | Path, *, base: str | None = None, lora_alpha: float | None = None
 ) -> Exported:
-    """Read an adapter that another tool made, and write it in PEFT's format, verified.
+    """Read an adapter of another tool, and write it in PEFT's format, verified.
 
     Args:
-        source: loralib's file, an adapter folder or a hub id.
+        source: A file of loralib's, an adapter folder or a hub id.
         out: The folder to write; it must be new or empty.
         base: Folder or hub id of the base; default: the one that the adapter names.
-        lora_alpha: Of a loralib file that has no `lora.json` beside it.
+        lora_alpha: Alpha of a loralib file without `lora.json` beside it.
 
     Raises:
         AdapterError, ConfigError, ModelError: As `philora.export`.

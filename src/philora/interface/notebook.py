@@ -1,4 +1,4 @@
-"""How runs and answers are shown in a notebook: tables, a curve, and a progress bar. Nothing here needs IPython."""
+"""Show runs and answers in a notebook: tables, a curve, and a progress bar. Importing this does not need IPython."""
 
 from __future__ import annotations
 
@@ -38,8 +38,16 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> Markup:
     return Markup("<table>{}{}</table>").format(head if header else "", lines)
 
 
+def text_table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
+    """Return rows of text as lines with aligned columns."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    shown = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in shown)
+
+
 def curve(lines: Mapping[str, Sequence[Point]]) -> Markup:
-    """Return a chart of losses by step as SVG; empty where there are fewer than two points."""
+    """Return a chart of losses by step as SVG; empty if there are fewer than two points."""
     drawn = {name: points for name, points in lines.items() if points}
     every = [point for points in drawn.values() for point in points]
     if len(every) < 2:
@@ -73,7 +81,7 @@ def curve(lines: Mapping[str, Sequence[Point]]) -> Markup:
 
 
 class NotebookBar(TrainerCallback):  # type: ignore[misc]
-    """Shows a run's progress in one cell: a bar, the newest figures and the time left."""
+    """Show a run's progress in one cell: a bar, the newest figures and the time left."""
 
     def __init__(self, found: Sequence[str] = ()) -> None:
         """Show what was found in the data, and the bar below it."""
@@ -102,7 +110,7 @@ class NotebookBar(TrainerCallback):  # type: ignore[misc]
             self._shown.update(html)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the bar at the step that the run begins with."""
+        """Start the bar at the first step of the run, or at the step it resumes from."""
         self._began = (state.global_step, time.monotonic())
         self._step(state)
 
@@ -126,12 +134,12 @@ class NotebookBar(TrainerCallback):  # type: ignore[misc]
             self._step(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Say that the adapter is evaluated now."""
+        """Show that the adapter is evaluated now."""
         self._last = state
         self.show("trained; the adapter is evaluated now", state.global_step, state.max_steps)
 
     def end(self) -> None:
-        """Leave the last figures."""
+        """Show the last figures."""
         if self._last is not None:
             self._step(self._last)
 
@@ -146,7 +154,7 @@ class NotebookBar(TrainerCallback):  # type: ignore[misc]
 
 
 class Notices(logging.Handler):
-    """Shows philora's warnings above the bar, each once."""
+    """Show philora's warnings above the bar, without repeats."""
 
     def __init__(self, bar: NotebookBar) -> None:
         super().__init__(logging.WARNING)
@@ -158,7 +166,7 @@ class Notices(logging.Handler):
 
 
 def monospaced(text: str) -> str:
-    """Return text as HTML in columns."""
+    """Return text as monospaced HTML."""
     return str(Markup("<pre>{}</pre>").format(escape(text)))
 
 

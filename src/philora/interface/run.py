@@ -1,4 +1,4 @@
-"""A run as an object: its results and losses, and what the commands do with a run, as methods."""
+"""Define a run as an object: its results and losses, and the commands on a run as methods."""
 
 from __future__ import annotations
 
@@ -57,57 +57,57 @@ class Sample(NamedTuple):
 
 
 class Run(AnsweringModel):
-    """A run folder and what can be done with it.
+    """A run folder, with the commands on it as methods.
 
-    `philora.train` returns one, and `philora.load` opens one. The model is loaded when it is first asked something, and
-    kept for the next question; `free` releases its memory.
+    `philora.train` returns a run, and `philora.load` opens one. The model is loaded with the first question and kept
+    for the next one; `free` releases its memory.
 
     Attributes:
         folder: The run folder.
     """
 
     def __init__(self, folder: Path, results: dict[str, Any] | None = None, base: str | None = None) -> None:
-        """Describe a run folder.
+        """Open a run folder without reading it.
 
         Args:
             folder: The run folder.
-            results: Its results, where they are at hand; default: read from `results.json` when they are asked for.
-            base: Folder or hub id of the base; default: where the run says it is.
+            results: Its results; default: read from `results.json` when they are needed.
+            base: Folder or hub id of the base; default: as the run records it.
         """
         super().__init__(folder, base)
         self.folder = folder
         self._results = results
 
-    # -- what it is
+    # -- identity
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Return the name of the folder."""
         return self.folder.resolve().name
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter, in PEFT's format."""
+        """Return the folder of the trained adapter, in PEFT's format."""
         return self.folder / "adapter"
 
     @property
     def summary(self) -> RunSummary:
-        """The run as a line of `philora.runs`: base, date, held-out loss, status."""
+        """Return the run as a line of `philora.runs`: base, date, held-out loss, status."""
         return summarise(self.folder)
 
     @property
     def status(self) -> str:
-        """`done`, `running`, or `stopped after step N`."""
+        """Return `done`, `running`, or `stopped after step N`."""
         return self.summary.status
 
     @property
     def base(self) -> str:
-        """The base model, as the configuration names it."""
+        """Return the base model as the configuration names it."""
         return self.summary.base
 
     @property
     def config(self) -> Config:
-        """The configuration of the run.
+        """Return the configuration of the run.
 
         Raises:
             ConfigError: It has a key or value that this release does not know.
@@ -116,14 +116,14 @@ class Run(AnsweringModel):
 
     @property
     def system(self) -> SystemTurn | None:
-        """The system prompt that nearly all training conversations began with; it begins what is asked later."""
+        """Return the system prompt of nearly all training conversations, which new conversations get too."""
         return TrainedRun(self.folder).system
 
-    # -- how it went
+    # -- results
 
     @property
     def results(self) -> dict[str, Any]:
-        """The content of `results.json`.
+        """Return the content of `results.json`.
 
         Raises:
             DataError: The run has not ended.
@@ -138,45 +138,45 @@ class Run(AnsweringModel):
 
     @property
     def before(self) -> Scores | None:
-        """Scores of the base on the held-out rows; None where nothing was held out."""
+        """Return the scores of the base on the held-out rows; None if there are none."""
         return Scores.from_dict(self.results["before"]) if self.results["before"] else None
 
     @property
     def after(self) -> Scores | None:
-        """The same with the adapter."""
+        """Return the scores of the adapter on the held-out rows; None if there are none."""
         return Scores.from_dict(self.results["after"]) if self.results["after"] else None
 
     @property
     def comparison(self) -> list[Paired]:
-        """Figures of base and adapter on the same held-out rows, with the interval of their difference."""
+        """Return figures of base and adapter on the same held-out rows, with the interval of their difference."""
         return [Paired.from_dict(figure) for figure in self.results["comparison"]]
 
     @property
     def samples(self) -> list[Sample]:
-        """A few held-out prompts with the answers of base and adapter."""
+        """Return a few held-out prompts with the answers of base and adapter."""
         found = self.results["samples"]
         names = ("prompt", "reference", "base", "adapter", "adapter_matched")
         return [Sample(*(sample[name] for name in names)) for sample in found]
 
     @property
     def losses(self) -> list[Loss]:
-        """The training losses that were logged, in order of their step."""
+        """Return the logged training losses by step."""
         return self._series("loss")
 
     @property
     def held_out_losses(self) -> list[Loss]:
-        """The losses on held-out rows during training, in order of their step."""
+        """Return the losses on held-out rows during training, by step."""
         return self._series("eval_loss")
 
     def _series(self, key: str) -> list[Loss]:
         return [Loss(int(step), value) for step, value in read_run(self.folder).series(key)]
 
-    # -- what the commands do with it
+    # -- commands
 
     def evaluate(self, **options: Any) -> Evaluated:
-        """Score base and adapter on the held-out rows; see `philora.evaluate` for what can be given.
+        """Compare base and adapter on the held-out rows; options are those of `philora.evaluate`.
 
-        The model that was kept for questions is freed first: two copies may not fit.
+        The model that was kept for questions is freed first, because two copies may not fit.
         """
         from philora.interface.functions import evaluate
 
@@ -184,15 +184,15 @@ class Run(AnsweringModel):
         return evaluate(self.folder, **({"base": self._base} | options))
 
     def report(self, out: str | Path | None = None) -> Path:
-        """Write `report.html` again, with what was evaluated since; return the file."""
+        """Write `report.html` again, with evaluations since then; return the file."""
         return write_report(self.folder, out=None if out is None else Path(out))
 
     def merge(self, out: str | Path | None = None, **options: Any) -> MergeResult:
-        """Write a model folder with the adapter in its weights; see `philora.merge_to_folder` for what can be given.
+        """Write a model folder with the adapter merged into the weights.
 
         Args:
-            out: A new folder; default: `<run>-merged` beside the run, with a number where that exists.
-            options: Of `philora.merge_to_folder`.
+            out: A new folder; default: `<run>-merged` beside the run, with a number if that exists.
+            options: Options of `philora.merge_to_folder`.
         """
         from philora.exporting.merged_folder import merge_to_folder
 
@@ -201,12 +201,12 @@ class Run(AnsweringModel):
             return merge_to_folder(self.folder, self._beside("merged", out), **({"base": self._base} | options))
 
     def export(self, format: str = "peft", out: str | Path | None = None, **options: Any) -> Exported:
-        """Write the adapter in another format, verified; see `philora.export` for what can be given.
+        """Write the adapter in another format, verified.
 
         Args:
             format: `peft`, `loralib`, `gguf` or `ollama`.
-            out: A new folder; default: `<run>-<format>` beside the run, with a number where that exists.
-            options: Of `philora.export`.
+            out: A new folder; default: `<run>-<format>` beside the run, with a number if that exists.
+            options: Options of `philora.export`.
         """
         from philora.exporting.conversion import export
 
@@ -216,7 +216,7 @@ class Run(AnsweringModel):
             return export(self.folder, self._beside(format, out), format=format, **options)
 
     def push(self, repo_id: str, **options: Any) -> Pushed:
-        """Publish the adapter on the Hugging Face Hub; see `philora.push` for what can be given."""
+        """Push the adapter to the Hugging Face Hub; options are those of `philora.push`."""
         from philora.reporting.pushing import push
 
         with quiet():
@@ -225,7 +225,7 @@ class Run(AnsweringModel):
     def _beside(self, what: str, out: str | Path | None) -> Path:
         return unused_folder(self.folder.with_name(f"{self.folder.name}-{what}")) if out is None else Path(out)
 
-    # -- how it is shown
+    # -- display
 
     def _rows(self) -> list[tuple[str, str]]:
         summary = self.summary
@@ -255,7 +255,7 @@ class Run(AnsweringModel):
 
 
 class RunTable(list[RunSummary]):
-    """The runs of a folder, the newest first, as a list that is shown as a table."""
+    """A list of runs, newest first, that is shown as a table."""
 
     def _cells(self) -> list[tuple[str, ...]]:
         def number(value: float | None) -> str:
@@ -267,10 +267,7 @@ class RunTable(list[RunSummary]):
         ]
 
     def __repr__(self) -> str:
-        lines = [_HEADER, *self._cells()]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-        shown = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-        return "\n".join(line.rstrip() for line in shown)
+        return notebook.text_table(self._cells(), _HEADER)
 
     def _repr_html_(self) -> str:
         return str(notebook.table(self._cells(), _HEADER))
@@ -280,14 +277,14 @@ _HEADER = ("run", "base", "date", "held-out loss, base", "with adapter", "status
 
 
 def load(folder: str | Path, *, base: str | None = None) -> Run:
-    """Open a run that was trained before.
+    """Open an earlier run.
 
     Args:
         folder: The run folder, or the adapter in it.
         base: Folder or hub id of the base; default: where the run says it is.
 
     Raises:
-        ConfigError: There is no run.
+        ConfigError: The folder is not that of a run.
 
     Example:
         >>> run = load("runs/helpdesk")  # doctest: +SKIP
@@ -296,7 +293,7 @@ def load(folder: str | Path, *, base: str | None = None) -> Run:
     path = Path(folder).expanduser()
     found = path if is_run(path) else run_of(path) if path.is_dir() and path.name == "adapter" else None
     if found is None:
-        expected = "the folder of a run, with config.yaml and what a run writes"
-        todo = "philora.runs() lists those in runs/; philora.chat and philora.generate take an adapter of any kind"
+        expected = "the folder of a run, with config.yaml and the other files of a run"
+        todo = "philora.runs() lists those in runs/; philora.chat and philora.generate take any adapter"
         raise ConfigError(fault("philora.load", "folder", str(folder), expected, todo))
     return Run(found, base=base)

@@ -1,4 +1,4 @@
-"""The endpoint that OpenAI's clients speak to, started from Python: it answers in a thread until it is closed."""
+"""Start the endpoint for OpenAI's clients from Python; it answers in a thread until it is closed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """An endpoint that answers until `close`, or to the end of its `with` block.
+    """An endpoint that answers until `close`, or until the end of its `with` block.
 
     Attributes:
-        address: Where it listens, such as `http://127.0.0.1:8000`.
-        models: Names that a request can ask for: the adapters, then the base.
+        address: Its URL, such as `http://127.0.0.1:8000`.
+        models: Names of the models: the adapters, then the base.
     """
 
     def __init__(self, listener: Listener, bound: socket.socket, address: str, models: Sequence[str]) -> None:
-        """Answer on a socket from now on."""
+        """Start answering on a socket."""
         self.address = address
         self.models = list(models)
         self._listener = listener
@@ -35,11 +35,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Return what OpenAI's client takes as `base_url`."""
+        """Return the `base_url` for OpenAI's client."""
         return f"{self.address}/v1"
 
     def close(self) -> None:
-        """End; answers that are being made end with an error that says so."""
+        """Stop; unfinished answers end with an error."""
         self._listener.should_exit = True
         self._thread.join()
 
@@ -65,16 +65,16 @@ def serve(
     """Serve adapters of one base to OpenAI's clients, and return at once.
 
     Args:
-        sources: Run folders, adapter folders or hub ids; `NAME=SOURCE` names one.
+        sources: Run folders, adapter folders or hub ids; `NAME=SOURCE` gives one a name.
         base: Base model; default: the one that the adapters name.
-        host: Address to listen on; beyond this machine it needs a key.
-        port: 0 takes one that is free.
-        api_key: Key that requests must bring.
-        max_requests: Answers being made or waiting; more are refused.
-        max_new_tokens: Longest answer where a request does not say.
+        host: Address to listen on; one that other machines can reach needs a key.
+        port: Port to listen on; 0 takes a free one.
+        api_key: Key that every request must carry.
+        max_requests: Requests in progress or waiting at a time; further ones are refused.
+        max_new_tokens: Length limit of an answer in tokens, for requests that give none.
 
     Raises:
-        ConfigError: A package is missing, or the address cannot be had.
+        ConfigError: A package is missing, or the address cannot be used.
         AdapterError, ModelError: An adapter or its base cannot be loaded.
 
     Example:

@@ -1,4 +1,4 @@
-"""Held-out questions with the answers of base and adapter, as the pages show, filter and sort them."""
+"""Prepare held-out questions with the answers of base and adapter for the pages, which filter and sort them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from philora.reporting.formatting import mapping
 from philora.reporting.run_record import Run
 
 MOST_ANSWERS = 500
-"""Answers in a page: more would make it too large to open on a phone."""
+"""Most answers in a page: with more it would be too large to open on a phone."""
 
 ANOTHER_ANSWER = 0.5
-"""Share of common words below which an answer is another one altogether, and its words are not underlined."""
+"""Share of common words below which an answer counts as a different one, without underlined words."""
 
 OPEN_ANSWERS = 3
 """Answers that are unfolded when the page opens."""
@@ -27,7 +27,7 @@ def answer_lines(answers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def similarity(answer: str, reference: str) -> float:
-    """Return the share of words that an answer has in common with its reference, in their order; 1 for all."""
+    """Return the share of words, from 0 to 1, that an answer has in common with its reference in the same order."""
     words, wanted = answer.split(), reference.split()
     if words == wanted:
         return 1.0
@@ -35,10 +35,10 @@ def similarity(answer: str, reference: str) -> float:
 
 
 def marked(answer: str, reference: str) -> list[tuple[str, bool]]:
-    """Return the pieces of an answer, each with whether it departs from the reference.
+    """Return an answer in pieces, with whether each differs from the reference.
 
-    An answer that shares less than `ANOTHER_ANSWER` of its words with the reference is one piece, unmarked. An empty
-    answer has no piece.
+    An answer that shares less than `ANOTHER_ANSWER` of its words with the reference is one unmarked piece. An empty
+    answer has none.
     """
     if not answer.strip():
         return []
@@ -55,7 +55,7 @@ def marked(answer: str, reference: str) -> list[tuple[str, bool]]:
 
 
 def answers_view(run: Run) -> dict[str, Any] | None:
-    """Return the answers of a run as the template shows them; None where there are none."""
+    """Return the answers of a run for the template; None if there are none."""
     if not run.answers:
         return None
     shown = [_entry(answer, index) for index, answer in enumerate(run.answers[:MOST_ANSWERS])]
@@ -72,7 +72,7 @@ def answers_view(run: Run) -> dict[str, Any] | None:
 
 
 def _entry(answer: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return a question as bubbles, its answers beside each other, and what it is filtered and sorted by."""
+    """Return a question as bubbles, its answers, and the values that it is filtered and sorted by."""
     reference = text_of(answer.get("reference"))
     base, adapter = (_side(answer, who, reference) for who in ("base", "adapter"))
     base |= {"name": "Base"}
@@ -120,7 +120,7 @@ def _title(answer: Mapping[str, Any]) -> str:
 
 
 def text_of(content: Any) -> str:
-    """Return the text of a message; of content in parts (text, images) the texts."""
+    """Return the text of a message, or the texts of its parts."""
     if isinstance(content, list):
         return " ".join(str(part.get("text", f"[{part.get('type')}]")) for part in content if isinstance(part, dict))
     return "" if content is None else str(content)
@@ -131,10 +131,10 @@ def compared_answers(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any
 
     Args:
         runs: The runs.
-        names: What each is called.
+        names: The names of the runs.
 
     Returns:
-        None where no question was answered by two runs.
+        None if no question was answered by two runs.
     """
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for place, run in enumerate(runs):

@@ -1,4 +1,4 @@
-"""The model card of an adapter or of a merged model: what it is, how it was made, how well it does, how to load it."""
+"""Write the model card of an adapter or a merged model: how it was trained, its results, and how to load it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from philora.reporting.run_record import paired_figures
 logger = logging.getLogger("philora.run")
 
 EXAMPLE_CHARACTERS = 400
-"""Of every text of the card's example."""
+"""Most characters of a text in the card's example."""
 
 _TAGS: Final = ("philora", "lora", "sft", "trl")
-# Settings that somebody needs who wants to train the same again, as far as a card goes; config.yaml has them all.
+# The settings that a card shows; config.yaml has all of them.
 _TRAINING: Final = (
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_length", "packing", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "optim", "seed",
@@ -53,14 +53,14 @@ def model_card(
     """Return the text of a README.md with the Hub's metadata.
 
     Args:
-        folder: What the usage code loads: a repository, or a path.
-        run: The run folder, for data, settings and results; without it the card says what the adapter's config says.
-        base: The base as a hub id, `nano` or a folder. Of a folder only the last name is shown.
+        folder: The repository or path that the usage code loads.
+        run: The run folder, for data, settings and results; without it the card has only the adapter's configuration.
+        base: The base as a hub id, `nano` or a folder; only the last part of a folder is shown.
         adapter_config: Content of `adapter_config.json`.
-        merged: Whether the weights hold the adapter.
-        tokenizer: Whether the folder has a tokenizer; else the usage code takes the base's.
-        system: The system turn that the training conversations began with; the usage code begins with it.
-        example: Show a held-out question with its answers; not for a card that is published, since it is of the data.
+        merged: Whether the adapter is merged into the weights.
+        tokenizer: Whether the folder has a tokenizer; without one the usage code loads the base's.
+        system: The system turn that the training conversations began with; the usage code starts with it.
+        example: Show a held-out question with its answers; False for a published card, since it is part of the data.
     """
     settings = _settings(run)
     results = _json(run / "results.json") if run is not None else {}
@@ -92,7 +92,7 @@ def model_card(
 
 
 def _plain(value: object) -> str:
-    """A value as text of a Markdown page: one line, and no HTML, link, code or cell of a table of its own."""
+    """Return a value as one line of Markdown text, with HTML, links, code and table separators escaped."""
     return re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
@@ -101,7 +101,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _settings(run: Path | None) -> dict[str, Any]:
-    """The sections of a run's configuration; a card is written without those that cannot be read."""
+    """Return the sections of a run's configuration; empty, with a warning, if it cannot be read."""
     path = run / "config.yaml" if run is not None else None
     if path is None or not path.is_file():
         return {}
@@ -118,7 +118,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _shown(name: str | None) -> str:
-    """A name without the folders of the machine that it stands on."""
+    """Return a name without the folders of this machine."""
     if name is None:
         return "a base model"
     if name == local_path("nano"):
@@ -158,7 +158,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def _results(results: Mapping[str, Any]) -> str:
-    """Return the held-out figures: with intervals and on how many rows, where the run recorded them."""
+    """Return the held-out figures, with intervals and the number of rows if the run recorded them."""
     if not results.get("before") or not results.get("after"):
         return ""
     before, after = Scores.from_dict(results["before"]), Scores.from_dict(results["after"])
@@ -167,12 +167,12 @@ def _results(results: Mapping[str, Any]) -> str:
     rows: Sequence[tuple[str, ...]] = compare_table(before, after)
     note = "On held-out data:"
     if results.get("start"):
-        columns = ("", "base", "the adapter it began with", "fine-tuned", "change from there")
+        columns = ("", "base", "the adapter it started from", "fine-tuned", "change from the start")
         rows = stage_table(before, Scores.from_dict(results["start"]), after)
     elif figures:
         columns = ("", "base", "fine-tuned", "change, 95% interval", "n")
         rows = [_figure_row(figure) for figure in figures]
-        note = "On held-out data; n is how many rows or answers a figure is of:"
+        note = "On held-out data; n is the number of rows or answers of a figure:"
     head = "|" + "|".join(f" {column} " if column else " " for column in columns) + "|"
     lines = ["## Results", "", note, "", head, "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
@@ -218,7 +218,7 @@ def _data(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def _trained(run: Path | None, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the steps and epochs that were made, which the settings may only bound."""
+    """Return the steps and epochs of the training; the settings may only limit them."""
     state = _json(run / "trainer_state.json") if run is not None else {}
     steps = (results.get("throughput") or {}).get("steps") or state.get("global_step")
     epochs = state.get("epoch")
@@ -228,7 +228,7 @@ def _trained(run: Path | None, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hyperparameters(settings: Mapping[str, Any], adapter_config: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
-    """Return what somebody needs who wants to train the same again."""
+    """Return the table of settings that repeat the training."""
     training = settings.get("training_config") or {}
     rows = dict(trained)
     left_out = {"num_train_epochs", "max_steps"} if trained else set()
@@ -258,7 +258,7 @@ def _versions(results: Mapping[str, Any]) -> str:
 
 
 def _evaluated(title: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results as the Hub's metadata."""
+    """Return the results as the Hub's metadata."""
     after = results.get("after") or {}
     found = {name: after[name] for name in _METRICS if after.get(name) is not None}
     if not found:

@@ -1,4 +1,4 @@
-"""Line charts as the templates draw them: coordinates, marks and texts, without a plotting library."""
+"""Prepare line charts for the templates: coordinates, marks and texts, without a plotting library."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from philora.reporting.run_record import Point
 
 BUCKETS = 300
-"""Buckets of a curve, each drawn by its lowest and highest value: more than a screen shows, and a small file."""
+"""Buckets of a curve, drawn by their lowest and highest values: enough for any screen, in a small file."""
 
 SMOOTHED_FROM = 12
-"""Points of a curve from which on it is smoothed."""
+"""Number of points from which a curve is smoothed."""
 
 
 class Curve(NamedTuple):
@@ -24,8 +24,8 @@ class Curve(NamedTuple):
         name: For the legend.
         style: CSS class of its stroke: `raw`, `smooth`, `eval` or `run-N`.
         points: The values as they were logged.
-        dots: Each point is marked, for curves of few points.
-        span: Points over which the line is smoothed; 0 draws the values themselves.
+        dots: Whether points are marked, for curves of few points.
+        span: Number of points that the line is smoothed over; 0 draws the values themselves.
     """
 
     name: str
@@ -35,21 +35,21 @@ class Curve(NamedTuple):
     span: float = 0.0
 
     def drawn(self) -> list[Point]:
-        """Return the points of the line, smoothed where it is."""
+        """Return the points of the line, smoothed if it has a span."""
         return smoothed(self.points, self.span) if self.span else list(self.points)
 
     def sent(self) -> list[Point]:
-        """Return the points that the page's script draws anew from: few, and of a smoothed line the means."""
+        """Return the points that the page's script redraws the line from: few, and the means of a smoothed line."""
         return averaged(self.points, 2 * BUCKETS) if self.span else thinned(self.points)
 
 
 class Axis(NamedTuple):
-    """The steps that all charts of a page show, and what is marked on them.
+    """The range of steps that all charts of a page show, and a mark in it.
 
     Attributes:
         left: First step.
         right: Last step.
-        kept: Step of the checkpoint whose weights are the result, with its label; None where it is not known.
+        kept: Step of the checkpoint whose weights are the result, with its label; None if it is not known.
     """
 
     left: float
@@ -58,10 +58,10 @@ class Axis(NamedTuple):
 
 
 def smoothed(points: Sequence[Point], span: float) -> list[Point]:
-    """Return the moving average over about `span` points, centred, so that it neither lags behind nor leads.
+    """Return the centred moving average over about `span` points.
 
-    Towards the ends the window shrinks on both sides alike: a curve that falls steeply from its first step is not
-    shown to begin lower than it did.
+    Towards the ends the window shrinks on both sides, so that a curve which falls steeply from its first step does not
+    appear to start lower.
     """
     values = [y for _, y in points]
     for _ in range(2):  # twice half as wide: no corners where a single high value enters or leaves the window
@@ -70,19 +70,19 @@ def smoothed(points: Sequence[Point], span: float) -> list[Point]:
 
 
 def _centred_means(values: Sequence[float], radius: int) -> list[float]:
-    """Return the mean of up to `radius` values on either side of each, as many on one as on the other."""
+    """Return the mean around every value, with up to `radius` values on both sides and equally many on each."""
     sums = list(itertools.accumulate(values, initial=0.0))
     reach = [min(radius, index, len(values) - 1 - index) for index in range(len(values))]
     return [(sums[index + r + 1] - sums[index - r]) / (2 * r + 1) for index, r in enumerate(reach)]
 
 
 def smoothing_span(points: Sequence[Point]) -> float:
-    """Return over how many points a curve is smoothed; 0 where it has too few."""
+    """Return the number of points that a curve is smoothed over; 0 if it has too few."""
     return max(5.0, len(points) / 16) if len(points) >= SMOOTHED_FROM else 0.0
 
 
 def thinned(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
-    """Return at most two points for every bucket, its lowest and its highest, so that a spike survives."""
+    """Return at most two points for every bucket, the lowest and the highest, so that spikes stay visible."""
     if len(points) <= 2 * buckets:
         return list(points)
     kept = {points[0], points[-1]}
@@ -93,7 +93,7 @@ def thinned(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
 
 
 def averaged(points: Sequence[Point], buckets: int) -> list[Point]:
-    """Return the mean of every bucket, for a line that is smoothed anyway."""
+    """Return the mean of every bucket, for a line that is smoothed."""
     if len(points) <= buckets:
         return list(points)
     bounds = [index * len(points) // buckets for index in range(buckets + 1)]
@@ -113,7 +113,7 @@ def ticks(low: float, high: float, marks: int = 4) -> list[float]:
 
 
 def noisy_pair(name: str, points: Sequence[Point]) -> tuple[list[Curve], str]:
-    """Return a noisy curve and its smoothed one, with a remark on the smoothing; a short one as it is, with its points.
+    """Return a noisy curve and a smoothed one, with a remark on the smoothing; a short curve alone, with marked points.
 
     Args:
         name: For the legend.
@@ -136,19 +136,19 @@ def chart(
     from_zero: bool = False,
     note: str = "",
 ) -> dict[str, Any] | None:
-    """Return a line chart as the template draws it: paths in a square of 1000, labels in percent of it.
+    """Return a line chart for the template: paths in a square of 1000 units, labels in percent of it.
 
     Args:
         title: What the chart shows, with its unit.
-        curves: Drawn in order; those without points are left out.
-        axis: The steps that it shows.
+        curves: The curves in drawing order; curves without points are left out.
+        axis: The range of steps.
         form: The text of a value.
-        short_form: The text of a value at the axis, where it is to be shorter.
-        from_zero: The vertical axis begins at zero.
+        short_form: A shorter text of a value, for the axis.
+        from_zero: Whether the vertical axis starts at zero.
         note: A remark beside the title, or below a large chart.
 
     Returns:
-        None when there is nothing to draw: fewer than two points in every curve.
+        None if there is nothing to draw, because every curve has fewer than two points.
     """
     curves = [curve for curve in curves if curve.points]
     if max((len(curve.points) for curve in curves), default=0) < 2:
@@ -192,7 +192,7 @@ class _Frame(NamedTuple):
 
 
 def _data(curve: Curve) -> Mapping[str, Any]:
-    """Return a curve for the page's script; its span is that of the points that are sent."""
+    """Return a curve for the page's script; its span is in points of the data that is sent."""
     points = curve.sent()
     return {
         "name": curve.name,

@@ -1,4 +1,4 @@
-"""Build the page of several runs, as text and coordinates for the template."""
+"""Prepare the page of several runs: texts and coordinates for the template."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Cell(NamedTuple):
     """A figure of one run.
 
     Attributes:
-        text: As people read it.
-        interval: The 95% interval of its change from the base; empty where it has none.
-        best: Whether no other run has a better one.
+        text: The formatted value.
+        interval: The 95% interval of its change from the base; empty if it has none.
+        best: Whether no other run has a better value.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 
 def comparison_view(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return what the page of several runs shows, formatted."""
+    """Return the formatted content of the page of several runs."""
     names = _distinct_names(runs)
     styles = [f"run-{index}" for index in range(len(runs))]
     rows = [(title, cells) for title, cells in _compared(runs) if any(cell.text != "–" for cell in cells)]
@@ -52,7 +52,7 @@ def comparison_view(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _charts(runs: Sequence[Run], names: Sequence[str], styles: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the charts, each with a curve of every run that logged it, over the same steps."""
+    """Return the charts over the same range of steps, with a curve of every run that logged the value."""
     axis = Axis(0.0, max(run.last_step() for run in runs))
     charts = []
     for title, key, form, short_form in (
@@ -75,7 +75,7 @@ def _charts(runs: Sequence[Run], names: Sequence[str], styles: Sequence[str]) ->
 
 
 def _distinct_names(runs: Sequence[Run]) -> list[str]:
-    """Return folder names, with as many parents as it takes to tell them apart."""
+    """Return folder names, with as many parent folders as make them distinct."""
     paths = [run.folder.resolve().parts for run in runs]
     for depth in range(1, max(len(path) for path in paths) + 1):
         names = ["/".join(path[-depth:]) for path in paths]
@@ -85,7 +85,7 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
 
 
 def _compared(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
-    """Return the figures of every run, a row for each: those that judge first, with the best one marked."""
+    """Return a row for every figure of the runs, the loss and the score first, with the best value marked."""
     titles = {metric.field: metric.title for metric in METRICS}
     titles |= {figure.field: figure.title for run in runs for figure in run.figures()}
     first = [name for name in ("loss", "exact_match") if name in titles]
@@ -112,7 +112,7 @@ def _compared(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
 
 
 def _figure(run: Run, name: str, which: str = "after") -> tuple[Cell, float | None, bool]:
-    """Return a figure of a run, its value, and whether a higher one is better."""
+    """Return a figure of a run, its value, and whether a higher value is better."""
     for figure in run.figures():
         if figure.field == name:
             value: float = getattr(figure, which)
@@ -132,7 +132,7 @@ def _interval(figure: Paired) -> str:
 
 
 def _with_best(found: Sequence[tuple[Cell, float | None, bool]]) -> list[Cell]:
-    """Return the cells of a figure, the best of several that differ marked."""
+    """Return the cells of a figure, with the best one marked if they differ."""
     values = [value for _, value, _ in found if value is not None]
     if len(values) < 2 or min(values) == max(values):
         return [cell for cell, _, _ in found]
@@ -153,7 +153,7 @@ def _result(run: Run, *keys: str, form: Callable[[float], str]) -> str | None:
 
 
 def _differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings that are not the same in all runs; where a run writes to is not one."""
+    """Return the settings that differ between runs, without their output folders and names."""
     settings = [_flat(yaml.safe_load(without_secrets(run.config)) or {}) for run in runs]
     left_out = {"training_config.output_dir", "training_config.run_name"}
     found = []

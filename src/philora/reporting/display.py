@@ -1,6 +1,6 @@
 """Show a run and its commands on a terminal: log lines, progress, figures, the result.
 
-The command line and `philora.train` in a script show the same, because both show it by these functions.
+The command line and `philora.train` in a script use these functions and so show the same.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from philora.reporting.progress import ProgressBar
 
 ROOT = "philora"
-"""Name of the logger above all of philora's."""
+"""Name of philora's root logger."""
 
 
 class SafeConsole(Console):
-    """A console in which text of data, names and models cannot set the terminal: only rich's own styles do."""
+    """A console without control characters in text, so that data, names and models cannot control the terminal."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         """Render without control characters."""
@@ -41,7 +41,7 @@ class SafeConsole(Console):
 
 
 class LogLines(logging.Handler):
-    """Log records as plain lines on a console; a warning of philora's is a notice to the person."""
+    """Print log records as plain lines on a console; a warning is shown as a notice."""
 
     def __init__(self, console: Console, level: int = logging.INFO) -> None:
         super().__init__(level)
@@ -60,7 +60,7 @@ class LogLines(logging.Handler):
 
 
 def log_lines(console: Console, level: str) -> LogLines:
-    """Return a handler that shows log lines from a level on; of several processes the first speaks for all.
+    """Return a handler that shows log lines from a level on; other processes than the first show errors only.
 
     Args:
         console: Where to.
@@ -71,7 +71,7 @@ def log_lines(console: Console, level: str) -> LogLines:
 
 
 def ignore_future_warnings() -> None:
-    """Leave out what transformers, TRL and PEFT say to each other about releases to come."""
+    """Hide warnings of transformers, TRL and PEFT about their own future releases."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(transformers|trl|peft|torch|accelerate)\b")
 
@@ -80,8 +80,7 @@ def ignore_future_warnings() -> None:
 def shown(level: str) -> Iterator[ProgressBar]:
     """Show a run while it runs: its log lines and its progress, both on standard error.
 
-    Lines are left to whoever shows them already: the command line, or a handler of the script's own that writes to a
-    stream.
+    Log lines are not added where the command line, or a stream handler of the script, shows them already.
 
     Args:
         level: As for `log_lines`.
@@ -111,7 +110,7 @@ def shown(level: str) -> Iterator[ProgressBar]:
 
 
 def show_result(folder: Path, results: Mapping[str, Any]) -> None:
-    """Show what came of a run: the held-out data before and after, a few answers, speed and files.
+    """Show the result of a run: scores on held-out data, a few answers, speed and files.
 
     Args:
         folder: The run folder.
@@ -142,7 +141,7 @@ def show_result(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def _show_scores(console: Console, results: Mapping[str, Any]) -> None:
-    """Show the held-out figures: with intervals, and of a run that began with an adapter in three columns."""
+    """Show the held-out figures with intervals; in three columns for a run that started from an adapter."""
     from philora.evaluation.measures import Paired
     from philora.evaluation.scores import Scores, compare_table, stage_table
 
@@ -170,11 +169,11 @@ def _show_scores(console: Console, results: Mapping[str, Any]) -> None:
 
 
 def labelled_text(console: Console, tokens: Sequence[tuple[str, bool]]) -> tuple[Text, str]:
-    """Return an example with the tokens that have a loss marked, and what marks them.
+    """Return an example with the tokens that have a loss marked, and a description of the mark.
 
     Args:
-        console: Where it is shown: with colour, the tokens are coloured; without, they stand between `>>` and `<<`.
-        tokens: Each with whether the loss is on it.
+        console: The console that shows it: with colours the tokens are coloured, else they are between `>>` and `<<`.
+        tokens: Tokens, each with whether it has a loss.
     """
     coloured = console.color_system is not None and not console.no_color
     text = Text()
@@ -184,11 +183,11 @@ def labelled_text(console: Console, tokens: Sequence[tuple[str, bool]]) -> tuple
             text.append(piece, style="black on green" if labelled else "dim")
         else:
             text.append(f">>{piece}<<" if labelled else piece)
-    return text, "the coloured tokens" if coloured else "what stands between >> and <<"
+    return text, "the coloured tokens" if coloured else "the tokens between >> and <<"
 
 
 def next_steps(folder: Path) -> list[tuple[str, str]]:
-    """Return what a person can do with a run that has ended, each with its command."""
+    """Return the next steps for a run that has ended, with their commands."""
     run = shlex.quote(str(folder))
     exported = shlex.quote(f"{folder}-ollama")
     return [
@@ -200,7 +199,7 @@ def next_steps(folder: Path) -> list[tuple[str, str]]:
 
 
 def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> None:
-    """Show the base beside the adapter, with the interval of the difference and on how many rows which is better.
+    """Show base and adapter with the interval of their difference, and the number of rows on which each is better.
 
     Args:
         console: Where to.
@@ -224,7 +223,7 @@ def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> Non
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Print a table in its own width, also where the terminal is narrower: figures that are cut cannot be read."""
+    """Print a table in its full width even on a narrower terminal, so that no figure is cut."""
     options = console.options.update(max_width=1000)
     wide = max(console.width, table.__rich_measure__(console, options).maximum)
     # `print` takes no width beyond the console's.

@@ -1,4 +1,4 @@
-"""Numbers, counts, times and text as people read them in a report."""
+"""Format numbers, counts, times and text for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SECRETS = re.compile(r"hf_\w{8,}|(?<=hub_token: )\S+|(?<=hub_token=)\S+|(?<=api_key: )\S+|(?<=api_key=)\S+")
-"""What a configuration or command may hold and a page that people pass on must not."""
+"""Secrets that a configuration or a command may contain and a shared page must not."""
 
 
 def without_secrets(text: str) -> str:
@@ -17,7 +17,7 @@ def without_secrets(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Return three or four significant digits, without an exponent where one can be spared."""
+    """Return a number with three or four significant digits, and an exponent only if it is very small or large."""
     if value == 0:
         return "0"
     if abs(value) < 1e-3 or abs(value) >= 1e6:
@@ -27,7 +27,7 @@ def number(value: float) -> str:
 
 
 def count(value: Any) -> str:
-    """Return a whole number with its thousands apart; a dash for what is no number."""
+    """Return an integer with thousands separators, or a dash if it is not a number."""
     found = real(value)
     return "–" if found is None else f"{found:,.0f}"
 
@@ -60,5 +60,5 @@ def real(value: Any) -> float | None:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """Return a mapping as it is, and an empty one for anything else."""
+    """Return a mapping unchanged, or an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}

@@ -1,4 +1,4 @@
-"""The progress bar of a run in a terminal: loss, tokens per second, time left, memory."""
+"""Show the progress of a run in a terminal: loss, tokens per second, time left, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from philora.reporting.formatting import duration
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """Show a run's progress on a console: a bar on a terminal, elsewhere a line for every log entry."""
+    """Show a run's progress on a console: a bar on a terminal, otherwise a line for every log entry."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -25,7 +25,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         self._began: tuple[float, int] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar at the step that the run begins at or resumes from."""
+        """Open the bar at the first step of the run, or at the step it resumes from."""
         self._began = (time.monotonic(), state.global_step)
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
@@ -98,11 +98,11 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
 
 LINE_SECONDS = 20.0
-"""Between two lines on the progress of an evaluation where there is no terminal."""
+"""Time between two lines on the progress of an evaluation without a terminal."""
 
 
 class EvaluationProgress:
-    """Shows how far scoring and generating are: a bar on a terminal, elsewhere a line every `LINE_SECONDS`."""
+    """Show the progress of scoring and generation: a bar on a terminal, otherwise a line every `LINE_SECONDS`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -112,7 +112,7 @@ class EvaluationProgress:
         self._line = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
+        """Update the display: `done` of `total` are done."""
         if what not in self._began or done <= 1:
             self._began[what] = time.monotonic()
         if self.console.is_terminal:
@@ -147,7 +147,7 @@ class EvaluationProgress:
 
 @contextlib.contextmanager
 def evaluation_shown(console: Console) -> Iterator[None]:
-    """Show the progress of what is scored and generated within the block."""
+    """Show the progress of scoring and generation within the block."""
     shown = EvaluationProgress(console)
     try:
         with listening(shown):

@@ -1,4 +1,4 @@
-"""`philora push`: an adapter or a merged model with its card, in one commit to the Hugging Face Hub."""
+"""Push an adapter or a merged model with its card to the Hugging Face Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from philora.runtime import hub
 
 logger = logging.getLogger(__name__)
 
-# Files in the root of a repository that transformers or PEFT read by name. transformers adds an adapter to a model that
-# it lies beside, so a repository holds one or the other.
+# Files in the root of a repository that transformers or PEFT read by name. transformers loads an adapter onto a model
+# in the same folder, so a repository has one or the other.
 _ADAPTER_WEIGHTS = ("adapter_config.json", "adapter_model*")
 _MODEL_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*", "model*.bin*")
 _BESIDE_WEIGHTS = (
@@ -36,13 +36,13 @@ _BESIDE_WEIGHTS = (
 
 
 class Pushed(NamedTuple):
-    """Describe what went to the Hub, or would.
+    """Describe what was pushed, or would be.
 
     Attributes:
         repo_id: The repository.
         files: Names and sizes in bytes.
-        url: Address of the commit; None after a dry run.
-        removed: Files of an earlier push that the same commit removed, since they would be read beside the new ones.
+        url: URL of the commit; None after a dry run.
+        removed: Files of an earlier push that the commit removed, because they would be read with the new ones.
     """
 
     repo_id: str
@@ -66,20 +66,21 @@ def push(
 
     Args:
         source: Run folder, adapter folder or checkpoint. A run's card has its data, settings and results.
-        repo_id: `OWNER/NAME`, or `NAME` for the token's owner; made if it is not there yet.
-        merged: Push the whole model with the adapter in its weights, merged and verified as `merge_to_folder` does.
+        repo_id: `OWNER/NAME`, or `NAME` for the token's owner; created if it does not exist.
+        merged: Push the complete model with the adapter in its weights, merged and verified as by `merge_to_folder`.
         replace: Remove the adapter from a repository that gets the merged model, or the model from one that gets the
-            adapter. Without it such a push is refused. Old shards and tokenizer files of the same kind always go.
-        private: Whether a new repository is private; default: what the owner's settings say.
-        dry_run: Make everything and list it, but send nothing and ask for no token.
+            adapter; otherwise such a push is refused. Old shards and tokenizer files of the same kind are always
+            removed.
+        private: Whether a new repository is private; default: the owner's setting.
+        dry_run: Make all files and list them, but send nothing; no token is needed.
         base: Base model; default: the one that the adapter names.
-        token: Default: that of `HF_TOKEN`, or of the login.
+        token: The Hub's token; default: that of `HF_TOKEN`, or of the login.
 
     Raises:
-        ConfigError: The name or the token is not usable, or the repository holds weights that would be loaded together
+        ConfigError: The name or the token is not usable, or the repository has weights that would be loaded together
             with the new ones; nothing was sent.
-        AdapterError: There is no whole adapter in PEFT's format.
-        RunError: The Hub cannot be reached or refuses the files. A commit is whole or absent.
+        AdapterError: There is no complete adapter in PEFT's format.
+        RunError: The Hub cannot be reached or refuses the files. A commit is complete or absent.
 
     Example:
         >>> push("runs/helpdesk", "me/helpdesk", dry_run=True)  # doctest: +SKIP
@@ -113,15 +114,15 @@ def push(
 def _write_files(
     found: AdapterSource, folder: Path, repo_id: str, *, base: str | None, merged: bool, example: bool
 ) -> None:
-    """Write what is pushed: the adapter or the merged model, and its card.
+    """Write the files to push: the adapter or the merged model, and its card.
 
     Args:
         found: The adapter.
-        folder: Where to; it does not exist yet.
+        folder: The folder to write, which does not exist yet.
         repo_id: The repository.
         base: Base model; None: the one that the adapter names.
-        merged: Write the whole model.
-        example: Show a held-out question in the card: only where nobody else reads it, since it is of the data.
+        merged: Write the complete model.
+        example: Show a held-out question in the card; only for a private repository, since it is part of the data.
     """
     name = _base_name(found, base)
     if merged:
@@ -152,7 +153,7 @@ def _require_one_kind(repo_id: str, token: str, where: str, *, merged: bool, rep
     """Refuse a repository whose weights would be loaded together with the new ones.
 
     Raises:
-        ConfigError: It holds an adapter and gets a model, or the other way round.
+        ConfigError: It has an adapter and gets a model, or vice versa.
     """
     other = _matching(hub.files(repo_id, token, where), _ADAPTER_WEIGHTS if merged else _MODEL_WEIGHTS)
     if other and not replace:
@@ -163,14 +164,14 @@ def _require_one_kind(repo_id: str, token: str, where: str, *, merged: bool, rep
 
 
 def _stale(present: Sequence[str], new: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the files of a repository that would be read beside the new ones, such as the shards of a larger model."""
+    """Return old files of a repository that would be read with the new ones, such as the shards of a larger model."""
     return _matching(
         (name for name in present if name not in new), (*_ADAPTER_WEIGHTS, *_MODEL_WEIGHTS, *_BESIDE_WEIGHTS)
     )
 
 
 class Target(NamedTuple):
-    """Describe where a run's adapter goes when it is done."""
+    """The repository that a run pushes its adapter to at its end."""
 
     repo_id: str
     private: bool | None
@@ -178,7 +179,7 @@ class Target(NamedTuple):
 
 
 def target_of(config: Config) -> Target | None:
-    """Return where `training_config.push_to_hub` sends a run's adapter; the repository is made, so that it can be.
+    """Return the repository of `training_config.push_to_hub`; create it, so that an error shows before training.
 
     Raises:
         ConfigError, RunError: As `push`, before anything was trained.
@@ -198,20 +199,20 @@ def target_of(config: Config) -> Target | None:
 
 
 def _base_name(found: AdapterSource, base: str | None) -> str | None:
-    """Return what the repository calls the base: a hub id or `nano` where it is one, else the folder."""
+    """Return the name of the base: a hub id, `nano` or a folder."""
     name = base or found.base
     return "nano" if name == local_path("nano") else name
 
 
 def _copy_adapter(found: AdapterSource, folder: Path, base: str | None) -> None:
-    """The adapter's files, and nothing else that stands in its folder, such as the state of an optimizer."""
+    """Copy the adapter's files, and nothing else in its folder, such as the state of an optimizer."""
     read_peft_tensors(found.path)
     shutil.copyfile(found.path / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     config: dict[str, Any] = json.loads((found.path / "adapter_config.json").read_text(encoding="utf-8"))
     if base is not None and Path(base).is_absolute():
-        expected = "a model on the hub, for those who download the adapter"
-        logger.warning("%s", fault("push", "base", Path(base).name, expected, "Say which: --base OWNER/NAME"))
-        base = Path(base).name  # where it stands on this machine is nobody's business
+        expected = "a model on the hub, because others who download the adapter need it"
+        logger.warning("%s", fault("push", "base", Path(base).name, expected, "Name it: --base OWNER/NAME"))
+        base = Path(base).name  # folders of this machine are not published
     config["base_model_name_or_path"] = base
     write_json(folder / "adapter_config.json", config)
     if (found.path / RECORD_NAME).is_file():

@@ -1,11 +1,11 @@
-"""The page of a run: `report.html`, made from what stands in the run folder and nothing else.
+"""Write the page of a run: `report.html`, made from the files of the run folder only.
 
     run folder -> `run_record.read_run` -> `Run` -> `run_view` -> text and coordinates -> template -> one file
 
-Several runs have a page of their own (`comparison_view`): their settings where they differ, figures, curves, answers.
+`comparison_view` makes a page of several runs: the settings that differ, figures, curves and answers.
 
 The page holds its style, its script and its charts; its content security policy forbids it to load anything and to run
-any script but its own. Whatever a run lacks (it was stopped, nothing was held out) is left out of its page.
+any script but its own. What a run does not have, because it was stopped or nothing was held out, is left out.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from philora.reporting.run_record import Run, read_run
 from philora.reporting.run_view import run_view
 
 MOST_RUNS = 8
-"""Colours of a comparison."""
+"""Most runs in a comparison: it has as many colours."""
 
 
 def write_report(run_folder: Path, *, out: Path | None = None) -> Path:
     """Write the page of a run.
 
     Args:
-        run_folder: A run folder, of a run that ended, was stopped or still runs.
-        out: Where to; default: `report.html` in the run folder.
+        run_folder: The folder of a run that has ended, was stopped or is running.
+        out: The file to write; default: `report.html` in the run folder.
 
     Returns:
-        The file, which holds either its old content or all of the new.
+        The file, which is written atomically.
 
     Raises:
-        DataError: The folder holds no run, or `results.json` is not what philora wrote.
+        DataError: The folder is not that of a run, or `results.json` is not what philora wrote.
     """
     target = Path(run_folder) / "report.html" if out is None else Path(out)
     write_text(target, render(read_run(Path(run_folder))))
@@ -49,11 +49,11 @@ def write_report(run_folder: Path, *, out: Path | None = None) -> Path:
 
 
 def write_comparison(run_folders: Sequence[Path], out: Path) -> Path:
-    """Write one page about several runs.
+    """Write one page that compares several runs.
 
     Args:
-        run_folders: Two to `MOST_RUNS` run folders, of runs that ended or not.
-        out: The file, which holds either its old content or all of the new.
+        run_folders: Two to `MOST_RUNS` run folders.
+        out: The file to write, atomically.
 
     Raises:
         ConfigError: There are too few or too many.

@@ -1,4 +1,4 @@
-"""`philora runs`: the runs of a folder, each with its base, date, score and status."""
+"""List the runs of a folder with base, date, score and status, for `philora runs`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from philora.models.run_folder import CONFIG_NAME, is_run
 
 
 class RunSummary(NamedTuple):
-    """A run in a row.
+    """A run as a row of the list.
 
     Attributes:
-        name: Its folder, seen from the one that was looked into.
+        name: Its folder, relative to the listed one.
         folder: Its folder.
-        base: The base model as its configuration names it; empty where that cannot be read.
-        date: When it ended, or when something of it was last written; ISO 8601, in UTC.
-        loss_before: Held-out loss of the base; None where nothing was held out or the run has not ended.
+        base: The base model as its configuration names it; empty if that cannot be read.
+        date: When it ended, or when one of its files was last written; ISO 8601, in UTC.
+        loss_before: Held-out loss of the base; None if nothing was held out or the run has not ended.
         loss: The same with the adapter.
         exact_match: Share of the answers that equal their reference, with the adapter.
         status: `done`, `running`, or `stopped after step N`.
@@ -42,10 +42,10 @@ class RunSummary(NamedTuple):
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """Return the runs in a folder and in the folders just below it, the newest first.
+    """Return the runs in a folder and in the folders directly below it, newest first.
 
     Raises:
-        ConfigError: There is no such folder.
+        ConfigError: The folder does not exist.
     """
     if not folder.is_dir():
         raise ConfigError(fault("runs", "folder", str(folder), "a folder that holds runs", "Train one: philora train"))
@@ -59,7 +59,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 
 def summarise(run: Path) -> RunSummary:
-    """Return a run as a row, by its folder's own name."""
+    """Return a run as a row, named after its folder."""
     return _summary(run, run)
 
 
@@ -90,14 +90,14 @@ def _scores(results: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def status_of(run: Path) -> str:
-    """Return how far a run without results is: `running` where a process holds it now, or `stopped after step N`."""
+    """Return the status of a run without results: `running` if a process has its lock, or `stopped after step N`."""
     try:
         if (run / LOCK_NAME).is_file():
             with run_lock(run):
                 pass
     except ConfigError:
         return "running"
-    except OSError:  # a disk that cannot be written to: nobody runs there
+    except OSError:  # on a read-only disk no run is running
         pass
     steps = [path.name.removeprefix("checkpoint-") for path in (run / "checkpoints").glob("checkpoint-*")]
     return f"stopped after step {max((int(step) for step in steps if step.isdecimal()), default=0)}"

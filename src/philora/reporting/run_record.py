@@ -1,6 +1,6 @@
-"""Read what a run folder records, for the report.
+"""Read the files of a run folder for the report.
 
-A file that a run has not written yet counts as empty, so that a run that was stopped or still runs can be shown too.
+A file that does not exist counts as empty, so that a stopped or running run can be shown too.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ANSWERS_NAME = "answers.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """Describe what a run folder says.
+    """The content of a run folder.
 
     Attributes:
         folder: The run folder.
-        config: The text of `config.yaml`; empty when there is none.
+        config: The text of `config.yaml`; empty if there is none.
         metrics: The entries of `metrics.jsonl` in order of their step.
         results: `results.json`; empty for a run that has not ended.
-        evaluation: `evaluation/results.json`, of `philora evaluate`; empty where it has not been called.
+        evaluation: `evaluation/results.json` of `philora evaluate`; empty if it has not been called.
         state: `trainer_state.json`; empty for a run that has not ended.
         answers: Held-out questions with the answers of base and adapter, of the newest evaluation that has any.
         status: `done`, `running`, or `stopped after step N`.
@@ -54,11 +54,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Return the name of the folder."""
         return self.folder.resolve().name
 
     def series(self, key: str) -> list[Point]:
-        """Return (step, value) of every entry that holds a finite number under `key`; of equal steps the last one."""
+        """Return (step, value) of every entry with a finite number under `key`; of equal steps the last one."""
         points = {}
         for entry in self.metrics:
             value = real(entry.get(key))
@@ -67,22 +67,22 @@ class Run:
         return sorted(points.items())
 
     def not_finite(self, key: str) -> list[int]:
-        """Return the steps at which a value was logged that is no finite number: the mark of a run that diverged."""
+        """Return the steps at which the logged value was not a finite number, which shows that a run diverged."""
         return [int(entry["step"]) for entry in self.metrics if entry.get(key) is not None and real(entry[key]) is None]
 
     def held_out_losses(self) -> list[Point]:
-        """Return the held-out loss by step, from step 0 on where it is known what the run began with."""
+        """Return the held-out loss by step, with step 0 if the loss before training is known."""
         points = self.series("eval_loss")
         begins_with = mapping(self.results.get("start") or self.results.get("before"))
         first = real(begins_with.get("loss") or self.record.get("first_loss"))
         return points if first is None or not self.metrics else [(0.0, first), *(point for point in points if point[0])]
 
     def last_step(self) -> float:
-        """Return the last step that was logged; 0 before the first one."""
+        """Return the last logged step; 0 if there is none."""
         return max((float(entry["step"]) for entry in self.metrics), default=0.0)
 
     def settings(self) -> Mapping[str, Any]:
-        """Return the configuration as values; empty where it cannot be read."""
+        """Return the configuration as values; empty if it cannot be read."""
         try:
             return mapping(yaml.safe_load(self.config))
         except yaml.YAMLError:
@@ -97,15 +97,15 @@ class Run:
         return (int(last), "last") if last else None
 
     def figures(self) -> list[Paired]:
-        """Return the newest figures with intervals: those of `philora evaluate` where it has been called."""
+        """Return the newest figures with intervals: those of `philora evaluate` if it has been called."""
         return paired_figures(self.evaluation.get("comparison")) or paired_figures(self.results.get("comparison"))
 
 
 def read_run(folder: Path) -> Run:
-    """Read what a run folder holds.
+    """Read a run folder.
 
     Raises:
-        DataError: The folder holds no run, or a file is not what philora wrote.
+        DataError: The folder is not that of a run, or a file is not what philora wrote.
     """
     names = ("config.yaml", "metrics.jsonl", "results.json")
     if not any((folder / name).is_file() for name in names):
@@ -123,14 +123,14 @@ def read_run(folder: Path) -> Run:
         _json_object(folder / "trainer_state.json"),
         (_evaluated_answers(folder) if evaluation else [])
         or _json_lines(folder / ANSWERS_NAME)
-        or [mapping_of for mapping_of in results.get("samples") or [] if isinstance(mapping_of, dict)],
+        or [sample for sample in results.get("samples") or [] if isinstance(sample, dict)],
         "done" if results else status_of(folder),
         _json_object(folder / RECORD_NAME),
     )
 
 
 def paired_figures(entries: Any) -> list[Paired]:
-    """Return figures with intervals, as `results.json` holds them; entries that are not whole are left out."""
+    """Return the figures with intervals in `results.json`, without incomplete entries."""
     found = []
     for entry in entries or []:
         try:
@@ -160,7 +160,7 @@ def _evaluated_answers(folder: Path) -> list[dict[str, Any]]:
 
 
 def _of_the_run(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return an evaluation of the run's adapter; one of a checkpoint, which older releases kept here, is left out."""
+    """Return an evaluation of the run's adapter; leave out one of a checkpoint, which older releases stored here."""
     adapter = str(evaluation.get("adapter") or evaluation.get("source") or "")
     return {} if re.fullmatch(r"checkpoint-\d+", re.split(r"[/\\]", adapter.rstrip("/\\"))[-1]) else evaluation
 
@@ -180,7 +180,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, without a line that a crash has torn."""
+    """Return the objects of a JSONL file, without incomplete lines."""
     found = []
     for line in _text(path).splitlines():
         try:
@@ -193,5 +193,5 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def last_point(points: Sequence[Point]) -> float | None:
-    """Return the last value of a series; None of an empty one."""
+    """Return the last value of a series; None if it is empty."""
     return points[-1][1] if points else None

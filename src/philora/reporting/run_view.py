@@ -1,4 +1,4 @@
-"""Build the page of one run, as text and coordinates for the template."""
+"""Prepare the page of one run: texts and coordinates for the template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from philora.reporting.verdict import verdict_of
 
 
 def run_view(run: Run) -> dict[str, Any]:
-    """Return what the template shows, formatted; a part that the run lacks is None or empty."""
+    """Return the formatted content of the page; a part that the run does not have is None or empty."""
     results = run.results
     start = mapping(results.get("start"))
     evaluated = bool(run.evaluation.get("after"))
@@ -53,13 +53,13 @@ def run_view(run: Run) -> dict[str, Any]:
 
 
 def _base(run: Run) -> str:
-    """Return the base's name, from the configuration where the run has not ended."""
+    """Return the base's name, from the configuration if the run has not ended."""
     named = mapping(run.results.get("model")).get("name")
     return str(named or mapping(run.settings().get("model")).get("name_or_path") or "")
 
 
 def _progress(run: Run) -> dict[str, Any]:
-    """Return where a run without results is, how far that is, and how it continues."""
+    """Return the progress of a run without results, and the commands to resume it and to write its page again."""
     step, steps = run.last_step(), _planned_steps(run)
     text = f"step {step:,.0f}" + (f" of {steps:,}" if steps else "") if step else "no step has been logged yet"
     running = run.status == "running"
@@ -75,7 +75,7 @@ def _progress(run: Run) -> dict[str, Any]:
 
 
 def _planned_steps(run: Run) -> int | None:
-    """Return how many steps a run was to make, from its settings and the epoch that it logged."""
+    """Return the planned number of steps, from the settings and the last logged epoch."""
     training = mapping(run.settings().get("training_config"))
     steps, epochs = real(training.get("max_steps")), real(training.get("num_train_epochs"))
     if steps and steps > 0:
@@ -87,7 +87,7 @@ def _planned_steps(run: Run) -> int | None:
 
 
 def _seconds_left(run: Run, steps: int) -> float | None:
-    """Return the time that the remaining steps take at the pace of those that were logged."""
+    """Return the time that the remaining steps take at the pace of the logged ones."""
     times = run.series("time")
     if len(times) < 2 or times[-1][0] <= times[0][0]:
         return None
@@ -109,17 +109,17 @@ def _when(results: Mapping[str, Any]) -> str:
 
 
 def _warnings(run: Run) -> list[str]:
-    """Return what the reader must not miss beside the verdict."""
+    """Return warnings that are shown with the verdict."""
     warnings = []
     if broken := run.not_finite("loss"):
         warnings.append(f"The loss was not a finite number at {len(broken)} logged steps, first at step {broken[0]:,}.")
     if shared := real(mapping(run.results.get("data")).get("in_both")):
-        warnings.append(f"{shared:,.0f} held-out rows also stand in the training data: the figures below flatter.")
+        warnings.append(f"{shared:,.0f} held-out rows are also in the training data: the figures below are too good.")
     return warnings
 
 
 def _evaluated(run: Run) -> str:
-    """Return what the figures of `philora evaluate` are of."""
+    """Return the rows and data of the figures of `philora evaluate`."""
     rows = real(run.evaluation.get("rows"))
     if rows is None:
         return ""
@@ -132,7 +132,7 @@ def _axis(run: Run) -> Axis:
 
 
 def _loss_chart(run: Run) -> dict[str, Any] | None:
-    """Return training loss, its smoothed curve, and the loss on held-out data from the base's on."""
+    """Return the chart of the training loss, raw and smoothed, and of the held-out loss from the base's on."""
     held_out = run.held_out_losses()
     curves, note = noisy_pair("train", run.series("loss"))
     curves.append(Curve("held-out", "eval", held_out, dots=len(held_out) <= 40))
@@ -140,7 +140,7 @@ def _loss_chart(run: Run) -> dict[str, Any] | None:
 
 
 def _small_charts(run: Run) -> list[dict[str, Any]]:
-    """Return learning rate, gradient norm, throughput and memory, where they were logged."""
+    """Return charts of learning rate, gradient norm, throughput and memory, if they were logged."""
 
     def short(value: float) -> str:
         return number(float(f"{value:.3g}"))
@@ -166,7 +166,7 @@ def _small_charts(run: Run) -> list[dict[str, Any]]:
 
 
 def _machine(run: Run) -> list[tuple[str, str, str]]:
-    """Return what the machine did: title, value, remark."""
+    """Return facts of the training on this machine: title, value, remark."""
     results = run.results
     speed, memory = mapping(results.get("throughput")), mapping(results.get("memory"))
     coverage = mapping(results.get("coverage"))
@@ -213,11 +213,11 @@ def _parent(module: Any) -> str:
 
 
 PARTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-"""Parts of a layer in the order that data takes through it."""
+"""Parts of a layer in the order of computation."""
 
 
 def _updates(entries: Any) -> dict[str, Any] | None:
-    """Return how far each module was moved: a row for every part of a layer, a cell for every layer."""
+    """Return the size of every module's update: a row for every part of a layer, a cell for every layer."""
     found: dict[str, dict[int, tuple[float, str]]] = {}
     for entry in entries or []:
         norm, share = real(mapping(entry).get("norm")), real(mapping(entry).get("relative"))
@@ -312,7 +312,7 @@ def _lengths(lengths: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _preview(tokens: Any) -> list[tuple[str, bool]]:
-    """Return an example in pieces, each with whether the loss is on it."""
+    """Return an example in pieces, with whether each has a loss."""
     pairs = [(str(text), bool(labelled)) for text, labelled in tokens or []]
     return [
         ("".join(text for text, _ in group), labelled)

@@ -1,4 +1,4 @@
-"""The tables of base and adapter: figures, changes with their intervals, and on how many rows which is better."""
+"""Prepare the tables of base and adapter: figures, changes with intervals, and the rows on which each is better."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from philora.reporting.run_record import Run, paired_figures
 
 
 def before_and_after(run: Run) -> list[dict[str, Any]]:
-    """Return the table of a run: the loss and the score first, then what else was measured."""
+    """Return the table of a run: the loss and the score first, then the other figures."""
     start = mapping(run.results.get("start"))
     before, after = (mapping(run.results.get(key)) for key in ("before", "after"))
     if start:
@@ -24,7 +24,7 @@ def before_and_after(run: Run) -> list[dict[str, Any]]:
 
 
 def paired_rows(figures: Sequence[Paired]) -> list[dict[str, Any]]:
-    """Return rows with the interval of every change, and the examples on which the adapter is better or worse."""
+    """Return rows with the interval of every change, and how often the adapter is better, equal or worse."""
     rows = []
     for figure in figures:
         change, _, interval = interval_of(figure).partition(" [")
@@ -50,7 +50,7 @@ def _first_the_judging(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _plain_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return rows without intervals, as runs of older releases have them."""
+    """Return rows without intervals, for runs of older releases."""
     by_title = {metric.title: metric for metric in METRICS}
     rows = []
     for row in compare_table(Scores.from_dict(before), Scores.from_dict(after)):
@@ -72,7 +72,7 @@ def _plain_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dic
 def _stage_rows(
     run: Run, before: Mapping[str, Any], start: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return rows of a run that began with an adapter: from the start to the result, with the base beside them."""
+    """Return rows of a run that started from an adapter: start and result, with the base beside them."""
     bases = {row.metric: row.before for row in compare_table(Scores.from_dict(before), Scores.from_dict(after))}
     figures = paired_figures(run.results.get("comparison_with_start"))
     rows = paired_rows(figures) if figures else _plain_rows(start, after)

@@ -1,7 +1,7 @@
-"""Judge a run in two sentences that follow from its figures by rule.
+"""Judge a run in two sentences that follow from its figures by fixed rules.
 
-The first says what the held-out rows say of base and adapter, with the interval; the second whether training longer
-would help. Nothing in them is an opinion: each case below is one rule.
+The first sentence compares base and adapter on the held-out rows, with the interval. The second states whether longer
+training would help.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from philora.reporting.formatting import mapping, number, real
 from philora.reporting.run_record import Point, Run
 
 ROSE = 0.02
-"""Share by which the last held-out loss lies above the lowest one before it is called a rise."""
+"""Share by which the last held-out loss must exceed the lowest one to count as a rise."""
 
 
 class Verdict(NamedTuple):
-    """Describe what a run's figures say.
+    """The verdict on a run.
 
     Attributes:
         kind: `better`, `worse`, `unclear` or `unknown`.
-        title: The same in words.
-        sentences: Two of them.
+        title: The kind as a title.
+        sentences: The two sentences.
     """
 
     kind: str
@@ -41,7 +41,7 @@ TITLES = {
 
 
 def verdict_of(run: Run) -> Verdict | None:
-    """Return the verdict of a run that has ended; None of one that has not."""
+    """Return the verdict on a run; None if it has not ended."""
     if not run.results:
         return None
     figures = run.figures()
@@ -52,7 +52,7 @@ def verdict_of(run: Run) -> Verdict | None:
 
 
 def _kind(run: Run, loss: Paired | None) -> str:
-    """Return what the interval of the loss says; without one, what the two losses say."""
+    """Return the kind by the interval of the loss, or by the two losses if there is no interval."""
     if loss is not None:
         return loss.verdict
     before, after = (real(mapping(run.results.get(key)).get("loss")) for key in ("before", "after"))
@@ -78,7 +78,7 @@ def _outcome(run: Run, figures: Sequence[Paired], loss: Paired | None) -> str:
         return f"{text}."
     old, new = (real(mapping(run.results.get(key)).get("loss")) for key in ("before", "after"))
     if old is None or new is None:
-        return "Nothing was held out, so there is nothing to judge by."
+        return "No rows were held out, so base and adapter cannot be compared."
     return f"The held-out loss {_verb(old, new)} from {number(old)} to {number(new)}, without an interval."
 
 

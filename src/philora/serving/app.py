@@ -316,7 +316,7 @@ class _Endpoint:
         return ChatRequest.read(body)
 
     def _messages(self, asked: ChatRequest, adapter: str | None) -> list[dict[str, str]]:
-        """Return the conversation of a request; without a system turn it gets the adapter's, if it was trained with one.
+        """Return the conversation of a request; without a system turn it gets that of the adapter, if there is one.
 
         An empty system turn counts as none, so that a client can leave it out.
         """

@@ -1,7 +1,7 @@
 """Define the requests that OpenAI's clients may send, and the errors they get.
 
-A field whose value asks for nothing is accepted. An unknown field is logged and ignored. A field that asks for something
-that is not supported is refused by its name.
+A field whose value asks for nothing is accepted. An unknown field is logged and ignored. A field that asks for what is
+not supported is refused by its name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`SFTConfig`: TRL's, with older spellings translated and keys of philora's own."""
+"""Define `SFTConfig`: TRL's, with translations of older spellings and philora's own keys."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ CHOSEN = (
     "max_length",
     "bf16",
 )
-"""Arguments that a run chooses for its machine; a checkpoint keeps them, since the steps depend on them."""
+"""Arguments that a run chooses for its machine; a checkpoint stores them, because the steps depend on them."""
 
 
 @dataclasses.dataclass(init=False)
 class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
-    """`trl.SFTConfig` that also takes the spellings of older releases, each with one notice, and keys of philora's own.
+    """`trl.SFTConfig` that also takes the spellings of older releases, with a notice for each, and philora's own keys.
 
-    `gradient_checkpointing="elementwise"`, or `elementwise_recomputation=True`, is the grade between True and False:
-    `optimize(model, recomputation="elementwise")`. `"host"` computes whole layers again, as True does, from inputs that
-    the decoder stack keeps in the computer's memory.
+    `gradient_checkpointing="elementwise"`, or `elementwise_recomputation=True`, is between True and False: it stands
+    for `optimize(model, recomputation="elementwise")`. `"host"` recomputes complete layers as True does, from inputs
+    that the decoder stack keeps in host memory.
 
     Raises:
-        ConfigError: An unknown name, a `loraplus_lr_ratio` that is no number above 0, or one for an optimizer that
-            has only one learning rate, a `max_nonfinite_steps` that is no whole number of at least 1, an
-            `adapter_dtype` that is neither float32 nor bfloat16, or a `deterministic` that is neither True nor False.
+        ConfigError: A name is unknown; `loraplus_lr_ratio` is not a number above 0, or the optimizer has only one
+            learning rate; `max_nonfinite_steps` is not an integer of at least 1; `adapter_dtype` is neither float32 nor
+            bfloat16; or `deterministic` is neither True nor False.
 
     Example:
         >>> SFTConfig("out", evaluation_strategy="no", warmup_ratio=0.2, loraplus_lr_ratio=16)  # doctest: +SKIP
@@ -100,7 +100,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             raise ConfigError(fault("SFTConfig", "loraplus_lr_ratio", self.loraplus_lr_ratio, expected, todo))
 
     def _take_own_settings(self, given: dict[str, Any]) -> list[str]:
-        """Move the settings that only philora has from `given` to attributes; return a message for every wrong one."""
+        """Move philora's own settings from `given` to attributes; return a message for every wrong one."""
         faults = []
         for name in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic"):
             value = given.pop(name, True if name == "deterministic" else None)
@@ -112,7 +112,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
         return faults
 
     def _take_checkpointing(self, given: dict[str, Any]) -> list[str]:
-        """Read which results are recomputed, leave TRL's part of it in `given`, and return messages."""
+        """Read which results are recomputed, leave TRL's part in `given`, and return messages for wrong values."""
         checkpointing = given.get("gradient_checkpointing")
         elementwise = bool(given.pop("elementwise_recomputation", False)) or checkpointing == "elementwise"
         self.inputs_on_host = checkpointing == "host"
@@ -131,7 +131,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
 
 
 def chosen_of(arguments: SFTConfig) -> dict[str, Any]:
-    """Return what was chosen for this machine and decides how a step rounds: the arguments of `CHOSEN`, and threads."""
+    """Return the choices for this machine that affect rounding: the arguments of `CHOSEN`, and the threads."""
     chosen = {key: getattr(arguments, key) for key in CHOSEN}
     if getattr(arguments, "elementwise_recomputation", False):
         chosen["gradient_checkpointing"] = "elementwise"
@@ -141,17 +141,17 @@ def chosen_of(arguments: SFTConfig) -> dict[str, Any]:
 
 
 def complete_arguments(args: Any, model: Any, settings: dict[str, Any]) -> trl.SFTConfig:
-    """Return the arguments of a trainer as it takes them.
+    """Return the arguments of a trainer, complete and translated.
 
     Args:
-        args: What was given as `args`: TRL's, transformers' or None.
+        args: The given `args`: TRL's, transformers' or None.
         model: The model, or its name.
-        settings: Values of older keywords, which today are fields of the arguments.
+        settings: Values of older keywords, which are now fields of the arguments.
     """
     if settings or not isinstance(args, trl.SFTConfig):
         args = _with_settings(args, model, settings)
     if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
-        logger.warning("activation_offloading is left out: without a GPU activations are in this memory already")
+        logger.warning("activation_offloading is ignored: without a GPU activations are in host memory already")
         args = copy.copy(args)
         args.activation_offloading = False
     return _with_batches_beside_the_work(args)
@@ -173,7 +173,7 @@ def _with_settings(args: Any, model: Any, settings: dict[str, Any]) -> trl.SFTCo
 
 
 def _with_batches_beside_the_work(args: trl.SFTConfig) -> trl.SFTConfig:
-    """Return the arguments with batches copied to a GPU from pinned memory while it computes."""
+    """Return the arguments with batches copied from pinned memory to a GPU while it computes."""
     if args.device.type != "cuda" or not args.dataloader_pin_memory or args.accelerator_config.non_blocking:
         return args
     args = copy.copy(args)

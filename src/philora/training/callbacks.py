@@ -1,4 +1,4 @@
-"""The metrics file of a run, and the watch for losses and gradients that are not finite or jump."""
+"""Write the metrics file of a run, and watch for losses and gradients that are not finite or jump."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from philora.files.checkpoint import how_to_continue, sync_file, write_text
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest memory that this process has held: allocated on the GPU where there is one, else resident."""
+    """Return the peak memory of this process: allocated on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    # Linux hands ru_maxrss of the starting process on through exec, so that a small run would show its parent's.
+    # Linux keeps ru_maxrss through exec, so a small run would show the peak of its parent process.
     peak = _peak_by_status(Path("/proc/self/status"))
     if peak is not None:
         return peak
@@ -39,7 +39,7 @@ def peak_memory_bytes() -> int:
 
 
 def _peak_by_status(status: Path) -> int | None:
-    """Return the peak as Linux's status file of a process has it; some container runtimes leave the line out."""
+    """Return the peak in Linux's status file of a process; None where a container runtime leaves it out."""
     try:
         lines = status.read_text(encoding="ascii", errors="replace").splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
@@ -48,9 +48,9 @@ def _peak_by_status(status: Path) -> int | None:
 
 
 class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Appends each log entry to `metrics.jsonl`, with tokens per second and memory; whole lines only.
+    """Append each log entry to `metrics.jsonl`, with tokens per second and memory; only complete lines are written.
 
-    A checkpoint remembers how many lines there were, so that a run that resumes from it writes each entry once.
+    A checkpoint stores the number of lines, so that a run that resumes from it writes each entry once.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,7 +61,7 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._since = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         lines, seconds = 0, time.monotonic() - self._since
         if self.path.exists():
             sync_file(self.path)
@@ -73,11 +73,11 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
         }
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock; drop lines that a resumed run will write again."""
+        """Start the clock, and remove lines that a resumed run will write again."""
         self._since = time.monotonic() - self.seconds
         if self.path.exists() and state.is_world_process_zero:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # Without a count, in a checkpoint of an older release, the step decides.
+            # A checkpoint of an older release has no count: the step decides.
             old = [line for line in lines if _step_of(line) <= state.global_step]
             kept = old if self.lines is None else lines[: self.lines]
             if len(kept) != len(lines):
@@ -91,7 +91,7 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Add throughput and memory to the entry, for whoever shows it next, and write it."""
+        """Add throughput and memory to the entry, which later callbacks show, and write it."""
         if logs is None or not state.is_world_process_zero:
             return
         if "loss" in logs and "num_tokens" in logs:
@@ -110,7 +110,7 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
         except OSError as error:
             if self.path.exists():
                 os.truncate(self.path, size)
-            expected = f"room to write to it: {error}"
+            expected = f"free space to write to it: {error}"
             todo = f"Free some space, then {how_to_continue(self.path.parent / 'checkpoints')}"
             raise RunError(fault("run", "metrics", str(self.path), expected, todo)) from error
 
@@ -126,15 +126,15 @@ SPIKE_WINDOW_STEPS, SPIKE_AFTER_STEPS = 50, 20
 
 
 class StepWatch:
-    """Looks at the loss and the gradient norm of every optimizer step; what it counts is part of a checkpoint.
+    """Check the loss and the gradient norm of every optimizer step; its counts are part of a checkpoint.
 
-    A spike is a loss above 1.5 times the median of the last 50 finite losses that also lies more than 6 of their
-    scaled median absolute deviations above it; it is looked for once 20 losses are known.
+    A spike is a loss that is above 1.5 times the median of the last 50 finite losses, and more than 6 of their scaled
+    median absolute deviations above it. The first 20 losses are not checked for spikes.
 
     Attributes:
         in_a_row: Non-finite steps since the last finite one.
         total: Non-finite steps of the run.
-        spikes: Losses that jumped.
+        spikes: Number of spikes.
     """
 
     def __init__(self) -> None:
@@ -152,9 +152,7 @@ class StepWatch:
         return False
 
     def spike(self, loss: float) -> float | None:
-        """Return the running median that a loss jumps away from; None where it does not, or where the last one did
-        already.
-        """
+        """Return the running median if a loss is the first of a spike; None if it is not."""
         jumps, median = False, math.nan
         if len(self._losses) >= SPIKE_AFTER_STEPS:
             median = statistics.median(self._losses)
@@ -166,7 +164,7 @@ class StepWatch:
         return median if begins else None
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {
             "in_a_row": self.in_a_row,
             "total": self.total,

@@ -1,4 +1,4 @@
-"""Checkpoints of a trainer: whether they fit on the disk, and writing them atomically."""
+"""Write the checkpoints of a trainer atomically, and check that they fit on the disk."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SMALL_FILES_BYTES = 1 << 20  # states of generators and trainer beside the weig
 
 
 class Checkpoints:
-    """The checkpoints of a trainer, which are complete under their names: written aside, sealed, renamed.
+    """The checkpoints of a trainer: written to a staging folder, sealed, then renamed, so that each is complete.
 
     Attributes:
-        newest_step: The step of the newest checkpoint; None where there is none.
+        newest_step: The step of the newest checkpoint; None if there is none.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -38,10 +38,10 @@ class Checkpoints:
         self.newest_step: int | None = None
 
     def write(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint into a staging folder, seal it, rename it, and only then remove older ones.
+        """Write a checkpoint to a staging folder, seal it, rename it, and only then remove older ones.
 
         Raises:
-            RunError: It does not fit on the disk; older ones are untouched.
+            RunError: It does not fit on the disk; older ones are unchanged.
         """
         trainer = self._trainer
         run, step = trainer.output_folder(trial), trainer.state.global_step
@@ -74,27 +74,27 @@ class Checkpoints:
                 shutil.rmtree(staging, ignore_errors=True)
 
     def _publish(self, written: Path, final: Path, best: int | None) -> None:
-        """Seal a checkpoint, give it its name, and remove older ones."""
+        """Seal a checkpoint, rename it, and remove older ones."""
         trainer, state, run = self._trainer, self._trainer.state, final.parent
         if best and (best == state.global_step or (run / f"checkpoint-{best}").is_dir()):
             state.best_model_checkpoint = str(run / f"checkpoint-{best}")
             state.save_to_json(str(written / "trainer_state.json"))
-        (written / "README.md").unlink(missing_ok=True)  # PEFT's template of a card, which states nothing
+        (written / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a card
         seal(written, {"step": state.global_step})
         publish(written, final)
         best_folder = state.best_model_checkpoint
         rotate(run, final, trainer.args.save_total_limit, None if best_folder is None else Path(best_folder))
 
     def _next_bytes(self, run: Path) -> int:
-        """Return the size of the next checkpoint: that of the last one, else an estimate."""
+        """Return the expected size of the next checkpoint: that of the last one, or an estimate."""
         last = run / f"checkpoint-{self.newest_step}"
         return bytes_in(last) if last.is_dir() else checkpoint_bytes(self._trainer.model)
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Estimate the size of a checkpoint: what trains, in its dtype, two moments of it in fp32, and the tokenizer.
+    """Estimate the size of a checkpoint: trained weights in their dtype, two moments in fp32, and the tokenizer.
 
-    Optimizers with smaller states need less.
+    Optimizers with smaller states need less space.
     """
     trained = (weight for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() * (weight.element_size() + 8) for weight in trained)
@@ -104,5 +104,5 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 def _no_space(run: Path, final: Path, size: int, why: str) -> RunError:
     free = shutil.disk_usage(run if run.exists() else run.parent).free
-    todo = f"Free some space ({free:,} bytes are free), then {how_to_continue(run)}; older checkpoints are as they were"
+    todo = f"Free some space ({free:,} bytes are free), then {how_to_continue(run)}; older checkpoints are unchanged"
     return RunError(fault("checkpoint", "folder", str(final), f"free space for about {size:,} bytes: {why}", todo))

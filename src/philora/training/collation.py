@@ -1,4 +1,4 @@
-"""Documents and labels of a batch, located once on the host and carried beside its tokens."""
+"""Locate the documents and labels of a batch once on the host, and pass them on with its tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from philora.kernels.layout import KEYWORDS, LABELS, LENGTHS, TOKENS, PackedLayo
 
 
 class HostLayout:
-    """A collator whose batches carry the lengths of their documents and the places of their labels.
+    """A collator that adds the lengths of documents and the positions of labels to its batches.
 
     Args:
         collate: The collator that makes the batches, on the CPU.
@@ -27,9 +27,9 @@ class HostLayout:
 
 
 def layout_of_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a batch of tensors on the CPU has to carry so that nothing is read back from a GPU.
+    """Return the layout of a batch of tensors on the CPU, so that nothing needs to be read back from a GPU.
 
-    Labels that a batch has shifted itself are left to whoever reads them.
+    Labels in a batch with `shift_labels` are not located.
 
     Shapes:
         labels and attention_mask (B, T); cu_seq_lens_q (documents + 1) where the documents are in one row.
@@ -48,11 +48,11 @@ def layout_of_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pads_on_the_right(mask: Tensor) -> Tensor:
-    """Return whether every row begins with its tokens, at least one. Shapes: mask (B, T); returns ()."""
+    """Return whether every row starts with its tokens, at least one. Shapes: mask (B, T); returns ()."""
     whole = (mask == 0) | (mask == 1)
     return whole.all() & (mask[:, 0] == 1).all() & (mask[:, 1:] <= mask[:, :-1]).all()
 
 
 def without_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch without what `HostLayout` has added, for a batch that is changed afterwards."""
+    """Return a batch without the additions of `HostLayout`, so that it can be changed."""
     return {name: entry for name, entry in batch.items() if name not in (*LABELS, *TOKENS, LENGTHS)}

@@ -1,4 +1,4 @@
-"""Errors of libraries in a run, as one message that tells what to do."""
+"""Turn errors of libraries in a run into one message with what to do."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from philora.runtime import processes
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Explain a lost process, memory that does not suffice and a full disk; other errors pass unchanged.
+    """Explain a lost process, an out-of-memory error and a full disk; other errors pass unchanged.
 
     Raises:
-        RunError: What failed in this block, and what to do.
+        RunError: The failure in this block, with what to do.
     """
     try:
         yield
@@ -39,8 +39,8 @@ def _message(error: Exception, folder: Path) -> str | None:
     if out_of_memory(error):
         todo = "Lower max_length or the batch sizes, or quantise the base (model.quantization: nf4)"
         found = " ".join(str(error).split())[:300] or type(error).__name__
-        return fault("run", "memory", found, "room for the model and its batches", todo)
+        return fault("run", "memory", found, "memory for the model and its batches", todo)
     if checkpoint.disk_full(error):
         todo = f"Free some space ({checkpoint.free_bytes(folder):,} bytes are free), then {then}"
-        return fault("run", "output_dir", str(folder), f"room to write to it: {error}", todo)
+        return fault("run", "output_dir", str(folder), f"free space to write to it: {error}", todo)
     return None

@@ -1,4 +1,4 @@
-"""Resuming exactly: what the training loop counts in memory only, and the work that a signal has left undone."""
+"""Resume exactly: restore what the training loop keeps in memory only, and finish work that a signal interrupted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class ResumableLoop:
-    """The training loop of a trainer, which counts, logs and stops after resuming as if never interrupted.
+    """The training loop of a trainer; after resuming it counts, logs and stops as if it had not been interrupted.
 
     Attributes:
         stopped: Whether training ends with the current step because of a signal.
@@ -40,18 +40,18 @@ class ResumableLoop:
         self.stopped = False
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         self._checkpoint = checkpoint
-        self._kept: Mapping[str, Any] | None = None  # what the checkpoint holds, until it is restored
+        self._kept: Mapping[str, Any] | None = None  # the state in the checkpoint, until it is restored
         self._was_finished = False  # whether the checkpoint is the last of its training
-        self._last_ended_step: int | None = None  # the last step that was logged, evaluated and saved
-        self._at_epoch_end = False  # whether that is being done for the end of an epoch
+        self._last_ended_step: int | None = None  # the last step that was logged, evaluated or saved
+        self._at_epoch_end = False  # whether that was for the end of an epoch
         self._gradient_norm: Any = None  # of that step
         self._learning_rate: float | None = None
-        self._evaluation_due = False  # whether an evaluation has not come to its end
-        self._epoch_generator: torch.Tensor | None = None  # torch's generator where the epoch began
+        self._evaluation_due = False  # whether an evaluation was interrupted
+        self._epoch_generator: torch.Tensor | None = None  # torch's generator at the start of the epoch
 
     @property
     def seconds(self) -> float:
-        """Return the wall time of training, with that of earlier processes."""
+        """Return the wall time of training, including earlier processes."""
         return self._earlier_seconds + time.monotonic() - self._began
 
     # -- checkpoints
@@ -63,7 +63,7 @@ class ResumableLoop:
         return f"{Path(STATE_NAME).stem}_{arguments.process_index}.json" if arguments.world_size > 1 else STATE_NAME
 
     def exact_state(self) -> dict[str, Any]:
-        """Return what transformers and TRL count in memory only. Every float is written so that it reads back equal."""
+        """Return the state that transformers and TRL keep in memory only; every float reads back equal."""
         trainer, generator = self._trainer, self._epoch_generator
         trainer.read_metrics()
         return {
@@ -84,7 +84,7 @@ class ResumableLoop:
         }
 
     def pending_work(self) -> dict[str, Any]:
-        """Return what is still to be done of this step: an evaluation that a signal ended, the end of the epoch."""
+        """Return the unfinished work of this step: an interrupted evaluation, the end of the epoch."""
         control = self._trainer.control
         ends = float(self._trainer.state.epoch or 0).is_integer() or control.should_training_stop
         return {
@@ -97,7 +97,7 @@ class ResumableLoop:
     # -- resuming
 
     def begin(self, checkpoint: str | None) -> None:
-        """Read the state of a checkpoint, if there is one, when transformers has read its own."""
+        """Read the state of a checkpoint, if there is one, after transformers has read its own."""
         trainer = self._trainer
         self._reset(checkpoint)
         trainer.nonfinite.watch, trainer.checkpoints.newest_step, trainer.counted_tokens = StepWatch(), None, 0
@@ -105,7 +105,7 @@ class ResumableLoop:
             return
         trainer.checkpoints.newest_step = trainer.state.global_step
         best = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
-        if trainer.state.best_global_step and best.is_dir():  # the folder may have been moved since
+        if trainer.state.best_global_step and best.is_dir():  # the run folder may have moved
             trainer.state.best_model_checkpoint = str(best)
         self._restore_callbacks()
         state = read_json(Path(checkpoint) / self.state_name)
@@ -116,10 +116,10 @@ class ResumableLoop:
             if state["epoch_generator"] is not None:
                 self._epoch_generator = torch.tensor(list(bytes.fromhex(state["epoch_generator"])), dtype=torch.uint8)
             self._kept = state
-            self._was_finished = state["finished_at"] == trainer.state.max_steps  # it had been stopped early
+            self._was_finished = state["finished_at"] == trainer.state.max_steps  # also if it stopped early
 
     def _restore_callbacks(self) -> None:
-        """Give callbacks the state that the checkpoint holds of them."""
+        """Restore the state of callbacks from the checkpoint."""
         trainer = self._trainer
         kept = trainer.state.stateful_callbacks
         for callback in (*trainer.callback_handler.callbacks, trainer.control):
@@ -132,7 +132,7 @@ class ResumableLoop:
             kept[name] = callback.state()
 
     def _restore_loop_state(self, model: Any, trial: Any) -> None:
-        """Restore what the loop sets to zero when it begins, and finish the checkpoint's step."""
+        """Restore what the loop sets to zero at its start, and finish the checkpoint's step."""
         trainer = self._trainer
         if trainer.state.global_step >= trainer.state.max_steps or self._was_finished:
             trainer.control.should_training_stop = True
@@ -148,10 +148,10 @@ class ResumableLoop:
             self._finish_pending_work(state["left"], model, trial)
 
     def _finish_pending_work(self, pending: Mapping[str, Any], model: Any, trial: Any) -> None:
-        """Repeat the evaluation that a signal ended, and end the epoch if the checkpoint was written before its end.
+        """Repeat an interrupted evaluation, and end the epoch if the checkpoint was written before its end.
 
-        This starts with the random states of the checkpoint. What results is saved in its place: from there training
-        takes the states that it continues with.
+        This starts with the random states of the checkpoint. The result is saved over it, with the random states that
+        training continues with.
         """
         trainer = self._trainer
         trainer.load_random_state(self._checkpoint)
@@ -172,13 +172,13 @@ class ResumableLoop:
     # -- the parts of the loop
 
     def run_epoch(self, start: EpochStart, run: Callable[[], None]) -> None:
-        """Run an epoch from where the checkpoint was; nothing where its training had been complete."""
+        """Run an epoch from the checkpoint's position; do nothing if its training was complete."""
         trainer = self._trainer
         self._restore_loop_state(start.model, start.trial)
         if trainer.control.should_training_stop:
             return
         if start.inside:
-            # A sampler may draw the epoch's order from here; the generators are set to the checkpoint's afterwards.
+            # A sampler may draw the epoch's order from here; the checkpoint's random states are set afterwards.
             if self._epoch_generator is not None:
                 torch.random.set_rng_state(self._epoch_generator)
         else:
@@ -194,10 +194,10 @@ class ResumableLoop:
             arguments.logging_nan_inf_filter, steps.filters_losses = steps.filters_losses, False
 
     def end_step(self, end: StepEnd, log_evaluate_save: Callable[[], None]) -> None:
-        """Log, evaluate and save after a step, and once more where its epoch ends there.
+        """Log, evaluate and save after a step, and once more if its epoch ends there.
 
-        After a signal the evaluation ends, the step is saved unless it is, and training stops; what would have
-        followed is left to the run that resumes.
+        After a signal the evaluation ends, the step is saved unless it is already, and training stops. The rest is done
+        after resuming.
         """
         if self.stopped:
             return
@@ -216,9 +216,9 @@ class ResumableLoop:
             self.stopped = trainer.control.should_training_stop = True
 
     def run_evaluation(self, at_start: bool, run: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Run an evaluation; one that a signal ends leaves no trace, and is due when the run resumes."""
+        """Run an evaluation; one that a signal interrupts changes nothing and is repeated after resuming."""
         if at_start and self._kept is not None:
-            return {}  # `eval_on_start` was before the checkpoint
+            return {}  # `eval_on_start` ran before the checkpoint
         trainer = self._trainer
         training, restore_random_states = trainer.model.training, _random_states()
         self._evaluation_due = True
@@ -233,27 +233,27 @@ class ResumableLoop:
         return metrics
 
     def end_training(self, trial: Any, finish: Callable[[float], Any]) -> Any:
-        """End over the whole training and not only the part of this process.
+        """End the training with the time of all processes that took part in it.
 
-        transformers takes the time of the wall clock, which may have been set since training began.
+        transformers uses the wall clock, which may have been set during training.
         """
         self._restore_loop_state(self._trainer.model_wrapped, trial)
         self._trainer.nonfinite.settle()
         return finish(time.time() - self.seconds)
 
     def can_load_best_model(self) -> bool:
-        """Return whether the best checkpoint is whole; else warn that the last step's weights stay."""
+        """Return whether the best checkpoint is complete; if not, warn that the last step's weights are kept."""
         state = self._trainer.state
         best = Path(state.best_model_checkpoint)
         faults = faults_of(best)
         if faults:
-            logger.warning("%s is not loaded, the weights of the last step stay: %s", best, "; ".join(faults))
-            state.best_model_checkpoint = None  # beside a best one transformers would delete the last one
+            logger.warning("%s is not loaded, the weights of the last step are kept: %s", best, "; ".join(faults))
+            state.best_model_checkpoint = None  # otherwise transformers would delete the last checkpoint
         return not faults
 
 
 def _random_states() -> Callable[[], None]:
-    """Return a function that restores the random states of now: Python's, NumPy's, torch's on the CPU and each GPU."""
+    """Return a function that restores the current random states: Python's, NumPy's, torch's on the CPU and each GPU."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 

@@ -1,8 +1,7 @@
-"""Micro-batches in parts, for a step that does not fit into memory as it was planned.
+"""Divide micro-batches into parts, for a step that does not fit into memory as planned.
 
-The parts of a micro-batch are computed one after the other with the normaliser of the whole, so the loss and the
-gradient are those of the whole: the micro-batch is halved and accumulation doubled, while an optimizer step stays what
-it was.
+The micro-batch is halved and accumulation doubled. The parts are computed one after the other with the normaliser of
+the undivided micro-batch, so loss and gradient stay the same, and so does the optimizer step.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ Inputs = dict[str, Any]
 
 
 class MicroBatchParts(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keep how often micro-batches are halved in the checkpoints' `trainer_state.json`, for resuming.
+    """Store how often micro-batches are halved in the `trainer_state.json` of checkpoints, for resuming.
 
     Attributes:
-        halvings: In training: 2^halvings parts.
-        evaluation_halvings: In the trainer's evaluation.
+        halvings: Halvings in training: 2^halvings parts.
+        evaluation_halvings: Halvings in the trainer's evaluation.
     """
 
     def __init__(self) -> None:
@@ -45,17 +44,17 @@ class MicroBatchParts(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.evaluation_halvings = 0
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
+        """Return the state for a checkpoint."""
         return {"args": {}, "attributes": dict(vars(self))}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Read the state of the checkpoint; one of an older version has none."""
+        """Read the state of the checkpoint; a checkpoint of an older version has none."""
         found = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.halvings, self.evaluation_halvings = (found["attributes"][var] for var in vars(self))
 
 
 def parts(inputs: Inputs, halvings: int) -> list[Inputs]:
-    """Return a micro-batch in up to 2^halvings parts; what cannot be halved stays whole.
+    """Return a micro-batch in up to 2^halvings parts; a part that cannot be halved is kept.
 
     Shapes:
         As `halves`.
@@ -71,8 +70,8 @@ def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
     """Return the two halves of a micro-batch, or None where it is one row of one document, or of an unknown layout.
 
     Args:
-        inputs: As TRL's collators make them: rows beside each other, or all documents in one row with `position_ids`
-            that start again at every and no mask; that is cut between the two documents nearest to its middle.
+        inputs: A batch of TRL's collators: several rows, or all documents in one row with `position_ids` that restart
+            at every document and no mask. Such a row is cut at the document boundary nearest to its middle.
 
     Shapes:
         input_ids and its like (B, T), halved to (B / 2, T); or (1, T) of any number of documents.
@@ -103,7 +102,7 @@ def halves(inputs: Inputs) -> tuple[Inputs, Inputs] | None:
 
 
 def _documents(inputs: Inputs, part: slice) -> Inputs:
-    """Return some documents of one row. Shapes: all of (1, T)."""
+    """Return some documents of one row. Shapes: all inputs (1, T)."""
     found = {
         name: entry[:, part] if isinstance(entry, Tensor) and name not in KEYWORDS else entry
         for name, entry in inputs.items()
@@ -120,20 +119,20 @@ def _documents(inputs: Inputs, part: slice) -> Inputs:
 
 
 def label_tokens(inputs: Inputs) -> int:
-    """Count the tokens that the loss is a sum over. It waits for a GPU unless the batch carries its labels."""
+    """Count the tokens with a loss. This waits for a GPU unless the batch has the positions of its labels."""
     if isinstance(rows := inputs.get(LABELS[0]), Tensor):
         return len(rows)
     return int((inputs["labels"][:, 1:] != -100).sum())
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
-    """Return the devices whose generators a step may draw from: the CPU, and each that holds a part of the model."""
+    """Return the devices whose generators a step may use: the CPU, and those of the model's parts."""
     held = {parameter.device for parameter in (*model.parameters(), *model.buffers())}
     return {torch.device("cpu")} | {entry for entry in held if entry.type != "meta"}
 
 
 def numbers(values: list[Any]) -> list[Any]:
-    """Return a list with the values of its tensors of one number in their place, read together."""
+    """Return a list with scalar tensors replaced by their values, which are read together."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return values
@@ -145,13 +144,13 @@ def numbers(values: list[Any]) -> list[Any]:
 
 
 class _Step(NamedTuple):
-    """Describe what an optimizer step began with, and its micro-batches so far: enough to begin it again.
+    """The initial state of an optimizer step and its micro-batches so far: enough to repeat the step.
 
     Attributes:
-        batches: The micro-batches.
-        random: States of the generators of the CPU and of every device that the model is on.
-        entries: Entries of each of TRL's metrics.
-        tokens: TRL's count of tokens; a tensor until it is read.
+        batches: The micro-batches so far.
+        random: States of the generators of the CPU and of the model's devices.
+        entries: The number of entries of each of TRL's metrics.
+        tokens: TRL's token count; a tensor until it is read.
     """
 
     batches: list[Inputs]
@@ -161,21 +160,21 @@ class _Step(NamedTuple):
 
 
 class MicroBatchTrainer(SFTTrainerHooks):
-    """TRL's trainer, which continues after out-of-memory: micro-batches are halved for the rest of the run.
+    """TRL's trainer, which continues after an out-of-memory error with micro-batches halved for the rest of the run.
 
-    The optimizer step begins again with the gradients, the random state and the counts that it began with, so that it
-    ends as if it had been computed in parts from the start. In one process without DeepSpeed or FSDP: elsewhere the
-    other processes would wait for this one. Not with `auto_find_batch_size`, which is transformers' answer.
+    The optimizer step is repeated from its initial gradients, random state and counts, so that its result is as if it
+    had been computed in parts from the start. This works in a single process without DeepSpeed or FSDP, because other
+    processes would wait for this one, and not with `auto_find_batch_size`, which is transformers' own solution.
 
     Raises:
-        RunError: Memory does not suffice for one row, or one document of a packed row.
+        RunError: Memory does not suffice for a single row, or a single document of a packed row.
     """
 
     current_gradient_accumulation_steps: int
     train_dataset: Any
     data_collator: Any
     _step: _Step | None = None
-    _devices: set[torch.device] | None = None  # of the model, while it trains
+    _devices: set[torch.device] | None = None  # the model's devices, while it trains
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -183,24 +182,24 @@ class MicroBatchTrainer(SFTTrainerHooks):
         self.vocabulary = vocabulary_of(self.model)
 
     def begin_training(self, checkpoint: str | None) -> None:
-        """Look at the model's devices again: it may have been moved since an earlier training."""
+        """Forget the model's devices: it may have been moved since an earlier training."""
         self._devices = None
 
     def wrap_collator(self, rows: Any, collate: Any) -> Any:
-        """Return a collator whose batches carry where their documents and labels are.
+        """Return a collator that locates documents and labels in its batches.
 
-        Not where accelerate deals one batch to several processes, where prompts that train stand before the tokens,
-        and under torch.compile, which would compile anew for every layout.
+        The given collator is kept where accelerate divides a batch between processes, where trained prompts precede the
+        tokens, and under torch.compile, which would compile again for every layout.
         """
         prompts = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
         dealt = isinstance(rows, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches
         return collate if prompts or dealt or self.args.torch_compile else HostLayout(collate)
 
     def _check_ids(self, inputs: Inputs) -> None:
-        """Hold a batch against the vocabulary, where that takes no waiting for a GPU or its rows were not looked at.
+        """Check a batch against the vocabulary if that does not wait for a GPU, or if its rows were not checked before.
 
         Raises:
-            DataError: An id or label is none of the vocabulary's.
+            DataError: An id or label is not in the vocabulary.
         """
         if self.args.device.type == "cpu" or not isinstance(self.train_dataset, datasets.Dataset):
             check_batch(inputs, self.vocabulary, f"step {self.state.global_step + 1}, batch")
@@ -216,7 +215,7 @@ class MicroBatchTrainer(SFTTrainerHooks):
         return alone and not others
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
-        """Compute a micro-batch; in parts where memory did not suffice before, or does not now."""
+        """Compute a micro-batch; in parts after an out-of-memory error, earlier or now."""
         self._check_ids(inputs)
         if num_items_in_batch is None or not self._may_split():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -232,7 +231,7 @@ class MicroBatchTrainer(SFTTrainerHooks):
         todo = [inputs]
         try:
             while not isinstance(result := self._in_parts(model, todo, num_items_in_batch), Tensor):
-                # Nothing of the attempt is left here: its tensors were those of frames that have ended.
+                # The tensors of the attempt are freed: their frames have ended.
                 self._halve(result, "halvings", f"step {self.state.global_step + 1}")
                 model.zero_grad()
                 self._rewind(step)
@@ -247,10 +246,10 @@ class MicroBatchTrainer(SFTTrainerHooks):
     def compute_loss(
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute TRL's loss; what is logged stays on the device until `log` or a checkpoint reads it.
+        """Compute TRL's loss; logged figures stay on the device until `log` or a checkpoint reads them.
 
-        TRL reads the entropy, the accuracy and the count of tokens of every micro-batch, which waits for the device. A
-        loss that is not the plain one goes TRL's way.
+        TRL reads the entropy, the accuracy and the token count of every micro-batch, which waits for the device.
+        Another loss than the plain one is computed by TRL.
         """
         if return_outputs or not self._has_plain_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -267,12 +266,12 @@ class MicroBatchTrainer(SFTTrainerHooks):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL, figures that are read now."""
+        """Read the pending figures, and log as TRL."""
         self.read_metrics()
         super().log(logs, start_time)
 
     def _has_plain_loss(self) -> bool:
-        """Return whether the loss is the mean log-probability of the labels, and nothing is added to it."""
+        """Return whether the loss is the mean log-probability of the labels, with nothing added."""
         plain = self.compute_loss_func is None and self.label_smoother is None and self.args.loss_type == "nll"
         parallel = getattr(self.accelerator, "parallelism_config", None)
         return plain and not self.aux_loss_enabled and parallel is None
@@ -299,14 +298,14 @@ class MicroBatchTrainer(SFTTrainerHooks):
         return total
 
     def read_metrics(self) -> None:
-        """Read what `compute_loss` has left on the device: numbers in the place of tensors, by one copy a device."""
+        """Replace tensors that `compute_loss` left on the device by numbers, with one copy per device."""
         for values in self.pending_metrics["train"], self.pending_metrics["eval"]:
             for name, value in values.items():
                 values[name] = numbers(value)
         self.counted_tokens = numbers([self.counted_tokens])[0]
 
     def _in_parts(self, model: nn.Module, batches: list[Inputs], count: Any) -> Tensor | Inputs:
-        """Compute forward and backward; return the last loss, or the part that there was no memory for."""
+        """Compute forward and backward; return the last loss, or the part that did not fit into memory."""
         steps: int = self.current_gradient_accumulation_steps
         loss = torch.zeros(())
         for inputs in batches:
@@ -332,7 +331,7 @@ class MicroBatchTrainer(SFTTrainerHooks):
     def prediction_step(
         self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        """Predict as TRL; in parts where memory did not suffice before, or does not now."""
+        """Predict as TRL; in parts after an out-of-memory error, earlier or now."""
         self._check_ids(inputs)
         if not self._may_split() or "labels" not in inputs:
             whole: tuple[Any, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -368,14 +367,14 @@ class MicroBatchTrainer(SFTTrainerHooks):
         return loss, joined[0], joined[1]
 
     def _halve(self, refused: Inputs, which: str, where: str) -> None:
-        """Halve micro-batches from here on, free memory, and warn of it."""
+        """Halve micro-batches from now on, free memory, and warn."""
         tokens = refused["input_ids"].numel()
         if halves(refused) is None:
             expected = f"memory for {tokens:,} tokens, which cannot be divided further"
             first = "" if self.args.gradient_checkpointing else "set gradient_checkpointing: true, "
             todo = f"{first}lower max_length, or quantise the base (model.quantization: nf4)"
             newest = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-            last = f". {Path(newest).name} is whole" if newest else ""
+            last = f". {Path(newest).name} is complete" if newest else ""
             raise RunError(fault("out of memory", "in", where, expected, todo[0].upper() + todo[1:] + last))
         state = self._micro_batch_parts
         setattr(state, which, getattr(state, which) + 1)
@@ -384,8 +383,8 @@ class MicroBatchTrainer(SFTTrainerHooks):
             "" if which != "halvings" else f", accumulation {self.args.gradient_accumulation_steps} x {count}"
         )
         logger.warning(
-            "out of memory in %s, with %s tokens at once: from here on each batch is computed in %d parts%s. "
-            "Steps, losses and learning rate are those of the whole.",
+            "out of memory in %s, with %s tokens at a time: from now on each batch is computed in %d parts%s. "
+            "Steps, losses and learning rate stay the same.",
             where,
             f"{tokens:,}",
             count,
@@ -394,7 +393,7 @@ class MicroBatchTrainer(SFTTrainerHooks):
         clear_device_cache(garbage_collection=True)
 
     def _rewind(self, step: _Step) -> None:
-        """Restore the random state and the counts that the step began with."""
+        """Restore the initial random state and counts of the step."""
         for device, state in step.random.items():
             set_random_state(device, state)
         for name, values in self.pending_metrics["train"].items():
@@ -402,7 +401,7 @@ class MicroBatchTrainer(SFTTrainerHooks):
         self.counted_tokens = step.tokens
 
     def _as_one(self, mode: str, begun: dict[str, int], weights: list[int]) -> None:
-        """Let TRL's metrics of several parts count as those of one micro-batch: means over their labels."""
+        """Join TRL's metrics of several parts into those of one micro-batch: means over their labels."""
         for name, values in self.pending_metrics[mode].items():
             new = values[begun.get(name, 0) :]
             if len(new) == len(weights) > 1:

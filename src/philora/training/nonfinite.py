@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: they are skipped and counted, and too many in a row end the training."""
+"""Skip and count steps whose loss or gradient is not finite; too many in a row end the training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NONFINITE_NAME = "nonfinite_examples.json"
 
 
 class NonFiniteError(RunError):
-    """The loss or the gradient was not finite for too many steps in a row; no weight took any of them."""
+    """The loss or the gradient was not finite for too many steps in a row; none of them changed a weight."""
 
 
 class UnreadStep:
@@ -33,8 +33,8 @@ class UnreadStep:
     Attributes:
         step: Its number.
         batches: Its micro-batches.
-        optimizer: The one that leaves the step out by itself; None: the step has not been taken yet.
-        schedule: State of the schedule of the learning rate before the step.
+        optimizer: The optimizer that skips the step by itself; None if the step has not been taken yet.
+        schedule: State of the learning-rate schedule before the step.
         rates: Learning rates of the optimizer's groups before the step.
     """
 
@@ -52,26 +52,26 @@ class UnreadStep:
             self._done.record()
 
     def figures(self) -> list[float]:
-        """Return the loss, the gradient norm and the loss of every micro-batch, as soon as they have been computed."""
+        """Wait for the loss, the gradient norm and the loss of every micro-batch, and return them."""
         if self._done is not None:
             self._done.synchronize()
         return list(map(float, self._copy.tolist()))
 
 
 class NonFiniteSteps:
-    """The losses and gradient norms of a trainer's steps.
+    """Check the losses and gradient norms of a trainer's steps.
 
-    A step that is not finite is left out: its gradients are dropped, so that the optimizer has nothing to do, and it is
-    reported as skipped, so that the schedule of the learning rate stays where it is; the data moves on. With fp16
-    torch's gradient scaler does the same, and lowers its scale. On a GPU, with `PHILORA_STACK=all`, a fused optimizer
-    leaves the step out by itself, by a number on the device; the host reads a step's figures when the next one has been
-    computed, and sets the schedule back then.
+    A step that is not finite is skipped: its gradients are dropped, so that the optimizer does nothing, and it is
+    reported as skipped, so that the learning-rate schedule does not advance. The next step takes the next data. With
+    fp16 torch's gradient scaler does the same, and lowers its scale. On a GPU, with `PHILORA_STACK=all`, a fused
+    optimizer skips the step by itself, by a number on the device. The host then reads a step's figures after the next
+    step has been computed, and restores the schedule.
 
     Attributes:
         watch: Counts of the steps that were not finite, and of losses that jumped.
-        unread: The step whose figures have not been read yet.
-        filters_losses: Whether losses that are not finite are kept out of the log.
-        locate: Returns where the examples of a batch come from, by their token ids.
+        unread: The step whose figures have not been read yet, if any.
+        filters_losses: Whether losses that are not finite are left out of the log.
+        locate: Returns the origins of a batch's examples by their token ids.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -88,10 +88,10 @@ class NonFiniteSteps:
         self._batches, self._losses = batches, []
 
     def loss_for_log(self, loss: torch.Tensor) -> torch.Tensor:
-        """Keep the loss of a micro-batch, and return what is logged of it.
+        """Keep the loss of a micro-batch, and return the loss to log.
 
-        With `filters_losses` a loss that is not finite counts as the mean of those before it, as in transformers, which
-        would read each one to find out.
+        With `filters_losses` a loss that is not finite counts as the mean of those before it, as in transformers; but
+        no loss is read from the device for that.
 
         Shapes:
             (); returns ().
@@ -104,10 +104,10 @@ class NonFiniteSteps:
         return torch.where(loss.isfinite(), loss, mean.to(loss.device))
 
     def check(self, norm: Any) -> Any:
-        """Look at the gradient norm and the losses of a step before the optimizer takes it; return the norm.
+        """Check the gradient norm and the losses of a step before the optimizer takes it; return the norm.
 
         Raises:
-            NonFiniteError: It was one too many in a row.
+            NonFiniteError: Too many steps in a row were not finite.
         """
         trainer = self._trainer
         if self._limit() is None or trainer.is_deepspeed_enabled or not self._losses:
@@ -130,10 +130,10 @@ class NonFiniteSteps:
         return norm
 
     def settle(self) -> None:
-        """Read the figures of the step that was computed last, unless they have been, and act on them.
+        """Read the figures of the last step, if they have not been read, and act on them.
 
         Raises:
-            NonFiniteError: It was one too many in a row that are not finite.
+            NonFiniteError: Too many steps in a row were not finite.
         """
         unread, self.unread = self.unread, None
         if unread is None:
@@ -165,7 +165,7 @@ class NonFiniteSteps:
             saved = trainer.checkpoints.newest_step
             last = "none was written" if saved is None else f"the last one is checkpoint-{saved}"
             expected = f"a finite loss and gradient at least once in {limit} steps"
-            todo = f"The examples of step {unread.step} are in {file}. Checkpoints are as they were, {last}"
+            todo = f"The examples of step {unread.step} are in {file}. Checkpoints are unchanged, {last}"
             where, found = f"step {unread.step}", f"loss {loss:g}, gradient norm {norm:g}"
             raise NonFiniteError(fault(where, "training_config.max_nonfinite_steps", found, expected, todo))
 
@@ -173,7 +173,7 @@ class NonFiniteSteps:
         return getattr(self._trainer.args, "max_nonfinite_steps", None)
 
     def _late_optimizer(self) -> torch.optim.Optimizer | None:
-        """Return the optimizer, if a step is to be taken before its figures are read."""
+        """Return the optimizer if a step is taken before its figures are read."""
         trainer = self._trainer
         optimizer = cast(torch.optim.Optimizer, getattr(trainer.optimizer, "optimizer", trainer.optimizer))
         fused = bool(optimizer.defaults.get("fused")) and can_skip_on_device(optimizer)
@@ -181,14 +181,14 @@ class NonFiniteSteps:
         return optimizer if reads_late(trainer.args.device.type, fused, scaled, stack_switch()) else None
 
     def _restore_schedule(self, unread: UnreadStep) -> None:
-        """Set the schedule of the learning rate to where it was before a step that was left out."""
+        """Restore the learning-rate schedule from before a skipped step."""
         assert unread.optimizer is not None
         self._trainer.lr_scheduler.load_state_dict(unread.schedule)
         for group, rate in zip(unread.optimizer.param_groups, unread.rates, strict=True):
             group["lr"] = rate
 
     def _write_examples(self, unread: UnreadStep, figures: tuple[float, float], losses: list[float]) -> Path:
-        """Write the examples of a step: their tokens, and where they come from as far as that is known."""
+        """Write the examples of a step: their tokens, and their origins as far as these are known."""
         batches = []
         for batch, loss in zip(unread.batches, losses, strict=False):
             examples = documents_of(batch)
@@ -215,7 +215,7 @@ class NonFiniteSteps:
 
 
 def rows_of(data: Any, examples: Sequence[Sequence[int]]) -> list[int | None]:
-    """Return the row of a training set that each example is in; a packed row holds several."""
+    """Return the row of the training set for each example; a packed row has several."""
     wanted: dict[tuple[int, ...], int | None] = {tuple(example): None for example in examples}
     if not hasattr(data, "__len__") or "input_ids" not in (getattr(data, "column_names", None) or ()):
         return [None for _ in examples]
@@ -230,19 +230,19 @@ def rows_of(data: Any, examples: Sequence[Sequence[int]]) -> list[int | None]:
 
 
 def reads_late(kind: str, fused: bool, scaled: bool, switch: str) -> bool:
-    """Return whether a step is taken before its loss and gradient norm are read; no GPU has run that yet.
+    """Return whether a step is taken before its loss and gradient norm are read; this has not run on a GPU yet.
 
     Args:
-        kind: Of the device.
-        fused: Whether the optimizer is a fused one, which can leave a step out by a number on the device.
-        scaled: Whether fp16's gradient scaler decides about steps.
-        switch: `PHILORA_STACK`; "all" also takes paths that no GPU has run yet.
+        kind: The kind of device.
+        fused: Whether the optimizer is a fused one, which can skip a step by a number on the device.
+        scaled: Whether fp16's gradient scaler decides which steps are taken.
+        switch: `PHILORA_STACK`; "all" also takes paths that have not run on a GPU yet.
     """
     return kind == "cuda" and fused and not scaled and switch == "all"
 
 
 def documents_of(batch: Mapping[str, Any]) -> list[list[int]]:
-    """Return the token ids of every example of a batch: packed rows are divided, padding is left out."""
+    """Return the token ids of every example of a batch: packed rows are divided, padding is removed."""
     documents: list[list[int]] = []
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     for index, row in enumerate(batch["input_ids"]):

@@ -1,4 +1,4 @@
-"""The optimizer of a trainer: groups of LoRA+, zeros of slices, and paging."""
+"""Complete the optimizer of a trainer: groups of LoRA+, zeros of slices, and paging."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def require_fast_parameters(model: nn.Module, ratio: float | None) -> None:
-    """Raise an error if LoRA+ is asked for and no B trains.
+    """Raise an error if LoRA+ is requested and no B trains.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: No B trains.
     """
     if ratio is not None and not loraplus_fast_parameters(model):
         expected = "an adapter of which some B trains"
@@ -32,11 +32,11 @@ def finish_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, wrapped
     Args:
         optimizer: The optimizer.
         model: The model with its adapter.
-        wrapped: The model that has the parameters which are trained: FSDP may have made new ones.
-        ratio: `loraplus_lr_ratio`: B gets groups of its own unless it is None.
+        wrapped: The model with the trained parameters: FSDP may have made new ones.
+        ratio: `loraplus_lr_ratio`; unless it is None, B gets separate groups.
 
     Raises:
-        ConfigError: The optimizer has not every B in its groups.
+        ConfigError: The optimizer's groups do not contain every B.
     """
     _without_pages(optimizer)
     keep_zeros_in_steps(model, optimizer)
@@ -48,18 +48,18 @@ def warn_of_unsplit(optimizer: torch.optim.Optimizer, ratio: float) -> None:
     """Warn that LoRA+ is not applied to an optimizer that was given."""
     logger.warning(
         "loraplus_lr_ratio=%s is not applied to the %s that was given; "
-        "philora.lora.loraplus_parameter_groups makes groups for an optimizer of one's own.",
+        "philora.lora.loraplus_parameter_groups makes groups for such an optimizer.",
         ratio,
         type(optimizer).__name__,
     )
 
 
 def _without_pages(optimizer: torch.optim.Optimizer) -> None:
-    """Turn off the paging of bitsandbytes' optimizer for parameters on a CPU, which has nothing to page to."""
+    """Turn off the paging of bitsandbytes' optimizer for parameters on a CPU, where it has no use."""
     on_cpu = all(weight.device.type == "cpu" for group in optimizer.param_groups for weight in group["params"])
     if getattr(optimizer, "is_paged", False) and on_cpu:
         optimizer.is_paged = False  # type: ignore[attr-defined]
         logger.warning(
-            "%s: paging moves states between a GPU and the machine's memory; on a CPU the same optimizer runs without.",
+            "%s: paging moves states between a GPU and host memory; on a CPU the same optimizer runs without it.",
             type(optimizer).__name__,
         )

@@ -1,4 +1,4 @@
-"""Checks of all that a run needs, before any weight is loaded: by `train`, and by `philora check`."""
+"""Check everything that a run needs before any weight is loaded, for `train` and `philora check`."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ from philora.training.checkpoints import checkpoint_bytes
 
 @dataclass(frozen=True)
 class Hardware:
-    """Describe what a run computes on, and how.
+    """Describe the device of a run, and how it computes.
 
     Attributes:
         device: Its name, with the compute capability of a GPU.
-        memory_bytes: What it has; of a CPU's machine what a run can have.
+        memory_bytes: Its memory; for a CPU the memory that a run can use.
         decoder_layers: `stack`, `modules` or `plain`; see `decoder_stack.choice`.
-        reasons: Why.
-        attention: Which way the documents of packed rows attend where the stack does not run; see
+        reasons: The reasons for that.
+        attention: How the documents of packed rows attend where the stack does not run; see
             `kernels.attention_choice`.
-        attention_reason: Why.
-        elementwise: Which way norms and SwiGLU go where the stack does not run, and why; see
+        attention_reason: The reason for that.
+        elementwise: How norms and SwiGLU are computed where the stack does not run, and why; see
             `kernels.elementwise_choice`. Empty on a CPU.
-        answers: How its tokens are computed on a GPU, and why; empty on a CPU.
+        answers: How answers are generated on a GPU, and why; empty on a CPU.
         graphs: Whether training runs in CUDA graphs, and why; empty where the stack does not run.
     """
 
@@ -87,7 +87,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Preflight:
-    """Describe what `philora check` shows."""
+    """The result of `philora check`."""
 
     model: str
     hardware: Hardware
@@ -103,10 +103,10 @@ class Preflight:
     """Problems that would stop the run; they are among the notices too."""
 
     def verdict(self, command: str) -> str:
-        """Return whether the run can begin, its figures, and the command that starts it."""
+        """Return whether the run can start, its figures, and the command that starts it."""
         plan, rows = self.plan, self.data["train"]["rows"]
         time = "" if plan.seconds is None else f", about {planning.duration(plan.seconds)}"
-        steps = "steps without an end" if plan.steps is None else f"{plan.steps:,} steps"
+        steps = "an unlimited number of steps" if plan.steps is None else f"{plan.steps:,} steps"
         figures = f"{rows:,} conversations, {steps}{time}, {plan.estimate.peak / 1e9:.1f} GB"
         if self.problems:
             reasons = "problem above" if len(self.problems) == 1 else f"{len(self.problems)} problems above"
@@ -132,7 +132,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     config = planning.with_learning_rate(config, skeleton.config)
     max_length = models.max_length_of(config, skeleton.config)
     stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
-    adapted = planning.weightless(config, skeleton)  # a wrong target ends here, before the data
+    adapted = planning.weightless(config, skeleton)  # a wrong target is an error here, before data is read
     seed = int(config.training_config.get("seed", 42))
     prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
     check_rows({"data.train": prepared.train, "data.eval": prepared.eval}, vocabulary_of(skeleton))
@@ -152,14 +152,13 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
         hardware=_hardware(config, adapted, dtype, plan),
-        stop_tokens=[str(convert_ids_to_token) for convert_ids_to_token in tokenizer.convert_ids_to_tokens(stops)],
+        stop_tokens=list(map(str, tokenizer.convert_ids_to_tokens(stops))),
         padding_token=str(tokenizer.pad_token),
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
         notices=[
             *config.notices,
             *_notices(config, tokenizer, stops, covered),
-            *filter(None, [generic_notice(model_config)]),
-            *filter(None, [_spare_rows(config, tokenizer, skeleton)]),
+            *filter(None, [generic_notice(model_config), _spare_rows(config, tokenizer, skeleton)]),
             *prepared.report.notices,
             *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
             *plan.notices,
@@ -175,7 +174,7 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     )
 
 
-# Of values of `optim`, the beginning and the module that transformers imports for it.
+# Prefixes of `optim`, and the modules that transformers imports for them.
 _OPTIMIZERS = {
     "galore_": "galore_torch", "apollo_": "apollo_torch", "lomo": "lomo_optim", "adalomo": "lomo_optim",
     "grokadamw": "grokadamw", "schedule_free_": "schedulefree", "stable_adamw": "optimi",
@@ -188,10 +187,10 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 
 
 def require(config: Config) -> None:
-    """Check that there is what the run will load and import: packages, weights, a token for the Hub.
+    """Check that everything the run will load and import exists: packages, weights, a token for the Hub.
 
     Raises:
-        ConfigError: A package is missing, the run folder cannot be written to, or nothing could be pushed.
+        ConfigError: A package is missing, the run folder cannot be written to, or the adapter could not be pushed.
         ModelError: The base has no weights, or a file of them is damaged.
     """
     given = config.training_config
@@ -213,24 +212,24 @@ def arguments(config: Config, **decided: Any) -> SFTConfig:
     """Return TRL's arguments for a run.
 
     Args:
-        config: Its section `training_config` is copied: transformers fills in dicts of its arguments.
-        decided: What takes the place of the section's values; an `auto` that is left becomes TRL's default.
+        config: The configuration; `training_config` is copied, because transformers changes dicts in its arguments.
+        decided: Values that replace those of the section; a remaining `auto` becomes TRL's default.
 
     Raises:
-        ConfigError: A value is not one that TRL and transformers take, or its package is missing.
+        ConfigError: TRL or transformers refuse a value, or its package is missing.
     """
     own = ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic")
     section = config.training_config
     given = {key: copy.deepcopy(value) for key, value in section.items() if key not in OWN_TRAINING_KEYS or key in own}
-    # transformers would push each checkpoint, and keep the token in the training_args.bin of each; the run pushes its
-    # adapter when it is done.
+    # transformers would push each checkpoint and store the token in its training_args.bin; the run pushes its adapter
+    # at its end.
     given |= {"push_to_hub": False, "hub_token": None} | decided
     given = {key: value for key, value in given.items() if value != "auto"}
     given.setdefault("disable_tqdm", not sys.stderr.isatty())
     if config.data.eval is None:
         given["eval_strategy"] = "no"
     if given.get("log_level") == "info":
-        given["log_level"] = "warning"  # of transformers, whose own lines would bury philora's
+        given["log_level"] = "warning"  # transformers' own lines would bury philora's
     try:
         return SFTConfig(**given)
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -238,9 +237,9 @@ def arguments(config: Config, **decided: Any) -> SFTConfig:
 
 
 def _require_arguments(config: Config) -> None:
-    """Make TRL's arguments once, with what is known before the model is.
+    """Make TRL's arguments once, with what is known before the model is loaded, to find wrong values.
 
-    Not where that starts something that a run has to start in all of its processes.
+    This is left out where it would start something that all processes of a run have to start together.
 
     Raises:
         ConfigError: As `arguments`.
@@ -253,7 +252,7 @@ def _require_arguments(config: Config) -> None:
 
 
 def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
-    """Return a message for every package that is missing and that training imports only when it begins."""
+    """Yield a message for every missing package that training would import only at its start."""
     optim = str(given.get("optim") or "")
     needed: list[tuple[str, str, tuple[str, ...]]] = []
     needed += [("optim", optim, (module,)) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]
@@ -266,7 +265,7 @@ def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
 
 
 def _require_weights(config: Config) -> None:
-    """Look for the base's weights, and at the headers of those in a folder.
+    """Check that the base has weights, and that the files of a local base have valid headers.
 
     Raises:
         ModelError: There are none, or a file is damaged.
@@ -278,51 +277,47 @@ def _require_weights(config: Config) -> None:
     if not folder.is_dir():
         # Where not even its configuration is found, loading gives the reason.
         if models.has_file(config.model, ("config.json",)) and not models.has_file(config.model, _WEIGHTS):
-            raise ModelError(fault("model", "name_or_path", name, expected, "Download the whole model"))
+            raise ModelError(fault("model", "name_or_path", name, expected, "Download the complete model"))
         return
     there = next((entry for entry in _WEIGHTS if (folder / entry).is_file()), None)
     if there is None:
-        raise ModelError(fault("model", "name_or_path", name, expected, "Copy the whole model into the folder"))
+        raise ModelError(fault("model", "name_or_path", name, expected, "Copy the complete model into the folder"))
     shards = checkpoint.indexed_files(folder / there) if there.endswith(".index.json") else [there]
     for shard in shards:
         if not shard.endswith(".safetensors"):
             continue
         try:
-            with safe_open(folder / shard, framework="pt"):  # the header, and whether the file is as long as it says
+            with safe_open(folder / shard, framework="pt"):  # reads the header and checks the file's length
                 pass
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            todo = "Copy the model again"
-            raise ModelError(
-                fault(str(folder / shard), "content", str(error), "a complete safetensors file", todo)
-            ) from error
+            text = fault(str(folder / shard), "content", str(error), "a complete safetensors file", "Copy the model again")
+            raise ModelError(text) from error
 
 
 def require_space(folder: Path, size: int, limit: int | None, rows_bytes: int = 0) -> None:
-    """Check that the checkpoints which will exist together, the adapter and the held-out rows fit on the disk.
+    """Check that all checkpoints that exist at the same time, the adapter and the held-out rows fit on the disk.
 
     Args:
         folder: The run folder.
         size: Bytes of a checkpoint.
-        limit: Checkpoints that stay; None: all, of which two are the least that a run needs.
+        limit: The number of checkpoints that are kept; None for all, of which a run needs at least two.
         rows_bytes: Bytes of the held-out rows that the run keeps.
 
     Raises:
         RunError: They do not.
     """
     there = [checkpoint.bytes_in(path) for path in (folder / "checkpoints").glob("checkpoint-*")]
-    # While one checkpoint is written, those that stay are there too.
+    # While a checkpoint is written, the kept ones exist too.
     needed = size * (1 + max(1, limit or 1)) + size + rows_bytes - sum(there)
     missing = checkpoint.missing_bytes(folder, needed)
     if missing:
-        expected = (
-            f"free space for about {needed:,} bytes: checkpoints of {size:,} bytes, the adapter and held-out rows"
-        )
+        expected = f"free space for about {needed:,} bytes: checkpoints of {size:,} bytes, adapter and held-out rows"
         todo = f"Free {missing:,} bytes, or give another training_config.output_dir"
         raise RunError(fault("run", "output_dir", str(folder), expected, todo))
 
 
 def _taken(folder: Path, config: Config) -> str | None:
-    """Return why a run cannot begin in the folder, which may be intended: with `--resume` it continues there."""
+    """Return why a new run cannot start in the folder; None if it can. With `--resume` a run continues there."""
     try:
         resume.open_fresh(folder, config)
     except ConfigError as error:
@@ -331,7 +326,7 @@ def _taken(folder: Path, config: Config) -> str | None:
 
 
 def _hardware(config: Config, adapted: nn.Module, dtype: str, plan: planning.Plan) -> Hardware:
-    """Return what the run would compute on and which way its decoder layers would go, by the model without weights."""
+    """Return the device of the run and how it would compute the decoder layers, by the model without weights."""
     device = facts_of_device(torch.device(plan.device))
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
     capability = "" if device.capability is None else f", compute capability {'.'.join(map(str, device.capability))}"
@@ -354,7 +349,7 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, plan: planning.Pla
 
 
 def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> str | None:
-    """Return which tokens have no trained row, by the files of a local model, or by their ids alone."""
+    """Return a notice of tokens without a trained row, by the files of a local model or by their ids alone."""
     folder = Path(models.local_path(config.model.name_or_path))
     weight = stored_embedding(folder, skeleton) if folder.is_dir() else None
     rows = int(cast(Any, skeleton.get_input_embeddings()).weight.shape[0])
@@ -365,7 +360,7 @@ def _spare_rows(config: Config, tokenizer: PreTrainedTokenizerBase, skeleton: Pr
 def _notices(
     config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], covered: Coverage
 ) -> Iterator[str]:
-    """Return notices of settings for other libraries that have another effect here."""
+    """Yield notices of settings that have another effect here than in other libraries."""
     origins = config.origins
     sections = {
         section: any(key.startswith(section) and origin != "default" for key, origin in origins.items())
@@ -389,6 +384,6 @@ def _notices(
         alone = sum(row.parameters for row in covered.rows if not row.slice)
         yield (
             f"{', '.join(slices)} are slices of {' and '.join(dict.fromkeys(slices.values()))}, and each gets a rank "
-            f"of its own: {covered.trainable_parameters:,} parameters train. PEFT by itself would "
+            f"of its own: {covered.trainable_parameters:,} parameters train. PEFT alone would "
             + (f"silently adapt {' and '.join(whole)} only: {alone:,}." if whole else "find none of these names.")
         )

@@ -1,7 +1,7 @@
-"""Beginning or resuming a run in a folder: its lock, what it was started with, its newest complete checkpoint.
+"""Start or resume a run in a folder: its lock, what it was started with, its newest complete checkpoint.
 
-`run.json` in the run folder holds what a run was started with besides its configuration: the base model and the
-adapter it starts from by their files, the dataset by its content, and what was chosen for this machine.
+`run.json` in the run folder records what a run was started with besides its configuration: digests of the files of base
+model and first adapter, a fingerprint of the data, and the choices for this machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from philora.runtime import processes
 logger = logging.getLogger("philora.run")
 
 EARLIER_LEARNING_RATE = 2e-4
-"""The default of runs whose record lacks the settings that philora chose."""
+"""The default of runs whose record does not list the settings that philora chose."""
 _HASHED_WHOLE_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -44,12 +44,12 @@ class Continued:
     """A run that is resumed.
 
     Attributes:
-        checkpoint: The newest complete checkpoint; None: there is none yet, and the run begins again.
-        facts: The content of `run.json`; empty where there is none.
-        forced: Whether differences are to be passed over.
-        changed: Whether the configuration differs, so that what was chosen for the old one does not hold.
+        checkpoint: The newest complete checkpoint; None if there is none yet, so that the run starts again.
+        facts: The content of `run.json`; empty if there is none.
+        forced: Whether differences are ignored.
+        changed: Whether the configuration differs, so that earlier choices are not valid.
         config: The configuration to resume with.
-        passed_over: Checkpoints that are newer and not whole.
+        passed_over: Newer checkpoints that are not complete.
     """
 
     checkpoint: Path | None
@@ -61,9 +61,9 @@ class Continued:
 
     @property
     def chosen(self) -> Mapping[str, Any]:
-        """Return batch, recomputation, row length and threads that the run resumes with; empty: to be chosen."""
+        """Return batch, recomputation, row length and threads to resume with; empty if they are to be chosen again."""
         if self.changed or self.facts.get("processes", processes.count()) != processes.count():
-            return {}  # a process's share of a step among others
+            return {}  # such as a process's share of a step
         if self.checkpoint is not None:
             found = checkpoint.read_json(self.checkpoint / checkpoint.STATE_NAME).get("chosen")
             if isinstance(found, Mapping):
@@ -79,10 +79,10 @@ _OF_A_RUN = ("config.yaml", RECORD_NAME, "train.log", "metrics.jsonl", "trainer_
 
 
 class Claim:
-    """A new run's folder, held by this process from the start: what it makes there goes again unless the run begins.
+    """A new run's folder, locked by this process; what was created in it is removed unless the run starts.
 
     Attributes:
-        kept: Whether the run has begun, so that everything stays.
+        kept: Whether the run has started, so that everything is kept.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,14 +91,14 @@ class Claim:
         self._made: list[Path] = []
 
     def take(self, config: Config, held: contextlib.ExitStack) -> None:
-        """Make the folder and lock it.
+        """Create the folder and lock it.
 
         Args:
             config: For the messages.
-            held: Gets the lock, and the removal of what was made, which comes before the lock ends.
+            held: Gets the lock, and the removal of what was created, which runs before the lock is released.
 
         Raises:
-            ConfigError: It holds something, another process has it, or it cannot be written to.
+            ConfigError: It is not empty, another process has locked it, or it cannot be written to.
             RunError: The disk is full.
         """
         open_fresh(self.folder, config)
@@ -111,17 +111,15 @@ class Claim:
         except (OSError, ValueError) as error:
             if checkpoint.disk_full(error):
                 todo = "Free some space, then start it again"
-                raise RunError(
-                    fault("run", "output_dir", str(self.folder), f"room to write to it: {error}", todo)
-                ) from error
-            raise ConfigError(
-                checkpoint.not_writable(config.source, "training_config.output_dir", self.folder, error)
-            ) from error
-        open_fresh(self.folder, config)  # another run may have come and gone meanwhile
+                expected = f"free space to write to it: {error}"
+                raise RunError(fault("run", "output_dir", str(self.folder), expected, todo)) from error
+            text = checkpoint.not_writable(config.source, "training_config.output_dir", self.folder, error)
+            raise ConfigError(text) from error
+        open_fresh(self.folder, config)  # another run may have used it meanwhile
         held.callback(self._undo)
 
     def _lock(self, held: contextlib.ExitStack) -> None:
-        """Make the folder and lock it, once more where another process has just removed it, which was its own."""
+        """Create the folder and lock it; try again if another process that had created it has just removed it."""
         for attempt in range(_ATTEMPTS):
             try:
                 self._make()
@@ -132,7 +130,7 @@ class Claim:
                     raise
 
     def begin(self, config: Config) -> None:
-        """Write `config.yaml`, by which the run can be resumed, over what a run left that saved nothing."""
+        """Write `config.yaml`, with which the run can be resumed, over the leftovers of a run that saved nothing."""
         checkpoint.remove_leftovers(self.folder)
         checkpoint.remove_leftovers(self.folder / "checkpoints")
         checkpoint.write_text(self.folder / "config.yaml", dump_yaml(config))
@@ -154,15 +152,15 @@ class Claim:
             with contextlib.suppress(OSError):
                 (self.folder / name).unlink()
         for entry in reversed(self._made):
-            with contextlib.suppress(OSError):  # somebody else has put something there
+            with contextlib.suppress(OSError):  # it has other files by now
                 entry.rmdir()
 
 
 def open_fresh(folder: Path, config: Config) -> None:
-    """Check that a run may begin in a folder: it is new, empty, or of a run that ended before it saved anything.
+    """Check that a run may start in a folder: it is new, empty, or that of a run which ended before it saved anything.
 
     Raises:
-        ConfigError: It is a file, holds something, or cannot be written to.
+        ConfigError: It is a file, is not empty, or cannot be written to.
     """
     name = "training_config.output_dir"
     refused = checkpoint.unwritable(folder)
@@ -174,23 +172,23 @@ def open_fresh(folder: Path, config: Config) -> None:
         return
     what = "another run" if "config.yaml" in there else "other files"
     expected = f"a new or empty folder; this one holds {what}"
-    goes_on = "config.yaml" in there and checkpoint.has_checkpoints(folder / "checkpoints")
-    todo = "Continue with --resume, or give another training_config.output_dir" if goes_on else f"Give another {name}"
+    resumable = "config.yaml" in there and checkpoint.has_checkpoints(folder / "checkpoints")
+    todo = f"Continue with --resume, or give another {name}" if resumable else f"Give another {name}"
     raise ConfigError(fault(config.source, name, str(folder), expected, todo))
 
 
 def _content(folder: Path) -> set[str]:
-    """Return names in a folder, without what a killed run, a file manager or a file system leaves there."""
+    """Return the names in a folder, without leftovers of a killed run, a file manager or a file system."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(checkpoint.TEMPORARY_PREFIX)}
     alone = {name for name in names if name == checkpoint.LOCK_NAME and not (folder / name).is_symlink()}
     return {name for name in names - alone if not _FOREIGN.fullmatch(name)}
 
 
 def _saved_nothing(folder: Path, names: set[str]) -> bool:
-    """Return whether all that is in a folder was written by a run that ended before its first checkpoint."""
+    """Return whether everything in a folder was written by a run that ended before its first checkpoint."""
     files = names - {"checkpoints"}
     if not files <= set(_OF_A_RUN) or not (folder / checkpoint.LOCK_NAME).is_file():
-        return False  # a run makes its lock first: a config.yaml without one is somebody's own
+        return False  # a run creates its lock first: a config.yaml without one was not written by a run
     if any((folder / name).is_symlink() for name in names):
         return False
     kept = ("checkpoint-", checkpoint.PASSED_OVER_PREFIX)
@@ -199,18 +197,18 @@ def _saved_nothing(folder: Path, names: set[str]) -> bool:
     )
 
 
-def open_to_go_on(folder: Path, config: Config, *, force: bool, held: contextlib.ExitStack) -> Continued:
+def open_to_resume(folder: Path, config: Config, *, force: bool, held: contextlib.ExitStack) -> Continued:
     """Lock a run folder and find the checkpoint that its run resumes from.
 
     Args:
         folder: The run folder.
         config: The configuration to resume with.
-        force: Continue although the configuration differs.
+        force: Continue even if the configuration differs.
         held: Gets the lock.
 
     Raises:
-        ConfigError: There is no run, another process holds it, none of its checkpoints is whole, it is complete
-            without any, or it was started with another configuration: one line for every difference.
+        ConfigError: There is no run, another process has locked it, none of its checkpoints is complete, it is complete
+            without checkpoints, or it was started with another configuration: one line for every difference.
     """
     name = "training_config.output_dir"
     refused = checkpoint.unwritable(folder)
@@ -239,7 +237,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
     """Return the newest complete checkpoint, and warnings about the others.
 
     Raises:
-        ConfigError: There are checkpoints and none is whole, or the run is complete and has none.
+        ConfigError: There are checkpoints but none is complete, or the run is complete and has none.
     """
     found = checkpoint.newest_complete(folder / "checkpoints")
     name = "training_config.output_dir"
@@ -247,7 +245,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
         damaged = "; ".join(f"{path.name}: {why}" for path, why in found.passed_over)
         expected = f"a run with a complete checkpoint; none of its {len(found.passed_over)} is. {damaged}"
         todo = (
-            f"Bring one of them back from a copy. To begin again, move {folder / 'checkpoints'} away and start it "
+            f"Restore one of them from a copy. To start again, move {folder / 'checkpoints'} away and start the run "
             f"without --resume, or give another {name}"
         )
         raise ConfigError(fault(config.source, name, str(folder), expected, todo))
@@ -255,43 +253,43 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
         logger.warning("%s is passed over: %s", path, why)
     if found.folder is None:
         if (folder / "adapter").exists():
-            expected = "a run with a checkpoint to resume from; this one has its adapter, and no checkpoints"
-            todo = f"Give another {name}; with model.adapter: {folder} it begins from this adapter"
+            expected = "a run with a checkpoint to resume from; this one has an adapter and no checkpoints"
+            todo = f"Give another {name}; with model.adapter: {folder} a run starts from this adapter"
             raise ConfigError(fault(config.source, name, str(folder), expected, todo))
-        logger.warning("%s has no checkpoint yet; the run begins again.", folder)
+        logger.warning("%s has no checkpoint yet; the run starts again.", folder)
     elif foreign := checkpoint.foreign_files(found.folder):
-        logger.warning("%s also holds %s, not of this run and left alone.", found.folder, ", ".join(foreign))
+        logger.warning("%s also contains %s, which is not of this run and is kept.", found.folder, ", ".join(foreign))
     return found
 
 
 def keep_passed_over(continued: Continued) -> None:
-    """Rename the checkpoints that were passed over: the run repeats their steps, and nothing replaces them."""
+    """Rename the checkpoints that were passed over, so that the run does not replace them."""
     for path in continued.passed_over:
         aside = checkpoint.set_aside(path)
-        logger.warning("%s stays as %s; delete it when you do not need it.", path, aside.name)
+        logger.warning("%s is kept as %s; delete it if you do not need it.", path, aside.name)
 
 
 def _with_recorded_rate(config: Config, then: Config, facts: Mapping[str, Any]) -> Config:
-    """Return the configuration with the run's learning rate, where philora chose it then and is to choose it now."""
+    """Return the configuration with the run's learning rate, if philora chose it then and would choose it now."""
     name, key = "learning_rate", "training_config.learning_rate"
     recorded, rule = then.training_config.get(name), facts.get("automatic", {}).get(key)
     given = config.training_config.get(name)
-    # Of a run without a record of it the earlier default tells; one that was killed before it wrote any has no facts.
+    # A run without a record of it has the earlier default; one that was killed before it wrote any has no facts.
     chosen = rule is not None or ("automatic" not in facts and (not facts or recorded == EARLIER_LEARNING_RATE))
     if not chosen or given not in (("auto", recorded) if rule else ("auto",)):
         return config
     return replace(
         config,
         training_config=config.training_config | {name: recorded},
-        origins={**config.origins, key: rule or "auto: as the run was started with"},
+        origins={**config.origins, key: rule or "auto: as at the start of the run"},
     )
 
 
 def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) -> None:
-    """Compare what a run resumes with to what it was started with.
+    """Compare the facts of a resumed run with those of its start.
 
     Raises:
-        ConfigError: Model, adapter, data or the number of processes are others: one line for every difference.
+        ConfigError: Model, adapter, data or the number of processes differ: one line for every difference.
     """
     if not continued.facts:
         return
@@ -308,16 +306,12 @@ def check_facts(continued: Continued, facts: Mapping[str, Any], folder: Path) ->
 def _refuse(where: str, differences: list[tuple[str, Any, Any]], force: bool) -> None:
     if differences and not force:
         todo = "--resume=force continues anyway"
-        raise ConfigError(
-            one_per_line(
-                [
-                    fault(where, key, now, f"what the run was started with: {then!r}", todo)
-                    for key, then, now in differences
-                ]
-            )
-        )
+        faults = [
+            fault(where, key, now, f"what the run was started with: {then!r}", todo) for key, then, now in differences
+        ]
+        raise ConfigError(one_per_line(faults))
     for key, then, now in differences:
-        logger.warning("%s is %r where the run was started with %r; it continues as forced.", key, now, then)
+        logger.warning("%s is %r, but the run was started with %r; it continues as forced.", key, now, then)
 
 
 def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -333,7 +327,7 @@ def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, An
 
 
 def facts_of(config: Config, data: PreparedData) -> dict[str, Any]:
-    """Return what a run is started with, in a form that is compared when it resumes.
+    """Return the facts of a run's start, which are compared when it resumes.
 
     Cost:
         Reads the first mebibyte and 64 further blocks of every file of the model, whatever its size.
@@ -359,17 +353,17 @@ def _computes() -> dict[str, Any]:
 
 
 def _adapter_files(adapter: str) -> dict[str, Any]:
-    """Return digests of an adapter's files; it may be named by its run. Of one on the Hub return the commit."""
+    """Return digests of an adapter's files, or its commit on the Hub; an adapter may be named by its run."""
     folder = str(find_adapter(adapter).path) if Path(adapter).expanduser().is_dir() else adapter
     return _files(folder, None, "adapter_config.json")
 
 
 def _files(name: str, revision: str | None, file: str) -> dict[str, Any]:
-    """Return digests of the files in a folder by name; of an id on the Hub the commit in the Hub's cache.
+    """Return digests of the files in a folder by name; for an id on the Hub the commit in the Hub's cache.
 
     Args:
         name: The folder or the id.
-        revision: Of the id.
+        revision: The revision of the id.
         file: A file that was loaded from there.
     """
     folder = Path(name).expanduser()
@@ -398,10 +392,10 @@ def _sampled(path: Path) -> str:
 
 @contextlib.contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Compute with this many threads inside; a sum in another order rounds differently."""
+    """Compute with this many threads inside the block: sums in another order round differently."""
     before = torch.get_num_threads()
     if number is not None and number != before:
-        logger.info("%d threads, as the run was started with", number)
+        logger.info("%d threads, as at the start of the run", number)
         torch.set_num_threads(number)
     try:
         yield
@@ -421,7 +415,7 @@ __all__ = [
     "facts_of",
     "keep_passed_over",
     "open_fresh",
-    "open_to_go_on",
+    "open_to_resume",
     "threads",
     "write_facts",
 ]

@@ -1,6 +1,6 @@
-"""A run from configuration to report: data, model, adapter, training, evaluation before and after, the run folder.
+"""Run a training from configuration to report: data, model, adapter, training, evaluations, the run folder.
 
-config -> data (errors end here, before any weight) -> targets on a weightless model -> weights -> adapter
+config -> data (errors are found here, before any weight) -> targets on a model without weights -> weights -> adapter
        -> evaluate the base -> SFTTrainer -> adapter/ -> evaluate again -> results.json, report.html
 """
 
@@ -65,7 +65,7 @@ logger = logging.getLogger("philora.run")
 
 @dataclass(frozen=True)
 class RunResult:
-    """Describe where a run is and what came of it; `results` is the content of `results.json`."""
+    """The folder of a run and its results, the content of `results.json`."""
 
     folder: Path
     results: dict[str, Any]
@@ -85,28 +85,28 @@ def train(
     command: str | None = None,
     quiet: bool = False,
 ) -> RunResult:
-    """Fine-tune by a configuration, show the progress, and leave a run folder.
+    """Fine-tune as a configuration states, show the progress, and write a run folder.
 
     Args:
-        source: A YAML file, the same as a dict, or a Config.
-        overrides: `KEY=VALUE` strings that go over it.
+        source: A YAML file, a dict of the same shape, or a Config.
+        overrides: `KEY=VALUE` strings that replace its values.
         resume: Resume from the newest complete checkpoint of the run folder; "force": even if the configuration
             changed.
         callbacks: Further callbacks of transformers' Trainer.
-        command: What the report names as the command; default: the process's own.
-        quiet: Show nothing but warnings; default: what `philora train` shows, by `training_config.log_level`.
+        command: The command that the report shows; default: that of this process.
+        quiet: Show warnings only; default: what `philora train` shows, by `training_config.log_level`.
 
     Returns:
         The run folder and its results.
 
     Raises:
-        ConfigError, DataError, ModelError, TargetError, AdapterError: Something is wrong with what was given;
+        ConfigError, DataError, ModelError, TargetError, AdapterError: An argument or its content is wrong;
             nothing has been written.
-        Interrupted: A signal stopped the run; what it had trained is in a checkpoint.
+        Interrupted: A signal stopped the run; its progress is saved in a checkpoint.
         RunError: The run failed; every file in its folder is complete.
-        Elsewhere: Another process of the run failed and names the reason.
+        Elsewhere: Another process of the run failed and reports the reason.
 
-    Under torchrun or accelerate every process calls this; the first one writes, and all return the same.
+    Under torchrun or accelerate every process calls this. The first one writes, and all return the same result.
     """
     command = SECRETS.sub("***", command or " ".join(sys.argv))
     with (
@@ -172,7 +172,7 @@ def _train(
 
 
 def _check_targets(config: Config, skeleton: Any) -> None:
-    """Raise an error if a name of the adapter matches nothing in the model."""
+    """Raise an error if a target of the adapter matches nothing in the model."""
     if config.model.adapter is None:
         resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
     else:
@@ -182,7 +182,7 @@ def _check_targets(config: Config, skeleton: Any) -> None:
 def _prepare(
     config: Config, tokenizer: Any, skeleton: Any, max_length: int, continued: resuming.Continued | None
 ) -> PreparedData:
-    """Return the rows of the run; a resumed one holds out the rows that it held out before."""
+    """Return the rows of the run; a resumed run holds out the same rows as before."""
     stops = models.stop_token_ids(tokenizer, getattr(skeleton.generation_config, "eos_token_id", None))
     with processes.main_first():
         prepared = prepare(
@@ -200,9 +200,9 @@ def _prepare(
 def _open(
     claim: resuming.Claim, config: Config, resume: bool | str, held: contextlib.ExitStack
 ) -> resuming.Continued | None:
-    """Lock the run folder; with `resume` return where its run is."""
+    """Lock the run folder; with `resume` return the run to continue."""
     if resume:
-        return resuming.open_to_go_on(claim.folder, config, force=resume == "force", held=held)
+        return resuming.open_to_resume(claim.folder, config, force=resume == "force", held=held)
     claim.take(config, held)
     return None
 
@@ -210,7 +210,7 @@ def _open(
 def _begin_folder(
     claim: resuming.Claim, config: Config, continued: resuming.Continued | None, held: contextlib.ExitStack
 ) -> None:
-    """Write into the run folder for the first time: its configuration, its log."""
+    """Write to the run folder for the first time: its configuration and its log."""
     if continued is None:
         claim.begin(config)
     held.enter_context(log_file(claim.folder / "train.log"))
@@ -222,8 +222,8 @@ def _check_processes(config: Config) -> None:
     """Join the other processes of the run, if there are any.
 
     Raises:
-        ConfigError: The configuration asks for what several processes, or a CPU, cannot do.
-        RunError: The others did not come.
+        ConfigError: The configuration asks for what several processes, or a CPU, do not support.
+        RunError: The other processes did not join in time.
     """
     given = config.training_config
     cpu = bool(given.get("use_cpu", False)) or not torch.accelerator.is_available()
@@ -248,7 +248,7 @@ def _check_processes(config: Config) -> None:
 def _plan(
     config: Config, skeleton: Any, prepared: PreparedData, max_length: int, chosen: Mapping[str, Any]
 ) -> planning.Plan:
-    """Return the plan of the run; every process follows the first one's, whose free memory and rate are its own."""
+    """Return the plan of the run; all processes use that of the first, since free memory and speed may differ."""
     return processes.on_main(
         lambda: planning.plan(
             config,
@@ -267,7 +267,7 @@ def _lora_config(config: Config) -> LoraConfig:
 
 
 def _locate_examples(prepared: PreparedData, data: Any, examples: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Return where every example comes from, by its tokens: its prepared row, its conversation, its file and line."""
+    """Return the origin of every example by its tokens: its prepared row, its conversation, its file and line."""
     rows: dict[int, int] = {}
     if not prepared.report.streaming:
         for number, row in enumerate(prepared.train):
@@ -299,17 +299,17 @@ class _Run:
         self.arguments: SFTConfig
 
     def check_push(self) -> None:
-        """Check that the adapter can be pushed when it is done; in the process that will do it."""
+        """Check that the adapter can be pushed at the end; in the process that will push it."""
         self.target = pushing.target_of(self.context.config)
 
     def load(self, chosen: Mapping[str, Any]) -> None:
-        """Load weights and adapter, and decide the arguments; write nothing.
+        """Load weights and adapter, and decide the arguments, without writing anything.
 
         Args:
-            chosen: What the run resumes with, by the names in `CHOSEN`; what is missing is chosen now.
+            chosen: Choices to resume with, by the names in `CHOSEN`; missing ones are made now.
 
         Raises:
-            RunError: What the run will write does not fit on the disk.
+            RunError: The files of the run do not fit on the disk.
         """
         run, config = self.context, self.context.config
         set_seed(int(config.training_config.get("seed", 42)))
@@ -330,7 +330,7 @@ class _Run:
         run.stop.check()
 
     def train(self, resume_from: Path | None, facts: Mapping[str, Any]) -> RunResult:
-        """Evaluate the base, train, save, evaluate again, and write everything down."""
+        """Evaluate the base, train, save, evaluate again, and write the results."""
         run = self.context
         if processes.is_main():
             self.files.begin(facts, chosen_of(self.arguments))
@@ -344,7 +344,7 @@ class _Run:
         trainer = self._trainer()
         metrics = self._run_trainer(trainer, resume_from)
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        # All processes take part in gathering the shards; one writes.
+        # All processes gather the shards; one writes.
         weights = trainer.whole_weights() if sharded else None
         processes.on_main(functools.partial(self.files.save_adapter, self.model, weights))
         del weights
@@ -407,7 +407,7 @@ class _Run:
         trainer.nonfinite.locate = functools.partial(_locate_examples, run.prepared, run.config.data)
         trainer.remove_callback(PrinterCallback)  # `display` shows the progress
         trainer.remove_callback(ProgressCallback)
-        # TRL and the callbacks of transformers see the metrics after our file has added to them.
+        # MetricsFile comes first, so that the other callbacks see its additions to the metrics.
         trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, MetricsFile))
         return trainer
 
@@ -417,7 +417,7 @@ class _Run:
         metrics: dict[str, Any],
         evaluations: Evaluations,
         peak_bytes: int,
-        whole: PeftModel,  # what was trained, with nothing of it sharded
+        whole: PeftModel,  # the trained model without shards
     ) -> RunResult:
         run, files = self.context, self.files
         results = results_of(
@@ -436,7 +436,7 @@ class _Run:
         try:
             url = pushing.push(folder, repo_id, private=private, token=token).url
         except PhiloraError as error:
-            todo = f"The run is whole in {folder}; push it with: philora push {folder} {repo_id}"
+            todo = f"The run is complete in {folder}; push it with: philora push {folder} {repo_id}"
             raise RunError(f"{error} {todo}") from None
         logger.info("pushed: %s", url)
 

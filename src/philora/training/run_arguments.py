@@ -1,4 +1,4 @@
-"""TRL's arguments for a run: every `auto` decided, all files below the run folder."""
+"""Make TRL's arguments for a run: with every `auto` decided and all files in the run folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from philora.training.arguments import CHOSEN, SFTConfig
 from philora.training.run_context import RunContext
 
 CURVE_POINTS = 100
-"""Points of a curve in the report, where a run has as many steps."""
+"""Points of a curve in the report, if a run has as many steps."""
 
 
 def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, Any]) -> SFTConfig:
@@ -25,8 +25,8 @@ def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, An
 
     Args:
         run: The run.
-        model: The model with its adapter; whole modules that train become float32 where bf16 needs autocast.
-        chosen: What a resumed run was started with, by the names in `CHOSEN`; what is missing is chosen now.
+        model: The model with its adapter; fully trained modules become float32 where bf16 needs autocast.
+        chosen: Choices of a resumed run, by the names in `CHOSEN`; missing ones are made now.
     """
     base, plan = model.get_base_model(), run.plan
     decided: dict[str, Any] = {key: chosen[key] for key in CHOSEN if key in chosen}
@@ -48,7 +48,7 @@ def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, An
         "logging_steps": logging_steps(run.config, plan.steps),
     }
     if not any(hasattr(base.config, name) for name in ("num_experts", "num_local_experts")):
-        # Each step gives every parameter its gradient.
+        # Every parameter gets a gradient in every step.
         decided["ddp_find_unused_parameters"] = given.get("ddp_find_unused_parameters", False)
     if run.prepared.eval is None:
         decided["eval_strategy"] = "no"
@@ -59,7 +59,7 @@ def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, An
 
 
 def logging_steps(config: Config, steps: int | None) -> float:
-    """Return the steps between log lines: few enough for a curve of `CURVE_POINTS`, where nobody asked for a number."""
+    """Return the steps between log lines: as configured, or few enough for a curve of `CURVE_POINTS`."""
     given: float = config.training_config["logging_steps"]
     if config.origins.get("training_config.logging_steps", "default") != "default" or steps is None:
         return given
@@ -67,9 +67,9 @@ def logging_steps(config: Config, steps: int | None) -> float:
 
 
 def _needs_autocast(model: PeftModel, dtype: torch.dtype) -> bool:
-    """Return whether bf16 weights meet whole modules that train: those are kept in fp32, which needs autocast.
+    """Return whether a bf16 model has fully trained modules, which are kept in fp32 and need autocast.
 
-    Without them weights and activations are bf16 throughout and autocast would only cost time.
+    Without such modules weights and activations are all bf16, and autocast would only cost time.
     """
     whole = [weight for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name]
     if dtype is torch.bfloat16:

@@ -1,4 +1,4 @@
-"""The facts of a run before it loads weights; all its parts read them."""
+"""Hold the facts of a run from before it loads weights, for all its parts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def _now() -> datetime.datetime:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run's configuration, folder and data, and what was planned for it.
+    """A run's configuration, folder, data and plan.
 
     Attributes:
-        command: What the report names as the command.
-        callbacks: Further callbacks of the trainer.
-        stop: Where a signal is noted.
-        started: When it began, for people.
-        began: When it began, by a clock that nobody sets, in seconds.
+        command: The command that the report shows.
+        callbacks: Additional callbacks of the trainer.
+        stop: Records a signal.
+        started: Date and time of its start.
+        began: Start by the monotonic clock, in seconds.
     """
 
     config: Config

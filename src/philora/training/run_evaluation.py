@@ -1,4 +1,4 @@
-"""The evaluation of a run's model before, at and after training, on the same examples."""
+"""Evaluate a run's model before and after training, on the same examples."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.getLogger("philora.run")
 
 
 class Evaluations(NamedTuple):
-    """The evaluations of a run; None where it has no held-out rows.
+    """The evaluations of a run; None if it has no held-out rows.
 
     Attributes:
         before: The base.
-        start: The adapter that the run began with, if it began with one.
+        start: The adapter that the run started from, if any.
         after: The trained adapter.
     """
 
@@ -36,21 +36,21 @@ class Evaluations(NamedTuple):
 
 
 def on_device(run: RunContext, model: PeftModel, device: torch.device) -> PeftModel:
-    """Return a model on this process's device, unless it is quantised or was distributed: then it stays where it is."""
+    """Return a model on this process's device; a quantised or distributed one is not moved."""
     quantised = getattr(model.get_base_model(), "quantization_method", None) is not None
     stays = quantised or run.config.model.device_map is not None
     return model if stays else cast(PeftModel, model.to(device))
 
 
 def saved_model(run: RunContext, device: torch.device) -> PeftModel:
-    """Load the adapter as the run saved it, on a base that is whole in every process."""
-    unset_hf_deepspeed_config()  # with it transformers would shard what it loads
+    """Load the saved adapter of the run on an unsharded base."""
+    unset_hf_deepspeed_config()  # otherwise transformers would shard the model
     base = models.load_model(run.config.model, run.tokenizer)
     return on_device(run, load_adapter(base, str(run.folder / "adapter")), device)
 
 
 def evaluate_run(run: RunContext, when: str, model: PeftModel, arguments: SFTConfig) -> Evaluation | None:
-    """Return the losses and answers of a model on the run's held-out rows, shared between processes."""
+    """Return the losses and answers of a model on the run's held-out rows, which processes share."""
     settings, prepared = run.config.evaluation, run.prepared
     if prepared.eval is None or prepared.eval_conversations is None:
         return None

@@ -1,4 +1,4 @@
-"""The files of a run folder: log, facts, held-out rows, adapter, model card, results and report."""
+"""Write the files of a run folder: log, facts, held-out rows, adapter, model card, results and report."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from philora.training.run_evaluation import Evaluations
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Write philora's and transformers' log lines to `path` as well."""
+    """Also write philora's log lines to a file while the block runs."""
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not end in tracebacks
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not print tracebacks
     handler.setLevel(logging.INFO)
     root = logging.getLogger("philora")
     level = root.level
@@ -47,10 +47,10 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 class RunFiles:
-    """The files of a run, in the process that writes.
+    """The files of a run, in the process that writes them.
 
     Attributes:
-        system: The system turn that most conversations begin with, once `begin` has run.
+        system: The system turn that most conversations start with; set by `begin`.
     """
 
     def __init__(self, run: RunContext) -> None:
@@ -58,7 +58,7 @@ class RunFiles:
         self.system: run_folder.SystemTurn | None = None
 
     def begin(self, facts: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
-        """Write what the run was started with, where its paths lead, and its held-out rows."""
+        """Write the facts of the run's start, its paths, and its held-out rows."""
         run = self._run
         self.system = commonest_system_turn(run.prepared, run.config.data)
         record: dict[str, Any] = {"paths": run_folder.paths_of(run.config, self._folder)}
@@ -70,7 +70,7 @@ class RunFiles:
         if self.system is not None:
             record["system"] = self.system._asdict()
         resuming.write_facts(self._folder, {**facts, **record}, chosen)
-        checkpoint.write_text(self._folder / "config.yaml", dump_yaml(run.config))  # may have been forced
+        checkpoint.write_text(self._folder / "config.yaml", dump_yaml(run.config))  # --resume=force may change it
 
     def record_first_loss(self, loss: float) -> None:
         """Write the held-out loss before the first step into `run.json`, so that a report can show it at once."""
@@ -82,7 +82,7 @@ class RunFiles:
 
         Args:
             model: The model with its adapter.
-            weights: Tensors by name, where processes share the model's; default: the model's own.
+            weights: Gathered tensors by name, if the model is sharded; default: the model's own.
         """
         with checkpoint.atomic_folder(self._folder / "adapter") as folder:
             model.save_pretrained(str(folder), state_dict=weights)
@@ -109,7 +109,7 @@ class RunFiles:
         write_report(self._folder)
 
     def _write_card(self, folder: Path) -> None:
-        """Write the model card of the adapter, with the results when they are there."""
+        """Write the model card of the adapter, with the results if there are any."""
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = self._run.config.model.name_or_path
         text = model_card("adapter", run=self._folder, base=base, adapter_config=config, system=self.system)

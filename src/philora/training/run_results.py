@@ -1,4 +1,4 @@
-"""The content of `results.json`: what a run was, what it learned, what it took."""
+"""Make the content of `results.json`: a run's settings, scores, time and memory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from philora.training.trainer import SFTTrainer
 logger = logging.getLogger("philora.run")
 
 PREVIEW_TOKENS = 600
-"""Of the example that the report shows with its labels."""
+"""Most tokens of the example that the report shows with its labels."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a run depends on."""
+    """Return the versions of Python and the libraries of a run."""
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
@@ -52,12 +52,12 @@ def results_of(
     Args:
         run: The run.
         trainer: Its trainer, after training.
-        metrics: What training returned.
-        evaluations: Before and after.
-        system: The system turn that most conversations begin with.
+        metrics: The metrics that training returned.
+        evaluations: The evaluations before and after training.
+        system: The system turn that most conversations start with.
         model: The model with its adapter.
-        whole: The same, with nothing of it sharded.
-        peak_bytes: The largest memory that a process held.
+        whole: The same without shards.
+        peak_bytes: The largest peak memory of a process.
     """
     before, start, after = evaluations
     updates = [update._asdict() for update in update_norms(whole)]
@@ -72,7 +72,7 @@ def results_of(
         "command": run.command,
         "started": run.started.isoformat(timespec="seconds"),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "duration_seconds": round(time.monotonic() - run.began, 1),  # the clock may be set meanwhile
+        "duration_seconds": round(time.monotonic() - run.began, 1),  # the wall clock may have been set
         **_about_model(run, model),
         "data": run.prepared.report.to_dict() | _data_facts(run.prepared, run.tokenizer),
         "system": None if system is None else system._asdict(),
@@ -119,7 +119,7 @@ def _throughput(trainer: SFTTrainer, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data_facts(prepared: PreparedData, tokenizer: Any) -> dict[str, Any]:
-    """Return what identifies the data and shows it: fingerprint, lengths, and one example with its labels."""
+    """Return the data's fingerprint, lengths, and one example with its labels."""
     lengths = sequence_lengths(prepared.train)
     counts, edges = np.histogram(lengths, bins=min(24, max(1, len(np.unique(lengths)))))
     example = None if prepared.report.streaming else next(iter(prepared.train), None)
@@ -132,9 +132,9 @@ def _data_facts(prepared: PreparedData, tokenizer: Any) -> dict[str, Any]:
 
 
 def _since_the_start(start: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
-    """Compare a run with the adapter that it began with, and warn of what got worse."""
+    """Compare a run with the adapter that it started from, and warn of what became worse."""
     measures = compare(start, after)
     worse = [measure.title for measure in measures if measure.verdict == "worse"]
     if worse:
-        logger.warning("worse than the adapter that the run began with: %s", ", ".join(worse))
+        logger.warning("worse than the adapter that the run started from: %s", ", ".join(worse))
     return [measure.to_dict() for measure in measures]

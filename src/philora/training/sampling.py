@@ -1,4 +1,4 @@
-"""The rows that a process trains on: one process's batches, dealt so that no process waits long for another."""
+"""Choose the rows of each process: the batches of a single process, divided so that processes wait little."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from philora.dataset import row_lengths
 
 
 class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
-    """transformers' sampler that balances micro-batches, over the rows that one process would take.
+    """transformers' sampler that balances micro-batches, over the rows that a single process would take.
 
-    Each step has the rows that a single process with the same seed and the same rows in a step would train on. They
-    are dealt to processes and micro-batches so that what runs at the same time costs about the same. Where the last
-    step of an epoch has fewer rows than there are micro-batches, transformers repeats rows; here the missing ones are
-    empty (`with_empty_rows`), so that the step's loss is that of its own rows.
+    Each step has the rows that a single process with the same seed and the same rows per step would train on. They are
+    divided between processes and micro-batches so that those computed at the same time cost about the same. If the last
+    step of an epoch has fewer rows than there are micro-batches, transformers repeats rows. Here empty rows fill up
+    (`with_empty_rows`), so that the step's loss is that of its own rows.
 
     Args:
         lengths: Tokens of every row, without the empty ones.
-        empty: Empty rows that stand behind them.
+        empty: Number of empty rows after them.
         rows: Rows of a micro-batch.
-        accumulation: Micro-batches of a step in every process.
+        accumulation: Micro-batches of a step in each process.
         processes: Processes that share a step.
         rank: This process's number.
-        seed: Of the order; as accelerate draws it for one process.
-        shuffle: Whether the order is drawn at all.
-        padded: Whether the rows of a micro-batch are padded to the longest, whose cost transformers' sampler knows;
-            else they stand one behind the other, and tokens are what counts.
+        seed: Seed of the order, which is drawn as accelerate does for one process.
+        shuffle: Whether the order is random.
+        padded: Whether the rows of a micro-batch are padded to the longest, which transformers' sampler balances;
+            otherwise they are concatenated, and tokens are balanced.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
         for length, row in sorted(zip(lengths, indices, strict=True), key=lambda pair: -pair[0]):
             tokens, number, rows = heapq.heappop(groups)
             heapq.heappush(groups, (tokens + length, number, [*rows, row]))
-        # Micro-batches of the same round are neighbours in size; which process has the larger one alternates.
+        # Micro-batches of a round are neighbours in size; the process with the larger one alternates.
         ordered = [rows for _, _, rows in sorted(groups, key=lambda group: (-group[0], group[1]))]
         rounds = [ordered[start : start + self.dp_size] for start in range(0, len(ordered), self.dp_size)]
         return [
@@ -82,7 +82,7 @@ class SharedSampler(BatchRebalanceSampler):  # type: ignore[misc]
 
 
 def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[Dataset, list[int]]:
-    """Return rows for a `SharedSampler`: as they are, or with empty ones behind them for the last step.
+    """Return rows for a `SharedSampler`, with empty ones appended if the last step needs them.
 
     Args:
         rows: Tokenised rows with `input_ids` and `labels`, packed or not.
@@ -90,7 +90,7 @@ def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[
         groups: Micro-batches of a step, of all processes together.
 
     Returns:
-        The dataset, and the tokens of every row that was there.
+        The dataset, and the tokens of every original row.
     """
     lengths = row_lengths(rows).tolist()
     last = len(rows) % (micro_batch_rows * groups)
@@ -108,15 +108,15 @@ def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[
 
 
 class SharedRows:
-    """The training rows of a trainer, dealt to its processes so that each has about as many tokens.
+    """The training rows of a trainer, divided between its processes with about equally many tokens.
 
     Args:
         rows: The training rows.
         micro_batch_rows: Rows of a micro-batch in a process.
-        arguments: The trainer's.
+        arguments: The trainer's arguments.
 
     Attributes:
-        rows: The rows, with empty ones behind them where the last step has too few.
+        rows: The rows, with empty ones appended if the last step has too few.
     """
 
     def __init__(self, rows: Dataset, micro_batch_rows: int, arguments: Any) -> None:
@@ -141,7 +141,7 @@ class SharedRows:
 
 
 def shares_rows(arguments: Any, accelerator: Any, rows: Any) -> bool:
-    """Return whether philora deals the rows to processes; else accelerate does, in the order they come."""
+    """Return whether philora divides the rows between processes; otherwise accelerate does, in their order."""
     return (
         arguments.world_size > 1
         and arguments.train_sampling_strategy in ("random", "sequential")
@@ -155,5 +155,5 @@ def shares_rows(arguments: Any, accelerator: Any, rows: Any) -> bool:
 
 
 def can_share(rows: Any) -> bool:
-    """Return whether these are rows that `with_empty_rows` takes: a table of tokens and their labels."""
+    """Return whether `with_empty_rows` can take these rows: a table of tokens and their labels."""
     return isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)

@@ -1,4 +1,4 @@
-"""The model of a trainer: its targets are checked before weights are loaded, and its layers are the fast ones."""
+"""Prepare the model of a trainer: check its targets before weights are loaded, and give it the fast layers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_targets(model: str | nn.Module, config: Any, args: Any) -> Resolution | None:
-    """Return which modules the names of a LoraConfig mean; None where `config` is not one.
+    """Return the modules that the names of a LoraConfig match; None if `config` is not one.
 
     Raises:
-        TargetError: A name means none.
+        TargetError: A name matches none.
         ModelError: `model` is the name of an adapter.
     """
     if not is_lora(config):
@@ -39,10 +39,10 @@ def resolve_targets(model: str | nn.Module, config: Any, args: Any) -> Resolutio
 
 
 def adapted_over_quantised(model: Any, given: dict[str, Any]) -> Any:
-    """Return a quantised model with its adapter, which TRL would make and round to bfloat16 at once.
+    """Return a quantised model with its adapter, because TRL would round an adapter that it makes to bfloat16 at once.
 
-    Takes `peft_config` from the trainer's arguments `given`. Other models, and one whose embeddings TRL will enlarge
-    for the tokens of another chat template, are returned as they are.
+    `peft_config` is removed from the trainer's arguments `given`. Other models are returned unchanged, and so is one
+    whose embeddings TRL will enlarge for the tokens of another chat template.
     """
     config, args = given.get("peft_config"), given["args"]
     quantised = isinstance(model, PreTrainedModel) and is_quantised(model)
@@ -54,25 +54,25 @@ def adapted_over_quantised(model: Any, given: dict[str, Any]) -> Any:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Return whether TRL rounds what trains in a model, because bitsandbytes holds its weights."""
+    """Return whether TRL rounds the trained weights of a model because bitsandbytes has quantised it."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def trained_tensors(model: Any) -> dict[int, torch.Tensor]:
-    """Return what trains in a model with an adapter, by the identity of its parameter, before TRL changes the dtype."""
+    """Return the trained tensors of a model with an adapter by parameter identity, before TRL changes their dtype."""
     if not isinstance(model, PeftModel):
         return {}
     return {id(weight): weight.data for weight in model.parameters() if weight.requires_grad}
 
 
 def set_adapter_dtype(model: nn.Module, before: Mapping[int, torch.Tensor], wanted: str | None, sharded: bool) -> None:
-    """Undo that TRL rounds what trains over a quantised base to bfloat16; or round it where that was asked for.
+    """Undo TRL's rounding of trained weights over a quantised base to bfloat16, or round them if requested.
 
     Args:
         model: The model with its adapter.
-        before: What trains, as `trained_tensors` gave it.
+        before: The trained tensors from `trained_tensors`.
         wanted: `SFTConfig.adapter_dtype`.
-        sharded: Whether FSDP or DeepSpeed shards the model; they expect one dtype, which stays as TRL has it.
+        sharded: Whether FSDP or DeepSpeed shards the model; they expect a single dtype, so TRL's is kept.
     """
     kept = False
     made_by_trl = not before and is_quantised(model)
@@ -92,7 +92,7 @@ def set_adapter_dtype(model: nn.Module, before: Mapping[int, torch.Tensor], want
 
 
 def use_fast_layers(model: nn.Module, args: Any) -> None:
-    """Give a model the fast layers, the decoder stack and the loss at labels, as the arguments ask for them."""
+    """Give a model the fast layers, the decoder stack and the loss at labels, as the arguments state."""
     elementwise = getattr(args, "elementwise_recomputation", False)
     optimize(model, recomputation="elementwise" if elementwise else None)
     deterministic = getattr(args, "deterministic", True)
@@ -102,17 +102,17 @@ def use_fast_layers(model: nn.Module, args: Any) -> None:
 
 
 def name_experts(model: nn.Module) -> None:
-    """Set `num_experts` where the configuration has `num_local_experts`: TRL 1.16 reads the former for Phi-3.5-MoE."""
+    """Set `num_experts` if the configuration has `num_local_experts`: TRL 1.16 reads the former for Phi-3.5-MoE."""
     text = cast(PreTrainedModel, model).config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts
 
 
 def _skeleton(name: str, args: Any) -> nn.Module:
-    """Return the model that TRL will load, without weights, so that names are checked before gigabytes are read.
+    """Return the model that TRL will load, without weights, so that names are checked before weights are read.
 
-    As in TRL, the class is the one that the model's config names, else the one that its own code offers. Its own code
-    runs only with `trust_remote_code`.
+    As in TRL, the class is the one that the model's config names, or the one that its own code provides. That code runs
+    only with `trust_remote_code`.
     """
     options = dict(getattr(args, "model_init_kwargs", None) or {})
     trusts = bool(options.get("trust_remote_code", getattr(args, "trust_remote_code", False)))

@@ -1,6 +1,6 @@
-"""`SFTTrainer`: TRL's, with strict targets, slices, the fast layers, atomic checkpoints and exact resuming.
+"""Define `SFTTrainer`: TRL's, with strict targets, slices, the fast layers, atomic checkpoints and exact resuming.
 
-A script for TRL changes its import and nothing else; TRL's defaults stay TRL's.
+A script for TRL changes its import and nothing else. The defaults are TRL's.
 """
 
 from __future__ import annotations
@@ -48,34 +48,34 @@ logger = logging.getLogger(__name__)
 
 
 class SFTTrainer(MicroBatchTrainer):
-    """`trl.SFTTrainer` whose LoRA names are checked, whose slices are slices, and whose layers are the fast ones.
+    """`trl.SFTTrainer` with checked names of LoRA targets, slices of fused projections, and the fast layers.
 
-    Takes all that TRL's takes, older keywords (`tokenizer`, `max_seq_length`, `dataset_text_field`, `packing`, ...)
-    with one notice each, and slices of fused projections in `peft_config.target_modules`. Checkpoints are written
-    atomically and carry a manifest; training that resumes from one counts, logs and stops as if it had never been
-    interrupted. With `SFTConfig(loraplus_lr_ratio=...)` the optimizer that transformers makes gets groups of their own
-    for B; what is logged as `learning_rate` is A's. A step that does not fit into memory is computed in smaller parts.
+    It takes TRL's arguments, older keywords (`tokenizer`, `max_seq_length`, `dataset_text_field`, `packing`, ...) with
+    a notice for each, and slices of fused projections in `peft_config.target_modules`. Checkpoints are written
+    atomically and have a manifest. Training that resumes from one counts, logs and stops as if it had not been
+    interrupted. With `SFTConfig(loraplus_lr_ratio=...)` B gets separate groups in the optimizer that transformers
+    makes; the logged `learning_rate` is A's. A step that does not fit into memory is computed in smaller parts.
 
     Raises:
         ConfigError: `loraplus_lr_ratio` is given and no B trains.
         TargetError: A name in `peft_config` matches nothing, or `lm_head` is a target (TRL computes the loss from
             the head's weight, so an adapter there would get no gradient).
-        DataError: A table has no rows, or no label is left in any of them within `max_length`.
-        RunError: A checkpoint cannot be written; older ones are untouched.
+        DataError: A table has no rows, or none of its rows has a label within `max_length`.
+        RunError: A checkpoint cannot be written; older ones are unchanged.
         NonFiniteError: `SFTConfig.max_nonfinite_steps` steps in a row were not finite.
 
     Attributes:
-        stop: Where a signal is noted; training then saves and stops after the step.
-        nonfinite: Steps whose loss or gradient is not finite.
+        stop: Records a signal, after which training saves and stops at the end of the step.
+        nonfinite: Handles steps whose loss or gradient is not finite.
         checkpoints: Writes checkpoints.
-        loop: What resumes exactly.
+        loop: Resumes the training loop exactly.
     """
 
     stop: StopOnSignal | None = None
     control: TrainerControl
     eval_dataset: Any
     _shared_rows: SharedRows | None = None
-    _loraplus_settled = False  # whether an optimizer was split, or it was said that a given one is not
+    _loraplus_settled = False  # whether an optimizer was split, or a warning was logged that a given one is not
     _evaluated: tuple[int, float] | None = None  # examples and seconds of an evaluation, until they are logged
 
     def __init__(self, model: str | PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
@@ -114,7 +114,7 @@ class SFTTrainer(MicroBatchTrainer):
     # -- rows
 
     def _check_rows(self) -> None:
-        """Leave out rows without labels, check all ids against the vocabulary, and warn of lengths."""
+        """Remove rows without labels, check all ids against the vocabulary, and warn of lengths."""
         tables = _by_name("eval", self.eval_dataset)
         if self.rows_are_prepared:
             self.train_dataset = keep_labelled(self.train_dataset, "SFTTrainer: the train dataset", None)
@@ -126,23 +126,23 @@ class SFTTrainer(MicroBatchTrainer):
             logger.warning("%s", notice)
 
     def prepare_rows(self, dataset: Any, name: str, max_length: int | None, prepare: Callable[[], Any]) -> Any:
-        """Prepare as TRL; leave rows without a label out and count them, and refuse a table without any other."""
+        """Prepare as TRL; remove and count rows without a label, and refuse a table without any other."""
         where = f"SFTTrainer: the {name} dataset"
         refuse_empty(where, dataset)
         given = len(dataset) if hasattr(dataset, "__len__") else None
         return keep_labelled(prepare(), where, max_length, given)
 
     def make_train_sampler(self, rows: Any) -> SharedSampler | None:
-        """Return, with several processes, a sampler of the rows that one would take, balanced by tokens."""
+        """Return a sampler for several processes, which balances the rows of a single process by tokens."""
         return None if self._shared_rows is None else self._shared_rows.sampler(rows, padded=not self.padding_free)
 
     def get_train_dataloader(self) -> Any:
-        """Return transformers' loader; the epoch reaches the order of a resumed run's first epoch too."""
+        """Return transformers' loader; the first epoch of a resumed run also gets the order of its epoch."""
         loader = super().get_train_dataloader()
         shard = loader.batch_sampler
         sampler = getattr(shard, "batch_sampler", None)
         if isinstance(sampler, SharedSampler):
-            shard.set_epoch = sampler.set_epoch  # transformers looks for it there when batches were skipped
+            shard.set_epoch = sampler.set_epoch  # transformers calls it there when batches are skipped
         return loader
 
     # -- optimizer and schedule
@@ -152,12 +152,12 @@ class SFTTrainer(MicroBatchTrainer):
         return getattr(self.args, "loraplus_lr_ratio", None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return transformers' optimizer, with B in groups of its own where `loraplus_lr_ratio` is given.
+        """Return transformers' optimizer, with B in separate groups if `loraplus_lr_ratio` is given.
 
-        An optimizer that was given, or that DeepSpeed's configuration has, stays as it is.
+        An optimizer that was given, or that DeepSpeed's configuration has, is not changed.
 
         Raises:
-            ConfigError: The optimizer has not every B in its groups.
+            ConfigError: The optimizer's groups do not contain every B.
         """
         made_here, ratio = self.optimizer is None, self._loraplus_ratio
         optimizer = cast(torch.optim.Optimizer, super().create_optimizer(model))
@@ -169,7 +169,7 @@ class SFTTrainer(MicroBatchTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Return transformers' scheduler; refuse a run that would train nothing, and warn of one with few steps.
+        """Return transformers' scheduler; refuse a run that would not train, and warn of one with few steps.
 
         Raises:
             ConfigError: The learning rate is 0 at every step.
@@ -177,36 +177,36 @@ class SFTTrainer(MicroBatchTrainer):
         if self.lr_scheduler is None and not self.is_deepspeed_enabled:
             names = ("learning_rate", "warmup_steps", "lr_scheduler_kwargs", "lr_scheduler_type")
             check_schedule({name: getattr(self.args, name) for name in names}, num_training_steps, "SFTConfig")
-            if num_training_steps < FEW_STEPS and self.stop is None:  # `philora.train` has said so before the weights
+            if num_training_steps < FEW_STEPS and self.stop is None:  # `philora.train` warns before it loads weights
                 logger.warning(few_steps(num_training_steps))
         return super().create_scheduler(num_training_steps, optimizer)
 
     # -- the training loop
 
     def begin_training(self, checkpoint: str | None) -> None:
-        """Restore what transformers does not of a checkpoint."""
+        """Restore the parts of a checkpoint that transformers does not."""
         super().begin_training(checkpoint)
         self.loop.begin(checkpoint)
 
     def run_epoch(self, start: EpochStart, run: Callable[[], None]) -> None:
-        """Run an epoch from where the checkpoint was."""
+        """Run an epoch from the checkpoint's position."""
         self.loop.run_epoch(start, run)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Return transformers' batches of a step; they are kept until it is taken."""
+        """Return transformers' batches of a step, and keep them until it is taken."""
         samples, items = super().get_batch_samples(*args, **kwargs)
         self.nonfinite.begin_step(samples)
         return samples, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Compute a micro-batch, in however many parts, and note its loss."""
+        """Compute a micro-batch, in as many parts as memory needs, and record its loss."""
         return self.nonfinite.loss_for_log(super().training_step(model, inputs, num_items_in_batch))
 
     def take_gradient_norm(self, norm: Any) -> Any:
-        """Leave a step out that is not finite.
+        """Skip a step that is not finite.
 
         Raises:
-            NonFiniteError: It was one too many in a row.
+            NonFiniteError: Too many steps in a row were not finite.
         """
         return self.nonfinite.check(norm)
 
@@ -215,7 +215,7 @@ class SFTTrainer(MicroBatchTrainer):
         self.loop.end_step(end, log_evaluate_save)
 
     def outcome_matters(self) -> bool:
-        """Return whether something follows this step that its outcome matters to."""
+        """Return whether the outcome of this step is needed now: to log, save, evaluate or stop."""
         control = self.control
         return bool(
             control.should_log
@@ -226,34 +226,34 @@ class SFTTrainer(MicroBatchTrainer):
         )
 
     def run_evaluation(self, at_start: bool, run: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Evaluate; an evaluation that a signal ends is repeated after resuming."""
+        """Evaluate; an evaluation that a signal interrupts is repeated after resuming."""
         return self.loop.run_evaluation(at_start, run)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """Predict as TRL; after a signal the evaluation of a training ends here."""
+        """Predict as TRL; after a signal, end an evaluation during training."""
         if self.stop is not None and self.is_in_train:
             self.stop.check_together()
         return super().prediction_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as transformers, and keep for the log how long it took."""
+        """Evaluate as transformers, and keep the time for the log."""
         began = time.monotonic()
         output = super().evaluation_loop(*args, **kwargs)
         self._evaluated = int(output.num_samples), time.monotonic() - began
         return output
 
     def end_training(self, trial: Any, finish: Callable[[float], Any], start_time: float) -> Any:
-        """End as transformers, over the whole training."""
+        """End as transformers, with the time of the complete training."""
         return self.loop.end_training(trial, finish)
 
     def can_load_best_model(self) -> bool:
-        """Return whether the best checkpoint is whole."""
+        """Return whether the best checkpoint is complete."""
         return self.loop.can_load_best_model()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL, with the number of steps that were left out, once there is one.
+        """Log as TRL, with the number of skipped steps if there are any.
 
-        Durations are measured by a clock that nobody sets, where transformers takes them from the wall clock.
+        Durations are measured by the monotonic clock instead of transformers' wall clock.
         """
         if "loss" in logs and self.nonfinite.watch.total:
             logs["nonfinite_steps"] = self.nonfinite.watch.total
@@ -270,7 +270,7 @@ class SFTTrainer(MicroBatchTrainer):
 
     @property
     def trained_tokens(self) -> int:
-        """Return the tokens that went through training, with those of earlier processes."""
+        """Return the number of tokens of the training, including earlier processes."""
         return int(self.counted_tokens)
 
     # -- weights on disk
@@ -280,15 +280,15 @@ class SFTTrainer(MicroBatchTrainer):
         self.checkpoints.write(model, trial)
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
-        """Write TRL's card only where it is pushed: a folder of checkpoints is no model, and its card names "None"."""
+        """Write TRL's card only if it is pushed: a folder of checkpoints is not a model, and its card names "None"."""
         if self.args.push_to_hub:
             super().create_model_card(*arguments, **options)
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """Gather the weights that processes share, for saving; every process has to call it.
+        """Gather sharded weights for saving; every process has to call this.
 
-        Under ZeRO-3 those that train, whatever `stage3_gather_16bit_weights_on_model_save` is: it stands for the
-        whole model, and an adapter is small. The frozen base is not gathered.
+        Under ZeRO-3 the trained weights are gathered, whatever `stage3_gather_16bit_weights_on_model_save` is, which is
+        about the complete model. The frozen base is not gathered.
 
         Returns:
             Tensors by name, in the first process; with ZeRO-3 None in the others.

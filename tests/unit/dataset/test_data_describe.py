@@ -137,7 +137,7 @@ def test_the_command(tmp_path):
         "train      7 rows, 1 duplicates",
         f"a card number: 1 rows ({file}:3)",
         "1 of 8 records",
-        "the loss is on what stands between >> and <<",
+        "the loss is on the tokens between >> and <<",
     ):
         assert words in shown.output, words
     plain = json.loads(CliRunner().invoke(app, ["data", str(file), "--json"]).output)

@@ -140,12 +140,12 @@ def test_rows_that_were_trained_on_are_named_and_left_out(run, tmp_path, caplog)
     data = write_rows(tmp_path / "mixed.jsonl", [{"messages": held}, {"messages": trained}, chat("New?", "Yes.")])
     result = evaluate(run, data=data, out=tmp_path / "out", **QUICK)
     assert [each["row"] for each in lines(result)] == [1, 3]
-    assert f"rows that stand in the training set are left out: row 2 ('{trained[0]['content']}')" in caplog.text
+    assert f"rows of the training set are left out: row 2 ('{trained[0]['content']}')" in caplog.text
     assert result.results["training_rows_left_out"] == 1
     result = evaluate(run, data=data, out=tmp_path / "out", keep_training_rows=True, **QUICK)
     assert [each.get("in_training", False) for each in lines(result)] == [False, True, False]
     only = write_rows(tmp_path / "only.jsonl", [{"messages": trained}])
-    with pytest.raises(DataError, match=r"rows=0 - expected at least one row that does not stand in the training set"):
+    with pytest.raises(DataError, match=r"rows=0 - expected at least one row that is not in the training set"):
         evaluate(run, data=only, out=tmp_path / "out", **QUICK)
 
 
@@ -178,12 +178,12 @@ def test_an_adapter_alone_needs_rows_and_a_folder(run, tmp_path, caplog):
         (alone / each.name).write_bytes(each.read_bytes())
     with pytest.raises(ConfigError, match=r"out=None - expected a folder for the results.*Give --out DIR"):
         evaluate(alone, base="nano", **QUICK)
-    with pytest.raises(DataError, match=r"data=None - expected rows to judge by.*Give --data FILE"):
+    with pytest.raises(DataError, match=r"data=None - expected rows to score.*Give --data FILE"):
         evaluate(alone, base="nano", out=tmp_path / "out", **QUICK)
     data = write_rows(tmp_path / "rows.jsonl", [chat("New?", "Yes.")])
     result = evaluate(alone, base="nano", data=data, out=tmp_path / "out", **QUICK)
     assert result.results["training_rows_known"] is False
-    assert "whether these rows stand in the training set is not known" in caplog.text
+    assert "whether these rows are in the training set is not known" in caplog.text
     (tmp_path / "out" / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match=r"expected a new or empty folder, or one with an earlier evaluation"):
         evaluate(alone, base="nano", data=data, out=tmp_path / "out", **QUICK)
@@ -220,7 +220,7 @@ def test_a_judge_scores_answers_without_knowing_whose_they_are(run, tmp_path):
         ("pass", RunError, r"judge=0 - expected a score for each of 1 answers\. Without one: 0"),
         ('print(\'{"id": 0, "score": NaN}\')', RunError, r"a finite number"),
         ('print(\'{"id": 7, "score": 1}\')', RunError, r"expected the id of an answer that has no score yet"),
-        ("import sys; sys.exit('no key')", RunError, r"a command that ends with 0, not 1\. It says: no key"),
+        ("import sys; sys.exit('no key')", RunError, r"a command that ends with 0, not 1\. Its output: no key"),
     ],
 )
 def test_a_judge_that_fails_is_told_how(code, error, message):

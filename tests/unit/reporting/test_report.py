@@ -402,7 +402,7 @@ def test_a_run_without_held_out_data(tmp_path):
     page = page_of(make_run(tmp_path, written=written, logged=logged))
     assert "Held-out data" not in page.text
     assert "Answers" not in page.text
-    assert "Not compared with the base Nothing was held out, so there is nothing to judge by." in page.text
+    assert "Not compared with the base No rows were held out, so base and adapter cannot be compared." in page.text
     assert "Training" in page.text
 
 
@@ -463,7 +463,7 @@ def test_an_outcome_for_the_worse_is_said(tmp_path):
 def test_rows_in_train_and_eval_are_a_warning(tmp_path):
     written = results()
     written["data"]["in_both"] = 12
-    assert "12 held-out rows also stand in the training data" in page_of(make_run(tmp_path, written=written)).text
+    assert "12 held-out rows are also in the training data" in page_of(make_run(tmp_path, written=written)).text
 
 
 def test_tokens_of_the_hub_are_not_shown(tmp_path):

@@ -361,9 +361,9 @@ def test_a_failing_answer_is_told_and_the_others_go_on(served, client, voices, m
         return step(adapter, replies)
 
     monkeypatch.setattr(voices, "step", broken)
-    with pytest.raises(openai.InternalServerError, match="error while making this answer"):
+    with pytest.raises(openai.InternalServerError, match="error while computing this answer"):
         ask(client, "green")
-    with pytest.raises(openai.APIError, match="error while making this answer"):
+    with pytest.raises(openai.APIError, match="error while computing this answer"):
         list(ask(client, "green", stream=True))
     assert ask(client).choices[0].message.content == SAYS
 

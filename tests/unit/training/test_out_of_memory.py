@@ -259,7 +259,7 @@ def test_the_end_in_good_order(tokenizer, tmp_path):
             )
         )
     assert "Set gradient_checkpointing: true, lower max_length, or quantise the base" in str(end.value)
-    assert "checkpoint-2 is whole" in str(end.value)
+    assert "checkpoint-2 is complete" in str(end.value)
     assert end.value.exit_code == 1
     assert newest_complete(tmp_path).folder == tmp_path / "checkpoint-2"
     assert memory.seen[-1] > 20

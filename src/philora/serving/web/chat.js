@@ -1,5 +1,5 @@
 "use strict";
-// A client of the endpoint this page comes from. Text of people and models reaches the page by textContent only.
+// A client of the endpoint that serves this page. Text of people and models is set by textContent only.
 
 const $ = (id) => document.getElementById(id);
 const STORE = "philora-chat";
@@ -45,7 +45,7 @@ const say = (text, bad = false) => {
 
 function messages(before, from = 0) {
   const { system, user } = turns[before]; // as they were when it was asked, also for a vote that comes later
-  // An empty one asks for none: without it the server would begin with the system prompt of the training data.
+  // An empty system prompt asks for none: without it the server would add that of the training data.
   const list = system?.trim() ? [{ role: "system", content: system }] : trained ? [{ role: "system", content: "" }] : [];
   for (const turn of turns.slice(from, before)) {
     const answer = turn.answers[turn.chosen];
@@ -110,7 +110,7 @@ async function answer(place, side, view, signal) {
       made.seconds = (performance.now() - begun) / 1000;
       view.update();
     }
-    if (made.finish === null) throw new Error("The answer broke off: the server ended it");
+    if (made.finish === null) throw new Error("The answer is incomplete: the server ended it");
   } catch (error) {
     if (error.name === "AbortError") made.finish = "stopped";
     else made.error = error.message;
@@ -177,7 +177,7 @@ async function vote(place, side, view) {
     chosen_model: turn.answers[side].model,
     rejected_model: turn.answers[other].model,
   }, () => {
-    // What came after was answered to the other one: only the last turn's vote decides how it goes on.
+    // Later turns answer the other text, so only the vote of the last turn decides how the conversation continues.
     turn.preferred = side;
     if (place === turns.length - 1) turn.chosen = side;
     turn.verdict = "better";
@@ -208,7 +208,7 @@ async function store(view, turn, path, body, then) {
   view.update();
 }
 
-// -- what is seen
+// -- display
 
 let views = [];
 
@@ -258,7 +258,7 @@ function show(place) {
   const view = {};
   const sides = turn.answers.map((_, side) => card(place, side, view));
   const again = action("Regenerate", "Answer this message again", () => regenerate(place));
-  const change = action("Edit", "Change this message; what follows is taken back", () => edit(place));
+  const change = action("Edit", "Change this message; the messages after it are removed", () => edit(place));
   const good = action("Both good", "Neither is better: both are good", () => rate(place, true, view));
   const bad = action("Both bad", "Neither is better: both are bad", () => rate(place, false, view));
   foot.append(good, bad, again, change);
@@ -379,7 +379,7 @@ function grow() {
   $("text").style.height = `${$("text").scrollHeight + 2}px`;
 }
 
-// -- what the browser keeps
+// -- the browser's storage
 
 function keep() {
   const values = Object.fromEntries(FIELDS.map((name) => [name, $(name).value]));
@@ -388,7 +388,7 @@ function keep() {
   try {
     localStorage.setItem(STORE, JSON.stringify(state));
   } catch {
-    say("The browser's storage is full: this conversation is not kept", true);
+    say("The browser's storage is full: this conversation is not saved", true);
   }
 }
 
@@ -439,7 +439,7 @@ async function begin() {
   base = models.find((each) => !each.parent)?.id ?? "";
   trained = models.find((each) => each.system)?.system ?? "";
   $("system").value = trained;
-  if (trained) say("The conversation begins with the system prompt of the training data (Settings)");
+  if (trained) say("The conversation starts with the system prompt of the training data (Settings)");
   restore(names);
   columns();
   showSystem();

@@ -1,6 +1,6 @@
 "use strict";
-// Markdown of a model's answer as elements of the page. Every text goes in by textContent: nothing that a model writes
-// is parsed as HTML, and only links with http or https become links.
+// Turn the Markdown of a model's answer into elements. All text is set by textContent, so nothing that a model writes is
+// parsed as HTML. Only http and https links become links.
 
 const LIMIT = 20000; // characters that are laid out; a longer answer stays plain text, since the patterns take the square of the time
 
