@@ -228,7 +228,7 @@ def test_a_complete_run_without_checkpoints_is_not_trained_again(model, whole, t
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
     before = content(folder)
     given = short(model, folder)
-    with pytest.raises(ConfigError, match="this one has its adapter, and no checkpoints"):
+    with pytest.raises(ConfigError, match="this one has an adapter and no checkpoints"):
         philora.train(given, resume="force")
     with pytest.raises(ConfigError, match=r"holds another run. Open it with philora.load\(.*, or give another"):
         philora.train(given)
@@ -245,7 +245,7 @@ def test_what_was_passed_over_stays(model, whole, tmp_path, caplog):
     aside = folder / "checkpoints" / "passed-over-checkpoint-3"
     assert content(aside) == before
     assert [each.name for each in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
-    assert "passed-over-checkpoint-3; delete it when" in caplog.text
+    assert "passed-over-checkpoint-3; delete it if" in caplog.text
 
 
 def test_what_cannot_be_read_is_passed_over(tmp_path, monkeypatch):

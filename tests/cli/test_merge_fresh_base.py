@@ -64,7 +64,7 @@ def test_the_loss_of_both_bases(run, tmp_path, cli):
     done = cli("merge", run, "--out", tmp_path / "fresh", "--fresh-base")
     assert done.code == 0, done.err
     rows = rows_of(run)
-    assert f"loss on {len(rows)} rows that were not trained on, with the adapter:" in done.out
+    assert f"loss with the adapter on {len(rows)} rows that were not trained on:" in done.out
     cli("merge", run, "--out", tmp_path / "dequantised", "--no-verify")
     wanted = loss_of(tmp_path / "dequantised", rows), loss_of(tmp_path / "fresh", rows)
     got = shown(done.out)
@@ -88,7 +88,7 @@ def test_rows_of_ones_own_and_none(run, tmp_path, cli, jsonl):
     try:
         alone = cli("merge", adapter, "--out", tmp_path / "alone", "--fresh-base", "--no-verify", "--base", "nano")
         assert alone.code == 0, alone.err
-        assert "needs rows that were not trained on: --data FILE gives them" in alone.err
+        assert "needs rows that were not trained on: give them by --data FILE" in alone.err
         assert "loss on" not in alone.out
         # without the run's configuration the record beside the adapter says how the base was quantised
         options = ("--fresh-base", "--no-verify", "--base", "nano", "--data", data)

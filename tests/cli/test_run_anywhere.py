@@ -290,7 +290,7 @@ def test_a_second_stage_shows_base_start_and_result(cli, project, monkeypatch):
     loss = next(line for line in done.out.splitlines() if line.strip().startswith("Loss"))
     shown = [f"{results[each]['loss']:.3f}" for each in ("before", "start", "after")]
     assert loss.split()[1:4] == shown
-    assert "worse than the adapter that the run began with: Loss" in done.err + done.out
+    assert "worse than the adapter that the run started from: Loss" in done.err + done.out
     page = (project / "runs" / "second" / "report.html").read_text()
     assert "Change from start" in page
     card = (project / "runs" / "second" / "adapter" / "README.md").read_text()

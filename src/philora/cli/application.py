@@ -22,7 +22,7 @@ GROUP_USE = "Chat and serve"
 GROUP_SHARE = "Merge, export and publish"
 GROUP_HELP = "Help"
 GROUPS = (GROUP_DATA, GROUP_RUN, GROUP_USE, GROUP_SHARE, GROUP_HELP)
-"""The groups of commands in the order of the help."""
+"""The groups of commands, in the order of the help."""
 
 app = typer.Typer(
     name="philora",
@@ -38,7 +38,7 @@ err = display.SafeConsole(stderr=True, soft_wrap=True)
 
 
 def _complete_setting(incomplete: str) -> list[str]:
-    """Return the settings that a word of the shell may become: those of philora, TRL and PEFT, by their source."""
+    """Complete a word in the shell to settings of philora, TRL and PEFT."""
     from philora.configuration import schema
     from philora.configuration.fields import FIELDS
 
@@ -48,7 +48,7 @@ def _complete_setting(incomplete: str) -> list[str]:
 
 
 def _complete_run(incomplete: str) -> list[str]:
-    """Return the run folders that a word of the shell may become, and the folders on the way to them."""
+    """Complete a word in the shell to run folders, and to folders on the path to them."""
     start = Path(incomplete)
     around, beginning = (start, "") if incomplete.endswith("/") or not incomplete else (start.parent, start.name)
     folders = [file for file in sorted(around.glob("*")) if file.is_dir() and file.name.startswith(beginning)]
@@ -187,7 +187,7 @@ TargetsFlag = Annotated[
 ]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Show only warnings and errors.")]
 
-# For completion, which must not load torch; `philora.exporting` has the same words.
+# For completion, which must not load torch; `philora.exporting` has the same values.
 FORMATS = ("peft", "loralib", "gguf", "ollama")
 LAYOUTS = ("server", "fused", "slices", "merged", "adapter", "base+adapter")
 FILE_TYPES = ("f16", "q8_0", "f32")
@@ -250,30 +250,30 @@ def print_json(data: dict[str, Any]) -> None:
 
 
 def plain_values(value: Any) -> Any:
-    """Return a result as values that JSON has."""
+    """Return a result as values for JSON."""
     if hasattr(value, "_asdict"):
         return {key: plain_values(item) for key, item in value._asdict().items()}
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def set_up_logging(level: str) -> None:
-    """Show philora's log lines from `level` on, and keep the libraries' chatter off the terminal."""
+    """Show philora's log lines from `level` on, and hide those of the libraries."""
 
     lines = display.log_lines(err, level)
-    if not processes.is_main():  # what the first process says, it says for all
+    if not processes.is_main():  # the first process warns for all
         warnings.simplefilter("ignore")
     root = logging.getLogger(display.ROOT)
     root.handlers[:] = [lines]
     root.propagate = False
     root.setLevel(min(logging.INFO, lines.level))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks of optional kernels on import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # logs about optional kernels on import
     display.ignore_future_warnings()
     if not (err.is_terminal and processes.is_main()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def quiet_transformers() -> None:
-    """Keep the tokenizer's words about refused prompts away, and bars of loading from what is no terminal."""
+    """Hide the tokenizer's messages about refused prompts, and loading bars where there is no terminal."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

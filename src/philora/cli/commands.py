@@ -1,8 +1,8 @@
-"""The command line: all commands, and the only module that exits.
+"""Run the command line: all commands, and the handling of their errors.
 
-Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 a run was stopped by a signal, has saved what it
-had done and names the command that resumes it; 130 (Ctrl-C) and 143 (SIGTERM) where nothing is saved to resume from.
-With --json standard output holds one JSON document.
+Exit codes: 0 done; 1 a run failed; 2 usage, configuration or data; 3 a run was stopped by a signal after it had saved a
+checkpoint, and names the command that resumes it; 130 (Ctrl-C) and 143 (SIGTERM) if nothing was saved to resume from.
+With --json standard output is one JSON document.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from philora.errors import PhiloraError
 from philora.runtime import process_state, processes
 
 MODULES = (data_commands, run_commands, use_commands, model_commands, help_commands)
-"""Their import adds their commands to the application."""
+"""Importing these modules adds their commands to the application."""
 
 app.registered_commands.sort(key=lambda command: GROUPS.index(str(command.rich_help_panel)))
 
 
 def _arguments(arguments: list[str]) -> list[str]:
-    """Let `--resume` stand without a value."""
+    """Allow `--resume` without a value."""
     return ["--resume=yes" if argument == "--resume" else argument for argument in arguments]
 
 
 def main() -> None:
     """Run the command line; each philora error becomes one readable message and its exit code."""
-    # Read by GNU's OpenMP when torch loads it: by default its threads spin for long while they wait for each other,
-    # which makes a run more than ten times slower as soon as anything else uses a core.
+    # GNU's OpenMP reads it when torch loads. By default its threads spin for a long time while they wait, which makes a
+    # run more than ten times slower as soon as another process uses a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         with process_state.run():
-            if app(args=_arguments(sys.argv[1:]), standalone_mode=False) == 130:  # what typer makes of Ctrl-C
+            if app(args=_arguments(sys.argv[1:]), standalone_mode=False) == 130:  # typer returns it after Ctrl-C
                 raise KeyboardInterrupt
     except PhiloraError as error:
         _fail(str(error), error.exit_code, error)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _fail(text: str, code: int, error: Any) -> None:
-    """One message, whatever the number of processes, and the exit code of what went wrong first."""
+    """Print one message for all processes, and exit with the code of the first error."""
     with processes.last_word(text, code, error) as (speaks, code):
         if speaks and error is not None and os.environ.get("PHILORA_DEBUG"):
             err.print_exception()

@@ -1,4 +1,4 @@
-"""`philora doctor`: what of philora's surroundings works on this machine, what does not, and what to do."""
+"""Check what philora needs on this machine and what to do about faults, for `philora doctor`."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ OPTIONAL = {
     "triton": "kernels on a GPU: pip install 'philora[gpu]'",
 }
 LITTLE_SPACE_BYTES = 20_000_000_000
-"""The files of a model with 3.8 G parameters, its cache and a run."""
+"""Space for a model with 3.8 G parameters, its cache and a run."""
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: What.
-        status: `ok`, `note` (philora works without it, or less well) or `fault`.
+        name: What was checked.
+        status: `ok`, `note` (philora works without it, or less well) or `fault` (it does not work).
         value: What was found.
-        todo: What to do; empty where nothing is to be done.
+        todo: What to do; empty if nothing.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Look at Python, the packages, the device, the compilers, the caches, the disk and the Hub."""
+    """Check Python, the packages, the device, the compilers, the caches, the disk and the Hub."""
     python = f"{platform.python_version()}, {sys.executable}, {platform.platform()}"
     found = [Finding("philora", "ok", __version__), Finding("Python", "ok", python)]
     found += packages()
@@ -71,7 +71,7 @@ def examine() -> list[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Yield each package with its version: those that philora needs, then those that add something."""
+    """Yield the packages with their versions: required ones, then optional ones."""
     for name in NEEDED:
         there = _version(name)
         yield Finding(name, "ok" if there else "fault", there or "missing", "" if there else f"pip install {name}")
@@ -88,11 +88,11 @@ def _version(name: str) -> str | None:
 
 
 def device(facts: DeviceFacts, cuda: str | None, fast_bf16: bool) -> list[Finding]:
-    """Say what runs compute on, by its facts.
+    """Describe the device of runs by its facts.
 
     Args:
         facts: The device.
-        cuda: The version of CUDA that PyTorch was built for.
+        cuda: The CUDA version that PyTorch was built for.
         fast_bf16: Whether bf16 products are computed in hardware.
     """
     capability = "" if facts.capability is None else f", compute capability {'.'.join(map(str, facts.capability))}"
@@ -105,13 +105,13 @@ def device(facts: DeviceFacts, cuda: str | None, fast_bf16: bool) -> list[Findin
 
 
 def compilers() -> Finding:
-    """Say whether philora's functions for the CPU are compiled here."""
+    """Check whether philora's functions for the CPU are compiled here."""
     todo = "" if native.available() else "Install gcc with OpenMP; without it PyTorch computes, more slowly"
     return Finding("compiler", "note" if todo else "ok", native.describe(), todo)
 
 
 def places() -> Iterator[Finding]:
-    """Yield the folders that are written to: whether they can be, and the space that is free there."""
+    """Yield the folders that philora writes to: whether they can be written, and their free space."""
     folders = {
         "cache": Path(os.environ.get("PHILORA_CACHE") or user_cache()),
         "Hub's cache": Path(constants.HF_HUB_CACHE),
@@ -120,7 +120,7 @@ def places() -> Iterator[Finding]:
     for name, folder in folders.items():
         refused = checkpoint.unwritable(folder)
         if refused is not None:
-            yield Finding(name, "fault", f"{folder}: {refused}", "Give yourself the right to write there")
+            yield Finding(name, "fault", f"{folder}: {refused}", "Change its permissions so that you can write to it")
             continue
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(there).free
@@ -129,12 +129,12 @@ def places() -> Iterator[Finding]:
 
 
 def the_hub(offline: bool, reached: bool, token: bool) -> Finding:
-    """Say whether models can be downloaded.
+    """Check whether models can be downloaded.
 
     Args:
-        offline: Whether the environment forbids it.
-        reached: Whether the Hub's name leads anywhere.
-        token: Whether there is a token for it.
+        offline: Whether the environment forbids downloads.
+        reached: Whether the Hub's host name can be resolved.
+        token: Whether there is a token for the Hub.
     """
     if offline:
         return Finding("Hub", "note", "HF_HUB_OFFLINE is set: models come from the cache alone", "Unset it to download")

@@ -1,4 +1,4 @@
-"""Commands that look around: doctor, explain."""
+"""Define the commands for help: doctor, explain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that take an adapter elsewhere: merge, export, push."""
+"""Define the commands that merge, export and publish an adapter: merge, export, push."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def merge(
         from philora.errors import ConfigError, fault
 
         todo = "philora evaluate RUN --data FILE scores an adapter as it is"
-        raise ConfigError(fault("merge", "data", data, "--fresh-base beside it, whose loss it is for", todo))
+        raise ConfigError(fault("merge", "data", data, "--fresh-base too, because its loss is measured on it", todo))
     if fresh_base:
         from philora.evaluation.fresh_base import merge_into_fresh_base
 
@@ -73,7 +73,7 @@ def merge(
     out.print(f"{result.folder}: {result.shards} file(s), {result.bytes / 1e9:.2f} GB", highlight=False)
     out.print(str(result.agreement) if result.agreement else "not verified", highlight=False)
     if scores is not None:
-        out.print(f"loss on {scores.rows:,} rows that were not trained on, with the adapter:", highlight=False)
+        out.print(f"loss with the adapter on {scores.rows:,} rows that were not trained on:", highlight=False)
         for name, item in (("dequantised base", scores.trained_over), ("fresh base (this folder)", scores.fresh)):
             accuracy = f"token accuracy {100 * item.token_accuracy:.1f}%"
             out.print(f"  {name:<25} {item.loss:.4f}, {accuracy}", highlight=False)
@@ -125,7 +125,7 @@ def export(
     out.print(f"{result.folder}: {format}, verified", highlight=False)
     out.print(str(result.agreement), highlight=False)
     if format in ("gguf", "ollama"):
-        missing = "llama.cpp: not tried, it is not installed (pip install llama-cpp-python builds it)"
+        missing = "llama.cpp: not checked, because it is not installed (pip install llama-cpp-python)"
         failed = result.reader_failure and f"unverified by llama.cpp: {result.reader_failure}"
         out.print(str(result.reader or failed or missing), highlight=False)
 

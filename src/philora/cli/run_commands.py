@@ -1,4 +1,4 @@
-"""Commands that train and judge: demo, train, evaluate, report, runs."""
+"""Define the commands that train and evaluate: demo, train, evaluate, report, runs."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def show_runs(
 
 
 def train_run(source: str, overrides: list[str], resume: bool | str, as_json: bool, quiet: bool = False) -> None:
-    """Train as a configuration or data says, and show how it goes."""
+    """Train with a configuration or on data alone, and show the progress."""
     from philora.configuration.config import load_config
 
     set_up_logging("info")
@@ -261,7 +261,7 @@ def train_run(source: str, overrides: list[str], resume: bool | str, as_json: bo
         logging.getLogger("philora.run").info("%s", item)
     command = shlex.join(processes.command(sys.argv[1:]))
     if source == "demo":
-        command = shlex.join(processes.command(["train", "demo", *overrides]))  # in the folder that `demo` found
+        command = shlex.join(processes.command(["train", "demo", *overrides]))  # with the folder chosen by `demo`
     with (
         StopOnSignal("while loading", command),
         err.status("loading") if processes.is_main() else contextlib.nullcontext(),

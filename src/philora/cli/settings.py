@@ -1,4 +1,4 @@
-"""Turn options of a command that are settings into overrides of the configuration."""
+"""Turn command options that are settings into overrides of the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from philora.interface.choices import SETTINGS
 
 
 def flag_overrides(context: typer.Context) -> list[str]:
-    """Return the options that are settings, as overrides."""
+    """Return the given options that are settings, as overrides."""
     given = []
     for name, key in SETTINGS.items():
         value = context.params[name]
@@ -20,6 +20,6 @@ def flag_overrides(context: typer.Context) -> list[str]:
         if name == "target_modules" and "," in value:
             value = json.dumps([part.strip() for part in value.split(",")])
         elif name in ("model", "output") or (name == "evaluation" and Path(value).expanduser().exists()):
-            value = json.dumps(value, ensure_ascii=False)  # text, whatever YAML would read in it
+            value = json.dumps(value, ensure_ascii=False)  # always text, even if YAML would read a number
         given.append(f"{key}={value}")
     return given

@@ -1,7 +1,7 @@
-"""Find which entry of the troubleshooting page speaks of an error, and the text of that entry.
+"""Find the entry of the troubleshooting page for an error, and its text.
 
-The page is the index: below each heading a `text` block quotes the messages that belong to it, with `…` for what
-varies. It is a part of the wheel, so that `philora explain` works without a network.
+Below each heading of the page a `text` block quotes the messages of the entry, with `…` for the parts that vary. The
+page is part of the wheel, so that `philora explain` works offline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MESSAGES = re.compile(r"\n```text\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 
 
 class Entry(NamedTuple):
-    """One entry of the page: its anchor, its title, the messages it quotes, and what it says."""
+    """One entry of the page: its anchor, its title, the messages it quotes, and its text."""
 
     name: str
     title: str
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """All entries, in the order of the page."""
+    """Return all entries in the order of the page."""
     packaged = resources.files("philora") / "troubleshooting.md"
     page = packaged if packaged.is_file() else Path(__file__).parents[3] / "docs" / "troubleshooting.md"  # a checkout
     text = page.read_text(encoding="utf-8")
@@ -49,11 +49,11 @@ def entries() -> tuple[Entry, ...]:
 
 
 def entry_of(message: str) -> Entry | None:
-    """The entry whose quoted message fits best, that is with the most words of its own.
+    """Return the entry whose quoted message fits best, which is the one with the longest fixed text.
 
     Args:
-        message: As it is printed. Of several faults the first counts. An error that is not philora's begins with the
-            name of its class, as Python prints it.
+        message: The message as printed; the first of several faults counts. An error that is not philora's starts with
+            the name of its class, as Python prints it.
     """
     lines = message.strip().splitlines() or [""]
     first = lines[1] if re.fullmatch(r"\d+ faults:", lines[0]) and len(lines) > 1 else lines[0]
@@ -68,7 +68,7 @@ def entry_of(message: str) -> Entry | None:
 
 
 def entry_named(name: str) -> Entry:
-    """The entry of that name.
+    """Return the entry with a name.
 
     Raises:
         ConfigError: There is none.

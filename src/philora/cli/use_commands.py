@@ -1,9 +1,10 @@
-"""Commands that answer: generate, chat, serve."""
+"""Define the commands that answer: generate, chat, serve."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 PRODUCTS_KEPT = 256
-"""A server's prompts have every length, and oneDNN and PyTorch keep compiled code for each: 1,024 by default."""
+"""oneDNN and PyTorch keep compiled code for every length of prompt, by default for 1,024 of them."""
 
 
 @app.command(
@@ -171,9 +172,10 @@ def chat(
         from philora.generation.conversation import chat_settings, load_pool, name_of
 
         quiet_transformers()
-        settings = chat_settings(max_new_tokens, temperature, top_p, top_k, _seed_or_random(seed), stop or ())
+        seed = secrets.randbits(31) if seed is None else seed
+        settings = chat_settings(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
         name = name_of(source)
-    pool = load_pool({name: source}, base)  # on a terminal the bars of transformers and the Hub show how far it is
+    pool = load_pool({name: source}, base)  # on a terminal the bars of transformers and the Hub show the progress
     pool.control_tokens = control_tokens
     _talk(pool, settings, name, system)
 
@@ -213,18 +215,11 @@ def serve(
 
 
 def votes_folder(source: str) -> Path:
-    """Return where votes go by default: the run folder, also where its adapter or a checkpoint was named."""
+    """Return the default folder of votes: the run folder, also if its adapter or a checkpoint was named."""
     from philora.models.run_folder import run_of
 
     folder = Path(source).expanduser()
     return run_of(folder) or (folder if folder.is_dir() else Path())
-
-
-def _seed_or_random(given: int | None) -> int:
-    """Return a seed: the one that was given, or a random one."""
-    import secrets
-
-    return secrets.randbits(31) if given is None else given
 
 
 def _serve(
@@ -280,8 +275,8 @@ def _serve(
     out.print(f"models: {', '.join((*pool.adapters, pool.base))}", highlight=False)
     for adapter, trained in pool.systems.items():
         out.print(f"{adapter}: {trained}, where a request has none of its own", highlight=False)
-    out.print(f"API:    {address}/v1\nCtrl-C ends it", highlight=False)
-    with contextlib.suppress(KeyboardInterrupt):  # as it was told to end; uvicorn raises it again when it has ended
+    out.print(f"API:    {address}/v1\nCtrl-C stops the server", highlight=False)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped
         connections.run(app, scheduler, bound)
 
 

@@ -180,7 +180,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 NO_LORA = r"peft_config is not given\. Without one a script of TRL or transformers trains every weight of the model"
 SLICES = (
     r"q_proj, k_proj, v_proj, .*are slices of .*qkv_proj.*: 29,884,416 parameters train\. "
-    r"PEFT by itself would silently adapt .*(o_proj and down_proj|down_proj and o_proj) only: 8,912,896\."
+    r"PEFT alone would silently adapt .*(o_proj and down_proj|down_proj and o_proj) only: 8,912,896\."
 )
 END_AS_TEXT = r"rows end in the number of a stop token, written as text: the model would learn to write digits"
 TURNS_AS_TEXT = r"32 rows are plain text"

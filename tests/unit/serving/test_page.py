@@ -93,7 +93,7 @@ def test_a_vote_holds_the_system_prompt_that_was_answered_to(page, votes):
 def test_an_answer_that_breaks_off_is_said(page):
     start = json.dumps({"choices": [{"index": 0, "delta": {"content": "I am"}, "finish_reason": None}]})
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=f"data: {start}\n\n"))
-    assert ask(page, "Who are you?") == ["The answer broke off: the server ended it"] * 2
+    assert ask(page, "Who are you?") == ["The answer is incomplete: the server ended it"] * 2
 
 
 def test_the_text_comes_in_pieces_and_can_be_stopped(page, served):

@@ -485,7 +485,7 @@ def test_a_vote_that_is_none(served, votes, change, code):
 def test_a_port_in_use_and_an_address_that_is_none():
     with connections.listen("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"server: address='127.0.0.1:{port}' - .* port that is free.*in use"):
+        with pytest.raises(ConfigError, match=rf"server: address='127.0.0.1:{port}' - .* free port.*in use"):
             connections.listen("127.0.0.1", port)
     with pytest.raises(ConfigError, match="expected an address of this machine"):
         connections.listen("203.0.113.1", 0)
@@ -869,7 +869,7 @@ def test_a_vote_that_cannot_be_stored_is_said(voices):
 def test_votes_that_cannot_be_written_are_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "votes.jsonl"):
-        with pytest.raises(ConfigError, match=r"chat: votes=.* - expected a file that lines can be added to"):
+        with pytest.raises(ConfigError, match=r"chat: votes=.* - expected a file that lines can be appended to"):
             vote_files.check_votes(path)
     vote_files.check_votes(tmp_path / "new" / "votes.jsonl")
     assert not (tmp_path / "new" / "votes.jsonl").exists()
