@@ -448,7 +448,7 @@ def dangling(path):
     ("change", "error", "text"),
     [
         (lambda s, m, t: s["model"].update(name_or_path=model_without(m, t / "m", Path.unlink)), ModelError,
-         r"model: name_or_path=.* - expected a model with its weights: model.safetensors, or .* Copy the complete model"),
+         r"model: name_or_path=.* - expected a model with its weights: model.safetensors.* Copy the complete model"),
         (lambda s, m, t: s["model"].update(name_or_path=model_without(m, t / "m", cut)), ModelError,
          r"model.safetensors: content=.* - expected a complete safetensors file. Copy the model again"),
         (lambda s, m, t: s["training_config"].update(optim="galore_adamw", optim_target_modules="all-linear"),
