@@ -396,9 +396,7 @@ def test_a_run_that_cannot_push_does_not_begin(hub, tmp_path, monkeypatch):
 def test_a_run_whose_push_fails_is_whole(hub, tmp_path, monkeypatch):
     hub.refuse = ("/commit/", 500, "down")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    with pytest.raises(
-        RunError, match=r"complete in .*my-run; push it with: philora push .*my-run me/my-run"
-    ):
+    with pytest.raises(RunError, match=r"complete in .*my-run; push it with: philora push .*my-run me/my-run"):
         philora.train(settings_of(tmp_path))
     assert (tmp_path / "my-run" / "results.json").is_file()
     hub.refuse = None
