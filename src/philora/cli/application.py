@@ -65,9 +65,33 @@ def closing(page: str, example: str) -> str:
     return f"Example: {example}\n\nMore: docs/{page}"
 
 
-def _setting(flag: str, metavar: str, help: str) -> Any:
+# Stated defaults are those of `configuration.fields`; a test compares them.
+_SETTINGS = {
+    "--model": ("<model>", "Base model: a hub id, a folder, or a short name such as phi-3-mini. Default: nano, the "
+                "bundled toy; for data alone, a Phi model that fits this machine."),
+    "--eval": ("<data|share>", "Held-out data: a file, a number of rows, or a share of the training data. Default: "
+               "0.05; 0.1 of data alone with fewer than 1,000 records."),
+    "--out": ("<folder>", "Run folder. Default: runs/NAME, after the name of the configuration or data."),
+    "--epochs": ("<number>", "Passes over the training data. Default: 3."),
+    "--learning-rate": ("<number>", "Peak learning rate, such as 1e-4. Default: auto, which is 2e-4 * 3072 / the "
+                        "model's hidden size."),
+    "--batch-size": ("<rows>", "Rows of a micro-batch on each device. Default: auto, as many as the memory estimate "
+                     "allows."),
+    "--max-length": ("<tokens>", "Longest row, in tokens. Default: 2048."),
+    "--seed": ("<number>", "Seed of the held-out split, the order of the data, dropout and the adapter's initial "
+               "weights. Default: 42."),
+    "--rank": ("<number>", "Rank of the adapter's matrices. Default: 16."),
+    "--alpha": ("<number>", "Scale of the adapter: its update is multiplied by alpha / rank. Default: 32."),
+    "--dropout": ("<share>", "Dropout on the adapter's input: the share of values set to zero. Default: 0.05."),
+    "--target-modules": ("<names>", "Linear layers to adapt, separated by commas, such as q_proj,v_proj. Default: "
+                         "all-linear, which is all."),
+}  # fmt: skip
+
+
+def _setting(flag: str) -> Any:
     """Return an option that is a setting of the configuration, which checks its value."""
-    return typer.Option(flag, help=help, metavar=metavar, show_default=False, rich_help_panel="Settings")
+    metavar, text = _SETTINGS[flag]
+    return typer.Option(flag, help=text, metavar=metavar, show_default=False, rich_help_panel="Settings")
 
 
 ConfigArgument = Annotated[
@@ -115,76 +139,18 @@ Overrides = Annotated[
         autocompletion=_complete_setting,
     ),
 ]
-# Where a default is given here it is that of `configuration.fields`; a test compares them.
-ModelFlag = Annotated[
-    str | None,
-    _setting(
-        "--model",
-        "<model>",
-        "Base model: a hub id, a folder, or a short name such as phi-3-mini. "
-        "Default: nano, the bundled toy; for data alone, a Phi model that fits this machine.",
-    ),
-]
-EvalFlag = Annotated[
-    str | None,
-    _setting(
-        "--eval",
-        "<data|share>",
-        "Held-out data: a file, a number of rows, or a share of the training data. Default: 0.05; "
-        "0.1 of data alone with fewer than 1,000 records.",
-    ),
-]
-OutFlag = Annotated[
-    str | None,
-    _setting("--out", "<folder>", "Run folder. Default: runs/NAME, after the name of the configuration or data."),
-]
-EpochsFlag = Annotated[str | None, _setting("--epochs", "<number>", "Passes over the training data. Default: 3.")]
-LearningRateFlag = Annotated[
-    str | None,
-    _setting(
-        "--learning-rate",
-        "<number>",
-        "Peak learning rate, such as 1e-4. Default: auto, which is 2e-4 * 3072 / the model's hidden size.",
-    ),
-]
-BatchSizeFlag = Annotated[
-    str | None,
-    _setting(
-        "--batch-size",
-        "<rows>",
-        "Rows of a micro-batch on each device. Default: auto, as many as the memory estimate allows.",
-    ),
-]
-MaxLengthFlag = Annotated[str | None, _setting("--max-length", "<tokens>", "Longest row, in tokens. Default: 2048.")]
-SeedFlag = Annotated[
-    str | None,
-    _setting(
-        "--seed",
-        "<number>",
-        "Seed of the held-out split, the order of the data, dropout and the adapter's initial weights. Default: 42.",
-    ),
-]
-RankFlag = Annotated[str | None, _setting("--rank", "<number>", "Rank of the adapter's matrices. Default: 16.")]
-AlphaFlag = Annotated[
-    str | None,
-    _setting("--alpha", "<number>", "Scale of the adapter: its update is multiplied by alpha / rank. Default: 32."),
-]
-DropoutFlag = Annotated[
-    str | None,
-    _setting(
-        "--dropout",
-        "<share>",
-        "Dropout on the adapter's input: the share of values that are set to zero. Default: 0.05.",
-    ),
-]
-TargetsFlag = Annotated[
-    str | None,
-    _setting(
-        "--target-modules",
-        "<names>",
-        "Linear layers to adapt, separated by commas, such as q_proj,v_proj. Default: all-linear, which is all.",
-    ),
-]
+ModelFlag = Annotated[str | None, _setting("--model")]
+EvalFlag = Annotated[str | None, _setting("--eval")]
+OutFlag = Annotated[str | None, _setting("--out")]
+EpochsFlag = Annotated[str | None, _setting("--epochs")]
+LearningRateFlag = Annotated[str | None, _setting("--learning-rate")]
+BatchSizeFlag = Annotated[str | None, _setting("--batch-size")]
+MaxLengthFlag = Annotated[str | None, _setting("--max-length")]
+SeedFlag = Annotated[str | None, _setting("--seed")]
+RankFlag = Annotated[str | None, _setting("--rank")]
+AlphaFlag = Annotated[str | None, _setting("--alpha")]
+DropoutFlag = Annotated[str | None, _setting("--dropout")]
+TargetsFlag = Annotated[str | None, _setting("--target-modules")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Show only warnings and errors.")]
 
 # For completion, which must not load torch; `philora.exporting` has the same values.
@@ -202,14 +168,14 @@ TemperatureOption = Annotated[
 TopPOption = Annotated[
     float | None,
     typer.Option(
-        help="With --sample: draw from the likeliest tokens with this probability together, in (0, 1]. "
-        "Default: the model's own."
+        help="Sample from the likeliest tokens that together have this probability. Default: the model's own."
     ),
 ]
 TopKOption = Annotated[
-    int | None,
-    typer.Option(help="With --sample: draw from this many of the likeliest tokens. Default: the model's own."),
+    int | None, typer.Option(help="Sample from this many of the likeliest tokens. Default: the model's own.")
 ]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Length limit of an answer, in tokens.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. May be repeated. Default: none.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of --sample.")]
 ControlTokensOption = Annotated[
     bool,

@@ -20,9 +20,11 @@ from philora.cli.application import (
     ControlTokensOption,
     HostOption,
     KeyOption,
+    MaxNewTokensOption,
     PortOption,
     SampleOption,
     SeedOption,
+    StopOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
@@ -65,11 +67,9 @@ def generate_answers(
     output: Annotated[str | None, typer.Option("--out", help="JSONL file to write. Default: standard output.")] = None,
     base: BaseOption = None,
     adapter: Annotated[bool, typer.Option(help="Answer with the adapter, or with the base alone.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer, in tokens.")] = 256,
+    max_new_tokens: MaxNewTokensOption = 256,
     batch_size: Annotated[int, typer.Option(help="Number of answers generated at a time.")] = 16,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends an answer. May be repeated. Default: none.")
-    ] = None,
+    stop: StopOption = None,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -89,17 +89,8 @@ def generate_answers(
     asked: Any = prompts if prompts is not None else [[{"role": "user", "content": turn}] for turn in prompt or ()]
     if prompts == "-":
         asked = prompts_of_lines(sys.stdin.buffer.read(), "standard input")
-    settings = GenerationSettings(
-        max_new_tokens,
-        batch_size,
-        sample,
-        temperature,
-        top_p,
-        top_k,
-        seed,
-        stop_strings=tuple(stop or ()),
-        control_tokens=control_tokens,
-    )
+    drawn = (sample, temperature, top_p, top_k, seed)
+    settings = GenerationSettings(max_new_tokens, batch_size, *drawn, tuple(stop or ()), control_tokens)
     with evaluation_shown(err):
         lines = answer_file(source, asked, settings, base=base, adapter=adapter, out=output)
     if output is None:
@@ -119,27 +110,14 @@ def chat(
             help="System prompt; -: none. Default: that of the training data, where nearly all of it has the same.",
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Length limit of an answer, in tokens.")
-    ] = 256,
+    max_new_tokens: MaxNewTokensOption = 256,
     temperature: Annotated[
         float, typer.Option("--temperature", help="Temperature of sampling. 0: always take the likeliest token.")
     ] = 0.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p",
-            help="Draw from the likeliest tokens with this probability together, in (0, 1]. Default: the model's own.",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option("--top-k", help="Draw from this many of the likeliest tokens. Default: the model's own."),
-    ] = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of sampling. Default: a new one each time.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Text that ends an answer. May be repeated. Default: none.")
-    ] = None,
+    stop: StopOption = None,
     web: Annotated[
         bool,
         typer.Option(
