@@ -148,8 +148,8 @@ _LIBRARY_FIELDS: Final = (
         "training_config.gradient_checkpointing",
         "auto",
         union(FLAG, exactly("elementwise"), AUTO),
-        "activations computed again in backward to save memory: none (false), the outputs of RMSNorm and SwiGLU "
-        "(elementwise), whole layers (true); auto: the least that the memory estimate asks for",
+        "activations recomputed in backward to save memory: none (false), the outputs of RMSNorm and SwiGLU "
+        "(elementwise), complete layers (true); auto: the least that the memory estimate needs",
     ),
     Field(
         "training_config.gradient_checkpointing_kwargs",
@@ -161,7 +161,7 @@ _LIBRARY_FIELDS: Final = (
         "training_config.bf16",
         "auto",
         union(FLAG, AUTO, NULL),
-        "bfloat16 autocast; auto: only where bf16 weights meet whole modules that train (modules_to_save)",
+        "bfloat16 autocast; auto: only for a bf16 model with fully trained modules (modules_to_save)",
     ),
     Field("training_config.max_length", 2048, union(number(least=8, whole=True), NULL), "row length in tokens"),
     Field("training_config.packing", True, FLAG, "pack several examples into a row, isolated from each other"),

@@ -281,7 +281,7 @@ def load(folder: str | Path, *, base: str | None = None) -> Run:
 
     Args:
         folder: The run folder, or the adapter in it.
-        base: Folder or hub id of the base; default: where the run says it is.
+        base: Folder or hub id of the base; default: as the run records it.
 
     Raises:
         ConfigError: The folder is not that of a run.

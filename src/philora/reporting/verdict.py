@@ -106,7 +106,7 @@ def _trend(run: Run) -> str:
     if falling is True:
         return (
             "The held-out loss was still falling at the end: more steps (num_train_epochs) or a higher learning rate "
-            "would bring it lower."
+            "would lower it."
         )
     if falling is False:
         return "The held-out loss had settled at the end: more steps of the same would change little."

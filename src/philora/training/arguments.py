@@ -75,7 +75,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     )
     elementwise_recomputation: bool = dataclasses.field(
         default=False,
-        metadata={"help": "Compute the outputs of RMSNorm and SwiGLU again in backward; not whole layers."},
+        metadata={"help": "Recompute the outputs of RMSNorm and SwiGLU in backward, not complete layers."},
     )
 
     inputs_on_host = False

@@ -375,7 +375,7 @@ def _notices(
     brought = str(tokenizer.init_kwargs.get("pad_token"))
     if brought != tokenizer.pad_token and tokenizer.get_vocab().get(brought) in stops:
         yield (
-            f"the model's tokenizer pads with {brought}, which is a stop token: {tokenizer.pad_token} takes its place, "
+            f"the model's tokenizer pads with {brought}, which is a stop token: {tokenizer.pad_token} is used instead, "
             f"so that the end of an answer keeps its label."
         )
     slices = {row.slice: row.module.rpartition(".")[2] for row in covered.rows if row.slice}

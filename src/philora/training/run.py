@@ -338,7 +338,7 @@ class _Run:
         with on_device(run, self.model, self.arguments.device).disable_adapter():
             before = self._evaluate("before training", self.model)
         begins_with = run.config.model.adapter
-        start = None if begins_with is None else self._evaluate("the adapter it begins with", self.model)
+        start = None if begins_with is None else self._evaluate("the adapter it starts from", self.model)
         if (first := start or before) is not None and processes.is_main():
             self.files.record_first_loss(first.scores.loss)
         trainer = self._trainer()
