@@ -295,7 +295,7 @@ def test_the_page_shows_the_whole_run(tmp_path):
         "Exact match 1.5% 81.9% +80.4 pp",
         "Loss 3.487 0.360 −3.127",
         "11,842 label tokens, 332 generated answers",
-        "Held-out data Training Answers Machine Adapter Data Do it again",
+        "Held-out data Training Answers Machine Adapter Data Reproduce",
         "user My run stopped in the middle of the night. assistant Its last checkpoint",
         "Base differs",
         "With adapter matches",
@@ -756,8 +756,8 @@ def test_the_note_on_underlined_words_is_true_at_every_similarity(tmp_path):
     folder = make_run(tmp_path)
     (folder / ANSWERS_NAME).write_text(json.dumps(answer(1, "six seven", "one two three five")), encoding="utf-8")
     page = page_of(folder)
-    assert "shares less than half of its words with it is marked “another answer” and has no underlines" in page.text
-    assert "Base differs another answer six seven" in page.text
+    assert "shares less than half of its words with it is marked “different answer” and has no underlines" in page.text
+    assert "Base differs different answer six seven" in page.text
     assert len(page.all("mark")) == 1
     assert similarity("six seven", "one two") == 0
     assert similarity("one two", "one two") == 1
@@ -781,7 +781,7 @@ def test_the_comparison_marks_the_best_with_its_interval_and_shows_answers_besid
     page = Page(write_comparison(runs, tmp_path / "both.html").read_text(encoding="utf-8"))
     assert "Loss 0.500 −2.987 (−3.200 to −2.800) 0.400 best −3.087 (−3.300 to −2.900)" in page.text
     assert "1 of 2 match" in page.text
-    assert "a matches one two three four b differs another answer one" in page.text
+    assert "a matches one two three four b differs different answer one" in page.text
     assert "some runs match (1)" in page.text
 
 
