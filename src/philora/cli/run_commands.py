@@ -129,7 +129,7 @@ def evaluate_adapter(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="Shell command that reads answers as JSONL on standard input and writes their scores. Default: none."
+            help="Command that reads answers as JSONL on standard input and writes their scores. Default: none."
         ),
     ] = None,
     forgetting: Annotated[
