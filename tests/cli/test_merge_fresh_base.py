@@ -80,7 +80,7 @@ def test_rows_of_ones_own_and_none(run, tmp_path, cli, jsonl):
     }
     data = jsonl([record])
     done = cli("merge", run, "--out", tmp_path / "fresh", "--fresh-base", "--no-verify", "--data", data)
-    assert "loss on 1 rows that were not trained on" in done.out
+    assert "loss with the adapter on 1 rows that were not trained on" in done.out
     first, second = shown(done.out)
     assert first != second
     adapter = tmp_path / "adapter"
@@ -89,7 +89,7 @@ def test_rows_of_ones_own_and_none(run, tmp_path, cli, jsonl):
         alone = cli("merge", adapter, "--out", tmp_path / "alone", "--fresh-base", "--no-verify", "--base", "nano")
         assert alone.code == 0, alone.err
         assert "needs rows that were not trained on: give them by --data FILE" in alone.err
-        assert "loss on" not in alone.out
+        assert "loss with" not in alone.out
         # without the run's configuration the record beside the adapter says how the base was quantised
         options = ("--fresh-base", "--no-verify", "--base", "nano", "--data", data)
         with_rows = cli("merge", adapter, "--out", tmp_path / "again", *options)
