@@ -98,6 +98,6 @@ def test_rows_of_ones_own_and_none(run, tmp_path, cli, jsonl):
         adapter.rename(run / "adapter")
     wrong = cli("merge", run, "--out", tmp_path / "x", "--data", data)
     assert wrong.code == 2
-    assert "expected --fresh-base beside it" in wrong.err
+    assert "expected --fresh-base too" in wrong.err
     full = cli("merge", run, "--out", run, "--fresh-base")
     assert full.code == 2

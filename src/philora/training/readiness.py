@@ -290,8 +290,8 @@ def _require_weights(config: Config) -> None:
             with safe_open(folder / shard, framework="pt"):  # reads the header and checks the file's length
                 pass
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            text = fault(str(folder / shard), "content", str(error), "a complete safetensors file", "Copy the model again")
-            raise ModelError(text) from error
+            expected, todo = "a complete safetensors file", "Copy the model again"
+            raise ModelError(fault(str(folder / shard), "content", str(error), expected, todo)) from error
 
 
 def require_space(folder: Path, size: int, limit: int | None, rows_bytes: int = 0) -> None:
