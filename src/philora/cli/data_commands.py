@@ -49,12 +49,16 @@ if TYPE_CHECKING:
 
 @app.command(rich_help_panel=GROUP_DATA, epilog=closing("quickstart.md", "philora init support.csv --model phi-3-mini"))
 def init(
-    data: Annotated[str, typer.Argument(help="File, folder or hub id of conversations.", metavar="DATA")],
+    data: Annotated[str, typer.Argument(help="Conversations: a file, a folder or a hub id.", metavar="DATA")],
     model: Annotated[
         str | None,
-        typer.Option(help="Hub id, folder, or a name such as phi-3-mini; default: one that fits this machine."),
+        typer.Option(
+            help="Base model: a hub id, a folder, or a name such as phi-3-mini. Default: one that fits this machine."
+        ),
     ] = None,
-    output: Annotated[str | None, typer.Option("--out", help="YAML file; default: named after the data.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--out", help="YAML file to write. Default: named after the data.")
+    ] = None,
 ) -> None:
     """Write a short configuration for DATA, and check it."""
     set_up_logging("warning")
@@ -104,7 +108,7 @@ def check(
 @app.command("data", rich_help_panel=GROUP_DATA, epilog=closing("data.md", "philora data support.csv"))
 def show_data(
     source: Annotated[
-        str, typer.Argument(help="Data file, folder or hub id; or the YAML file of a run.", metavar="FILE")
+        str, typer.Argument(help="Data: a file, a folder or a hub id; or the YAML file of a run.", metavar="FILE")
     ],
     overrides: Overrides = None,
     as_json: JsonOption = False,
