@@ -379,11 +379,15 @@ def triton_version() -> str | None:
 
 
 def _unusable_gpu() -> str | None:
-    """Return why a GPU cannot be used though PyTorch was built for CUDA, in PyTorch's own words, or None."""
+    """Return why a GPU cannot be used, in PyTorch's own words; None if it can, or if there is none.
+
+    PyTorch's wheel on PyPI is built for CUDA, so a laptop without an NVIDIA driver is no problem to report.
+    """
     if torch.version.cuda is None or torch.cuda.is_available():
         return None
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
-        return str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
+        return None if "Found no NVIDIA driver" in reason else reason
     return None

@@ -29,7 +29,7 @@ def unusable_gpu(device: DeviceFacts, cuda: str | None) -> str | None:
         cuda: The version of CUDA that PyTorch was built for.
     """
     problem = device.problem
-    if problem is None or "Found no NVIDIA driver" in problem:
+    if problem is None:
         return None
     if "too old" in problem:
         return (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import philora
+from philora.decoder_stack import facts
 from philora.decoder_stack.choice import DeviceFacts
 from philora.kernels.memory import out_of_memory
 from philora.planning import plan as planning
@@ -38,7 +39,6 @@ def test_a_gpu_without_bf16_and_flash(dtype, expected):
 
 def test_nothing_is_said_of_what_works():
     assert said(DeviceFacts()) == said(CPU) == ""
-    assert said(DeviceFacts(kind="cpu", problem="Found no NVIDIA driver on your system")) == ""
 
 
 def test_a_driver_that_is_older_than_the_cuda_of_pytorch():
@@ -84,3 +84,20 @@ def test_check_and_train_say_it_once(tmp_path, monkeypatch, caplog, dtype, fast,
         philora.train(settings, quiet=True)
     assert sum("no bf16 instructions" in each.getMessage() for each in caplog.records) == expected
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ("Found no NVIDIA driver on your system.\nPlease check", None),
+        ("CUDA unknown error\nmore", "CUDA unknown error"),
+    ],
+)
+def test_pytorch_for_cuda_on_a_laptop_without_a_gpu_is_no_problem(monkeypatch, message, problem):
+    def init():
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert facts._unusable_gpu() == problem
