@@ -69,13 +69,16 @@ test-slow: $(VENV)/.dev
 	-$(MAKE) deepspeed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'slow and not gpu'
 
-# uv picks the versions; PyTorch's wheel for CUDA comes with gigabytes of libraries, also where there is no GPU.
+# uv picks the lowest versions of what philora runs with; the tools of the tests are the newest. PyTorch's wheel for CUDA
+# comes with gigabytes of libraries, also where there is no GPU.
+RUNS_WITH := --extra evaluation --extra excel --extra gguf --extra gpu --extra quantization --extra serve \
+  --extra tensorboard --extra wandb
 $(LOWEST)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check uv
-	$(LOWEST)/bin/uv pip compile -q --resolution lowest-direct --python $(LOWEST)/bin/python pyproject.toml --extra dev \
+	$(LOWEST)/bin/uv pip compile -q --resolution lowest-direct --python $(LOWEST)/bin/python pyproject.toml $(RUNS_WITH) \
 	  -o $(LOWEST)/versions.txt
-	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python -r $(LOWEST)/versions.txt -e .
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python -c $(LOWEST)/versions.txt -e '.[dev]'
 	@touch $@
 
 test-lowest: $(LOWEST)/.dev
