@@ -1,12 +1,12 @@
-"""What base products in fp8 do to the result of a training: the demo's, with fp8 emulated by PyTorch's casts on a CPU.
+"""What base products in fp8 do to the result of a training, with fp8 emulated by PyTorch's casts on a CPU.
 
-    python -m benchmarks.fp8 [--only NAME ...] [--seeds 42 1 2] [--epochs 3]
+    python -m benchmarks.fp8 [--tasks NAME ...] [--only NAME ...] [--seeds 1 2 3]
     python -m benchmarks.fp8 --table            # the rows as docs/performance.md shows them
 
-The bundled model and help desk, the demo's settings. In training, the frozen weights' products
-take operands that are rounded as a GPU would round them, one scale a row; sums are fp32. Adapters, norms, attention and
-head stay in bf16, and so does all of the evaluation: the adapter is scored on the base that it will be used with. Rows
-go to results/fp8.csv; they hold scores, not times.
+The bundled model and the tasks of `benchmarks.rates`, with the default settings. In training, the frozen weights'
+products take operands that are rounded as a GPU would round them, one scale a row; sums are fp32. Adapters, norms,
+attention and head stay in bf16, and so does all of the evaluation: the adapter is scored on the base that it will be
+used with. What is in results/fp8.csv already is not run again. The rows hold scores, not times.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
-from pathlib import Path
+from statistics import mean
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it
@@ -27,13 +25,13 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 
-import philora
-from benchmarks.results import RESULTS, append, commit, now
+from benchmarks import rates
+from benchmarks.results import RESULTS, append
 from philora.adapters import fast_layers as adapters
 from philora.decoder_stack.products import Fp8Product, PlainProduct, scaled_product
 from philora.decoder_stack.rows import Rows
 
-BASE = ["training_config.eval_strategy=no", "training_config.save_strategy=no"]
+TABLE = RESULTS / "fp8.csv"
 FORMATS = {
     "bf16": (None, None),
     "fp8, backward in e4m3": ("e4m3", "e4m3"),
@@ -103,53 +101,51 @@ def emulated(name: str) -> Iterator[None]:
         adapters.FAST[PeftLinear] = before
 
 
+def measured() -> list[dict[str, str]]:
+    """Return the rows that there are."""
+    if not TABLE.exists():
+        return []
+    with TABLE.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
 def table() -> str:
-    """All rows in Markdown; of several seeds the values stand beside each other."""
-    with (RESULTS / "fp8.csv").open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    lines = ["| base products in training | held-out loss | exact match |", "| --- | --- | --- |"]
-    for name in FORMATS:
-        same = sorted((row for row in rows if row["what"] == name), key=lambda row: row["seed"] != "42")
-        if not same:
-            continue
-        losses = ", ".join(f"{float(row['eval_loss']):.4f}" for row in same)
-        matches = ", ".join(f"{100 * float(row['exact_match']):.1f}%" for row in same)
-        lines.append(f"| {name} | {losses} | {matches} |")
+    """Return the rows in Markdown: the mean loss of the seeds, and their exact matches beside each other."""
+    lines = ["| task | base products in training | held-out loss | exact match |", "| --- | --- | --- | --- |"]
+    rows = measured()
+    for task in rates.TASKS:
+        for name in FORMATS:
+            same = [row for row in rows if (row["task"], row["what"]) == (task, name)]
+            if not same:
+                continue
+            same.sort(key=lambda row: int(row["seed"]))
+            losses = [float(row["eval_loss"]) for row in same]
+            spread = f"{mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+            matches = ", ".join(f"{100 * float(row['exact_match']):.0f}%" for row in same)
+            lines.append(f"| {task} | {name} | {spread} | {matches} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Scores of the demo's training with base products in fp8.")
+    parser = argparse.ArgumentParser(description="Scores of small tasks trained with base products in fp8.")
+    parser.add_argument("--tasks", nargs="*", choices=list(rates.TASKS), default=list(rates.TASKS))
     parser.add_argument("--only", nargs="*", choices=list(FORMATS), default=list(FORMATS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[42, 1, 2])
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--table", action="store_true", help="print the rows and train nothing")
     given = parser.parse_args()
     if given.table:
         print(table(), end="")
         return
-    source = str(resources.files("philora") / "nano" / "demo.yaml")
-    for seed in given.seeds:
-        for name in given.only:
-            with tempfile.TemporaryDirectory() as folder, emulated(name):
-                place = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
-                place.append(f"training_config.num_train_epochs={given.epochs}")
-                results = philora.train(source, [*BASE, *place]).results
-            row = {
-                "commit": commit(Path(__file__).parents[1]),
-                "date": now(),
-                "what": name,
-                "seed": seed,
-                "epochs": given.epochs,
-                "steps": results["throughput"]["steps"],
-                "train_loss": round(results["train_loss"], 5),
-                "eval_loss": round(results["after"]["loss"], 5),
-                "exact_match": round(results["after"]["exact_match"], 4),
-                "answers": results["after"]["answers"],
-            }
-            append(RESULTS / "fp8.csv", row)
-            print(row, flush=True)
+    for task in given.tasks:
+        for seed in given.seeds:
+            for name in given.only:
+                if (task, str(seed), name) in {(row["task"], row["seed"], row["what"]) for row in measured()}:
+                    continue
+                with emulated(name):
+                    row = rates.run(task, "nano", "auto", seed) | {"what": name}
+                append(TABLE, row)
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

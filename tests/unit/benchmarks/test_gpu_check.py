@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def faults(text):
 
 
 def test_nothing_is_missing_in_what_is_carried():
+    if f"transformers=={version('transformers')}" not in TEXT:
+        pytest.skip("the list is for the versions of constraints.txt")
     assert faults(TEXT) == []
 
 
@@ -31,7 +34,7 @@ def test_nothing_is_missing_in_what_is_carried():
     [
         (("xxhash==4.1.0\n", ""), "xxhash is missing - datasets declares xxhash"),
         (("httpcore2==2.16.2\n", ""), "httpcore2 is missing - httpx2 declares httpcore2"),
-        ((" pyarrow", ""), "pyarrow is missing - philora declares pyarrow>=21"),
+        ((" pyarrow", ""), "pyarrow is missing - philora declares pyarrow>=24"),
         (("peft==0.21.2", "peft==0.20.0"), "peft==0.20.0 - expected"),
         (("huggingface-hub==2.4.0", "huggingface-hub==1.3.0"), "huggingface-hub==1.3.0 - expected"),
     ],
