@@ -466,7 +466,7 @@ def dangling(path):
         (lambda s, m, t: s["training_config"].update(output_dir=str(t / "a\0b")), ConfigError,
          r"training_config.output_dir=.* - expected a folder that can be written to: .*null"),
         (lambda s, m, t: s["training_config"].update(output_dir=dangling(t / "link")),
-         ConfigError, r"training_config.output_dir=.* can be written to: it is a link to .*nothing, which is not"),
+         ConfigError, r"training_config.output_dir=.* can be written to: it is a link to .*nothing"),
         (lambda s, m, t: s["training_config"].update(output_dir=str(loop(t / "loop"))),
          ConfigError, r"training_config.output_dir=.* - expected a folder that can be written to"),
         (lambda s, m, t: ((t / "f").touch(), s["training_config"].update(output_dir=str(t / "f" / "run"))),

@@ -73,7 +73,7 @@ def label_shifted(trainer):
 @pytest.mark.parametrize(
     ("dtype", "packing", "tolerance"),
     [
-        (torch.float32, False, LOSS_STEP_FP32),
+        pytest.param(torch.float32, False, LOSS_STEP_FP32, marks=pytest.mark.slow),
         (torch.float32, True, LOSS_STEP_FP32),
         pytest.param(torch.bfloat16, True, LOSS_STEP_BF16, marks=pytest.mark.slow),
     ],

@@ -306,6 +306,7 @@ def test_two_processes_in_bf16(shared, plain, label_head):
     assert enough(found["counts"], parts_of(label_head), PASSES // 2), found["counts"]
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_sharded_from_within_says_so_once(shared):
     said = [each for each in shared["notices"] if "run PEFT's own forward" in each]
     assert len(said) == 1

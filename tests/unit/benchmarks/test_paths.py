@@ -38,6 +38,7 @@ def test_products_in_fp8_are_noted():
     assert taken.fault(fp8=True) is None
 
 
+@pytest.mark.slow
 def test_a_graph_is_noted(monkeypatch):
     from philora.decoder_stack import graphs
 

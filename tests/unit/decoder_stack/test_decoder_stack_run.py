@@ -104,7 +104,8 @@ def test_the_layer_agrees_with_peft_and_a_fault_does_not(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("base", "product", "largest"), [("nf4", "DequantizedProduct", 1e-5), ("fp8", "Fp8Product", 0.05)]
+    ("base", "product", "largest"),
+    [("nf4", "DequantizedProduct", 1e-5), pytest.param("fp8", "Fp8Product", 0.05, marks=pytest.mark.slow)],
 )
 def test_the_trial_compares_the_base_that_trains(monkeypatch, base, product, largest):
     if base == "nf4":
