@@ -131,6 +131,7 @@ class Server(uvicorn.Server):
                 app,
                 http=self._protocol,  # type: ignore[arg-type]  # uvicorn calls it as it would call the class
                 ws="none",
+                log_config=None,  # uvicorn's would close all log handlers of the process, and the streams of some
                 log_level="error",
                 access_log=False,
                 server_header=False,

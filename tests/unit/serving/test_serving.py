@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import math
 import os
 import signal
@@ -489,6 +490,15 @@ def test_a_port_in_use_and_an_address_that_is_none():
             connections.listen("127.0.0.1", port)
     with pytest.raises(ConfigError, match="expected an address of this machine"):
         connections.listen("203.0.113.1", 0)
+
+
+def test_a_server_leaves_the_log_handlers_of_the_process_open(tmp_path, voices):
+    """uvicorn's own logging configuration closes every handler that the process has, and with them its streams."""
+    own = logging.FileHandler(tmp_path / "own.log", encoding="utf-8")
+    connections.Server(lambda *_: None, Scheduler(voices))
+    assert own.stream is not None
+    assert not own.stream.closed
+    own.close()
 
 
 def test_beyond_this_machine_a_key_is_needed():
