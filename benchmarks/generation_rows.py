@@ -169,7 +169,7 @@ def models(work: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
 
 def contestants(work: str, device: str, dtype: str) -> dict[str, Answerer]:
     """What each does; the reference is the first."""
-    from philora.adapters.peft_layers import optimize
+    from philora.adapters.fast_layers import optimize
 
     tokenizer, adapted, merged = models(work, device, dtype)
     optimize(adapted)
