@@ -116,8 +116,9 @@ def test_low_precision_is_no_further_from_float64(kind: str, dtype: torch.dtype)
     got, want = run(ours, x), run(theirs, x)
     for name, value in exact.items():
         error, loralibs = ((each[name].double() - value).norm() / value.norm() for each in (got, want))
-        # A fifth for luck: each is one draw of roundings (1.15 with PyTorch 2.11, less with 2.13).
-        assert error <= (1.25 if "conv" in kind else 1.2) * loralibs, f"{name}: {error:.2e}, loralib {loralibs:.2e}"
+        # A tenth for luck: each is one draw of roundings. Before PyTorch 2.13 one of them was 1.15.
+        luck = 1.1 if torch.__version__ >= "2.13" else 1.2
+        assert error <= (1.25 if "conv" in kind else luck) * loralibs, f"{name}: {error:.2e}, loralib {loralibs:.2e}"
 
 
 def swap(layer: nn.Module) -> None:

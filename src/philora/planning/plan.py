@@ -385,14 +385,19 @@ def decoder_layers(config: Config, adapted: PeftModel, device: DeviceFacts, reco
         recomputation: What backward computes again.
     """
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
-    given = config.model.quantization
-    scheme = scheme_of(getattr(adapted, "config", None)) or (given if isinstance(given, str) else "nf4")
-    base = "plain" if scheme == "none" else scheme
-    if base == "plain" and config.model.base_products == "fp8":
-        base = "fp8"
+    base = base_kind(config, adapted)
     dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
     batch = BatchFacts(keep=KEPT[recomputation])
     return stack_for(replace(facts, dtype=dtype, base=base), batch, device)
+
+
+def base_kind(config: Config, adapted: PeftModel) -> str:
+    """Return the kind of the base's weights and products: "plain", "fp8", "nf4" or "int8"; by the configuration."""
+    given = config.model.quantization
+    scheme = scheme_of(getattr(adapted, "config", None)) or (given if isinstance(given, str) else "nf4")
+    if scheme != "none":
+        return scheme
+    return "fp8" if config.model.base_products == "fp8" else "plain"
 
 
 def _fp8_without_effect(config: Config, layers: Choice) -> str | None:

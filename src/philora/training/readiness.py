@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -23,7 +23,7 @@ from philora.configuration.sections import Config
 from philora.dataset import SourceReport, length_notices, prepare, preview
 from philora.dataset.held_out import held_out_bytes
 from philora.dataset.ids import check_rows, vocabulary_of
-from philora.decoder_stack.choice import ModelFacts
+from philora.decoder_stack.choice import DeviceFacts, ModelFacts
 from philora.decoder_stack.facts import facts_of_device
 from philora.decoder_stack.graphs import LARGEST_TOKENS, GraphFacts
 from philora.decoder_stack.graphs import against as graphs_against
@@ -325,7 +325,19 @@ def _taken(folder: Path, config: Config) -> str | None:
     return None
 
 
-def _hardware(config: Config, adapted: nn.Module, dtype: str, plan: planning.Plan) -> Hardware:
+def _training_graphs(config: Config, adapted: PeftModel, plan: planning.Plan, device: DeviceFacts) -> str:
+    """Return whether training runs in CUDA graphs, and why not; an empty text where the decoder stack does not run."""
+    if plan.decoder_layers.path != "stack" or device.kind != "cuda":
+        return ""
+    facts = facts_for(adapted) or ModelFacts()
+    base, dtype = planning.base_kind(config, adapted), str(models.resolve_dtype(config.model.dtype))
+    keep, switch = KEPT[plan.recomputation], graph_switch()
+    made = GraphFacts(switch, device.kind, base, dtype.removeprefix("torch."), keep, facts.devices)
+    against = graphs_against(made)
+    return f"no ({'; '.join(against)})" if against else f"yes, up to {LARGEST_TOKENS[base]:,} tokens"
+
+
+def _hardware(config: Config, adapted: PeftModel, dtype: str, plan: planning.Plan) -> Hardware:
     """Return the device of the run and how it would compute the decoder layers, by the model without weights."""
     device = facts_of_device(torch.device(plan.device))
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
@@ -339,12 +351,7 @@ def _hardware(config: Config, adapted: nn.Module, dtype: str, plan: planning.Pla
     way, reason = elementwise_for(facts_of_elementwise(head.device, head.dtype, columns))
     elementwise = "" if device.kind == "cpu" else f"{way} ({reason})"
     name = f"{device.name}{capability}"
-    path, graphs = plan.decoder_layers.path, ""
-    if path == "stack" and device.kind == "cuda":
-        base = "fp8" if config.model.base_products == "fp8" and facts.base == "plain" else facts.base
-        switch, keep = graph_switch(), KEPT[plan.recomputation]
-        against = graphs_against(GraphFacts(switch, device.kind, base, dtype, keep, facts.devices))
-        graphs = f"no ({'; '.join(against)})" if against else f"yes, up to {LARGEST_TOKENS[base]:,} tokens"
+    path, graphs = plan.decoder_layers.path, _training_graphs(config, adapted, plan, device)
     return Hardware(name, device.memory_bytes, path, reasons, attention, why, elementwise, plan.answers, graphs)
 
 

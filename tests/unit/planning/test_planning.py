@@ -16,7 +16,7 @@ import philora
 from philora.configuration.config import load_config
 from philora.configuration.sections import ModelConfig
 from philora.dataset import prepare
-from philora.decoder_stack.choice import DeviceFacts
+from philora.decoder_stack.choice import Choice, DeviceFacts
 from philora.errors import ConfigError
 from philora.models import loading as models
 from philora.models.loading import load_skeleton, load_tokenizer, local_path, max_length_of, stop_token_ids
@@ -24,6 +24,7 @@ from philora.planning import plan as planning
 from philora.planning.batch import GRADES, choose
 from philora.planning.footprint import PARTS, Evaluated, footprint
 from philora.planning.rate import measure_rate
+from philora.training import readiness
 from philora.training.readiness import preflight
 
 GIB = 2**30
@@ -89,6 +90,34 @@ def test_on_a_gpu_the_plan_says_whether_a_run_repeats_its_bits():
     fast = preflight(given | {"training_config": {"deterministic": False}}).plan
     assert dict(replace(fast, device="cuda").rows())["repeatable"].startswith("no")
     assert fast.to_dict()["deterministic"] is False
+
+
+@pytest.mark.parametrize(
+    ("quantization", "base_products", "kind"),
+    [("none", None, "plain"), ("none", "fp8", "fp8"), ("nf4", None, "nf4"), ("int8", None, "int8")],
+)
+def test_the_kind_of_the_base_is_that_of_the_configuration(quantization, base_products, kind):
+    """The model without weights is not quantised, so it cannot tell."""
+    model = {"name_or_path": "nano", "quantization": quantization, "base_products": base_products}
+    config = load_config({"model": model, "data": {"train": "helpdesk"}})
+    adapted = planning.weightless(config, load_skeleton(ModelConfig(name_or_path="nano")))
+    assert planning.base_kind(config, adapted) == kind
+
+
+def test_check_names_graphs_in_training_by_the_kind_of_the_base(monkeypatch):
+    model = {"name_or_path": "nano", "dtype": "bfloat16", "quantization": "nf4"}
+    config = load_config({"model": model, "data": {"train": "helpdesk"}, "peft_config": {"lora_dropout": 0.0}})
+    adapted = planning.weightless(config, load_skeleton(ModelConfig(name_or_path="nano")))
+    found = preflight({"model": {"name_or_path": "nano"}, "data": {"train": "helpdesk", "eval": 0.1}}).plan
+    found = replace(found, decoder_layers=Choice("stack", ("described",)), recomputation="none")
+
+    def said(device):
+        return readiness._training_graphs(config, adapted, found, device)
+
+    assert said(DeviceFacts()).startswith("no (no GPU has run this yet")
+    monkeypatch.setenv("PHILORA_GRAPHS", "all")
+    assert said(DeviceFacts()) == "yes, up to 4,096 tokens"
+    assert said(DeviceFacts(kind="cpu")) == ""
 
 
 def test_fp8_that_has_no_effect_is_a_notice(monkeypatch):
