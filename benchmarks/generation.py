@@ -95,9 +95,9 @@ def prompts(count: int) -> list[list[dict[str, str]]]:
 def contestants(folder: str, given: argparse.Namespace) -> dict[str, Callable[[], Timed]]:
     """What each does in a round."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, pipeline
 
+    from benchmarks.generation_rows import with_adapter
     from philora.adapters.fast_layers import optimize
     from philora.configuration.sections import ModelConfig, TokenizerConfig
     from philora.generation.batches import GenerationSettings, generate
@@ -109,12 +109,7 @@ def contestants(folder: str, given: argparse.Namespace) -> dict[str, Callable[[]
     def adapted() -> Any:
         model = AutoModelForCausalLM.from_pretrained(models.local_path(folder), dtype=getattr(torch, given.dtype))
         models.set_stops(model, tokenizer)
-        torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0.0, 2e-3)
-        return model.eval()
+        return with_adapter(model)
 
     def by_pipeline(model: Any) -> Callable[[], Timed]:
         # The pipeline warns of a PeftModel, which it does not know; the model inside holds the same layers.

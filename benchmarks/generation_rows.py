@@ -131,6 +131,19 @@ def timed(run: Answerer, questions: list[list[dict[str, str]]], new_tokens: int)
     return Round(texts, tokens, spent[0], tokens - fewer, spent[0] - spent[1])
 
 
+def with_adapter(model: Any) -> Any:
+    """Return a model with LoRA of rank 16 on all linear layers whose update is not zero; the same each time."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0.0, 2e-3)
+    return adapted.eval()
+
+
 def models(work: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
     """The tokenizer, a model with an adapter, and one that it is merged into.
 
@@ -140,7 +153,6 @@ def models(work: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
         dtype: Of the weights.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from benchmarks import gpu
@@ -157,12 +169,7 @@ def models(work: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(loading.local_path(work), dtype=getattr(torch, dtype))
             model = model.to(device)
         loading.set_stops(model, tokenizer)
-        torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0.0, 2e-3)
-        return model.eval()
+        return with_adapter(model)
 
     return tokenizer, adapted(), adapted().merge_and_unload().eval()
 
