@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -72,3 +73,14 @@ def test_it_can_be_talked_to(cli, golden, monkeypatch):
     answer = cli("chat", golden, "--max-new-tokens", "4")
     assert answer.code == 0, answer.err
     assert answer.out.strip()
+
+
+def test_the_code_of_its_model_card_runs(golden, monkeypatch, capsys):
+    monkeypatch.chdir(golden)
+    card = (golden / "adapter" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    own = 'AutoTokenizer.from_pretrained("adapter")'
+    assert own in code
+    code = code.replace(own, 'AutoTokenizer.from_pretrained(local_path("nano"))')  # the golden run is kept without it
+    exec(compile(code.replace("max_new_tokens=128", "max_new_tokens=4"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()

@@ -136,7 +136,7 @@ def _usage(folder: str, base: str | None, merged: bool, tokenizer: bool, system:
         model = f'model = AutoModelForCausalLM.from_pretrained({repository}, dtype="auto")'
     else:
         imports = "from peft import PeftModel\n" + imports
-        imports += "\n\nfrom philora.models.loading import local_path" if nano else ""
+        imports += "\n\nfrom philora.models import local_path" if nano else ""
         model = f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")\n'
         model += f"model = PeftModel.from_pretrained(base, {repository})"
     source = repository if tokenizer or merged else name
