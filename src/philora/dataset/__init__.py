@@ -5,16 +5,10 @@
 `lengths` says what long rows mean for a model.
 """
 
+from philora.dataset.conversations import Conversations
+from philora.dataset.data_report import DataReport, SourceReport, SplitReport
 from philora.dataset.lengths import length_notices, row_lengths
-from philora.dataset.prepare import (
-    Conversations,
-    DataReport,
-    PreparedData,
-    SourceReport,
-    SplitReport,
-    places_of,
-    prepare,
-)
+from philora.dataset.prepare import PreparedData, places_of, prepare
 from philora.dataset.read import resolve
 from philora.dataset.records import Source
 from philora.dataset.shapes import FORMATS, Conversation, Message, Shape

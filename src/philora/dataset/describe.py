@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from philora.configuration.config import load_config
 from philora.configuration.sections import Config, DataConfig
+from philora.dataset.conversations import Conversations
+from philora.dataset.data_report import SourceReport, SplitReport
 from philora.dataset.languages import language_shares
 from philora.dataset.lengths import row_lengths
 from philora.dataset.near import near_duplicates
-from philora.dataset.prepare import Conversations, PreparedData, SourceReport, SplitReport, places_of, prepare
+from philora.dataset.prepare import PreparedData, places_of, prepare
 from philora.dataset.shapes import Message
 from philora.dataset.template import IGNORED, preview
 from philora.errors import DataError, fault

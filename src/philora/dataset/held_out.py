@@ -23,21 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from philora.dataset.conversations import Conversations
+from philora.dataset.data_report import DataReport, notice_source
 from philora.dataset.datasets_library import quiet_datasets
-from philora.dataset.prepare import (
-    Conversations,
-    DataReport,
-    Loader,
-    PreparedData,
-    assemble,
-    fingerprint_of,
-    hold_out,
-    notice_source,
-    part_of,
-    rows_in_training,
-    settings_of,
-    weighted_rows,
-)
+from philora.dataset.prepare import Loader, PreparedData, assemble, fingerprint_of, rows_in_training, settings_of
+from philora.dataset.row_choice import hold_out, part_of, weighted_rows
 from philora.dataset.store import ANSWERS, cache_root
 from philora.dataset.template import IGNORED, Encoder, Tokenizer
 from philora.errors import DataError, fault

@@ -9,17 +9,19 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from philora.dataset.arrangement import with_tools
+from philora.dataset.conversations import Conversations
+from philora.dataset.data_report import DataReport, SourceReport, SplitReport, add_notice, notice_share, notice_splits
 from philora.dataset.datasets_library import quiet_datasets
 from philora.dataset.read import resolve
 from philora.dataset.records import Fault, Source
+from philora.dataset.row_choice import Indices, hold_out, part_of, weighted_rows
 from philora.dataset.shapes import Conversation, Message, Shape, shape_from_config
 from philora.dataset.store import (
     ANSWERS,
@@ -48,141 +50,13 @@ from philora.errors import DataError, fault
 if TYPE_CHECKING:
     from philora.configuration.sections import DataConfig, SourceConfig
 
-logger = logging.getLogger("philora.dataset")
 
-Indices = npt.NDArray[np.int64]
+logger = logging.getLogger("philora.dataset")
 
 _STREAM_PREVIEW_ROWS = 256
 _STREAM_SHUFFLE_ROWS = 1000
-LEAST_HELD_OUT = 32
-"""Rows to hold out at least where a fraction is asked for, and where a fifth of the rows is as many."""
 _TURNS_SHOWN = 4
 _LETTERS_SHOWN = 80
-
-
-@dataclass
-class SourceReport:
-    """Describe what was read from one source."""
-
-    name: str
-    format: str
-    records: int
-    weight: float = 1.0
-    unread_fields: dict[str, int] = field(default_factory=dict)
-    """Fields of records and keys of turns that nothing reads, with the records that have them."""
-    unread_parts: list[str] = field(default_factory=list)
-    """Files, splits and lists of the source that are not read."""
-    spelled: dict[str, int] = field(default_factory=dict)
-    """Control texts written out in messages, as `ControlTexts.spelled` names them, with the records that have them."""
-    recognised: str = ""
-    """How the shape was recognised."""
-    examples: list[str] = field(default_factory=list)
-    """The first conversations, each in one line."""
-    invalid: int = 0
-    """Records that cannot be used and were left out."""
-    invalid_records: list[str] = field(default_factory=list)
-    """What is wrong with them: the first of them, with their places."""
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.records:,} records, read as {self.format} ({self.recognised})"
-
-
-@dataclass
-class SplitReport:
-    """Count the rows of one split as it is trained or evaluated on, with weights applied."""
-
-    rows: int = 0
-    tokens: int = 0
-    labels: int = 0
-    longest_tokens: int = 0
-    """The longest conversation before truncation."""
-    truncated: int = 0
-    dropped: int = 0
-    """Records without a row: over the limit of tokens, or without a label after truncation."""
-    dropped_overlong: int = 0
-    dropped_unlabelled: int = 0
-    duplicates: int = 0
-    """Rows beyond the first of every group of equal conversations; they are kept."""
-    two_user_turns: int = 0
-    folded_system: int = 0
-    """System turns that the template drops, kept at the beginning of the user's turn."""
-    boundary_mismatches: int = 0
-    """Rows whose prompt, tokenised alone, is no prefix of the row."""
-    control_tokens: int = 0
-    """Rows whose messages spell out control tokens of the tokenizer."""
-    stop_numbers: int = 0
-    """Rows that end in the number of a stop token, written as text."""
-    turns_as_text: int = 0
-    """Rows of plain text with turns of user and assistant written in it."""
-
-
-@dataclass
-class DataReport:
-    """Describe what was found in the data, and what was done with it."""
-
-    splits: dict[str, SplitReport] = field(default_factory=dict)
-    sources: dict[str, list[SourceReport]] = field(default_factory=dict)
-    in_both: int = 0
-    """Evaluation rows that also stand in the training set."""
-    notices: list[str] = field(default_factory=list)
-    streaming: bool = False
-    """The training set is read while training: its counts are not known."""
-
-    @property
-    def train(self) -> SplitReport:
-        """Return the training split."""
-        return self.splits["train"]
-
-    @property
-    def eval(self) -> SplitReport | None:
-        """Return the evaluation split, if there is one."""
-        return self.splits.get("eval")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; every split is under its name."""
-        values = asdict(self)
-        return {**values.pop("splits"), **values}
-
-
-class Conversations(Sequence[list[Message]]):
-    """Read normalised conversations from disk, one at a time."""
-
-    def __init__(self, stored: Any) -> None:
-        self._stored = stored
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    @overload
-    def __getitem__(self, index: int) -> list[Message]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Conversations: ...
-
-    def __getitem__(self, index: int | slice) -> list[Message] | Conversations:
-        if isinstance(index, slice):
-            chosen = range(*index.indices(len(self)))
-            if isinstance(self._stored, list):
-                return Conversations([self._stored[item] for item in chosen])
-            with quiet_datasets():
-                return Conversations(self._stored.select(chosen))
-        return with_tools(*self._parsed(index))
-
-    def stored(self, index: int) -> str:
-        """Return a conversation as the JSON that is stored and hashed."""
-        row = self._stored[index]
-        text = row if isinstance(row, str | bytes) else row["conversation"]
-        return text if isinstance(text, str) else text.decode()
-
-    def tools(self, index: int) -> list[Any] | None:
-        """Return the tool descriptions of a conversation, for the chat template."""
-        return self._parsed(index)[1]
-
-    def _parsed(self, index: int) -> tuple[list[Message], list[Any] | None]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"conversation {index} of {len(self)}")
-        value = json.loads(self.stored(index))
-        return (value["messages"], value["tools"]) if isinstance(value, dict) else (value, None)
 
 
 def shape_of(data: DataConfig, source: SourceConfig) -> Shape | None:
@@ -280,7 +154,7 @@ def prepare(
         return _prepare_stream(data, loader, report, seed)
     prepared = _prepare_splits(data, loader, report, seed, held_out_rows)
     _require_rows(report)
-    _notice(report, max_length)
+    notice_splits(report, max_length)
     return prepared
 
 
@@ -321,7 +195,7 @@ def _held_out_part(
         rows = sum(len(entry.rows) for entry in entries)
         part = part_of(data.eval, recorded, rows)
         held_out = hold_out([entry.rows["hash"] for entry in entries], part, seed)
-        _notice_share(report, part, rows, sum(map(len, held_out)))
+        notice_share(report, part, rows, sum(map(len, held_out)))
         return held_out, entries, held_out
     nothing: list[Indices] = [np.zeros(0, np.int64) for _ in entries]
     own = [loader.load(source, "eval", report) for source in data.eval or ()]
@@ -413,78 +287,6 @@ def _line_of(stored: str) -> str:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= _LETTERS_SHOWN else f"{text[:_LETTERS_SHOWN]}..."
-
-
-def part_of(part: float, recorded: int | None, rows: int) -> float:
-    """Return what is to be held out: the rows that a run has recorded, whatever a fraction comes to today."""
-    return recorded if recorded and part < 1 and recorded < rows else part
-
-
-def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], part: float, seed: int) -> list[Indices]:
-    """Return the rows to hold out of every source: complete groups of equal conversations, at least one row, never all.
-
-    The groups come in a random order, and one that would make the part larger than `wanted_rows` is passed over; where
-    all are larger, the smallest is taken.
-
-    Args:
-        hashes: Of every row of every source.
-        part: The fraction, or from 1 on the number of rows.
-        seed: Decides the order of the groups.
-
-    Raises:
-        DataError: all conversations are equal, or there are no more rows than are to be held out.
-    """
-    joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
-    groups, group_of, sizes = np.unique(joined, return_inverse=True, return_counts=True)
-    if len(groups) < 2:
-        raise DataError(
-            fault(
-                "data",
-                "eval",
-                part,
-                f"at least two different conversations to hold out a part, but there is {len(groups)}",
-                "Add conversations, or give data.eval a file of its own",
-            )
-        )
-    wanted = wanted_rows(part, len(joined))
-    if part >= 1 and wanted >= len(joined):
-        raise DataError(fault("data", "eval", part, f"fewer rows than there are, which is {len(joined):,}"))
-    order = np.random.default_rng(seed).permutation(len(groups))
-    chosen = np.zeros(len(groups), bool)
-    taken = 0
-    for group, size in zip(order[: len(groups) - 1].tolist(), sizes[order].tolist(), strict=False):
-        if taken + size <= wanted:
-            chosen[group] = True
-            taken += size
-            if taken == wanted:
-                break
-    if not taken:
-        chosen[order[np.argmin(sizes[order])]] = True
-    is_out = chosen[group_of.reshape(-1)]
-    starts = np.cumsum([0, *(len(item) for item in hashes)])
-    return [np.flatnonzero(is_out[start:end]) for start, end in itertools.pairwise(starts)]
-
-
-def wanted_rows(part: float, rows: int) -> int:
-    """Return the rows to hold out: of a fraction at least 32, if they are no more than a fifth; a number as it is.
-
-    Example:
-        >>> wanted_rows(0.05, 300), wanted_rows(0.05, 100), wanted_rows(0.05, 2000), wanted_rows(10, 300)
-        (32, 20, 100, 10)
-    """
-    return int(part) if part >= 1 else max(1, round(part * rows), min(LEAST_HELD_OUT, rows // 5))
-
-
-def weighted_rows(indices: Indices, weight: float, seed: int, position: int) -> Indices:
-    """Return a source's rows as often as its weight says, drawn by the seed."""
-    if weight == 1:
-        return indices
-    whole = int(weight)
-    part = round((weight - whole) * len(indices))
-    if whole == 0:
-        part = max(1, part)
-    sample = np.random.default_rng([seed, position]).permutation(indices)[:part]
-    return np.sort(np.concatenate([*[indices] * whole, sample]), kind="stable")
 
 
 def _split_report(
@@ -585,106 +387,6 @@ def _require_rows(report: DataReport) -> None:
             )
 
 
-def _notice_share(report: DataReport, part: float, rows: int, held_out: int) -> None:
-    wanted = wanted_rows(part, rows)
-    if part < 1 and wanted > max(1, round(part * rows)):
-        logger.info(
-            "eval: %d of %d rows are held out; a share of %g alone would be few to judge by", wanted, rows, part
-        )
-    if held_out != wanted:
-        add_notice(
-            report,
-            f"eval: {held_out:,} of {rows:,} rows are held out, not {wanted:,} as data.eval={part:g} asks: equal "
-            "conversations stay on one side, and there are many of them. Remove duplicates, or give data.eval a file.",
-        )
-
-
-def notice_source(report: DataReport, role: str, source: SourceReport) -> None:
-    """Name what of a source is not read or left out, and the control texts in it."""
-    if source.invalid:
-        more = f" (the first {len(source.invalid_records)})" if source.invalid > len(source.invalid_records) else ""
-        listed = "".join(f"\n  {record}" for record in source.invalid_records)
-        count = f"{source.invalid:,} of {source.records:,} records"
-        add_notice(report, f"{role}: {count} of {source.name} cannot be used and are left out{more}:{listed}")
-    if source.unread_parts:
-        add_notice(report, f"{role}: of {source.name} is not read: {'; '.join(source.unread_parts)}.")
-    if source.unread_fields:
-        fields = ", ".join(f"{name} ({count:,})" for name, count in source.unread_fields.items())
-        add_notice(
-            report,
-            f"{role}: fields of {source.name} that are not read, with the records that have them: {fields}. If the "
-            "model needs what they say, map them with columns; if not, nothing is to be done.",
-        )
-    said = {
-        "end": "{text} is written out at the end of answers in {count:,} records, and the chat template writes it as "
-        "well, so it is trained twice. Remove it from the data",
-        "own": "{text} is written out inside messages of {count:,} records and becomes the control token. Remove it, "
-        "unless it is meant",
-        "foreign": "{text} is written out in {count:,} records. It belongs to another model; this one has no such "
-        "token and learns it as letters. Remove it: the chat template marks the turns",
-    }
-    for key, records in source.spelled.items():
-        kind, _, text = key.partition(" ")
-        add_notice(report, f"{role}: {source.name}: {said[kind].format(text=text, count=records)}.")
-
-
-def _notice(report: DataReport, max_length: int) -> None:
-    """Say once what the data has that people would want to know."""
-    for role, sources in report.sources.items():
-        for source in sources:
-            notice_source(report, role, source)
-    for name, split in report.splits.items():
-        found = [
-            (
-                split.truncated,
-                f"{split.truncated} conversations are longer than {max_length} tokens and were cut there "
-                f"(the longest has {split.longest_tokens})",
-            ),
-            (
-                split.dropped_overlong,
-                f"{split.dropped_overlong} conversations are longer than {max_length} tokens and were left out",
-            ),
-            (
-                split.dropped_unlabelled,
-                f"{split.dropped_unlabelled} conversations have no answer within {max_length} tokens and were left out",
-            ),
-            (split.duplicates, f"{split.duplicates} rows are exact duplicates of others; they are kept"),
-            (split.two_user_turns, f"{split.two_user_turns} rows have two user turns in a row"),
-            (
-                split.folded_system,
-                f"the chat template drops system turns: in {split.folded_system} rows the system text now begins the "
-                "user's turn",
-            ),
-            (
-                split.boundary_mismatches,
-                f"{split.boundary_mismatches} rows are tokenised differently where the answer begins than their "
-                "prompt alone: generation will start from other tokens than training saw",
-            ),
-            (
-                split.stop_numbers if 2 * split.stop_numbers > split.rows else 0,  # else it may be part of the answer
-                f"{split.stop_numbers} rows end in the number of a stop token, written as text: the model would learn "
-                "to write digits. Leave it out: the chat template ends each turn with the token itself",
-            ),
-            (
-                split.turns_as_text,
-                f"{split.turns_as_text} rows are plain text with turns of user and assistant written in it: the loss "
-                "is on the user's words too, and what is not the chat template's markup is not what the model is asked "
-                "in. Give the turns as messages",
-            ),
-        ]
-        for count, text in found:
-            if count:
-                add_notice(report, f"{name}: {text}.")
-    if report.in_both:
-        add_notice(report, f"{report.in_both} rows of eval also stand in train: its scores will be too good.")
-
-
-def add_notice(report: DataReport, text: str) -> None:
-    """Keep a notice in the report, and log it."""
-    report.notices.append(text)
-    logger.warning("%s", text)
-
-
 # --------------------------------------------------------------------------------------------------- streaming
 
 
@@ -726,7 +428,7 @@ def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: 
         report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
         eval_rows, all_eval, eval_conversations = _assemble_eval(entries, indices)
     add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
-    _notice(report, loader.settings.max_length)
+    notice_splits(report, loader.settings.max_length)
     names = [f"{source.path}:{source.limit}:{source.weight}" for source in data.train]
     fingerprint = hashlib.sha256(f"{loader.key}{names}{fingerprint_of([], [], entries, indices)}".encode()).hexdigest()
     first_ones = Conversations(first[:_STREAM_PREVIEW_ROWS])

@@ -88,8 +88,8 @@ def _set(mmap_threshold: int, trim_threshold: int) -> bool:
 
 @cache
 def _log_once(mmap_threshold: int) -> None:
-    what = "keeps freed memory" if mmap_threshold == _LARGEST_BLOCK else "gives large blocks back"
-    logger.info("this process %s from here on; MALLOC_ARENA_MAX=... or another of malloc's variables leaves it", what)
+    what = "keeps freed memory for reuse" if mmap_threshold == _LARGEST_BLOCK else "returns large blocks when freed"
+    logger.info("memory: this process %s (set MALLOC_ARENA_MAX, or another malloc variable, to prevent it)", what)
 
 
 def available_bytes(device: str) -> int:

@@ -364,7 +364,7 @@ class _Run:
         for text in (*run.plan.notices, *filter(None, [run.plan.warning]), *expected):
             logger.warning("%s", text)
         if self.model.device.type == "cpu":
-            logger.info("between the products: %s", native.describe())
+            logger.info("element-wise functions: %s", native.describe())
 
     def _evaluate(self, when: str, model: PeftModel) -> Any:
         return evaluate_run(self.context, when, model, self.arguments)

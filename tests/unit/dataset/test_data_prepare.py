@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import philora
 from philora.configuration.sections import DataConfig, SourceConfig
 from philora.dataset import IGNORED, encode_conversation, prepare, preview, store
-from philora.dataset.prepare import hold_out
+from philora.dataset.row_choice import hold_out
 from philora.errors import DataError, RunError
 
 MODEL = Path(philora.__file__).parent / "nano" / "model"

@@ -17,7 +17,8 @@ from philora.cli.commands import app
 from philora.configuration.config import load_config
 from philora.configuration.sections import DataConfig, SourceConfig
 from philora.dataset import prepare
-from philora.dataset.prepare import hold_out, places_of, wanted_rows
+from philora.dataset.prepare import places_of
+from philora.dataset.row_choice import hold_out, wanted_rows
 from philora.dataset.shapes import detect
 from philora.errors import ConfigError, DataError
 from tests.data_kinds import MODEL
