@@ -109,8 +109,9 @@ def test_recomputation_draws_the_same_dropout(use_reentrant):
 
 @pytest.mark.parametrize(
     "label_head",
-    [pytest.param(False, id="model's loss"), pytest.param(True, id="trainer's loss", marks=pytest.mark.slow)],
+    [pytest.param(False, id="model's loss"), pytest.param(True, id="trainer's loss")],
 )
+@pytest.mark.slow
 def test_compiled(plain, label_head):
     """Within a graph the plain forms are used; the graph breaks no more often than without philora."""
     from torch._dynamo.utils import counters
@@ -313,6 +314,7 @@ def test_a_layer_that_is_sharded_from_within_says_so_once(shared):
     assert "Wrap complete decoder layers" in said[0]
 
 
+@pytest.mark.slow
 def test_two_processes_by_the_trainer(shared, trained_plain):
     found = result_of(shared, "trainer", True)
     assert close((found["losses"], found["gradients"]), trained_plain)

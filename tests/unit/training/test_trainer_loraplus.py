@@ -266,7 +266,14 @@ def test_a_run_from_a_configuration_has_the_two_rates(tmp_path, jsonl):
 # ---------------------------------------------------------------------------------------------- PEFT's function
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "v_proj", "gate_proj"], ["qkv_proj", "embed_tokens"]])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        pytest.param(TARGETS, marks=pytest.mark.slow),
+        pytest.param(["q_proj", "v_proj", "gate_proj"], marks=pytest.mark.slow),
+        ["qkv_proj", "embed_tokens"],
+    ],
+)
 def test_three_steps_equal_pefts_optimizer(build, phi3, targets):
     def model():
         torch.manual_seed(7)
