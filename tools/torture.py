@@ -564,7 +564,7 @@ def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         found = json.loads(report.read_text())
         if not found["code"]:
             continue  # it was done before the disk was full
-        named = "free space for about" in found["said"] and "--resume" in found["said"]
+        named = "expected free space" in found["said"] and "--resume" in found["said"]
         filled += 1
         if found["torn"] or found["differs"] or not named or not found["checkpoints"]:
             wrong.append(json.dumps({**found, "said": found["said"][-600:]}))
