@@ -8,10 +8,11 @@
 from philora.dataset.conversations import Conversations
 from philora.dataset.data_report import DataReport, SourceReport, SplitReport
 from philora.dataset.lengths import length_notices, row_lengths
+from philora.dataset.messages import Conversation, Message
 from philora.dataset.prepare import PreparedData, places_of, prepare
 from philora.dataset.read import resolve
 from philora.dataset.records import Source
-from philora.dataset.shapes import FORMATS, Conversation, Message, Shape
+from philora.dataset.shapes import FORMATS, Shape
 from philora.dataset.template import (
     IGNORED,
     Encoded,

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from philora.dataset.arrangement import with_tools
 from philora.dataset.datasets_library import quiet_datasets
-from philora.dataset.shapes import Message
+from philora.dataset.messages import Message
 
 
 class Conversations(Sequence[list[Message]]):

@@ -21,9 +21,9 @@ from philora.dataset.conversations import Conversations
 from philora.dataset.data_report import SourceReport, SplitReport
 from philora.dataset.languages import language_shares
 from philora.dataset.lengths import row_lengths
+from philora.dataset.messages import Message
 from philora.dataset.near import near_duplicates
 from philora.dataset.prepare import PreparedData, places_of, prepare
-from philora.dataset.shapes import Message
 from philora.dataset.template import IGNORED, preview
 from philora.errors import DataError, fault
 from philora.models import loading as models

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from philora.dataset.conversations import Conversations
 from philora.dataset.data_report import DataReport, SourceReport, SplitReport, add_notice, notice_share, notice_splits
 from philora.dataset.datasets_library import quiet_datasets
+from philora.dataset.messages import Conversation, Message
 from philora.dataset.read import resolve
 from philora.dataset.records import Fault, Source
 from philora.dataset.row_choice import Indices, hold_out, part_of, weighted_rows
-from philora.dataset.shapes import Conversation, Message, Shape, shape_from_config
+from philora.dataset.shapes import Shape, shape_from_config
 from philora.dataset.store import (
     ANSWERS,
     CONTROL,

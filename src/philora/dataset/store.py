@@ -35,8 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from philora.dataset.messages import Conversation
 from philora.dataset.records import Batch, Fault, Record, Source, parse_line
-from philora.dataset.shapes import Conversation, Shape, detect
+from philora.dataset.shapes import Shape, detect
 from philora.dataset.template import Encoded, Encoder
 from philora.dataset.turns import described as turns_described
 from philora.dataset.turns import grouped, turn_columns

@@ -30,8 +30,8 @@ from philora.dataset.arrangement import (
     tools_not_shown,
 )
 from philora.dataset.control_texts import ControlTexts
+from philora.dataset.messages import Conversation, Message
 from philora.dataset.records import Fault
-from philora.dataset.shapes import Conversation, Message
 from philora.dataset.turn_proof import TemplateFault, Turn, TurnProof, common_length
 from philora.errors import DataError, fault
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from philora.dataset.arrangement import TEMPLATE_ERRORS, Arrangement, function_names
+from philora.dataset.messages import Message
 from philora.dataset.records import Fault
-from philora.dataset.shapes import Message
 from philora.errors import DataError, fault
 
 

@@ -275,7 +275,7 @@ def test_answers_that_are_numbers_are_left_alone(phi, tmp_path):
     ["User guides are long.\nAnswer: none.", "The assistant\nuser reads.", "def user():\n    return assistant()"],
 )
 def test_prose_is_not_taken_for_turns(text):
-    from philora.dataset.shapes import Conversation
+    from philora.dataset.messages import Conversation
 
     assert not Conversation([{"role": "text", "content": text}]).has_turns_as_text
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from philora.dataset import Encoder
 from philora.dataset.arrangement import Arrangement, PromptTooLong, fold_system
-from philora.dataset.shapes import Conversation
+from philora.dataset.messages import Conversation
 from philora.errors import DataError
 from tests.gguf_models import TEMPLATES
 from tests.unit.dataset.test_data_template import (

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from philora.dataset import IGNORED, Encoder, TemplateFault, encode_conversation, preview, prompts_and_references
 from philora.dataset.arrangement import with_tools
+from philora.dataset.messages import Conversation
 from philora.dataset.records import Fault
-from philora.dataset.shapes import Conversation
 from philora.dataset.turn_proof import TurnProof
 from philora.errors import DataError
 from philora.generation.batches import prompt_tokens
