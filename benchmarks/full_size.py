@@ -24,7 +24,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.process import start
 from benchmarks.rate import machine
 from benchmarks.results import RESULTS, append, commit, now
 
@@ -67,13 +67,13 @@ def write_folder(folder: Path, layers: int, hidden: int) -> None:
         skeleton = Phi3ForCausalLM(config)
     parts: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in skeleton.named_parameters():
-        index = next((each for each in name.split(".") if each.isdigit()), None)
+        index = next((part for part in name.split(".") if part.isdigit()), None)
         part = f"layers-{int(index) // 4}" if index is not None else name.split(".")[-2]
         parts.setdefault(part, {})[name] = parameter.shape
     needed = 2 * sum(shape.numel() for part in parts.values() for shape in part.values())
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < needed + GIB:
-        sys.exit(f"{folder}: {needed / 1e9:.1f} GB and some room are needed")
+        sys.exit(f"{folder}: {needed / 1e9:.1f} GB and some more are needed")
     generator = torch.Generator().manual_seed(0)
     places = {}
     for number, (part, shapes) in enumerate(parts.items(), 1):
@@ -167,7 +167,7 @@ def train(folder: Path, quantization: str, steps: int, work: Path) -> dict[str, 
     return {
         "before_training_seconds": round(moments[0] - begun, 1),
         "step_seconds": [round(b - a, 1) for a, b in zip(moments[::2], moments[1::2], strict=True)],
-        "losses": [each for each in losses if each is not None],
+        "losses": [loss for loss in losses if loss is not None],
         "peak_gib": {
             phase: {name: round(value / GIB, 2) for name, value in peak.items()} for phase, peak in memory.peak.items()
         },
@@ -208,17 +208,17 @@ def compare(folder: Path) -> dict[str, Any]:
 
 
 def measure(name: str, folder: Path, steps: int, limit_gib: float) -> dict[str, Any]:
-    """In a process of its own; what it prints last is its result."""
+    """Measure in a separate process, whose log is written beside the folder."""
     command = [sys.executable, "-m", "benchmarks.full_size", "--folder", str(folder), "--child", name]
-    command += ["--steps", str(steps), "--limit", str(limit_gib)]
+    command += ["--steps", str(steps), "--limit", str(limit_gib), "--out"]
     environment = os.environ | {
         "GOMP_SPINCOUNT": "10000",  # else waiting threads take the cores from each other
         "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own reserves 1 GiB, which counts though it is not touched
     }
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        return {"failed": done.returncode, "said": done.stderr[-2000:]}
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    try:
+        return start(command, folder.with_name(f"{folder.name}-{name}"), environment, None)
+    except RuntimeError as error:
+        return {"failed": str(error)}
 
 
 def child(name: str, folder: Path, steps: int, limit_gib: float | None) -> dict[str, Any]:
@@ -252,13 +252,13 @@ def row(name: str, given: argparse.Namespace, figures: dict[str, Any]) -> dict[s
         "limit_gib": given.limit if name.endswith("limited") else "",
         "anonymous_gib_loading": peak.get("loading", {}).get("RssAnon", ""),
         "anonymous_gib_training": peak.get("training", {}).get("RssAnon", ""),
-        "file_pages_gib": max((each["RssFile"] for each in peak.values()), default=""),
+        "file_pages_gib": max((phase["RssFile"] for phase in peak.values()), default=""),
         "seconds_before_training": figures.get("before_training_seconds", ""),
         "steps_timed": len(seconds),
         "step_seconds": round(median(seconds), 2) if seconds else "",
         "step_seconds_min": min(seconds, default=""),
         "step_seconds_max": max(seconds, default=""),
-        "losses": " ".join(f"{each:.5f}" for each in figures.get("losses", [])),
+        "losses": " ".join(f"{loss:.5f}" for loss in figures.get("losses", [])),
     }
 
 
@@ -275,11 +275,12 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the folder")
     parser.add_argument("--no-write", action="store_true", help="add no rows to the table")
     parser.add_argument("--child", choices=MEASUREMENTS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         limit = given.limit if given.child.endswith("limited") else None
-        print(json.dumps(child(given.child, given.folder, given.steps, limit)))
+        given.out.write_text(json.dumps(child(given.child, given.folder, given.steps, limit)), encoding="utf-8")
         return
     if not (given.folder / "config.json").exists():
         write_folder(given.folder, given.layers, given.hidden)

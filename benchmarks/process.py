@@ -155,20 +155,30 @@ def write_work(name: str, root: Path, environment: Mapping[str, str], change: Ma
         RuntimeError: It failed; the message holds what it printed.
     """
     command = [sys.executable, "-m", "benchmarks.work", name, "--root", str(root)]
-    command += ["--change", json.dumps(change or {})]
+    call([*command, "--change", json.dumps(change or {})], environment)
+
+
+def call(command: Sequence[str], environment: Mapping[str, str]) -> float:
+    """Run one process to its end and return the seconds that it took.
+
+    Raises:
+        RuntimeError: It failed; the message has the end of what it printed.
+    """
+    begun = time.perf_counter()
     ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise RuntimeError(f"work {name}: exit {ended.returncode}: {ended.stderr.strip()[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)}: exit {ended.returncode}: {ended.stderr.strip()[-2000:]}")
+    return time.perf_counter() - begun
 
 
-def start(command: Sequence[str], stem: Path, environment: Mapping[str, str], timeout: float) -> dict[str, Any]:
+def start(command: Sequence[str], stem: Path, environment: Mapping[str, str], timeout: float | None) -> dict[str, Any]:
     """Run one process to its end and read its result.
 
     Args:
         command: The process; the file for its result is added to its end.
         stem: `.json` is added for the result, `.log` for what it prints.
         environment: All of its environment.
-        timeout: Seconds.
+        timeout: Seconds; None for no limit.
 
     Raises:
         RuntimeError: It failed or took too long; the message holds its last line.

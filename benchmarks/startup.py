@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.process import REPOSITORY, environment
+from benchmarks.process import REPOSITORY, call, environment
 from benchmarks.rate import machine
 from benchmarks.results import RESULTS, append, commit, now
 
@@ -32,19 +30,6 @@ TITLES = {
     "philora cold": "philora train, to the end of step 1, nothing cached",
     "philora warm": "the same, data tokenised before",
 }
-
-
-def seconds_of(command: Sequence[str], env: dict[str, str]) -> float:
-    """How long a command takes.
-
-    Raises:
-        RuntimeError: It failed; the message holds what it printed.
-    """
-    begun = time.perf_counter()
-    ended = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit {ended.returncode}: {ended.stderr[-500:]}")
-    return time.perf_counter() - begun
 
 
 def first_step(folder: Path, env: dict[str, str]) -> float:
@@ -64,7 +49,7 @@ def first_step(folder: Path, env: dict[str, str]) -> float:
     config.write_text("data: {train: helpdesk, eval: null}\n", encoding="utf-8")
     philora = str(Path(sys.executable).with_name("philora"))
     begun = time.time()
-    seconds_of([philora, "train", str(config), *(f"{key}={value}" for key, value in settings.items())], env)
+    call([philora, "train", str(config), *(f"{key}={value}" for key, value in settings.items())], env)
     line = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
     return float(json.loads(line)["time"]) - begun
 
@@ -86,12 +71,12 @@ def main() -> int:
     philora = str(Path(sys.executable).with_name("philora"))
     with tempfile.TemporaryDirectory() as held:
         folder = Path(held)
-        seconds_of(imports, env)  # byte code and the system's file cache are warm for everybody
+        call(imports, env)  # byte code and the system's file cache are warm for everybody
         first_step(folder / "first", env | {"PHILORA_CACHE": str(folder / "unused")})
         for number in range(1, given.rounds + 1):
             cached = env | {"PHILORA_CACHE": str(folder / f"cache-{number}")}
-            found["imports"].append(seconds_of(imports, env))
-            found["philora help"].append(seconds_of([philora, "--help"], env))
+            found["imports"].append(call(imports, env))
+            found["philora help"].append(call([philora, "--help"], env))
             found["philora cold"].append(first_step(folder / f"cold-{number}", cached))
             found["philora warm"].append(first_step(folder / f"warm-{number}", cached))
             figures = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in found.items())

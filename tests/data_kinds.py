@@ -196,7 +196,7 @@ def chat_kinds() -> Iterator[Kind]:
     yield Kind(
         "`loss: true` on the user's turn",
         (jsonl({"messages": [{**user(Q), "loss": True}, assistant(A)]}),),
-        refused="loss on turns of the assistant alone",
+        refused="loss on turns of the assistant only",
     )
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "the way?"}]
     yield Kind("content in parts", (jsonl({"messages": [{"role": "user", "content": parts}, assistant(A)]}),), (A,))
@@ -298,7 +298,7 @@ def turn_kinds() -> Iterator[Kind]:
     yield Kind(
         "one row for each message, no id",
         (table({"role": "customer", "text": Q}),),
-        refused="a whole conversation in each record",
+        refused="a complete conversation in each record",
     )
     yield Kind(
         "one row for each message, never answered", (table(rows[1]),), refused="at least one turn of the assistant"
@@ -331,7 +331,7 @@ def tool_kinds() -> Iterator[Kind]:
     yield Kind(
         "functions in their old form",
         (jsonl({"messages": [user(Q), assistant(A, function_call={"name": "weather", "arguments": "{}"})]}),),
-        refused="tool calls in today's form",
+        refused="tool calls in the current format",
     )
 
 
@@ -359,11 +359,11 @@ def pair_kinds() -> Iterator[Kind]:
         "an answer with its explanation", (jsonl({**ASKED, "explanation": "By map."}),), (A,), ("explanation (1)",)
     )
     yield Kind("KTO, good answers", (jsonl({**PAIR, "label": True}),), (A,))
-    yield Kind("KTO, a bad answer", (jsonl({**PAIR, "label": False}),), refused="an answer that is good")
+    yield Kind("KTO, a bad answer", (jsonl({**PAIR, "label": False}),), refused="an answer that is not labelled as bad")
     yield Kind(
         "HH, two texts",
         (jsonl({"chosen": f"Human: {Q} Assistant: {A}", "rejected": "Human: Hi. Assistant: No."}),),
-        refused="one answer a record, not a better and a worse one",
+        refused="one answer per record, not a better and a worse one",
     )
     yield Kind(
         "DPO, the chosen answers named",
@@ -445,7 +445,7 @@ def layout_kinds() -> Iterator[Kind]:
         ("sheet Notes of data.xlsx",),
         settings={"split": "Chats"},
     )
-    yield Kind("Excel, torn", (raw("data.xlsx", sheet(ASKED).data[:300]),), refused="a whole .xlsx file")
+    yield Kind("Excel, torn", (raw("data.xlsx", sheet(ASKED).data[:300]),), refused="a complete .xlsx file")
     yield Kind("Excel of before 2007", (raw("data.xls", b"\xd0\xcf\x11\xe0"),), refused="save it as .xlsx")
     yield Kind("CSV in UTF-16", (table(ASKED, encoding="utf-16"),), (A,))
     yield Kind(
@@ -457,7 +457,7 @@ def layout_kinds() -> Iterator[Kind]:
     yield Kind(
         "CSV, two columns of one name",
         (raw("data.csv", b"question,answer,answer\na,b,c\n", "c"),),
-        refused="names of columns that differ",
+        refused="distinct column names",
     )
     yield Kind("JSON Lines in UTF-16", (jsonl(CHAT, encoding="utf-16"),), (A,))
     yield Kind("UTF-16 without its mark", (jsonl(CHAT, encoding="utf-16-le"),), refused="UTF-16 with a byte order mark")
@@ -469,7 +469,9 @@ def layout_kinds() -> Iterator[Kind]:
     yield Kind("JSON Lines, zstd", (packed(jsonl(CHAT), "data.jsonl.zst"),), (A,))
     yield Kind("CSV with semicolons, zstd", (packed(separated(ASKED), "data.csv.zst"),), (A,))
     torn = packed(jsonl(*[CHAT] * 50), "data.jsonl.zst")
-    yield Kind("JSON Lines, zstd, torn", (File(torn.name, torn.records, torn.data[:-9]),), refused="a whole zstd file")
+    yield Kind(
+        "JSON Lines, zstd, torn", (File(torn.name, torn.records, torn.data[:-9]),), refused="a complete zstd file"
+    )
     yield Kind("JSON Lines, zip", (raw("data.jsonl.zip", b"PK"),), refused="Unpack it")
     yield Kind(
         "JSON Lines, more behind a record",
@@ -479,7 +481,7 @@ def layout_kinds() -> Iterator[Kind]:
     yield Kind(
         "JSON, a name twice in an object",
         (raw("data.jsonl", b'{"prompt": "a", "completion": "b", "completion": "c"}\n', "b"),),
-        refused="names that stand once in a JSON object",
+        refused="unique names in a JSON object",
     )
     yield Kind("JSON, a list", (document([CHAT, OTHER], [CHAT, OTHER]),), (A, "Continue."))
     both = json.dumps(CHAT, indent=2) + "\n" + json.dumps(OTHER, indent=2) + "\n"

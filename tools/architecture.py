@@ -34,7 +34,7 @@ def packages() -> str:
         folder = ROOT / name
         if folder.is_dir():
             lines += ["", f"### `{name}/`", "", f"{summary(folder / '__init__.py')}.", ""]
-            lines += ["| file | holds |", "| --- | --- |"]
+            lines += ["| file | purpose |", "| --- | --- |"]
             files = sorted(path for path in folder.rglob("*.py") if path.name != "__init__.py")
             lines += [f"| `{path.relative_to(ROOT).as_posix()}` | {summary(path)} |" for path in files]
     return "\n".join([*lines[1:], "", ""])

@@ -568,7 +568,7 @@ def disks(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         filled += 1
         if found["torn"] or found["differs"] or not named or not found["checkpoints"]:
             wrong.append(json.dumps({**found, "said": found["said"][-600:]}))
-    return {"number": filled, "seen": {"ended and went on": filled - len(wrong)}, "wrong": wrong}
+    return {"number": filled, "seen": {"ended and resumed": filled - len(wrong)}, "wrong": wrong}
 
 
 # ------------------------------------------------------------------------------------------------- damage

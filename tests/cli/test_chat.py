@@ -50,7 +50,7 @@ def test_a_script_learns_that_something_could_not_be_done(piped, colours):
     [
         (["chat", "runs/missing"], r"source='runs/missing' - expected a run folder"),
         (["chat", "RED", "--top-p", "0.5"], r"top_p=0.5 - expected a temperature above 0 beside it"),
-        (["serve", "RED", "RED/adapter"], r"name='red' - expected a name of its own for each adapter"),
+        (["serve", "RED", "RED/adapter"], r"name='red' - expected a different name for each adapter"),
         (
             ["serve", "RED", "--host", "0.0.0.0"],
             r"host='0.0.0.0' - expected a key where other machines",

@@ -46,7 +46,7 @@ def test_init_writes_a_configuration_and_checks_it(tickets, cli):
     assert not (tickets.parent / "runs").exists()
     again = cli("init", "tickets.csv")
     assert again.code == 2
-    assert "out='tickets.yaml' - expected a file that is not there yet" in again.err
+    assert "out='tickets.yaml' - expected a file that does not exist yet" in again.err
     assert (tickets.parent / "tickets.yaml").read_text() == text
 
 

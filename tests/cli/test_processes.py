@@ -245,7 +245,7 @@ def test_another_number_of_processes_is_refused_unless_forced(both, cli, tmp_pat
         shutil.copytree(tmp_path / "run", folder / "two")
         answer = cli("train", path, "--resume")
         assert answer.code == 2
-        assert "processes=1 - expected what the run was started with: 2" in " ".join(answer.err.split())
+        assert "processes=1 - expected the value that the run was started with: 2" in " ".join(answer.err.split())
         assert "--resume=force" in answer.err
         answer = cli("train", path, "--resume=force")
         assert answer.code == 0, answer.err

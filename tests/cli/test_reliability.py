@@ -195,7 +195,10 @@ def test_other_data_and_another_model_are_refused(model, whole, jsonl, tmp_path)
         philora.train(settings, resume=True)
     text = str(caught.value)
     assert "model.model.safetensors=" in text
-    assert "data.rows.train=29 - expected what the run was started with: 30. --resume=force continues anyway" in text
+    assert (
+        "data.rows.train=29 - expected the value that the run was started with: 30. --resume=force continues anyway"
+        in text
+    )
     assert philora.train(settings, resume="force").results["throughput"]["steps"] == 2
 
 

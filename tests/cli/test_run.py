@@ -136,7 +136,7 @@ def test_resume_with_other_settings_is_refused_unless_forced(cli, config, tmp_pa
     answer = cli("train", path, "training_config.learning_rate=2e-3", "--resume")
     assert answer.code == 2
     text = " ".join(answer.err.split())
-    assert "learning_rate=0.002 - expected what the run was started with: 0.001" in text
+    assert "learning_rate=0.002 - expected the value that the run was started with: 0.001" in text
     assert "--resume=force" in text
     assert cli("train", path, "training_config.learning_rate=2e-3", "--resume=force").code == 0
 

@@ -190,7 +190,7 @@ def test_a_run_that_has_not_ended_is_used_by_its_newest_checkpoint(cli, project)
     shutil.rmtree(run / "checkpoints")
     none = cli("generate", run, "--prompts", "prompts.txt")
     assert none.code == 2
-    assert f"this run has not ended and has no complete checkpoint. Continue with it: philora train {run}" in none.err
+    assert f"this run has not ended and has no complete checkpoint. Resume it: philora train {run}" in none.err
 
 
 def test_votes_of_a_run_go_to_its_folder(project, monkeypatch):

@@ -1,1 +1,1 @@
-"""Adapters on a model: which modules a name means, slices of fused projections, the fast layers, loading, coverage."""
+"""Put adapters on a model: names of modules, slices of fused projections, fast layers, loading, coverage."""

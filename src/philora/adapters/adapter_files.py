@@ -1,4 +1,4 @@
-"""Files of an adapter: `philora.json`, and checks of an adapter from outside before it is put on a model."""
+"""Read and write `philora.json`, and check an adapter's files before they are loaded into a model."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def check_harmless(config: LoraConfig, folder: Path) -> None:
     for key, several in patterns.items():
         for pattern in several:
             if isinstance(pattern, str) and not is_quick(pattern):
-                expected = "a regular expression without a repeated repeat, with at most 4 that have no end"
+                expected = "a regular expression without nested repeats, and with at most 4 unbounded ones"
                 faults.append(fault(where, key, pattern, expected, "List the names of the modules"))
     if faults:
         raise AdapterError(one_per_line(faults))

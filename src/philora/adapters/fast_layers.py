@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with a fused forward, and `optimize`, which puts them and the other fast parts into a model."""
+"""Give PEFT's LoRA layers a fused forward; `optimize` puts them and the other fast parts into a model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class FastForward:
         return None if not_plain(cast(LoraLayer, self)) else active_adapter(self)
 
 
-_SHARDED_ALONE = "FSDP shards its parts by themselves"
+_SHARDED_ALONE = "FSDP shards its parts separately"
 
 
 def not_plain(layer: LoraLayer) -> str | None:
@@ -107,19 +107,19 @@ def not_plain(layer: LoraLayer) -> str | None:
         return why
     adapter = active_adapter(layer)
     if type(layer.scaling[adapter]) not in (float, int):
-        return "its scaling is no plain number"
+        return "its scaling is not a plain number"
     base, dropout = layer.base_layer, layer.lora_dropout[adapter]
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if not _is_plain_base(base) or type(down) is not nn.Linear or type(up) is not nn.Linear:
         sharded = any(isinstance(entry, FSDPModule | FullyShardedDataParallel) for entry in (base, down, up))
-        return _SHARDED_ALONE if sharded else "its parts are no plain linear layers"
+        return _SHARDED_ALONE if sharded else "its parts are not plain linear layers"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return "its dropout is another module"
     if is_fx_symbolic_tracing():
         return None  # it replaces every module's call and has proxies in place of weights
     weights = (down.weight, up.weight, base.weight) if type(base) is nn.Linear else (down.weight, up.weight)
     if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights) or cast(Any, down).bias is not None:
-        return "its weights are of a class of their own, or A has a bias"
+        return "its weights are of another class, or A has a bias"
     if is_hooked(base) or is_hooked(down) or is_hooked(up) or is_hooked(dropout):
         return "its parts have hooks"
     if torch.compiler.is_compiling():
@@ -135,8 +135,8 @@ def not_plain(layer: LoraLayer) -> str | None:
 def _warn_sharded_alone() -> None:
     """Warn once that layers run PEFT's forward, because FSDP gathers a weight only while its own module runs."""
     logger.warning(
-        "FSDP shards linear layers inside LoRA layers by themselves, so those run PEFT's own forward. "
-        "Wrap complete decoder layers to have the fused one."
+        "FSDP shards linear layers inside LoRA layers separately, so those run PEFT's own forward. "
+        "Wrap complete decoder layers to use the fused forward."
     )
 
 
@@ -246,10 +246,12 @@ def _set_recomputation(model: nn.Module, on: bool) -> None:
         return
     todo = "gradient_checkpointing=True (full) recomputes complete layers of any model"
     if not fused_enabled():
-        logger.warning("element-wise recomputation is a part of the fused path, which is off: all is kept. %s.", todo)
+        logger.warning(
+            "element-wise recomputation belongs to the fused path, which is off: nothing is recomputed. %s.", todo
+        )
     elif not parts:
         logger.warning("element-wise recomputation: no RMSNorm or SwiGLU of this model has a fast form. %s.", todo)
     elif "SwiGLU" not in parts:
-        logger.warning("element-wise recomputation covers %s of this model alone. %s.", " and ".join(parts), todo)
+        logger.warning("element-wise recomputation covers only %s of this model. %s.", " and ".join(parts), todo)
     if kept and fused_enabled():
         logger.warning("element-wise recomputation: %d LoRA layers run PEFT's forward and keep their inputs", kept)

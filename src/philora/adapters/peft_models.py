@@ -1,4 +1,4 @@
-"""PEFT's models with strict names, slices and the fast layers: make one, or load a saved adapter."""
+"""Make or load PEFT's models with strict names, slices and the fast layers."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def _check_changed_base(model: nn.Module, own: OwnWeights, folder: Path) -> None
     """
     changed = [*getattr(model, "changed_base", ()), *own.under_lora]
     if changed and isinstance(model, PeftModel):
-        expected = "the base's own weights under LoRA, beside another adapter"
-        raise AdapterError(fault(str(folder), "embeddings", changed, expected, "Use it by itself, or merge it"))
+        expected = "LoRA over the base's own weights, since another adapter shares the base"
+        raise AdapterError(fault(str(folder), "embeddings", changed, expected, "Use it alone, or merge it"))
     if changed:
         logger.warning(
             "%s has its own complete weights of %s under its LoRA update. They replace the base's, "
@@ -153,7 +153,7 @@ def _without_adapters(model: PeftModel) -> nn.Module:
     """Return the base of a PeftModel without adapters and weights."""
     base = model.get_base_model()
     if not isinstance(base, PreTrainedModel):
-        expected = "a model of transformers, where an adapter is there already"
+        expected = "a model of transformers, since it has an adapter already"
         raise AdapterError(fault("load_adapter", "model", type(base).__name__, expected, "Load it with PEFT"))
     with torch.device("meta"):
         skeleton = type(base)(copy.deepcopy(base.config))

@@ -1,4 +1,4 @@
-"""Slices of fused projections: what a slice is, and the zeros around it that stay zero.
+"""Describe slices of fused projections, and keep the zeros around them at zero.
 
 A slice adapter (`q_proj`, `v_proj`, `gate_proj`, ...) is a PEFT adapter of the fused module. The slices' A are stacked,
 and their B are the diagonal blocks of a matrix that is zero elsewhere. The rank is R = r x slices, and alpha is raised

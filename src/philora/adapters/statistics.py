@@ -1,4 +1,4 @@
-"""Statistics of an adapter: what it covers, and how far it moves the base."""
+"""Compute what an adapter covers, and how far it moves the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names in a LoraConfig: every one is checked against the model, and slices are translated for PEFT."""
+"""Check the names in a LoraConfig against the model, and translate slices for PEFT."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def _apply_exclusions(
             leaf = fused.rpartition(".")[2]
             others = [entry for entry in names.rows[fused] if entry != slice_name]
             todo = f"{leaf} is targeted as one matrix; target {' and '.join(others)} in its place"
-            faults.append(fault(where, "exclude_modules", slice_name, "a module that is targeted by itself", todo))
+            faults.append(fault(where, "exclude_modules", slice_name, "a module that is targeted separately", todo))
     return [name for name in real if name not in hit], [name for name in wanted if name not in hit]
 
 
@@ -323,7 +323,7 @@ def _resolve_slices(
         leaf = fused.rpartition(".")[2]
         ordered = [entry for entry in names.rows[fused] if entry in chosen]
         if fused in real:
-            todo = f"Name {leaf} for one matrix of rank r, or its slices for a rank r of each"
+            todo = f"Name {leaf} for one matrix of rank r, or its slices for separate ones of rank r"
             faults.append(fault(where, "target_modules", [leaf, *ordered], f"{leaf} or its slices, not both", todo))
             continue
         parent = fused.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""The command line."""
+"""Define the command line."""
 
 from philora.cli.commands import main
 

@@ -1,4 +1,4 @@
-"""Commands for data and configurations: init, check, data, config."""
+"""Define the commands for data and configurations: init, check, data, config."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def init(
 
     file = Path(output) if output else Path(f"{stem(data)}.yaml")
     if file.exists():
-        expected = "a file that is not there yet"
+        expected = "a file that does not exist yet"
         raise ConfigError(fault("init", "out", str(file), expected, "Give another with --out, or remove this one"))
     with err.status("looking at the data"):
         from philora.planning.starter import start
@@ -98,7 +98,7 @@ def check(
     quiet: QuietFlag = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at everything a run needs before any weight is loaded: data, labels, targets, memory, time."""
+    """Check everything that a run needs before any weight is loaded: data, labels, targets, memory, time."""
     set_up_logging("warning")
     words = [argument for argument in sys.argv[1:] if argument not in ("--json", "--quiet")]
     command = shlex.join(["philora", *("train" if word == "check" else word for word in words)])
@@ -113,8 +113,8 @@ def show_data(
     overrides: Overrides = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what data holds: shape, counts, lengths, languages, repeats, odd rows, e-mail addresses, labels."""
-    set_up_logging("error")  # what is found is shown in its place
+    """Describe a data source: shape, counts, lengths, languages, repeats, odd rows, e-mail addresses, labels."""
+    set_up_logging("error")  # the findings below replace the notices
     from philora.dataset.describe import describe_data
 
     found = describe_data(source, overrides or [])

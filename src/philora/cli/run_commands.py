@@ -91,13 +91,13 @@ def train(
         str,
         typer.Option(
             "--resume",
-            help="Resume the run from its newest complete checkpoint; --resume=force also where settings have changed.",
+            help="Resume the run from its newest complete checkpoint; --resume=force also if settings have changed.",
         ),
     ] = "",
     quiet: QuietFlag = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune a model as a configuration says, or on data alone; write a run folder with adapter and report."""
+    """Fine-tune a model by a configuration, or on data alone; write a run folder with adapter and report."""
     if resume not in ("", "yes", "force"):
         raise typer.BadParameter(f"{resume!r}: expected --resume or --resume=force")
     given = [*(overrides or []), *flag_overrides(context)]

@@ -1,1 +1,1 @@
-"""One file for every library: its private names that philora uses, under public ones."""
+"""Give private names of other libraries public ones: one file for each library."""

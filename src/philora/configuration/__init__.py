@@ -1,1 +1,1 @@
-"""The configuration of a run: its sections and keys, YAML, overrides, older spellings, checks."""
+"""Read the configuration of a run: its sections and keys, YAML, overrides, older spellings, checks."""

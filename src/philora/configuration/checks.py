@@ -1,4 +1,4 @@
-"""Checks between settings, and the defaults that follow from other settings."""
+"""Check settings against each other, and set the defaults that depend on other settings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_training(
     if isinstance(given.get("tokens_per_step"), int) and "gradient_accumulation_steps" in given:
         reader.notices.append(
             f"{reader.place(('training_config', 'tokens_per_step'))}: training_config.tokens_per_step and "
-            f"gradient_accumulation_steps are both given: gradient_accumulation_steps holds."
+            f"gradient_accumulation_steps are both given: gradient_accumulation_steps applies."
         )
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: defaults, bounds, older spellings, and where every value came from.
+"""Load the configuration of a run: defaults, bounds, older spellings, and the origin of every value.
 
 A configuration is a YAML file, or the same dict in Python, with `KEY=VALUE` overrides on top. `load_config` checks
 all of it before any large library is imported and reports every fault at once. What it returns is complete for
@@ -128,7 +128,7 @@ def _unusable_texts(value: Any, path: KeyPath, reader: Reader) -> Iterator[str]:
             Path(text).expanduser()
     except UnicodeEncodeError as error:
         yield config_fault(
-            where, name, text, "text that UTF-8 can hold", f"Character {error.start + 1} is half of a pair"
+            where, name, text, "text that UTF-8 can encode", f"Character {error.start + 1} is half of a pair"
         )
     except RuntimeError:
         expected = "a path whose home folder is known here"

@@ -123,6 +123,6 @@ def _local_path(path: KeyPath, text: str, reader: Reader) -> str:
     if looks_local:
         # The line of the path inside the source, when the source is a mapping.
         place = (*path, "path") if (*path, "path") in reader.places else path
-        todo = nearest_file(file) or f"It was looked for from {Path.cwd()}"
+        todo = nearest_file(file) or f"Relative paths start at {Path.cwd()}"
         reader.fault(place, text, "an existing file or folder, or a hub id", todo)
     return text

@@ -1,4 +1,4 @@
-"""Every key that philora states a default or a bound for, and the rule of every key of TRL and PEFT."""
+"""List every key with a default or bound of philora's, and give the rule of every key of TRL and PEFT."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ _LIBRARY_FIELDS: Final = (
         "auto",
         union(COUNT, AUTO, NULL),
         "tokens of an optimizer step on all devices together, reached by accumulation (philora's own key); "
-        "null, and so where one of the two is given: batch size times gradient_accumulation_steps",
+        "null, or if one of the two is given: batch size times gradient_accumulation_steps",
     ),
     Field(
         "training_config.gradient_checkpointing",
@@ -176,7 +176,7 @@ _LIBRARY_FIELDS: Final = (
         "training_config.logging_steps",
         10,
         STEPS,
-        "steps between log lines; where it is not set, fewer in a short run, for a curve of 100 points",
+        "steps between log lines; if it is not set, short runs log more often, for a curve of 100 points",
     ),
     Field("training_config.eval_strategy", "steps", _LIBRARY_RULE, "when to evaluate in training"),
     Field("training_config.eval_steps", 0.1, union(STEPS, NULL), "steps between evaluations"),
@@ -195,7 +195,7 @@ _LIBRARY_FIELDS: Final = (
         5,
         COUNT_OR_NULL,
         "steps whose loss or gradient is not finite are skipped; this many in a row end the run (philora's own key); "
-        "null: they are taken",
+        "null: no step is skipped",
     ),
     Field("training_config.save_total_limit", 2, COUNT_OR_NULL, "checkpoints kept; null: all"),
     Field("training_config.seed", 42, number(least=0, whole=True), "seed of data order, dropout and initialisation"),
@@ -211,7 +211,7 @@ _LIBRARY_FIELDS: Final = (
         "training_config.fsdp",
         LIBRARY,
         union(FLAG, TEXT, NULL),
-        "shard the model over several processes on GPUs, as fsdp_config says",
+        "shard the model over several processes on GPUs, with the options of fsdp_config",
     ),
     Field(
         "training_config.include_num_input_tokens_seen",
@@ -240,7 +240,7 @@ _LIBRARY_FIELDS: Final = (
             _init_lora_weights,
             ("gaussian", "olora", "pissa", "corda", "loftq", "lora_ga", "orthogonal"),
         ),
-        "how A and B start",
+        "initialisation of A and B",
     ),
     Field("peft_config.rank_pattern", LIBRARY, union(mapping_of(COUNT), NULL), "ranks of single modules"),
     Field("peft_config.alpha_pattern", LIBRARY, union(mapping_of(number(above=0)), NULL), "alphas of single modules"),

@@ -1,4 +1,4 @@
-"""Names of files and folders that a configuration or the command line mentions."""
+"""Recognise files and folders that a configuration or the command line names."""
 
 from __future__ import annotations
 

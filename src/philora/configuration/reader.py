@@ -145,7 +145,7 @@ class Reader:
                 inner = {}
             if not isinstance(inner, Mapping):
                 self.places[path] = "command line"
-                self.fault(path, value, f"{'.'.join(path[:depth])} to be a mapping", "Give the whole value instead")
+                self.fault(path, value, f"{'.'.join(path[:depth])} to be a mapping", "Give the complete value instead")
                 return
             target[name] = inner = dict(inner)
             target = inner

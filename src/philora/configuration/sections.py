@@ -1,4 +1,4 @@
-"""The sections of a configuration as dataclasses; each field carries its rule and its documentation."""
+"""Define the sections of a configuration as dataclasses, whose fields have a rule and a description."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ class SourceConfig:
         None, _TEXT_OR_NULL, "subset (configuration) of a hub dataset, or of a folder with a dataset card"
     )
     split: str | None = _setting(
-        None, _TEXT_OR_NULL, "split to read, such as `train_sft`; of a JSON object with several lists, one of them"
+        None, _TEXT_OR_NULL, "split to read, such as `train_sft`, or one of several lists of a JSON object"
     )
     limit: int | None = _setting(None, COUNT_OR_NULL, "read this many records at most")
     columns: Mapping[str, str] | None = _setting(
         None,
         union(mapping_of(schema.ANYTHING), NULL),
-        "templates from the dataset's columns to system, user, assistant, prompt, completion, text or messages; of "
-        "one row for each message to conversation, role, content and time",
+        "templates that make system, user, assistant, prompt, completion, text or messages of the dataset's columns; "
+        "with one row for each message: conversation, role, content and time",
     )
     weight: float = _setting(
-        1.0, number(above=0), "times that each row is taken in an epoch; a fraction takes a seeded sample"
+        1.0, number(above=0), "how often each row is used in an epoch; a fraction draws a sample by the seed"
     )
     streaming: bool = _setting(False, FLAG, "stream a hub dataset instead of downloading it first")
     format: str | None = _setting(
@@ -74,8 +74,8 @@ class SourceConfig:
     roles: Mapping[str, str] | None = _setting(
         None,
         union(mapping_of(one_of(*TURN_ROLES)), NULL),
-        "of one row for each message: what values of the role's column mean, such as `{Ann: assistant}`; `*` means all "
-        "others",
+        "with one row for each message: the roles of the values of the role column, such as `{Ann: assistant}`; `*` "
+        "stands for all others",
     )
 
 
@@ -124,7 +124,9 @@ class TokenizerConfig:
 
     model_max_length: int | None = _setting(None, union(number(least=8, whole=True), NULL), "window in tokens")
     padding_side: str | None = _setting(None, union(one_of("left", "right"), NULL), "side that is padded")
-    pad_token: str | None = _setting(None, _TEXT_OR_NULL, "padding token; null: one that is no stop token is chosen")
+    pad_token: str | None = _setting(
+        None, _TEXT_OR_NULL, "padding token; null: a token that does not stop generation is chosen"
+    )
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ class DataConfig:
             lambda value: value,
             null=True,
         ),
-        "held-out data: a source, or what is held out of `train` with the seed: a number of rows, or a fraction, which "
-        "is at least 32 rows where they are no more than a fifth",
+        "held-out data: a source; or a number or fraction of the rows of `train`, drawn by the seed. A fraction is "
+        "raised to 32 rows if they are at most a fifth of all",
     )
     format: str = _setting("auto", one_of(*DATA_FORMATS), "shape of the records")
     overlong: str = _setting(

@@ -1,4 +1,4 @@
-"""Older names of settings, translated to those of the installed TRL and transformers."""
+"""Translate older names of settings into those of the installed TRL and transformers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def to_current_names(given: Mapping[str, Any]) -> Translation:
         elif key in _CONVERTED:
             new, today = _CONVERTED[key](value)
             if today is None or value is None:
-                out.notices.append((key, f"{key}={value!r} is an older spelling of what holds by default: left out."))
+                out.notices.append((key, f"{key}={value!r} is an older spelling of the default: ignored."))
             else:
                 move(key, new, today)
         elif key in _DROPPED:

@@ -1,4 +1,4 @@
-"""Faults of keys that no section has, with the key that was probably meant."""
+"""Report keys that no section has, with the key that was probably meant."""
 
 from __future__ import annotations
 

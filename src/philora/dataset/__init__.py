@@ -1,4 +1,4 @@
-"""Data: records of any accepted shape -> conversations -> tokens and labels, cached on disk.
+"""Prepare data: records of any accepted shape -> conversations -> tokens and labels, cached on disk.
 
 `prepare` does all of it for a run. The parts, in the order that data flows through them: `read` (files and hub),
 `shapes` (records to conversations), `template` (conversations to tokens and labels), `store` (cache), `prepare`.

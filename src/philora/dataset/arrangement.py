@@ -1,4 +1,4 @@
-"""How a conversation becomes a prompt, in one place: training, evaluation, chat, serving and exports arrange it alike.
+"""Arrange a conversation as a prompt: in the same way for training, evaluation, chat, serving and exports.
 
     messages -> `arranged`: a system turn that the template would drop begins the next user turn
              -> `render`: the chat template's text
@@ -246,7 +246,7 @@ class Arrangement:
         Raises:
             ModelError: There is no chat template.
             DataError: The template refuses a conversation or leaves out its tools, or a message holds a control
-                token's text that this tokenizer cannot write as text.
+                token's text that this tokenizer cannot encode as text.
             PromptTooLong: A prompt has more than `limit_tokens`.
         """
         self._check_template()
@@ -256,7 +256,7 @@ class Arrangement:
             try:
                 text = self.render(messages, tools=tools, generation=True)
             except TEMPLATE_ERRORS as error:
-                expected = "messages that the model's chat template takes"
+                expected = "messages that the model's chat template accepts"
                 roles = [message["role"] for message in messages]
                 raise DataError(fault("conversation", "roles", roles, expected, f"It says: {error}")) from error
             if lost := tools_not_shown(text, messages, tools):
@@ -320,7 +320,7 @@ class Arrangement:
         """Return the ids of a prompt; control tokens written out in its messages are tokenised as plain text."""
         renamed = self._renamed
         if renamed is None:
-            expected = "messages without control tokens, which this kind of tokenizer cannot write as text"
+            expected = "messages without control tokens, which this kind of tokenizer cannot encode as text"
             raise DataError(fault("conversation", "content", _first_control(self._control_pattern, messages), expected))
         stand_ins: list[str] = []
 
@@ -346,7 +346,7 @@ class Arrangement:
         if [item for item in ids if item in controls] != [
             self._control_ids[item] for item in written if self._control_ids[item] in controls
         ]:
-            expected = "messages without control tokens, which this tokenizer cannot write as text"
+            expected = "messages without control tokens, which this tokenizer cannot encode as text"
             raise DataError(fault("conversation", "content", stand_ins[:3], expected, "Leave them out"))
         return ids
 

@@ -1,4 +1,4 @@
-"""Count what was found in the data, and note what a person should know of it."""
+"""Count what was found in the data, and write notices about it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SourceReport:
     invalid: int = 0
     """Records that cannot be used and were left out."""
     invalid_records: list[str] = field(default_factory=list)
-    """What is wrong with them: the first of them, with their places."""
+    """The faults of the first ones, with their locations."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.records:,} records, read as {self.format} ({self.recognised})"
@@ -74,7 +74,7 @@ class DataReport:
     splits: dict[str, SplitReport] = field(default_factory=dict)
     sources: dict[str, list[SourceReport]] = field(default_factory=dict)
     in_both: int = 0
-    """Evaluation rows that also stand in the training set."""
+    """Evaluation rows that are also in the training set."""
     notices: list[str] = field(default_factory=list)
     streaming: bool = False
     """The training set is read while training: its counts are not known."""
@@ -100,7 +100,7 @@ def notice_share(report: DataReport, part: float, rows: int, held_out: int) -> N
     wanted = wanted_rows(part, rows)
     if part < 1 and wanted > max(1, round(part * rows)):
         logger.info(
-            "eval: %d of %d rows are held out; a share of %g alone would be few to judge by", wanted, rows, part
+            "eval: %d of %d rows are held out; a share of %g would be too few for reliable scores", wanted, rows, part
         )
     if held_out != wanted:
         add_notice(
@@ -123,24 +123,24 @@ def notice_source(report: DataReport, role: str, source: SourceReport) -> None:
         fields = ", ".join(f"{name} ({count:,})" for name, count in source.unread_fields.items())
         add_notice(
             report,
-            f"{role}: fields of {source.name} that are not read, with the records that have them: {fields}. If the "
-            "model needs what they say, map them with columns; if not, nothing is to be done.",
+            f"{role}: fields of {source.name} that are not read, with the number of records: {fields}. If the model "
+            "needs their content, map them with columns; otherwise ignore this notice.",
         )
-    said = {
+    texts = {
         "end": "{text} is written out at the end of answers in {count:,} records, and the chat template writes it as "
         "well, so it is trained twice. Remove it from the data",
         "own": "{text} is written out inside messages of {count:,} records and becomes the control token. Remove it, "
-        "unless it is meant",
+        "unless that is intended",
         "foreign": "{text} is written out in {count:,} records. It belongs to another model; this one has no such "
-        "token and learns it as letters. Remove it: the chat template marks the turns",
+        "token and learns it as letters. Remove it: the chat template separates the turns",
     }
     for key, records in source.spelled.items():
         kind, _, text = key.partition(" ")
-        add_notice(report, f"{role}: {source.name}: {said[kind].format(text=text, count=records)}.")
+        add_notice(report, f"{role}: {source.name}: {texts[kind].format(text=text, count=records)}.")
 
 
 def notice_splits(report: DataReport, max_length: int) -> None:
-    """Say once what the data has that people would want to know."""
+    """Add a notice for everything in the data that a person should know."""
     for role, sources in report.sources.items():
         for source in sources:
             notice_source(report, role, source)
@@ -168,8 +168,8 @@ def notice_splits(report: DataReport, max_length: int) -> None:
             ),
             (
                 split.boundary_mismatches,
-                f"{split.boundary_mismatches} rows are tokenised differently where the answer begins than their "
-                "prompt alone: generation will start from other tokens than training saw",
+                f"in {split.boundary_mismatches} rows the prompt ends in other tokens than the prompt tokenised alone: "
+                "generation starts from tokens that training did not see",
             ),
             (
                 split.stop_numbers if 2 * split.stop_numbers > split.rows else 0,  # else it may be part of the answer
@@ -179,15 +179,15 @@ def notice_splits(report: DataReport, max_length: int) -> None:
             (
                 split.turns_as_text,
                 f"{split.turns_as_text} rows are plain text with turns of user and assistant written in it: the loss "
-                "is on the user's words too, and what is not the chat template's markup is not what the model is asked "
-                "in. Give the turns as messages",
+                "is on the user's words too, and the markup may differ from the chat template's. Give the turns as "
+                "messages",
             ),
         ]
         for count, text in found:
             if count:
                 add_notice(report, f"{name}: {text}.")
     if report.in_both:
-        add_notice(report, f"{report.in_both} rows of eval also stand in train: its scores will be too good.")
+        add_notice(report, f"{report.in_both} rows of eval are also in train: its scores will be too good.")
 
 
 def add_notice(report: DataReport, text: str) -> None:

@@ -137,7 +137,7 @@ def describe_data(source: str | Path | Mapping[str, Any] | Config, overrides: Se
     given: Any = {"data": {"train": {"path": str(source)}, "eval": None}} if is_data else source
     config = load_config(given, overrides)
     if any(item.streaming for item in config.data.train):
-        expected = "false: a stream is never read whole"
+        expected = "false: a stream is never read completely"
         raise DataError(fault("data", "streaming", True, expected, "Give a limit and leave streaming out"))
     tokenizer = models.load_tokenizer(config.model, config.tokenizer)
     stops = models.stop_token_ids(tokenizer, None)

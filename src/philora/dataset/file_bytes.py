@@ -31,11 +31,11 @@ def faults_located(file: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(fault(str(file), "file", file.name, f"a whole gzip file ({error})")) from error
+        raise DataError(fault(str(file), "file", file.name, f"a complete gzip file ({error})")) from error
     except OSError as error:
         if file.suffix.lower() != ".zst" or error.errno is not None:
             raise
-        raise DataError(fault(str(file), "file", file.name, f"a whole zstd file ({error})")) from error
+        raise DataError(fault(str(file), "file", file.name, f"a complete zstd file ({error})")) from error
 
 
 def open_file(file: Path) -> IO[bytes]:
@@ -56,7 +56,7 @@ def open_file(file: Path) -> IO[bytes]:
     if b"\0" in start:
         stream.close()
         todo = f"Convert the file to UTF-8, for instance with `iconv -f {likely_encoding(start)}LE -t UTF-8`"
-        expected = "UTF-8 text, or UTF-16 with a byte order mark, but zeros stand among its first bytes"
+        expected = "UTF-8 text, or UTF-16 with a byte order mark, but its first bytes contain zeros"
         raise DataError(fault(str(file), "file", file.name, expected, todo))
     return stream
 
@@ -82,7 +82,7 @@ def _as_utf8(stream: IO[bytes], encoding: str, file: Path) -> IO[bytes]:
     except UnicodeError as error:
         made.close()
         expected = f"text to its end in {encoding.upper()}, as its byte order mark says ({error.args[-1]})"
-        raise DataError(fault(str(file), "file", file.name, expected, "Is the file whole?")) from None
+        raise DataError(fault(str(file), "file", file.name, expected, "Is the file complete?")) from None
     made.seek(0)
     return made
 

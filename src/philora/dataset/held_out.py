@@ -1,4 +1,4 @@
-"""The rows that a run may be judged by: those it held out, or others, and which of them were trained on.
+"""Read the rows that a run is scored on: its held-out rows or others, and which of them were trained on.
 
 A run keeps its held-out rows in `held_out.jsonl`, one JSON object a line:
 

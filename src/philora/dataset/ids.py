@@ -1,4 +1,4 @@
-"""Token ids and labels against the model's vocabulary, before one of them is looked up in a table that lacks it."""
+"""Check token ids and labels against the model's vocabulary, before they index a table."""
 
 from __future__ import annotations
 

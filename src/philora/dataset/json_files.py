@@ -145,7 +145,9 @@ class _JsonText:
         """Step over one expected character."""
         if self.peek() != character:
             around = self.text[self.position : self.position + 40]
-            raise DataError(fault(self.where(), "text", around, f"JSON with {character!r} here", "Is the file whole?"))
+            raise DataError(
+                fault(self.where(), "text", around, f"JSON with {character!r} here", "Is the file complete?")
+            )
         self.position += 1
 
     def value(self) -> tuple[int, Any]:

@@ -24,7 +24,7 @@ def refuse_empty(where: str, rows: Any) -> None:
         DataError: It has none.
     """
     if isinstance(rows, Dataset) and not len(rows):
-        raise DataError(fault(where, "rows", 0, "at least one row", "Leave it out where there is nothing to give"))
+        raise DataError(fault(where, "rows", 0, "at least one row", "Leave it out if there is nothing to give"))
 
 
 def keep_labelled(rows: Any, where: str, max_length: int | None, given: int | None = None) -> Any:

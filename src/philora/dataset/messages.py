@@ -200,7 +200,7 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
     role = given if given in ROLES else _ALIASES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
         hint = nearest(given.lower(), _ALIASES) if isinstance(given, str) else ""
-        raise Fault(f"{name}.role", given, f"one of {', '.join(ROLES)} or an alias of theirs", hint)
+        raise Fault(f"{name}.role", given, f"one of {', '.join(ROLES)} or one of their aliases", hint)
     if isinstance(content, list):
         content = _joined_parts(content, f"{name}.{content_name}", unread)
     calls = len(turn) > 2 and turn.get("tool_calls")

@@ -1,4 +1,4 @@
-"""Texts that are nearly the same, found by MinHash (Broder 1997) in bands, and checked by their shared pieces."""
+"""Find texts that are nearly the same by MinHash (Broder 1997) in bands, and check them by their shared pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the configuration's sources to training rows: mixing, holding out, counting."""
+"""Make training rows from the configuration's sources: mixing, holding out, counting."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def prepare(
 
     Mixing: a source of weight w gives each of its rows floor(w) times, and a sample of the rest, drawn with the
     seed; several sources are shuffled together, a single one keeps its order. A fraction for `eval` is held out with
-    the seed before weights apply; equal conversations stay on one side, so that none stands on both. In streaming,
+    the seed before weights apply; equal conversations stay in one split, so that none is in both. In streaming,
     where sizes are unknown, weights are the odds of drawing from a source.
 
     Args:

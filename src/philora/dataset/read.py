@@ -1,4 +1,4 @@
-"""Find where records come from: files, folders and hub datasets, read in batches with the place of every record.
+"""Find where records come from: files, folders and hub datasets, read in batches with the location of every record.
 
 The readers never hold a whole file. A JSONL line stays bytes until a worker parses it, so that parsing runs in
 parallel with everything else; each record carries its place (`file:line`, or a row number) for messages.
@@ -118,7 +118,7 @@ def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
     if config.split is None and len(splits) == 1 and lost and not splits.keys() & set(DEFAULT_SPLITS[role]):
         # One split of another purpose, and files beside it: which of them is meant is not for us to guess.
         names = ", ".join(splits)
-        expected = f"the name of a split, since this folder has {names} alone and {len(lost)} more files"
+        expected = f"the name of a split, since this folder has only {names} and {len(lost)} other files"
         raise DataError(fault(str(folder), "split", None, expected, "Give split, or a folder with the files to read"))
     split = choose_split(str(folder), config.split, role, list(splits))
     for name, others in splits.items():

@@ -1,4 +1,4 @@
-"""Records as they come from files: batches of them, faults of one record, and text that is not UTF-8."""
+"""Define records as files have them: batches, faults of a record, and text that is not UTF-8."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise Fault("record", twice, "names that stand once in a JSON object", "Rename or remove one of the two")
+        raise Fault("record", twice, "unique names in a JSON object", "Rename or remove one of the two")
     return made
 
 

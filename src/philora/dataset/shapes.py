@@ -89,7 +89,7 @@ def _refuse_untrained(fields: Fields, shape: str) -> None:
         return  # a class by its number
     if "label" not in fields.read and isinstance(label, bool | str | int) and label in bad:
         todo = "Remove the records whose label is false, or the field if it means something else"
-        raise Fault("label", label, "an answer that is good", todo)
+        raise Fault("label", label, "an answer that is not labelled as bad", todo)
     if label is True:
         fields.get("label")
 

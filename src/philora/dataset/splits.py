@@ -1,4 +1,4 @@
-"""Splits by name: which files of a folder belong to which, as `datasets` and the Hub decide it."""
+"""Find the files of a split in a folder by their names, as `datasets` and the Hub do."""
 
 from __future__ import annotations
 

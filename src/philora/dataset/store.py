@@ -1,4 +1,4 @@
-"""The disk cache: one source tokenised once, written whole or not at all, and memory-mapped afterwards.
+"""Cache a tokenised source on disk: written once and atomically, and memory-mapped afterwards.
 
 An entry is a folder named by everything that decides its content. It is written under a temporary name and renamed;
 `meta.json` states the size of every file, so an entry that was torn later (a full disk, a copy that stopped) is seen
@@ -151,7 +151,9 @@ def serialise(conversation: Conversation) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         around = text[max(0, error.start - 20) : error.start + 20]
-        raise Fault("content", around, "whole characters, not half of a surrogate pair", "Correct the text") from None
+        raise Fault(
+            "content", around, "complete characters, not half of a surrogate pair", "Correct the text"
+        ) from None
 
 
 def process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Settings, tokenise: bool = True) -> Chunk:
@@ -395,7 +397,7 @@ def entry_for(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             todo = "Free some space, or set PHILORA_CACHE to a folder on a larger disk"
             raise RunError(
-                fault("data", "cache_dir", str(root), "room for the tokenised data, but the disk is full", todo)
+                fault("data", "cache_dir", str(root), "free space for the tokenised data, but the disk is full", todo)
             ) from error
         raise
     finally:

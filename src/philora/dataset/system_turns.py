@@ -1,4 +1,4 @@
-"""The system turn that conversations begin with: found when a run begins, used by every later step."""
+"""Find the system turn that most conversations begin with."""
 
 from __future__ import annotations
 

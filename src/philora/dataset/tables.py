@@ -47,7 +47,7 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record]]:
             raise DataError(fault(str(file), "file", file.name, "a line of column names, but the file is empty"))
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
-            expected = "names of columns that differ"
+            expected = "distinct column names"
             raise DataError(fault(f"{file}:1", "columns", ", ".join(twice), expected, "Rename or remove one of them"))
         first = line_number + 1
         for row in reader:
@@ -102,7 +102,7 @@ def read_excel(file: Path, reading: Reading) -> Iterator[Batch]:
     try:
         book = openpyxl.load_workbook(file, read_only=True, data_only=True)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(fault(str(file), "file", file.name, f"a whole .xlsx file ({error})")) from error
+        raise DataError(fault(str(file), "file", file.name, f"a complete .xlsx file ({error})")) from error
     with contextlib.closing(book):
         sheets = {sheet.title: rows for sheet in book.worksheets if (rows := _filled(sheet)) is not None}
         if not sheets:
@@ -128,7 +128,7 @@ def _sheet_rows(file: Path, rows: Iterator[tuple[int, Sequence[Any]]]) -> Iterat
     header = [_cell_text(cell) for cell in next(rows)[1]]
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
-        expected = "names of columns that differ"
+        expected = "distinct column names"
         raise DataError(fault(str(file), "columns", ", ".join(twice), expected, "Rename or remove one of them"))
     for number, row in rows:
         cells = [_cell_text(cell) for cell in row]
@@ -161,6 +161,6 @@ def read_parquet(file: Path) -> Iterator[Batch]:
                         number += 1
                         yield number, row
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise DataError(fault(str(file), "file", file.name, f"a whole Parquet file ({error})")) from error
+            raise DataError(fault(str(file), "file", file.name, f"a complete Parquet file ({error})")) from error
 
     yield from in_batches(str(file), "row", rows())

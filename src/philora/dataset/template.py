@@ -371,7 +371,7 @@ class Encoder:
                     "tokenizer",
                     "stop token",
                     encoding.tokens[stop] if stop is not None else None,
-                    f"one of {', '.join(self.stops)} as one token behind the answer",
+                    f"one of {', '.join(self.stops)} as one token after the answer",
                     "The tokenizer does not know this stop token as a token of its own: use the tokenizer of the model",
                 )
             )

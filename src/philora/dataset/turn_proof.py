@@ -1,4 +1,4 @@
-"""Find every assistant turn in the rendering of a chat template, and prove that it is the right place.
+"""Find every assistant turn in the rendering of a chat template, and verify its position.
 
 For every assistant turn i, the rendering of the turns before it with the generation prompt must be the beginning of
 the complete rendering: what follows is what the model has to write, up to and with the first stop token. No marker
@@ -73,7 +73,7 @@ class TurnProof:
             text = self.arrangement.render(messages, tools=tools, generation=generation)
         except TEMPLATE_ERRORS as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise Fault("roles", roles, f"turns that the chat template renders, but it says: {error}") from error
+            raise Fault("roles", roles, f"turns that the chat template renders, but it fails: {error}") from error
         return text
 
     def locate(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, list[Turn]]:
@@ -145,7 +145,7 @@ class TurnProof:
                     "tokenizer",
                     "chat_template",
                     text[turn.end : max(limit, turn.end + 20)],
-                    f"a stop token ({', '.join(self.stops)}) behind the answer of turn {turn.message}",
+                    f"a stop token ({', '.join(self.stops)}) after the answer of turn {turn.message}",
                     "A model trained this way never learns to stop: use the template of the model, or add the "
                     "token that its template writes there to the stop tokens",
                 )
@@ -213,7 +213,7 @@ def _left_out(messages: list[Message], index: int) -> Fault:
     return Fault(
         f"turn {index}",
         messages[index]["content"],
-        f"a turn that the chat template shows, but it leaves out what the role {role} says",
+        f"a turn that the chat template shows, but it leaves out turns of the role {role}",
         "Use a model whose template knows this role, write the turn as one of the user, or remove the record",
     )
 
@@ -230,7 +230,7 @@ def _content_end(text: str, start: int, message: Message, index: int) -> int:
     raise Fault(
         f"turn {index}",
         text[start : start + 60],
-        "the content of this turn right behind the generation prompt",
+        "the content of this turn directly after the generation prompt",
         "The chat template rewrites this answer: remove what it treats in a special way (such as <think> parts), or "
         "use a template that keeps every answer",
     )
@@ -255,6 +255,6 @@ def _inconsistent(text: str, prefix: str, index: int) -> str:
         "chat_template",
         f"{text[max(0, at - 20) : at + 20]} / {prefix[max(0, at - 20) : at + 20]}",
         f"the turns before turn {index}, rendered with the generation prompt, as the beginning of the conversation",
-        "This template renders a turn differently once others follow, so its answers cannot be told from the prompt: "
-        "use a template that renders each turn the same wherever it stands",
+        "This template renders a turn differently once others follow, so answers cannot be separated from the prompt: "
+        "use a template that renders each turn the same wherever it is",
     )

@@ -1,7 +1,7 @@
-"""One row for every message: rows with an id, a role and a text become whole conversations before a shape is read.
+"""Group rows of one message each into complete conversations, before their shape is read.
 
-Support desks and messengers export so. The rows of a file are held in memory until its end, since those of a
-conversation need not stand together.
+This is how support desks and messengers export. The rows of a file stay in memory until its end, since those of a
+conversation need not be adjacent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decoder layers of the Phi-3 family on a GPU: one autograd node per layer, for packed training batches with LoRA.
+"""Compute the decoder layers of the Phi-3 family on a GPU: one autograd node per layer, for packed batches with LoRA.
 
 | module           | holds                                                                                |
 | ---------------- | ------------------------------------------------------------------------------------ |

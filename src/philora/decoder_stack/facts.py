@@ -193,9 +193,9 @@ def _reasons_of_one(layer: Any) -> list[str]:
         if layer.lora_bias.get(name):
             found.append("B has a bias")
         if getattr(layer.lora_B[name], "slice_layout", None):
-            found.append("slices of fused projections have adapters of their own")
+            found.append("slices of fused projections have separate adapters")
         if not found and adapter_name_of(layer) is None:
-            found.append("an adapter whose A, B or dropout is no layer of PyTorch's own")
+            found.append("an adapter whose A, B or dropout is not one of PyTorch's layers")
     return found
 
 

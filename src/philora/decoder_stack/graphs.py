@@ -1,4 +1,4 @@
-"""The decoder stack in CUDA graphs, for rows so short that launching the kernels takes longer than the kernels.
+"""Record the decoder stack in CUDA graphs, for rows so short that launching kernels takes longer than the kernels.
 
     batch -> `size_for` -> the graph of that size: its own inputs are written, forward and backward replayed
           -> copies of its outputs and gradients, which autograd accumulates as usual

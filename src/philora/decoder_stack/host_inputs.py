@@ -1,4 +1,4 @@
-"""Inputs of decoder layers in host memory: written in the forward pass, read back in backward.
+"""Keep inputs of decoder layers in host memory: write them in the forward pass, read them back in backward.
 
 The copies run in parallel with the computation, on a separate stream. Copies to the host wait for nothing. In backward,
 the input of the next layer is copied during a layer's backward pass into one of two buffers on the device.

@@ -1,4 +1,4 @@
-"""One decoder layer as one autograd node: forward and backward written by hand.
+"""Compute a decoder layer as one autograd node, with forward and backward written by hand.
 
 With `x` the residual stream and `h` the part not yet added to it, a layer computes
 

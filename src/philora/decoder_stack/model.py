@@ -1,4 +1,4 @@
-"""`Phi3Model` with the decoder stack: a class that `optimize` gives to existing models.
+"""Give `Phi3Model` the decoder stack: a class that `optimize` sets on existing models.
 
 Only the class changes; parameters, names and state dicts are transformers'. A call that the stack does not cover runs
 transformers' forward over philora's modules; the first such call on a GPU logs why.

@@ -1,4 +1,4 @@
-"""The two products of a frozen weight, `x W^T` and `dy W`, in the forms that the decoder stack can compute.
+"""Compute the two products of a frozen weight, `x W^T` and `dy W`, in the forms that the decoder stack supports.
 
 | class                | the weight is                          | the product is in        |
 | -------------------- | -------------------------------------- | ------------------------ |

@@ -1,4 +1,4 @@
-"""The element-wise work of a decoder layer on a GPU: Triton kernels in which one program computes one row.
+"""Define Triton kernels for the element-wise work of a decoder layer, with one program per row.
 
 A row is one token. A kernel reads and writes its rows once, and does all related work in that pass: the sum of the
 residual stream with the norm, dropout of the adapter's input, and the fp8 copy for the next product.

@@ -1,4 +1,4 @@
-"""Data types that the kernels and the products of the decoder stack share. They need PyTorch only."""
+"""Define data types that the kernels and products of the decoder stack share. They need PyTorch only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All decoder layers of a model, ready to compute: products of the frozen weights, working copies of the adapters.
+"""Hold all decoder layers of a model: products of the frozen weights, working copies of the adapters.
 
 `DecoderStack` needs Triton. It reads no values from the device, so a CUDA graph can record it.
 """

@@ -1,4 +1,4 @@
-"""Comparison of one decoder layer with plain PEFT, before the first use of the stack on a machine.
+"""Compare a decoder layer with plain PEFT, before the first use of the stack on a machine.
 
 Drivers, compilers and GPUs differ, and a kernel that is wrong on one of them would train wrongly without an error. So
 a layer is computed once on a few tokens, and compared with transformers' and PEFT's own code in the same dtype. An

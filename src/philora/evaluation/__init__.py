@@ -1,1 +1,1 @@
-"""Evaluation of models: losses, scores and their intervals, judges, forgetting."""
+"""Evaluate models: losses, scores and their intervals, judges, forgetting."""

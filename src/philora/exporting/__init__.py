@@ -1,4 +1,4 @@
-"""One adapter in several layouts.
+"""Export an adapter to other layouts, and merge it into its base.
 
     a folder in PEFT's format ──┐                ┌── PEFT: fused, slices, or one rank and one alpha for servers
                                 ├── Adapter ─────┤

@@ -1,4 +1,4 @@
-"""An adapter independent of its format, and the layouts that PEFT's format supports."""
+"""Represent an adapter independently of its format, and arrange it in the layouts of PEFT's format."""
 
 from __future__ import annotations
 

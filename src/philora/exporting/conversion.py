@@ -1,4 +1,4 @@
-"""Export of an adapter to another layout, and the check that it is the same adapter."""
+"""Export an adapter to another layout, and verify that it is the same adapter."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _check_arguments(format: str, layout: str, dtype: str, out: Path) -> None:
     if refused is not None:
         faults.append(not_writable("export", "out", out, refused))
     elif is_taken(out):
-        faults.append(fault("export", "out", str(out), "a folder that is empty or not there yet", "Give another"))
+        faults.append(fault("export", "out", str(out), "a new or empty folder", "Give another"))
     if format in ("gguf", "ollama") and importlib.util.find_spec("gguf") is None:
         faults.append(fault("export", "format", format, "the package gguf", "Install it: pip install 'philora[gguf]'"))
     if faults:

@@ -1,4 +1,4 @@
-"""GGUF files of an adapter, for llama.cpp and Ollama, and the check that they are what was trained."""
+"""Write GGUF files of an adapter for llama.cpp and Ollama, and verify them against the trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and adapters of the Phi-3 architecture as GGUF, the format of llama.cpp and Ollama, and back.
+"""Write models and adapters of the Phi-3 architecture as GGUF, and read them back.
 
 Names of tensors and fields are the `gguf` package's. Their meaning is from llama.cpp's sources (models/phi3.cpp,
 llama-model.cpp, llama-adapter.cpp): one tensor for q, k, v and one for gate and up, in the order of transformers' rows;

@@ -1,4 +1,4 @@
-"""Conversations on which written models are compared: held-out ones of the run, and some general ones."""
+"""Choose conversations on which exports are compared: held-out ones of the run, and some general ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp through its Python package, as a second reader of an export. The package is optional.
+"""Read an export with llama.cpp through its Python package, as a second reader. The package is optional.
 
 It runs in a process of its own: a build for another processor, such as a cached wheel in a home folder that several
 machines share, ends its process with SIGILL.

@@ -1,4 +1,4 @@
-"""Adapters in loralib's format: a `lora_state_dict` of a model of LoRA layers, and their arguments in `lora.json`."""
+"""Read and write adapters in loralib's format: a `lora_state_dict`, and the arguments of its layers in `lora.json`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _layers_from_shapes(
 ) -> dict[str, dict[str, Any]]:
     """Return the arguments of a file's layers, as far as the shapes of A and B determine them."""
     if lora_alpha is None:
-        expected = "the lora_alpha of the layers that wrote the file: it does not hold it"
+        expected = "the lora_alpha of the layers, which the file does not contain"
         raise ConfigError(fault(str(file), "lora_alpha", None, expected, "Give it: --lora-alpha NUMBER"))
     rows = Names.of(model).rows
     layers: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Merging from folder to folder: a model folder with an adapter in its weights, written shard by shard.
+"""Merge an adapter from folder to folder: a model folder with the adapter in its weights, written shard by shard.
 
 PEFT's layers are added to a model whose weights are the base's memory-mapped files. A tensor is merged when its shard
 is written. The logits of the result are compared with those of base and adapter.

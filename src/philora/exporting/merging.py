@@ -1,4 +1,4 @@
-"""Merging: an adapter becomes part of its base, layer by layer, in memory.
+"""Merge an adapter into its base in memory, layer by layer.
 
 Base weight and adapter go to fp32, PEFT merges them, and the result is rounded once. The logits before and after are
 compared. `merged_folder` does the same with the files of a base.
@@ -136,7 +136,10 @@ def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
     base, active = layer.get_base_layer(), layer.active_adapters
     variants = [entry for name, entry in getattr(layer, "lora_variant", {}).items() if name in active]
     if any(isinstance(variant, ALoraLinearVariant | ArrowLinearVariant) for variant in variants):
-        yield "an update that is the same for every token (it is aLoRA's or Arrow's)", "Serve base and adapter"
+        yield (
+            "an update that is the same for every token, which those of aLoRA and Arrow are not",
+            "Serve base and adapter",
+        )
     if isinstance(layer, LoraLayer):
         if getattr(base, "groups", 1) > 1:
             yield "a convolution of one group", "Serve base and adapter"

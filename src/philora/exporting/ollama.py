@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: which file, how messages become a prompt, where an answer ends.
+"""Write Ollama's Modelfile: the file, the template that makes a prompt of messages, the stop tokens.
 
 Ollama writes prompts by a template of Go's `text/template`, not by the tokenizer's. It is derived here from what the
 tokenizer's template does: text before and after the content of every role, and text that asks for an answer. Where the

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`."""
+"""Read and write adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _check_plain(folder: Path) -> None:
         raise AdapterError(fault(where, "peft_type", str(config.peft_type), "LORA", todo))
     for name in _NOT_PLAIN:
         if getattr(config, name, None):
-            faults.append(fault(where, name, getattr(config, name), "plain LoRA, which every layout can hold", todo))
+            faults.append(fault(where, name, getattr(config, name), "plain LoRA, which every layout supports", todo))
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith((*CHANGES_BASE, "lora_ga")):
         expected = "an initialisation that leaves the base as it is"

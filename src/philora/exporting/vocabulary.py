@@ -1,4 +1,4 @@
-"""A tokenizer in GGUF's terms: the fields that llama.cpp needs to make the same tokens from a text.
+"""Describe a tokenizer in GGUF's terms, with the fields that llama.cpp needs to make the same tokens.
 
 llama.cpp has its own tokenizers. Fields of the file and, in one case, the model's name choose one and how it treats the
 space after a special token. These values are derived here from how the tokenizer behaves. A tokenizer that they cannot

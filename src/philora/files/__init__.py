@@ -1,1 +1,1 @@
-"""Files that are written atomically, with manifests and locks."""
+"""Write files atomically, with manifests and locks."""

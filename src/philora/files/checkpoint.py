@@ -1,4 +1,4 @@
-"""Files of a run: written atomically, and checked when they are read.
+"""Write the files of a run atomically, and check them when they are read.
 
 A file or folder is written under a temporary name in the same directory, synced, then renamed. So a file that exists
 under its final name is complete. A checkpoint also has a manifest of its files, which is written last.
@@ -181,7 +181,7 @@ def unwritable(folder: Path) -> OSError | ValueError | None:
         while not os.path.lexists(parent):
             parent = parent.parent
         if not parent.is_dir():
-            return NotADirectoryError(errno.ENOTDIR, f"{parent} is no folder")
+            return NotADirectoryError(errno.ENOTDIR, f"{parent} is not a folder")
         if not os.access(parent, os.W_OK | os.X_OK):
             with contextlib.suppress(OSError, AttributeError):
                 if os.statvfs(parent).f_flag & os.ST_RDONLY:
@@ -259,7 +259,7 @@ def faults_of(folder: Path) -> list[str]:
                 return [f"{MANIFEST_NAME} was changed after it was written"]
         expected = {str(name): (int(item["bytes"]), str(item["sha256"])) for name, item in files.items()}
     except FileNotFoundError:
-        return [f"{MANIFEST_NAME} is missing: it was not written to the end"]
+        return [f"{MANIFEST_NAME} is missing: the checkpoint was not written completely"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return [f"{MANIFEST_NAME} cannot be read"]
     return [found for name, (size, digest) in expected.items() if (found := _fault_of(folder, name, size, digest))]
@@ -274,7 +274,7 @@ def _fault_of(folder: Path, name: str, size: int, digest: str) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes in place of {size}"
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
         return None if _digest(path) == digest else f"{name} was changed after it was written"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror or error}"

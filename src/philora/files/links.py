@@ -1,4 +1,4 @@
-"""Symbolic links in downloaded folders: a link that leads out of its folder is not followed.
+"""Refuse symbolic links in downloaded folders that lead out of the folder.
 
 A downloaded adapter, run or dataset may have a link to any file of this machine. Copying the link would publish that
 file, and writing to it would overwrite the file.

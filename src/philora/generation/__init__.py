@@ -1,1 +1,1 @@
-"""Answers of a model: the decoder, batches of prompts, sampling, conversations."""
+"""Generate answers: the decoder, batches of prompts, sampling, conversations."""

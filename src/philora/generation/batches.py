@@ -500,7 +500,7 @@ def check_finite(top: Tensor, in_use: Sequence[bool]) -> None:
     bad = ~torch.isfinite(top.float())
     if bool(bad.any()) and any(used for used, fails in zip(in_use, bad.tolist(), strict=True) if fails):
         todo = "Look for NaN and infinity in the base's weights, in the adapter's, and in its lora_alpha"
-        raise NotFiniteError(fault("model", "logits", float(top[bad][0]), "numbers to choose the next token by", todo))
+        raise NotFiniteError(fault("model", "logits", float(top[bad][0]), "finite logits for the next token", todo))
 
 
 # -- any other model

@@ -186,7 +186,7 @@ class AdapterPool:
             try:
                 message["content"].encode()
             except UnicodeEncodeError as error:
-                expected = "text that UTF-8 can hold"
+                expected = "text that UTF-8 can encode"
                 raise DataError(fault(f"messages[{index}]", "content", message["content"], expected)) from error
         window = self.window
         if window is not None and len(messages) >= window:  # a message has at least one token
@@ -581,7 +581,7 @@ def load_named(sources: Sequence[str], base: str | None = None) -> AdapterPool:
             name, path = name_of(source), source
         if not name or name in named:
             todo = "Name them: NAME=RUN_OR_ADAPTER"
-            raise AdapterError(fault("adapters", "name", name, "a name of its own for each adapter", todo))
+            raise AdapterError(fault("adapters", "name", name, "a different name for each adapter", todo))
         named[name] = path
     return load_pool(named, base)
 
@@ -619,10 +619,10 @@ def _check_untouched_base(found: Mapping[str, AdapterSource]) -> None:
         changes += ["kasa_config"] if config.kasa_config is not None else []
         if changes and len(found) > 1:
             expected = "an adapter that leaves the base as it is, beside others"
-            todo = "Serve it by itself, or merge it: philora merge"
+            todo = "Serve it separately, or merge it: philora merge"
             raise AdapterError(fault(name, "adapter_config.json", ", ".join(changes), expected, todo))
         if changes:
-            logger.warning("%s: %s changes the base itself; what answers as the base has that change", name, *changes)
+            logger.warning("%s: %s changes the base itself, so the base answers with that change too", name, *changes)
 
 
 def _check_tokenizer(adapter: Path, loaded: Loaded) -> None:
@@ -632,7 +632,7 @@ def _check_tokenizer(adapter: Path, loaded: Loaded) -> None:
     other = load_tokenizer(ModelConfig(name_or_path=str(adapter)), TokenizerConfig())
     if (other.get_vocab(), other.chat_template) != (loaded.tokenizer.get_vocab(), loaded.tokenizer.chat_template):
         expected = f"the vocabulary and chat template of {loaded.source.path}"
-        raise AdapterError(fault("adapters", "tokenizer", str(adapter), expected, "Serve it by itself"))
+        raise AdapterError(fault("adapters", "tokenizer", str(adapter), expected, "Serve it separately"))
 
 
 def known(name: str, names: Sequence[str]) -> str:

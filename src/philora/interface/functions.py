@@ -183,7 +183,7 @@ def init(data: str | Path, *, model: str | None = None, out: str | Path | None =
     """
     file = Path(out) if out is not None else Path(f"{stem(str(data))}.yaml")
     if file.exists():
-        expected = "a file that is not there yet"
+        expected = "a file that does not exist yet"
         raise ConfigError(fault("init", "out", str(file), expected, "Give another with out, or remove this one"))
     write_text(file, start(str(data), model).text)
     return file

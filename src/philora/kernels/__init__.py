@@ -1,1 +1,1 @@
-"""Fast paths that replace parts of a transformers model and compute the same."""
+"""Replace parts of a transformers model by faster ones that compute the same."""

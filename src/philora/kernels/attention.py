@@ -1,4 +1,4 @@
-"""Attention within every document of a packed row, without a mask of row length squared.
+"""Compute attention within every document of a packed row, without a mask of row length squared.
 
 A packed row holds several conversations. Each attends to itself only, and its positions start at zero. transformers
 expresses that by a dense T x T mask. Here the documents are gathered into groups of about equal length

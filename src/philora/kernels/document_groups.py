@@ -1,4 +1,4 @@
-"""Groups of documents of about equal length, in which the documents of a packed batch attend."""
+"""Group documents of about equal length, so that the documents of a packed batch attend together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU, the element-wise parts of a decoder layer, with fewer passes over memory.
+"""Compute RMSNorm and SwiGLU, the element-wise parts of a decoder layer, with fewer passes over memory.
 
 Both are one autograd node that saves only its input. On a CPU they are one pass of `native`; without it, blocks of rows
 stay in the cache from the first operation to the last. On a GPU the package liger-kernel computes them if

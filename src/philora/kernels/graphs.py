@@ -1,4 +1,4 @@
-"""CUDA graphs: work that is recorded once and then launched by one call, over the same memory.
+"""Record work in a CUDA graph once and launch it by one call, over the same memory.
 
 | function | records                                                     | on                    |
 | -------- | ----------------------------------------------------------- | --------------------- |

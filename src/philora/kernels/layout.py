@@ -1,4 +1,4 @@
-"""Locations of the documents and labels of a batch, found once on the host and carried with the batch.
+"""Locate the documents and labels of a batch once on the host, and pass them on with the batch.
 
 So nothing has to ask the device for a length or for the position of a label. Both are known when the batch is collated
 (`philora.training.collation`). Bounds and the longest length are keyword arguments with transformers' names

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU by the kernels of the package liger-kernel, if `elementwise_choice` takes it.
+"""Compute RMSNorm and SwiGLU by the kernels of the package liger-kernel, if `elementwise_choice` takes it.
 
 Its functions for a single pass are called inside philora's autograd nodes, which choose the saved tensors and refuse
 second derivatives; Liger's own nodes overwrite gate, up and dy with gradients. Before their first use the kernels are

@@ -1,4 +1,4 @@
-"""The loss at labelled tokens only: log-probabilities of labels from hidden states, without all logits at once.
+"""Compute the loss at labelled tokens only: log-probabilities of labels, without all logits at once.
 
 Prompt tokens do not reach the output head. The log-probability of a label depends on its own hidden state only, so the
 forward pass computes the gradient from the logits of a chunk, and the logits are computed once instead of twice.

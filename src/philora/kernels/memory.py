@@ -1,4 +1,4 @@
-"""Free memory, what glibc's allocator does with freed memory, and errors of allocations."""
+"""Read free memory, set what glibc's allocator does with freed memory, and recognise errors of allocations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' modules with the fast functions: classes that `optimize` gives to existing modules.
+"""Give transformers' modules the fast functions: classes that `optimize` sets on existing modules.
 
 Only the class changes; parameters, buffers, names and state dicts are transformers'. Cases that a fast function does
 not cover (a cache, a mask, dropout, torch.compile, the switch) run transformers' forward.

@@ -1,4 +1,4 @@
-"""Quantised bases: the weights of bitsandbytes' layers, dequantised when a product needs them, and read one at a time.
+"""Use quantised bases: bitsandbytes' weights, dequantised when a product needs them, and read one at a time.
 
 A layer of bitsandbytes holds 4 or 8 bits of every weight and the scales of its blocks or rows. The fused function gets
 a `QuantizedWeight`, which dequantises the matrix for a product in the product's dtype, in the forward pass and again in

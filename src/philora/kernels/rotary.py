@@ -1,4 +1,4 @@
-"""LongRoPE by document: a document's factors do not depend on packing or padding.
+"""Choose LongRoPE's factors by document, so that they do not depend on packing or padding.
 
 The long-context Phi models have two sets of rotary frequencies: short factors for sequences of up to
 `original_max_position_embeddings` tokens (4,096), and long ones for longer sequences. transformers chooses by the

@@ -1,4 +1,4 @@
-"""Switches in the environment for what runs on a GPU; `PHILORA_FUSED` is read in `lora.functional`."""
+"""Read switches in the environment for code that runs on a GPU; `lora.functional` reads `PHILORA_FUSED`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention within documents on a CPU, in tiles whose scores stay in the cache.
+"""Compute attention within documents on a CPU, in tiles whose scores stay in the cache.
 
 PyTorch's flash kernel on a CPU spends more time on its tiles than on their products. Here the rotary embedding and the
 split of a fused projection are part of the same pass over memory.

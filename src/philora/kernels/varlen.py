@@ -1,4 +1,4 @@
-"""Causal attention within every document of a packed batch by one call, forward and backward.
+"""Compute causal attention within every document of a packed batch by one call, forward and backward.
 
 On a GPU this is PyTorch's flash attention for documents of any lengths, in bf16 or fp16. The ATen operators under
 `torch.nn.attention.varlen` are called directly, because a backward pass written by hand needs both. On other devices,

@@ -1,4 +1,4 @@
-"""Base classes of all layers with a low-rank update: loralib's attributes, merging, scaling, switching off.
+"""Define the base classes of layers with a low-rank update: loralib's attributes, merging, scaling, switching off.
 
 Merging never writes to the base weight, a Parameter. `eval()` computes `W + scaling * B A` once and stores it beside
 the Parameter; until `train()` drops it, the attribute `weight` returns it. So the base has the same bits afterwards in

@@ -1,4 +1,4 @@
-"""A frozen linear map plus its low-rank update, as one autograd node.
+"""Compute a frozen linear map plus its low-rank update as one autograd node.
 
 `philora.lora`'s layers and the fast classes for PEFT's layers use it. One function does the arithmetic
 (`_LoRALinear`); three entry points describe the layout of B:

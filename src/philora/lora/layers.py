@@ -1,4 +1,4 @@
-"""Layers with a low-rank update for your own models: loralib's names, arguments and checkpoints.
+"""Define layers with a low-rank update for your own models: loralib's names, arguments and checkpoints.
 
 A layer defines the shapes of A and B, how `B A` maps onto the weight (`merge_AB`), and its forward. Merging and all
 else that they share is in `base`.

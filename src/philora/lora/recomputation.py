@@ -1,4 +1,4 @@
-"""Recomputation of cheap results in backward, instead of keeping them.
+"""Recompute cheap results in backward, instead of keeping them.
 
 The function that computes such a result marks it (`mark`) with itself and its inputs, which are kept for backward in
 any case. An autograd node that would save the result looks for the mark (`recipe_of`) and saves the inputs. Autograd

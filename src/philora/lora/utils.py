@@ -1,4 +1,4 @@
-"""The names of `loralib.utils`, for scripts that import them from there; they are defined in `state`."""
+"""Offer the names of `loralib.utils` for scripts that import them from there; `state` defines them."""
 
 from philora.lora.base import LoRALayer
 from philora.lora.state import lora_state_dict, mark_only_lora_as_trainable

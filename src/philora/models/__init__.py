@@ -1,4 +1,4 @@
-"""Models, tokenizers and adapters: finding and loading them."""
+"""Find and load models, tokenizers and adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base's folder for merging and GGUF: its memory-mapped files, and how its weights were quantised in training."""
+"""Read a base's folder for merging and GGUF: its memory-mapped files, and how training quantised its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading the model and its tokenizer: a hub id, a local folder, or `nano`, the bundled model."""
+"""Load a model and its tokenizer: a hub id, a local folder, or `nano`, the bundled model."""
 
 from __future__ import annotations
 

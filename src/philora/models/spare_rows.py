@@ -1,4 +1,4 @@
-"""Tokens of a tokenizer that the model never learned: their rows of the embedding are spare or missing."""
+"""Find tokens that the model never learned: their rows of the embedding are spare or missing."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Building and calling the functions in C."""
+"""Build and call the functions in C."""

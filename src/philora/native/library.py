@@ -1,4 +1,4 @@
-"""Functions in C for the element-wise work of a step, each in one pass over memory: `library.c` and its calls.
+"""Call the functions of `library.c`: element-wise work of a step, each function in one pass over memory.
 
 PyTorch's operations read and write memory one after another, so on a CPU the work between the matrix products takes as
 long as the products. If gcc is installed, the C file is compiled once for this processor (about a second), cached for

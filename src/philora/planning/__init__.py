@@ -1,1 +1,1 @@
-"""Estimates before a run: memory, time, steps, and limits of the machine."""
+"""Estimate a run before it starts: memory, time, steps, and limits of the machine."""

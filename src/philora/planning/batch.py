@@ -1,4 +1,4 @@
-"""The batch of a run: the largest micro-batch that fits, with the least recomputation."""
+"""Choose the batch of a run: the largest micro-batch that fits, with the least recomputation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory and operations of a run, counted on the model without weights.
+"""Count the memory and operations of a run on the model without weights.
 
 `footprint` visits the modules once, and counts bytes per token and total bytes; `Footprint.estimate` adds them up for a
 micro-batch. The formulas are those of philora's fast path. tests/unit/planning/test_footprint.py compares them with the

@@ -1,4 +1,4 @@
-"""Notices about the limits of a device, before a run: functions of facts, which need no device."""
+"""Write notices about the limits of a device before a run, from facts and without the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings about the steps of a run before it starts, and a judgement of its results at its end.
+"""Warn about the steps of a run before it starts, and judge its results at its end.
 
 Without them a run of a step or two, or one whose answers are no better than the base's, would end like any other.
 `notices` checks the plan, `judge` the results.

@@ -1,4 +1,4 @@
-"""The plan of a run, before any weight is loaded: memory by part, the batch that fits, steps, time, and advice.
+"""Plan a run before any weight is loaded: memory by part, the batch that fits, steps, time, and advice.
 
 `philora check` shows the result of `plan`, and a run follows it. It needs the configuration, the model without weights
 and the counts of the data, and measures the speed of this machine (`rate`).
@@ -155,7 +155,9 @@ class Plan:
         text = f"the run needs about {needs:.2f} GB at its peak, and {seen:.2f} GB are free (a tenth is left unused). "
         held = self.estimate.peak - self.estimate.files
         if held <= FILLED * self.available_bytes:
-            text += f"Without the pages of the model's files it is {held / 1e9:.2f} GB: it runs, and reads them again. "
+            text += (
+                f"Without the pages of the model's files it needs {held / 1e9:.2f} GB: it runs, but reads them again. "
+            )
         offers = [
             f"{change.setting} saves {change.saves_bytes / 1e9:.2f} GB "
             f"(peak {change.peak_bytes / 1e9:.2f} GB; {change.costs})"
@@ -405,7 +407,7 @@ def _fp8_without_effect(config: Config, layers: Choice) -> str | None:
     if config.model.base_products != "fp8" or layers.path == "stack":
         return None
     reasons = "; ".join(layers.reasons)
-    return f"model.base_products=fp8 has no effect: the decoder stack alone computes in fp8, and it is off ({reasons})"
+    return f"model.base_products=fp8 has no effect: only the decoder stack computes in fp8, and it is off ({reasons})"
 
 
 def _answers(config: Config, adapted: PeftModel, device: DeviceFacts) -> str:

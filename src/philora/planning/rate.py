@@ -1,4 +1,4 @@
-"""How fast this machine multiplies, measured for a moment before a run."""
+"""Measure how fast this machine multiplies, for a moment before a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks before a run for packages and hardware that it needs."""
+"""Check for the packages and hardware that a run needs, before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learning rate of every optimizer step, and checks for runs that are too short to train."""
+"""Compute the learning rate of every optimizer step, and check for runs that are too short to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From data to a first configuration: what was found, a model that fits this machine, few settings, as YAML.
+"""Write a first configuration for a data source: a model that fits this machine and few settings, as YAML.
 
 `philora init` writes the configuration; `philora train DATA` trains by the same one.
 """

@@ -1,1 +1,1 @@
-"""The process and its surroundings: signals, other processes of a run, limits, caches, the Hub's connection."""
+"""Manage the process and its surroundings: signals, other processes of a run, limits, caches, the Hub's connection."""

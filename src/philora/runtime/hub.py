@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: offline mode, paths of adapters, uploads, and messages for its errors."""
+"""Use the Hugging Face Hub: offline mode, paths of adapters, uploads, and messages for its errors."""
 
 from __future__ import annotations
 

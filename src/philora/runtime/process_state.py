@@ -1,4 +1,4 @@
-"""State that a run sets for its process: memory, products and the network.
+"""Set and restore the state of the process for a run: memory, products and the network.
 
 A run is a command of the command line, or `philora.train`. A call of the library (`optimize`, `get_peft_model`,
 `load_adapter`, a merge, ...) does not change the process: code that would do so checks `is_run` first.

@@ -1,4 +1,4 @@
-"""Several processes of one run, as torchrun, accelerate or Slurm start them: which one writes, waits or reports errors.
+"""Coordinate the processes that torchrun, accelerate or Slurm start: which one writes, waits or reports errors.
 
 Process groups are accelerate's and PyTorch's. The functions here use the launcher's key-value store, which has no time
 limit: other processes can wait for hours of data preparation, which would time out a collective.
@@ -254,7 +254,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def _end_with(which: str) -> NoReturn:
-    raise Elsewhere(fault("run", "process", rank(), f"{which} to continue", "It says why it did not"))
+    raise Elsewhere(fault("run", "process", rank(), f"{which} to continue", "Its message has the reason"))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM stop a run cleanly: at once if nothing would be lost, else after the step.
+"""Stop a run on SIGINT or SIGTERM: at once if nothing would be lost, else after the step.
 
 This module loads without torch, so that a command handles signals from its start.
 """

@@ -1,4 +1,4 @@
-"""Downloaded tokenizers: a panic of the tokenizers library, or a chat template that takes all memory, is an error."""
+"""Guard against downloaded tokenizers: a panic of the library, or a template that takes all memory, is an error."""
 
 from __future__ import annotations
 

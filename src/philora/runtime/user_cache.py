@@ -1,4 +1,4 @@
-"""The cache folder for compiled functions and prepared data, which can be made again."""
+"""Find the cache folder for compiled functions and prepared data, which can be made again."""
 
 from __future__ import annotations
 

@@ -295,7 +295,7 @@ def _note_unknown(prefix: str, given: Mapping[str, Any], known: tuple[str, ...])
             continue
         _logged.add(shown)
         hint = nearest(name, known) if len(name) <= 64 else ""
-        logger.warning("requests have the field %s, which is not known and left out. %s", shown, hint)
+        logger.warning("requests have the field %s, which is unknown and ignored. %s", shown, hint)
 
 
 def explain(error: ValidationError) -> ApiError:

@@ -1,1 +1,1 @@
-"""A training run from its configuration to its results."""
+"""Train: a run from its configuration to its results."""

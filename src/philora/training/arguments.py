@@ -125,7 +125,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             expected = "True, False, 'elementwise' or 'host'"
             return [fault("SFTConfig", "gradient_checkpointing", checkpointing, expected)]
         if elementwise and checkpointing is True:
-            expected = "False, because gradient_checkpointing=True recomputes whole layers"
+            expected = "False, because gradient_checkpointing=True recomputes complete layers"
             return [fault("SFTConfig", "elementwise_recomputation", elementwise, expected)]
         return []
 

@@ -156,7 +156,7 @@ class NonFiniteSteps:
             if not scaled:
                 report_skipped(trainer.optimizer, True)
         logger.warning(
-            "step %d is left out: loss %g, gradient norm %g; %d in a row, %d in all.",
+            "step %d is skipped: loss %g, gradient norm %g; %d in a row, %d in all.",
             unread.step, loss, norm, self.watch.in_a_row, self.watch.total,
         )  # fmt: skip
         limit = self._limit() or 1

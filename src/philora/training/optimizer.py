@@ -22,7 +22,7 @@ def require_fast_parameters(model: nn.Module, ratio: float | None) -> None:
         ConfigError: No B trains.
     """
     if ratio is not None and not loraplus_fast_parameters(model):
-        expected = "an adapter of which some B trains"
+        expected = "an adapter with a trainable B"
         raise ConfigError(fault("SFTTrainer", "loraplus_lr_ratio", ratio, expected, "Give a peft_config"))
 
 

@@ -250,7 +250,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
         )
         raise ConfigError(fault(config.source, name, str(folder), expected, todo))
     for path, why in found.passed_over:
-        logger.warning("%s is passed over: %s", path, why)
+        logger.warning("%s is skipped: %s", path, why)
     if found.folder is None:
         if (folder / "adapter").exists():
             expected = "a run with a checkpoint to resume from; this one has an adapter and no checkpoints"
@@ -258,7 +258,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
             raise ConfigError(fault(config.source, name, str(folder), expected, todo))
         logger.warning("%s has no checkpoint yet; the run starts again.", folder)
     elif foreign := checkpoint.foreign_files(found.folder):
-        logger.warning("%s also contains %s, which is not of this run and is kept.", found.folder, ", ".join(foreign))
+        logger.warning("%s has %s, which does not belong to the run and is kept.", found.folder, ", ".join(foreign))
     return found
 
 
@@ -307,7 +307,8 @@ def _refuse(where: str, differences: list[tuple[str, Any, Any]], force: bool) ->
     if differences and not force:
         todo = "--resume=force continues anyway"
         faults = [
-            fault(where, key, now, f"what the run was started with: {then!r}", todo) for key, then, now in differences
+            fault(where, key, now, f"the value that the run was started with: {then!r}", todo)
+            for key, then, now in differences
         ]
         raise ConfigError(one_per_line(faults))
     for key, then, now in differences:

@@ -229,7 +229,7 @@ def _check_processes(config: Config) -> None:
     cpu = bool(given.get("use_cpu", False)) or not torch.accelerator.is_available()
     faults = processes.not_here(given, config.source)
     if processes.count() > 1 and config.model.device_map is not None:
-        expected = "null with several processes: each has the whole model, or shards it by training_config.fsdp"
+        expected = "null with several processes: each has the complete model, or shards it by training_config.fsdp"
         faults.append(fault(config.source, "model.device_map", config.model.device_map, expected))
     if given.get("fsdp") and processes.count() == 1 and not faults:
         expected = "several processes"

@@ -186,7 +186,7 @@ END_AS_TEXT = r"rows end in the number of a stop token, written as text: the mod
 TURNS_AS_TEXT = r"32 rows are plain text"
 PAD = r"the model's tokenizer pads with <\|endoftext\|>, which is a stop token: <unk> is used instead"
 REMOTE = r"model\.trust_remote_code=True .*breaks generation on today's transformers"
-LEAK = r"rows of eval also stand in train: its scores will be too good"
+LEAK = r"rows of eval are also in train: its scores will be too good"
 NO_EFFECT = r"dataset_text_field='text' has no effect: .* the loss is on the assistant's turns only"
 
 

@@ -630,7 +630,7 @@ def test_a_local_file_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Mo
     )
     for path in ("./x", "/no/x", "~/no-such-x", "a/b/c", "sets/"):
         assert f"data.train={path!r} - expected an existing file" in fault_of({"data": {"train": path}})
-    assert f"It was looked for from {tmp_path}." in fault_of({"data": {"train": "zzz.csv"}})
+    assert f"Relative paths start at {tmp_path}." in fault_of({"data": {"train": "zzz.csv"}})
 
 
 @pytest.mark.parametrize("path", ["HuggingFaceH4/ultrachat_200k", "squad", "hf://datasets/a/b.jsonl", "data/*.jsonl"])

@@ -72,7 +72,7 @@ def test_near_duplicates_between_splits(tmp_path):
     held_out = write(tmp_path / "b.jsonl", ROWS[1:3])
     found = describe_data(train, [f"data.eval={held_out}"])
     assert found.near_duplicates == 1  # the equal one is told as what stands in both
-    assert any("1 rows of eval also stand in train" in each for each in found.notices)
+    assert any("1 rows of eval are also in train" in each for each in found.notices)
     assert found.splits["eval"].counts.rows == 2
     other = write(tmp_path / "c.jsonl", ROWS[4:5])
     assert describe_data(train, [f"data.eval={other}"]).near_duplicates == 0

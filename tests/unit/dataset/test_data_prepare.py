@@ -237,7 +237,7 @@ def test_rows_in_train_and_eval_are_counted(run, tmp_path):
     )
     data = run(train, held_out)
     assert (len(data.eval), data.report.in_both) == (4, 3)
-    assert data.report.notices[-1] == "3 rows of eval also stand in train: its scores will be too good."
+    assert data.report.notices[-1] == "3 rows of eval are also in train: its scores will be too good."
     assert list(data.eval_conversations) == [*many(2), chat("new"), many(1)[0]]
     assert run(train, write(tmp_path / "c.jsonl", [chat("new")])).report.in_both == 0
 
@@ -490,7 +490,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store.os, "fsync", full)
-    with pytest.raises(RunError, match=r"expected room for the tokenised data, but the disk is full. Free some space"):
+    with pytest.raises(RunError, match=r"cache_dir=.*expected free space for the tokenised data"):
         run(write(tmp_path / "a.jsonl", many(2)))
     assert entries(tmp_path) == []
 
@@ -532,7 +532,7 @@ def test_a_few_faults_are_all_listed(run, tmp_path):
         f"{file}: 2 of 4 records cannot be used:\n"
         f"  {file}:2: record='{{broken\\n' - expected JSON, but at column 2: Expecting property name enclosed in "
         "double quotes. Correct or remove this record.\n"
-        f"  {file}:4: messages[0].role='usr' - expected one of system, user, assistant, tool or an alias of theirs. "
+        f"  {file}:4: messages[0].role='usr' - expected one of system, user, assistant, tool or one of their aliases. "
         "Did you mean 'user'?\n"
         "Correct them, or set data.invalid to drop to leave them out."
     )
@@ -565,7 +565,7 @@ def test_half_a_surrogate_pair_is_refused(run, tmp_path):
     (tmp_path / "a.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "a"}]}'
     )
-    with pytest.raises(DataError, match=r"expected whole characters, not half of a surrogate pair"):
+    with pytest.raises(DataError, match=r"expected complete characters, not half of a surrogate pair"):
         run(tmp_path / "a.jsonl")
 
 

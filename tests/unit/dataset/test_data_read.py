@@ -217,10 +217,10 @@ def test_lines_of_a_text_end_at_newlines_alone(tmp_path):
 
 def test_names_that_stand_twice_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer,answer\na,b,c\n")
-    assert "a.csv:1: columns='answer' - expected names of columns that differ" in refusal(tmp_path / "a.csv")
+    assert "a.csv:1: columns='answer' - expected distinct column names" in refusal(tmp_path / "a.csv")
     for name, text in (("a.jsonl", '{"text": "a", "text": "b"}'), ("a.json", '[\n{"text": "a", "text": "b"}\n]')):
         (tmp_path / name).write_text(text)
-        assert "names that stand once in a JSON object" in refusal(tmp_path / name)
+        assert "unique names in a JSON object" in refusal(tmp_path / name)
 
 
 def test_json_lines_under_the_name_json(tmp_path):
@@ -356,7 +356,7 @@ def test_broken_json_in_a_line():
         ('[\n{"text": "a"},\n{"text": "b" "c"}\n]', ":3: record="),
         (
             '[\n{"text": "a"}\n{"text": "b"}]',
-            ":3: text='{\"text\": \"b\"}]' - expected JSON with ',' here. Is the file whole?",
+            ":3: text='{\"text\": \"b\"}]' - expected JSON with ',' here. Is the file complete?",
         ),
         ('[\n{"text": "a"},\n{"text": "b', ":3: record="),
         ('[{"text": "a"}] trailing', ":1: text='trailing' - expected nothing after the list of records"),
@@ -407,10 +407,10 @@ def test_a_torn_parquet_or_gzip_file(tmp_path):
     file = tmp_path / "a.parquet"
     parquet.write_table(pa.Table.from_pylist(RECORDS), file)
     file.write_bytes(file.read_bytes()[:-20])
-    assert f"{file}: file='a.parquet' - expected a whole Parquet file" in refusal(file)
+    assert f"{file}: file='a.parquet' - expected a complete Parquet file" in refusal(file)
     zipped = tmp_path / "a.jsonl.gz"
     zipped.write_bytes(gzip.compress(lines(tmp_path / "b.jsonl", RECORDS * 50).read_bytes())[:-40])
-    assert f"{zipped}: file='a.jsonl.gz' - expected a whole gzip file" in refusal(zipped)
+    assert f"{zipped}: file='a.jsonl.gz' - expected a complete gzip file" in refusal(zipped)
 
 
 def test_a_file_that_is_not_there(tmp_path):

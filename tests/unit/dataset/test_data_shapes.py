@@ -150,7 +150,7 @@ def test_flags_of_other_turns():
     assert Shape("messages").read({"messages": [quiet, A]}).untrained == set()
     with pytest.raises(Fault) as caught:
         Shape("messages").read({"messages": [{**Q, "loss": True}, A]})
-    assert "loss on turns of the assistant alone" in caught.value.at("f:1")
+    assert "loss on turns of the assistant only" in caught.value.at("f:1")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_two_system_texts():
 
 def test_one_row_a_message_is_no_text():
     for names in (("role", "text"), ("speaker", "message"), ("from", "body", "date")):
-        with pytest.raises(DataError, match="a whole conversation in each record"):
+        with pytest.raises(DataError, match="a complete conversation in each record"):
             detect([dict.fromkeys(names, "x")], "f")
     assert detect([{"text": "x", "url": "u"}], "f").name == "text"
 
@@ -356,7 +356,7 @@ REFUSALS = {
     "unknown role": (
         "messages",
         {"messages": [{"role": "asistant", "content": "x"}]},
-        "messages[0].role='asistant' - expected one of system, user, assistant, tool or an alias of theirs. "
+        "messages[0].role='asistant' - expected one of system, user, assistant, tool or one of their aliases. "
         "Did you mean 'assistant'?",
     ),
     "role of a wrong type": (

@@ -556,12 +556,12 @@ def test_a_template_that_changes_with_what_follows_is_refused():
     message = refusal(INCONSISTENT, chat("q", "a", "r", "s"), TemplateFault)
     assert "tokenizer: chat_template=" in message
     assert "expected the turns before turn 1, rendered with the generation prompt, as the beginning" in message
-    assert "use a template that renders each turn the same wherever it stands" in message
+    assert "use a template that renders each turn the same wherever it is" in message
 
 
 def test_a_template_whose_turns_end_in_no_stop_token_is_refused():
     message = refusal(NO_STOP, chat("q", "a", "r", "s"), TemplateFault)
-    assert "expected a stop token (<|end|>, <|endoftext|>) behind the answer of turn 1" in message
+    assert "expected a stop token (<|end|>, <|endoftext|>) after the answer of turn 1" in message
     assert "never learns to stop" in message
 
 
@@ -573,7 +573,7 @@ def test_a_template_that_rewrites_an_answer_is_refused_for_that_record():
     bad = Conversation(chat("q", "<think>hm</think>plain"))
     results = Encoder(tokenizer, ids).encode([Conversation(good), bad])
     assert not isinstance(results[0], Fault)
-    assert "expected the content of this turn right behind the generation prompt" in results[1].at("file:2")
+    assert "expected the content of this turn directly after the generation prompt" in results[1].at("file:2")
 
 
 def test_a_template_that_refuses_a_conversation_says_why():

@@ -160,7 +160,7 @@ def test_the_facts_of_other_adapters():
     off.merge_adapter()
     assert facts(off).adapters == ("adapters are merged",)
     sliced = philora.get_peft_model(make_phi3(), LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
-    assert facts(sliced).adapters == ("slices of fused projections have adapters of their own",)
+    assert facts(sliced).adapters == ("slices of fused projections have separate adapters",)
 
 
 def test_the_facts_of_weights_that_train_and_of_hooks():

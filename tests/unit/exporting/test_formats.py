@@ -328,7 +328,7 @@ def test_arguments_are_checked(saved, tmp_path):
     ):
         export(folder, tmp_path / "out", format="pefd")
     assert "layout='sever' - expected one of server, fused, slices. Did you mean 'server'?" in text
-    assert "expected a folder that is empty or not there yet. Give another." in text
+    assert "expected a new or empty folder. Give another." in text
     with pytest.raises(AdapterError, match=r"source='.*nothing' - expected a run folder, an adapter folder"):
         export(tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "empty").mkdir()

@@ -369,7 +369,7 @@ def test_turns_draw_from_seeds_of_their_own(voices):
 
 
 def test_text_that_is_no_unicode(voices):
-    with pytest.raises(DataError, match=r"messages\[0\]: content='\\ud800' - expected text that UTF-8 can hold"):
+    with pytest.raises(DataError, match=r"messages\[0\]: content='\\ud800' - expected text that UTF-8 can encode"):
         voices.prompt(user("\ud800"))
 
 

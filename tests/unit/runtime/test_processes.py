@@ -58,7 +58,7 @@ def test_values_of_any_size_reach_every_process():
     ]
     results = [each.communicate(timeout=240) for each in started]
     assert [each.returncode for each in started] == [0, 0], results
-    assert results[1][0] == "run: process=1 - expected process 0 to continue. It says why it did not.\n"
+    assert results[1][0] == "run: process=1 - expected process 0 to continue. Its message has the reason.\n"
 
 
 class Store(dict):

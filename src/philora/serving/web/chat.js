@@ -8,7 +8,7 @@ const CHECKS = ["single", "blind", "plain"];
 const key = new URLSearchParams(location.hash.slice(1)).get("key");
 
 /* A turn: {user, system, settings, answers: [{model, text, finish, tokens, seconds, error}], chosen: 0 | 1, voted,
-   verdict: "" | "better" | "good" | "bad", blind, leftOut}. It has one answer or two. The conversation goes on with
+   verdict: "" | "better" | "good" | "bad", blind, leftOut}. It has one answer or two. The conversation continues with
    answers[chosen]. */
 let turns = [];
 let trained = ""; // the system prompt that the training data began with
