@@ -177,7 +177,7 @@ def chat_kinds() -> Iterator[Kind]:
     yield Kind("messages with a system turn", (jsonl({"messages": [system("Be brief."), *CHAT["messages"]]}),), (A,))
     yield Kind("messages, `system` beside them", (jsonl({"system": "Be brief.", **CHAT}),), (A,))
     yield Kind(
-        "messages, another system text beside them",
+        "messages, a different system text beside them",
         (jsonl({"system": "Be long.", "messages": [system("Be brief."), *CHAT["messages"]]}),),
         refused="the same text as the system turn",
     )
@@ -218,7 +218,7 @@ def chat_kinds() -> Iterator[Kind]:
         ("score of turns (1)",),
     )
     yield Kind(
-        "thoughts in a field of their own",
+        "reasoning in a separate field",
         (jsonl({"messages": [user(Q), assistant(A, reasoning_content="Left or right?")]}),),
         (A,),
         ("reasoning_content of turns (1)",),
@@ -259,33 +259,33 @@ def turn_kinds() -> Iterator[Kind]:
     yield Kind("the same as Parquet", (arrow(*rows),), (A, "Done."))
     unordered = [{**rows[2], "created": "Monday"}, {**rows[0], "created": "Tuesday"}]
     yield Kind(
-        "one row for each message, no times that order",
+        "one row for each message, times that cannot be sorted",
         (table(*unordered),),
         (A,),
         ("column created (not all of its values are times",),
     )
     subject = [{**each, "subject": "Ways"} for each in (rows[2], rows[0])]
-    yield Kind("one row for each message, a column beside", (table(*subject),), (A,), ("subject (1)",))
+    yield Kind("one row for each message, another column", (table(*subject),), (A,), ("subject (1)",))
     named = [
         {"Conversation": "c", "Author": "Ann", "Words": Q, "state": "open"},
         {"Conversation": "c", "Author": "Shop", "Words": A, "state": ""},
     ]
     columns = {"conversation": "{Conversation}", "role": "{Author}", "content": "{Words}"}
     yield Kind(
-        "one row for each message, names of their own",
+        "one row for each message, other names",
         (table(*named),),
         (A,),
         ("state (1)",),
         settings={"columns": columns, "roles": {"Shop": "assistant", "*": "user"}},
     )
     yield Kind(
-        "the same, a role that nobody knows",
+        "the same, an unknown role",
         (table(*named),),
         refused="messages[0].role='Ann'",
         settings={"columns": columns},
     )
     yield Kind(
-        "the same, a column that is not there",
+        "the same, a missing column",
         (table(*named),),
         refused="(the columns are Conversation, Author, Words, state)",
         settings={"columns": {**columns, "time": "{sent}"}},
@@ -329,7 +329,7 @@ def tool_kinds() -> Iterator[Kind]:
         refused="it leaves out what the role tool says",
     )
     yield Kind(
-        "functions in their old form",
+        "functions in the older format",
         (jsonl({"messages": [user(Q), assistant(A, function_call={"name": "weather", "arguments": "{}"})]}),),
         refused="tool calls in the current format",
     )
@@ -420,7 +420,7 @@ def layout_kinds() -> Iterator[Kind]:
     yield Kind("TSV", (table(ASKED, name="data.tsv"),), (A,))
     yield Kind("CSV, lists of messages in its cells", (table({"messages": json.dumps(CHAT["messages"])}),), (A,))
     yield Kind(
-        "CSV with a mark of UTF-8 and Windows' line ends", (table(ASKED, encoding="utf-8-sig", end="\r\n"),), (A,)
+        "CSV with a byte order mark and Windows' line ends", (table(ASKED, encoding="utf-8-sig", end="\r\n"),), (A,)
     )
     yield Kind("CSV with semicolons, as Excel writes it", (separated(ASKED),), (A,))
     yield Kind("CSV with a line `sep=;`", (separated(ASKED, head="sep=;\r\n"),), (A,))
@@ -439,17 +439,19 @@ def layout_kinds() -> Iterator[Kind]:
         "Excel, several sheets", (sheet(ASKED, Notes=[{"note": "by Ann"}]),), refused="expected one of Chats, Notes"
     )
     yield Kind(
-        "Excel, one of the sheets chosen",
+        "Excel, one sheet chosen",
         (sheet(ASKED, Notes=[{"note": "by Ann"}]),),
         (A,),
         ("sheet Notes of data.xlsx",),
         settings={"split": "Chats"},
     )
-    yield Kind("Excel, torn", (raw("data.xlsx", sheet(ASKED).data[:300]),), refused="a complete .xlsx file")
-    yield Kind("Excel of before 2007", (raw("data.xls", b"\xd0\xcf\x11\xe0"),), refused="save it as .xlsx")
+    yield Kind("Excel, incomplete", (raw("data.xlsx", sheet(ASKED).data[:300]),), refused="a complete .xlsx file")
+    yield Kind("Excel before 2007", (raw("data.xls", b"\xd0\xcf\x11\xe0"),), refused="save it as .xlsx")
     yield Kind("CSV in UTF-16", (table(ASKED, encoding="utf-16"),), (A,))
     yield Kind(
-        "CSV, cells over", (raw("data.csv", b"question,answer\na,b,c\n", "c"),), refused="2 as in the first line"
+        "CSV, more cells than columns",
+        (raw("data.csv", b"question,answer\na,b,c\n", "c"),),
+        refused="2 as in the first line",
     )
     yield Kind(
         "CSV, a quote left open", (raw("data.csv", b'question,answer\na,"b\n', "b"),), refused="expected a line of CSV"
@@ -460,7 +462,11 @@ def layout_kinds() -> Iterator[Kind]:
         refused="distinct column names",
     )
     yield Kind("JSON Lines in UTF-16", (jsonl(CHAT, encoding="utf-16"),), (A,))
-    yield Kind("UTF-16 without its mark", (jsonl(CHAT, encoding="utf-16-le"),), refused="UTF-16 with a byte order mark")
+    yield Kind(
+        "UTF-16 without a byte order mark",
+        (jsonl(CHAT, encoding="utf-16-le"),),
+        refused="UTF-16 with a byte order mark",
+    )
     yield Kind(
         "windows-1252", (jsonl({**PAIR, "completion": "på sjøen"}, encoding="cp1252"),), refused="expected UTF-8 text"
     )
@@ -470,11 +476,11 @@ def layout_kinds() -> Iterator[Kind]:
     yield Kind("CSV with semicolons, zstd", (packed(separated(ASKED), "data.csv.zst"),), (A,))
     torn = packed(jsonl(*[CHAT] * 50), "data.jsonl.zst")
     yield Kind(
-        "JSON Lines, zstd, torn", (File(torn.name, torn.records, torn.data[:-9]),), refused="a complete zstd file"
+        "JSON Lines, zstd, incomplete", (File(torn.name, torn.records, torn.data[:-9]),), refused="a complete zstd file"
     )
     yield Kind("JSON Lines, zip", (raw("data.jsonl.zip", b"PK"),), refused="Unpack it")
     yield Kind(
-        "JSON Lines, more behind a record",
+        "JSON Lines, text after a record",
         (raw("data.jsonl", json.dumps(CHAT).encode() + b" more\n", "more"),),
         refused="Extra data",
     )
@@ -499,7 +505,7 @@ def layout_kinds() -> Iterator[Kind]:
         ("list test of data.json (1 records)",),
     )
     yield Kind(
-        "JSON, one of the lists chosen",
+        "JSON, one list chosen",
         (document({"easy": [OTHER], "hard": [CHAT]}, [CHAT, {"list easy": OTHER}]),),
         (A,),
         ("list easy of data.json (1 records)",),

@@ -43,7 +43,7 @@ def row(name: str, found: Result) -> str:
 def filled(page: str, results: Mapping[str, Result]) -> str:
     """The page with the table of these results."""
     lines = [
-        "| kind | read as, records | the loss is on | said: not read, or odd | refused: expected |",
+        "| kind | read as, records | the loss is on | reported: not read, or odd | refused: expected |",
         "| --- | --- | --- | --- | --- |",
         *(row(name, results[name]) for name in KINDS),
     ]

@@ -75,11 +75,6 @@ class PhiModel:
     model_type: str = "phi3"
 
     @property
-    def chat_end(self) -> str:
-        """The token that ends a turn."""
-        return self.stop_tokens[0]
-
-    @property
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads

@@ -203,7 +203,7 @@ def test_foreign_files_change_nothing_and_are_told(model, whole, tmp_path, caplo
         short(model, folder), resume=True, callbacks=[At("train_begin", lambda state: begun.append(state.global_step))]
     )
     assert begun == [3]
-    assert "checkpoint-3 also contains .DS_Store, notes/why.txt, which is not of this run" in caplog.text
+    assert "checkpoint-3 has .DS_Store, notes/why.txt, which does not belong to the run" in caplog.text
     name = Path("adapter") / "adapter_model.safetensors"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
 

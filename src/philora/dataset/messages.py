@@ -230,10 +230,10 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
 
 
 def _calls(calls: Any, role: str, name: str) -> list[Any]:
-    calls = _list_of_objects(calls, name, "a list of tool calls")
+    found = _list_of_objects(calls, name, "a list of tool calls")
     if role != "assistant":
         raise Fault(name, calls, "tool calls in turns of the assistant only", "Move them to the turn that makes them")
-    return calls
+    return found
 
 
 def _joined_parts(parts: list[Any], name: str, unread: set[str]) -> str:

@@ -118,7 +118,7 @@ def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
     if config.split is None and len(splits) == 1 and lost and not splits.keys() & set(DEFAULT_SPLITS[role]):
         # One split of another purpose, and files beside it: which of them is meant is not for us to guess.
         names = ", ".join(splits)
-        expected = f"the name of a split, since this folder has only {names} and {len(lost)} other files"
+        expected = f"the name of a split, since this folder has only {names} (other files: {len(lost)})"
         raise DataError(fault(str(folder), "split", None, expected, "Give split, or a folder with the files to read"))
     split = choose_split(str(folder), config.split, role, list(splits))
     for name, others in splits.items():

@@ -117,12 +117,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def encoding_fault(raw: bytes, error: UnicodeDecodeError, offset: int = 0) -> Fault:
-    """Return the fault of bytes that are no UTF-8, with the encoding they are probably in."""
+def encoding_fault(raw: bytes, error: UnicodeDecodeError) -> Fault:
+    """Return the fault of a line that is not UTF-8, with its probable encoding."""
     return Fault(
         "byte",
         f"0x{raw[error.start]:02x}",
-        f"UTF-8 text, but byte {offset + error.start} (from 0) of this {'line' if offset == 0 else 'file'} is not",
+        f"UTF-8 text, but byte {error.start} (from 0) of this line is not",
         f"It is probably {likely_encoding(raw)}: convert the file to UTF-8, for instance with "
         f"`iconv -f {likely_encoding(raw)} -t UTF-8`",
     )

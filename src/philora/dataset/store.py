@@ -151,9 +151,7 @@ def serialise(conversation: Conversation) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         around = text[max(0, error.start - 20) : error.start + 20]
-        raise Fault(
-            "content", around, "complete characters, not half of a surrogate pair", "Correct the text"
-        ) from None
+        raise Fault("content", around, "text without unpaired surrogates", "Correct the text") from None
 
 
 def process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Settings, tokenise: bool = True) -> Chunk:

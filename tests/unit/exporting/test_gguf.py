@@ -120,11 +120,11 @@ def test_the_fields_are_the_members(member, saved, pair):
         assert file.field("phi3.rope.scaling.attn_factor") == pytest.approx(want, rel=1e-6)
     tokens = file.field("tokenizer.ggml.tokens")
     assert len(tokens) == config.vocab_size == len(set(tokens))
-    assert tokens[file.field("tokenizer.ggml.eot_token_id")] == real.chat_end
+    assert tokens[file.field("tokenizer.ggml.eot_token_id")] == real.stop_tokens[0]
     assert tokens[file.field("tokenizer.ggml.eos_token_id")] == "<|endoftext|>"
     kinds = file.field("tokenizer.ggml.token_type")
     assert kinds[-1] == gguf.TokenType.UNUSED
-    assert kinds[tokens.index(real.chat_end)] == gguf.TokenType.CONTROL
+    assert kinds[tokens.index(real.stop_tokens[0])] == gguf.TokenType.CONTROL
     assert file.field("tokenizer.ggml.add_bos_token") is False
     assert file.field("tokenizer.chat_template") == AutoTokenizer.from_pretrained(folder / "base").chat_template
     phi4 = "phi-4" in member.lower()

@@ -21,7 +21,6 @@ def test_the_numbers_of_each_model_agree_with_each_other(model: families.PhiMode
     assert model.hidden_size == model.num_attention_heads * model.head_dim
     assert model.num_attention_heads % model.num_key_value_heads == 0
     assert set(model.stop_tokens) <= set(STOP_TOKENS)
-    assert model.chat_end == model.stop_tokens[0]
     assert model.pad_token not in STOP_TOKENS
     assert all(0 < each < model.vocab_size for each in model.stop_token_ids)
     assert model.sources
