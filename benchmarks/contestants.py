@@ -68,20 +68,20 @@ def dataset_of(steps: list[list[list[Document]]]) -> Any:
     rows = [row for step in steps for row in step]
     return Dataset.from_dict(
         {
-            "input_ids": [[int(token) for each in row for token in each.input_ids] for row in rows],
-            "labels": [[int(label) for each in row for label in each.labels] for row in rows],
-            "seq_lengths": [[len(each.input_ids) for each in row] for row in rows],
+            "input_ids": [[int(token) for item in row for token in item.input_ids] for row in rows],
+            "labels": [[int(label) for item in row for label in item.labels] for row in rows],
+            "seq_lengths": [[len(item.input_ids) for item in row] for row in rows],
         }
     )
 
 
 def facts_of(model: Any) -> dict[str, Any]:
     """What an adapted model is, for a contestant's settings."""
-    trainable = [each for each in model.parameters() if each.requires_grad]
+    trainable = [item for item in model.parameters() if item.requires_grad]
     return {
         "weights": str(model.get_base_model().dtype).removeprefix("torch."),
-        "adapters": "/".join(sorted({str(each.dtype).removeprefix("torch.") for each in trainable})),
-        "trainable_parameters": sum(each.numel() for each in trainable),
+        "adapters": "/".join(sorted({str(item.dtype).removeprefix("torch.") for item in trainable})),
+        "trainable_parameters": sum(item.numel() for item in trainable),
         "attention": model.config._attn_implementation,
     }
 

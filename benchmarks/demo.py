@@ -44,4 +44,4 @@ def main(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(each) for each in sys.argv[1:]] or [42, 1, 2])
+    main([int(item) for item in sys.argv[1:]] or [42, 1, 2])

@@ -66,9 +66,9 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-write", action="store_true", help="leave results/ as it is")
     given = parser.parse_args(line)
     given.rows = given.rows or ("1,64" if given.device == "cuda" else "")
-    if given.rows and not all(each.isdigit() and int(each) for each in given.rows.split(",")):
+    if given.rows and not all(item.isdigit() and int(item) for item in given.rows.split(",")):
         parser.error(f"--rows: {given.rows!r} - expected numbers of at least 1")
-    given.rows = [int(each) for each in given.rows.split(",") if each]
+    given.rows = [int(item) for item in given.rows.split(",") if item]
     given.new_tokens = given.new_tokens or (256 if given.rows else 64)
     given.work = given.work or ("mini" if given.rows else "nano,a")
     if given.quick:
@@ -128,10 +128,10 @@ def contestants(folder: str, given: argparse.Namespace) -> dict[str, Callable[[]
             )
             seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
             texts, tokens = [], 0
-            for (each,), question in zip(found, questions, strict=True):
+            for (item,), question in zip(found, questions, strict=True):
                 text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
                 prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-                ids = list(each["generated_token_ids"])
+                ids = list(item["generated_token_ids"])
                 start = next(at for at in range(len(ids)) if ids[at : at + len(prompt)] == prompt) + len(prompt)
                 ids = ids[start : start + given.new_tokens]
                 end = next((at for at, token in enumerate(ids) if token in stops), None)
@@ -148,7 +148,7 @@ def contestants(folder: str, given: argparse.Namespace) -> dict[str, Callable[[]
             begun, cpu = time.perf_counter(), time.process_time()
             found = generate(model, tokenizer, questions, settings)
             seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
-            return Timed([each.text for each in found], sum(each.tokens for each in found), seconds, cpu_seconds)
+            return Timed([item.text for item in found], sum(item.tokens for item in found), seconds, cpu_seconds)
 
         return run
 
@@ -180,12 +180,12 @@ def main() -> int:
             write_work(name, given.work_dir, env)
             folder = str(WORKS[name].model_folder(given.work_dir))
         runs = contestants(folder, given)
-        rounds: dict[str, list[Timed]] = {each: [] for each in runs}
-        for each in runs.values():
-            each()  # warm-up
+        rounds: dict[str, list[Timed]] = {item: [] for item in runs}
+        for item in runs.values():
+            item()  # warm-up
         for number in range(given.rounds):
-            for each in runs if number % 2 == 0 else reversed(runs):
-                rounds[each].append(runs[each]())
+            for item in runs if number % 2 == 0 else reversed(runs):
+                rounds[item].append(runs[item]())
         report(console, given, name, rounds, stamp)
     return 0
 
@@ -208,8 +208,8 @@ def by_rows(given: argparse.Namespace, console: Console) -> int:
         faults += wrong
         for row in rows if not given.no_write else []:
             append(RESULTS / "generation_gpu.csv", stamp | row)
-    for each in faults:
-        console.print(each, style="red", highlight=False, markup=False)
+    for item in faults:
+        console.print(item, style="red", highlight=False, markup=False)
     return int(bool(faults))
 
 
@@ -217,8 +217,8 @@ def report(
     console: Console, given: argparse.Namespace, work: str, rounds: dict[str, list[Timed]], stamp: dict[str, str]
 ) -> None:
     """Table and rows: speeds relative to the faster pipeline, and how many answers are the pipeline's."""
-    speeds = {name: median(each.tokens / each.seconds for each in found) for name, found in rounds.items()}
-    cpu = {name: median(1e3 * each.cpu_seconds / each.tokens for each in found) for name, found in rounds.items()}
+    speeds = {name: median(item.tokens / item.seconds for item in found) for name, found in rounds.items()}
+    cpu = {name: median(1e3 * item.cpu_seconds / item.tokens for item in found) for name, found in rounds.items()}
     reference = max(speed for name, speed in speeds.items() if name.startswith("pipeline"))
     table = Table("contestant", "tokens/s", "", "CPU ms/token", "tokens", "same answers", title=work, box=None)
     for name, found in rounds.items():
@@ -246,8 +246,8 @@ def report(
             "rounds": len(found),
             "tokens": found[0].tokens,
             "tokens_per_second": round(speeds[name], 1),
-            "tokens_per_second_min": round(min(each.tokens / each.seconds for each in found), 1),
-            "tokens_per_second_max": round(max(each.tokens / each.seconds for each in found), 1),
+            "tokens_per_second_min": round(min(item.tokens / item.seconds for item in found), 1),
+            "tokens_per_second_max": round(max(item.tokens / item.seconds for item in found), 1),
             "cpu_ms_per_token": round(cpu[name], 4),
             "relative_to_best_pipeline": round(speeds[name] / reference, 3),
             "answers_as_the_pipeline": round(same / len(own), 4),

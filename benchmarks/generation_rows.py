@@ -115,7 +115,7 @@ def by_philora(model: Any, tokenizer: Any) -> Answerer:
     def run(questions: list[list[dict[str, str]]], new_tokens: int) -> tuple[list[str], int]:
         settings = GenerationSettings(max_new_tokens=new_tokens, batch_size=len(questions))
         found = generate(model, tokenizer, questions, settings)
-        return [each.text for each in found], sum(each.tokens for each in found)
+        return [item.text for item in found], sum(item.tokens for item in found)
 
     return run
 
@@ -214,8 +214,8 @@ def measure(
             with recordings() as graphs:
                 run(questions, 4)  # kernels are chosen and compiled
                 done = [timed(run, questions, new_tokens) for _ in range(rounds)]
-            speeds[name] = median(each.tokens / each.seconds for each in done)
-            step = median(each.step_speed for each in done)
+            speeds[name] = median(item.tokens / item.seconds for item in done)
+            step = median(item.step_speed for item in done)
             reference = reference or done[0].texts
             same = sum(a == b for a, b in zip(done[0].texts, reference, strict=True))
             ours = name.startswith("philora")

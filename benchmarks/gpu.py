@@ -133,7 +133,7 @@ def flops_per_token(work: Work, lengths: Sequence[int], label_share: float, reco
         recompute: Whether the forward pass is computed again.
     """
     products = work.flops_per_token(label_share) * (1.5 if recompute else 1.0)
-    attention = 2.0 * work.hidden * work.layers * sum(each**2 for each in lengths) / sum(lengths)
+    attention = 2.0 * work.hidden * work.layers * sum(item**2 for item in lengths) / sum(lengths)
     adapters = LORA["r"] * work.layers * sum(rows + columns for rows, columns in work.layer_shapes)
     return products + attention * (4.5 if recompute else 3.5) + 6.0 * adapters
 
@@ -180,7 +180,7 @@ class Measured:
             torch.cuda.synchronize()
         pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
         seconds = [first.elapsed_time(last) / 1e3 if self.device == "cuda" else last - first for first, last in pairs]
-        losses, labels = [float(each) for each in self.losses], [int(each) for each in self.labels]
+        losses, labels = [float(item) for item in self.losses], [int(item) for item in self.labels]
         return Record(warmup, losses, labels, self.tokens, seconds)
 
 
@@ -328,15 +328,15 @@ def by_loop(case: Case, rows: list[list[Document]], settings: Settings) -> tuple
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    parameters = [each for each in model.parameters() if each.requires_grad]
+    parameters = [item for item in model.parameters() if item.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=True)
     measured = Measured(settings.device)
     measured.begin()
     for row in rows:
         columns = {
-            "input_ids": [each.input_ids for each in row],
-            "position_ids": [np.arange(len(each.input_ids)) for each in row],
-            "labels": [each.labels for each in row],
+            "input_ids": [item.input_ids for item in row],
+            "position_ids": [np.arange(len(item.input_ids)) for item in row],
+            "labels": [item.labels for item in row],
         }
         batch = {
             name: torch.from_numpy(np.concatenate(parts).astype(np.int64))[None].to(settings.device)
@@ -440,7 +440,7 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
     facts = {"autocast": CONTESTANTS[case.contestant].autocast, "dropout": case.dropout, **facts_of(model)}
     facts |= {"allocated_before": before, **case.switches}
     result = measured.record(settings.warmup).result(facts, [*packages, *extra.get(case.contestant, [])])
-    timed = [len(each.input_ids) for row in rows[settings.warmup :] for each in row]
+    timed = [len(item.input_ids) for row in rows[settings.warmup :] for item in row]
     share = sum(result["labels"][settings.warmup :]) / sum(timed)
     result["flops_per_token"] = flops_per_token(settings.work, timed, share, case.recompute)
     if settings.device == "cuda":
@@ -548,18 +548,18 @@ def rates(device: str, works: list[Work]) -> dict[str, Any]:
         raise RuntimeError("--device: cuda - expected a CUDA GPU that torch can use. Try --device cpu --quick.")
     facts = describe(device)
     name = str(facts.get("accelerator") or f"{facts['cores']} cores {facts['arch']} {facts['capabilities']}")
-    return {"device": name, "rates": {str(each.row_tokens): layers_rate(each, device) for each in works}}
+    return {"device": name, "rates": {str(item.row_tokens): layers_rate(item, device) for item in works}}
 
 
 def child(line: Sequence[str]) -> None:
     """`KIND TASK OUT`: what one of the processes does."""
     kind, text, out = line[0], json.loads(line[1]), Path(line[2])
     if kind == "rates":
-        works = [Work(**each) for each in text["works"]]
+        works = [Work(**item) for item in text["works"]]
         out.write_text(json.dumps(rates(text["device"], works)), encoding="utf-8")
     else:
         settings = Settings(**text["settings"] | {"work": Work(**text["settings"]["work"])})
-        contestant([Case(**each) for each in text["cases"]], settings, out)
+        contestant([Case(**item) for item in text["cases"]], settings, out)
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -589,7 +589,7 @@ def groups(only: Sequence[str], tokens: Sequence[int]) -> Iterator[list[Case]]:
 
 def missing(name: str) -> str | None:
     """Why there is no such contestant here."""
-    absent = [each for each in CONTESTANTS[name].needs if find_spec(each) is None]
+    absent = [item for item in CONTESTANTS[name].needs if find_spec(item) is None]
     return f"not importable: {', '.join(absent)}" if absent else None
 
 
@@ -620,8 +620,8 @@ def row_of(
             "flops_per_token": round(result["flops_per_token"]),
             "limit_tokens_per_second": round(limit, 1),
             "share_of_limit": round(result["tokens_per_second"] / limit, 4),
-            "seconds": json.dumps([round(each, 5) for each in result["seconds"]]),
-            "losses": json.dumps([round(each, 5) for each in result["losses"]]),
+            "seconds": json.dumps([round(item, 5) for item in result["seconds"]]),
+            "losses": json.dumps([round(item, 5) for item in result["losses"]]),
         }
         measured |= {name: result[name] for name in (*MEMORY, "path") if name in result}
         if reference is not None and reference["status"] == OK:
@@ -672,9 +672,9 @@ def run_group(cases: list[Case], given: argparse.Namespace, deadline: float, fol
     if why is None and left < given.least_seconds:
         why = SKIPPED
     if why is not None:
-        return {each.name: {"status": why} for each in cases}
+        return {item.name: {"status": why} for item in cases}
     settings = Settings(given.work, given.device, given.warmup, given.steps, left - given.least_seconds)
-    task = json.dumps({"settings": asdict(settings), "cases": [asdict(each) for each in cases]})
+    task = json.dumps({"settings": asdict(settings), "cases": [asdict(item) for item in cases]})
     stem = folder / cases[0].name.replace("/", "-")
     done: dict[str, dict[str, Any]] = {}
     why = "the process ended before it"
@@ -685,7 +685,7 @@ def run_group(cases: list[Case], given: argparse.Namespace, deadline: float, fol
         partial = stem.with_suffix(".json")
         if partial.exists():
             done = json.loads(partial.read_text(encoding="utf-8"))
-    return {each.name: done.get(each.name, {"status": why}) for each in cases}
+    return {item.name: done.get(item.name, {"status": why}) for item in cases}
 
 
 COMMAND = (sys.executable, "-m", "benchmarks.gpu", "--process")
@@ -702,21 +702,21 @@ def table_of(results: dict[Case, list[dict[str, Any]]], facts: dict[str, Any]) -
     table = Table(box=None, pad_edge=False)
     table.add_column("case", no_wrap=True)
     columns = ("allocated", "reserved", "planned")
-    for column in ("tokens/s", "of limit", *(f"{each} GB" for each in columns), "loss", f"gap to {REFERENCE}"):
+    for column in ("tokens/s", "of limit", *(f"{item} GB" for item in columns), "loss", f"gap to {REFERENCE}"):
         table.add_column(column, justify="right", no_wrap=True)
     for case, all_rounds in results.items():
-        done = [each for each in all_rounds if each["status"] == OK]
+        done = [item for item in all_rounds if item["status"] == OK]
         if not done:
             table.add_row(case.name, f"[red]{all_rounds[-1]['status'][:80]}[/]")
             continue
-        last, speed = done[-1], median(each["tokens_per_second"] for each in done)
-        theirs = [each for each in results.get(reference_of(case, REFERENCE), []) if each["status"] == OK]
-        memory = [last.get(each) for each in MEMORY]
+        last, speed = done[-1], median(item["tokens_per_second"] for item in done)
+        theirs = [item for item in results.get(reference_of(case, REFERENCE), []) if item["status"] == OK]
+        memory = [last.get(item) for item in MEMORY]
         table.add_row(
             case.name,
             f"{speed:,.0f}",
             f"{speed * last['flops_per_token'] / facts['rates'][str(case.tokens)]:.1%}",
-            *("-" if each is None else f"{each / 1e9:.2f}" for each in memory),
+            *("-" if item is None else f"{item / 1e9:.2f}" for item in memory),
             f"{last['losses'][0]:.3f} → {last['losses'][-1]:.3f}",
             f"{largest_gap(last['losses'], theirs[-1]['losses']):.4f}" if theirs else "-",
         )
@@ -726,12 +726,12 @@ def table_of(results: dict[Case, list[dict[str, Any]]], facts: dict[str, Any]) -
 def best_of(results: dict[Case, list[dict[str, Any]]], ours: bool, base: str) -> tuple[Case, float] | None:
     """The fastest case of philora, or of all others, over a base, and its tokens a second; None where none ran."""
     speeds = [
-        (case, median(each["tokens_per_second"] for each in done))
+        (case, median(item["tokens_per_second"] for item in done))
         for case, rounds in results.items()
         if (case.contestant == "philora") == ours and case.base == base
-        and (done := [each for each in rounds if each["status"] == OK])
+        and (done := [item for item in rounds if item["status"] == OK])
     ]  # fmt: skip
-    return max(speeds, key=lambda each: each[1], default=None)
+    return max(speeds, key=lambda item: item[1], default=None)
 
 
 def verdicts(results: dict[Case, list[dict[str, Any]]]) -> Iterator[str]:
@@ -777,7 +777,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("rounds, warmup, steps and threads: expected at least 1")
     given.groups = list(groups(given.only, given.tokens))
     if not given.groups:
-        known = [each.name for cases in groups(["*/keep"], given.tokens) for each in cases]
+        known = [item.name for cases in groups(["*/keep"], given.tokens) for item in cases]
         parser.error(f"--only: {','.join(given.only)!r} - expected patterns of some of {', '.join(known)}")
     return given
 
@@ -785,7 +785,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(given: argparse.Namespace, console: Console, folder: Path) -> int:
     """All rounds; rows are written as processes end."""
     deadline = time.monotonic() + 60 * given.minutes
-    works = [asdict(replace(given.work, row_tokens=each)) for each in given.tokens]
+    works = [asdict(replace(given.work, row_tokens=item)) for item in given.tokens]
     stamp = {"date": now(), "commit": commit(REPOSITORY)}
     results: dict[Case, list[dict[str, Any]]] = {}
     facts: dict[str, Any] = {}
@@ -814,15 +814,15 @@ def measure(given: argparse.Namespace, console: Console, folder: Path) -> int:
                 said += f", {result['path']}" if result.get("path") else ""
                 console.print(f"{case.name}: {said}", highlight=False, markup=False)
     console.print(table_of(results, facts))
-    for each in verdicts(results):
-        console.print(each, highlight=False, markup=False)
-    faults = [f"{case.name}: {one['fault']}" for case, each in results.items() for one in each if one.get("fault")]
+    for item in verdicts(results):
+        console.print(item, highlight=False, markup=False)
+    faults = [f"{case.name}: {one['fault']}" for case, item in results.items() for one in item if one.get("fault")]
     for tokens in given.tokens:
-        same = {case.name: [one for one in each if one["status"] == OK] for case, each in results.items()
+        same = {case.name: [one for one in item if one["status"] == OK] for case, item in results.items()
                 if case.tokens == tokens}  # fmt: skip
-        faults += disagreements({name: Runs(each) for name, each in same.items()})
-    for each in faults:
-        console.print(each, style="red", highlight=False, markup=False)
+        faults += disagreements({name: Runs(item) for name, item in same.items()})
+    for item in faults:
+        console.print(item, style="red", highlight=False, markup=False)
     return 1 if faults else 0
 
 

@@ -73,7 +73,7 @@ def allowance(part: str, left: float, later: Sequence[str], scale: float = 1.0) 
         scale: Of the seconds in `SECONDS`.
     """
     if part == "speed":
-        return max(1.0, left - scale * sum(SECONDS[each] for each in later))
+        return max(1.0, left - scale * sum(SECONDS[item] for item in later))
     return max(1.0, min(scale * SECONDS[part], left))
 
 
@@ -174,7 +174,7 @@ def run_part(part: str, command: Sequence[str], seconds: float, folder: Path, de
             status = "too slow"
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    lines = [each.strip() for each in log.read_text(encoding="utf-8", errors="replace").splitlines() if each.strip()]
+    lines = [item.strip() for item in log.read_text(encoding="utf-8", errors="replace").splitlines() if item.strip()]
     return Outcome(part, status, time.monotonic() - begun, lines[-1][:200] if lines else "")
 
 
@@ -233,7 +233,7 @@ def adapter_of(folder: Path, base: str, device: str, stop: bool = False) -> byte
     fault = taken.fault() if device == "cuda" else None
     if fault is not None:
         raise RuntimeError(fault)
-    losses = [each["loss"] for each in _log(folder) if "loss" in each]
+    losses = [item["loss"] for item in _log(folder) if "loss" in item]
     print(f"{base}: loss {losses[0]:.3f} to {losses[-1]:.3f}, {result.results['throughput']}")
     if not losses[-1] < losses[0]:
         raise RuntimeError("the loss did not fall")
@@ -320,7 +320,7 @@ def profile(device: str, quick: bool) -> None:
         gpu.run_trainer(library, model, gpu.seeded_adapter(), case, rows, chosen, callbacks=[OneStep()])
     order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
     print(recorded.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
-    waits = [each for each in recorded.events() or () if "Synchronize" in each.name or each.name == "aten::item"]
+    waits = [item for item in recorded.events() or () if "Synchronize" in item.name or item.name == "aten::item"]
     events = len(recorded.events() or ())
     print(f"one step of {tokens} tokens by {taken}: {events} events, {len(waits)} waits for the device")
 
@@ -375,10 +375,10 @@ def check(given: argparse.Namespace, console: Console) -> int:
     table = Table(box=None, pad_edge=False)
     for column in Outcome._fields:
         table.add_column(column)
-    for each in outcomes:
-        table.add_row(each.part, each.status, f"{each.seconds:.0f}", each.said[:90])
+    for item in outcomes:
+        table.add_row(item.part, item.status, f"{item.seconds:.0f}", item.said[:90])
     console.print(table)
-    return int(any(each.status != "ok" for each in outcomes))
+    return int(any(item.status != "ok" for item in outcomes))
 
 
 def main() -> int:

@@ -215,14 +215,14 @@ def measure(given: argparse.Namespace, shape: Shape, console: Console) -> list[T
     dy = torch.randn(shape.tokens, shape.out_features, device=given.device).to(DTYPE)
     few = min(shape.tokens, 64)
     # Of the norm: bf16 rounds each number by up to 2^-9 of it.
-    for each in CONTESTANTS:
-        gap = disagreement(Run(each.build(values, 0.0), x[:few], dy[:few]), values, each.sliced)
+    for item in CONTESTANTS:
+        gap = disagreement(Run(item.build(values, 0.0), x[:few], dy[:few]), values, item.sliced)
         if gap > 2**-8:
-            raise RuntimeError(f"{each.title}: gap={gap:.1e} - expected at most {2**-8:.1e} from the merged weight.")
+            raise RuntimeError(f"{item.title}: gap={gap:.1e} - expected at most {2**-8:.1e} from the merged weight.")
 
     runs = [(Times(YARDSTICK, 0.0), Run(yardstick(values, 0.0), x, dy))]
     for dropout in (0.0, 0.05):
-        runs += [(Times(each.title, dropout), Run(each.build(values, dropout), x, dy)) for each in CONTESTANTS]
+        runs += [(Times(item.title, dropout), Run(item.build(values, dropout), x, dy)) for item in CONTESTANTS]
     base, timed = runs[0][1], clock(given.device)
     for _, run in runs:
         for _ in range(given.warmup):

@@ -49,7 +49,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     if given.quick:
         given.work, given.tokens, given.base, given.rounds, given.no_write = "quick", "64,128,256", 128, 1, True
         given.threads = 1
-    given.tokens = [int(each) for each in given.tokens.split(",")]
+    given.tokens = [int(item) for item in given.tokens.split(",")]
     given.contestants = given.contestants.split(",")
     for name in given.contestants:
         if name not in CONTESTANTS:

@@ -71,8 +71,8 @@ def lora(work: Work, x: Tensor, p: float) -> tuple[Run, Run]:
     weight = torch.randn(3 * work.hidden, work.hidden).bfloat16()
     a, b = torch.randn(16, work.hidden), torch.randn(3 * work.hidden, 16)
     both = [
-        with_gradient(lambda x, each=each: each(x, weight, None, a, b, 2.0, p, training=True), x)
-        for each in (lora_linear, lora_linear_reference)
+        with_gradient(lambda x, item=item: item(x, weight, None, a, b, 2.0, p, training=True), x)
+        for item in (lora_linear, lora_linear_reference)
     ]
     return both[0], both[1]
 
@@ -86,8 +86,8 @@ def parts(work: Work) -> dict[str, tuple[Run, Run]]:
     head = (torch.randn(work.vocabulary, work.hidden) * 0.02).bfloat16()
     labels = torch.randint(0, work.vocabulary, (TOKENS // 2,))
     scores = [
-        with_gradient(lambda h, w, each=each: each(h, w, None, labels).log_probs, x[: TOKENS // 2], head)
-        for each in (label_scores, label_scores_reference)
+        with_gradient(lambda h, w, item=item: item(h, w, None, labels).log_probs, x[: TOKENS // 2], head)
+        for item in (label_scores, label_scores_reference)
     ]
     return {
         **{f"attention, documents of {n}": attention(n, work.heads, width) for n in (32, 128, 512, 2048)},
@@ -124,14 +124,14 @@ def shares(step: Run) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     events = profiled.key_averages()
-    total = sum(each.self_cpu_time_total for each in events)
+    total = sum(item.self_cpu_time_total for item in events)
 
     def share(*names: str) -> float:
-        return sum(each.self_cpu_time_total for each in events if each.key in names) / total
+        return sum(item.self_cpu_time_total for item in events if item.key in names) / total
 
     # A node's total holds what it calls, its products of scores included (they are bmm and baddbmm, not mm).
     names = ("TiledAttention", "TiledAttentionBackward")
-    inside = sum(each.cpu_time_total for each in events if each.key in names) / total
+    inside = sum(item.cpu_time_total for item in events if item.key in names) / total
     found = {
         "step, products": share("aten::mm"),
         "step, attention": inside,
@@ -179,7 +179,7 @@ def main() -> None:
         figures = dict(
             zip(("fast_ms", "uncompiled_ms", "plain_ms"), map(median, zip(*times, strict=True)), strict=True)
         )
-        ratio = median(each[2] / each[0] for each in times)
+        ratio = median(item[2] / item[0] for item in times)
         ratios = {"plain_over_fast": round(ratio, 2), "share_of_step": ""}
         rows.append({**common, "part": part, **{k: round(v, 2) for k, v in figures.items()}, **ratios, **facts})
 

@@ -31,7 +31,7 @@ class Taken:
             text = choice.path if choice.path == "stack" else str(choice)
             said.append(text if len(self.choices) == 1 else f"{text} in {passes} passes")
         if self.scalings - {None}:
-            said.append("fp8 by " + "/".join(sorted(each for each in self.scalings if each is not None)))
+            said.append("fp8 by " + "/".join(sorted(item for item in self.scalings if item is not None)))
         if self.replayed:
             said.append(f"a CUDA graph in {self.replayed} of {self.replayed + self.eager} passes")
         return ", ".join(said) or "modules (the stack was never asked)"

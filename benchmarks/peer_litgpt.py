@@ -65,17 +65,17 @@ def train(task: Task) -> dict[str, Any]:
         raise RuntimeError(f"weights: missing {missing}, unexpected {found.unexpected_keys}")
     del weights, converted
     steps = task.read()
-    model.max_seq_length = max(len(each.input_ids) for step in steps for row in step for each in row)
+    model.max_seq_length = max(len(item.input_ids) for step in steps for row in step for item in row)
     model = fabric.setup_module(model)
-    parameters = [each for each in model.parameters() if each.requires_grad]
+    parameters = [item for item in model.parameters() if item.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=0.0)
     optimizer = fabric.setup_optimizers(optimizer)
     model.train()
 
     record = Record(task.warmup)
     for step in steps:
-        documents = [each for row in step for each in row]
-        labels_of_step = sum(int(each.completion_mask[1:].sum()) for each in documents)
+        documents = [item for row in step for item in row]
+        labels_of_step = sum(int(item.completion_mask[1:].sum()) for item in documents)
         total_loss = 0.0
         for document in documents:
             tokens = torch.from_numpy(document.input_ids)[None].long()
@@ -97,8 +97,8 @@ def train(task: Task) -> dict[str, Any]:
         "recomputation": False,
         "autocast": False,
         "weights": "bfloat16",
-        "adapters": "/".join(sorted({str(each.dtype).removeprefix("torch.") for each in parameters})),
-        "trainable_parameters": sum(each.numel() for each in parameters),
+        "adapters": "/".join(sorted({str(item.dtype).removeprefix("torch.") for item in parameters})),
+        "trainable_parameters": sum(item.numel() for item in parameters),
         "attention": "sdpa, causal",
         "optimizer": f"AdamW lr {task.learning_rate} clip 1.0",
         "rows": "documents, one after the other",

@@ -19,12 +19,12 @@ def batch_of(documents: Sequence[Document], row_tokens: int) -> dict[str, Any]:
     import torch
     from torchtune.modules.attention_utils import packed_block_causal_mask
 
-    lengths = [len(each.input_ids) for each in documents]
+    lengths = [len(item.input_ids) for item in documents]
     padding = row_tokens - sum(lengths)
-    tokens = np.concatenate([*(each.input_ids for each in documents), np.zeros(padding, np.int32)])
-    labels = np.concatenate([*(each.labels for each in documents), np.full(padding, IGNORED, np.int32)])
+    tokens = np.concatenate([*(item.input_ids for item in documents), np.zeros(padding, np.int32)])
+    labels = np.concatenate([*(item.labels for item in documents), np.full(padding, IGNORED, np.int32)])
     last = lengths[-1]
-    positions = np.concatenate([*(np.arange(each) for each in lengths), np.arange(last, last + padding)])
+    positions = np.concatenate([*(np.arange(item) for item in lengths), np.arange(last, last + padding)])
     lengths += [padding] * (padding > 0)
     return {
         "tokens": torch.from_numpy(tokens)[None].long(),
@@ -77,7 +77,7 @@ def train(task: Task) -> dict[str, Any]:
     if compiled:
         training.compile_model(model)
         loss_function = training.compile_loss(loss_function)
-    parameters = [each for each in model.parameters() if each.requires_grad]
+    parameters = [item for item in model.parameters() if item.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=0.0, fused=True)
     model.train()
     no_label = torch.full((1, 1), IGNORED)
@@ -89,7 +89,7 @@ def train(task: Task) -> dict[str, Any]:
             batch = batch_of(documents, work.row_tokens)
             labels = torch.hstack((batch.pop("labels")[:, 1:], no_label))
             count = int((labels != IGNORED).sum())
-            record.batch(count, sum(len(each.input_ids) for each in documents))
+            record.batch(count, sum(len(item.input_ids) for item in documents))
             loss = loss_function(model(**batch), labels) * count
             loss.backward()
             total_labels += count
@@ -105,8 +105,8 @@ def train(task: Task) -> dict[str, Any]:
         "recomputation": False,
         "autocast": False,
         "weights": "bfloat16",
-        "adapters": "/".join(sorted({str(each.dtype).removeprefix("torch.") for each in parameters})),
-        "trainable_parameters": sum(each.numel() for each in parameters),
+        "adapters": "/".join(sorted({str(item.dtype).removeprefix("torch.") for item in parameters})),
+        "trainable_parameters": sum(item.numel() for item in parameters),
         "attention": "sdpa with a block mask",
         "optimizer": f"AdamW fused lr {task.learning_rate} clip 1.0",
         "rows": "packs, padded",

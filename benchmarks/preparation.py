@@ -41,7 +41,7 @@ def write_conversations(path: Path, count: int) -> None:
     bundled = Path(origin.origin).parent / "nano" / "helpdesk" / "train.jsonl"
     exchanges = []
     for line in bundled.read_text(encoding="utf-8").splitlines():
-        messages = [each for each in json.loads(line)["messages"] if each["role"] != "system"]
+        messages = [item for item in json.loads(line)["messages"] if item["role"] != "system"]
         exchanges += [messages[at : at + 2] for at in range(0, len(messages) - 1, 2)]
     chance = random.Random(SEED)
     with path.open("w", encoding="utf-8") as stream:
@@ -148,9 +148,9 @@ CLOSING_LABELS = {"trl": 1, "philora": 0}
 def differences(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Where the two made different data, beside the closing token's label."""
     found = {
-        (each["documents"], each["tokens"], each["labels"] - each["documents"] * CLOSING_LABELS[name])
+        (item["documents"], item["tokens"], item["labels"] - item["documents"] * CLOSING_LABELS[name])
         for name, runs in results.items()
-        for each in runs
+        for item in runs
     }
     if len(found) < 2:
         return []
@@ -181,7 +181,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(line)
     if given.quick:
         given.conversations, given.rounds, given.no_write = 500, 1, True
-    given.processes = [int(each) for each in given.processes.split(",")]
+    given.processes = [int(item) for item in given.processes.split(",")]
     return given
 
 
@@ -222,13 +222,13 @@ def main() -> int:
                     results[name].append(result)
                     console.print(f"round {number}: {name}, {processes} processes: {result}", highlight=False)
             failures += differences(results)
-            reference = [each["seconds"] for each in results["trl"]]
+            reference = [item["seconds"] for item in results["trl"]]
             for name, found in results.items():
                 if not found:
                     continue
-                seconds = [each["seconds"] for each in found]
-                rates = [given.conversations / each for each in seconds]
-                peak, worker = (max(each[key] for each in found) for key in ("peak_bytes", "worker_peak_bytes"))
+                seconds = [item["seconds"] for item in found]
+                rates = [given.conversations / item for item in seconds]
+                peak, worker = (max(item[key] for item in found) for key in ("peak_bytes", "worker_peak_bytes"))
                 table.add_row(
                     name,
                     str(processes),
@@ -252,15 +252,15 @@ def main() -> int:
                         "rows_per_second_min": round(min(rates), 1),
                         "rows_per_second_max": round(max(rates), 1),
                         "seconds": round(median(seconds), 3),
-                        "read_seconds": round(median([each["read_seconds"] for each in found]), 3),
+                        "read_seconds": round(median([item["read_seconds"] for item in found]), 3),
                         "peak_bytes": peak,
                         "worker_peak_bytes": worker,
                         **{key: found[0][key] for key in ("packs", "documents", "tokens", "labels")},
                     }
                     append(RESULTS / "preparation.csv", row)
     console.print(table)
-    for each in failures:
-        console.print(f"[red]{each}[/]", highlight=False)
+    for item in failures:
+        console.print(f"[red]{item}[/]", highlight=False)
     return 1 if failures else 0
 
 

@@ -108,7 +108,7 @@ def _helpdesk(name: str) -> Iterator[Pair]:
     with (resources.files("philora") / "nano" / "helpdesk" / f"{name}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             messages = json.loads(line)["messages"]
-            if [each["role"] for each in messages] == ["user", "assistant"]:
+            if [item["role"] for item in messages] == ["user", "assistant"]:
                 yield messages[0]["content"], messages[1]["content"]
 
 
@@ -120,7 +120,7 @@ def helpdesk(rng: random.Random) -> list[Pair]:
     rng.shuffle(asked)
     chosen: set[str] = set()
     for answer in asked:
-        if sum(counts[each] for each in chosen) + counts[answer] <= TRAIN_ROWS:
+        if sum(counts[item] for item in chosen) + counts[answer] <= TRAIN_ROWS:
             chosen.add(answer)
     rows = [pair for pair in train if pair[1] in chosen]
     rng.shuffle(rows)

@@ -64,7 +64,7 @@ def chart(works: Sequence[tuple[Work, Mapping[str, float], float | None]], pictu
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    works = [each for each in works if each[1]]
+    works = [item for item in works if item[1]]
     if not works:
         return
     heights = [0.42 * len(speeds) + 0.9 for _, speeds, _ in works]

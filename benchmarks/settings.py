@@ -75,7 +75,7 @@ def table() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     named = {name: [row for row in rows if row["what"] == name] for name in dict.fromkeys(row["what"] for row in rows)}
-    for name, same in sorted(named.items(), key=lambda each: float(each[1][0]["eval_loss"])):
+    for name, same in sorted(named.items(), key=lambda item: float(item[1][0]["eval_loss"])):
         same.sort(key=lambda row: row["seed"] != "42")
         losses = ", ".join(f"{float(row['eval_loss']):.3f}" for row in same)
         matches = ", ".join(f"{100 * float(row['exact_match']):.1f}%" for row in same)
@@ -100,7 +100,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 place = [f"training_config.output_dir={folder}/run", f"training_config.seed={seed}"]
                 texts = as_texts(Path(folder) / "texts.jsonl") if "data.train=TEXTS" in VARIANTS[name] else ""
-                changed = [each.replace("TEXTS", str(texts)) for each in VARIANTS[name]]
+                changed = [item.replace("TEXTS", str(texts)) for item in VARIANTS[name]]
                 results = philora.train(source, [*BASE, *place, *changed], quiet=True).results
             row = {
                 "commit": commit(Path(__file__).parents[1]),

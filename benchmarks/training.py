@@ -63,8 +63,8 @@ def programs(peers: Path) -> dict[str, Program]:
         "litgpt": Program("litgpt", "litgpt", "benchmarks.peer_litgpt", 0.0),
     }
     return own | {
-        name: Program(each.title, str(peers / each.python / "bin" / "python"), each.module, each.dropout)
-        for name, each in others.items()
+        name: Program(item.title, str(peers / item.python / "bin" / "python"), item.module, item.dropout)
+        for name, item in others.items()
     }
 
 
@@ -81,7 +81,7 @@ class Runs:
     @property
     def speeds(self) -> list[float]:
         """Tokens per second of each round."""
-        return [each["tokens_per_second"] for each in self.results]
+        return [item["tokens_per_second"] for item in self.results]
 
     @property
     def label_share(self) -> float:
@@ -98,11 +98,11 @@ def largest_gap(losses: Sequence[float], reference: Sequence[float]) -> float:
 def disagreements(runs: dict[str, Runs]) -> list[str]:
     """Contestants that were not given the same labels or tokens as the first one: their speed means nothing."""
     found = []
-    done = {name: each.results for name, each in runs.items() if each.results}
+    done = {name: item.results for name, item in runs.items() if item.results}
     first = next(iter(done.values()))[0] if done else {}
     for name, results in done.items():
         for what in ("labels", "tokens"):
-            if any(each[what] != first[what] for each in results):
+            if any(item[what] != first[what] for item in results):
                 found.append(f"{name}: {what} {results[-1][what]} - expected those of the others, {first[what]}.")
     return found
 
@@ -128,7 +128,7 @@ def row_of(
         "limit_tokens_per_second": round(limit, 1),
         "share_of_limit": round(median(runs.speeds) / limit, 4),
         "matmul_flops_per_second": round(median(rates)),
-        "peak_bytes": max(each["peak_bytes"] for each in runs.results),
+        "peak_bytes": max(item["peak_bytes"] for item in runs.results),
         "tokens": json.dumps(last["tokens"]),
         "labels": json.dumps(last["labels"]),
         "losses": json.dumps([round(loss, 5) for loss in last["losses"]]),
@@ -147,12 +147,12 @@ def table_of(work: Work, runs: dict[str, Runs], rates: Sequence[float], known: d
         there = runs.get(other)
         return f"{speed / median(there.speeds):.2f}" if there and there.results else "-"
 
-    for name, each in runs.items():
-        if not each.results:
+    for name, item in runs.items():
+        if not item.results:
             table.add_row(known[name].title, "[red]failed[/]")
             continue
-        speed, last = median(each.speeds), each.results[-1]
-        limit = median(rates) / work.flops_per_token(each.label_share) if rates else None
+        speed, last = median(item.speeds), item.results[-1]
+        limit = median(rates) / work.flops_per_token(item.label_share) if rates else None
         best = BEST[known[name].dropout]
         reference = runs.get(best)
         gap = "-"
@@ -161,11 +161,11 @@ def table_of(work: Work, runs: dict[str, Runs], rates: Sequence[float], known: d
         table.add_row(
             known[name].title,
             f"{speed:,.1f}",
-            f"{min(each.speeds):,.1f}..{max(each.speeds):,.1f}",
+            f"{min(item.speeds):,.1f}..{max(item.speeds):,.1f}",
             ratio(speed, CARD),
             ratio(speed, best),
             f"{speed / limit:.1%}" if limit else "-",
-            f"{max(one['peak_bytes'] for one in each.results) / 1e9:.2f}",
+            f"{max(one['peak_bytes'] for one in item.results) / 1e9:.2f}",
             f"{last['losses'][0]:.3f} → {last['losses'][-1]:.3f}",
             f"{gap}{'*' if known[name].dropout and gap != '-' else ''}",
         )
@@ -219,16 +219,16 @@ def measure(
                 console.print(f"[red]{error}[/]", highlight=False)
             # Every other round goes backwards, so that a machine that slows down or warms up favours nobody.
             for name in names if number % 2 else reversed(names):
-                each = runs[name]
-                if each.failure is not None:
+                item = runs[name]
+                if item.failure is not None:
                     continue
                 try:
                     result = run(name, known[name].python, known[name].module)
                 except RuntimeError as error:
-                    each.failure = str(error)
+                    item.failure = str(error)
                     console.print(f"[red]{error}[/]", highlight=False)
                     continue
-                each.results.append(result)
+                item.results.append(result)
                 with (folder / "raw.jsonl").open("a", encoding="utf-8") as stream:
                     raw = {**stamp, "work": work.name, "contestant": name, "round": number, **result}
                     stream.write(json.dumps(raw) + "\n")
@@ -296,12 +296,12 @@ def main() -> int:
             console.print(
                 f"matrix products: {median(rates) / 1e9:,.0f} GFLOP/s, {min(rates) / 1e9:,.0f}..{max(rates) / 1e9:,.0f}"
             )
-        faults += [each.failure for each in runs.values() if each.failure] + disagreements(runs)
-        done = {known[one].title: median(each.speeds) for one, each in runs.items() if each.results}
+        faults += [item.failure for item in runs.values() if item.failure] + disagreements(runs)
+        done = {known[one].title: median(item.speeds) for one, item in runs.items() if item.results}
         drawn.append((work, done, median(runs[CARD].speeds) if CARD in runs and runs[CARD].results else None))
     console.print(NOTES.format(threads=given.threads, spin=SPIN_COUNT), highlight=False)
-    for each in faults:
-        console.print(f"[red]{each}[/]", highlight=False)
+    for item in faults:
+        console.print(f"[red]{item}[/]", highlight=False)
     if not given.no_write:
         from benchmarks.results import chart
 

@@ -164,7 +164,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         raise ValueError(f"pack: lengths has {max(lengths)} - expected at most the capacity, {capacity}.")
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for document in sorted(range(len(lengths)), key=lambda each: (-lengths[each], each)):
+    for document in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         at = bisect_left(room, (lengths[document], 0))
         if at == len(room):
             rows.append([])
@@ -179,12 +179,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def make_rows(work: Work) -> list[list[Document]]:
     """The packs in the order of training; the few that stayed under nine tenths full are left out."""
     documents = make_documents(work)
-    lengths = [len(each.input_ids) for each in documents]
+    lengths = [len(item.input_ids) for item in documents]
     rows = [
-        row for row in pack(lengths, work.row_tokens) if sum(lengths[each] for each in row) >= 0.9 * work.row_tokens
+        row for row in pack(lengths, work.row_tokens) if sum(lengths[item] for item in row) >= 0.9 * work.row_tokens
     ]
     order = np.random.default_rng(work.seed + 1).permutation(len(rows))
-    return [[documents[each] for each in rows[at]] for at in order]
+    return [[documents[item] for item in rows[at]] for at in order]
 
 
 def write_data(work: Work, path: Path) -> None:
@@ -194,9 +194,9 @@ def write_data(work: Work, path: Path) -> None:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     np.savez(
         temporary,
-        input_ids=np.concatenate([each.input_ids for each in documents]),
-        completion_mask=np.concatenate([each.completion_mask for each in documents]),
-        lengths=np.array([len(each.input_ids) for each in documents]),
+        input_ids=np.concatenate([item.input_ids for item in documents]),
+        completion_mask=np.concatenate([item.completion_mask for item in documents]),
+        lengths=np.array([len(item.input_ids) for item in documents]),
         documents=np.array([len(row) for row in rows]),
     )
     temporary.rename(path)

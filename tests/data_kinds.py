@@ -326,7 +326,7 @@ def tool_kinds() -> Iterator[Kind]:
     yield Kind(
         "a tool's result, a template that leaves it out",
         (jsonl({"messages": [user(Q), {"role": "tool", "content": "north"}, assistant(A)]}),),
-        refused="it leaves out what the role tool says",
+        refused="it leaves out turns of the role tool",
     )
     yield Kind(
         "functions in the older format",
@@ -392,7 +392,7 @@ def pair_kinds() -> Iterator[Kind]:
     yield Kind(
         "a text with a class",
         (jsonl({"text": Q, "category": "billing"}),),
-        refused="text alone, or beside what says where it is from, but category may belong to it",
+        refused="category may be its answer or its speaker",
     )
     yield Kind(
         "the same, `format: text`",

@@ -34,19 +34,19 @@ def metavar(argument: Any) -> str:
 def section(name: str) -> str:
     """What a command is, its usage, and a table of its arguments and options, as its help says."""
     command = commands()[name]
-    shown = [each for each in command.params if not getattr(each, "hidden", False) and each.name != "help"]
-    arguments = [each for each in shown if each.param_type_name == "argument"]
-    words = " ".join(metavar(each) for each in arguments)
+    shown = [item for item in command.params if not getattr(item, "hidden", False) and item.name != "help"]
+    arguments = [item for item in shown if item.param_type_name == "argument"]
+    words = " ".join(metavar(item) for item in arguments)
     options = " [OPTIONS]" if len(arguments) < len(shown) else ""
     lines = [f"{command.help}", "", "```text", " ".join(f"philora {name}{options} {words}".split()), "```", ""]
     rows = []
-    for each in shown:
-        if each.param_type_name == "argument":
-            rows.append((f"`{metavar(each)}`", "", each.help or ""))
+    for item in shown:
+        if item.param_type_name == "argument":
+            rows.append((f"`{metavar(item)}`", "", item.help or ""))
             continue
-        names = ", ".join(f"`{part}`" for part in (*each.opts, *each.secondary_opts))
-        default = "" if each.default in (None, False, "", ()) or each.is_flag else f"`{each.default}`"
-        rows.append((names, default, each.help or ""))
+        names = ", ".join(f"`{part}`" for part in (*item.opts, *item.secondary_opts))
+        default = "" if item.default in (None, False, "", ()) or item.is_flag else f"`{item.default}`"
+        rows.append((names, default, item.help or ""))
     if command.epilog:
         example = command.epilog.partition("\n")[0].removeprefix("Example: ")
         lines += [f"Example: `{example}`", ""]

@@ -32,8 +32,8 @@ def cell(text: str) -> str:
 def row(name: str, found: Result) -> str:
     """One kind: how it is read, what is trained, what is said, why it is refused."""
     said = [*found.unread_fields, *found.unread_parts]
-    written_out = [each.partition(": ")[2].partition(": ")[2] for each in found.notices if " is written out " in each]
-    said += [each.partition(". ")[0].rstrip(".") for each in written_out]
+    written_out = [item.partition(": ")[2].partition(": ")[2] for item in found.notices if " is written out " in item]
+    said += [item.partition(". ")[0].rstrip(".") for item in written_out]
     expected = found.refused.partition(" - expected ")[2].partition(". ")[0].rstrip(".")
     read = f"{found.shape}, {found.records}" if not found.refused else ""
     trained = "; ".join(found.labels)

@@ -69,7 +69,7 @@ def read(text: str) -> Carried:
     brought: set[str] = set()
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("# brought:"):
-            brought |= {canonicalize_name(each) for each in line.removeprefix("# brought:").split()}
+            brought |= {canonicalize_name(item) for item in line.removeprefix("# brought:").split()}
         elif line.strip() and not line.startswith("#"):
             name, sign, wanted = line.strip().partition("==")
             if not sign or not wanted:
@@ -144,23 +144,23 @@ def slim(wheel: Path, cuda: str) -> Path:
             raise ValueError(f"{wheel.name}: --cuda={cuda} - expected one of {', '.join(sorted(kinds))}.")
         dropped = {name for kind, name in kinds.items() if kind != kept}
         with zipfile.ZipFile(folder / wheel.name, "w", zipfile.ZIP_DEFLATED) as target:
-            for each in source.infolist():
-                content = source.read(each)
-                if each.filename.endswith(".dist-info/RECORD"):
+            for item in source.infolist():
+                content = source.read(item)
+                if item.filename.endswith(".dist-info/RECORD"):
                     lines = content.decode().splitlines(keepends=True)
                     content = "".join(line for line in lines if line.split(",")[0] not in dropped).encode()
-                if each.filename not in dropped:
-                    target.writestr(each, content)
+                if item.filename not in dropped:
+                    target.writestr(item, content)
     return folder / wheel.name
 
 
 def download(carried: Carried, folder: Path) -> None:
     """Fetch the wheels of the list for the other machine."""
-    tags = [f"manylinux_2_{each}_x86_64" for each in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
+    tags = [f"manylinux_2_{item}_x86_64" for item in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
     platforms = [word for tag in tags for word in ("--platform", tag)]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--python-version", "3.12"]
     command += ["--implementation", "cp", *platforms, "-d", str(folder)]
-    subprocess.run([*command, *(f"{name}=={each}" for name, each in carried.versions.items())], check=True)
+    subprocess.run([*command, *(f"{name}=={item}" for name, item in carried.versions.items())], check=True)
 
 
 def keep_one_build(folder: Path, cuda: str) -> None:
@@ -211,11 +211,11 @@ def main() -> int:
         return 0
     carried = read(LIST.read_text(encoding="utf-8"))
     found = list(faults(carried, own_dependencies()))
-    for each in found:
-        print(each)
+    for item in found:
+        print(item)
     if found:
         return 1
-    unknown = [each for each in carried.versions if declared(each) is None]
+    unknown = [item for item in carried.versions if declared(item) is None]
     print(f"{len(carried.versions)} packages, nothing missing.")
     if unknown:
         print(f"Not installed here, so what they declare is not known: {', '.join(unknown)}.")

@@ -135,7 +135,7 @@ def build(source: Path = SOURCE) -> dict[str, str]:
             record(conversation, topics, with_system=index % SYSTEM_SHARE == SYSTEM_SHARE - 1)
             for index, conversation in enumerate(conversations_of(split, source))
         ]
-        texts[f"{split}.jsonl"] = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
+        texts[f"{split}.jsonl"] = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in records)
     return texts
 
 

@@ -158,9 +158,9 @@ def outcome(folder: Path) -> dict[str, str]:
     files = {name: last / name for name in EXACT} | {"adapter": folder / "adapter" / "adapter_model.safetensors"}
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = json.dumps([{key: each[key] for key in each if key not in TIMES} for each in lines])
+    found["metrics"] = json.dumps([{key: item[key] for key in item if key not in TIMES} for item in lines])
     state = json.loads((last / "trainer_state.json").read_text())
-    history = [{key: each[key] for key in each if key not in TIMES} for each in state["log_history"]]
+    history = [{key: item[key] for key in item if key not in TIMES} for item in state["log_history"]]
     found["history"] = json.dumps(history)
     results = json.loads((folder / "results.json").read_text())
     found["scores"] = json.dumps([results["before"], results["after"], results["train_loss"]])
@@ -232,7 +232,7 @@ def kills(count: int, saving: int, work: Path, chance: random.Random) -> dict[st
     seconds = time.monotonic() - begun
     phases: Counter[str] = Counter()
     wrong: list[str] = []
-    each: list[str] = []
+    item: list[str] = []
     number = 0
     while phases.total() < count or phases["while a checkpoint was written"] < saving:
         number += 1
@@ -250,13 +250,13 @@ def kills(count: int, saving: int, work: Path, chance: random.Random) -> dict[st
             resume = (folder / "config.yaml").exists()
             code = ended(forked(lambda s=settings, r=resume, n=notes: run(s, r, n), notes))
             said = notes.read_text() if notes.exists() else ""
-            each.append(f"{phase}, continues from step {step}")
+            item.append(f"{phase}, continues from step {step}")
             if code or f"begins {step}\n" not in said:
-                wrong.append(f"{each[-1]}: {said}")
+                wrong.append(f"{item[-1]}: {said}")
             elif differences(outcome(folder), expected):
-                wrong.append(f"{each[-1]}: other {', '.join(differences(outcome(folder), expected))}")
+                wrong.append(f"{item[-1]}: other {', '.join(differences(outcome(folder), expected))}")
         shutil.rmtree(folder, ignore_errors=True)
-    return {"number": phases.total(), "seen": dict(phases), "each": each, "wrong": wrong}
+    return {"number": phases.total(), "seen": dict(phases), "each": item, "wrong": wrong}
 
 
 # ------------------------------------------------------------------------------------------------- signals
@@ -274,7 +274,7 @@ def taken_up(settings: dict[str, Any], folder: Path, notes: Path, expected: dict
     step = 0 if newest is None else int(newest.name.partition("-")[2])
     done = newest is None and (folder / "results.json").exists()
     if done:
-        return f"complete without a checkpoint: {sorted(each.name for each in folder.iterdir())}"
+        return f"complete without a checkpoint: {sorted(item.name for item in folder.iterdir())}"
     notes.unlink(missing_ok=True)
     code = ended(forked(lambda: run(settings, newest is not None, notes), notes))
     said = notes.read_text() if notes.exists() else ""
@@ -367,7 +367,7 @@ def races(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
     for number in range(count):
         folder = work / f"new-{number}" / "run"
         settings = settings_of(model, folder)
-        notes = [work / f"notes-{number}-{each}" for each in range(2)]
+        notes = [work / f"notes-{number}-{item}" for item in range(2)]
         children = []
         for note in notes:
             children.append(forked(lambda s=settings, n=note: run(s, False, n), note))
@@ -379,10 +379,10 @@ def races(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
             for child, note in zip(children, notes, strict=True):
                 if not note.exists() or "exit code" not in note.read_text():
                     os.kill(child, signal.SIGKILL)
-        codes = [ended(each) for each in children]
-        said = [each.read_text() if each.exists() else "" for each in notes]
-        refused = [each for each in said if "no other run is writing to" in each or "this one holds" in each]
-        what = "one killed" if any(each < 0 for each in codes) else "one whole"
+        codes = [ended(item) for item in children]
+        said = [item.read_text() if item.exists() else "" for item in notes]
+        refused = [item for item in said if "no other run is writing to" in item or "this one holds" in item]
+        what = "one killed" if any(item < 0 for item in codes) else "one whole"
         seen[what] += 1
         if what == "one whole" and (sorted(codes) != [0, 1] or not refused or differences(outcome(folder), expected)):
             wrong.append(f"{codes}: {said}")
@@ -420,10 +420,10 @@ def foreign(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         if (folder / "results.json").exists():
             continue  # it was faster
         checkpoints = folder / "checkpoints"
-        for each in checkpoints.glob("checkpoint-*"):
+        for item in checkpoints.glob("checkpoint-*"):
             name = chance.choice([".DS_Store", ".nfs00012", "notes.txt", "old/adapter.bin", "Thumbs.db", "a/b/c"])
-            (each / name).parent.mkdir(parents=True, exist_ok=True)
-            (each / name).write_bytes(b"foreign")
+            (item / name).parent.mkdir(parents=True, exist_ok=True)
+            (item / name).write_bytes(b"foreign")
         (folder / ".DS_Store").write_bytes(b"foreign")
         newest = newest_complete(checkpoints).folder
         damaged = seen.total() % 2 == 1
@@ -455,8 +455,8 @@ def plant(name: str) -> None:
             try:
                 take(self, config, held)
             except Exception:
-                for each in ("config.yaml", "train.log"):
-                    (self.folder / each).unlink(missing_ok=True)
+                for item in ("config.yaml", "train.log"):
+                    (self.folder / item).unlink(missing_ok=True)
                 raise
 
         resume.Claim.take = spoiled  # type: ignore[method-assign]
@@ -538,7 +538,7 @@ def one_disk(model: Path, work: Path, expected: dict[str, str], seed: int, repor
         code = 0
     said = notes.read_text() if notes.exists() else ""
     checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"))
-    torn = [each.name for each in checkpoints if faults_of(each)]
+    torn = [item.name for item in checkpoints if faults_of(item)]
     found = {"code": code, "said": said, "torn": torn, "checkpoints": len(checkpoints), "differs": []}
     if code:
         (small / "filler").unlink()
@@ -582,7 +582,7 @@ def damage(work: Path, chance: random.Random, flips: int = 8) -> dict[str, Any]:
     unharmed(make_model(work / "model"), folder, work / "notes")
     checkpoints = folder / "checkpoints"
     newest, older = checkpoints / f"checkpoint-{STEPS}", checkpoints / f"checkpoint-{STEPS - 1}"
-    files = sorted(each for each in newest.rglob("*") if each.is_file())
+    files = sorted(item for item in newest.rglob("*") if item.is_file())
     done, wrong = 0, []
 
     def check(path: Path, what: str) -> None:
@@ -773,7 +773,7 @@ def datasets_() -> Any:
                 record = changed_in(draw, record, odd)
             records.append(record)
         suffix = draw(st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz"]))
-        lines = [json.dumps(each, ensure_ascii=draw(st.booleans())) for each in records]
+        lines = [json.dumps(item, ensure_ascii=draw(st.booleans())) for item in records]
         kind = draw(st.integers(0, 9))
         if kind == 0:
             return suffix, draw(st.binary(max_size=300))
@@ -809,7 +809,7 @@ def adapters(folder: Path) -> Any:
     """Adapter folders: each file changed in what it says or in its bytes, hostile headers, files that are missing."""
     from hypothesis import strategies as st
 
-    files = {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()}
+    files = {item.name: item.read_bytes() for item in folder.iterdir() if item.is_file()}
     config = json.loads(files["adapter_config.json"])
     record = json.loads(files["philora.json"])
     weights = files["adapter_model.safetensors"]
@@ -940,7 +940,7 @@ def adapter_reader(folder: Path) -> tuple[Callable[[dict[str, bytes | None]], st
     good, folder = folder / "good", folder / "changed"
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
     philora.get_peft_model(Phi3ForCausalLM(base), config).save_pretrained(str(good))
-    names = [each.name for each in good.iterdir() if each.is_file()]
+    names = [item.name for item in good.iterdir() if item.is_file()]
 
     def read() -> None:
         philora.load_adapter(Phi3ForCausalLM(base), folder)
@@ -1102,7 +1102,7 @@ def main() -> int:
     print(json.dumps(results, indent=2))
     if given.write:
         write_summary(given.write, results, given.seed)
-    return int(any(each.get("wrong") for each in results.values()))
+    return int(any(item.get("wrong") for item in results.values()))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def widen(model: Phi3ForCausalLM, seed: int = 0) -> Phi3ForCausalLM:
             group = head * old.num_attention_heads // old.num_key_value_heads
             new = _columns(_rows(weight, 1), group)
         elif "gate_up_proj" in name:
-            new = _columns(torch.cat([_rows(each, 1) for each in weight.chunk(2)]), 1)
+            new = _columns(torch.cat([_rows(item, 1) for item in weight.chunk(2)]), 1)
         else:
             new = _columns(_rows(weight, 1), 1)
         noise = 1 + NOISE * torch.randn(new.shape, generator=generator) if new.ndim == 2 else 1

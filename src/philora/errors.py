@@ -38,11 +38,11 @@ class ModelError(PhiloraError, OSError):
 
 
 class AdapterError(PhiloraError, ValueError):
-    """An adapter or checkpoint file is missing, torn, or does not fit the model."""
+    """An adapter or checkpoint file is missing, incomplete, or does not fit the model."""
 
 
 class RunError(PhiloraError, RuntimeError):
-    """A run failed after it had begun."""
+    """A run failed after it had started."""
 
     exit_code = 1
 
@@ -67,7 +67,7 @@ def printable(text: str) -> str:
 
 
 def fault(where: str, name: str, value: object, expected: str, todo: str = "") -> str:
-    """One message: `<where>: <name>=<value> - expected <rule>. <what to do>.`
+    """Return a message: `<where>: <name>=<value> - expected <rule>. <what to do>.`
 
     Example:
         >>> fault("config.yaml", "peft_config.r", 0, "a whole number of at least 1", "Common values are 8 to 64")
@@ -86,7 +86,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_per_line(faults: Sequence[str]) -> str:
-    """The text of an error that reports several faults at once."""
+    """Return the text of an error that reports several faults at once."""
     if len(faults) == 1:
         return faults[0]
     return f"{len(faults)} faults:\n" + "\n".join(f"  {item}" for item in faults)

@@ -48,7 +48,7 @@ class PhiModel:
         sliding_window: Attention window in tokens as `config.json` has it; None: full attention.
         stop_token_ids: Ids of `stop_tokens` in the same order.
         stop_tokens: The token that ends a turn first, then the one that ends a text.
-        pad_token: A token of the vocabulary that is no stop token and never stands in text; None: not verified.
+        pad_token: A token of the vocabulary that is no stop token and never occurs in text; None: not verified.
         sources: Where the numbers were read.
     """
 

@@ -414,7 +414,7 @@ def test_a_step_that_is_not_finite_is_left_out(model, whole, tmp_path, caplog):
     assert rates[5] == rates[3] == 3, "the schedule of the learning rate waits"
     assert not all(torch.equal(weights[5][name], weights[6][name]) for name in weights[5])
     assert result.results["throughput"]["steps"] == STEPS, "the data continues"
-    assert "step 5 is left out: loss nan, gradient norm nan; 2 in a row, 2 in all" in caplog.text
+    assert "step 5 is skipped: loss nan, gradient norm nan; 2 in a row, 2 in all" in caplog.text
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [each["nonfinite_steps"] for each in lines if "nonfinite_steps" in each] == [1, 2, 2]
     state = checkpoint.read_json(folder / "checkpoints" / "checkpoint-5" / checkpoint.STATE_NAME)

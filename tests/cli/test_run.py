@@ -126,7 +126,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, config, tmp_path):
     torn.write_bytes(torn.read_bytes()[:100])
     answer = cli("train", path, "--resume")
     assert answer.code == 0, answer.err
-    assert "checkpoint-4 is passed over: adapter_model.safetensors has 100 bytes" in " ".join(answer.err.split())
+    assert "checkpoint-4 is skipped: adapter_model.safetensors has 100 bytes" in " ".join(answer.err.split())
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ class Coverage:
         head = ("module", "slice", "r", "scaling", "modules", "parameters")
         body = [(r.module, r.slice or "whole", str(r.r), f"{r.scaling:g}", str(r.modules), f"{r.parameters:,}")
                 for r in self.rows]  # fmt: skip
-        body += [(name, "trained whole", "-", "-", "1", f"{count:,}") for name, count in self.other_trainable]
+        body += [(name, "fully trained", "-", "-", "1", f"{count:,}") for name, count in self.other_trainable]
         body += [(name, "not adapted", "-", "-", str(count), "-") for name, count in self.frozen_linears]
         widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
         lines = [

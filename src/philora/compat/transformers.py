@@ -68,7 +68,7 @@ PRIVATE = (
 
 
 def use_one_gpu(arguments: Any) -> None:
-    """Let a trainer use one GPU where this process sees several."""
+    """Let a trainer use one GPU if several are visible to this process."""
     arguments._n_gpu = 1
 
 

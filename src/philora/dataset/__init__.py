@@ -2,7 +2,7 @@
 
 `prepare` does all of it for a run. The parts, in the order that data flows through them: `read` (files and hub),
 `shapes` (records to conversations), `template` (conversations to tokens and labels), `store` (cache), `prepare`.
-`lengths` says what long rows mean for a model.
+`lengths` warns of rows that are too long for a model.
 """
 
 from philora.dataset.conversations import Conversations

@@ -52,7 +52,7 @@ class Arranged(NamedTuple):
 
     Attributes:
         messages: With system turns folded into user turns where the template would drop them.
-        tools: Tool descriptions for the template's `tools`; None where they stand in a message, or there are none.
+        tools: Tool descriptions for the template's `tools`; None if a message has them, or there are none.
         places: For each of `messages`, which one it was before; None for one that is new.
         folded: Whether a system turn was folded.
     """
@@ -382,7 +382,7 @@ class _Renamed:
         self._secret = secret
 
     def stand_in(self, number: int) -> str:
-        """Text that stands for a part of a message while the template is rendered."""
+        """Return the placeholder of a part of a message while the template is rendered."""
         return f"zq{self._secret}s{number}qz"
 
 

@@ -77,7 +77,7 @@ class SplitDescription:
 
 @dataclass
 class Finding:
-    """Something that people would want to know of rows of the training set; `places` are those of the first ones."""
+    """A remark about rows of the training set; `places` are the locations of the first ones."""
 
     what: str
     rows: int
@@ -99,7 +99,7 @@ class DataDescription:
         near_duplicates: Rows of `eval` that are nearly the same as one of `train`; without `eval` rows of `train` that
             are nearly the same as an earlier one. Equal ones are counted as duplicates.
         findings: Empty, odd and private parts of rows; nothing is changed.
-        notices: As `train` says them.
+        notices: The notices of `train`.
         examples: The first rows in pieces, each with whether the loss is on it.
     """
 
@@ -117,7 +117,7 @@ class DataDescription:
 
 
 def describe_data(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> DataDescription:
-    """Read data as `train` would, and say what is in it; records that cannot be used are counted, not refused.
+    """Read data as `train` would, and describe it; records that cannot be used are counted, not refused.
 
     Args:
         source: A data file, a folder or an id of the Hub; or a configuration, as a YAML file, a mapping or a `Config`.

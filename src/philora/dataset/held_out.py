@@ -6,7 +6,7 @@ A run keeps its held-out rows in `held_out.jsonl`, one JSON object a line:
     tools          the tool descriptions, where there are any
     input_ids      its tokens, cut to the run's limit
     label_spans    the token ranges with loss, end excluded
-    in_training    whether it also stands in the training set; missing where that is not known
+    in_training    whether it is also in the training set; missing if that is not known
 
 With the tokens in it, nothing is tokenised again: the loss is that of the same rows, whatever became of the data.
 """
@@ -47,7 +47,7 @@ class HeldOut:
         rows: `input_ids` and `labels`.
         conversations: Of every row.
         answerable: Rows whose conversation has an assistant turn that follows something.
-        in_training: Rows that also stand in the training set; None: that set cannot be read or is not known.
+        in_training: Rows that are also in the training set; None if that set cannot be read or is not known.
         fingerprint: Of the run's data and split, as `PreparedData` has it; None for other rows than the run's own.
     """
 
@@ -76,7 +76,7 @@ def held_out(
         max_length: The run's longest row, in tokens.
         seed: The run's.
         stop_token_ids: Any of these ends an assistant turn.
-        other: Rows to judge by in place of those that were held out.
+        other: Rows to score instead of those that were held out.
         recorded_rows: How many the run held out, as it has recorded.
 
     Raises:
@@ -174,13 +174,13 @@ def _training_rows(
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
-    """Return a hash of which token has which id: rows of tokens mean the same where it is the same."""
+    """Return a hash of the vocabulary: with the same hash, the same ids mean the same tokens."""
     pairs = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def write_held_out(path: Path, prepared: PreparedData) -> int:
-    """Write a run's held-out rows, whole or not at all, and return how many there are."""
+    """Write a run's held-out rows atomically, and return their number."""
     if prepared.eval is None or prepared.all_eval_conversations is None:
         return 0
     write_text(path, _lines(prepared))

@@ -44,7 +44,7 @@ def check_rows(splits: Mapping[str, Any], vocabulary: int | None) -> None:
         vocabulary: Tokens that the model has; None: unknown, and nothing is checked.
 
     Raises:
-        DataError: One is not; it names the first row, the place in it, the value and the vocabulary's size.
+        DataError: One is not; it names the first row, the position in it, the value and the vocabulary's size.
 
     Cost:
         One pass over the columns, some 10 ms for a million tokens.

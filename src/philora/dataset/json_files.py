@@ -51,7 +51,7 @@ def read_json(file: Path, reading: Reading) -> Iterator[Batch]:
 def _json_style(stream: IO[bytes]) -> tuple[Literal["lines", "document"] | None, int]:
     """Return how a JSON file is laid out, decided by its content since people name both kinds .json.
 
-    A first line that is a whole object makes it JSON Lines, unless that line is all there is and wraps a list.
+    A first line that is a complete object makes it JSON Lines, unless it is the only line and wraps a list.
     """
     skipped = 0
     while line := stream.readline(BLOCK_CHARACTERS):
@@ -239,7 +239,7 @@ def _wanted_list(file: Path, reading: Reading) -> str | None:
             return None
         _ends(text, "the object with the list of records")
     names = list(lists)
-    # A list that stands alone is the records, whatever its name; of several the name says which.
+    # A single list has the records, whatever its name; of several lists the name decides.
     wanted = (
         names[0]
         if len(names) == 1 and reading.split is None

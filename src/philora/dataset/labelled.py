@@ -28,7 +28,7 @@ def refuse_empty(where: str, rows: Any) -> None:
 
 
 def keep_labelled(rows: Any, where: str, max_length: int | None, given: int | None = None) -> Any:
-    """Return the rows that have a label, and say how many have none.
+    """Return the rows that have a label, and log how many have none.
 
     Args:
         rows: Tokenised rows, packed or not. Streams, and tables without labels, are returned as they are.
@@ -62,7 +62,7 @@ def keep_labelled(rows: Any, where: str, max_length: int | None, given: int | No
 
 
 def _labels_of_documents(rows: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Count the labels of every document, and name the row that it stands in.
+    """Count the labels of every document, and return its row.
 
     The first token of a document is predicted from nothing, so that its label does not count.
     """

@@ -10,7 +10,7 @@ from typing import Any
 UNDETERMINED = "und"
 """The code of ISO 639-2 for a text whose language is not known."""
 SAMPLE = 1000
-"""Texts that are looked at: about a millisecond for each."""
+"""Number of texts whose language is detected; a text takes about a millisecond."""
 _LETTERS = 1000
 _SURE = 0.8
 

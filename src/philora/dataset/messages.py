@@ -114,24 +114,24 @@ def with_system(conversation: Conversation, fields: Fields, system: str | None =
     return conversation
 
 
-def _list(value: Any, name: str, expected: str) -> list[Any]:
+def _list(value: Any, name: str, items: str) -> list[Any]:
     """Return a list; cells of CSV and some columns of Parquet hold it as JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise Fault(name, value, f"{expected} ({error})") from None
+            raise Fault(name, value, f"a list of {items} ({error})") from None
     if not isinstance(value, list):
-        raise Fault(name, value, f"{expected}, not {type_name(value)}")
+        raise Fault(name, value, f"a list of {items}, not {type_name(value)}")
     return value
 
 
-def _list_of_objects(value: Any, name: str, expected: str) -> list[Any]:
-    items = _list(value, name, expected)
-    wrong = next((item for item in items if not isinstance(item, dict)), None)
-    if wrong is not None:
-        raise Fault(name, value, f"{expected}, but {type_name(wrong)} is in it")
-    return items
+def _list_of_objects(value: Any, name: str, items: str) -> list[Any]:
+    found = _list(value, name, items)
+    for item in found:
+        if not isinstance(item, dict):
+            raise Fault(name, value, f"a list of {items}, but {type_name(item)} is in it")
+    return found
 
 
 def conversation_of(value: Any, name: str, fields: Fields, prompt_turns: int = 0) -> Conversation:
@@ -146,7 +146,7 @@ def conversation_of(value: Any, name: str, fields: Fields, prompt_turns: int = 0
     Raises:
         Fault: A message cannot be read.
     """
-    value = _list(value, name, "a list of messages")
+    value = _list(value, name, "messages")
     messages: list[Message] = []
     untrained: set[int] = set()
     unread: set[str] = set()
@@ -230,7 +230,7 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
 
 
 def _calls(calls: Any, role: str, name: str) -> list[Any]:
-    found = _list_of_objects(calls, name, "a list of tool calls")
+    found = _list_of_objects(calls, name, "tool calls")
     if role != "assistant":
         raise Fault(name, calls, "tool calls in turns of the assistant only", "Move them to the turn that makes them")
     return found
@@ -255,7 +255,7 @@ def tools_of(fields: Fields) -> list[Any] | None:
     tools = fields.get("tools")
     if not tools:
         return None
-    return _list_of_objects(tools, "tools", "a list of tool descriptions") or None
+    return _list_of_objects(tools, "tools", "tool descriptions") or None
 
 
 def require_answer(conversation: Conversation) -> None:

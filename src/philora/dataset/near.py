@@ -16,7 +16,7 @@ SIMILAR = 0.7
 _HASHES, _BAND = 64, 4
 _WORDS = 3
 _COMPARED = 50
-"""Candidates of a text that are compared at most, so that texts of one form do not take quadratic time."""
+"""Most candidates that a text is compared with, so that similar texts do not take quadratic time."""
 
 
 def near_duplicates(texts: Sequence[str], others: Sequence[str] | None = None) -> dict[int, int]:
@@ -51,7 +51,7 @@ def near_duplicates(texts: Sequence[str], others: Sequence[str] | None = None) -
 
 
 def _pieces(text: str) -> frozenset[int]:
-    """Return hashes of every few words in a row; of a text with fewer the whole."""
+    """Return hashes of every few consecutive words; of a shorter text, of all of it."""
     words = re.findall(r"\w+", text.lower())
     runs = range(max(1, len(words) - _WORDS + 1))
     return frozenset(zlib.crc32(" ".join(words[start : start + _WORDS]).encode()) for start in runs)

@@ -101,7 +101,7 @@ class PreparedData:
     `train_conversations[i]` is the conversation of row i of `train`; of a streaming set they are its first ones.
     `eval_conversations` are those of `eval` that can be asked for: with an assistant turn that follows something.
     `all_eval_conversations[i]` is the conversation of row i of `eval`; `eval_in_training` are the rows of `eval` that
-    also stand in the training set, None where a stream keeps that unknown.
+    are also in the training set, None if a stream keeps that unknown.
     """
 
     train: Any
@@ -133,7 +133,7 @@ def prepare(
     Args:
         data: the `data` section of the configuration.
         tokenizer: a fast tokenizer with its chat template.
-        max_length: longest row in tokens; what is longer is truncated or dropped as `data.overlong` says.
+        max_length: longest row in tokens; longer ones are truncated or dropped, by `data.overlong`.
         seed: decides the held-out rows, samples and the order of mixed sources.
         stop_token_ids: any of these ends an assistant turn.
         held_out_rows: where `eval` is a fraction, the rows that a run which continues has recorded.
@@ -204,7 +204,7 @@ def _held_out_part(
 
 
 def settings_of(data: DataConfig, max_length: int) -> Settings:
-    """Return what the configuration says of rows that are too long or cannot be used."""
+    """Return the settings for rows that are too long or cannot be used."""
     return Settings(max_length, data.overlong == "drop", data.invalid == "drop")
 
 
@@ -331,7 +331,7 @@ def _in_both(
 def rows_in_training(
     eval_entries: Sequence[Entry], eval_indices: Sequence[Indices], entries: Sequence[Entry], kept: Sequence[Indices]
 ) -> list[int]:
-    """Return the places of the evaluation rows that also stand in the training set, before weights apply."""
+    """Return the indices of the evaluation rows that are also in the training set, before weights apply."""
     return [int(item) for item in np.flatnonzero(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, kept)))]
 
 

@@ -61,7 +61,7 @@ class Source:
     """Describe a source after its path has been resolved; `open` and `read` may be called repeatedly.
 
     `read` gives all records, `open` the first `limit` of them. `unread` names files, splits and lists of the source
-    that are not read. What stands inside a file is known once it has been read to its end.
+    that are not read. The content of a file is known once it has been read to its end.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """Describe how the files of a source are read: for what, which of several lists, and where to say what was left."""
+    """Describe how the files of a source are read: the purpose, the chosen list, and where to record unread parts."""
 
     role: Role
     split: str | None
@@ -141,7 +141,7 @@ def likely_encoding(raw: bytes) -> str:
 
 
 def json_fault(text: str, error: json.JSONDecodeError) -> Fault:
-    """Return the fault of text that is not JSON, with what stands around it."""
+    """Return the fault of text that is not JSON, with the text around it."""
     around = text[max(0, error.pos - 30) : error.pos + 30]
     return Fault("record", around, f"JSON, but at column {error.colno}: {error.msg}", "Correct or remove this record")
 

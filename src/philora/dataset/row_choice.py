@@ -76,7 +76,7 @@ def wanted_rows(part: float, rows: int) -> int:
 
 
 def weighted_rows(indices: Indices, weight: float, seed: int, position: int) -> Indices:
-    """Return a source's rows as often as its weight says, drawn by the seed."""
+    """Return a source's rows, repeated or sampled by its weight and the seed."""
     if weight == 1:
         return indices
     whole = int(weight)

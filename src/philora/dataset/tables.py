@@ -70,7 +70,7 @@ _QUOTE = {",": "Quote commas", ";": "Quote semicolons", "\t": "Quote tabs"}
 def _delimiter(file: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
     """Return the delimiter and the first line to read: Excel writes semicolons where commas are decimal.
 
-    That is said by a line `sep=;` above the names, else by the kind of separator that makes most cells of the names.
+    A line `sep=;` above the names decides, else the separator that makes the most cells of the names.
     """
     first = next(lines, None)
     if first is None:

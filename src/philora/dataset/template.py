@@ -6,7 +6,7 @@ the literal pieces between contents. A conversation then needs one rendering: if
 joined, all places are known; if not (a template that trims or rewrites), this conversation is proved by itself.
 
 Characters become tokens through the offsets of one tokenisation of the complete rendering. Offsets cost a third of
-the tokenizer's time, and with templates such as Phi's they add nothing: where an added token stands right before
+the tokenizer's time, and with templates such as Phi's they add nothing: where an added token is directly before
 each answer and the stop token right after it, the added tokens of the plan, found in their order and no other, are the
 places. A text with any other added token in it is located by its offsets.
 """
@@ -93,7 +93,7 @@ class _Plan:
         answers: indices of the assistant turns.
         stops: for every answer, where the stop token begins in the piece behind its content.
         controls: the added tokens in the pieces, in order.
-        brackets: for every answer, which of `controls` stands right before its first token, and which is its stop
+        brackets: for every answer, which of `controls` is directly before its first token, and which is its stop
             token; empty when an answer does not follow an added token directly.
     """
 
@@ -237,7 +237,7 @@ class Encoder:
         encodings = self.backend.encode_batch(contents, add_special_tokens=True)
         for place, conversation, content, encoding in zip(places, conversations, contents, encodings, strict=True):
             ids: list[int] = encoding.ids
-            if bos and content.startswith(bos):  # it stands there already
+            if bos and content.startswith(bos):  # the template writes it too
                 ids = self.backend.encode(content, add_special_tokens=False).ids
             if eos is not None and (not ids or ids[-1] != eos):
                 ids.append(eos)
@@ -269,7 +269,7 @@ class Encoder:
     def _encode_by_brackets(
         self, chats: list[tuple[_Chat, str, _Plan]], results: list[Encoded | Fault | None]
     ) -> list[tuple[_Chat, str]]:
-        """Tokenise conversations whose added tokens say where the answers are; gives back those with others in them."""
+        """Tokenise conversations whose added tokens mark the answers, and return those for which that does not work."""
         lists = [
             item.ids for item in self.backend.encode_batch_fast([chat[1] for chat in chats], add_special_tokens=False)
         ]
@@ -456,7 +456,7 @@ def preview(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[str, boo
         row: `input_ids` and `labels`.
 
     Returns:
-        One pair a token. The texts joined are the decoded row; a character of several tokens stands with the last
+        One pair a token. The texts joined are the decoded row; a character of several tokens belongs to the last
         of them, the others have empty text.
     """
     ids = [int(index) for index in row["input_ids"]]

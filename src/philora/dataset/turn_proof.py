@@ -77,7 +77,7 @@ class TurnProof:
         return text
 
     def locate(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, list[Turn]]:
-        """Render a conversation and find each assistant turn in it, as the beginning of this module says."""
+        """Render a conversation and find each assistant turn in it, as described at the top of this module."""
         text = self.render(messages, tools=tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         headers: dict[Any, tuple[str, ...]] = {}
@@ -108,7 +108,7 @@ class TurnProof:
         return text, turns
 
     def _answer_start(self, text: str, messages: list[Message], index: int, tools: list[Any] | None) -> int:
-        """Return where an answer begins: behind what stands before it, rendered alone."""
+        """Return where an answer begins: after the rendering of the turns before it."""
         prefix = self.render(messages[:index], tools=tools, generation=True)
         if not text.startswith(prefix):
             raise TemplateFault(_inconsistent(text, prefix, index))
@@ -132,7 +132,7 @@ class TurnProof:
         return (*pieces, rest)
 
     def _stop_end(self, text: str, messages: list[Message], turns: list[Turn], tools: list[Any] | None) -> int:
-        """Prove the stop token of the last turn found: it stands there before anything follows. Gives its end."""
+        """Verify that a stop token follows the last turn found directly, and return its end."""
         turn = turns[-1]
         upto = text
         if turn.message + 1 < len(messages):

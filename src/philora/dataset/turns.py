@@ -88,7 +88,7 @@ def _names(columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
 def grouped(source: Source, columns: tuple[tuple[str, str], ...], roles: tuple[tuple[str, str], ...] = ()) -> Source:
     """Return the source with a record for every conversation in place of one for every message.
 
-    Messages of one side that follow each other become one turn. What stands in other columns stays beside the turns.
+    Messages of one side that follow each other become one turn. The values of other columns stay beside the turns.
 
     Args:
         source: With rows of one message each.
@@ -112,7 +112,7 @@ def grouped(source: Source, columns: tuple[tuple[str, str], ...], roles: tuple[t
                 row = _row(record)
                 key = "" if row is None else _text(row.get(names["conversation"])).strip()
                 if row is None or not key:
-                    others.append((place, record))  # read as it stands, it says what is wrong with it
+                    others.append((place, record))  # reading it alone reports its fault
                 else:
                     held.setdefault(key, []).append((place, row))
         if last is not None:
@@ -212,7 +212,7 @@ def _conversation(
 
 
 def _role(value: str, roles: Mapping[str, str]) -> str:
-    """Return what the configuration or the usual names say of a role; else the value, which reading refuses."""
+    """Return the role of a value, by the configuration or the usual names; else the value, which reading refuses."""
     value = value.strip()
     known = _ROLES.get(_plain(value))
     return roles.get(value) or known or roles.get(_ANYONE, value)

@@ -291,7 +291,7 @@ class StaticDecoder(decoding.Decoder):
         return logits
 
     def _record(self) -> None:
-        """Record the step, and compare it with the plain one on the tokens at hand."""
+        """Record the step, and compare it with the plain one on the current tokens."""
         expected = self.compute(self._tokens, self._at, self.capacity, decoding.PlainRows())
         if not bool(expected.isfinite().all()):
             return  # nothing to compare with; choosing a token raises the error

@@ -315,7 +315,7 @@ def share(length: int) -> range:
 
 
 def lost(error: BaseException) -> bool:
-    """Return whether an error says that another process has ended."""
+    """Return whether an error means that another process has ended."""
     if count() == 1 or not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "DistNetworkError" or any(item in str(error) for item in _LOST)

@@ -61,7 +61,7 @@ SAFE_HEADERS = {
 
 
 class Guard:
-    """Refuse requests from the wrong place before anything else handles them.
+    """Refuse requests with a wrong host, origin or key before anything else handles them.
 
     On loopback the Host must be a name of this machine: with DNS rebinding, a page of another site still sends that
     site's name. An Origin must be the server's own, and no header allows another origin to read answers. A body must be

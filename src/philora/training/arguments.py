@@ -34,8 +34,8 @@ CHOSEN = (
 class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     """`trl.SFTConfig` that also takes the spellings of older releases, with a notice for each, and philora's own keys.
 
-    `gradient_checkpointing="elementwise"`, or `elementwise_recomputation=True`, is between True and False: it stands
-    for `optimize(model, recomputation="elementwise")`. `"host"` recomputes complete layers as True does, from inputs
+    `gradient_checkpointing="elementwise"`, or `elementwise_recomputation=True`, is between True and False: the same
+    as `optimize(model, recomputation="elementwise")`. `"host"` recomputes complete layers as True does, from inputs
     that the decoder stack keeps in host memory.
 
     Raises:

@@ -372,7 +372,7 @@ def test_coverage_is_a_table(phi3):
     assert rows[("model.layers.*.self_attn.o_proj", "")].parameters == 2 * 4 * (32 + 32)
     assert table.trainable_parameters == 2 * 2 * 4 * 64 + 97 * 32
     text = str(table)
-    assert "trained whole" in text
+    assert "fully trained" in text
     assert re.search(r"model\.layers\.\*\.mlp\.gate_up_proj +not adapted", text)
 
 

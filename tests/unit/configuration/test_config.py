@@ -735,7 +735,7 @@ def test_two_ways_to_give_the_step_size_are_noticed() -> None:
     (notice,) = load_config(with_train(training_config=given)).notices
     assert notice == (
         "config: training_config.tokens_per_step and gradient_accumulation_steps are both given: "
-        "gradient_accumulation_steps holds."
+        "gradient_accumulation_steps applies."
     )
 
 
@@ -797,7 +797,7 @@ def test_overrides_do_not_change_the_given_mapping() -> None:
         ("peft_config=3", "command line: peft_config=3 - expected a mapping."),
         (
             "peft_config.r.x=3",
-            "command line: peft_config.r.x=3 - expected peft_config.r to be a mapping. Give the whole",
+            "command line: peft_config.r.x=3 - expected peft_config.r to be a mapping. Give the complete",
         ),
     ],
 )
@@ -860,7 +860,7 @@ def test_the_translated_dicts_of_the_card_build_todays_classes(libraries: tuple[
             {"train_sampling_strategy": "group_by_length"},
             "group_by_length=True is an older spelling: read as train_sampling_strategy='group_by_length'.",
         ),
-        ({"group_by_length": False}, {}, "group_by_length=False is an older spelling of what holds by default"),
+        ({"group_by_length": False}, {}, "group_by_length=False is an older spelling of the default"),
         ({"adafactor": True}, {"optim": "adafactor"}, "read as optim='adafactor'."),
         ({"include_inputs_for_metrics": True}, {"include_for_metrics": ["inputs"]}, "read as include_for_metrics="),
         (

@@ -201,7 +201,7 @@ def test_encodings_with_a_byte_order_mark_are_read(tmp_path, encoding, name):
         file.write_bytes(gzip.compress(data[:-1]) if name.endswith("gz") else data[:-1])
         assert "expected text to its end in UTF-16" in refusal(file)
         file.write_bytes(gzip.compress(data[2:]) if name.endswith("gz") else data[2:])
-        assert "UTF-16 with a byte order mark, but zeros stand" in refusal(file)
+        assert "UTF-16 with a byte order mark, but its first bytes contain zeros" in refusal(file)
 
 
 def test_lines_of_a_text_end_at_newlines_alone(tmp_path):

@@ -340,8 +340,8 @@ def test_fields_of_no_known_shape():
         detect([{"utterance": "x", "reply": "y"}], "data.jsonl")
     assert str(caught.value) == (
         "data.jsonl: fields='reply, utterance' - expected messages, conversations, instruction and output, prompt and "
-        'completion, or text. Say which column is which with columns, such as {user: "{question}", '
-        'assistant: "{answer}"}, if the names are others.'
+        'completion, or text. For other names set columns, such as {user: "{question}", '
+        'assistant: "{answer}"}.'
     )
 
 
@@ -425,7 +425,7 @@ REFUSALS = {
     "tools of a wrong type": (
         "messages",
         {"messages": [Q, A], "tools": [1]},
-        "tools=[1] - expected a list of tool descriptions, not a list.",
+        "tools=[1] - expected a list of tool descriptions, but a number is in it.",
     ),
     "alpaca without output": ("alpaca", {"instruction": "q"}, "record='instruction' - expected a field 'output'."),
     "alpaca, empty output": (

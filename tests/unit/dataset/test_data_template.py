@@ -336,7 +336,7 @@ def test_a_turn_that_the_template_leaves_out_is_refused(role):
         messages = chat("q", "a", "r", "s")
         messages.insert(place, {"role": role, "content": "lost"})
         result = Encoder(tokenizer, stop_ids(tokenizer, "phi3")).encode([Conversation(messages)])[0]
-        assert f"it leaves out what the role {role} says" in result.at("f:1")
+        assert f"it leaves out turns of the role {role}" in result.at("f:1")
 
 
 CALLS = [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]

@@ -113,7 +113,7 @@ def test_a_conversation_with_turns_in_one_record_is_left_alone():
     record = {"conversation_id": "1", "role": "user", "conversation": [{"role": "user", "content": "q"}], "text": "x"}
     assert detect([record], "f").name == "sharegpt"
     assert detect([{"id": "1", "role": "user", "text": "q"}] * 2, "f").name == "turns"
-    with pytest.raises(DataError, match="one turn each"):
+    with pytest.raises(DataError, match=r"fields=.*a complete conversation in each record"):
         detect([{"id": "1", "role": "user", "text": "q"}], "f")
 
 

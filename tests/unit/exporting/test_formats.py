@@ -212,7 +212,7 @@ def test_an_old_loralib_file_without_its_layers_file(phi3, base, tmp_path):
     randomize_layers(model)
     torch.save(lora.lora_state_dict(model), tmp_path / "old.pt")
     want = logits_of(model, probe(97))
-    with pytest.raises(ConfigError, match=r"lora_alpha=None - expected the lora_alpha of the layers that wrote"):
+    with pytest.raises(ConfigError, match=r"lora_alpha=None - expected the lora_alpha of the layers"):
         export(tmp_path / "old.pt", tmp_path / "out", base=str(base))
     export(tmp_path / "old.pt", tmp_path / "out", layout="slices", base=str(base), lora_alpha=4)
     assert_same(logits_by_peft(base, tmp_path / "out"), want)
