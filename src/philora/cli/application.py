@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ import typer
 
 from philora import __version__
 from philora.errors import ConfigError, fault
+from philora.interface.choices import SETTINGS
 from philora.reporting import display
 from philora.runtime import processes
 
@@ -245,3 +247,18 @@ def quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
     if not err.is_terminal:
         transformers_logging.disable_progress_bar()
+
+
+def flag_overrides(context: typer.Context) -> list[str]:
+    """Return the given options that are settings, as overrides."""
+    given = []
+    for name, key in SETTINGS.items():
+        value = context.params[name]
+        if value is None:
+            continue
+        if name == "target_modules" and "," in value:
+            value = json.dumps([part.strip() for part in value.split(",")])
+        elif name in ("model", "output") or (name == "evaluation" and Path(value).expanduser().exists()):
+            value = json.dumps(value, ensure_ascii=False)  # always text, even if YAML would read a number
+        given.append(f"{key}={value}")
+    return given

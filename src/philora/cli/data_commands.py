@@ -34,11 +34,11 @@ from philora.cli.application import (
     app,
     closing,
     err,
+    flag_overrides,
     out,
     print_json,
     set_up_logging,
 )
-from philora.cli.settings import flag_overrides
 from philora.errors import ConfigError, fault
 from philora.interface.choices import choose, stem
 from philora.reporting import display

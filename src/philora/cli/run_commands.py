@@ -42,11 +42,11 @@ from philora.cli.application import (
     app,
     closing,
     err,
+    flag_overrides,
     out,
     print_json,
     set_up_logging,
 )
-from philora.cli.settings import flag_overrides
 from philora.interface.choices import choose
 from philora.reporting import display
 from philora.runtime import process_state, processes

@@ -25,9 +25,6 @@ def refuse_subset(config: SourceConfig, why: str) -> None:
         raise DataError(fault(config.path, "subset", config.subset, f"null: {why}", "Leave subset out"))
 
 
-# ------------------------------------------------------------------------------------------------------ hub
-
-
 def saved_source(config: SourceConfig, path: Path, role: Role) -> Source:
     """Return a dataset or one split of it that `save_to_disk` wrote."""
     from datasets import DatasetDict, load_from_disk

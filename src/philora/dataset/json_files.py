@@ -65,8 +65,9 @@ def _json_style(stream: IO[bytes]) -> tuple[Literal["lines", "document"] | None,
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
+            opens_wrapper = line.rstrip().endswith((b"[", b"{")) and len(line) < 200
             # `{` alone opens a document that is spread over lines; anything else is a broken line.
-            return ("document" if line.strip() in (b"{", b"[") or _opens_wrapper(line) else "lines"), skipped
+            return ("document" if line.strip() in (b"{", b"[") or opens_wrapper else "lines"), skipped
         wraps = isinstance(value, dict) and not any(key in value for key in _RECORD_KEYS)
         wraps = wraps and any(
             isinstance(entry, list) and entry and isinstance(entry[0], dict) for entry in value.values()
@@ -75,10 +76,6 @@ def _json_style(stream: IO[bytes]) -> tuple[Literal["lines", "document"] | None,
             return "document", skipped
         return "lines", skipped
     return None, skipped
-
-
-def _opens_wrapper(line: bytes) -> bool:
-    return line.rstrip().endswith((b"[", b"{")) and len(line) < 200
 
 
 def _json_lines(file: Path, skip: int) -> Iterator[tuple[int, Record]]:

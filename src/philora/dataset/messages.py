@@ -28,26 +28,14 @@ TEXT_ROLE = "text"
 
 ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "tools": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "function_call", "tool_call"), "assistant"
+    ),
+    **dict.fromkeys(
+        ("tool", "tools", "observation", "function", "function_response", "tool_response", "ipython"), "tool"
+    ),
 }
 # Keys that a template may read besides role and content.
 _EXTRA_KEYS = ("name", "tool_calls", "tool_call_id", "tools", "reasoning_content", "thinking")

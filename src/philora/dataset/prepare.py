@@ -388,9 +388,6 @@ def _require_rows(report: DataReport) -> None:
             )
 
 
-# --------------------------------------------------------------------------------------------------- streaming
-
-
 def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: int) -> PreparedData:
     from datasets import interleave_datasets
 

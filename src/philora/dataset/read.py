@@ -88,9 +88,6 @@ def _bundled_source(config: SourceConfig, role: Role) -> Source:
     return _files_source(config, [file], f"{BUNDLED}/{split}.jsonl", Reading(role, None, {}))
 
 
-# ---------------------------------------------------------------------------------------------------- files
-
-
 def _looks_local(path: str) -> bool:
     suffixes = Path(path).suffixes
     return (
@@ -167,7 +164,7 @@ def _files_source(config: SourceConfig, files: list[Path], name: str, reading: R
             )
     digest = hashlib.sha256()
     for file in files:
-        digest.update(_kind_bytes(file))
+        digest.update("".join(file.suffixes[-2:]).lower().encode())
         digest.update(_sha256(file))
         if reading.split is not None or _kind(file) == "excel" or is_object(file):
             digest.update(f"{reading.role} {reading.split}".encode())  # they choose among the lists of a file
@@ -184,10 +181,6 @@ def _save_as(file: Path) -> str:
     if file.suffix.lower() in (".xls", ".ods", ".numbers"):
         return "Open it and save it as .xlsx, or as CSV UTF-8"
     return "Unpack it" if file.suffix.lower() in (".zip", ".7z", ".bz2", ".xz", *COMPRESSED) else ""
-
-
-def _kind_bytes(file: Path) -> bytes:
-    return "".join(file.suffixes[-2:]).lower().encode()
 
 
 def _sha256(file: Path) -> bytes:

@@ -77,10 +77,6 @@ def _answer(value: Any, name: str) -> str:
     return text
 
 
-def _from_alpaca(fields: Fields) -> Conversation:
-    return _from_names(fields, "instruction", "output")
-
-
 def _from_prompt_completion(fields: Fields) -> Conversation:
     first, second = next((pair for pair in PAIRS if fields.filled(pair)), PAIRS[0])
     prompt, completion = fields.needed(first), fields.needed(second)
@@ -104,10 +100,6 @@ def _from_names(fields: Fields, first: str, second: str) -> Conversation:
     conversation = _pair(user, fields.needed(second), second, system_of(fields), fields.get("history"))
     conversation.tools = tools_of(fields)
     return conversation
-
-
-def _from_text(fields: Fields) -> Conversation:
-    return _text(text_of(fields.needed("text"), "text"))
 
 
 def _text(text: str) -> Conversation:
@@ -175,7 +167,7 @@ def _from_turns(fields: Fields, columns: Mapping[str, str]) -> Conversation:
 _READERS: dict[str, Callable[[Fields], Conversation]] = {
     "messages": _from_messages,
     "sharegpt": _from_sharegpt,
-    "alpaca": _from_alpaca,
+    "alpaca": lambda fields: _from_names(fields, "instruction", "output"),
     "prompt_completion": _from_prompt_completion,
-    "text": _from_text,
+    "text": lambda fields: _text(text_of(fields.needed("text"), "text")),
 }

@@ -138,9 +138,6 @@ def tokenizer_fingerprint(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------- one batch
-
-
 def serialise(conversation: Conversation) -> bytes:
     """Return a conversation as the JSON that is stored, hashed and read back."""
     stored: Any = conversation.messages
@@ -340,9 +337,6 @@ def process_count(asked: int | None, size_bytes: int | None) -> int:
     if size_bytes is None or size_bytes < _PARALLEL_FROM_BYTES:
         return 1
     return min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
-
-
-# ------------------------------------------------------------------------------------------------------- entry
 
 
 def entry_for(

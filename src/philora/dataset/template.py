@@ -194,8 +194,6 @@ class Encoder:
             tuple(brackets) if len(brackets) == len(turns) else (),
         )
 
-    # ---------------------------------------------------------------------------------------------- system turns
-
     def adapt(self, conversation: Conversation) -> tuple[Conversation, bool]:
         """Return what of a conversation the template can render, and whether a system turn had to be folded."""
         if conversation.tools is None and all(message["role"] != "system" for message in conversation.messages):
@@ -203,8 +201,6 @@ class Encoder:
         found = self.arrangement.arranged(conversation.messages, conversation.tools)
         untrained = frozenset(place for place, before in enumerate(found.places) if before in conversation.untrained)
         return replace(conversation, messages=found.messages, tools=found.tools, untrained=untrained), found.folded
-
-    # ------------------------------------------------------------------------------------------------- encoding
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | Fault]:
         """Tokenise conversations; one that cannot be used gives its fault in its place.
@@ -503,9 +499,6 @@ def prompts_and_references(conversation: Sequence[Message]) -> tuple[list[Messag
             return [dict(message) for message in conversation[:index]], str(conversation[index]["content"])
     roles = ", ".join(message["role"] for message in conversation)
     raise DataError(fault("conversation", "roles", roles, "an assistant turn with something before it"))
-
-
-# ------------------------------------------------------------------------------------------------------ parts
 
 
 def _first_token_from(encoding: Any, start: int) -> int:

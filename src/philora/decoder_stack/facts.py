@@ -100,9 +100,6 @@ def adapter_name_of(linear: Any) -> str | None:
     return name if plain and isinstance(linear.lora_dropout[name], nn.Dropout | nn.Identity) else None
 
 
-# ---------------------------------------------------------------------------------------------------- the model
-
-
 def facts_of_model(model: Any) -> ModelFacts:
     """Return the facts of a decoder (`Phi3Model` and its like), with or without weights.
 
@@ -310,9 +307,6 @@ def known_facts(model: Any) -> ModelFacts:
     if known is None or known[0].changed():
         known = _facts[model] = _Watch(model), facts_of_model(model)
     return known[1]
-
-
-# ---------------------------------------------------------------------------------------- the call, the device
 
 
 def facts_of_call(model: nn.Module, inputs: Mapping[str, Any], keep: str) -> BatchFacts:

@@ -239,7 +239,7 @@ class DecoderLayer:
             elif shared.keep == "input":
                 saved = (kept.x1,)
             elif shared.keep == "elementwise":
-                saved = _without_elementwise(kept)
+                saved = kept._replace(y1=None, y2=None, product=None)
         return kept.x2, h2, saved
 
     def backward(
@@ -336,10 +336,6 @@ def _on_device_of(x: Tensor) -> Iterator[None]:
     """Make the tensors' device current, since Triton launches kernels there, and turn autocast off."""
     with without_autocast(x.device.type), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         yield
-
-
-def _without_elementwise(kept: Kept) -> Kept:
-    return kept._replace(y1=None, y2=None, product=None)
 
 
 def _gradients(

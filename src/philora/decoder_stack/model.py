@@ -194,9 +194,6 @@ def _warn_without_graphs(reasons: tuple[str, ...]) -> None:
     logger.warning("decoder layers run without a CUDA graph: %s", "; ".join(reasons))
 
 
-# ------------------------------------------------------------------------------------------- dropout's counter
-
-
 def _next_counter(model: Any, device: torch.device) -> Tensor:
     """Return the number of this pass on the device, and count it. It is a new tensor, since backward reads it again."""
     settings: StackSettings = model.stack_settings
@@ -231,9 +228,6 @@ def set_dropout_state(model: nn.Module, state: dict[str, int]) -> None:
     for decoder in _decoders(model):
         configure(decoder, seed=int(state["seed"]), counter=int(state["counter"]))
         _counters.pop(decoder, None)
-
-
-# ---------------------------------------------------------------------------------------------------- switching
 
 
 def _decoders(model: nn.Module) -> list[StackedPhi3Model]:

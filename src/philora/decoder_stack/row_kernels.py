@@ -22,8 +22,6 @@ from torch import Tensor
 
 from philora.decoder_stack.rows import FP8, Dropout, Rows
 
-# ---------------------------------------------------------------------------------------------------- kernels
-
 
 @triton.jit
 def _keeps(seed, row, columns, width, p):
@@ -252,9 +250,6 @@ def _quantize(x, quantized, scales, width, BLOCK: tl.constexpr):
     at = row * width + columns
     value = tl.load(x + at, inside, 0.0).to(tl.float32)
     _store_fp8(value, tl.max(tl.abs(value), 0), at, inside, row, quantized, scales)
-
-
-# -------------------------------------------------------------------------------------------------- functions
 
 
 def _block(width: int) -> dict[str, int]:

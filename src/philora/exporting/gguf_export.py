@@ -210,9 +210,6 @@ def _merged(
         return cast(PreTrainedModel, merge(adapted)), reference
 
 
-# ---------------------------------------------------------------------------------------------- comparing
-
-
 def _check_tensors(model: PreTrainedModel, file: Path, file_type: str) -> None:
     """Check that every tensor of the file is the model's, within the rounding of its type."""
     written, faults = GGUFFile(file), []
@@ -279,9 +276,6 @@ def _compare(
         return read_back, None, str(error)
     llama.check_tokens(reading.tokens, prompts.texts, prompts.rows)
     return read_back, divergence(where, llama.reader_name(), reference, reading.logits, plain, bound), None
-
-
-# ------------------------------------------------------------------------------------------------- readme
 
 
 def _readme(

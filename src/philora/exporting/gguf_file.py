@@ -69,9 +69,6 @@ def tensor_name(name: str, blocks: int) -> str | None:
     return None if found is None else f"{found}.{leaf}"
 
 
-# ------------------------------------------------------------------------------------------------- writing
-
-
 def write_model(
     model: PreTrainedModel,
     file: Path,
@@ -265,9 +262,6 @@ def attention_factor(config: Any) -> float:
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or config.max_position_embeddings / original
     return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
-
-
-# ------------------------------------------------------------------------------------------------- reading
 
 
 class GGUFFile:

@@ -246,7 +246,8 @@ class _Weights:
             f"{name}.{key}" for name, layers in self._layers.items() for key in _all_merged(layers)
         }
         # Trained biases, and embeddings that PEFT saved because they were resized.
-        self._changed |= {_plain_name(key) for key in read_peft_tensors(adapter)} & known
+        tensors = (key.removeprefix("base_model.model.") for key in read_peft_tensors(adapter))
+        self._changed |= {name.replace(".base_layer.", ".") for name in tensors} & known
 
         self.untied = self._untie()
         missing = sorted(self._changed - self._file_names.keys())
@@ -325,11 +326,6 @@ def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Set a parameter to a tensor, without a copy."""
     module, _, key = name.rpartition(".")
     setattr(model.get_submodule(module), key, nn.Parameter(tensor, requires_grad=False))
-
-
-def _plain_name(key: str) -> str:
-    """Return the name in the base model of a complete tensor in an adapter's file."""
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _without_initialisation(adapter: Path) -> tuple[PeftConfig, LoraConfig | None]:

@@ -38,9 +38,6 @@ UNTIED = "the adapter changes one of the input and output embeddings, which the 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
-# ------------------------------------------------------------------------------------------------ one layer
-
-
 def merge_layer(layer: BaseTunerLayer, where: str) -> None:
     """Merge one of PEFT's layers of any kind into its base layer. The layer cannot be used afterwards.
 
@@ -154,9 +151,6 @@ def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
     ]
     if not all(_is_finite(entry.detach()) for entry in own):
         yield "finite adapter weights", "The training diverged: use an earlier checkpoint"
-
-
-# ---------------------------------------------------------------------------------------------- in memory
 
 
 def merge(model: PeftModel, probe: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -223,9 +223,6 @@ def publish(temporary: Path, final: Path) -> None:
     _sync(final.parent)
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -501,9 +498,6 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         _held.discard(descriptor)
         os.close(descriptor)
-
-
-# ---------------------------------------------------------------------------------------------- adapters
 
 
 _DTYPES = {

@@ -37,9 +37,6 @@ SCHEMES = ("nf4", "fp4", "int8")
 """Schemes of bitsandbytes, by the names that messages and records use."""
 
 
-# ---------------------------------------------------------------------------------------------- what is asked for
-
-
 def quantization_config(
     quantization: str | Mapping[str, Any] | None, dtype: torch.dtype, skeleton: PreTrainedModel | None = None
 ) -> BitsAndBytesConfig | None:
@@ -189,9 +186,6 @@ def one_weight_at_a_time() -> Iterator[None]:
         yield
     finally:
         transformers.modeling_utils.safe_open = mapped
-
-
-# ------------------------------------------------------------------------------------------------- one layer
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -375,9 +369,6 @@ def parameters_in(parameter: nn.Parameter) -> int:
     return parameter.numel() if shape is None else int(shape.numel())
 
 
-# ------------------------------------------------------------------------------------------------- whole models
-
-
 def dequantize_(model: PreTrainedModel) -> None:
     """Replace every quantised layer by a plain one, which makes the model an ordinary 16-bit model.
 
@@ -406,9 +397,6 @@ def _plain(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     plain.weight = nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=False)
     plain.bias = cast("nn.Parameter | None", layer.bias)
     return plain.train(layer.training)
-
-
-# ------------------------------------------------------------------------------------- weights in a folder's files
 
 
 def record(model: nn.Module) -> dict[str, Any]:

@@ -367,14 +367,11 @@ def _check_sizes(config: Any, name: str) -> None:
     faults = [
         fault(f"model {name}: config.json", key, value, f"a whole number from 1 to {most:,}", "Copy the model again")
         for key, most in _LARGEST.items()
-        if isinstance(value := getattr(text, key, None), int | float | str) and not _is_size(value, most)
+        if isinstance(value := getattr(text, key, None), int | float | str)
+        and not (type(value) is int and 1 <= value <= most)
     ]
     if faults:
         raise ModelError(one_per_line(faults))
-
-
-def _is_size(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:

@@ -520,9 +520,6 @@ def optimizer_bytes(optim: str, shape: torch.Size, parameter_bytes: int = 4) -> 
     return states * count * (parameter_bytes if "_torch" in name else 4)
 
 
-# ---------------------------------------------------------------------------------------------- a decoder layer
-
-
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the list of decoder layers: the longest of the model's module lists."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

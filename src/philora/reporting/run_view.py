@@ -195,21 +195,17 @@ def _coverage(coverage: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "rows": [
             {
-                "name": str(row.get("slice") or str(row.get("module") or "").rpartition(".")[2]),
-                "place": (str(row.get("module") or "") if row.get("slice") else _parent(row.get("module"))).split("."),
+                "name": str(row.get("slice") or module.rpartition(".")[2]),
+                "place": (module if row.get("slice") else module.rpartition(".")[0]).split("."),
                 "r": count(row.get("r")),
                 "scaling": number(scaling) if (scaling := real(row.get("scaling"))) is not None else "–",
                 "modules": count(row.get("modules")),
                 "parameters": count(row.get("parameters")),
             }
-            for row in rows
+            for row, module in ((row, str(row.get("module") or "")) for row in rows)
         ],
         "trainable": count(coverage.get("trainable_parameters")),
     }
-
-
-def _parent(module: Any) -> str:
-    return str(module or "").rpartition(".")[0]
 
 
 PARTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")

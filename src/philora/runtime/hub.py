@@ -58,8 +58,6 @@ def _has_no_network(endpoint: str) -> bool:
     return False
 
 
-# --------------------------------------------------------------------------------------------- reading from it
-
 _REVISION: Final = r"refs/pr/\d+|refs/convert/[^/@]+|[^/@]+"
 _HUB_PATH: Final = re.compile(
     rf"(?:hf://)?(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<first>{_REVISION}))?(?P<subfolder>(?:/[^/@]+)*)/?"
@@ -127,9 +125,6 @@ def adapter_subfolders(place: HubPath) -> list[str]:
         files = HfApi().list_repo_files(place.repo_id, revision=place.revision)
         return sorted(name.rpartition("/")[0] for name in files if name.endswith("/adapter_config.json"))
     return []
-
-
-# --------------------------------------------------------------------------------------------- writing to it
 
 
 def check_repo_id(repo_id: str, where: str, name: str = "repo_id") -> None:

@@ -168,8 +168,6 @@ def idle_gpus_notice(given: Mapping[str, Any], device_map: Any) -> str | None:
     )
 
 
-# -------------------------------------------------------------------------------------------- the store
-
 _store: Any = None
 _calls = 0
 
@@ -282,9 +280,6 @@ def main_first() -> Iterator[None]:
     _shared().set(key, b"done")
 
 
-# -------------------------------------------------------------------------------------------- together
-
-
 def agreed(value: int) -> int:
     """Return the largest of the processes' numbers, by a collective, for use in every step."""
     if count() == 1:
@@ -309,9 +304,6 @@ def gathered(value: T) -> list[T]:
 def share(length: int) -> range:
     """Return the indices of this process's part of a list: a block, so that joined parts keep the order."""
     return range(length * rank() // count(), length * (rank() + 1) // count())
-
-
-# -------------------------------------------------------------------------------------------- one voice
 
 
 def lost(error: BaseException) -> bool:

@@ -324,9 +324,6 @@ def _differences(then: Any, now: Any, path: str = "") -> list[tuple[str, Any, An
     return [] if then == now else [(path, then, now)]
 
 
-# ------------------------------------------------------------------------------------------------- facts
-
-
 def facts_of(config: Config, data: PreparedData) -> dict[str, Any]:
     """Return the facts of a run's start, which are compared when it resumes.
 
