@@ -38,7 +38,7 @@ LORA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How a contestant trains."""
+    """Describe how a contestant trains."""
 
     title: str
     philora: bool
@@ -76,7 +76,7 @@ def dataset_of(steps: list[list[list[Document]]]) -> Any:
 
 
 def facts_of(model: Any) -> dict[str, Any]:
-    """What an adapted model is, for a contestant's settings."""
+    """Return a description of an adapted model, for a contestant's settings."""
     trainable = [item for item in model.parameters() if item.requires_grad]
     return {
         "weights": str(model.get_base_model().dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""What base products in fp8 do to the result of a training, with fp8 emulated by PyTorch's casts on a CPU.
+"""Measure the effect of base products in fp8 on the result of a training, emulated by PyTorch's casts on a CPU.
 
     python -m benchmarks.fp8 [--tasks NAME ...] [--only NAME ...] [--seeds 1 2 3]
     python -m benchmarks.fp8 --table            # the rows as docs/performance.md shows them
@@ -92,7 +92,7 @@ def _layer_class(forward: str | None, backward: str | None) -> type[adapters.Fas
 
 @contextmanager
 def emulated(name: str) -> Iterator[None]:
-    """In this block new LoRA layers compute their base's products in the formats of a variant."""
+    """Make new LoRA layers in the block compute their base's products in the formats of a variant."""
     before = adapters.FAST[PeftLinear]
     adapters.FAST[PeftLinear] = _layer_class(*FORMATS[name])
     try:

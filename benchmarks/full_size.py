@@ -104,13 +104,13 @@ class Memory(threading.Thread):
         self.peak: dict[str, dict[str, int]] = {}
 
     def run(self) -> None:
-        """Every 10 ms."""
+        """Take a sample every 10 ms."""
         while True:
             self.sample()
             time.sleep(0.01)
 
     def sample(self) -> None:
-        """One look."""
+        """Take a sample."""
         seen = {}
         for line in Path("/proc/self/status").read_text().splitlines():
             name, _, rest = line.partition(":")
@@ -222,7 +222,7 @@ def measure(name: str, folder: Path, steps: int, limit_gib: float) -> dict[str, 
 
 
 def child(name: str, folder: Path, steps: int, limit_gib: float | None) -> dict[str, Any]:
-    """One measurement, in this process."""
+    """Run a measurement in this process."""
     if limit_gib is not None:
         # Anonymous memory and everything else that is private and writable, touched or not: stricter than a limit on
         # what is resident.

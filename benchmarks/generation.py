@@ -41,7 +41,7 @@ SHAPES = ("nano", *(name for name, work in WORKS.items() if work.vocabulary >= 4
 
 
 class Timed(NamedTuple):
-    """One round of a contestant."""
+    """Hold a round of a contestant."""
 
     texts: list[str]
     tokens: int
@@ -93,7 +93,7 @@ def prompts(count: int) -> list[list[dict[str, str]]]:
 
 
 def contestants(folder: str, given: argparse.Namespace) -> dict[str, Callable[[], Timed]]:
-    """What each does in a round."""
+    """Return the work of every contestant in a round."""
     import torch
     from transformers import AutoModelForCausalLM, pipeline
 

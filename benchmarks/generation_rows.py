@@ -1,4 +1,4 @@
-"""How fast a number of rows is answered, on a GPU or a CPU: `benchmarks.generation` with `--rows`.
+"""Measure how fast a number of rows is answered, on a GPU or a CPU: `benchmarks.generation` with `--rows`.
 
 Contestants, each greedy: transformers' `generate` over the adapter merged into the weights, and philora over the same
 and over base and adapter. All answer the same prompts together. Two lengths are timed: the tokens of the long answers
@@ -23,7 +23,7 @@ TARGETS = {("mini", 1): 250.0, ("mini", 64): 9000.0}
 
 
 class Round(NamedTuple):
-    """One round of a contestant.
+    """Hold a round of a contestant.
 
     Attributes:
         texts: Of the long answers.
@@ -59,7 +59,7 @@ class Graphs:
 
 @contextmanager
 def recordings() -> Iterator[Graphs]:
-    """In this block count what becomes of the recording of a step."""
+    """Count the outcomes of recordings of a step within the block."""
     from philora.generation.static_decoding import StaticDecoder
 
     found, record = Graphs(), StaticDecoder._record
@@ -175,7 +175,7 @@ def models(work: str, device: str, dtype: str) -> tuple[Any, Any, Any]:
 
 
 def contestants(work: str, device: str, dtype: str) -> dict[str, Answerer]:
-    """What each does; the reference is the first."""
+    """Return the work of every contestant; the first is the reference."""
     from philora.adapters.fast_layers import optimize
 
     tokenizer, adapted, merged = models(work, device, dtype)

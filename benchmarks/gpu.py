@@ -56,7 +56,7 @@ SKIPPED = "not started: the time was nearly over"
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who trains.
+    """Describe a contestant.
 
     Attributes:
         needs: Modules without which there is no such contestant.
@@ -75,7 +75,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table."""
+    """Describe a row of the table."""
 
     contestant: str
     base: str
@@ -86,13 +86,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What `--only` picks by."""
+        """Return the name for `--only`."""
         extras = ("+dropout" if self.dropout else "") + ("+graphs" if self.graphs else "")
         return f"{self.contestant}/{self.base}/{self.tokens}/{self.kept}{extras}"
 
     @property
     def recompute(self) -> bool:
-        """Whether whole layers are computed again."""
+        """Return whether complete layers are recomputed."""
         return self.kept in ("recompute", "host")
 
     @property
@@ -104,7 +104,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a process of a contestant is asked to do, besides its cases.
+    """Hold the task of a contestant's process, without its cases.
 
     Attributes:
         seconds: No case is begun when the longest so far would not fit into them any more.
@@ -458,7 +458,7 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def switched(switches: dict[str, str]) -> Iterator[None]:
-    """In this block variables of the environment have these values."""
+    """Set variables of the environment within the block."""
     before = {name: os.environ.get(name) for name in switches}
     os.environ |= switches
     try:
@@ -472,7 +472,7 @@ def switched(switches: dict[str, str]) -> Iterator[None]:
 
 
 def planned_bytes(case: Case, work: Work, label_share: float, *, stack: bool = True, graph: bool = False) -> int:
-    """What philora's planner expects `max_memory_allocated` to be.
+    """Return philora's estimate of `max_memory_allocated`.
 
     Args:
         case: Of philora.
@@ -535,7 +535,7 @@ def contestant(cases: list[Case], settings: Settings, out: Path) -> None:
 
 
 def rates(device: str, works: list[Work]) -> dict[str, Any]:
-    """What the machine is, and its rate of products at each length of packs.
+    """Describe the machine, and its rate of products at each length of packs.
 
     Raises:
         RuntimeError: There is no such device.
@@ -610,7 +610,7 @@ def row_of(
     given: argparse.Namespace,
     reference: dict[str, Any] | None = None,
 ) -> dict[str, str | int | float]:
-    """One row of results/gpu.csv."""
+    """Return a row of results/gpu.csv."""
     rate = facts["rates"][str(case.tokens)]
     measured: dict[str, str | int | float] = dict.fromkeys(MEASURED, "")
     if result["status"] == OK:
@@ -666,7 +666,7 @@ MEASURED = (
 
 
 def run_group(cases: list[Case], given: argparse.Namespace, deadline: float, folder: Path) -> dict[str, dict[str, Any]]:
-    """What came of the cases of one process."""
+    """Return the results of the cases of a process."""
     why = missing(cases[0].contestant)
     left = deadline - time.monotonic()
     if why is None and left < given.least_seconds:
@@ -692,13 +692,13 @@ COMMAND = (sys.executable, "-m", "benchmarks.gpu", "--process")
 
 
 def environment_of(given: argparse.Namespace) -> dict[str, str]:
-    """Of each process: one GPU, since transformers' trainer would take all."""
+    """Return the environment of a process: one GPU, since transformers' trainer would take all."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
     return environment(given.threads) | {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
 
 
 def table_of(results: dict[Case, list[dict[str, Any]]], facts: dict[str, Any]) -> Table:
-    """What the person sees: medians over the rounds."""
+    """Print the table: medians over the rounds."""
     table = Table(box=None, pad_edge=False)
     table.add_column("case", no_wrap=True)
     columns = ("allocated", "reserved", "planned")

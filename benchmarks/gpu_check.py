@@ -1,4 +1,4 @@
-"""Everything that a card has to show, in one command of less than six minutes: `make gpu`.
+"""Run all checks and measurements on a GPU, in one command of less than six minutes: `make gpu`.
 
     python -m benchmarks.gpu_check [--minutes 5.8] [--only PART ...]
     python -m benchmarks.gpu_check --quick --device cpu        # a tiny model, few tests: does it run?
@@ -78,7 +78,7 @@ def allowance(part: str, left: float, later: Sequence[str], scale: float = 1.0) 
 
 
 class Outcome(NamedTuple):
-    """What came of a part.
+    """Hold the result of a part.
 
     Attributes:
         part: Its name.
@@ -130,12 +130,12 @@ def test_files() -> list[str]:
 
 
 def has_gpu_tests(source: str) -> bool:
-    """Whether a test of a file is marked `gpu`, or uses the fixture `device`."""
+    """Return whether a test of a file is marked `gpu`, or uses the fixture `device`."""
     return any(_is_for_a_gpu(node) for node in ast.walk(ast.parse(source)))
 
 
 def _is_for_a_gpu(node: ast.AST) -> bool:
-    """Whether this is the mark, a `usefixtures` with the fixture, or a test or fixture that asks for it."""
+    """Return whether this is the mark, a `usefixtures` with the fixture, or a test or fixture that asks for it."""
     if isinstance(node, ast.Attribute):
         return node.attr == "gpu" and isinstance(node.value, ast.Attribute) and node.value.attr == "mark"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "usefixtures":
@@ -284,7 +284,7 @@ def resumed(device: str) -> None:
 
 
 def profile(device: str, quick: bool) -> None:
-    """One step of philora's trainer: the operations that take longest, and calls that wait for the device."""
+    """Profile a step of philora's trainer: the operations that take longest, and calls that wait for the device."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -344,7 +344,7 @@ def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def device_name(device: str) -> str:
-    """What the parts run on."""
+    """Describe the machine."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

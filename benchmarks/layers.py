@@ -1,4 +1,4 @@
-"""One LoRA layer, forward and backward, beside its frozen base: philora, loralib and PEFT in one run.
+"""Time a LoRA layer, forward and backward, beside its frozen base: philora, loralib and PEFT in one run.
 
 `python -m benchmarks.layers [--rounds N] [--threads N] [--tokens N] [--device cpu|cuda] [--write]`
 
@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Values:
-    """What all contestants hold: the weight, and A and B of one update and of one for each slice."""
+    """Hold the tensors of all contestants: the weight, and A and B of one update and of one for each slice."""
 
     weight: Tensor
     lora_A: Tensor
@@ -175,7 +175,7 @@ class Run:
 
 
 def disagreement(run: Run, values: Values, sliced: bool) -> float:
-    """How far output and gradient of x are from those of the merged weight in fp32: norm over norm, the larger."""
+    """Return how far output and gradient of x are from the merged weight's in fp32: norm over norm, the larger."""
     rows = len(values.weight) // SLICES
     parts = zip(values.lora_B.float().split(rows), values.sliced_A.float().chunk(SLICES), strict=True)
     delta = torch.cat([b @ a for b, a in parts]) if sliced else values.lora_B.float() @ values.lora_A.float()
@@ -241,7 +241,7 @@ def measure(given: argparse.Namespace, shape: Shape, console: Console) -> list[T
 
 
 def row_of(times: Times, shape: Shape, given: argparse.Namespace, rate: float) -> dict[str, str | int | float]:
-    """One row of results/layers.csv."""
+    """Return a row of results/layers.csv."""
     low, middle, high = times.quartiles(times.milliseconds)
     ratio_low, ratio, ratio_high = times.quartiles(times.ratios)
     facts = describe(given.device, PACKAGES)
@@ -272,7 +272,7 @@ def row_of(times: Times, shape: Shape, given: argparse.Namespace, rate: float) -
 
 
 def table_of(rows: Sequence[dict[str, str | int | float]]) -> Table:
-    """What the person sees."""
+    """Print the table."""
     table = Table(box=None, pad_edge=False)
     for column in ("contestant", "dropout", "ms", "quartiles", "ratio", "quartiles"):
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""What a machine is and what it multiplies at this moment: the scale that a measured time is read on.
+"""Describe a machine and measure its rate of products, to compare measured times with.
 
 The processor's name is left out: its cores and instruction sets say what matters for these measurements.
 """

@@ -30,7 +30,7 @@ VOCABULARY = 8192
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement.
+    """Describe a measurement.
 
     Attributes:
         width: Of the model; heads of 64.
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For people and for `--only`."""
+        """Return the name, for people and for `--only`."""
         name = f"{self.width}x{self.layers}/{self.tokens}/{self.base}/{self.recomputation}"
         name += f"/{self.rows} rows" if self.rows else ""
         return f"{name}/{self.answers} answers" if self.answers else name
@@ -175,7 +175,7 @@ def measure(cell: Cell, root: Path, threads: int = 2, timeout: float = 900) -> d
 
 
 def row(cell: Cell, found: dict[str, Any], threads: int, of_machine: str) -> dict[str, str | int | float]:
-    """One row of the table."""
+    """Return a row of the table."""
     estimate = found["plan"]["estimate"]
     facts: dict[str, str | int | float] = {"commit": commit(REPOSITORY), "date": now(), "machine": of_machine}
     facts |= {"threads": threads, **asdict(cell), "parameters": found["plan"]["parameters"]}

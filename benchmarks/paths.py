@@ -1,4 +1,4 @@
-"""Which way philora's decoder layers went in a training: noted while it runs, so that no fallback is silent."""
+"""Record how philora's decoder layers were computed in a training, so that no fallback is silent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Taken:
-    """What computed the decoder layers.
+    """Hold what computed the decoder layers.
 
     Attributes:
         choices: Forward passes by path and reasons, as `decoder_stack.choice.Choice`.
@@ -38,7 +38,7 @@ class Taken:
 
     @property
     def by_stack(self) -> bool:
-        """Whether the stack computed every pass."""
+        """Return whether the stack computed every pass."""
         return bool(self.choices) and all(choice.path == "stack" for choice in self.choices)
 
     def fault(self, fp8: bool = False, graphs: bool = False) -> str | None:
@@ -59,7 +59,7 @@ class Taken:
 
 @contextmanager
 def watched() -> Iterator[Taken]:
-    """In this block note what computes the decoder layers. Nothing is read from the device."""
+    """Record what computes the decoder layers within the block. Nothing is read from the device."""
     from philora.decoder_stack import graphs, model
 
     taken = Taken()

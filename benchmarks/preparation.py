@@ -146,7 +146,7 @@ CLOSING_LABELS = {"trl": 1, "philora": 0}
 
 
 def differences(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Where the two made different data, beside the closing token's label."""
+    """Return where the two made different data, apart from the closing token's label."""
     found = {
         (item["documents"], item["tokens"], item["labels"] - item["documents"] * CLOSING_LABELS[name])
         for name, runs in results.items()

@@ -1,4 +1,4 @@
-"""What the process of a contestant does besides training: read its task, keep count of the steps, write its result.
+"""Run the process of a contestant: read its task, count the steps, write its result.
 
 Needs numpy alone: contestants live in different environments.
 """
@@ -28,7 +28,7 @@ SPIN_COUNT = "10000"
 
 @dataclass(frozen=True)
 class Task:
-    """What one process of a contestant is asked to do.
+    """Hold the task of a contestant's process.
 
     Attributes:
         rows: Packs of an optimizer step.
@@ -49,12 +49,12 @@ class Task:
     seed: int = 0
 
     def to_json(self) -> str:
-        """For the command line of a process."""
+        """Return the task as JSON for a command line."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Task:
-        """What `to_json` wrote."""
+        """Return the task that `to_json` wrote."""
         values = json.loads(text)
         return cls(**values | {"work": Work(**values["work"])})
 
@@ -97,7 +97,7 @@ class Record:
         self._open, self._last = (0, 0), now
 
     def result(self, settings: dict[str, Any], packages: Sequence[str]) -> dict[str, Any]:
-        """Everything as plain values; speed is that of the steps after the warm-up."""
+        """Return everything as plain values; speed is that of the steps after the warm-up."""
         tokens, seconds = sum(self.tokens[self.warmup :]), sum(self.seconds[self.warmup :])
         return {
             "losses": self.losses,

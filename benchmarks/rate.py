@@ -37,7 +37,7 @@ def matrix_rate(task: Task) -> dict[str, Any]:
 
 
 def machine(environment: Mapping[str, str]) -> str:
-    """What the machine is, as asked in a process of its own, since this one is not to load torch.
+    """Describe the machine, from a separate process, since this one must not load torch.
 
     Raises:
         RuntimeError: That process failed.

@@ -1,4 +1,4 @@
-"""Which learning rate the defaults should have: four small tasks, models of several widths, old and new defaults.
+"""Compare learning rates for the defaults: four small tasks, models of several widths, old and new defaults.
 
     python tools/make_nano.py --out w128 --width 128 --minutes 7
     python tools/make_nano.py --out w512 --width 512 --minutes 14

@@ -1,4 +1,4 @@
-"""Which settings matter: the demo's training with one setting changed at a time, scored on its held-out questions.
+"""Measure settings: the demo's training with one setting changed at a time, scored on its held-out questions.
 
     python -m benchmarks.settings [--only NAME ...] [--seeds 42 1]
     python -m benchmarks.settings --table            # the rows as docs/settings.md shows them

@@ -33,7 +33,7 @@ DEFAULT = ("trl-card", "trl-best", "trl-best-0", "philora", "philora-0")
 
 @dataclass(frozen=True)
 class Program:
-    """How a contestant is started.
+    """Describe how a contestant is started.
 
     Attributes:
         python: Its interpreter.
@@ -48,7 +48,7 @@ class Program:
 
 
 def programs(peers: Path) -> dict[str, Program]:
-    """Every contestant by name.
+    """Return every contestant by name.
 
     Args:
         peers: Folder with the environments of the other libraries, which `make bench-peers` makes.
@@ -110,7 +110,7 @@ def disagreements(runs: dict[str, Runs]) -> list[str]:
 def row_of(
     name: str, runs: Runs, task: Task, rates: Sequence[float], stamp: dict[str, str]
 ) -> dict[str, str | int | float]:
-    """One row of results/training.csv."""
+    """Return a row of results/training.csv."""
     last = runs.results[-1]
     limit = median(rates) / task.work.flops_per_token(runs.label_share)
     return {
@@ -137,7 +137,7 @@ def row_of(
 
 
 def table_of(work: Work, runs: dict[str, Runs], rates: Sequence[float], known: dict[str, Program]) -> Table:
-    """What the person sees."""
+    """Print the table."""
     table = Table(title=f"work {work.name}: {work.title}", title_justify="left", box=None, pad_edge=False)
     table.add_column("contestant", no_wrap=True)
     for column in ("tokens/s", "min..max", "x card", "x best", "of limit", "peak GB", "loss", "gap"):

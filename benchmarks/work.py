@@ -86,11 +86,11 @@ class Work:
         return hashlib.sha256(json.dumps([FORMAT, values], sort_keys=True).encode()).hexdigest()[:12]
 
     def model_folder(self, root: Path) -> Path:
-        """Where the model is, or will be."""
+        """Return the folder of the model, which may not exist yet."""
         return root / f"model-{self.key('hidden', 'intermediate', 'layers', 'heads', 'vocabulary', 'seed')}"
 
     def data_file(self, root: Path) -> Path:
-        """Where the packs are, or will be."""
+        """Return the file of the packs, which may not exist yet."""
         lengths = ("median_tokens", "sigma", "longest_tokens", "row_tokens")
         return root / f"data-{self.key('vocabulary', 'states', 'documents', 'seed', *lengths)}.npz"
 
@@ -112,7 +112,7 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised conversation; `completion_mask` is 1 on the answer and the token that ends it."""
+    """Hold a tokenised conversation; `completion_mask` is 1 on the answer and the token that ends it."""
 
     input_ids: npt.NDArray[np.int32]
     completion_mask: npt.NDArray[np.uint8]

@@ -1,8 +1,8 @@
-"""Writes the tables of docs/commands.md from the command line itself.
+"""Write the tables of docs/commands.md from the command line itself.
 
     python tools/commands.py          # after a command or an option has changed
 
-What stands between the marks `<!-- help: NAME -->` and `<!-- end -->` is replaced; a test compares it.
+The text between the marks `<!-- help: NAME -->` and `<!-- end -->` is replaced; a test compares it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ MARKED = re.compile(r"(<!-- help: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def commands() -> dict[str, Any]:
-    """Every command by its name."""
+    """Return every command by its name."""
     group: Any = typer.main.get_command(app)
     return dict(group.commands)
 
 
 def metavar(argument: Any) -> str:
-    """How an argument stands in the usage line."""
+    """Return an argument as the usage line shows it."""
     said = argument.metavar or str(argument.name).upper()
     return said if argument.required or said.startswith("[") else f"[{said}]"
 
 
 def section(name: str) -> str:
-    """What a command is, its usage, and a table of its arguments and options, as its help says."""
+    """Return the help of a command: its purpose, its usage, and a table of its arguments and options."""
     command = commands()[name]
     shown = [item for item in command.params if not getattr(item, "hidden", False) and item.name != "help"]
     arguments = [item for item in shown if item.param_type_name == "argument"]

@@ -1,8 +1,8 @@
-"""Writes the table of docs/data.md: what becomes of each kind of record file, by preparing it.
+"""Write the table of docs/data.md: how each kind of record file is read, by preparing it.
 
     python tools/data_kinds.py          # after a kind was added to tests/data_kinds.py, or is read in another way
 
-What stands between the marks `<!-- kinds -->` and `<!-- end -->` is replaced; a test compares it.
+The text between the marks `<!-- kinds -->` and `<!-- end -->` is replaced; a test compares it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MARKED = re.compile(r"(<!-- kinds -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def cell(text: str) -> str:
-    """Text as it stands in a cell of a Markdown table."""
+    """Return text escaped for a cell of a Markdown table."""
     text = text.replace("|", "\\|").replace("\n", " ")
     return re.sub(r"<[^>]+>", lambda found: f"`{found[0]}`", text)
 
 
 def row(name: str, found: Result) -> str:
-    """One kind: how it is read, what is trained, what is said, why it is refused."""
+    """Return the row of a kind: how it is read, what is trained and reported, why it is refused."""
     said = [*found.unread_fields, *found.unread_parts]
     written_out = [item.partition(": ")[2].partition(": ")[2] for item in found.notices if " is written out " in item]
     said += [item.partition(". ")[0].rstrip(".") for item in written_out]

@@ -48,7 +48,7 @@ LIMIT_BYTES = 64 * 2**20
 
 
 class Carried(NamedTuple):
-    """What the list says.
+    """Return the content of the list.
 
     Attributes:
         versions: Of each package that is carried.

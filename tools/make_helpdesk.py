@@ -31,7 +31,7 @@ Turn = tuple[str, str]  # topic, question
 
 @dataclass(frozen=True)
 class Topic:
-    """One subject of the help desk: its only answer, and the questions that lead to it."""
+    """Describe a subject of the help desk: its only answer, and the questions that lead to it."""
 
     name: str
     answer: str

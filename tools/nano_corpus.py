@@ -152,7 +152,7 @@ def config_line(rng: random.Random) -> str:
 
 @dataclass
 class Topic:
-    """One thing that can be asked: its slots (each with synonyms), the shapes of the question, and one answer."""
+    """Describe a topic: its slots (each with synonyms), the shapes of the question, and one answer."""
 
     kind: str
     verb: list[str] = field(default_factory=list)
@@ -164,7 +164,7 @@ class Topic:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What makes the topic different from others."""
+        """Return what distinguishes the topic from others."""
         return (self.kind, (self.verb or [""])[0], (self.noun or [""])[0], (self.extra or [""])[0])
 
 

@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, a second run, foreign files, full disks, damaged checkpoints, hostile files.
+"""Test runs against kills, signals, a second run, foreign files, full disks, damaged checkpoints, hostile files.
 
     python tools/torture.py --all --write docs/reliability.md      the long form
     python tools/torture.py --kills 2 --signals 2 --races 1 --foreign 1 --disks 1 --damage --fuzz 25   of `make test`
@@ -153,7 +153,7 @@ def ended(child: int) -> int:
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """What a run has come to, without times: digests of its results, and its metrics."""
+    """Return the results of a run without times: digests of its files, and its metrics."""
     last = folder / "checkpoints" / f"checkpoint-{STEPS}"
     files = {name: last / name for name in EXACT} | {"adapter": folder / "adapter" / "adapter_model.safetensors"}
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
@@ -169,7 +169,7 @@ def outcome(folder: Path) -> dict[str, str]:
 
 
 def unharmed(model: Path, folder: Path, notes: Path) -> dict[str, str]:
-    """What a run comes to that nothing happens to."""
+    """Return the results of an undisturbed run."""
     if ended(forked(lambda: run(settings_of(model, folder), False, notes), notes)):
         raise SystemExit(notes.read_text())
     return outcome(folder)
@@ -184,12 +184,12 @@ def differences(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
 
 
 def staging(folder: Path) -> bool:
-    """Whether a checkpoint is being written, or was when its process ended: it has not yet got its name."""
+    """Return whether a checkpoint is being written, or was when its process ended: it has not yet got its name."""
     return any((folder / "checkpoints").glob(".saving-checkpoints/checkpoint-*"))
 
 
 def phase_of(folder: Path) -> str:
-    """Where a killed run was, by what its folder shows."""
+    """Return the phase in which a run was killed, by its folder."""
     if staging(folder):
         return "while a checkpoint was written"
     if (folder / "adapter").is_dir() or (folder / "checkpoints" / f"checkpoint-{STEPS}").is_dir():
@@ -340,12 +340,12 @@ def signals(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
 
 
 def waiting_for_evaluation(folder: Path) -> bool:
-    """Whether the third step is logged or saved, after which the run evaluates."""
+    """Return whether the third step is logged or saved, after which the run evaluates."""
     return (folder / "checkpoints" / "checkpoint-2").is_dir() and not (folder / "checkpoints" / "checkpoint-3").is_dir()
 
 
 def begun_without_checkpoint(folder: Path) -> bool:
-    """Whether the run has written its record, which it does when the model is loaded, and has saved nothing."""
+    """Return whether the run has written its record, which it does when the model is loaded, and has saved nothing."""
     return (folder / "run.json").is_file() and not any((folder / "checkpoints").glob("checkpoint-*"))
 
 
@@ -434,7 +434,7 @@ def foreign(count: int, work: Path, chance: random.Random) -> dict[str, Any]:
         if newest is None or found is not None:
             wrong.append(f"{turn}: {found}")
         elif damaged and not any(checkpoints.glob(f"passed-over-{newest.name}")):
-            wrong.append(f"{newest.name} was passed over and was removed")
+            wrong.append(f"{newest.name} was skipped and was removed")
         shutil.rmtree(folder, ignore_errors=True)
     return {"number": seen.total(), "seen": dict(seen), "wrong": wrong}
 
@@ -998,7 +998,7 @@ def together(jobs: list[Job], work: Path, processes: int) -> dict[str, dict[str,
 
 
 def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What two jobs of one name have found."""
+    """Return the joined results of two jobs of one name."""
     both = {**one, **other}
     for key in one.keys() & other.keys():
         if key == "grown_bytes":

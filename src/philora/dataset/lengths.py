@@ -20,7 +20,7 @@ def length_notices(config: Any, splits: Mapping[str, Any]) -> list[str]:
 
     Args:
         config: The model's configuration, as transformers reads it.
-        splits: Tokenised rows by the name of their split, packed or not; streams and what is None are passed over.
+        splits: Tokenised rows by the name of their split, packed or not; streams and None are skipped.
     """
     window = getattr(config, "max_position_embeddings", None)
     switch = longrope_switch_tokens(config)

@@ -23,7 +23,7 @@ def part_of(part: float, recorded: int | None, rows: int) -> float:
 def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], part: float, seed: int) -> list[Indices]:
     """Return the rows to hold out of every source: complete groups of equal conversations, at least one row, never all.
 
-    The groups come in a random order, and one that would make the part larger than `wanted_rows` is passed over; where
+    The groups come in a random order, and one that would make the part larger than `wanted_rows` is skipped; where
     all are larger, the smallest is taken.
 
     Args:

@@ -263,7 +263,7 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
 
 
 def keep_passed_over(continued: Continued) -> None:
-    """Rename the checkpoints that were passed over, so that the run does not replace them."""
+    """Rename the checkpoints that were skipped, so that the run does not replace them."""
     for path in continued.passed_over:
         aside = checkpoint.set_aside(path)
         logger.warning("%s is kept as %s; delete it if you do not need it.", path, aside.name)
