@@ -283,7 +283,7 @@ def detect(records: Sequence[Record], where: str) -> Shape:
 
 
 def _no_shape(seen: Mapping[str, Any], where: str) -> str:
-    names = ", ".join(sorted(map(str, seen))[:20])
+    names = ", ".join(list(map(str, seen))[:20])
     if "chosen" in seen:
         column = (
             '{messages: "{chosen}"}'
@@ -297,9 +297,35 @@ def _no_shape(seen: Mapping[str, Any], where: str) -> str:
         "fields",
         names,
         "messages, conversations, instruction and output, prompt and completion, or text",
-        'Say which column is which with columns, such as {user: "{question}", assistant: "{answer}"}, '
-        "if the names are others",
+        _name_columns(seen),
     )
+
+
+def _name_columns(seen: Mapping[str, Any]) -> str:
+    """Return what to do about columns with other names, with the record's own names as far as it has two texts."""
+    if recipe := _recipe_of(seen):
+        return recipe
+    texts = {str(name): value for name, value in seen.items() if isinstance(value, str)}
+    usable = [name for name in texts if _may_stand_in_braces(name)]
+    longest = sorted(usable, key=lambda name: len(texts[name]), reverse=True)[:2]
+    user, assistant = (name for name in usable if name in longest) if len(longest) == 2 else ("question", "answer")
+    columns = f'{{user: "{{{user}}}", assistant: "{{{assistant}}}"}}'
+    said = f"'data.train.columns={columns}'"
+    return f"Say which column is which with columns, such as {columns}, or on the command line {said}"
+
+
+def _may_stand_in_braces(name: str) -> bool:
+    return bool(name.strip()) and name.isprintable() and len(name) < 40 and not set("{}!:'\"\\") & set(name)
+
+
+def _recipe_of(seen: Mapping[str, Any]) -> str:
+    """Return what to do with the export of a program whose records are no conversations yet."""
+    known = {"mapping": "ChatGPT", "requester_id": "Zendesk", "conversation_parts": "Intercom"}
+    slack = seen.get("type") == "message" and {"user", "ts"} <= seen.keys()
+    name = "Slack" if slack else next((known[key] for key in known if seen.get(key) is not None), None)
+    if name is None:
+        return ""
+    return f"This looks like an export of {name}: docs/cookbook.md has the recipe that turns it into conversations"
 
 
 def _may_be_one_turn(found: Shape | None, fields: Mapping[str, Any]) -> bool:
@@ -316,7 +342,7 @@ def _refuse_more_than_text(fields: Mapping[str, Any], where: str) -> None:
     odd = [name for name in more if name.strip().lower() not in _ORIGIN_NAMES]
     if odd:
         expected = f"text alone, or beside what says where it is from, but {', '.join(odd)} may belong to it"
-        todo = (
+        todo = _recipe_of(fields) or (
             'Say what is what with columns, such as {user: "{text}", assistant: "{answer}"}, or format: text to train '
             "the text alone"
         )

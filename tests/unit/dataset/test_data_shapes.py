@@ -335,13 +335,42 @@ def test_an_unknown_format():
         shape_from_config("sharegtp", None, "data")
 
 
+@pytest.mark.parametrize(
+    ("record", "program"),
+    [
+        ({"title": "T", "mapping": {"a": {"message": None}}, "current_node": "a"}, "ChatGPT"),
+        ({"type": "message", "user": "U1", "text": "Hi", "ts": "1.0", "thread_ts": "1.0"}, "Slack"),
+        ({"id": 1, "subject": "s", "requester_id": 5, "comments": [{"author_id": 5}]}, "Zendesk"),
+        ({"id": "31", "source": {"body": "b"}, "conversation_parts": {"conversation_parts": []}}, "Intercom"),
+    ],
+)
+def test_the_export_of_a_program_has_a_recipe(record, program):
+    with pytest.raises(DataError, match=rf"an export of {program}: docs/cookbook.md"):
+        detect([record], "data.json")
+
+
+@pytest.mark.parametrize(
+    ("record", "user", "assistant"),
+    [
+        ({"Nr": "1", "Anfrage": "Wo ist es?", "Antwort": "Es kommt.", "Tag": "3.3."}, "Anfrage", "Antwort"),
+        ({"n": 1, "{odd}": "Where is my parcel?", "reply": "y"}, "question", "answer"),
+        ({"a": {"b": "c"}}, "question", "answer"),
+    ],
+)
+def test_the_two_longest_texts_are_proposed(record, user, assistant):
+    with pytest.raises(DataError) as caught:
+        detect([record], "data.json")
+    assert f'{{user: "{{{user}}}", assistant: "{{{assistant}}}"}}' in str(caught.value)
+
+
 def test_fields_of_no_known_shape():
     with pytest.raises(DataError) as caught:
         detect([{"utterance": "x", "reply": "y"}], "data.jsonl")
     assert str(caught.value) == (
-        "data.jsonl: fields='reply, utterance' - expected messages, conversations, instruction and output, prompt and "
-        'completion, or text. Say which column is which with columns, such as {user: "{question}", '
-        'assistant: "{answer}"}, if the names are others.'
+        "data.jsonl: fields='utterance, reply' - expected messages, conversations, instruction and output, prompt and "
+        'completion, or text. Say which column is which with columns, such as {user: "{utterance}", '
+        'assistant: "{reply}"}, or on the command line '
+        "'data.train.columns={user: \"{utterance}\", assistant: \"{reply}\"}'."
     )
 
 
