@@ -53,7 +53,7 @@ def init(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="How the data is read, such as 'data.train.columns={user: \"{Q}\", assistant: \"{A}\"}'.",
+            help='How the data is read, such as \'data.train.columns={user: "{Q}", assistant: "{A}"}\'.',
             metavar="[KEY=VALUE]...",
         ),
     ] = None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from philora.dataset.records import Fault, Record, parse_line
-from philora.dataset.turns import TURN_KEYS, described, turn_columns
+from philora.dataset.turns import FLAGS, TURN_KEYS, described, turn_columns
 from philora.errors import DataError, fault, nearest
 
 Message: TypeAlias = "dict[str, Any]"
@@ -52,8 +52,7 @@ _SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 # What is asked about stands in these, beside the question.
 _MATERIAL_NAMES = ("input", "context")
 # Whether the loss is on a turn; of the second kind, true means that it is not.
-_LOSS_FLAGS = ("weight", "loss", "train", "training", "trainable")
-_MASK_FLAGS = ("mask", "masked")
+_LOSS_FLAGS, _MASK_FLAGS = FLAGS[:5], FLAGS[5:]
 # What a text model cannot be given; leaving it out would change what the text speaks of.
 _MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios", "input_audio")
 # Older spellings of calls that no chat template reads.
@@ -372,9 +371,9 @@ def _shape_of(fields: Mapping[str, Any]) -> Shape | None:
     for pair in _PAIRS:
         if set(pair) <= filled:
             return Shape("prompt_completion", why=f"by the fields {pair[0]} and {pair[1]}")
-    written = {str(key).lower(): str(key) for key in filled}
-    for question, answer in _PAIRS:  # spreadsheets write column names with a capital letter
-        if {question, answer} <= written.keys() and written[question].isidentifier() and written[answer].isidentifier():
+    written = {str(key).strip().lower(): str(key) for key in filled}
+    for question, answer in _PAIRS:  # spreadsheets write column names with a capital letter, or a space after a comma
+        if {question, answer} <= written.keys():
             user, assistant = written[question], written[answer]
             columns = (("user", f"{{{user}}}"), ("assistant", f"{{{assistant}}}"))
             return Shape("columns", columns, why=f"by the fields {user} and {assistant}")
@@ -445,7 +444,11 @@ def _check_columns(columns: Mapping[str, str], where: str, of_turns: bool) -> No
 
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise Fault(name, value, f"text, not {_type_name(value)}")
+        number = isinstance(value, int | float) and value == value
+        todo = (
+            f'Write it in quotes, or map the fields with columns, which write numbers: "{{{name}}}"' if number else ""
+        )
+        raise Fault(name, value, f"text, not {_type_name(value)}", todo)
     return value
 
 
@@ -551,6 +554,7 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
     role = given if given in _PLAIN_ROLES else _ROLES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
         hint = nearest(given.lower(), _ROLES) if isinstance(given, str) else ""
+        hint = hint or f"Of one row for each message say what it means with roles: {{{given}: user}}"
         raise Fault(f"{name}.role", given, f"one of {', '.join(_PLAIN_ROLES)} or an alias of theirs", hint)
     if isinstance(content, list):
         content = _joined_parts(content, f"{name}.{content_name}", unread)

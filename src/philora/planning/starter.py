@@ -127,9 +127,7 @@ def choose_model(machine: Machine, named: str | None = None) -> ModelChoice:
     return ModelChoice("nano", "none", f"a toy: no Phi model fits {where}{todo}")
 
 
-def start(
-    data: str, model: str | None = None, machine: Machine | None = None, overrides: Sequence[str] = ()
-) -> Start:
+def start(data: str, model: str | None = None, machine: Machine | None = None, overrides: Sequence[str] = ()) -> Start:
     """Inspect data, choose a model, and return the configuration of a first run.
 
     Args:

@@ -336,6 +336,23 @@ def test_an_unknown_format():
 
 
 @pytest.mark.parametrize(
+    "record", [{"question": "2+2?", "answer": 4}, {"instruction": "2+2?", "output": 4.5}, {"text": 4}]
+)
+def test_a_number_where_a_text_belongs_is_refused_with_what_to_do(record):
+    with pytest.raises(Fault) as caught:
+        detect([record], "data.json").read(record)
+    assert caught.value.expected == "text, not a number"
+    name = list(record)[-1]
+    assert f'"{{{name}}}"' in str(caught.value.at("x"))
+
+
+def test_names_of_columns_with_spaces_around_them_are_recognised():
+    record = {"question ": "2+2?", " Answer": "4"}
+    shape = detect([record], "data.csv")
+    assert [message["content"] for message in shape.read(record).messages] == ["2+2?", "4"]
+
+
+@pytest.mark.parametrize(
     ("record", "program"),
     [
         ({"title": "T", "mapping": {"a": {"message": None}}, "current_node": "a"}, "ChatGPT"),
@@ -370,7 +387,7 @@ def test_fields_of_no_known_shape():
         "data.jsonl: fields='utterance, reply' - expected messages, conversations, instruction and output, prompt and "
         'completion, or text. Say which column is which with columns, such as {user: "{utterance}", '
         'assistant: "{reply}"}, or on the command line '
-        "'data.train.columns={user: \"{utterance}\", assistant: \"{reply}\"}'."
+        '\'data.train.columns={user: "{utterance}", assistant: "{reply}"}\'.'
     )
 
 
