@@ -91,7 +91,8 @@ def _names(columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
 def grouped(source: Source, columns: tuple[tuple[str, str], ...], roles: tuple[tuple[str, str], ...] = ()) -> Source:
     """Return the source with a record for every conversation in place of one for every message.
 
-    Messages of one side that follow each other become one turn, unless only some have a loss. What stands in other columns stays beside the turns.
+    Messages of one side that follow each other become one turn, unless only some have a loss. What stands in
+    other columns stays beside the turns.
 
     Args:
         source: With rows of one message each.

@@ -24,7 +24,7 @@ from philora.exporting.conversion import export as convert
 from philora.files.checkpoint import write_text
 from philora.interface import notebook
 from philora.interface.answers import Answer, AnsweringModel, Message, quiet
-from philora.interface.choices import choose, overrides_of, stem
+from philora.interface.choices import choose, overrides_of, refuse_other_overrides, stem
 from philora.interface.run import Run, RunTable
 from philora.models.run_folder import is_run
 from philora.planning.starter import start

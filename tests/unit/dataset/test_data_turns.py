@@ -111,7 +111,7 @@ def test_parts_of_a_text_are_joined_and_never_written_as_python(run, tmp_path):
     prepared = run(jsonl(tmp_path / "a.jsonl", asked, {"chat_id": "1", "role": "agent", "text": parts}))
     assert talks(prepared) == [[("user", "Where?"), ("assistant", "Tomorrow.")]]
     picture = [{"type": "image", "url": "a.png"}]
-    with pytest.raises(DataError, match="content=.*a.png.*expected text, or a list of parts of type text"):
+    with pytest.raises(DataError, match=r"content=.*a\.png.*expected text, or a list of parts of type text"):
         run(jsonl(tmp_path / "b.jsonl", asked, {"chat_id": "1", "role": "agent", "text": picture}))
     with pytest.raises(DataError, match="expected text, not an object"):
         run(jsonl(tmp_path / "c.jsonl", asked, {"chat_id": "1", "role": "agent", "text": {"html": "x"}}))

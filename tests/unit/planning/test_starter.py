@@ -144,7 +144,7 @@ def test_short_names_are_taken_where_a_model_is_named(tmp_path, monkeypatch):
 def test_what_the_command_line_says_of_the_data_is_heeded(tmp_path):
     data = tmp_path / "export.csv"
     data.write_text("Frage;Antwort;Datum\n" + "".join(f"Wo ist {n}?;Hier {n}.;heute\n" for n in range(8)))
-    with pytest.raises(DataError, match="data.train.columns=") as refusal:
+    with pytest.raises(DataError, match=r"data\.train\.columns=") as refusal:
         choose(str(data), [])
     said = re.search(r"'(data\.train\.columns=[^']*)'", str(refusal.value))[1]
     assert said == 'data.train.columns={user: "{Frage}", assistant: "{Antwort}"}'
