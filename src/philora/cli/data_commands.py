@@ -40,7 +40,7 @@ from philora.cli.application import (
     set_up_logging,
 )
 from philora.errors import ConfigError, fault
-from philora.interface.choices import choose, stem
+from philora.interface.choices import choose, refuse_other_overrides, stem
 from philora.reporting import display
 
 if TYPE_CHECKING:
@@ -50,6 +50,13 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel=GROUP_DATA, epilog=closing("quickstart.md", "philora init support.csv --model phi-3-mini"))
 def init(
     data: Annotated[str, typer.Argument(help="Conversations: a file, a folder or a hub id.", metavar="DATA")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help='How the data is read, such as \'data.train.columns={user: "{Q}", assistant: "{A}"}\'.',
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -64,6 +71,7 @@ def init(
     set_up_logging("warning")
     from philora.files.checkpoint import write_text
 
+    refuse_other_overrides(overrides or [])
     file = Path(output) if output else Path(f"{stem(data)}.yaml")
     if file.exists():
         expected = "a file that does not exist yet"
@@ -71,7 +79,7 @@ def init(
     with err.status("looking at the data"):
         from philora.planning.starter import start
 
-        begun = start(data, model)
+        begun = start(data, model, overrides=overrides or [])
     write_text(file, begun.text)
     out.print(f"{file}: {begun.found}\n", highlight=False, markup=False)
     out.print(begun.text, highlight=False, markup=False)

@@ -188,6 +188,7 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
     role = given if given in ROLES else _ALIASES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
         hint = nearest(given.lower(), _ALIASES) if isinstance(given, str) else ""
+        hint = hint or f"If every row is one message, give the role that it stands for: roles: {{{given}: user}}"
         raise Fault(f"{name}.role", given, f"one of {', '.join(ROLES)} or one of their aliases", hint)
     if isinstance(content, list):
         content = _joined_parts(content, f"{name}.{content_name}", unread)

@@ -180,6 +180,8 @@ def _save_as(file: Path) -> str:
     """Return what to do with a file of a kind that is not read."""
     if file.suffix.lower() in (".xls", ".ods", ".numbers"):
         return "Open it and save it as .xlsx, or as CSV UTF-8"
+    if file.suffix.lower() in (".txt", ".html", ".htm", ".mbox", ".eml"):
+        return "docs/cookbook.md has recipes for exports of chats and e-mail; a table with tabs is renamed to .tsv"
     return "Unpack it" if file.suffix.lower() in (".zip", ".7z", ".bz2", ".xz", *COMPRESSED) else ""
 
 

@@ -68,7 +68,9 @@ def text_of(value: Any, name: str) -> str:
         Fault: It is not.
     """
     if not isinstance(value, str):
-        raise Fault(name, value, f"text, not {type_name(value)}")
+        number = isinstance(value, int | float) and value == value
+        todo = f'Write it in quotes, or set columns, which read numbers as text: "{{{name}}}"' if number else ""
+        raise Fault(name, value, f"text, not {type_name(value)}", todo)
     return value
 
 

@@ -124,7 +124,7 @@ def detect(records: Sequence[Record], where: str) -> Shape:
 
 
 def _no_shape(seen: Mapping[str, Any], where: str) -> str:
-    names = ", ".join(sorted(map(str, seen))[:20])
+    names = ", ".join(list(map(str, seen))[:20])
     if "chosen" in seen:
         column = (
             '{messages: "{chosen}"}'
@@ -138,8 +138,34 @@ def _no_shape(seen: Mapping[str, Any], where: str) -> str:
         "fields",
         names,
         "messages, conversations, instruction and output, prompt and completion, or text",
-        'For other names set columns, such as {user: "{question}", assistant: "{answer}"}',
+        _columns_hint(seen),
     )
+
+
+def _columns_hint(seen: Mapping[str, Any]) -> str:
+    """Return what to do about columns with other names; proposes the record's two longest texts."""
+    if recipe := _recipe_hint(seen):
+        return recipe
+    texts = {str(name): value for name, value in seen.items() if isinstance(value, str)}
+    usable = [name for name in texts if _fits_template(name)]
+    longest = sorted(usable, key=lambda name: len(texts[name]), reverse=True)[:2]
+    user, assistant = (name for name in usable if name in longest) if len(longest) == 2 else ("question", "answer")
+    columns = f'{{user: "{{{user}}}", assistant: "{{{assistant}}}"}}'
+    return f"For other names set columns, such as {columns}; on the command line: 'data.train.columns={columns}'"
+
+
+def _fits_template(name: str) -> bool:
+    return bool(name.strip()) and name.isprintable() and len(name) < 40 and not set("{}!:'\"\\") & set(name)
+
+
+def _recipe_hint(seen: Mapping[str, Any]) -> str:
+    """Return what to do with a program's export whose records are not conversations yet; empty for other records."""
+    known = {"mapping": "ChatGPT", "requester_id": "Zendesk", "conversation_parts": "Intercom"}
+    slack = seen.get("type") == "message" and {"user", "ts"} <= seen.keys()
+    name = "Slack" if slack else next((known[key] for key in known if seen.get(key) is not None), None)
+    if name is None:
+        return ""
+    return f"This looks like an export of {name}: docs/cookbook.md has the recipe that turns it into conversations"
 
 
 def _may_be_one_turn(found: Shape | None, fields: Mapping[str, Any]) -> bool:
@@ -156,7 +182,7 @@ def _refuse_more_than_text(fields: Mapping[str, Any], where: str) -> None:
     odd = [name for name in more if name.strip().lower() not in _ORIGIN_NAMES]
     if odd:
         expected = f"text alone or with fields that describe it, but {', '.join(odd)} may be its answer or its speaker"
-        todo = (
+        todo = _recipe_hint(fields) or (
             'Set columns, such as {user: "{text}", assistant: "{answer}"}, or set format: text to train only the text'
         )
         raise DataError(fault(where, "fields", ", ".join(map(str, fields)), expected, todo))
@@ -185,9 +211,9 @@ def _shape_of(fields: Mapping[str, Any]) -> Shape | None:
     for pair in PAIRS:
         if set(pair) <= filled:
             return Shape("prompt_completion", why=f"by the fields {pair[0]} and {pair[1]}")
-    written = {str(key).lower(): str(key) for key in filled}
-    for question, answer in PAIRS:  # spreadsheets write column names with a capital letter
-        if {question, answer} <= written.keys() and written[question].isidentifier() and written[answer].isidentifier():
+    written = {str(key).strip().lower(): str(key) for key in filled}
+    for question, answer in PAIRS:  # spreadsheets write names with a capital letter, or with a space after a comma
+        if {question, answer} <= written.keys():
             user, assistant = written[question], written[answer]
             columns = (("user", f"{{{user}}}"), ("assistant", f"{{{assistant}}}"))
             return Shape("columns", columns, why=f"by the fields {user} and {assistant}")

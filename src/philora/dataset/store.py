@@ -44,8 +44,11 @@ from philora.dataset.turns import grouped, turn_columns
 from philora.errors import DataError, RunError, fault
 from philora.runtime.user_cache import user_cache
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Part of every key: raise it when the meaning or the layout of an entry changes."""
+
+_TURNS_VERSION = 2
+"""The same for rows of one message each: raise it when they make other conversations than before."""
 
 _IDENTITY_VERSION = 2
 """Part of what runs record of their rows: raise it when the same data gives other rows than before."""
@@ -360,6 +363,7 @@ def entry_for(
         "source": source.fingerprint,
         "limit": limit,
         "shape": None if shape is None else [shape.name, shape.columns, *([shape.roles] if shape.roles else [])],
+        **({"turns": _TURNS_VERSION} if shape is not None and shape.name == "turns" else {}),
         "tokenizer": tokenizer_key,
         "max_length": settings.max_length,
         "drop_overlong": settings.drop_overlong,

@@ -7,6 +7,7 @@ import csv
 import datetime
 import itertools
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -51,19 +52,19 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record]]:
             raise DataError(fault(f"{file}:1", "columns", ", ".join(twice), expected, "Rename or remove one of them"))
         first = line_number + 1
         for row in reader:
-            if len(row) == len(header):
-                yield first, dict(zip(header, row, strict=True))
-            elif row:
-                raise DataError(
-                    fault(
-                        f"{file}:{first}", "cells", len(row), f"{len(header)} as in the first line", _QUOTE[delimiter]
+            if any(map(str.strip, row)):  # Excel writes empty rows below a table as delimiters only
+                if len(row) != len(header):
+                    todo = _QUOTE[delimiter] if len(row) > len(header) else _TOO_FEW
+                    raise DataError(
+                        fault(f"{file}:{first}", "cells", len(row), f"{len(header)} as in the first line", todo)
                     )
-                )
+                yield first, dict(zip(header, row, strict=True))
             first = line_number + 1
     except csv.Error as error:
         raise DataError(fault(f"{file}:{line_number}", "line", str(error), "a line of CSV")) from error
 
 
+_TOO_FEW = "Add what is missing, or quote a text that holds a line break"
 _QUOTE = {",": "Quote commas", ";": "Quote semicolons", "\t": "Quote tabs"}
 
 
@@ -97,8 +98,6 @@ def read_excel(file: Path, reading: Reading) -> Iterator[Batch]:
     except ModuleNotFoundError as error:
         todo = "Install it: pip install 'philora[excel]', or save the sheet as CSV UTF-8"
         raise DataError(fault(str(file), "file", file.name, "openpyxl, which reads Excel's files", todo)) from error
-    import zipfile
-
     try:
         book = openpyxl.load_workbook(file, read_only=True, data_only=True)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -113,28 +112,71 @@ def read_excel(file: Path, reading: Reading) -> Iterator[Batch]:
         for name in names:
             if name != chosen:
                 reading.unread[f"sheet {name} of {file.name}"] = None
-        yield from in_batches(str(file), "row", _sheet_rows(file, sheets[chosen]))
+        rows = sheets[chosen]
+        with contextlib.ExitStack() as stack:
+            if _has_formulas(file):  # a file that Excel never saved has formulas without their values
+                formulas = stack.enter_context(contextlib.closing(openpyxl.load_workbook(file, read_only=True)))
+                rows = _refuse_uncomputed(file, rows, formulas[chosen])
+            yield from in_batches(str(file), "row", _sheet_rows(file, rows))
 
 
 def _filled(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]] | None:
     """Return the rows of a sheet with their numbers, from its first row with a value; None if there is none."""
-    rows = enumerate(sheet.iter_rows(values_only=True), start=1)
-    first = next((row for row in rows if any(cell is not None for cell in row[1])), None)
+    rows = enumerate(sheet.iter_rows(), start=1)
+    first = next((row for row in rows if any(cell.value is not None for cell in row[1])), None)
     return None if first is None else itertools.chain([first], rows)
+
+
+def _has_formulas(file: Path) -> bool:
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            if not name.startswith("xl/worksheets/"):
+                continue
+            with archive.open(name) as stream:
+                before = b""
+                while chunk := stream.read(1 << 20):
+                    if b"<f>" in before + chunk or b"<f " in before + chunk:
+                        return True
+                    before = chunk[-2:]
+    return False
+
+
+def _refuse_uncomputed(
+    file: Path, rows: Iterator[tuple[int, Sequence[Any]]], formulas: Any
+) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Yield the rows; refuse a cell with a formula whose value is not in the file."""
+    header: list[str] | None = None
+    given = enumerate(formulas.iter_rows(), start=1)
+    for number, row in rows:
+        header = [_cell_text(cell.value) for cell in row] if header is None else header
+        same = next(cells for place, cells in given if place == number)
+        for name, cell, formula in zip(header, row, same, strict=False):
+            if cell.value is None and formula.data_type == "f":
+                todo = "Open the file in Excel or LibreOffice and save it, so that the values are in it"
+                raise DataError(
+                    fault(f"{file} row {number}", name, formula.value, "a value, not a formula alone", todo)
+                )
+        yield number, row
 
 
 def _sheet_rows(file: Path, rows: Iterator[tuple[int, Sequence[Any]]]) -> Iterator[tuple[int, Record]]:
     """Yield the records below the header of a sheet; cells are text, as in a CSV."""
-    header = [_cell_text(cell) for cell in next(rows)[1]]
+    header = [_cell_text(cell.value) for cell in next(rows)[1]]
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         expected = "distinct column names"
         raise DataError(fault(str(file), "columns", ", ".join(twice), expected, "Rename or remove one of them"))
     for number, row in rows:
-        cells = [_cell_text(cell) for cell in row]
+        for name, cell in zip(header, row, strict=False):
+            if cell.data_type == "e":
+                todo = "Correct the cell, or empty it"
+                raise DataError(fault(f"{file} row {number}", name, cell.value, "a value, not an error of Excel", todo))
+        cells = [_cell_text(cell.value) for cell in row]
         beyond = [cell for name, cell in itertools.zip_longest(header, cells, fillvalue="") if cell and not name]
         if beyond:
-            raise DataError(fault(f"{file} row {number}", "cell", beyond[0], "a name above each column with values"))
+            todo = "Remove the lines above the names of the columns, or name each column"
+            expected = "a name above each column with values"
+            raise DataError(fault(f"{file} row {number}", "cell", beyond[0], expected, todo))
         if any(cells):
             yield number, {name: cell for name, cell in itertools.zip_longest(header, cells, fillvalue="") if name}
 

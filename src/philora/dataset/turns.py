@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from philora.dataset.record_fields import LOSS_FLAGS, MASK_FLAGS
 from philora.dataset.records import BATCH_ROWS, Batch, Fault, Record, Source, parse_line
 from philora.errors import DataError, fault, nearest
 
@@ -43,6 +44,7 @@ _ROLES = {
     **dict.fromkeys(("bot", "agent", "support", "admin", "operator", "staff", "representative"), "assistant"),
 }
 _ANYONE = "*"
+_FLAGS = (*LOSS_FLAGS, *MASK_FLAGS)
 _JOINED = ("user", "assistant")
 
 
@@ -88,7 +90,8 @@ def _names(columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
 def grouped(source: Source, columns: tuple[tuple[str, str], ...], roles: tuple[tuple[str, str], ...] = ()) -> Source:
     """Return the source with a record for every conversation in place of one for every message.
 
-    Messages of one side that follow each other become one turn. The values of other columns stay beside the turns.
+    Messages of one side that follow each other become one turn, unless only some have a loss. The values of other
+    columns stay beside the turns.
 
     Args:
         source: With rows of one message each.
@@ -152,9 +155,9 @@ def _batches(
     """Yield the conversations of one file, by the places of their first rows."""
     times = _times(held, names.get("time"))
     if times is None:
-        unread[f"column {names['time']} (not all of its values are times, so rows stay in the order of the file)"] = (
-            None
-        )
+        todo = "write times as 2026-03-31 08:15 to order them"
+        column = f"column {names['time']}"
+        unread[f"{column} (not all of its values are times, so rows stay in the order of the file; {todo})"] = None
     made: list[tuple[int, Record]] = list(others)
     for rows in held.values():
         order = rows if not times else sorted(rows, key=lambda row: times[row[0]])
@@ -188,27 +191,67 @@ def _seconds(value: Any) -> float | None:
         with contextlib.suppress(ValueError):
             return float(text) if math.isfinite(float(text)) else None
         try:
-            moment = datetime.datetime.fromisoformat(text.removesuffix(" UTC"))
+            moment = datetime.datetime.fromisoformat(_with_year_first(text.removesuffix(" UTC")))
         except ValueError:
             return None
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
 
 
+_WITH_DOTS = re.compile(r"(\d{1,2})\.(\d{1,2})\.(\d{4}|\d\d)(?:,? +(\d{1,2})(:\d\d.*))?")
+
+
+def _with_year_first(text: str) -> str:
+    """Return a date with dots, which is day.month.year, in ISO's form; dates with slashes are ambiguous."""
+    found = _WITH_DOTS.fullmatch(text)
+    if found is None:
+        return text
+    day, month, year, hour, rest = found.groups()
+    date = f"{year if len(year) == 4 else f'20{year}'}-{month:0>2}-{day:0>2}"
+    return date if hour is None else f"{date} {hour:0>2}{rest}"
+
+
 def _conversation(
     rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], roles: Mapping[str, str]
 ) -> dict[str, Any]:
-    turns: list[dict[str, str]] = []
+    turns: list[dict[str, Any]] = []
     beside: dict[str, Any] = {}
     for row in rows:
-        role, text = _role(_text(row.get(names["role"])), roles), _text(row.get(names["content"]))
-        if turns and role in _JOINED and turns[-1]["role"] == role:
-            turns[-1]["content"] = "\n".join(filter(str.strip, (turns[-1]["content"], text)))
+        turn = {"role": _role(_text(row.get(names["role"])), roles), "content": _content(row.get(names["content"]))}
+        flags = {name: row[name] for name in _FLAGS if name not in names.values() and _is_flag(name, row.get(name))}
+        turn.update(flags)
+        if turns and turn["role"] in _JOINED and _same_side(turns[-1], turn):
+            turns[-1]["content"] = _joined(turns[-1]["content"], turn["content"])
         else:
-            turns.append({"role": role, "content": text})
+            turns.append(turn)
         for name, value in row.items():
-            if name not in names.values() and name != "messages" and value not in (None, ""):
-                beside.setdefault(name, value)
+            if name in names.values() or name == "messages" or name in flags or value in (None, ""):
+                continue
+            if name == "label" and str(value).lower() in ("false", "0"):
+                beside[name] = value  # one bad answer is enough
+            beside.setdefault(name, value)
     return {"messages": turns, **beside}
+
+
+def _content(value: Any) -> Any:
+    """Return a text; lists of parts and objects stay as they are: the reader of messages joins or refuses them."""
+    return value if isinstance(value, list | dict) else _text(value)
+
+
+def _is_flag(name: str, value: Any) -> bool:
+    """Return whether a value turns the loss of a row on or off; `train` and others may hold anything else."""
+    return isinstance(value, bool) or (name in ("weight", "loss") and value not in (None, ""))
+
+
+def _same_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Return whether two messages become one turn: they have the same role and the same flags of the loss."""
+    return all(str(first.get(name)).lower() == str(second.get(name)).lower() for name in ("role", *_FLAGS))
+
+
+def _joined(first: Any, second: Any) -> Any:
+    if isinstance(first, str) and isinstance(second, str):
+        return "\n".join(filter(str.strip, (first, second)))
+    parts = [text if isinstance(text, list) else [{"type": "text", "text": text}] for text in (first, second)]
+    return [*parts[0], {"type": "text", "text": "\n"}, *parts[1]]
 
 
 def _role(value: str, roles: Mapping[str, str]) -> str:

@@ -62,6 +62,20 @@ def stem(data: str) -> str:
     return name.removesuffix(".gz").removesuffix(".zst").partition(".")[0] or "data"
 
 
+def refuse_other_overrides(overrides: Sequence[str]) -> None:
+    """Refuse overrides of `init` that are not about reading the data.
+
+    Raises:
+        ConfigError: One of them is not a key of `data.train`.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or key.strip().split(".")[:2] != ["data", "train"]:
+            expected = "keys of data.train, such as data.train.columns"
+            todo = "Change other settings in the file that is written, or give them to philora train"
+            raise ConfigError(fault("init", key, value, expected, todo))
+
+
 def demo_configuration(source: str) -> str:
     """Return the file of the bundled demo for `demo`, and any other name unchanged."""
     if source != "demo" or Path(source).exists():
@@ -88,7 +102,7 @@ def choose(source: str, overrides: Sequence[str], resume: bool | str = False) ->
         return Choice(named or str(newest_folder(folder)), given, [])
     from philora.planning.starter import start
 
-    begun = start(source, model)
+    begun = start(source, model, overrides=given)
     if named is None:
         given.append(f"training_config.output_dir={json.dumps(str(unused_folder(folder)))}")
     return Choice(begun.settings, given, [begun.found, f"model: {begun.model.name} ({begun.model.reason})"])

@@ -24,7 +24,7 @@ from philora.exporting.conversion import export as convert
 from philora.files.checkpoint import write_text
 from philora.interface import notebook
 from philora.interface.answers import Answer, AnsweringModel, Message, quiet
-from philora.interface.choices import choose, overrides_of, stem
+from philora.interface.choices import choose, overrides_of, refuse_other_overrides, stem
 from philora.interface.run import Run, RunTable
 from philora.models.run_folder import is_run
 from philora.planning.starter import start
@@ -169,23 +169,27 @@ def demo(output: str | Path = "runs/demo", overrides: Sequence[str] = (), *, qui
     return train("demo", overrides, output=folder, quiet=quiet)
 
 
-def init(data: str | Path, *, model: str | None = None, out: str | Path | None = None) -> Path:
+def init(
+    data: str | Path, overrides: Sequence[str] = (), *, model: str | None = None, out: str | Path | None = None
+) -> Path:
     """Write a short configuration for data, and return its file.
 
     Args:
         data: A file, a folder or a hub id of conversations.
+        overrides: `KEY=VALUE` strings for reading the data, such as `data.train.columns={...}`.
         model: Hub id, folder, or a name such as `phi-3-mini`; default: one that fits this machine.
         out: The file; default: named after the data.
 
     Raises:
-        ConfigError: The file exists.
+        ConfigError: The file exists, or an override is wrong.
         DataError: The data cannot be read.
     """
+    refuse_other_overrides(overrides)
     file = Path(out) if out is not None else Path(f"{stem(str(data))}.yaml")
     if file.exists():
         expected = "a file that does not exist yet"
         raise ConfigError(fault("init", "out", str(file), expected, "Give another with out, or remove this one"))
-    write_text(file, start(str(data), model).text)
+    write_text(file, start(str(data), model, overrides=overrides).text)
     return file
 
 

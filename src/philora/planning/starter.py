@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from philora import families
+from philora.configuration.config import load_config
 from philora.configuration.fields import FIELDS
-from philora.configuration.sections import SourceConfig
+from philora.configuration.sections import DataConfig, SourceConfig
 from philora.configuration.yaml_text import parse
+from philora.dataset.prepare import shape_of
 from philora.dataset.read import resolve
 from philora.dataset.records import Fault
 from philora.dataset.store import recognised
@@ -124,18 +127,23 @@ def choose_model(machine: Machine, named: str | None = None) -> ModelChoice:
     return ModelChoice("nano", "none", f"a toy: no Phi model fits {where}{todo}")
 
 
-def start(data: str, model: str | None = None, machine: Machine | None = None) -> Start:
+def start(data: str, model: str | None = None, machine: Machine | None = None, overrides: Sequence[str] = ()) -> Start:
     """Inspect data, choose a model, and return the configuration of a first run.
 
     Args:
         data: A file or folder that the readers support, or a hub id.
         model: Hub id, short name or folder; default: one that fits this machine.
         machine: Facts of the machine; default: this one.
+        overrides: `KEY=VALUE` strings; those of `data` control how it is read, such as `data.train.columns={...}`.
 
     Raises:
         DataError: The data cannot be read, or its shape is not known.
+        ConfigError: An override is wrong.
     """
-    source, shape = recognised(resolve(SourceConfig(path=data), "train"), None)
+    said = [text for text in overrides if text.partition("=")[0].strip().partition(".")[0] == "data"]
+    given = load_config({"data": {"train": data}}, said).data if said else DataConfig((SourceConfig(path=data),))
+    first = given.train[0]
+    source, shape = recognised(resolve(first, "train"), shape_of(given, first))
     count = sum(len(batch.records) for batch in source.open())
     try:
         messages = shape.read(next(source.open()).records[0]).messages
@@ -144,17 +152,24 @@ def start(data: str, model: str | None = None, machine: Machine | None = None) -
     turns = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
     found = f"{count:,} records of {data}, read as {shape.name}" + (f" (turns of {turns})" if turns else "")
     choice = choose_model(machine or this_machine(), model)
-    text = _yaml(data, count, found, choice)
+    text = _yaml(_written(data, first), count, found, choice)
     return Start(text, parse(text)[1], found, choice)
 
 
-def _yaml(data: str, count: int, found: str, choice: ModelChoice) -> str:
+def _written(data: str, source: SourceConfig) -> str:
+    """Return the value of `data.train`: a path, or a mapping if more than the path was given."""
+    fields = {field.name: field.default for field in dataclasses.fields(source) if field.name != "path"}
+    more = {name: getattr(source, name) for name in fields if getattr(source, name) != fields[name]}
+    return json.dumps({"path": source.path, **more} if more else data, ensure_ascii=False)
+
+
+def _yaml(train: str, count: int, found: str, choice: ModelChoice) -> str:
     """Return the configuration as text, with a comment on every line that is likely to be changed."""
     lines: list[tuple[str, str]] = [(f"# {found}", "")]
     lines += [("model:", ""), (f"  name_or_path: {json.dumps(choice.name, ensure_ascii=False)}", choice.reason)]
     commented = "# " if choice.quantization == "none" else ""
     lines += [(f"  {commented}quantization: nf4", "4-bit weights: a quarter of the memory, slower")]
-    lines += [("data:", ""), (f"  train: {json.dumps(data, ensure_ascii=False)}", "")]
+    lines += [("data:", ""), (f"  train: {train}", "")]
     if count < FEW_RECORDS:
         lines.append(("  eval: null", "too few records to hold some out"))
     else:

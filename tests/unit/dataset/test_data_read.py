@@ -5,6 +5,7 @@ import gzip
 import json
 import tracemalloc
 
+import openpyxl
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -401,6 +402,48 @@ def test_csv_faults(tmp_path):
     assert refusal(file) == f"{file}:3: cells=3 - expected 2 as in the first line. Quote commas."
     file.write_text('a,b\n1,"2\n')
     assert f"{file}:2: line='unexpected end of data' - expected a line of CSV" in refusal(file)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_csv_row_of_empty_cells_is_no_record(tmp_path, delimiter):
+    file = tmp_path / "a.csv"
+    file.write_text("a,b\n1,2\n,\n , \n3,4\n,\n".replace(",", delimiter))
+    assert records(file) == [(f"{file}:2", {"a": "1", "b": "2"}), (f"{file}:5", {"a": "3", "b": "4"})]
+
+
+def test_a_csv_row_with_too_few_cells_says_what_to_add(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("a;b;c\n1;2\n")
+    message = refusal(file)
+    assert f"{file}:2: cells=2 - expected 3 as in the first line" in message
+    assert "Quote" not in message
+    assert "line break" in message
+
+
+def workbook(path, *rows):
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
+    return path
+
+
+@pytest.mark.parametrize("error", ["#N/A", "#REF!", "#DIV/0!"])
+def test_an_error_of_excel_is_no_text(tmp_path, error):
+    file = workbook(tmp_path / "a.xlsx", ("q", "a"), ("x", "y"), ("#1", "#N/A is what Excel says"), ("x", error))
+    assert f"{file} row 4: a='{error}' - expected a value" in refusal(file)
+
+
+def test_a_formula_without_its_value_is_refused(tmp_path):
+    file = workbook(tmp_path / "a.xlsx", ("q", "a"), ("x", "y"), ("x", '="y"&A2'))
+    assert f"{file} row 3: a='=\"y\"&A2' - expected a value" in refusal(file)
+
+
+def test_a_title_above_the_names_is_refused_with_what_to_do(tmp_path):
+    file = workbook(tmp_path / "a.xlsx", ("Report",), ("q", "a"), ("x", "y"))
+    message = refusal(file)
+    assert f"{file} row 2: cell='a' - expected a name above each column with values" in message
+    assert "Remove" in message
 
 
 def test_a_torn_parquet_or_gzip_file(tmp_path):

@@ -335,13 +335,58 @@ def test_an_unknown_format():
         shape_from_config("sharegtp", None, "data")
 
 
+@pytest.mark.parametrize(
+    "record", [{"question": "2+2?", "answer": 4}, {"instruction": "2+2?", "output": 4.5}, {"text": 4}]
+)
+def test_a_number_where_a_text_belongs_is_refused_with_what_to_do(record):
+    with pytest.raises(Fault) as caught:
+        detect([record], "data.json").read(record)
+    assert caught.value.expected == "text, not a number"
+    name = list(record)[-1]
+    assert f'"{{{name}}}"' in str(caught.value.at("x"))
+
+
+def test_names_of_columns_with_spaces_around_them_are_recognised():
+    record = {"question ": "2+2?", " Answer": "4"}
+    shape = detect([record], "data.csv")
+    assert [message["content"] for message in shape.read(record).messages] == ["2+2?", "4"]
+
+
+@pytest.mark.parametrize(
+    ("record", "program"),
+    [
+        ({"title": "T", "mapping": {"a": {"message": None}}, "current_node": "a"}, "ChatGPT"),
+        ({"type": "message", "user": "U1", "text": "Hi", "ts": "1.0", "thread_ts": "1.0"}, "Slack"),
+        ({"id": 1, "subject": "s", "requester_id": 5, "comments": [{"author_id": 5}]}, "Zendesk"),
+        ({"id": "31", "source": {"body": "b"}, "conversation_parts": {"conversation_parts": []}}, "Intercom"),
+    ],
+)
+def test_the_export_of_a_program_has_a_recipe(record, program):
+    with pytest.raises(DataError, match=rf"an export of {program}: docs/cookbook.md"):
+        detect([record], "data.json")
+
+
+@pytest.mark.parametrize(
+    ("record", "user", "assistant"),
+    [
+        ({"Nr": "1", "Anfrage": "Wo ist es?", "Antwort": "Es kommt.", "Tag": "3.3."}, "Anfrage", "Antwort"),
+        ({"n": 1, "{odd}": "Where is my parcel?", "reply": "y"}, "question", "answer"),
+        ({"a": {"b": "c"}}, "question", "answer"),
+    ],
+)
+def test_the_two_longest_texts_are_proposed(record, user, assistant):
+    with pytest.raises(DataError) as caught:
+        detect([record], "data.json")
+    assert f'{{user: "{{{user}}}", assistant: "{{{assistant}}}"}}' in str(caught.value)
+
+
 def test_fields_of_no_known_shape():
     with pytest.raises(DataError) as caught:
         detect([{"utterance": "x", "reply": "y"}], "data.jsonl")
     assert str(caught.value) == (
-        "data.jsonl: fields='reply, utterance' - expected messages, conversations, instruction and output, prompt and "
-        'completion, or text. For other names set columns, such as {user: "{question}", '
-        'assistant: "{answer}"}.'
+        "data.jsonl: fields='utterance, reply' - expected messages, conversations, instruction and output, prompt and "
+        'completion, or text. For other names set columns, such as {user: "{utterance}", assistant: "{reply}"}; on the '
+        'command line: \'data.train.columns={user: "{utterance}", assistant: "{reply}"}\'.'
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import json
 import os
@@ -79,6 +80,72 @@ def test_without_a_time_they_stay_as_they_stand(run, tmp_path):
     assert talks(run(messages(tmp_path / "a.csv", rows, ("ticket_id", "role", "text")))) != TALKS  # planted: no times
     ordered = [rows[at] for at in (2, 1, 3, 4, 0)]
     assert talks(run(messages(tmp_path / "b.csv", ordered, ("ticket_id", "role", "text")))) == TALKS
+
+
+@pytest.mark.parametrize("form", ["%d.%m.%Y %H:%M", "%d.%m.%Y, %H:%M:%S", "%d.%m.%y %H:%M"])
+def test_dates_with_dots_order_too(run, tmp_path, form):
+    rows = [(*row[:3], datetime.datetime.fromisoformat(row[3]).astimezone(datetime.UTC).strftime(form)) for row in ROWS]
+    rows[0] = (*rows[0][:3], datetime.datetime(2026, 11, 1, 9).strftime(form))
+    rows[2] = (*rows[2][:3], datetime.datetime(2026, 2, 12, 9).strftime(form))
+    rows[3] = (*rows[3][:3], datetime.datetime(2026, 3, 2, 9).strftime(form))
+    prepared = run(messages(tmp_path / "a.csv", rows))
+    assert talks(prepared) == TALKS
+    assert not prepared.report.notices
+
+
+def test_times_that_are_not_read_are_named_with_what_to_do(run, tmp_path):
+    prepared = run(messages(tmp_path / "a.csv", [(*row[:3], "03/02/2026") for row in reversed(ROWS)]))
+    (notice,) = prepared.report.notices
+    assert "column created" in notice
+    assert "2026-03-31" in notice
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_parts_of_a_text_are_joined_and_never_written_as_python(run, tmp_path):
+    asked = {"chat_id": "1", "role": "user", "text": "Where?"}
+    parts = [{"type": "text", "text": "To"}, {"type": "text", "text": "morrow."}]
+    prepared = run(jsonl(tmp_path / "a.jsonl", asked, {"chat_id": "1", "role": "agent", "text": parts}))
+    assert talks(prepared) == [[("user", "Where?"), ("assistant", "Tomorrow.")]]
+    picture = [{"type": "image", "url": "a.png"}]
+    with pytest.raises(DataError, match=r"content=.*a\.png.*expected text, or a list of parts of type text"):
+        run(jsonl(tmp_path / "b.jsonl", asked, {"chat_id": "1", "role": "agent", "text": picture}))
+    with pytest.raises(DataError, match="expected text, not an object"):
+        run(jsonl(tmp_path / "c.jsonl", asked, {"chat_id": "1", "role": "agent", "text": {"html": "x"}}))
+
+
+@pytest.mark.parametrize(("flag", "off"), [("weight", 0), ("weight", "0"), ("loss", False), ("mask", True)])
+def test_what_a_row_says_of_its_loss_is_heeded(run, tmp_path, flag, off):
+    rows = [("user", "Hello?"), ("agent", "Hi."), ("user", "Where?"), ("agent", "Here.")]
+    given = [{"chat_id": "1", "role": role, "text": text} for role, text in rows]
+    given[1][flag] = off
+    prepared = run(jsonl(tmp_path / "a.jsonl", *given))
+    (row,) = prepared.train
+    alone = run(jsonl(tmp_path / "b.jsonl", *given[2:])).train[0]
+    assert sum(label != -100 for label in row["labels"]) == sum(label != -100 for label in alone["labels"])
+
+
+def test_rows_of_one_side_with_and_without_loss_stay_turns_of_their_own(run, tmp_path):
+    rows = [("user", "Where?", 1), ("agent", "One moment.", 0), ("agent", "Here.", 1), ("agent", "Bye.", "1")]
+    given = [{"chat_id": "1", "role": role, "text": text, "weight": weight} for role, text, weight in rows]
+    prepared = run(jsonl(tmp_path / "a.jsonl", *given))
+    assert talks(prepared) == [[("user", "Where?"), ("assistant", "One moment."), ("assistant", "Here.\nBye.")]]
+
+
+def test_a_bad_answer_among_the_rows_refuses_the_conversation(run, tmp_path):
+    given = [{"chat_id": "1", "role": "user", "text": "Where?", "label": True}]
+    given.append({"chat_id": "1", "role": "agent", "text": "No.", "label": False})
+    with pytest.raises(DataError, match="label=False - expected"):
+        run(jsonl(tmp_path / "a.jsonl", *given))
+
+
+def test_a_role_that_nobody_knows_is_refused_with_what_to_do(run, tmp_path):
+    with pytest.raises(DataError, match="role='internal note' - expected one of") as caught:
+        run(messages(tmp_path / "a.csv", [*ROWS, ("9", "internal note", "Ask Ann.", "2026-03-02T06:31:00Z")]))
+    assert "roles: {internal note: " in str(caught.value)
 
 
 def test_the_limit_counts_conversations(run, tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from philora.configuration.config import load_config
 from philora.configuration.folders import holds_data, newest_folder, unused_folder
 from philora.errors import ConfigError, DataError
 from philora.families import ALIASES, MODELS, OTHER, hub_id
+from philora.interface.choices import choose
 from philora.models.loading import local_path
 from philora.planning import starter
 from philora.planning.starter import Machine, choose_model, start
@@ -136,3 +139,32 @@ def test_short_names_are_taken_where_a_model_is_named(tmp_path, monkeypatch):
     assert local_path("phi-3-mini") == "phi-3-mini"
     with pytest.raises(ConfigError, match=r"name_or_path='phi3-mini' - expected .*Did you mean 'phi-3-mini'\?"):
         load_config({"model": {"name_or_path": "phi3-mini"}, "data": data})
+
+
+def test_what_the_command_line_says_of_the_data_is_heeded(tmp_path):
+    data = tmp_path / "export.csv"
+    data.write_text("Frage;Antwort;Datum\n" + "".join(f"Wo ist {n}?;Hier {n}.;heute\n" for n in range(8)))
+    with pytest.raises(DataError, match=r"data\.train\.columns=") as refusal:
+        choose(str(data), [])
+    said = re.search(r"'(data\.train\.columns=[^']*)'", str(refusal.value))[1]
+    assert said == 'data.train.columns={user: "{Frage}", assistant: "{Antwort}"}'
+
+    choice = choose(str(data), [said, "training_config.max_steps=3"])
+    columns = {"user": "{Frage}", "assistant": "{Antwort}"}
+    assert load_config(choice.source, choice.overrides).data.train[0].columns == columns
+    begun = start(str(data), None, MACHINE, [said])
+    file = tmp_path / "made.yaml"
+    file.write_text(begun.text)
+    assert load_config(file).data.train[0].columns == columns
+    assert load_config(file).data.train[0].path == str(data)
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [("data.train.columns={user: a}", "data.train.columns"), ("data.train.colums={}", "data.train.colums")],
+)
+def test_what_is_wrong_in_it_is_named(tmp_path, override, place):
+    data = tmp_path / "export.csv"
+    data.write_text("a,b\nc,d\n")
+    with pytest.raises(ConfigError, match=re.escape(place)):
+        choose(str(data), [override])
