@@ -556,8 +556,8 @@ def test_what_torch_says_of_a_full_disk_is_understood(numbers):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
 def test_what_numpy_says_of_a_full_disk_is_understood():
-    with pytest.raises(OSError) as error, open("/dev/full", "wb", buffering=0) as file:  # as gguf writes its tensors
-        np.zeros(1_000_000).tofile(file)
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="requested and") as error:
+        np.zeros(1_000_000).tofile(file)  # as gguf writes its tensors
     assert error.value.errno is None
     assert checkpoint.disk_full(error.value)
 

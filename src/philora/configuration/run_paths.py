@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from philora.configuration.sections import HELPDESK
-from philora.files.checkpoint import read_json
 
 RECORD_NAME: Final = "run.json"
 BUNDLED: Final = ("nano", HELPDESK)
@@ -89,7 +89,13 @@ def with_current_places(folder: Path, given: Mapping[str, Any]) -> tuple[dict[st
     """
     training = given.get("training_config")
     written = training.get("output_dir") if isinstance(training, Mapping) else None
-    record, lost = read_json(folder / RECORD_NAME), {}
+    lost: dict[str, tuple[str, ...]] = {}
+    try:  # not by files.checkpoint, which imports torch; resuming reads the record again and reports what is wrong
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        record = {}
+    if not isinstance(record, Mapping):
+        record = {}
 
     def found(value: Any) -> Any:
         if isinstance(value, list):
@@ -101,7 +107,7 @@ def with_current_places(folder: Path, given: Mapping[str, Any]) -> tuple[dict[st
         place = current_place(folder, record, written, value)
         if place.tried:
             lost[value] = place.tried
-        return value if os.path.abspath(Path(value).expanduser()) == place.name else place.name
+        return value if os.path.normpath(Path(value).expanduser().absolute()) == place.name else place.name
 
     result = dict(given)
     for section, keys in (("model", ("name_or_path", "adapter")), ("data", ("train", "eval"))):

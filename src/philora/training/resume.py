@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from philora.configuration.config import load_config
+from philora.configuration.run_paths import RECORD_NAME
 from philora.configuration.sections import Config, SourceConfig
 from philora.configuration.writing import dump_yaml, without_secrets
 from philora.dataset import PreparedData
@@ -27,7 +28,7 @@ from philora.files import checkpoint
 from philora.files.links import refuse_leading_out
 from philora.models import loading as models
 from philora.models.locate import find_adapter
-from philora.models.run_folder import HELD_OUT_NAME, RECORD_NAME
+from philora.models.run_folder import HELD_OUT_NAME
 from philora.native import build as native
 from philora.runtime import processes
 
