@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -550,6 +551,14 @@ def test_what_says_that_a_disk_is_full(error, full):
 def test_what_torch_says_of_a_full_disk_is_understood(numbers):
     with pytest.raises(RuntimeError) as error:
         torch.save({"state": torch.zeros(numbers)}, "/dev/full")
+    assert checkpoint.disk_full(error.value)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_what_numpy_says_of_a_full_disk_is_understood():
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="requested and") as error:
+        np.zeros(1_000_000).tofile(file)  # as gguf writes its tensors
+    assert error.value.errno is None
     assert checkpoint.disk_full(error.value)
 
 

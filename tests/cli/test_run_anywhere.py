@@ -259,6 +259,51 @@ def test_a_moved_run_goes_on_where_it_is_now(cli, project, monkeypatch):
     assert record["paths"]["talks.jsonl"] == {"absolute": str(project / "talks.jsonl"), "relative": "../../talks.jsonl"}
 
 
+def test_a_run_goes_on_from_another_directory(cli, project):
+    """The process stands elsewhere: the run's own record says where its data and base are."""
+    run = unfinished(project / "runs" / "first")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-12")
+    done = cli("train", run, "--resume")
+    assert done.code == 0, done.err + done.out
+    assert "step 12/12" in done.err
+    assert "step 3/12" not in done.err
+    assert cli("generate", run, "--prompt", "Say 1.").code == 0
+    assert cli("train", run, "--resume").code == 0  # config.yaml and run.json fit each other again
+
+
+def test_data_and_base_that_moved_are_given_to_a_resumed_run(cli, project, tmp_path):
+    run = unfinished(project / "runs" / "first")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-12")
+    (project / "talks.jsonl").rename(tmp_path / "here.jsonl")
+    (project / "models" / "tiny").rename(tmp_path / "base")
+    refused = cli("train", run, "--resume", "--model", tmp_path / "base")
+    assert refused.code == 2
+    assert str(project / "talks.jsonl") in refused.err
+    assert "data.train=PATH" in refused.err
+    refused = cli("train", run, "--resume", f"data.train={tmp_path / 'here.jsonl'}")
+    assert refused.code == 2
+    assert "model.name_or_path='models/tiny'" in refused.err
+    assert str(project / "models" / "tiny") in refused.err
+    given = ("--model", tmp_path / "base", f"data.train={tmp_path / 'here.jsonl'}")
+    done = cli("train", run, "--resume", *given)
+    assert done.code == 0, done.err + done.out
+    record = json.loads((run / "run.json").read_text())
+    assert {item["absolute"] for item in record["paths"].values()} == {
+        str(tmp_path / "base"), str(tmp_path / "here.jsonl"),
+    }  # fmt: skip
+
+
+def test_other_data_at_another_place_is_refused(cli, project, tmp_path):
+    run = unfinished(project / "runs" / "first")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-12")
+    lines = (project / "talks.jsonl").read_text().splitlines(keepends=True)
+    (project / "talks.jsonl").unlink()
+    (tmp_path / "here.jsonl").write_text("".join(lines[:-1]))
+    refused = cli("train", run, "--resume", f"data.train={tmp_path / 'here.jsonl'}")
+    assert refused.code == 2
+    assert "data.fingerprint" in refused.err
+
+
 SHORT = ["data.keep_held_out=false", "training_config.output_dir=runs/second", "training_config.max_steps=2"]
 
 

@@ -79,8 +79,10 @@ class SFTTrainerHooks(TrainerHooks, SFTTrainer):  # type: ignore[misc]
 
     _total_train_tokens: Any
 
-    def prepare_rows(self, dataset: Any, name: str, max_length: int | None, prepare: Callable[[], Any]) -> Any:
-        """Run the preparation of a dataset and return its rows."""
+    def prepare_rows(
+        self, dataset: Any, name: str, max_length: int | None, joined: bool, prepare: Callable[[], Any]
+    ) -> Any:
+        """Run the preparation of a dataset and return its rows; `joined`: they are cut from one stream of tokens."""
         return prepare()
 
     @property
@@ -112,7 +114,8 @@ class SFTTrainerHooks(TrainerHooks, SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         given = (dataset, processing_class, args, packing, formatting_func, dataset_name)
         prepare = functools.partial(super()._prepare_dataset, *given)
-        return self.prepare_rows(dataset, dataset_name, args.max_length, prepare)
+        joined = packing and args.packing_strategy == "wrapped"
+        return self.prepare_rows(dataset, dataset_name, args.max_length, joined, prepare)
 
 
 require(entry for entry in PRIVATE if "SFTTrainer." in entry.name)

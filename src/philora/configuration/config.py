@@ -21,6 +21,7 @@ from philora.configuration.data_sources import read_data
 from philora.configuration.fields import FIELDS, LIBRARY, REQUIRED, rule_of
 from philora.configuration.folders import DATA_SUFFIXES, exists, nearest_file
 from philora.configuration.reader import KeyPath, Reader, config_fault, fill_from_yaml
+from philora.configuration.run_paths import with_current_places
 from philora.configuration.sections import (
     HELPDESK,
     SECTIONS,
@@ -71,18 +72,23 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str,
         todo = f"Write one: philora init {file.name}; or train by the same choices: philora train {file.name}"
         raise ConfigError(config_fault(str(source), "config", str(source), expected, todo))
     fill_from_yaml(file, reader)
-    training = reader.given.get("training_config")
-    if folder is not None and isinstance(training, Mapping) and "output_dir" in training:
-        reader.given["training_config"] = {**training, "output_dir": str(folder)}  # where the run is now
+    if folder is not None:
+        reader.given, reader.looked_at = with_current_places(folder, reader.given)
+        training = reader.given.get("training_config")
+        if isinstance(training, Mapping) and "output_dir" in training:
+            reader.given["training_config"] = {**training, "output_dir": str(folder)}  # where the run is now
     return reader, str(file), file.stem
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = (), *, needs_files: bool = True
+) -> Config:
     """Read, translate and check a configuration; nothing is loaded or written.
 
     Args:
         source: A YAML file, the folder of a run, a mapping of the same shape, or a Config.
         overrides: `KEY=VALUE` texts, such as "training_config.learning_rate=1e-4"; the value is read as YAML.
+        needs_files: Whether a file or folder that does not exist is a fault.
 
     Returns:
         The configuration, complete for philora's own keys.
@@ -95,6 +101,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         8
     """
     reader, name, stem = _open(source)
+    reader.needs_files = needs_files
     reader.translate()
     for text in overrides:
         reader.override(text)
@@ -222,7 +229,10 @@ def _read_own(section: str, given: dict[str, Any], reader: Reader, origins: dict
 def _check_model(values: dict[str, Any], reader: Reader) -> None:
     for key in ("name_or_path", "adapter"):
         path = values.get(key)
-        if isinstance(path, str) and path.startswith(("./", "../", "/", "~")):
+        if path in reader.looked_at and reader.needs_files:
+            expected = f"an existing folder; there is none at {', '.join(reader.looked_at[path])}"
+            reader.fault(("model", key), path, expected, f"Give its current place: model.{key}=PATH")
+        elif isinstance(path, str) and path.startswith(("./", "../", "/", "~")):
             values[key] = str(Path(path).expanduser())
             if not exists(Path(values[key])):
                 reader.fault(("model", key), path, "an existing folder or a hub id", nearest_file(Path(values[key])))

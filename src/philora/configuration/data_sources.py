@@ -120,9 +120,13 @@ def _local_path(path: KeyPath, text: str, reader: Reader) -> str:
         or text.count("/") > 1
         or text.endswith("/")
     )
-    if looks_local:
+    if looks_local and reader.needs_files:
         # The line of the path inside the source, when the source is a mapping.
         place = (*path, "path") if (*path, "path") in reader.places else path
-        todo = nearest_file(file) or f"Relative paths start at {Path.cwd()}"
+        key = ".".join(path)
+        if text in reader.looked_at:
+            todo = f"It was looked for at {', '.join(reader.looked_at[text])}. Give its current place: {key}=PATH"
+        else:
+            todo = nearest_file(file) or f"Relative paths start at {Path.cwd()}"
         reader.fault(place, text, "an existing file or folder, or a hub id", todo)
     return text

@@ -24,7 +24,12 @@ def config_fault(where: str, name: str, value: object, expected: str, todo: str 
 
 
 class Reader:
-    """Collect the given values, the line of every key, and all faults."""
+    """Collect the given values, the line of every key, and all faults.
+
+    Attributes:
+        needs_files: Whether a file or folder that does not exist is a fault.
+        looked_at: For paths of a run that were not found: where they were looked for.
+    """
 
     def __init__(self, where: str, origin: str) -> None:
         self.where = where
@@ -34,6 +39,8 @@ class Reader:
         self.origins: dict[KeyPath, str] = {}
         self.faults: list[str] = []
         self.notices: list[str] = []
+        self.needs_files = True
+        self.looked_at: dict[str, tuple[str, ...]] = {}
 
     def place(self, path: KeyPath) -> str:
         """Return the file and line of a key."""

@@ -35,8 +35,8 @@ STATE_NAME = "philora_state.json"
 LOCK_NAME = ".lock"
 TEMPORARY_PREFIX = ".saving-"
 _OLD = "-old-"
-_DISK_FULL = ("No space left", "iostream error", "PytorchStreamWriter failed", "unexpected pos")
-"""Parts of the messages of torch, safetensors and tokenizers if a file cannot be written to its end."""
+_DISK_FULL = ("No space left", "iostream error", "PytorchStreamWriter failed", "unexpected pos", " requested and ")
+"""Parts of the messages of torch, safetensors, tokenizers and numpy if a file cannot be written to its end."""
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:

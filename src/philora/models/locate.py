@@ -10,11 +10,12 @@ from typing import NamedTuple
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from philora.configuration.run_paths import Place, is_path
 from philora.errors import AdapterError, ModelError, fault, nearest
 from philora.families import find
 from philora.files.links import refuse_leading_out
 from philora.models.loading import local_path
-from philora.models.run_folder import Place, TrainedRun, is_path, is_run, resume_command, run_of
+from philora.models.run_folder import TrainedRun, is_run, resume_command, run_of
 from philora.runtime.hub import HubPath, adapter_subfolders, download_adapter, parse_hub_path
 
 logger = logging.getLogger("philora.run")

@@ -19,9 +19,9 @@ from typing import Any, Final, NamedTuple
 
 from philora.configuration.config import load_config
 from philora.configuration.reader import read_yaml
+from philora.configuration.run_paths import BUNDLED, RECORD_NAME, Place, current_place
 from philora.configuration.schema import Misfit
 from philora.configuration.sections import (
-    HELPDESK,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -35,10 +35,8 @@ from philora.files.checkpoint import newest_complete, read_json
 logger = logging.getLogger("philora.run")
 
 CONFIG_NAME: Final = "config.yaml"
-RECORD_NAME: Final = "run.json"
 HELD_OUT_NAME: Final = "held_out.jsonl"
 _WRITTEN_BY_A_RUN: Final = (RECORD_NAME, "trainer_state.json", "train_results.json", "results.json")
-_BUNDLED: Final = ("nano", HELPDESK)
 
 
 USUAL_SHARE: Final = 0.9
@@ -60,18 +58,6 @@ class SystemTurn(NamedTuple):
         return (
             f"the system prompt of {100 * self.share:.0f}% of the training conversations is used: {shorten(self.text)}"
         )
-
-
-class Place(NamedTuple):
-    """The current location of a path of a run.
-
-    Attributes:
-        name: The path, or the given name if it is not a path (a hub id, `nano`) or was not found.
-        tried: The paths where it was not found; empty if the name can be used.
-    """
-
-    name: str
-    tried: tuple[str, ...] = ()
 
 
 def is_run(folder: Path) -> bool:
@@ -266,46 +252,9 @@ class TrainedRun:
 
     def place(self, name: str) -> Place:
         """Return the current location of a configured path: as recorded, else relative to the start folder."""
-        if name in _BUNDLED:
-            return Place(name)
-        recorded = self._recorded(name)
-        given = Path(name).expanduser()
-        candidates = [Path(recorded["absolute"])] if "absolute" in recorded else []
-        if "relative" in recorded:
-            candidates.append(Path(os.path.normpath(self.folder.absolute() / recorded["relative"])))
-        if not recorded:
-            candidates.append(given.absolute())
-            started_in = self._started_in()
-            if started_in is not None and not given.is_absolute():
-                candidates.append(started_in / given)
-        places = list(dict.fromkeys(str(candidate) for candidate in candidates))
-        for place in places:
-            if Path(place).exists():
-                return Place(place)
-        return Place(name, tuple(places)) if recorded or is_path(name) else Place(name)
-
-    def _recorded(self, name: str) -> Mapping[str, str]:
-        paths = self.record.get("paths")
-        found = paths.get(name) if isinstance(paths, Mapping) else None
-        if not isinstance(found, Mapping):
-            return {}
-        return {key: value for key, value in found.items() if isinstance(value, str)}
-
-    def _started_in(self) -> Path | None:
-        """Return the folder in which a run without recorded paths was started, found from the run's own path."""
         section = self._config.get("training_config")
         written = section.get("output_dir") if isinstance(section, Mapping) else None
-        if not isinstance(written, str) or Path(written).expanduser().is_absolute():
-            return None
-        parts, own = Path(os.path.normpath(written)).parts, self.folder.absolute().parts
-        if ".." in parts or own[-len(parts) :] != parts:
-            return None
-        return Path(*own[: -len(parts)])
-
-
-def is_path(name: str) -> bool:
-    """Return whether a name can only be a path of this machine, not a hub id."""
-    return name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") > 1
+        return current_place(self.folder, self.record, written, name)
 
 
 # -- writing the record
@@ -321,7 +270,7 @@ def paths_of(config: Config, folder: Path) -> dict[str, dict[str, str]]:
     given = [config.model.name_or_path, config.model.adapter, *_sources(config.data)]
     found = {}
     for name in given:
-        if name is None or name in _BUNDLED or not Path(name).expanduser().exists():
+        if name is None or name in BUNDLED or not Path(name).expanduser().exists():
             continue
         absolute = os.path.normpath(Path(name).expanduser().absolute())
         found[name] = {"absolute": absolute}

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
+from philora.configuration.run_paths import RECORD_NAME
 from philora.errors import DataError, fault
 from philora.evaluation.measures import Paired
-from philora.models.run_folder import RECORD_NAME
 from philora.reporting.formatting import mapping, real
 from philora.reporting.run_list import status_of
 

@@ -19,7 +19,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from philora.configuration.config import load_config
-from philora.configuration.sections import Config
+from philora.configuration.run_paths import RECORD_NAME
+from philora.configuration.sections import Config, SourceConfig
 from philora.configuration.writing import dump_yaml, without_secrets
 from philora.dataset import PreparedData
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
@@ -27,7 +28,7 @@ from philora.files import checkpoint
 from philora.files.links import refuse_leading_out
 from philora.models import loading as models
 from philora.models.locate import find_adapter
-from philora.models.run_folder import HELD_OUT_NAME, RECORD_NAME
+from philora.models.run_folder import HELD_OUT_NAME
 from philora.native import build as native
 from philora.runtime import processes
 
@@ -222,9 +223,10 @@ def open_to_resume(folder: Path, config: Config, *, force: bool, held: contextli
     checkpoint.remove_leftovers(folder)
     checkpoint.remove_leftovers(folder / "checkpoints")
     facts = checkpoint.read_json(folder / RECORD_NAME)
-    then = load_config(folder / "config.yaml")
+    then = load_config(folder, needs_files=False)
     config = _with_recorded_rate(config, then, facts)
-    before, now = (without_secrets(entry.to_dict()) for entry in (then, config))
+    compared = _at_recorded_paths(config, then) if facts else config  # facts tell the content apart
+    before, now = (without_secrets(entry.to_dict()) for entry in (then, compared))
     now["training_config"]["output_dir"] = before["training_config"]["output_dir"]  # the run may have moved
     differences = _differences(before, now)
     _refuse(config.source, differences, force)
@@ -267,6 +269,24 @@ def keep_passed_over(continued: Continued) -> None:
     for path in continued.passed_over:
         aside = checkpoint.set_aside(path)
         logger.warning("%s is kept as %s; delete it if you do not need it.", path, aside.name)
+
+
+def _at_recorded_paths(config: Config, then: Config) -> Config:
+    """Return the configuration with the run's paths where model, adapter or data are at another place now."""
+
+    def at(before: Any, now: Any) -> Any:
+        if isinstance(before, SourceConfig) and isinstance(now, SourceConfig):
+            return replace(now, path=at(before.path, now.path))
+        if isinstance(before, tuple) and isinstance(now, tuple) and len(before) == len(now):
+            return tuple(map(at, before, now))
+        if not isinstance(before, str) or not isinstance(now, str) or not Path(now).expanduser().exists():
+            return now
+        old = Path(before).expanduser()
+        return before if not old.exists() or old.samefile(Path(now).expanduser()) else now
+
+    model = {name: at(getattr(then.model, name), getattr(config.model, name)) for name in ("name_or_path", "adapter")}
+    data = {name: at(getattr(then.data, name), getattr(config.data, name)) for name in ("train", "eval")}
+    return replace(config, model=replace(config.model, **model), data=replace(config.data, **data))
 
 
 def _with_recorded_rate(config: Config, then: Config, facts: Mapping[str, Any]) -> Config:

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 
 from philora.adapters.adapter_files import RECORD_NAME, sort_names
+from philora.configuration import run_paths
 from philora.configuration.writing import dump_yaml
 from philora.dataset.held_out import vocabulary_digest, write_held_out
 from philora.dataset.system_turns import commonest_system_turn
@@ -74,7 +75,7 @@ class RunFiles:
 
     def record_first_loss(self, loss: float) -> None:
         """Write the held-out loss before the first step into `run.json`, so that a report can show it at once."""
-        file = self._folder / run_folder.RECORD_NAME
+        file = self._folder / run_paths.RECORD_NAME
         checkpoint.write_json(file, {**checkpoint.read_json(file), "first_loss": loss})
 
     def save_adapter(self, model: PeftModel, weights: Mapping[str, Any] | None = None) -> None:

@@ -125,11 +125,15 @@ class SFTTrainer(MicroBatchTrainer):
         for notice in length_notices(self.model.config, {"train": self.train_dataset, **tables}):
             logger.warning("%s", notice)
 
-    def prepare_rows(self, dataset: Any, name: str, max_length: int | None, prepare: Callable[[], Any]) -> Any:
+    def prepare_rows(
+        self, dataset: Any, name: str, max_length: int | None, joined: bool, prepare: Callable[[], Any]
+    ) -> Any:
         """Prepare as TRL; remove and count rows without a label, and refuse a table without any other."""
         where = f"SFTTrainer: the {name} dataset"
         refuse_empty(where, dataset)
         given = len(dataset) if hasattr(dataset, "__len__") else None
+        if joined:  # neither cut off at max_length nor as many as were given
+            return keep_labelled(prepare(), where, None)
         return keep_labelled(prepare(), where, max_length, given)
 
     def make_train_sampler(self, rows: Any) -> SharedSampler | None:

@@ -263,6 +263,12 @@ def test_packed_rows_tell_of_documents_without_labels(phi3, tmp_path, caplog):
     assert "no label" not in caplog.text
 
 
+def test_rows_cut_from_one_stream_are_not_taken_for_lost_ones(phi3, tmp_path, caplog):
+    trainer = trainer_of(phi3, tmp_path, masked(40, labelled=40), packing=True, packing_strategy="wrapped")
+    assert 0 < len(trainer.train_dataset) < 40
+    assert "no label" not in caplog.text
+
+
 def test_rows_with_labels_are_as_they_were(phi3, tmp_path, caplog):
     rows = masked(5, labelled=5)
     trainer = trainer_of(phi3, tmp_path, rows)
