@@ -114,6 +114,27 @@ def test_it_is_used_where_nearly_all_have_it(tmp_path, share, used, drops):
     assert (TrainedRun(tmp_path).system is not None) == used
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_several_at_the_beginning_are_used_as_they_were_trained(tmp_path, drops):
+    tokenizer = load_tokenizer(NANO, TokenizerConfig())
+    if drops:
+        tokenizer.chat_template = tokenizer.chat_template.replace("== 'system'", "== 'nobody'")
+    given = [{"role": "system", "content": text} for text in ("Be brief.", "Never apologise.")]
+    given += [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": given}) + "\n")
+    data = load_config({"data": {"train": str(file), "eval": None}}).data
+    prepared = prepare(data, tokenizer, max_length=128, seed=0, stop_token_ids=[tokenizer.eos_token_id])
+    found = commonest_system_turn(prepared, data)
+    assert found is not None
+    assert all(turn["content"] in found.text for turn in given[:2])
+    (asked,) = Arrangement(tokenizer).prompt_ids([[{"role": "system", "content": found.text}, given[2]]])
+    (lost,) = Arrangement(tokenizer).prompt_ids([[given[0], given[2]]])
+    ids = list(prepared.train[0]["input_ids"])
+    assert ids[: len(asked)] == asked
+    assert ids[: len(lost)] != lost
+
+
 @pytest.mark.parametrize("name", ["system", "nothing"])
 def test_generate_begins_with_it(runs, name, cli, asked, tmp_path):
     (tmp_path / "prompts.txt").write_text(QUESTION + "\n")

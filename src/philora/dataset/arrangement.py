@@ -1,6 +1,7 @@
 """Arrange a conversation as a prompt: in the same way for training, evaluation, chat, serving and exports.
 
-    messages -> `arranged`: a system turn that the template would drop begins the next user turn
+    messages -> `arranged`: system turns at the beginning become one; if the template would drop it, it begins the
+                next user turn
              -> `render`: the chat template's text
              -> `prompt_ids`: token ids, in which the control tokens are the template's own
 
@@ -106,6 +107,17 @@ TOOLS_LEFT_OUT = (
 """What is expected, and what to do, where a template leaves tool descriptions out."""
 
 
+def join_leading_system(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose system turns at the beginning are one, joined by blank lines; tools of two stay apart."""
+    found = list(messages)
+    while len(found) > 1 and found[0]["role"] == found[1]["role"] == "system":
+        if "tools" in found[0] and "tools" in found[1]:
+            break
+        text = "\n\n".join(filter(str.strip, (str(found[0]["content"]), str(found[1]["content"]))))
+        found[:2] = [{**found[1], **found[0], "content": text}]
+    return found
+
+
 def fold_system(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[int | None]]:
     """Put system turns at the beginning of the user turn that follows, or of the first when none does.
 
@@ -172,11 +184,13 @@ class Arrangement:
     def arranged(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> Arranged:
         """Return what of a conversation the template can render.
 
+        Several system turns at the beginning become one, as a system prompt in use is one text.
         A system turn that the template drops, or refuses, becomes the beginning of a user turn. Tool descriptions that
         the template does not read as `tools` go where Phi-4-mini's looks: the `tools` of the system turn.
         """
-        found = [dict(message) for message in messages]
-        places: list[int | None] = list(range(len(found)))
+        found = join_leading_system([dict(message) for message in messages])
+        joined = len(messages) - len(found)
+        places: list[int | None] = [place for place in range(len(messages)) if not 0 < place <= joined]
         if tools is not None and not self._reads_tool_argument():
             described = json.dumps(tools, ensure_ascii=False)
             if found[0]["role"] == "system":

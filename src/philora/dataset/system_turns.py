@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from philora.configuration.sections import DataConfig
+from philora.dataset.arrangement import join_leading_system
 from philora.dataset.prepare import PreparedData, shape_of
 from philora.dataset.read import resolve
 from philora.dataset.records import Fault
@@ -19,12 +20,11 @@ LOOKED_AT = 10_000
 
 
 def commonest_system_turn(prepared: PreparedData, data: DataConfig) -> SystemTurn | None:
-    """Return the commonest system turn at the beginning of the training conversations; None where no one has any.
+    """Return the commonest system turn at the beginning of the training conversations; None if there is none.
 
     Args:
         prepared: The data of a run.
-        data: Its sources. Where the template drops system turns, which are then part of the user's, they are read
-            again.
+        data: Its sources. If the template drops system turns, which are then part of the user's, they are read again.
     """
     rows = prepared.train_conversations
     folded = "train" in prepared.report.splits and prepared.report.train.folded_system
@@ -32,8 +32,8 @@ def commonest_system_turn(prepared: PreparedData, data: DataConfig) -> SystemTur
     return _commonest(_as_given(data) if folded else (rows[place] for place in range(0, len(rows), step)))
 
 
-def _commonest(conversations: Iterable[Iterable[Mapping[str, Any]]]) -> SystemTurn | None:
-    first = [next(iter(messages), {"role": "", "content": ""}) for messages in conversations]
+def _commonest(conversations: Iterable[Sequence[dict[str, Any]]]) -> SystemTurn | None:
+    first = [next(iter(join_leading_system(messages)), {"role": "", "content": ""}) for messages in conversations]
     counted = Counter(str(item["content"]) for item in first if item["role"] == "system" and item["content"])
     if not counted:
         return None
@@ -42,7 +42,7 @@ def _commonest(conversations: Iterable[Iterable[Mapping[str, Any]]]) -> SystemTu
 
 
 def _as_given(data: DataConfig) -> Iterator[list[dict[str, Any]]]:
-    """Conversations as their sources have them, with their system turns; the first ones of every source."""
+    """Yield conversations as their sources have them, with their system turns; the first ones of every source."""
     for config in data.train:
         source, shape = recognised(resolve(config, "train"), shape_of(data, config))
         records = (record for batch in source.open() for record in batch.records)

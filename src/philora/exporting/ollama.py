@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from philora.dataset.arrangement import Arrangement, fold_system
+from philora.dataset.arrangement import Arrangement, fold_system, join_leading_system
 from philora.errors import ModelError, fault
 from philora.families import longrope_switch_tokens
 from philora.files.checkpoint import write_text
@@ -48,8 +48,12 @@ class Markup(NamedTuple):
     asking: str
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the prompt that asks for an answer to the messages."""
-        arranged = messages if "system" in self.before else fold_system(messages)[0]
+        """Return the prompt that asks for an answer to the messages.
+
+        Ollama joins messages of one role that follow each other by blank lines before it renders a template.
+        """
+        joined = join_leading_system([dict(message) for message in messages])
+        arranged = joined if "system" in self.before else fold_system(joined)[0]
         body = "".join(self.before[entry["role"]] + entry["content"] + self.after[entry["role"]] for entry in arranged)
         return self.opening + body + self.asking
 
