@@ -217,6 +217,11 @@ def test_a_hint_names_the_run(project):
     for folder in (project, project / "runs", run / "checkpoints"):
         with pytest.raises(AdapterError, match=rf"Did you mean {run}\?"):
             find_adapter(folder)
+    for file in ("config.yaml", "report.html", "adapter/adapter_model.safetensors", "adapter/README.md"):
+        with pytest.raises(AdapterError, match=rf"Did you mean {run}\?"):
+            find_adapter(run / file)
+    with pytest.raises(AdapterError, match=r"Did you mean .*/checkpoint-12\?"):
+        find_adapter(run / "checkpoints" / "checkpoint-12" / "adapter_model.safetensors")
     loose = project / "loose"
     for step in (9, 10):
         shutil.copytree(run / "adapter", loose / f"checkpoint-{step}")

@@ -11,6 +11,8 @@ from philora.errors import nearest
 # True means that a turn has a loss; for masks, that it has none.
 LOSS_FLAGS = ("weight", "loss", "train", "training", "trainable")
 MASK_FLAGS = ("mask", "masked")
+# Values of `label` beside an answer that is not to be learned.
+BAD_LABELS = ("false", "bad", "rejected", "thumbs_down", "thumbs down", "dislike")
 # A text model cannot read these, and the text may be about them.
 _MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios", "input_audio")
 # Older fields of tool calls, which no chat template reads.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from philora.dataset.messages import ROLES, Conversation, require_answer
-from philora.dataset.record_fields import LOSS_FLAGS, MASK_FLAGS, Fields, flag, is_empty, refuse_unsupported
+from philora.dataset.record_fields import BAD_LABELS, LOSS_FLAGS, MASK_FLAGS, Fields, flag, is_empty, refuse_unsupported
 from philora.dataset.records import Fault, Record, parse_line
 from philora.dataset.shape_readers import PAIRS, read
 from philora.dataset.turns import TURN_KEYS, described, turn_columns
@@ -82,13 +82,14 @@ def _refuse_untrained(fields: Fields, shape: str) -> None:
         if flag(name, fields.get(name)) == (name in MASK_FLAGS):
             raise Fault(name, value, "a record that is trained on", "Remove the records without loss")
     label = fields.values.get("label")
-    bad: tuple[Any, ...] = (False, "false", "False", "FALSE")
+    label = label.strip().lower() if isinstance(label, str) else label
+    bad: tuple[Any, ...] = (False, *BAD_LABELS)
     if shape == "prompt_completion":
         bad += ("0",)
     elif label == 0 and not isinstance(label, bool):
         return  # a class by its number
     if "label" not in fields.read and isinstance(label, bool | str | int) and label in bad:
-        todo = "Remove the records whose label is false, or the field if it means something else"
+        todo = f"Remove the records with label: {label}, or the field if it means something else"
         raise Fault("label", label, "an answer that is not labelled as bad", todo)
     if label is True:
         fields.get("label")

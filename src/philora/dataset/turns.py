@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from philora.dataset.record_fields import LOSS_FLAGS, MASK_FLAGS
+from philora.dataset.record_fields import BAD_LABELS, LOSS_FLAGS, MASK_FLAGS
 from philora.dataset.records import BATCH_ROWS, Batch, Fault, Record, Source, parse_line
 from philora.errors import DataError, fault, nearest
 
@@ -226,7 +226,7 @@ def _conversation(
         for name, value in row.items():
             if name in names.values() or name == "messages" or name in flags or value in (None, ""):
                 continue
-            if name == "label" and str(value).lower() in ("false", "0"):
+            if name == "label" and str(value).strip().lower() in (*BAD_LABELS, "0"):
                 beside[name] = value  # one bad answer is enough
             beside.setdefault(name, value)
     return {"messages": turns, **beside}

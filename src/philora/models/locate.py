@@ -21,6 +21,9 @@ from philora.runtime.hub import HubPath, adapter_subfolders, download_adapter, p
 logger = logging.getLogger("philora.run")
 
 
+_NEVER_AN_ADAPTER = (".yaml", ".json", ".jsonl", ".html", ".log", ".md")
+
+
 class AdapterSource(NamedTuple):
     """An adapter and its base.
 
@@ -53,6 +56,7 @@ def find_adapter(source: str | Path, base: str | None = None, *, unfinished: boo
         ConfigError: The model section of the run's configuration cannot be read.
     """
     path = Path(source).expanduser()
+    _refuse_file_inside(path)
     if path.is_dir() and not (path / "adapter_config.json").is_file():
         path = _adapter_in(path, unfinished)
     elif not path.exists():
@@ -86,6 +90,20 @@ def require_base(found: AdapterSource) -> str:
         todo = "Give its current folder: --base FOLDER"
         raise ModelError(fault(str(found.run or found.path), "base", found.base, expected, todo))
     return found.base
+
+
+def _refuse_file_inside(path: Path) -> None:
+    """Refuse a file of a run or of an adapter folder, where the folder itself is meant."""
+    if not path.is_file():
+        return
+    folder = path.absolute().parent
+    if (folder / "adapter_config.json").is_file():
+        meant = (run_of(folder) if folder.name == "adapter" else None) or folder
+    else:
+        meant = folder if path.suffix in _NEVER_AN_ADAPTER and is_run(folder) else None
+    if meant is not None:
+        expected = "a run folder, or a folder with adapter_config.json, not a file in it"
+        raise AdapterError(fault("adapter", "source", str(path), expected, f"Did you mean {meant}?"))
 
 
 def _adapter_in(folder: Path, unfinished: bool) -> Path:

@@ -172,7 +172,16 @@ def test_what_changes_the_meaning_is_refused_in_every_shape(name, record):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"label": False}, {"label": "false"}, {"weight": 0}, {"loss": False}, {"mask": True}]
+    "flags",
+    [
+        {"label": False},
+        {"label": "false"},
+        {"label": "Bad "},
+        {"label": "rejected"},
+        {"weight": 0},
+        {"loss": False},
+        {"mask": True},
+    ],
 )
 def test_records_that_say_not_to_be_trained_are_refused(flags):
     for record in ({"messages": [Q, A]}, {"prompt": "q", "completion": "a"}):
