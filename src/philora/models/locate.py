@@ -97,10 +97,11 @@ def _refuse_file_inside(path: Path) -> None:
     if not path.is_file():
         return
     folder = path.absolute().parent
+    meant: Path | None = None
     if (folder / "adapter_config.json").is_file():
         meant = (run_of(folder) if folder.name == "adapter" else None) or folder
-    else:
-        meant = folder if path.suffix in _NEVER_AN_ADAPTER and is_run(folder) else None
+    elif path.suffix in _NEVER_AN_ADAPTER and is_run(folder):
+        meant = folder
     if meant is not None:
         expected = "a run folder, or a folder with adapter_config.json, not a file in it"
         raise AdapterError(fault("adapter", "source", str(path), expected, f"Did you mean {meant}?"))
