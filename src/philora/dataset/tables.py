@@ -8,7 +8,7 @@ import datetime
 import itertools
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,9 +114,11 @@ def read_excel(file: Path, reading: Reading) -> Iterator[Batch]:
                 reading.unread[f"sheet {name} of {file.name}"] = None
         rows = sheets[chosen]
         with contextlib.ExitStack() as stack:
-            if _has_formulas(file):  # a file that Excel never saved has formulas without their values
-                formulas = stack.enter_context(contextlib.closing(openpyxl.load_workbook(file, read_only=True)))
-                rows = _refuse_uncomputed(file, rows, formulas[chosen])
+
+            def formulas() -> Any:
+                return stack.enter_context(contextlib.closing(openpyxl.load_workbook(file, read_only=True)))[chosen]
+
+            rows = _refuse_uncomputed(file, rows, formulas)
             yield from in_batches(str(file), "row", _sheet_rows(file, rows))
 
 
@@ -127,35 +129,28 @@ def _filled(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]] | None:
     return None if first is None else itertools.chain([first], rows)
 
 
-def _has_formulas(file: Path) -> bool:
-    with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            if not name.startswith("xl/worksheets/"):
-                continue
-            with archive.open(name) as stream:
-                before = b""
-                while chunk := stream.read(1 << 20):
-                    if b"<f>" in before + chunk or b"<f " in before + chunk:
-                        return True
-                    before = chunk[-2:]
-    return False
-
-
 def _refuse_uncomputed(
-    file: Path, rows: Iterator[tuple[int, Sequence[Any]]], formulas: Any
+    file: Path, rows: Iterator[tuple[int, Sequence[Any]]], formulas: Callable[[], Any]
 ) -> Iterator[tuple[int, Sequence[Any]]]:
-    """Yield the rows; refuse a cell with a formula whose value is not in the file."""
+    """Yield the rows; refuse a formula whose value is not in the file, as in one that no spreadsheet program saved.
+
+    Args:
+        file: The Excel file.
+        rows: Its rows with the values of formulas.
+        formulas: Open the same sheet with the formulas; called at the first empty cell.
+    """
     header: list[str] | None = None
-    given = enumerate(formulas.iter_rows(), start=1)
+    given: Iterator[tuple[int, Sequence[Any]]] | None = None
     for number, row in rows:
         header = [_cell_text(cell.value) for cell in row] if header is None else header
-        same = next(cells for place, cells in given if place == number)
-        for name, cell, formula in zip(header, row, same, strict=False):
-            if cell.value is None and formula.data_type == "f":
-                todo = "Open the file in Excel or LibreOffice and save it, so that the values are in it"
-                raise DataError(
-                    fault(f"{file} row {number}", name, formula.value, "a value, not a formula alone", todo)
-                )
+        if any(cell.value is None for cell in row):
+            given = enumerate(formulas().iter_rows(), start=1) if given is None else given
+            same = next(cells for place, cells in given if place == number)
+            for name, cell, formula in zip(header, row, same, strict=False):
+                if cell.value is None and formula.data_type == "f":
+                    todo = "Open the file in Excel or LibreOffice and save it, so that the values are in it"
+                    expected = "a value, not only a formula"
+                    raise DataError(fault(f"{file} row {number}", name, formula.value, expected, todo))
         yield number, row
 
 

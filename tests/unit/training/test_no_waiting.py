@@ -169,12 +169,12 @@ def test_a_step_that_is_left_out_late_leaves_what_one_left_out_at_once_leaves(tm
     settings: dict[str, Any] = {"max_steps": 5, "lr_scheduler_type": "linear", "warmup_steps": 2, "logging_steps": 2}
     at_once = poisoned(trainer(tmp_path / "a", make_phi3(), **settings), {2, 4}, monkeypatch)
     at_once.train()
-    said = [each.getMessage() for each in caplog.records if "is left out" in each.getMessage()]
+    said = [each.getMessage() for each in caplog.records if "is skipped" in each.getMessage()]
     caplog.clear()
     read_late = poisoned(late(trainer(tmp_path / "b", make_phi3(), **settings), monkeypatch), {2, 4}, monkeypatch)
     read_late.train()
     assert torch.equal(adapter(read_late), adapter(at_once))
-    assert [each.getMessage() for each in caplog.records if "is left out" in each.getMessage()] == said
+    assert [each.getMessage() for each in caplog.records if "is skipped" in each.getMessage()] == said
     assert len(said) == 2
     logs = [
         [(each["loss"], each["learning_rate"]) for each in made.state.log_history if "loss" in each]
