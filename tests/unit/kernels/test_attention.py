@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_the_layout_is_read_once_for_a_batch(phi3, family, rows, monkeypatch):
         assert torch.equal(carried, one)
         assert len(calls) == 1, "a batch that carries its documents is not read"
     monkeypatch.setattr(document_groups, "_known", [])  # a planted fault: nothing is remembered
-    monkeypatch.setattr(document_groups.weakref, "ref", lambda _: lambda: None)
+    monkeypatch.setattr(document_groups, "weakref", SimpleNamespace(ref=lambda _: lambda: None))
     model(**given)
     assert len(calls) > 2
 
