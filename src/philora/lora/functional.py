@@ -115,17 +115,23 @@ def refuse_create_graph() -> None:
         raise RuntimeError(f"create_graph=True - the fast modules have no second derivative. {todo}")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device: str) -> bool:
+    # The compiler of PyTorch 2.11 cannot trace this question.
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Return the dtype of the open autocast block for this kind of device; None if there is none."""
     # The meta device has no autocast, and asking about it raises.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context without autocast for this kind of device."""
-    if not torch.amp.is_autocast_available(device):
+    if not _has_autocast(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
