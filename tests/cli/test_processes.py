@@ -301,11 +301,9 @@ def test_when_a_process_is_killed_the_other_ends(tmp_path, victim):
     code, _, err = finished(command, 60)
     assert time.monotonic() - begun < 40
     assert code == 1
+    assert sorted(exit_codes(err)) == [-9, 1]
     assert len(said(err)) == 1
-    # The launcher's SIGTERM may reach the other between two steps, before it waits for the one that was killed.
-    ended = {1: "expected every process to continue, but another one has ended", 3: "SIGTERM: stopped after step"}
-    (other,) = [code for code in exit_codes(err) if code != -9]
-    assert ended[other] in said(err)[0]
+    assert "expected every process to continue, but another one has ended" in said(err)[0]
     assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").folder is not None
 
 

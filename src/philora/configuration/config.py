@@ -231,7 +231,7 @@ def _check_model(values: dict[str, Any], reader: Reader) -> None:
         path = values.get(key)
         if path in reader.looked_at and reader.needs_files:
             expected = f"an existing folder; there is none at {', '.join(reader.looked_at[path])}"
-            reader.fault(("model", key), path, expected, f"Give its current place: model.{key}=PATH")
+            reader.fault(("model", key), path, expected, f"Give its current path: model.{key}=PATH")
         elif isinstance(path, str) and path.startswith(("./", "../", "/", "~")):
             values[key] = str(Path(path).expanduser())
             if not exists(Path(values[key])):

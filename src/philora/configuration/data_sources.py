@@ -125,7 +125,7 @@ def _local_path(path: KeyPath, text: str, reader: Reader) -> str:
         place = (*path, "path") if (*path, "path") in reader.places else path
         key = ".".join(path)
         if text in reader.looked_at:
-            todo = f"It was looked for at {', '.join(reader.looked_at[text])}. Give its current place: {key}=PATH"
+            todo = f"It was looked for at {', '.join(reader.looked_at[text])}. Give its current path: {key}=PATH"
         else:
             todo = nearest_file(file) or f"Relative paths start at {Path.cwd()}"
         reader.fault(place, text, "an existing file or folder, or a hub id", todo)

@@ -50,6 +50,7 @@ class StopOnSignal:
         self.saved: Callable[[], bool] = lambda: False
         self.stopped_by: str | None = None
         self._finishing = False
+        self._other_lost = False
         self._received_at = 0.0
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
@@ -64,7 +65,8 @@ class StopOnSignal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if number != signal.SIGTERM or not self._other_lost:
+                signal.signal(number, handler)
         self._previous.clear()
         if isinstance(error, Signalled) and self.stopped_by is not None:
             raise self.interrupted() from None
@@ -102,6 +104,12 @@ class StopOnSignal:
         self._finishing = True
         try:
             yield
+        except RuntimeError as error:
+            if processes.lost(error) and signal.SIGTERM in self._previous:
+                # The launcher now sends SIGTERM to the remaining processes, which is not why the run ends.
+                self._other_lost = True
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
         finally:
             self._finishing = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from philora.runtime import processes
+from philora.runtime.signals import StopOnSignal
 
 SCRIPT = """
 from philora.runtime import processes
@@ -90,3 +92,26 @@ def test_the_process_that_failed_is_named(monkeypatch):
     store.set("key", processes._FAILED)
     with pytest.raises(processes.Elsewhere, match="expected process 5 to continue"):
         processes._take("key", 5)
+
+
+def test_a_lost_process_is_the_reason_also_if_the_launcher_ends_this_one_at_once(monkeypatch):
+    """The launcher sends SIGTERM to all others as soon as one has ended."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    stop = StopOnSignal("in the test", "philora train x")
+    stop.saved = lambda: True
+
+    def run():
+        with stop:
+            try:
+                with stop.finishing():
+                    raise RuntimeError("Connection closed by peer")
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            run()
+        os.kill(os.getpid(), signal.SIGTERM)  # until the process ends
+    finally:
+        signal.signal(signal.SIGTERM, before)
