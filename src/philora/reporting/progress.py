@@ -108,20 +108,23 @@ class EvaluationProgress:
         self.console = console
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._began: dict[str, float] = {}
-        self._line = time.monotonic()
+        self._began: dict[str, tuple[float, int]] = {}
+        self._line = 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Update the display: `done` of `total` are done."""
-        if what not in self._began or done <= 1:
-            self._began[what] = time.monotonic()
+        now = time.monotonic()
+        if not self._began:
+            self._line = now  # the first line comes after the time between two lines
+        began, counted = self._began.setdefault(what, (now, done))
         if self.console.is_terminal:
             self._advance(what, done, total)
-        elif time.monotonic() - self._line >= LINE_SECONDS and done < total:
-            self._line = time.monotonic()
-            pace = (self._line - self._began[what]) / done
-            left = f", {duration(pace * (total - done))} left" if pace else ""
+        elif now - self._line >= LINE_SECONDS and done < total:
+            self._line = now
+            left = f", {duration((now - began) / (done - counted) * (total - done))} left" if done > counted else ""
             self.console.print(f"{what}: {done:,} of {total:,}{left}", highlight=False)
+        if done >= total:
+            del self._began[what]
 
     def _advance(self, what: str, done: int, total: int) -> None:
         if self._bar is None:

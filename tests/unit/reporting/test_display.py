@@ -139,3 +139,16 @@ def test_a_long_evaluation_has_a_bar_on_a_terminal():
         for done in (1, 2):
             advance("answers", done, 2)
     assert "answers" in console.file.getvalue()
+
+
+def test_the_time_left_of_a_second_evaluation_does_not_count_the_training_between(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=100)
+    shown = progress.EvaluationProgress(console)
+    for begins in (0, 1000):
+        for done in (79, 140, 276):
+            now = begins + done / 2
+            shown("rows scored", done, 276)
+    lines = console.file.getvalue().splitlines()
+    assert lines == ["rows scored: 140 of 276, 1 min 08 s left"] * 2
