@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import os
 import re
 import signal
@@ -119,8 +120,9 @@ def commands(device: str, quick: bool, seconds: float) -> dict[str, list[str]]:
     }
 
 
+@functools.cache
 def test_files() -> list[str]:
-    """The files whose tests can run on a card. Others need packages that the machine does not have.
+    """Return the files whose tests can run on a card. Others need packages that the machine does not have.
 
     Those of the benchmarks are left out: the part `speed` runs what they test.
     """

@@ -302,6 +302,7 @@ def test_oddities_are_accepted_with_a_notice(cli, config, jsonl, tmp_path):
     assert "longer than 256 tokens and were cut there" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", ["tests/scripts/trl_script.py", pytest.param("examples/sample_finetune.py", marks=pytest.mark.slow)]
 )

@@ -70,6 +70,7 @@ def label_shifted(trainer):
     trainer.train_dataset = rows.map(lambda row: {"labels": [row["labels"][-1], *row["labels"][:-1]]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "packing", "tolerance"),
     [

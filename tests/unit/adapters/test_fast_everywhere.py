@@ -321,6 +321,7 @@ def test_two_processes_by_the_trainer(shared, trained_plain):
     assert enough(found["counts"], TRAINER, PASSES // 2), found["counts"]
 
 
+@pytest.mark.slow
 def test_other_rows_show(shared, plain):
     """The comparison of two processes with one can fail: each process alone has other losses and gradients."""
     found = result_of(shared, "ddp", True)

@@ -329,6 +329,7 @@ def test_gpu_rows_have_the_columns_of_the_table():
         assert next(csv.reader(stream)) == list(row)
 
 
+@pytest.mark.slow
 def test_the_planners_memory_stands_beside_what_was_measured():
     """The two trainings of philora that were measured on a card, before there was a stack."""
     pytest.importorskip("bitsandbytes")

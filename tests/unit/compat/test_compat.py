@@ -30,6 +30,7 @@ def in_a_process(code, tmp_path, before=""):
     return sorted(path.name for path in folder.iterdir() if "wandb" in path.name)
 
 
+@pytest.mark.slow
 def test_the_trainer_does_not_import_wandb(tmp_path):
     code = "assert 'wandb' not in sys.modules\nassert not base_trainer.is_wandb_available()"
     assert in_a_process(code, tmp_path) == []

@@ -169,9 +169,13 @@ print(build.available(), swiglu(torch.ones(1, 4)).tolist(), build.describe(), se
     ("environment", "reason"),
     [
         ({"CC": "no-such-compiler"}, "PyTorch (there is no no-such-compiler: with gcc installed"),
-        ({"CC": "false"}, "PyTorch (compiling failed: Command"),
+        pytest.param({"CC": "false"}, "PyTorch (compiling failed: Command", marks=pytest.mark.slow),
         ({"PHILORA_NATIVE": "0"}, "PyTorch (PHILORA_NATIVE=0)"),
-        ({"XDG_CACHE_HOME": "/dev/null"}, "PyTorch (compiling failed: [Errno 20] Not a directory"),
+        pytest.param(
+            {"XDG_CACHE_HOME": "/dev/null"},
+            "PyTorch (compiling failed: [Errno 20] Not a directory",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_without_it_pytorch_computes(tmp_path, environment, reason):

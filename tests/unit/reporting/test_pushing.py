@@ -120,6 +120,7 @@ def test_an_adapter_arrives_whole(hub, run, tmp_path, capsys, caplog):
     assert again.repo_id == "me/helpdesk"
 
 
+@pytest.mark.slow
 def test_a_merged_model_arrives_whole(hub, run, tmp_path):
     result = push(run / "adapter", "me/merged", merged=True)
     files = hub.repositories["me/merged"]

@@ -217,6 +217,7 @@ def with_halvings(trainer, count):
     return trainer
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_bits(tokenizer, tmp_path):
     """Dropout's masks depend on the parts, so that a run with others would show."""
     model = make_phi3()

@@ -312,6 +312,7 @@ def test_the_groups_of_ones_own_models_train_alike(phi3):
 # ------------------------------------------------------------------------------------------- going on, refusing
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_groups_rates_and_weights(build, tmp_path):
     settings = {
         "loraplus_lr_ratio": RATIO,
