@@ -255,7 +255,7 @@ def _serve(
         out.print(f"{adapter}: {trained}, where a request has none of its own", highlight=False)
     out.print(f"API:    {address}/v1\nCtrl-C stops the server", highlight=False)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped
-        connections.run(app, scheduler, bound)
+        connections.Server(app, scheduler).run(sockets=[bound])
 
 
 def _talk(pool: AdapterPool, settings: GenerationSettings, name: str, system: str | None) -> None:
