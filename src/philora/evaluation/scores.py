@@ -438,14 +438,23 @@ def shown_figure(value: float | None, measure: Measure | Paired) -> str:
     return _shown(_number(value), measure)
 
 
-def interval_of(figure: Paired) -> str:
-    """Format the difference with its 95% interval in brackets; that of shares in percentage points."""
-    change = _change(_number(figure.before), _number(figure.after), figure)
+def change_of(figure: Paired) -> str:
+    """Format the difference; that of shares in percentage points."""
+    return _change(_number(figure.before), _number(figure.after), figure)
+
+
+def ends_of(figure: Paired, between: str = " to ") -> str:
+    """Format the ends of the difference's 95% interval, without a unit; empty if there is none."""
     if figure.low is None or figure.high is None:
-        return change
+        return ""
     size = max(abs(figure.before), abs(figure.after))
-    ends = (_signed(entry, figure, size).removesuffix(" pp") for entry in (figure.low, figure.high))
-    return f"{change} [{', '.join(ends)}]"
+    return between.join(_signed(entry, figure, size).removesuffix(" pp") for entry in (figure.low, figure.high))
+
+
+def interval_of(figure: Paired) -> str:
+    """Format the difference with its 95% interval in brackets."""
+    ends = ends_of(figure, ", ")
+    return f"{change_of(figure)} [{ends}]" if ends else change_of(figure)
 
 
 def better(metric: Measure, before: float | None, after: float | None) -> bool | None:

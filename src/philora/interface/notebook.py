@@ -119,12 +119,7 @@ class NotebookBar(TrainerCallback):  # type: ignore[misc]
         self._step(state)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Show the newest loss."""
         names = {"loss": "loss", "eval_loss": "held-out loss"}

@@ -84,12 +84,7 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
                 write_text(self.path, "".join(kept))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Add throughput and memory to the entry, which later callbacks show, and write it."""
         if logs is None or not state.is_world_process_zero:
