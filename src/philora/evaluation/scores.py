@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -167,11 +168,7 @@ class Comparison(NamedTuple):
 
 
 def score(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    pad_token_id: int,
-    batch_tokens: int = 8192,
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, batch_tokens: int = 8192
 ) -> TokenScores:
     """Compute loss, perplexity and token accuracy of a model on tokenised rows.
 
@@ -208,11 +205,7 @@ def summary(rows: Sequence[RowScores]) -> TokenScores:
 
 
 def score_rows(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    pad_token_id: int,
-    batch_tokens: int = 8192,
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, batch_tokens: int = 8192
 ) -> list[RowScores]:
     """Compute the sums behind `score` for every row; arguments, numerics and cost are those of `score`.
 
@@ -220,7 +213,7 @@ def score_rows(
     """
     sequences = list(_sequences(rows))
     device = device_of(model)
-    losses, corrects, counts = ([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
+    sums = [RowScores(0.0, 0, 0)] * len(rows)
     most = math.inf  # the most positions that are known to fit into memory
     scored = 0
     with evaluating(model), torch.inference_mode():
@@ -242,13 +235,11 @@ def score_rows(
                     half = len(part) // 2
                     pending += [part[half:], part[:half]]
                     continue
-                for piece, (its_loss, its_correct, its_count) in zip(part, found, strict=True):
-                    losses[piece.row] += its_loss
-                    corrects[piece.row] += its_correct
-                    counts[piece.row] += its_count
+                for piece, scores in zip(part, found, strict=True):
+                    sums[piece.row] = RowScores(*map(operator.add, sums[piece.row], scores))
                 scored += len(part)
                 advance("rows scored", scored, len(sequences))
-    return [RowScores(*scores) for scores in zip(losses, corrects, counts, strict=True)]
+    return sums
 
 
 def _score_batch(
@@ -308,11 +299,9 @@ def evaluate(
         model: A causal language model of transformers, or a PeftModel around one in its current state: with its
             adapter, or inside `model.disable_adapter()` for the base.
         tokenizer: Its tokenizer; with a chat template if there are conversations.
-        rows: As for `score`.
         conversations: Pairs of the messages up to an assistant's turn, and that turn's text.
         settings: As for `generate`.
-        pad_token_id: As for `score`.
-        batch_tokens: As for `score`.
+        rows, pad_token_id, batch_tokens: As for `score`.
 
     Returns:
         The scores and a sample for every conversation whose prompt fits the model's window.
@@ -331,26 +320,16 @@ def evaluate(
     prompts = prompt_tokens(tokenizer, [prompt for prompt, _ in conversations], control_tokens=True)
     lengths = [len(ids) for ids in prompts]
     fitting = [pair for pair, length in zip(conversations, lengths, strict=True) if window is None or length < window]
-    answers = _answers(model, tokenizer, [prompt for prompt, _ in fitting], settings)
+    try:
+        answers = generate(model, tokenizer, [prompt for prompt, _ in fitting], settings)
+    except NotFiniteError as error:  # a model that computes NaN gets empty answers, so that its evaluation shows it
+        logger.warning("no answers: %s", error)
+        answers = [Answer("", 0, stopped=False) for _ in fitting]
     return_freed_memory()
     samples = [_sample(prompt, reference, answer) for (prompt, reference), answer in zip(fitting, answers, strict=True)]
     seconds = time.perf_counter() - started
     too_long = len(conversations) - len(fitting)
     return Evaluation(_scores(row_scores, samples), samples, seconds, too_long, row_scores)
-
-
-def _answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Mapping[str, Any]]],
-    settings: GenerationSettings,
-) -> list[Answer]:
-    """Answer as `generate`; a model that computes NaN gets empty answers, so that its evaluation shows it."""
-    try:
-        return generate(model, tokenizer, prompts, settings)
-    except NotFiniteError as error:
-        logger.warning("no answers: %s", error)
-        return [Answer("", 0, stopped=False) for _ in prompts]
 
 
 def _scores(rows: Sequence[RowScores], samples: Sequence[Sample]) -> Scores:
