@@ -146,8 +146,7 @@ def _train(
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)
         skeleton = models.load_skeleton(config.model)
         config = planning.with_learning_rate(config, skeleton.config)
-        generic = generic_notice(skeleton.config)
-        if generic is not None:
+        if (generic := generic_notice(skeleton.config)) is not None:
             logger.warning("%s", generic)
         _check_targets(config, skeleton)
         max_length = models.max_length_of(config, skeleton.config)
@@ -174,7 +173,7 @@ def _train(
 def _check_targets(config: Config, skeleton: Any) -> None:
     """Raise an error if a target of the adapter matches nothing in the model."""
     if config.model.adapter is None:
-        resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
+        resolve_for_training(skeleton, LoraConfig(**config.peft_config), where=f"{config.source}: peft_config")
     else:
         check_adapter(skeleton, find_adapter(config.model.adapter).path)
 
@@ -262,10 +261,6 @@ def _plan(
     )
 
 
-def _lora_config(config: Config) -> LoraConfig:
-    return LoraConfig(**config.peft_config)
-
-
 def _locate_examples(prepared: PreparedData, data: Any, examples: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Return the origin of every example by its tokens: its prepared row, its conversation, its file and line."""
     rows: dict[int, int] = {}
@@ -278,11 +273,7 @@ def _locate_examples(prepared: PreparedData, data: Any, examples: Sequence[Seque
     texts = {index: conversations.stored(number) for index, number in rows.items()}
     sources = places_of(data, set(texts.values())) if texts else {}
     return [
-        {
-            "source": sources.get(texts[index]),
-            "prepared_row": rows[index],
-            "conversation": conversations[rows[index]],
-        }
+        {"source": sources.get(texts[index]), "prepared_row": rows[index], "conversation": conversations[rows[index]]}
         if index in rows
         else {}
         for index in range(len(examples))
@@ -316,13 +307,12 @@ class _Run:
         base = models.load_model(config.model, run.tokenizer)
         weight = base.get_input_embeddings().weight
         untrained = untrained_tokens(run.tokenizer, len(weight), base.config, weight)
-        spare = notice(untrained, len(weight), config.peft_config)
-        if spare is not None:
+        if (spare := notice(untrained, len(weight), config.peft_config)) is not None:
             logger.warning("%s", spare)
         if config.model.adapter is not None:
             self.model = load_adapter(base, find_adapter(config.model.adapter).path, is_trainable=True)
         else:
-            self.model = get_peft_model(base, _lora_config(config))
+            self.model = get_peft_model(base, LoraConfig(**config.peft_config))
         configure_stack(self.model, fp8=config.model.base_products == "fp8")
         self.arguments = resolve_arguments(run, self.model, chosen)
         rows_bytes = held_out_bytes(run.prepared) if config.data.keep_held_out else 0
