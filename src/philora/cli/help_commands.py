@@ -9,12 +9,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from philora.cli.application import GROUP_HELP, JsonOption, app, closing, err, out, print_json, set_up_logging
+from philora.cli import options
+from philora.cli.application import GROUP_HELP, app, closing, err, out, print_json, set_up_logging
 from philora.reporting import display
 
 
 @app.command(rich_help_panel=GROUP_HELP, epilog=closing("platforms.md", "philora doctor"))
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(as_json: options.JsonOption = False) -> None:
     """Check this machine: Python, packages, device, compiler, caches, disk, the connection to the Hub."""
     set_up_logging("warning")
     with err.status("looking"):
