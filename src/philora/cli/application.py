@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -14,6 +15,8 @@ from philora import __version__
 from philora.errors import ConfigError, fault
 from philora.reporting import display
 from philora.runtime import processes
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 GROUP_DATA = "Data and configuration"
 GROUP_RUN = "Train and judge"
@@ -36,12 +39,9 @@ out = display.SafeConsole(soft_wrap=True)
 err = display.SafeConsole(stderr=True, soft_wrap=True)
 
 
-def closing(page: str, example: str) -> str:
-    """Return the end of a command's help: an example, and the page of the documentation that explains the command.
-
-    The pages are files of the source distribution.
-    """
-    return f"Example: {example}\n\nMore: docs/{page}"
+def add_command(group: str, page: str, example: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Add a function to the commands, in a group of the help that ends with an example and a page of `docs/`."""
+    return app.command(name, rich_help_panel=group, epilog=f"Example: {example}\n\nMore: docs/{page}")
 
 
 def _version(shown: bool) -> None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from philora.cli import options
-from philora.cli.application import GROUP_DATA, app, closing, err, out, print_json, set_up_logging
+from philora.cli.application import GROUP_DATA, add_command, err, out, print_json, set_up_logging
 from philora.errors import ConfigError, fault
 from philora.interface.choices import choose, refuse_other_overrides, stem
 from philora.reporting import display
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from philora.training.readiness import Preflight
 
 
-@app.command(rich_help_panel=GROUP_DATA, epilog=closing("quickstart.md", "philora init support.csv --model phi-3-mini"))
+@add_command(GROUP_DATA, "quickstart.md", "philora init support.csv --model phi-3-mini")
 def init(
     data: Annotated[str, typer.Argument(help="Conversations: a file, a folder or a hub id.", metavar="DATA")],
     overrides: Annotated[
@@ -62,7 +62,7 @@ def init(
     _check_run(str(file), [], f"philora train {shlex.quote(str(file))}", False, False)
 
 
-@app.command(rich_help_panel=GROUP_DATA, epilog=closing("quickstart.md", "philora check support.yaml"))
+@add_command(GROUP_DATA, "quickstart.md", "philora check support.yaml")
 def check(
     context: typer.Context,
     config: options.ConfigArgument,
@@ -89,7 +89,7 @@ def check(
     _check_run(config, [*(overrides or []), *options.flag_overrides(context)], command, as_json, quiet)
 
 
-@app.command("data", rich_help_panel=GROUP_DATA, epilog=closing("data.md", "philora data support.csv"))
+@add_command(GROUP_DATA, "data.md", "philora data support.csv", name="data")
 def show_data(
     source: Annotated[
         str, typer.Argument(help="Data: a file, a folder or a hub id; or the YAML file of a run.", metavar="FILE")
@@ -126,11 +126,7 @@ def show_data(
     _show_labels(found.examples, "examples")
 
 
-@app.command(
-    "config",
-    rich_help_panel=GROUP_DATA,
-    epilog=closing("configuration.md", "philora config support.yaml training_config.max_steps=50"),
-)
+@add_command(GROUP_DATA, "configuration.md", "philora config support.yaml training_config.max_steps=50", name="config")
 def show_config(
     config: options.ConfigArgument, overrides: options.Overrides = None, as_json: options.JsonOption = False
 ) -> None:

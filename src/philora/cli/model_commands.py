@@ -9,11 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from philora.cli import options
-from philora.cli.application import GROUP_SHARE, app, closing, out, plain_values, print_json, set_up_logging
+from philora.cli.application import GROUP_SHARE, add_command, out, plain_values, print_json, set_up_logging
 from philora.reporting import display
 
 
-@app.command(rich_help_panel=GROUP_SHARE, epilog=closing("memory.md", "philora merge runs/support --out merged"))
+@add_command(GROUP_SHARE, "memory.md", "philora merge runs/support --out merged")
 def merge(
     source: options.AdapterArgument,
     output: Annotated[
@@ -66,10 +66,7 @@ def merge(
             out.print(f"  {name:<25} {item.loss:.4f}, {accuracy}", highlight=False)
 
 
-@app.command(
-    rich_help_panel=GROUP_SHARE,
-    epilog=closing("formats.md", "philora export runs/support --format ollama --dtype q8_0 --out support-ollama"),
-)
+@add_command(GROUP_SHARE, "formats.md", "philora export runs/support --format ollama --dtype q8_0 --out support-ollama")
 def export(
     source: options.AdapterArgument,
     output: Annotated[str, typer.Option("--out", help="Folder to write; must be empty or not exist.")],
@@ -119,7 +116,7 @@ def export(
         out.print(str(result.reader or failed or missing), highlight=False)
 
 
-@app.command(rich_help_panel=GROUP_SHARE, epilog=closing("hub.md", "philora push runs/support OWNER/NAME --dry-run"))
+@add_command(GROUP_SHARE, "hub.md", "philora push runs/support OWNER/NAME --dry-run")
 def push(
     source: options.AdapterArgument,
     repo_id: Annotated[

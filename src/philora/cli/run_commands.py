@@ -15,14 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from philora.cli import options
-from philora.cli.application import GROUP_RUN, app, closing, err, out, print_json, set_up_logging
+from philora.cli.application import GROUP_RUN, add_command, err, out, print_json, set_up_logging
 from philora.interface.choices import choose
 from philora.reporting import display
 from philora.runtime import process_state, processes
 from philora.runtime.signals import StopOnSignal
 
 
-@app.command(rich_help_panel=GROUP_RUN, epilog=closing("quickstart.md", "philora demo training_config.max_steps=60"))
+@add_command(GROUP_RUN, "quickstart.md", "philora demo training_config.max_steps=60")
 def demo(
     output: Annotated[
         str, typer.Option("--out", help="Run folder. A number is added where it exists already.")
@@ -37,9 +37,7 @@ def demo(
     train_run("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False, as_json)
 
 
-@app.command(
-    rich_help_panel=GROUP_RUN, epilog=closing("quickstart.md", "philora train support.yaml --learning-rate 1e-4")
-)
+@add_command(GROUP_RUN, "quickstart.md", "philora train support.yaml --learning-rate 1e-4")
 def train(
     context: typer.Context,
     config: options.ConfigArgument,
@@ -73,11 +71,7 @@ def train(
     train_run(config, given, "force" if resume == "force" else bool(resume), as_json, quiet)
 
 
-@app.command(
-    "evaluate",
-    rich_help_panel=GROUP_RUN,
-    epilog=closing("evaluation.md", "philora evaluate runs/support --answers 100"),
-)
+@add_command(GROUP_RUN, "evaluation.md", "philora evaluate runs/support --answers 100", name="evaluate")
 def evaluate_adapter(
     source: options.AdapterArgument,
     data: Annotated[
@@ -160,7 +154,7 @@ def evaluate_adapter(
     )
 
 
-@app.command(rich_help_panel=GROUP_RUN, epilog=closing("evaluation.md", "philora report runs/first runs/second --open"))
+@add_command(GROUP_RUN, "evaluation.md", "philora report runs/first runs/second --open")
 def report(
     runs: Annotated[
         list[str], typer.Argument(help="Run folder. With several, one page compares them.", metavar="RUN...")
@@ -190,7 +184,7 @@ def report(
     out.print(str(written), highlight=False)
 
 
-@app.command("runs", rich_help_panel=GROUP_RUN, epilog=closing("commands.md", "philora runs"))
+@add_command(GROUP_RUN, "commands.md", "philora runs", name="runs")
 def show_runs(
     folder: Annotated[str, typer.Argument(help="Folder that contains run folders.", metavar="FOLDER")] = "runs",
     as_json: options.JsonOption = False,

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from philora.cli import options
-from philora.cli.application import GROUP_USE, app, closing, err, out, quiet_transformers, set_up_logging
+from philora.cli.application import GROUP_USE, add_command, err, out, quiet_transformers, set_up_logging
 from philora.errors import ConfigError, fault
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ PRODUCTS_KEPT = 256
 """oneDNN and PyTorch keep compiled code for every length of prompt, by default for 1,024 of them."""
 
 
-@app.command(
-    "generate",
-    rich_help_panel=GROUP_USE,
-    epilog=closing("evaluation.md", 'philora generate runs/support --prompt "Where is my order?"'),
-)
+@add_command(GROUP_USE, "evaluation.md", 'philora generate runs/support --prompt "Where is my order?"', name="generate")
 def generate_answers(
     source: options.AdapterArgument,
     prompts: Annotated[
@@ -79,7 +75,7 @@ def generate_answers(
         out.print(f"{output}: {lines.count(chr(10))} answers", highlight=False)
 
 
-@app.command(rich_help_panel=GROUP_USE, epilog=closing("chat.md", "philora chat runs/support --web"))
+@add_command(GROUP_USE, "chat.md", "philora chat runs/support --web")
 def chat(
     source: options.AdapterArgument,
     base: options.BaseOption = None,
@@ -138,7 +134,7 @@ def chat(
     _talk(pool, settings, name, system)
 
 
-@app.command(rich_help_panel=GROUP_USE, epilog=closing("serving.md", "philora serve support=runs/support --port 8000"))
+@add_command(GROUP_USE, "serving.md", "philora serve support=runs/support --port 8000")
 def serve(
     sources: Annotated[
         list[str],
@@ -215,16 +211,11 @@ def _serve(
         quiet_transformers()
     pool = load_named(sources, base)
     pool.control_tokens = control_tokens
-    defaults = chat_settings(max_new_tokens)
+    defaults, hosts = chat_settings(max_new_tokens), connections.hosts_of(host)
     scheduler = Scheduler(pool, limit=max_requests)
-    app = serving.build_app(
-        pool,
-        defaults=defaults,
-        scheduler=scheduler,
-        key=key,
-        hosts=connections.hosts_of(host),
-        votes=votes,
-        questions=held_out_questions(sources[0]) if votes is not None else (),
+    asked = held_out_questions(sources[0]) if votes is not None else ()
+    served = serving.build_app(
+        pool, defaults=defaults, scheduler=scheduler, key=key, hosts=hosts, votes=votes, questions=asked
     )
     address = connections.address_of(bound)
     if votes is not None:
@@ -235,7 +226,7 @@ def _serve(
         out.print(f"{adapter}: {trained}, where a request has none of its own", highlight=False)
     out.print(f"API:    {address}/v1\nCtrl-C stops the server", highlight=False)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped
-        connections.Server(app, scheduler).run(sockets=[bound])
+        connections.Server(served, scheduler).run(sockets=[bound])
 
 
 def _talk(pool: AdapterPool, settings: GenerationSettings, name: str, system: str | None) -> None:

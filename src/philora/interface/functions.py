@@ -208,9 +208,7 @@ def check(source: Source, overrides: Sequence[str] = (), **settings: Unpack[Sett
     """Check all that a run needs before weights are loaded: data, labels, targets, memory, time.
 
     Args:
-        source: As for `train`.
-        overrides: As for `train`.
-        settings: As for `train`.
+        source, overrides, settings: As for `train`.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError, AdapterError, RunError: As `train` raises them.
