@@ -6,6 +6,7 @@ by the same calls with the adapter disabled, on the same rows and prompts, so th
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
@@ -389,7 +390,8 @@ def compare_table(before: Scores, after: Scores) -> list[Comparison]:
         old, new = (_number(getattr(entry, metric.field)) for entry in (before, after))
         if old is None and new is None:
             continue
-        table.append(Comparison(metric.title, _shown(old, metric), _shown(new, metric), _change(old, new, metric)))
+        before_text, after_text = shown_figure(old, metric), shown_figure(new, metric)
+        table.append(Comparison(metric.title, before_text, after_text, _change(old, new, metric)))
     return table
 
 
@@ -414,7 +416,11 @@ def stage_table(base: Scores, start: Scores, after: Scores) -> list[StageCompari
 
 def shown_figure(value: float | None, measure: Measure | Paired) -> str:
     """Format a figure, or a dash if there is none."""
-    return _shown(_number(value), measure)
+    if value is None or math.isnan(value):
+        return "–"
+    if measure.percent:
+        return f"{100 * value:.1f}%"
+    return f"{value:.{measure.digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def change_of(figure: Paired) -> str:
@@ -527,39 +533,33 @@ def _token_batches(sequences: Sequence[_Piece], batch_tokens: int, switch: int |
         yield batch
 
 
-class _FromHidden:
-    """Compute logits at labelled positions by the output layer, from the decoder's hidden states and in chunks."""
-
-    def __init__(self, causal: Any) -> None:
-        self.decoder = causal.get_decoder()
-        self.head = causal.get_output_embeddings()
-
-    def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
-        """Yield logits in chunks. Shapes: input_ids and mask (B, T), wanted (B, T-1); yields (positions, V)."""
-        hidden = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden = hidden[:, :-1][wanted]
-        size = max(1, CHUNK_ELEMENTS // int(getattr(self.head, "out_features", 2**16)))
-        for chunk in hidden.split(size):
-            yield self.head(chunk).float()
+def _hidden_states(causal: Any, input_ids: Tensor, mask: Tensor) -> Any:
+    return causal.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
-class _FromModel:
-    """Compute logits at labelled positions by the model's forward, for models that change the head's output."""
+def _from_hidden(causal: Any, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+    """Yield logits at labelled positions by the output layer, from the decoder's hidden states and in chunks.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    Shapes:
+        input_ids and mask (B, T), wanted (B, T-1); yields (positions, V).
+    """
+    head = causal.get_output_embeddings()
+    hidden = _hidden_states(causal, input_ids, mask)[:, :-1][wanted]
+    for chunk in hidden.split(max(1, CHUNK_ELEMENTS // int(getattr(head, "out_features", 2**16)))):
+        yield head(chunk).float()
 
-    def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
-        """Yield the logits as `_FromHidden`, in a chunk for every row."""
-        for row in range(len(input_ids)):
-            logits = self.model(input_ids=input_ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
-            # Prompt learning puts virtual tokens before the row; the row's own are the last.
-            yield logits[0, -input_ids.shape[1] : -1][wanted[row]].float()
+
+def _from_model(model: Any, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+    """Yield the logits by the model's forward, in a chunk for every row, for models that change the head's output."""
+    for row in range(len(input_ids)):
+        logits = model(input_ids=input_ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
+        # Prompt learning puts virtual tokens before the row; the row's own are the last.
+        yield logits[0, -input_ids.shape[1] : -1][wanted[row]].float()
 
 
 def _label_logits(
     model: Any, rows: Sequence[Mapping[str, Any]], sequences: Sequence[_Piece], device: torch.device
-) -> _FromHidden | _FromModel:
+) -> functools.partial[Iterator[Tensor]]:
     """Return the cheaper way to the logits if it gives the model's own logits on a few tokens.
 
     Some models scale or cap their logits after the output layer, and some adapters add virtual tokens. They are found
@@ -567,14 +567,14 @@ def _label_logits(
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not sequences or not hasattr(causal, "get_decoder") or causal.get_output_embeddings() is None:
-        return _FromModel(model)
+        return functools.partial(_from_model, model)
     ids = _read(rows, sequences[0])[0][:8]
     input_ids = torch.tensor([ids], dtype=torch.long, device=device)
     mask = torch.ones_like(input_ids)
     own = model(input_ids=input_ids, attention_mask=mask).logits
-    cheap = _FromHidden(causal)
-    logits = cheap.head(cheap.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state)
-    return cheap if torch.equal(logits.float(), own.float()) else _FromModel(model)
+    logits = causal.get_output_embeddings()(_hidden_states(causal, input_ids, mask))
+    same = torch.equal(logits.float(), own.float())
+    return functools.partial(_from_hidden, causal) if same else functools.partial(_from_model, model)
 
 
 def _sample(prompt: Sequence[Mapping[str, Any]], reference: str, answer: Answer) -> Sample:
@@ -594,14 +594,6 @@ def _finite(value: float | int | None) -> float | int | None:
 def _number(value: float | None) -> float | None:
     """Return a figure, or None if it is missing (NaN, from a null in `results.json`)."""
     return None if value is None or math.isnan(value) else value
-
-
-def _shown(value: float | None, metric: Measure | Paired) -> str:
-    if value is None:
-        return "–"
-    if metric.percent:
-        return f"{100 * value:.1f}%"
-    return f"{value:.{metric.digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _change(before: float | None, after: float | None, metric: Measure | Paired) -> str:

@@ -44,13 +44,7 @@ class Curve(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """The range of steps that all charts of a page show, and a mark in it.
-
-    Attributes:
-        left: First step.
-        right: Last step.
-        kept: Step of the checkpoint whose weights are the result, with its label; None if it is not known.
-    """
+    """The range of steps that all charts of a page show, and the step of the kept checkpoint, with its label."""
 
     left: float
     right: float

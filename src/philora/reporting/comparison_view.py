@@ -13,7 +13,7 @@ from philora.evaluation.scores import METRICS, change_of, ends_of, shown_figure
 from philora.reporting.answers import compared_answers
 from philora.reporting.charts import Axis, Curve, chart, smoothing_span
 from philora.reporting.formatting import count, duration, mapping, number, real, short_count, without_secrets
-from philora.reporting.run_record import Run, last_point
+from philora.reporting.run_record import Run
 
 
 class Cell(NamedTuple):
@@ -93,10 +93,11 @@ def _compared(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
     rows = [(titles[name], _with_best([_figure(run, name) for run in runs])) for name in order]
 
     bases = [str(mapping(run.results.get("model")).get("name") or "–") for run in runs]
+    losses = [run.series("loss") for run in runs]
     rows += [
         ("Loss of the base", [_figure(run, "loss", "before")[0] for run in runs]),
         ("Base model", list(map(Cell, bases))),
-        ("Last training loss", [_cell(last_point(run.series("loss")), number) for run in runs]),
+        ("Last training loss", [_cell(points[-1][1] if points else None, number) for points in losses]),
     ]
     for title, section, key, form in _RESULTS:
         found = [real(mapping(run.results.get(section)).get(key)) for run in runs]

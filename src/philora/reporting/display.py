@@ -212,6 +212,6 @@ def print_whole(console: Console, table: Table) -> None:
     console.print(Segments(list(console.render(table, options.update(width=wide)))), crop=False, end="")
 
 
-def _short(text: str, limit: int = 300) -> str:
+def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,6 @@ class Run:
             if value is not None:
                 points[float(entry["step"])] = value
         return sorted(points.items())
-
-    def not_finite(self, key: str) -> list[int]:
-        """Return the steps at which the logged value was not a finite number, which shows that a run diverged."""
-        return [int(entry["step"]) for entry in self.metrics if entry.get(key) is not None and real(entry[key]) is None]
 
     def held_out_losses(self) -> list[Point]:
         """Return the held-out loss by step, with step 0 if the loss before training is known."""
@@ -171,8 +167,3 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(fault(str(path), "content", content, "a JSON object as philora writes it"))
     return content
-
-
-def last_point(points: Sequence[Point]) -> float | None:
-    """Return the last value of a series; None if it is empty."""
-    return points[-1][1] if points else None

@@ -111,7 +111,8 @@ def _when(results: Mapping[str, Any]) -> str:
 def _warnings(run: Run) -> list[str]:
     """Return warnings that are shown with the verdict."""
     warnings = []
-    if broken := run.not_finite("loss"):
+    losses = [(entry["step"], entry["loss"]) for entry in run.metrics if entry.get("loss") is not None]
+    if broken := [int(step) for step, loss in losses if real(loss) is None]:  # the run diverged
         warnings.append(f"The loss was not a finite number at {len(broken)} logged steps, first at step {broken[0]:,}.")
     if shared := real(mapping(run.results.get("data")).get("in_both")):
         warnings.append(f"{shared:,.0f} held-out rows are also in the training data: the figures below are too good.")

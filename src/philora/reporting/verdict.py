@@ -19,13 +19,7 @@ ROSE = 0.02
 
 
 class Verdict(NamedTuple):
-    """The verdict on a run.
-
-    Attributes:
-        kind: `better`, `worse`, `unclear` or `unknown`.
-        title: The kind as a title.
-        sentences: The two sentences.
-    """
+    """The verdict on a run: its kind (`better`, `worse`, `unclear` or `unknown`), that as a title, two sentences."""
 
     kind: str
     title: str

@@ -109,8 +109,7 @@ class Server(uvicorn.Server):
     Here connections are refused when they open, and closed when a header takes too long.
 
     Args:
-        app: The application.
-        scheduler: Its answers end with the server.
+        app, scheduler: The application, and the scheduler; its answers end with the server.
         connections: Most connections at a time; default: as many as the process has file descriptors for.
         header_seconds: As `HEADER_SECONDS`.
     """

@@ -31,8 +31,6 @@ class UnreadStep:
     """A step whose loss and gradient norm the host has not read yet.
 
     Attributes:
-        step: Its number.
-        batches: Its micro-batches.
         optimizer: The optimizer that skips the step by itself; None if the step has not been taken yet.
         schedule: State of the learning-rate schedule before the step.
         rates: Learning rates of the optimizer's groups before the step.

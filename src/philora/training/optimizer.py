@@ -26,8 +26,7 @@ def finish_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, wrapped
     """Complete an optimizer that transformers has made.
 
     Args:
-        optimizer: The optimizer.
-        model: The model with its adapter.
+        optimizer, model: The optimizer, and the model with its adapter.
         wrapped: The model with the trained parameters: FSDP may have made new ones.
         ratio: `loraplus_lr_ratio`; unless it is None, B gets separate groups.
 

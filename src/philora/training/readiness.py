@@ -295,8 +295,7 @@ def require_space(folder: Path, size: int, limit: int | None, rows_bytes: int = 
     """Check that all checkpoints that exist at the same time, the adapter and the held-out rows fit on the disk.
 
     Args:
-        folder: The run folder.
-        size: Bytes of a checkpoint.
+        folder, size: The run folder, and the bytes of a checkpoint.
         limit: The number of checkpoints that are kept; None for all, of which a run needs at least two.
         rows_bytes: Bytes of the held-out rows that the run keeps.
 

@@ -94,9 +94,7 @@ class Claim:
     def take(self, config: Config, held: contextlib.ExitStack) -> None:
         """Create the folder and lock it.
 
-        Args:
-            config: For the messages.
-            held: Gets the lock, and the removal of what was created, which runs before the lock is released.
+        `held` gets the lock, and the removal of what was created, which runs before the lock is released.
 
         Raises:
             ConfigError: It is not empty, another process has locked it, or it cannot be written to.

@@ -294,10 +294,7 @@ class _Run:
         self.target = pushing.target_of(self.context.config)
 
     def load(self, chosen: Mapping[str, Any]) -> None:
-        """Load weights and adapter, and decide the arguments, without writing anything.
-
-        Args:
-            chosen: Choices to resume with, by the names in `CHOSEN`; missing ones are made now.
+        """Load weights and adapter, and decide the arguments, by choices to resume with, without writing anything.
 
         Raises:
             RunError: The files of the run do not fit on the disk.
