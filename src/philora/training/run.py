@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from philora.decoder_stack.model import configure as configure_stack
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.families import generic_notice
 from philora.files import checkpoint
+from philora.kernels.memory import out_of_memory
 from philora.kernels.tiled_attention import onednn_products
 from philora.models import loading as models
 from philora.models import run_folder
@@ -52,7 +53,6 @@ from philora.training import resume as resuming
 from philora.training.arguments import SFTConfig, chosen_of
 from philora.training.callbacks import MetricsFile, peak_memory_bytes
 from philora.training.checkpoints import checkpoint_bytes
-from philora.training.failures import explained
 from philora.training.run_arguments import resolve_arguments
 from philora.training.run_context import RunContext
 from philora.training.run_evaluation import Evaluations, evaluate_run, on_device, saved_model
@@ -162,7 +162,7 @@ def _train(
         outlook.check(config, plan)
         run = _Run(RunContext(config, folder, tokenizer, prepared, plan, command, callbacks, stop))
         processes.on_main(run.check_push)
-        with explained(folder):
+        with _explained(folder):
             processes.on_main(lambda: _begin_folder(claim, config, continued, held))
             held.enter_context(resuming.threads(chosen.get("threads")))
             run.load(chosen)
@@ -278,6 +278,35 @@ def _locate_examples(prepared: PreparedData, data: Any, examples: Sequence[Seque
         else {}
         for index in range(len(examples))
     ]
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Explain a lost process, an out-of-memory error and a full disk; other errors pass unchanged.
+
+    Raises:
+        RunError: The failure in this block, with what to do.
+    """
+    try:
+        yield
+    except PhiloraError:
+        raise
+    except Exception as error:
+        then = checkpoint.how_to_continue(folder / "checkpoints")
+        if processes.lost(error):
+            expected = "every process to continue, but another one has ended"
+            todo = f"Look for its message, or for what ended it (memory, a signal); then {then}"
+            message = fault("run", "processes", processes.count(), expected, todo)
+        elif out_of_memory(error):
+            todo = "Lower max_length or the batch sizes, or quantise the base (model.quantization: nf4)"
+            found = " ".join(str(error).split())[:300] or type(error).__name__
+            message = fault("run", "memory", found, "memory for the model and its batches", todo)
+        elif checkpoint.disk_full(error):
+            todo = f"Free some space ({checkpoint.free_bytes(folder):,} bytes are free), then {then}"
+            message = fault("run", "output_dir", str(folder), f"free space to write to it: {error}", todo)
+        else:
+            raise
+        raise RunError(message) from error
 
 
 class _Run:
