@@ -84,8 +84,7 @@ BaseOption = Annotated[
     ),
 ]
 HostOption = Annotated[
-    str,
-    typer.Option("--host", help="Address to listen on. One that other machines can reach needs --api-key."),
+    str, typer.Option("--host", help="Address to listen on. One that other machines can reach needs --api-key.")
 ]
 PortOption = Annotated[int, typer.Option("--port", help="Port to listen on. 0 takes a free one.", min=0, max=65535)]
 KeyOption = Annotated[

@@ -172,10 +172,10 @@ def _both_models(
     rows = found.rows.select(kept)
     conversations = [prompts_and_references(found.conversations[row]) for row in asked]
     logger.info("evaluating %d rows, %d answers", len(kept), len(conversations))
+    tokenizer, pad = loaded.tokenizer, cast(int, loaded.tokenizer.pad_token_id)
     evaluations, general = [], []
     for name in ("base", "adapter"):
         with loaded.model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            tokenizer, pad = loaded.tokenizer, cast(int, loaded.tokenizer.pad_token_id)
             evaluation = evaluate_model(loaded.model, tokenizer, rows, conversations, settings, pad_token_id=pad)
             logger.info("%s: loss %.4f, %.0f s", name, evaluation.scores.loss, evaluation.seconds)
             evaluations.append(evaluation)
