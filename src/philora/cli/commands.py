@@ -15,7 +15,8 @@ import typer
 from rich.markup import escape
 
 from philora.cli import data_commands, help_commands, model_commands, run_commands, use_commands
-from philora.cli.application import FILE_TYPES, FORMATS, GROUPS, LAYOUTS, app, err, out
+from philora.cli.application import GROUPS, app, err, out
+from philora.cli.options import FILE_TYPES, FORMATS, LAYOUTS
 from philora.errors import PhiloraError
 from philora.runtime import process_state, processes
 

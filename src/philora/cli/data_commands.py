@@ -13,32 +13,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from philora.cli.application import (
-    GROUP_DATA,
-    AlphaFlag,
-    BatchSizeFlag,
-    ConfigArgument,
-    DropoutFlag,
-    EpochsFlag,
-    EvalFlag,
-    JsonOption,
-    LearningRateFlag,
-    MaxLengthFlag,
-    ModelFlag,
-    OutFlag,
-    Overrides,
-    QuietFlag,
-    RankFlag,
-    SeedFlag,
-    TargetsFlag,
-    app,
-    closing,
-    err,
-    flag_overrides,
-    out,
-    print_json,
-    set_up_logging,
-)
+from philora.cli import options
+from philora.cli.application import GROUP_DATA, add_command, err, out, print_json, set_up_logging
 from philora.errors import ConfigError, fault
 from philora.interface.choices import choose, refuse_other_overrides, stem
 from philora.reporting import display
@@ -47,7 +23,7 @@ if TYPE_CHECKING:
     from philora.training.readiness import Preflight
 
 
-@app.command(rich_help_panel=GROUP_DATA, epilog=closing("quickstart.md", "philora init support.csv --model phi-3-mini"))
+@add_command(GROUP_DATA, "quickstart.md", "philora init support.csv --model phi-3-mini")
 def init(
     data: Annotated[str, typer.Argument(help="Conversations: a file, a folder or a hub id.", metavar="DATA")],
     overrides: Annotated[
@@ -86,40 +62,40 @@ def init(
     _check_run(str(file), [], f"philora train {shlex.quote(str(file))}", False, False)
 
 
-@app.command(rich_help_panel=GROUP_DATA, epilog=closing("quickstart.md", "philora check support.yaml"))
+@add_command(GROUP_DATA, "quickstart.md", "philora check support.yaml")
 def check(
     context: typer.Context,
-    config: ConfigArgument,
-    overrides: Overrides = None,
-    model: ModelFlag = None,
-    evaluation: EvalFlag = None,
-    output: OutFlag = None,
-    epochs: EpochsFlag = None,
-    learning_rate: LearningRateFlag = None,
-    batch_size: BatchSizeFlag = None,
-    max_length: MaxLengthFlag = None,
-    seed: SeedFlag = None,
-    rank: RankFlag = None,
-    alpha: AlphaFlag = None,
-    dropout: DropoutFlag = None,
-    target_modules: TargetsFlag = None,
-    quiet: QuietFlag = False,
-    as_json: JsonOption = False,
+    config: options.ConfigArgument,
+    overrides: options.Overrides = None,
+    model: options.ModelFlag = None,
+    evaluation: options.EvalFlag = None,
+    output: options.OutFlag = None,
+    epochs: options.EpochsFlag = None,
+    learning_rate: options.LearningRateFlag = None,
+    batch_size: options.BatchSizeFlag = None,
+    max_length: options.MaxLengthFlag = None,
+    seed: options.SeedFlag = None,
+    rank: options.RankFlag = None,
+    alpha: options.AlphaFlag = None,
+    dropout: options.DropoutFlag = None,
+    target_modules: options.TargetsFlag = None,
+    quiet: options.QuietFlag = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Check everything that a run needs before any weight is loaded: data, labels, targets, memory, time."""
     set_up_logging("warning")
     words = [argument for argument in sys.argv[1:] if argument not in ("--json", "--quiet")]
     command = shlex.join(["philora", *("train" if word == "check" else word for word in words)])
-    _check_run(config, [*(overrides or []), *flag_overrides(context)], command, as_json, quiet)
+    _check_run(config, [*(overrides or []), *options.flag_overrides(context)], command, as_json, quiet)
 
 
-@app.command("data", rich_help_panel=GROUP_DATA, epilog=closing("data.md", "philora data support.csv"))
+@add_command(GROUP_DATA, "data.md", "philora data support.csv", name="data")
 def show_data(
     source: Annotated[
         str, typer.Argument(help="Data: a file, a folder or a hub id; or the YAML file of a run.", metavar="FILE")
     ],
-    overrides: Overrides = None,
-    as_json: JsonOption = False,
+    overrides: options.Overrides = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Describe a data source: shape, counts, lengths, languages, repeats, odd rows, e-mail addresses, labels."""
     set_up_logging("error")  # the findings below replace the notices
@@ -150,12 +126,10 @@ def show_data(
     _show_labels(found.examples, "examples")
 
 
-@app.command(
-    "config",
-    rich_help_panel=GROUP_DATA,
-    epilog=closing("configuration.md", "philora config support.yaml training_config.max_steps=50"),
-)
-def show_config(config: ConfigArgument, overrides: Overrides = None, as_json: JsonOption = False) -> None:
+@add_command(GROUP_DATA, "configuration.md", "philora config support.yaml training_config.max_steps=50", name="config")
+def show_config(
+    config: options.ConfigArgument, overrides: options.Overrides = None, as_json: options.JsonOption = False
+) -> None:
     """Show the effective configuration and where every value comes from."""
     from philora.configuration.config import load_config
     from philora.configuration.writing import explain

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import constants, get_token
@@ -55,10 +55,6 @@ class Finding(NamedTuple):
     value: str
     todo: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return self._asdict()
-
 
 def examine() -> list[Finding]:
     """Check Python, the packages, the device, the compilers, the caches, the disk and the Hub."""
@@ -88,13 +84,7 @@ def _version(name: str) -> str | None:
 
 
 def device(facts: DeviceFacts, cuda: str | None, fast_bf16: bool) -> list[Finding]:
-    """Describe the device of runs by its facts.
-
-    Args:
-        facts: The device.
-        cuda: The CUDA version that PyTorch was built for.
-        fast_bf16: Whether bf16 products are computed in hardware.
-    """
+    """Describe the device of runs by its facts, by the CUDA version of PyTorch, and by whether bf16 is in hardware."""
     capability = "" if facts.capability is None else f", compute capability {'.'.join(map(str, facts.capability))}"
     memory = f"{facts.name}, {facts.memory_bytes / 1e9:.1f} GB{capability}, PyTorch for CUDA {cuda or 'no'}"
     found = [Finding("device", "ok", memory)]
@@ -129,13 +119,7 @@ def places() -> Iterator[Finding]:
 
 
 def the_hub(offline: bool, reached: bool, token: bool) -> Finding:
-    """Check whether models can be downloaded.
-
-    Args:
-        offline: Whether the environment forbids downloads.
-        reached: Whether the Hub's host name can be resolved.
-        token: Whether there is a token for the Hub.
-    """
+    """Check whether models can be downloaded: offline the environment forbids it; reached, the Hub's name is found."""
     if offline:
         return Finding("Hub", "note", "HF_HUB_OFFLINE is set: models come from the cache alone", "Unset it to download")
     if not reached:

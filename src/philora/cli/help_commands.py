@@ -9,12 +9,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from philora.cli.application import GROUP_HELP, JsonOption, app, closing, err, out, print_json, set_up_logging
+from philora.cli import options
+from philora.cli.application import GROUP_HELP, add_command, err, out, print_json, set_up_logging
 from philora.reporting import display
 
 
-@app.command(rich_help_panel=GROUP_HELP, epilog=closing("platforms.md", "philora doctor"))
-def doctor(as_json: JsonOption = False) -> None:
+@add_command(GROUP_HELP, "platforms.md", "philora doctor")
+def doctor(as_json: options.JsonOption = False) -> None:
     """Check this machine: Python, packages, device, compiler, caches, disk, the connection to the Hub."""
     set_up_logging("warning")
     with err.status("looking"):
@@ -23,7 +24,7 @@ def doctor(as_json: JsonOption = False) -> None:
         found = examine()
     broken = [item.name for item in found if item.status == "fault"]
     if as_json:
-        print_json({"works": not broken, "findings": [item.to_dict() for item in found]})
+        print_json({"works": not broken, "findings": [item._asdict() for item in found]})
     else:
         colours = {"ok": "green", "note": "yellow", "fault": "red"}
         for item in found:
@@ -37,7 +38,7 @@ def doctor(as_json: JsonOption = False) -> None:
         sys.exit(1)
 
 
-@app.command(rich_help_panel=GROUP_HELP, epilog=closing("troubleshooting.md", "philora explain"))
+@add_command(GROUP_HELP, "troubleshooting.md", "philora explain")
 def explain(
     entry: Annotated[
         str | None, typer.Argument(help="Name of an entry, as an error message gives it. Default: list all entries.")

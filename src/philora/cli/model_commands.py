@@ -8,31 +8,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from philora.cli.application import (
-    FILE_TYPES,
-    FORMATS,
-    GROUP_SHARE,
-    LAYOUTS,
-    AdapterArgument,
-    BaseOption,
-    JsonOption,
-    app,
-    closing,
-    out,
-    plain_values,
-    print_json,
-    set_up_logging,
-)
+from philora.cli import options
+from philora.cli.application import GROUP_SHARE, add_command, out, plain_values, print_json, set_up_logging
 from philora.reporting import display
 
 
-@app.command(rich_help_panel=GROUP_SHARE, epilog=closing("memory.md", "philora merge runs/support --out merged"))
+@add_command(GROUP_SHARE, "memory.md", "philora merge runs/support --out merged")
 def merge(
-    source: AdapterArgument,
+    source: options.AdapterArgument,
     output: Annotated[
         str, typer.Option("--out", help="Folder to write the merged model to; must be empty or not exist.")
     ],
-    base: BaseOption = None,
+    base: options.BaseOption = None,
     fresh_base: Annotated[
         bool,
         typer.Option("--fresh-base", help="Merge into the 16-bit weights of a base that was quantised in training."),
@@ -47,7 +34,7 @@ def merge(
     verify: Annotated[
         bool, typer.Option(help="Compare the logits of the merged model with those of base and adapter.")
     ] = True,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Write a model folder with the adapter merged into the weights, one shard at a time."""
     set_up_logging("warning")
@@ -79,17 +66,15 @@ def merge(
             out.print(f"  {name:<25} {item.loss:.4f}, {accuracy}", highlight=False)
 
 
-@app.command(
-    rich_help_panel=GROUP_SHARE,
-    epilog=closing("formats.md", "philora export runs/support --format ollama --dtype q8_0 --out support-ollama"),
-)
+@add_command(GROUP_SHARE, "formats.md", "philora export runs/support --format ollama --dtype q8_0 --out support-ollama")
 def export(
-    source: AdapterArgument,
+    source: options.AdapterArgument,
     output: Annotated[str, typer.Option("--out", help="Folder to write; must be empty or not exist.")],
     format: Annotated[
         str,
         typer.Option(
-            help="Format to write: peft, loralib, gguf (llama.cpp) or ollama.", autocompletion=lambda: list(FORMATS)
+            help="Format to write: peft, loralib, gguf (llama.cpp) or ollama.",
+            autocompletion=lambda: list(options.FORMATS),
         ),
     ] = "peft",
     layout: Annotated[
@@ -98,21 +83,22 @@ def export(
             help="Layout within the format. peft: server (one rank, one alpha), fused or slices. "
             "gguf: merged, base+adapter or adapter. ollama: merged or base+adapter. Default: the first.",
             show_default=False,
-            autocompletion=lambda: list(LAYOUTS),
+            autocompletion=lambda: list(options.LAYOUTS),
         ),
     ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="Type of the weights in gguf and ollama: f16, q8_0 or f32.", autocompletion=lambda: list(FILE_TYPES)
+            help="Type of the weights in gguf and ollama: f16, q8_0 or f32.",
+            autocompletion=lambda: list(options.FILE_TYPES),
         ),
     ] = "f16",
-    base: BaseOption = None,
+    base: options.BaseOption = None,
     lora_alpha: Annotated[
         float | None,
         typer.Option(help="Alpha that a loralib file was trained with. Needed only where no lora.json is beside it."),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Convert an adapter to another format. The result is written only if it computes the same."""
     set_up_logging("warning")
@@ -130,9 +116,9 @@ def export(
         out.print(str(result.reader or failed or missing), highlight=False)
 
 
-@app.command(rich_help_panel=GROUP_SHARE, epilog=closing("hub.md", "philora push runs/support OWNER/NAME --dry-run"))
+@add_command(GROUP_SHARE, "hub.md", "philora push runs/support OWNER/NAME --dry-run")
 def push(
-    source: AdapterArgument,
+    source: options.AdapterArgument,
     repo_id: Annotated[
         str,
         typer.Argument(
@@ -162,8 +148,8 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the files that would be uploaded, and upload nothing.")
     ] = False,
-    base: BaseOption = None,
-    as_json: JsonOption = False,
+    base: options.BaseOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Upload an adapter, or the merged model, with its model card to the Hugging Face Hub."""
     set_up_logging("warning")

@@ -14,52 +14,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from philora.cli.application import (
-    GROUP_RUN,
-    AdapterArgument,
-    AlphaFlag,
-    BaseOption,
-    BatchSizeFlag,
-    ConfigArgument,
-    DropoutFlag,
-    EpochsFlag,
-    EvalFlag,
-    JsonOption,
-    LearningRateFlag,
-    MaxLengthFlag,
-    ModelFlag,
-    OutFlag,
-    Overrides,
-    QuietFlag,
-    RankFlag,
-    SampleOption,
-    SeedFlag,
-    SeedOption,
-    TargetsFlag,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    app,
-    closing,
-    err,
-    flag_overrides,
-    out,
-    print_json,
-    set_up_logging,
-)
+from philora.cli import options
+from philora.cli.application import GROUP_RUN, add_command, err, out, print_json, set_up_logging
 from philora.interface.choices import choose
 from philora.reporting import display
 from philora.runtime import process_state, processes
 from philora.runtime.signals import StopOnSignal
 
 
-@app.command(rich_help_panel=GROUP_RUN, epilog=closing("quickstart.md", "philora demo training_config.max_steps=60"))
+@add_command(GROUP_RUN, "quickstart.md", "philora demo training_config.max_steps=60")
 def demo(
     output: Annotated[
         str, typer.Option("--out", help="Run folder. A number is added where it exists already.")
     ] = "runs/demo",
-    overrides: Overrides = None,
-    as_json: JsonOption = False,
+    overrides: options.Overrides = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Fine-tune the bundled nano model on the bundled help-desk chats: a complete run in a few minutes."""
     from philora.configuration.folders import unused_folder
@@ -68,25 +37,23 @@ def demo(
     train_run("demo", [f"training_config.output_dir={folder}", *(overrides or [])], False, as_json)
 
 
-@app.command(
-    rich_help_panel=GROUP_RUN, epilog=closing("quickstart.md", "philora train support.yaml --learning-rate 1e-4")
-)
+@add_command(GROUP_RUN, "quickstart.md", "philora train support.yaml --learning-rate 1e-4")
 def train(
     context: typer.Context,
-    config: ConfigArgument,
-    overrides: Overrides = None,
-    model: ModelFlag = None,
-    evaluation: EvalFlag = None,
-    output: OutFlag = None,
-    epochs: EpochsFlag = None,
-    learning_rate: LearningRateFlag = None,
-    batch_size: BatchSizeFlag = None,
-    max_length: MaxLengthFlag = None,
-    seed: SeedFlag = None,
-    rank: RankFlag = None,
-    alpha: AlphaFlag = None,
-    dropout: DropoutFlag = None,
-    target_modules: TargetsFlag = None,
+    config: options.ConfigArgument,
+    overrides: options.Overrides = None,
+    model: options.ModelFlag = None,
+    evaluation: options.EvalFlag = None,
+    output: options.OutFlag = None,
+    epochs: options.EpochsFlag = None,
+    learning_rate: options.LearningRateFlag = None,
+    batch_size: options.BatchSizeFlag = None,
+    max_length: options.MaxLengthFlag = None,
+    seed: options.SeedFlag = None,
+    rank: options.RankFlag = None,
+    alpha: options.AlphaFlag = None,
+    dropout: options.DropoutFlag = None,
+    target_modules: options.TargetsFlag = None,
     resume: Annotated[
         str,
         typer.Option(
@@ -94,27 +61,23 @@ def train(
             help="Resume the run from its newest complete checkpoint; --resume=force also if settings have changed.",
         ),
     ] = "",
-    quiet: QuietFlag = False,
-    as_json: JsonOption = False,
+    quiet: options.QuietFlag = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Fine-tune a model by a configuration, or on data alone; write a run folder with adapter and report."""
     if resume not in ("", "yes", "force"):
         raise typer.BadParameter(f"{resume!r}: expected --resume or --resume=force")
-    given = [*(overrides or []), *flag_overrides(context)]
+    given = [*(overrides or []), *options.flag_overrides(context)]
     train_run(config, given, "force" if resume == "force" else bool(resume), as_json, quiet)
 
 
-@app.command(
-    "evaluate",
-    rich_help_panel=GROUP_RUN,
-    epilog=closing("evaluation.md", "philora evaluate runs/support --answers 100"),
-)
+@add_command(GROUP_RUN, "evaluation.md", "philora evaluate runs/support --answers 100", name="evaluate")
 def evaluate_adapter(
-    source: AdapterArgument,
+    source: options.AdapterArgument,
     data: Annotated[
         str | None, typer.Option(help="File or folder of rows to score. Default: the rows that the run held out.")
     ] = None,
-    base: BaseOption = None,
+    base: options.BaseOption = None,
     answers: Annotated[
         int | None,
         typer.Option(min=0, help="Number of answers to generate; 0: none. Default: as in the run, else 200."),
@@ -148,15 +111,15 @@ def evaluate_adapter(
     batch_size: Annotated[
         int | None, typer.Option(help="Number of answers generated at a time. Default: as in the run, else 16.")
     ] = None,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    seed: SeedOption = 0,
+    sample: options.SampleOption = False,
+    temperature: options.TemperatureOption = None,
+    top_p: options.TopPOption = None,
+    top_k: options.TopKOption = None,
+    seed: options.SeedOption = 0,
     output: Annotated[
         str | None, typer.Option("--out", help="Folder for the results. Default: evaluation/ in the run folder.")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Compare an adapter with its base on held-out rows: loss, answers, ROUGE, BLEU, chrF, forgetting."""
     set_up_logging("warning" if as_json else "info")
@@ -191,7 +154,7 @@ def evaluate_adapter(
     )
 
 
-@app.command(rich_help_panel=GROUP_RUN, epilog=closing("evaluation.md", "philora report runs/first runs/second --open"))
+@add_command(GROUP_RUN, "evaluation.md", "philora report runs/first runs/second --open")
 def report(
     runs: Annotated[
         list[str], typer.Argument(help="Run folder. With several, one page compares them.", metavar="RUN...")
@@ -204,7 +167,7 @@ def report(
         ),
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Write the HTML report of a run again, or one page that compares several runs."""
     from philora.reporting.report import write_comparison, write_report
@@ -221,10 +184,10 @@ def report(
     out.print(str(written), highlight=False)
 
 
-@app.command("runs", rich_help_panel=GROUP_RUN, epilog=closing("commands.md", "philora runs"))
+@add_command(GROUP_RUN, "commands.md", "philora runs", name="runs")
 def show_runs(
     folder: Annotated[str, typer.Argument(help="Folder that contains run folders.", metavar="FOLDER")] = "runs",
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """List the runs in a folder, newest first: base, date, held-out loss, matching answers, status."""
     from philora.reporting.run_list import list_runs

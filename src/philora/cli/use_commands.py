@@ -13,28 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from philora.cli.application import (
-    GROUP_USE,
-    AdapterArgument,
-    BaseOption,
-    ControlTokensOption,
-    HostOption,
-    KeyOption,
-    MaxNewTokensOption,
-    PortOption,
-    SampleOption,
-    SeedOption,
-    StopOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    app,
-    closing,
-    err,
-    out,
-    quiet_transformers,
-    set_up_logging,
-)
+from philora.cli import options
+from philora.cli.application import GROUP_USE, add_command, err, out, quiet_transformers, set_up_logging
 from philora.errors import ConfigError, fault
 
 if TYPE_CHECKING:
@@ -46,13 +26,9 @@ PRODUCTS_KEPT = 256
 """oneDNN and PyTorch keep compiled code for every length of prompt, by default for 1,024 of them."""
 
 
-@app.command(
-    "generate",
-    rich_help_panel=GROUP_USE,
-    epilog=closing("evaluation.md", 'philora generate runs/support --prompt "Where is my order?"'),
-)
+@add_command(GROUP_USE, "evaluation.md", 'philora generate runs/support --prompt "Where is my order?"', name="generate")
 def generate_answers(
-    source: AdapterArgument,
+    source: options.AdapterArgument,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -65,17 +41,17 @@ def generate_answers(
         list[str] | None, typer.Option("--prompt", help="Text of a prompt. May be repeated.", show_default=False)
     ] = None,
     output: Annotated[str | None, typer.Option("--out", help="JSONL file to write. Default: standard output.")] = None,
-    base: BaseOption = None,
+    base: options.BaseOption = None,
     adapter: Annotated[bool, typer.Option(help="Answer with the adapter, or with the base alone.")] = True,
-    max_new_tokens: MaxNewTokensOption = 256,
+    max_new_tokens: options.MaxNewTokensOption = 256,
     batch_size: Annotated[int, typer.Option(help="Number of answers generated at a time.")] = 16,
-    stop: StopOption = None,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    seed: SeedOption = 0,
-    control_tokens: ControlTokensOption = False,
+    stop: options.StopOption = None,
+    sample: options.SampleOption = False,
+    temperature: options.TemperatureOption = None,
+    top_p: options.TopPOption = None,
+    top_k: options.TopKOption = None,
+    seed: options.SeedOption = 0,
+    control_tokens: options.ControlTokensOption = False,
 ) -> None:
     """Generate answers to a file of prompts, or to prompts on the command line, as JSONL."""
     set_up_logging("warning")
@@ -99,10 +75,10 @@ def generate_answers(
         out.print(f"{output}: {lines.count(chr(10))} answers", highlight=False)
 
 
-@app.command(rich_help_panel=GROUP_USE, epilog=closing("chat.md", "philora chat runs/support --web"))
+@add_command(GROUP_USE, "chat.md", "philora chat runs/support --web")
 def chat(
-    source: AdapterArgument,
-    base: BaseOption = None,
+    source: options.AdapterArgument,
+    base: options.BaseOption = None,
     system: Annotated[
         str | None,
         typer.Option(
@@ -110,30 +86,30 @@ def chat(
             help="System prompt; -: none. Default: that of the training data, where nearly all of it has the same.",
         ),
     ] = None,
-    max_new_tokens: MaxNewTokensOption = 256,
+    max_new_tokens: options.MaxNewTokensOption = 256,
     temperature: Annotated[
         float, typer.Option("--temperature", help="Temperature of sampling. 0: always take the likeliest token.")
     ] = 0.0,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
+    top_p: options.TopPOption = None,
+    top_k: options.TopKOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of sampling. Default: a new one each time.")] = None,
-    stop: StopOption = None,
+    stop: options.StopOption = None,
     web: Annotated[
         bool,
         typer.Option(
             "--web", help="Serve a web page with base and adapter side by side, instead of a chat in the terminal."
         ),
     ] = False,
-    host: HostOption = "127.0.0.1",
-    port: PortOption = 8080,
-    key: KeyOption = None,
+    host: options.HostOption = "127.0.0.1",
+    port: options.PortOption = 8080,
+    key: options.KeyOption = None,
     votes: Annotated[
         str | None,
         typer.Option(
             "--votes", help="File for the votes given on the page. Default: preferences.jsonl in the run folder."
         ),
     ] = None,
-    control_tokens: ControlTokensOption = False,
+    control_tokens: options.ControlTokensOption = False,
 ) -> None:
     """Chat with an adapter in the terminal, or in the browser with the answers of its base beside it."""
     set_up_logging("warning")
@@ -158,7 +134,7 @@ def chat(
     _talk(pool, settings, name, system)
 
 
-@app.command(rich_help_panel=GROUP_USE, epilog=closing("serving.md", "philora serve support=runs/support --port 8000"))
+@add_command(GROUP_USE, "serving.md", "philora serve support=runs/support --port 8000")
 def serve(
     sources: Annotated[
         list[str],
@@ -167,10 +143,10 @@ def serve(
             metavar="[NAME=]RUN_OR_ADAPTER...",
         ),
     ],
-    base: BaseOption = None,
-    host: HostOption = "127.0.0.1",
-    port: PortOption = 8000,
-    key: KeyOption = None,
+    base: options.BaseOption = None,
+    host: options.HostOption = "127.0.0.1",
+    port: options.PortOption = 8000,
+    key: options.KeyOption = None,
     max_requests: Annotated[
         int,
         typer.Option(
@@ -185,7 +161,7 @@ def serve(
             "--max-new-tokens", min=1, help="Length limit of an answer in tokens, for requests that give none."
         ),
     ] = 512,
-    control_tokens: ControlTokensOption = False,
+    control_tokens: options.ControlTokensOption = False,
 ) -> None:
     """Serve base and adapters over an API that OpenAI's clients can use."""
     set_up_logging("warning")
@@ -235,16 +211,11 @@ def _serve(
         quiet_transformers()
     pool = load_named(sources, base)
     pool.control_tokens = control_tokens
-    defaults = chat_settings(max_new_tokens)
+    defaults, hosts = chat_settings(max_new_tokens), connections.hosts_of(host)
     scheduler = Scheduler(pool, limit=max_requests)
-    app = serving.build_app(
-        pool,
-        defaults=defaults,
-        scheduler=scheduler,
-        key=key,
-        hosts=connections.hosts_of(host),
-        votes=votes,
-        questions=held_out_questions(sources[0]) if votes is not None else (),
+    asked = held_out_questions(sources[0]) if votes is not None else ()
+    served = serving.build_app(
+        pool, defaults=defaults, scheduler=scheduler, key=key, hosts=hosts, votes=votes, questions=asked
     )
     address = connections.address_of(bound)
     if votes is not None:
@@ -255,7 +226,7 @@ def _serve(
         out.print(f"{adapter}: {trained}, where a request has none of its own", highlight=False)
     out.print(f"API:    {address}/v1\nCtrl-C stops the server", highlight=False)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped
-        connections.run(app, scheduler, bound)
+        connections.Server(served, scheduler).run(sockets=[bound])
 
 
 def _talk(pool: AdapterPool, settings: GenerationSettings, name: str, system: str | None) -> None:

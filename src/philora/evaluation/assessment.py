@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import philora
 from philora.configuration.sections import DataConfig, SourceConfig
@@ -35,10 +35,10 @@ from philora.dataset.held_out import HeldOut, held_out, read_held_out, vocabular
 from philora.errors import ConfigError, DataError, RunError, fault, one_per_line
 from philora.evaluation import measures
 from philora.evaluation.measures import JUDGE, LOSS, PERPLEXITY, Measure, Paired, of_means, paired
-from philora.evaluation.scores import Evaluation, compare, score_rows
+from philora.evaluation.scores import Evaluation, RowScores, compare, score_rows
 from philora.evaluation.scores import evaluate as evaluate_model
 from philora.files.checkpoint import new_folder, write_json, write_text
-from philora.generation.batches import Answer, GenerationSettings, generate
+from philora.generation.batches import GenerationSettings, generate
 from philora.generation.inference import Loaded, load
 from philora.models import loading as models
 from philora.models.run_folder import HELD_OUT_NAME, TrainedRun, recorded_eval_rows
@@ -114,7 +114,9 @@ def evaluate(
     """
     started = time.monotonic()
     _check_judge(judge)
-    names = _overlap_names(metrics)
+    names, missing = measures.choose(metrics)
+    for name in missing:
+        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
     loaded = load(source, base=base)
     folder = _folder(loaded, out)
     settings = _settings(loaded, generation or {})
@@ -123,26 +125,31 @@ def evaluate(
     asked = _asked(loaded, found, kept, answers)
     before, after, general = _both_models(loaded, found, kept, asked, settings, forgetting)
     examples = _examples(found, kept, asked, before, after)
-    figures = _figures(names, judge, before, after, examples)
+    figures = compare(before, after) + _overlap(names, before, after, examples)
+    if judge is not None and after.samples:
+        figures.append(_judged(judge, examples))
     kept_knowledge = _forgetting(*general) if general else []
     results = {
-        **_identity(loaded, command, source, data, settings),
-        **_rows(found, kept, keep_training_rows),
-        **_scores(before, after),
+        "philora": philora.__version__,
+        "versions": _versions(),
+        "command": command,
+        "source": str(source),
+        "adapter": _adapter_in_run(loaded),
+        "base": loaded.base,
+        "data": str(data) if data is not None else "held out by the run",
+        "settings": dataclasses.asdict(settings),
+        "rows": len(kept),
+        "training_rows_left_out": 0 if keep_training_rows else len(found.in_training or ()),
+        "training_rows_known": found.in_training is not None,
+        "answers": len(after.samples),
+        "too_long": after.too_long,
+        "before": before.scores.to_dict(),
+        "after": after.scores.to_dict(),
         "comparison": [measure.to_dict() for measure in figures],
         "forgetting": [measure.to_dict() for measure in kept_knowledge],
         "seconds": round(time.monotonic() - started, 1),
     }
     return Assessment(folder, _write(folder, results, examples), figures, kept_knowledge)
-
-
-def _figures(
-    names: Sequence[str], judge: str | None, before: Evaluation, after: Evaluation, examples: list[dict[str, Any]]
-) -> list[Paired]:
-    figures = compare(before, after) + _overlap(names, before, after, examples)
-    if judge is not None and after.samples:
-        figures.append(_judged(judge, examples))
-    return figures
 
 
 def _asked(loaded: Loaded, found: HeldOut, kept: Sequence[int], answers: int | None) -> list[int]:
@@ -160,68 +167,22 @@ def _both_models(
     asked: Sequence[int],
     settings: GenerationSettings,
     forgetting: bool,
-) -> tuple[Evaluation, Evaluation, tuple[_General, _General] | None]:
+) -> tuple[Evaluation, Evaluation, list[_General]]:
     """Evaluate the base, then the adapter, on the same rows and prompts; with `forgetting` also on general ones."""
     rows = found.rows.select(kept)
     conversations = [prompts_and_references(found.conversations[row]) for row in asked]
     logger.info("evaluating %d rows, %d answers", len(kept), len(conversations))
+    tokenizer, pad = loaded.tokenizer, cast(int, loaded.tokenizer.pad_token_id)
     evaluations, general = [], []
     for name in ("base", "adapter"):
         with loaded.model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            evaluation = evaluate_model(
-                loaded.model,
-                loaded.tokenizer,
-                rows,
-                conversations,
-                settings,
-                pad_token_id=cast(int, loaded.tokenizer.pad_token_id),
-            )
+            evaluation = evaluate_model(loaded.model, tokenizer, rows, conversations, settings, pad_token_id=pad)
             logger.info("%s: loss %.4f, %.0f s", name, evaluation.scores.loss, evaluation.seconds)
             evaluations.append(evaluation)
             if forgetting:
                 general.append(_general(loaded))
     before, after = evaluations
-    return before, after, (general[0], general[1]) if forgetting else None
-
-
-def _overlap_names(metrics: Sequence[str] | None) -> list[str]:
-    """Return the measures of overlap to compute, and warn of those whose package is not installed."""
-    names, missing = measures.choose(metrics)
-    for name in missing:
-        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
-    return list(names)
-
-
-def _identity(
-    loaded: Loaded, command: str, source: str | Path, data: str | Path | None, settings: GenerationSettings
-) -> dict[str, Any]:
-    return {
-        "philora": philora.__version__,
-        "versions": _versions(),
-        "command": command,
-        "source": str(source),
-        "adapter": _adapter_in_run(loaded),
-        "base": loaded.base,
-        "data": str(data) if data is not None else "held out by the run",
-        "settings": dataclasses.asdict(settings),
-    }
-
-
-def _rows(found: HeldOut, kept: Sequence[int], keep_training_rows: bool) -> dict[str, Any]:
-    return {
-        "rows": len(kept),
-        "training_rows_left_out": 0 if keep_training_rows else len(found.in_training or ()),
-        "training_rows_known": found.in_training is not None,
-    }
-
-
-def _scores(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    return {
-        "answers": len(after.samples),
-        "too_long": after.too_long,
-        "before": before.scores.to_dict(),
-        "after": after.scores.to_dict(),
-    }
+    return before, after, general
 
 
 def _write(folder: Path, results: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -241,17 +202,17 @@ def _folder(loaded: Loaded, out: str | Path | None) -> Path:
     if out is None and loaded.run is None:
         expected = "a folder for the results, because the adapter is not in a run folder"
         raise ConfigError(fault("evaluate", "out", None, expected, "Give --out DIR"))
-    folder = Path(out).expanduser() if out is not None else _own_folder(loaded)
-    if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+    if out is None:  # in the run; the report shows the evaluation of the run's final adapter
+        name = loaded.source.path.absolute().name
+        own = "evaluation" if name == "adapter" else f"evaluation-{name}"
+        folder = cast(TrainedRun, loaded.run).folder / own
+    else:
+        folder = Path(out).expanduser()
+    ours: tuple[set[str], ...] = (set(), {"results.json", "examples.jsonl"})
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} in ours):
         expected = "a new or empty folder, or one with an earlier evaluation"
         raise ConfigError(fault("evaluate", "out", str(folder), expected, "Give another --out"))
     return folder
-
-
-def _own_folder(loaded: Loaded) -> Path:
-    """Return the folder of an evaluation in its run; the report shows the one of the run's final adapter."""
-    name = loaded.source.path.absolute().name
-    return cast(TrainedRun, loaded.run).folder / ("evaluation" if name == "adapter" else f"evaluation-{name}")
 
 
 def _adapter_in_run(loaded: Loaded) -> str | None:
@@ -259,11 +220,6 @@ def _adapter_in_run(loaded: Loaded) -> str | None:
     if loaded.run is None:
         return None
     return loaded.source.path.absolute().relative_to(loaded.run.folder.absolute()).as_posix()
-
-
-def _is_ours(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()}
-    return not names or names == {"results.json", "examples.jsonl"}
 
 
 def _settings(loaded: Loaded, given: Mapping[str, Any]) -> GenerationSettings:
@@ -383,14 +339,11 @@ def _examples(
 ) -> list[dict[str, Any]]:
     """Return an entry for every row: its loss by both models and, if it was asked, their answers."""
     samples = {}
-    fitting = (
-        {sample.question: sample for sample in before.samples},
-        {sample.question: sample for sample in after.samples},
-    )
+    fitting = [{sample.question: sample for sample in side.samples} for side in (before, after)]
     for row in asked:
         key = repr(prompts_and_references(found.conversations[row]))
-        if key in fitting[0] and key in fitting[1]:
-            samples[row] = (fitting[0][key], fitting[1][key])
+        if all(key in side for side in fitting):
+            samples[row] = fitting[0][key], fitting[1][key]
     trained = set(found.in_training or ())
     examples = []
     for row, old, new in zip(kept, before.rows, after.rows, strict=True):
@@ -424,22 +377,16 @@ def _overlap(
     sides = [
         measures.overlap(names, [sample.answer for sample in entry.samples], references) for entry in (before, after)
     ]
-    answered = _by_question(examples)
+    answered: dict[str, list[dict[str, Any]]] = {}  # by question; equal questions are in several rows
+    for entry in examples:
+        if "prompt" in entry:
+            answered.setdefault(repr((entry["prompt"], entry["reference"])), []).append(entry)
     for name, evaluation, side in zip(("base", "adapter"), (before, after), sides, strict=True):
         for index, sample in enumerate(evaluation.samples):
             figures = {measure.field: round(measure.figure(sums[index]), 4) for measure, sums in side}
             for entry in answered[sample.question]:
                 entry[name] |= figures
     return [paired(measure, old, new) for (measure, old), (_, new) in zip(*sides, strict=True)]
-
-
-def _by_question(examples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the entries with an answer by question; equal questions are in several rows."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for entry in examples:
-        if "prompt" in entry:
-            found.setdefault(repr((entry["prompt"], entry["reference"])), []).append(entry)
-    return found
 
 
 # -- a judge
@@ -504,32 +451,27 @@ def _check_judge(command: str | None) -> None:
 
 def _judged(command: str, examples: Sequence[dict[str, Any]]) -> Paired:
     """Let the judge score the answers of both models in random order, and add the scores to the examples."""
-    questions, owners = [], []
-    for entry in examples:
-        for name in ("base", "adapter") if "prompt" in entry else ():
-            owners.append((entry, name))
-            questions.append(
-                {"prompt": entry["prompt"], "reference": entry["reference"], "answer": entry[name]["answer"]}
-            )
-    order = random.Random(measures.SEED).sample(range(len(questions)), len(questions))
-    scores = judged(command, [{"id": str(place), **questions[index]} for place, index in enumerate(order)])
-    for place, index in enumerate(order):
-        entry, name = owners[index]
-        entry[name]["judge"] = scores[str(place)]
     answered = [entry for entry in examples if "prompt" in entry]
+    answers = [(entry, name) for entry in answered for name in ("base", "adapter")]
+    order = random.Random(measures.SEED).sample(answers, len(answers))
+    questions = [
+        {"id": str(place), **{key: entry[key] for key in ("prompt", "reference")}, "answer": entry[name]["answer"]}
+        for place, (entry, name) in enumerate(order)
+    ]
+    scores = judged(command, questions)
+    for place, (entry, name) in enumerate(order):
+        entry[name]["judge"] = scores[str(place)]
     return paired(JUDGE, *(of_means([entry[name]["judge"] for entry in answered]) for name in ("base", "adapter")))
 
 
 # -- forgetting
 
 
-@dataclass(frozen=True)
-class _General:
-    """A model's results on the bundled general prompts and texts."""
+class _General(NamedTuple):
+    """A model's results on the bundled general texts and prompts."""
 
-    losses: list[Any]
+    losses: list[RowScores]
     correct: list[float]
-    answers: list[Answer]
 
 
 def _bundled(name: str) -> list[dict[str, Any]]:
@@ -564,7 +506,7 @@ def _general(loaded: Loaded) -> _General:
         float(is_accepted(answer.text, prompt["accept"], bool(prompt.get("case"))))
         for answer, prompt in zip(answers, prompts, strict=True)
     ]
-    return _General(losses, correct, answers)
+    return _General(losses, correct)
 
 
 def _forgetting(before: _General, after: _General) -> list[Paired]:
@@ -590,6 +532,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-__all__ = ["Assessment", "evaluate", "is_accepted", "judged"]

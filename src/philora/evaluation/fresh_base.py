@@ -38,19 +38,12 @@ class BaseScores(NamedTuple):
 
 
 def merge_into_fresh_base(
-    source: str | Path,
-    out: str | Path,
-    *,
-    base: str | None = None,
-    data: str | Path | None = None,
-    **options: Any,
+    source: str | Path, out: str | Path, *, base: str | None = None, data: str | Path | None = None, **options: Any
 ) -> tuple[MergeResult, BaseScores | None]:
     """Merge as `merge_to_folder(fresh_base=True)`, and compare the loss over both bases.
 
     Args:
-        source: As for `merge_to_folder`.
-        out: As for `merge_to_folder`.
-        base: As for `merge_to_folder`.
+        source, out, base: As for `merge_to_folder`.
         data: Rows to score; default: those that the run held out. Rows of the training set are left out.
         **options: Further arguments of `merge_to_folder`.
 

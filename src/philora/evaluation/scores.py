@@ -6,8 +6,10 @@ by the same calls with the adapter disabled, on the same rows and prompts, so th
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -167,11 +169,7 @@ class Comparison(NamedTuple):
 
 
 def score(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    pad_token_id: int,
-    batch_tokens: int = 8192,
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, batch_tokens: int = 8192
 ) -> TokenScores:
     """Compute loss, perplexity and token accuracy of a model on tokenised rows.
 
@@ -208,11 +206,7 @@ def summary(rows: Sequence[RowScores]) -> TokenScores:
 
 
 def score_rows(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    pad_token_id: int,
-    batch_tokens: int = 8192,
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, batch_tokens: int = 8192
 ) -> list[RowScores]:
     """Compute the sums behind `score` for every row; arguments, numerics and cost are those of `score`.
 
@@ -220,7 +214,7 @@ def score_rows(
     """
     sequences = list(_sequences(rows))
     device = device_of(model)
-    losses, corrects, counts = ([0.0] * len(rows), [0] * len(rows), [0] * len(rows))
+    sums = [RowScores(0.0, 0, 0)] * len(rows)
     most = math.inf  # the most positions that are known to fit into memory
     scored = 0
     with evaluating(model), torch.inference_mode():
@@ -242,13 +236,11 @@ def score_rows(
                     half = len(part) // 2
                     pending += [part[half:], part[:half]]
                     continue
-                for piece, (its_loss, its_correct, its_count) in zip(part, found, strict=True):
-                    losses[piece.row] += its_loss
-                    corrects[piece.row] += its_correct
-                    counts[piece.row] += its_count
+                for piece, scores in zip(part, found, strict=True):
+                    sums[piece.row] = RowScores(*map(operator.add, sums[piece.row], scores))
                 scored += len(part)
                 advance("rows scored", scored, len(sequences))
-    return [RowScores(*scores) for scores in zip(losses, corrects, counts, strict=True)]
+    return sums
 
 
 def _score_batch(
@@ -308,11 +300,9 @@ def evaluate(
         model: A causal language model of transformers, or a PeftModel around one in its current state: with its
             adapter, or inside `model.disable_adapter()` for the base.
         tokenizer: Its tokenizer; with a chat template if there are conversations.
-        rows: As for `score`.
         conversations: Pairs of the messages up to an assistant's turn, and that turn's text.
         settings: As for `generate`.
-        pad_token_id: As for `score`.
-        batch_tokens: As for `score`.
+        rows, pad_token_id, batch_tokens: As for `score`.
 
     Returns:
         The scores and a sample for every conversation whose prompt fits the model's window.
@@ -331,26 +321,16 @@ def evaluate(
     prompts = prompt_tokens(tokenizer, [prompt for prompt, _ in conversations], control_tokens=True)
     lengths = [len(ids) for ids in prompts]
     fitting = [pair for pair, length in zip(conversations, lengths, strict=True) if window is None or length < window]
-    answers = _answers(model, tokenizer, [prompt for prompt, _ in fitting], settings)
+    try:
+        answers = generate(model, tokenizer, [prompt for prompt, _ in fitting], settings)
+    except NotFiniteError as error:  # a model that computes NaN gets empty answers, so that its evaluation shows it
+        logger.warning("no answers: %s", error)
+        answers = [Answer("", 0, stopped=False) for _ in fitting]
     return_freed_memory()
     samples = [_sample(prompt, reference, answer) for (prompt, reference), answer in zip(fitting, answers, strict=True)]
     seconds = time.perf_counter() - started
     too_long = len(conversations) - len(fitting)
     return Evaluation(_scores(row_scores, samples), samples, seconds, too_long, row_scores)
-
-
-def _answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Mapping[str, Any]]],
-    settings: GenerationSettings,
-) -> list[Answer]:
-    """Answer as `generate`; a model that computes NaN gets empty answers, so that its evaluation shows it."""
-    try:
-        return generate(model, tokenizer, prompts, settings)
-    except NotFiniteError as error:
-        logger.warning("no answers: %s", error)
-        return [Answer("", 0, stopped=False) for _ in prompts]
 
 
 def _scores(rows: Sequence[RowScores], samples: Sequence[Sample]) -> Scores:
@@ -410,7 +390,8 @@ def compare_table(before: Scores, after: Scores) -> list[Comparison]:
         old, new = (_number(getattr(entry, metric.field)) for entry in (before, after))
         if old is None and new is None:
             continue
-        table.append(Comparison(metric.title, _shown(old, metric), _shown(new, metric), _change(old, new, metric)))
+        before_text, after_text = shown_figure(old, metric), shown_figure(new, metric)
+        table.append(Comparison(metric.title, before_text, after_text, _change(old, new, metric)))
     return table
 
 
@@ -435,17 +416,30 @@ def stage_table(base: Scores, start: Scores, after: Scores) -> list[StageCompari
 
 def shown_figure(value: float | None, measure: Measure | Paired) -> str:
     """Format a figure, or a dash if there is none."""
-    return _shown(_number(value), measure)
+    if value is None or math.isnan(value):
+        return "–"
+    if measure.percent:
+        return f"{100 * value:.1f}%"
+    return f"{value:.{measure.digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def change_of(figure: Paired) -> str:
+    """Format the difference; that of shares in percentage points."""
+    return _change(_number(figure.before), _number(figure.after), figure)
+
+
+def ends_of(figure: Paired, between: str = " to ") -> str:
+    """Format the ends of the difference's 95% interval, without a unit; empty if there is none."""
+    if figure.low is None or figure.high is None:
+        return ""
+    size = max(abs(figure.before), abs(figure.after))
+    return between.join(_signed(entry, figure, size).removesuffix(" pp") for entry in (figure.low, figure.high))
 
 
 def interval_of(figure: Paired) -> str:
-    """Format the difference with its 95% interval in brackets; that of shares in percentage points."""
-    change = _change(_number(figure.before), _number(figure.after), figure)
-    if figure.low is None or figure.high is None:
-        return change
-    size = max(abs(figure.before), abs(figure.after))
-    ends = (_signed(entry, figure, size).removesuffix(" pp") for entry in (figure.low, figure.high))
-    return f"{change} [{', '.join(ends)}]"
+    """Format the difference with its 95% interval in brackets."""
+    ends = ends_of(figure, ", ")
+    return f"{change_of(figure)} [{ends}]" if ends else change_of(figure)
 
 
 def better(metric: Measure, before: float | None, after: float | None) -> bool | None:
@@ -539,39 +533,33 @@ def _token_batches(sequences: Sequence[_Piece], batch_tokens: int, switch: int |
         yield batch
 
 
-class _FromHidden:
-    """Compute logits at labelled positions by the output layer, from the decoder's hidden states and in chunks."""
-
-    def __init__(self, causal: Any) -> None:
-        self.decoder = causal.get_decoder()
-        self.head = causal.get_output_embeddings()
-
-    def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
-        """Yield logits in chunks. Shapes: input_ids and mask (B, T), wanted (B, T-1); yields (positions, V)."""
-        hidden = self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden = hidden[:, :-1][wanted]
-        size = max(1, CHUNK_ELEMENTS // int(getattr(self.head, "out_features", 2**16)))
-        for chunk in hidden.split(size):
-            yield self.head(chunk).float()
+def _hidden_states(causal: Any, input_ids: Tensor, mask: Tensor) -> Any:
+    return causal.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
-class _FromModel:
-    """Compute logits at labelled positions by the model's forward, for models that change the head's output."""
+def _from_hidden(causal: Any, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+    """Yield logits at labelled positions by the output layer, from the decoder's hidden states and in chunks.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    Shapes:
+        input_ids and mask (B, T), wanted (B, T-1); yields (positions, V).
+    """
+    head = causal.get_output_embeddings()
+    hidden = _hidden_states(causal, input_ids, mask)[:, :-1][wanted]
+    for chunk in hidden.split(max(1, CHUNK_ELEMENTS // int(getattr(head, "out_features", 2**16)))):
+        yield head(chunk).float()
 
-    def __call__(self, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
-        """Yield the logits as `_FromHidden`, in a chunk for every row."""
-        for row in range(len(input_ids)):
-            logits = self.model(input_ids=input_ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
-            # Prompt learning puts virtual tokens before the row; the row's own are the last.
-            yield logits[0, -input_ids.shape[1] : -1][wanted[row]].float()
+
+def _from_model(model: Any, input_ids: Tensor, mask: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+    """Yield the logits by the model's forward, in a chunk for every row, for models that change the head's output."""
+    for row in range(len(input_ids)):
+        logits = model(input_ids=input_ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
+        # Prompt learning puts virtual tokens before the row; the row's own are the last.
+        yield logits[0, -input_ids.shape[1] : -1][wanted[row]].float()
 
 
 def _label_logits(
     model: Any, rows: Sequence[Mapping[str, Any]], sequences: Sequence[_Piece], device: torch.device
-) -> _FromHidden | _FromModel:
+) -> functools.partial[Iterator[Tensor]]:
     """Return the cheaper way to the logits if it gives the model's own logits on a few tokens.
 
     Some models scale or cap their logits after the output layer, and some adapters add virtual tokens. They are found
@@ -579,14 +567,14 @@ def _label_logits(
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not sequences or not hasattr(causal, "get_decoder") or causal.get_output_embeddings() is None:
-        return _FromModel(model)
+        return functools.partial(_from_model, model)
     ids = _read(rows, sequences[0])[0][:8]
     input_ids = torch.tensor([ids], dtype=torch.long, device=device)
     mask = torch.ones_like(input_ids)
     own = model(input_ids=input_ids, attention_mask=mask).logits
-    cheap = _FromHidden(causal)
-    logits = cheap.head(cheap.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state)
-    return cheap if torch.equal(logits.float(), own.float()) else _FromModel(model)
+    logits = causal.get_output_embeddings()(_hidden_states(causal, input_ids, mask))
+    same = torch.equal(logits.float(), own.float())
+    return functools.partial(_from_hidden, causal) if same else functools.partial(_from_model, model)
 
 
 def _sample(prompt: Sequence[Mapping[str, Any]], reference: str, answer: Answer) -> Sample:
@@ -606,14 +594,6 @@ def _finite(value: float | int | None) -> float | int | None:
 def _number(value: float | None) -> float | None:
     """Return a figure, or None if it is missing (NaN, from a null in `results.json`)."""
     return None if value is None or math.isnan(value) else value
-
-
-def _shown(value: float | None, metric: Measure | Paired) -> str:
-    if value is None:
-        return "–"
-    if metric.percent:
-        return f"{100 * value:.1f}%"
-    return f"{value:.{metric.digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _change(before: float | None, after: float | None, metric: Measure | Paired) -> str:

@@ -166,9 +166,7 @@ class AnsweringModel:
                 [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*map(dict, prompt)]
                 for prompt in asked
             ]
-        loaded = self._load()
-        if loaded.system is not None:
-            trained = loaded.system
+        if (trained := self._load().system) is not None:
             conversations = [with_system(messages, trained.text) for messages in conversations]
         return self._answer(conversations, given, adapter)
 

@@ -76,15 +76,8 @@ def refuse_other_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(fault("init", key, value, expected, todo))
 
 
-def demo_configuration(source: str) -> str:
-    """Return the file of the bundled demo for `demo`, and any other name unchanged."""
-    if source != "demo" or Path(source).exists():
-        return source
-    return str(resources.files("philora") / "nano" / "demo.yaml")
-
-
 def choose(source: str, overrides: Sequence[str], resume: bool | str = False) -> Choice:
-    """Return the configuration of a run: that of a file or, if data is named, settings that fit the data.
+    """Return the configuration of a run: that of a file or of the bundled `demo`; for data, settings that fit it.
 
     The folder of a run on data is named after it, with a number if it exists; with `resume` the newest one is taken.
 
@@ -93,7 +86,9 @@ def choose(source: str, overrides: Sequence[str], resume: bool | str = False) ->
     """
     given = list(overrides)
     if not holds_data(source):
-        return Choice(demo_configuration(source), given, [])
+        if source == "demo" and not Path(source).exists():
+            source = str(resources.files("philora") / "nano" / "demo.yaml")
+        return Choice(source, given, [])
     last = dict(override.partition("=")[::2] for override in given)
     keys = ("training_config.output_dir", "model.name_or_path")
     named, model = (str(parse(last[key])[1]) if key in last else None for key in keys)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -208,9 +207,7 @@ def check(source: Source, overrides: Sequence[str] = (), **settings: Unpack[Sett
     """Check all that a run needs before weights are loaded: data, labels, targets, memory, time.
 
     Args:
-        source: As for `train`.
-        overrides: As for `train`.
-        settings: As for `train`.
+        source, overrides, settings: As for `train`.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError, AdapterError, RunError: As `train` raises them.
@@ -218,7 +215,7 @@ def check(source: Source, overrides: Sequence[str] = (), **settings: Unpack[Sett
     config, _ = _configuration(source, [*overrides, *overrides_of(settings)], False)
     with quiet():
         found = preflight(config)
-    return Checked(**{field.name: getattr(found, field.name) for field in fields(Preflight)})
+    return Checked(**vars(found))
 
 
 class Evaluated(Assessment):
@@ -258,7 +255,7 @@ def evaluate(source: str | Path | Run, **options: Any) -> Evaluated:
     folder = _folder(source)
     with quiet():
         found = assess(folder, **({"command": shlex.join(["philora", "evaluate", str(folder)])} | options))
-    return Evaluated(**{field.name: getattr(found, field.name) for field in fields(Assessment)})
+    return Evaluated(**vars(found))
 
 
 def chat(source: str | Path, text: str, *, base: str | None = None, **options: Any) -> Answer:

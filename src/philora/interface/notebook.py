@@ -30,9 +30,8 @@ def in_notebook() -> bool:
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> Markup:
     """Return rows of text as an HTML table; every cell is escaped."""
     style = Markup('style="text-align:left;vertical-align:top"')
-    head = Markup("<tr>{}</tr>").format(
-        Markup("").join(Markup("<th {}>{}</th>").format(style, name) for name in header)
-    )
+    names = Markup("").join(Markup("<th {}>{}</th>").format(style, name) for name in header)
+    head = Markup("<tr>{}</tr>").format(names)
     body = (Markup("").join(Markup("<td {}>{}</td>").format(style, cell) for cell in row) for row in rows)
     lines = Markup("").join(Markup("<tr>{}</tr>").format(row) for row in body)
     return Markup("<table>{}{}</table>").format(head if header else "", lines)
@@ -119,12 +118,7 @@ class NotebookBar(TrainerCallback):  # type: ignore[misc]
         self._step(state)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Show the newest loss."""
         names = {"loss": "loss", "eval_loss": "held-out loss"}

@@ -154,9 +154,8 @@ class Run(AnsweringModel):
     @property
     def samples(self) -> list[Sample]:
         """Return a few held-out prompts with the answers of base and adapter."""
-        found = self.results["samples"]
         names = ("prompt", "reference", "base", "adapter", "adapter_matched")
-        return [Sample(*(sample[name] for name in names)) for sample in found]
+        return [Sample(*(sample[name] for name in names)) for sample in self.results["samples"]]
 
     @property
     def losses(self) -> list[Loss]:
@@ -212,8 +211,7 @@ class Run(AnsweringModel):
 
         self.free()
         with quiet():
-            options = {"base": self._base} | options
-            return export(self.folder, self._beside(format, out), format=format, **options)
+            return export(self.folder, self._beside(format, out), format=format, **({"base": self._base} | options))
 
     def push(self, repo_id: str, **options: Any) -> Pushed:
         """Push the adapter to the Hugging Face Hub; options are those of `philora.push`."""
@@ -234,9 +232,8 @@ class Run(AnsweringModel):
             return rows
         data, speed = self.results["data"], self.results["throughput"]
         counts = ", ".join(f"{data[split]['rows']:,} {split}" for split in ("train", "eval") if data.get(split))
-        rows.append(("rows", counts))
-        trained = duration(speed["seconds"])
-        rows.append(("trained", f"{speed['steps']:,} steps, {speed['tokens']:,} tokens, {trained}"))
+        trained = f"{speed['steps']:,} steps, {speed['tokens']:,} tokens, {duration(speed['seconds'])}"
+        rows += [("rows", counts), ("trained", trained)]
         rows += [
             (figure.title, f"{shown_figure(figure.before, figure)} → {shown_figure(figure.after, figure)} "
                            f"({interval_of(figure)})")

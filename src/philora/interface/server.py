@@ -95,13 +95,8 @@ def serve(
         with quiet():
             loaded = load_named([str(source) for source in sources], base)
         scheduler = Scheduler(loaded, limit=max_requests)
-        served = app.build_app(
-            loaded,
-            defaults=chat_settings(max_new_tokens),
-            scheduler=scheduler,
-            key=api_key,
-            hosts=connections.hosts_of(host),
-        )
+        defaults, hosts = chat_settings(max_new_tokens), connections.hosts_of(host)
+        served = app.build_app(loaded, defaults=defaults, scheduler=scheduler, key=api_key, hosts=hosts)
     except BaseException:
         bound.close()
         raise

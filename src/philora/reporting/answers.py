@@ -74,9 +74,8 @@ def answers_view(run: Run) -> dict[str, Any] | None:
 def _entry(answer: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Return a question as bubbles, its answers, and the values that it is filtered and sorted by."""
     reference = text_of(answer.get("reference"))
-    base, adapter = (_side(answer, who, reference) for who in ("base", "adapter"))
-    base |= {"name": "Base"}
-    adapter |= {"name": "With adapter"}
+    base = _side(answer, "base", reference) | {"name": "Base"}
+    adapter = _side(answer, "adapter", reference) | {"name": "With adapter"}
     return {
         "prompt": prompt_of(answer),
         "title": _title(answer),
@@ -127,15 +126,7 @@ def text_of(content: Any) -> str:
 
 
 def compared_answers(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
-    """Return the questions that at least two runs answered, with their answers side by side.
-
-    Args:
-        runs: The runs.
-        names: The names of the runs.
-
-    Returns:
-        None if no question was answered by two runs.
-    """
+    """Return the questions that at least two runs answered, with their answers side by side; None if there are none."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for place, run in enumerate(runs):
         for answer in run.answers:

@@ -18,6 +18,7 @@ from philora.configuration.reader import read_yaml
 from philora.errors import ConfigError
 from philora.evaluation.measures import Paired
 from philora.evaluation.scores import Scores, compare_table, interval_of, shown_figure, stage_table
+from philora.files.checkpoint import read_json
 from philora.models.loading import local_path
 from philora.models.locate import licence
 from philora.models.run_folder import SystemTurn, example_messages
@@ -63,7 +64,7 @@ def model_card(
         example: Show a held-out question with its answers; False for a published card, since it is part of the data.
     """
     settings = _settings(run)
-    results = _json(run / "results.json") if run is not None else {}
+    results = read_json(run / "results.json") if run is not None else {}
     named = _shown(base)
     title = folder.rstrip("/").rpartition("/")[2] if not Path(folder).is_absolute() else Path(folder).name
     what = "with a LoRA adapter merged into its weights" if merged else "with this LoRA adapter"
@@ -96,17 +97,12 @@ def _plain(value: object) -> str:
     return re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
 def _settings(run: Path | None) -> dict[str, Any]:
     """Return the sections of a run's configuration; empty, with a warning, if it cannot be read."""
-    path = run / "config.yaml" if run is not None else None
-    if path is None or not path.is_file():
+    if run is None or not (run / "config.yaml").is_file():
         return {}
     try:
-        given = read_yaml(path)
+        given = read_yaml(run / "config.yaml")
     except ConfigError as error:
         logger.warning("the card has no settings: %s", error)
         return {}
@@ -190,11 +186,10 @@ def _example(results: Mapping[str, Any]) -> str:
     asked = [message["content"] for message in prompt_of(sample or {}) if message["role"] == "user"]
     if sample is None or not asked:
         return ""
-    lines = [("Question", asked[-1]), ("Base", sample.get("base")), ("Fine-tuned", sample.get("adapter"))]
-    lines.append(("Reference", sample.get("reference")))
-    shown = [
-        f"- {title}: {_plain(textwrap.shorten(text_of(text), EXAMPLE_CHARACTERS))}" for title, text in lines if text
-    ]
+    texts = {"Question": asked[-1], "Base": sample.get("base"), "Fine-tuned": sample.get("adapter")}
+    texts["Reference"] = sample.get("reference")
+    shorter = {title: textwrap.shorten(text_of(text), EXAMPLE_CHARACTERS) for title, text in texts.items() if text}
+    shown = [f"- {title}: {_plain(text)}" for title, text in shorter.items()]
     return "\n".join(["## Example", "", "A question that was held out:", "", *shown])
 
 
@@ -209,22 +204,17 @@ def _data(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     figures = (results.get("data") or {}).get("train") or {}
     if not named:
         return ""
-    counted = [
-        f"{int(figures[key]):,} {text}"
-        for key, text in (("rows", "conversations"), ("tokens", "tokens"))
-        if figures.get(key)
-    ]
+    titles = {"rows": "conversations", "tokens": "tokens"}
+    counted = [f"{int(figures[key]):,} {text}" for key, text in titles.items() if figures.get(key)]
     return f"## Data\n\n{named}" + (f": {', '.join(counted)}." if counted else ".")
 
 
 def _trained(run: Path | None, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the steps and epochs of the training; the settings may only limit them."""
-    state = _json(run / "trainer_state.json") if run is not None else {}
+    state = read_json(run / "trainer_state.json") if run is not None else {}
     steps = (results.get("throughput") or {}).get("steps") or state.get("global_step")
-    epochs = state.get("epoch")
-    found = {"steps, as trained": f"{int(steps):,}" if steps else None}
-    found["epochs, as trained"] = f"{float(epochs):.3g}" if epochs else None
-    return {name: text for name, text in found.items() if text is not None}
+    found = {"steps, as trained": f"{int(steps):,}"} if steps else {}
+    return found | ({"epochs, as trained": f"{float(state['epoch']):.3g}"} if state.get("epoch") else {})
 
 
 def _hyperparameters(settings: Mapping[str, Any], adapter_config: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
@@ -242,14 +232,8 @@ def _hyperparameters(settings: Mapping[str, Any], adapter_config: Mapping[str, A
     targets = (settings.get("peft_config") or {}).get("target_modules", adapter_config.get("target_modules"))
     if targets:
         rows["target_modules"] = ", ".join(sorted(targets)) if not isinstance(targets, str) else targets
-    lines = [
-        "## Settings",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {name} | {_plain(value)} |" for name, value in rows.items()),
-    ]
-    return "\n".join(lines)
+    lines = [f"| {name} | {_plain(value)} |" for name, value in rows.items()]
+    return "\n".join(["## Settings", "", "| | |", "| --- | --- |", *lines])
 
 
 def _versions(results: Mapping[str, Any]) -> str:

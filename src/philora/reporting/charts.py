@@ -44,13 +44,7 @@ class Curve(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """The range of steps that all charts of a page show, and a mark in it.
-
-    Attributes:
-        left: First step.
-        right: Last step.
-        kept: Step of the checkpoint whose weights are the result, with its label; None if it is not known.
-    """
+    """The range of steps that all charts of a page show, and the step of the kept checkpoint, with its label."""
 
     left: float
     right: float
@@ -113,12 +107,7 @@ def ticks(low: float, high: float, marks: int = 4) -> list[float]:
 
 
 def noisy_pair(name: str, points: Sequence[Point]) -> tuple[list[Curve], str]:
-    """Return a noisy curve and a smoothed one, with a remark on the smoothing; a short curve alone, with marked points.
-
-    Args:
-        name: For the legend.
-        points: The values as they were logged.
-    """
+    """Return a noisy curve and a smoothed one, with a remark on the smoothing; a short curve alone, with its points."""
     span = smoothing_span(points)
     if not span:
         return [Curve(name, "smooth", points, dots=True)], ""
@@ -142,8 +131,8 @@ def chart(
         title: What the chart shows, with its unit.
         curves: The curves in drawing order; curves without points are left out.
         axis: The range of steps.
-        form: The text of a value.
-        short_form: A shorter text of a value, for the axis.
+        form: Returns the text of a value.
+        short_form: Returns a shorter one for the axis.
         from_zero: Whether the vertical axis starts at zero.
         note: A remark beside the title, or below a large chart.
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from philora.evaluation.measures import Paired
-from philora.evaluation.scores import METRICS, interval_of, shown_figure
+from philora.evaluation.scores import METRICS, change_of, ends_of, shown_figure
 from philora.reporting.answers import compared_answers
 from philora.reporting.charts import Axis, Curve, chart, smoothing_span
 from philora.reporting.formatting import count, duration, mapping, number, real, short_count, without_secrets
-from philora.reporting.run_record import Run, last_point
+from philora.reporting.run_record import Run
 
 
 class Cell(NamedTuple):
@@ -92,22 +92,16 @@ def _compared(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
     order = [*first, *(name for name in titles if name not in first)]
     rows = [(titles[name], _with_best([_figure(run, name) for run in runs])) for name in order]
 
-    def of(read: Callable[[Run], str | None]) -> list[Cell]:
-        return [Cell(read(run) or "–") for run in runs]
-
+    bases = [str(mapping(run.results.get("model")).get("name") or "–") for run in runs]
+    losses = [run.series("loss") for run in runs]
     rows += [
         ("Loss of the base", [_figure(run, "loss", "before")[0] for run in runs]),
-        ("Base model", of(lambda run: str(mapping(run.results.get("model")).get("name") or ""))),
-        ("Last training loss", of(lambda run: _shown(last_point(run.series("loss")), number))),
-        ("Steps", of(lambda run: _result(run, "throughput", "steps", form=count))),
-        ("Tokens per second", of(lambda run: _result(run, "throughput", "tokens_per_second", form=count))),
-        ("Training time", of(lambda run: _result(run, "throughput", "seconds", form=duration))),
-        (
-            "Peak memory",
-            of(lambda run: _result(run, "memory", "peak_bytes", form=lambda value: f"{value / 1e9:.1f} GB")),
-        ),
-        ("Trained parameters", of(lambda run: _result(run, "coverage", "trainable_parameters", form=short_count))),
+        ("Base model", list(map(Cell, bases))),
+        ("Last training loss", [_cell(points[-1][1] if points else None, number) for points in losses]),
     ]
+    for title, section, key, form in _RESULTS:
+        found = [real(mapping(run.results.get(section)).get(key)) for run in runs]
+        rows.append((title, [_cell(value, form) for value in found]))
     return rows
 
 
@@ -127,8 +121,8 @@ def _figure(run: Run, name: str, which: str = "after") -> tuple[Cell, float | No
 
 def _interval(figure: Paired) -> str:
     """Return the change from the base with its 95% interval."""
-    change, _, ends = interval_of(figure).partition(" [")
-    return f"{change} ({ends.rstrip(']').replace(', ', ' to ')})" if ends else change
+    ends = ends_of(figure)
+    return f"{change_of(figure)} ({ends})" if ends else change_of(figure)
 
 
 def _with_best(found: Sequence[tuple[Cell, float | None, bool]]) -> list[Cell]:
@@ -140,16 +134,18 @@ def _with_best(found: Sequence[tuple[Cell, float | None, bool]]) -> list[Cell]:
     return [cell._replace(best=value == best) for cell, value, _ in found]
 
 
-def _shown(value: float | None, form: Callable[[float], str]) -> str | None:
-    return None if value is None else form(value)
+def _cell(value: float | None, form: Callable[[float], str]) -> Cell:
+    return Cell("–" if value is None else form(value))
 
 
-def _result(run: Run, *keys: str, form: Callable[[float], str]) -> str | None:
-    """Return a number of `results.json` as text."""
-    value: Any = run.results
-    for key in keys:
-        value = mapping(value).get(key)
-    return _shown(real(value), form)
+# The numbers of `results.json` that are compared besides the scores: title, section, key, form.
+_RESULTS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("Steps", "throughput", "steps", count),
+    ("Tokens per second", "throughput", "tokens_per_second", count),
+    ("Training time", "throughput", "seconds", duration),
+    ("Peak memory", "memory", "peak_bytes", lambda value: f"{value / 1e9:.1f} GB"),
+    ("Trained parameters", "coverage", "trainable_parameters", short_count),
+)
 
 
 def _differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -62,9 +62,7 @@ class LogLines(logging.Handler):
 def log_lines(console: Console, level: str) -> LogLines:
     """Return a handler that shows log lines from a level on; other processes than the first show errors only.
 
-    Args:
-        console: Where to.
-        level: As `training_config.log_level` has it; `passive` shows warnings.
+    The level is one of `training_config.log_level`; `passive` shows warnings.
     """
     chosen = logging.WARNING if level == "passive" else int(getattr(logging, level.upper()))
     return LogLines(console, chosen if processes.is_main() else logging.ERROR)
@@ -80,10 +78,8 @@ def ignore_future_warnings() -> None:
 def shown(level: str) -> Iterator[ProgressBar]:
     """Show a run while it runs: its log lines and its progress, both on standard error.
 
-    Log lines are not added where the command line, or a stream handler of the script, shows them already.
-
-    Args:
-        level: As for `log_lines`.
+    Log lines are not added where the command line, or a stream handler of the script, shows them already. The level is
+    as for `log_lines`.
 
     Yields:
         The callback that shows the progress.
@@ -110,13 +106,7 @@ def shown(level: str) -> Iterator[ProgressBar]:
 
 
 def show_result(folder: Path, results: Mapping[str, Any]) -> None:
-    """Show the result of a run: scores on held-out data, a few answers, speed and files.
-
-    Args:
-        folder: The run folder.
-        results: The content of its `results.json`.
-    """
-
+    """Show the result of a run, the content of its `results.json`: scores, a few answers, speed and files."""
     console = SafeConsole(soft_wrap=True)
     if results["before"] and results["after"]:
         _show_scores(console, results)
@@ -171,9 +161,7 @@ def _show_scores(console: Console, results: Mapping[str, Any]) -> None:
 def labelled_text(console: Console, tokens: Sequence[tuple[str, bool]]) -> tuple[Text, str]:
     """Return an example with the tokens that have a loss marked, and a description of the mark.
 
-    Args:
-        console: The console that shows it: with colours the tokens are coloured, else they are between `>>` and `<<`.
-        tokens: Tokens, each with whether it has a loss.
+    On a console with colours the tokens are coloured, else they are between `>>` and `<<`.
     """
     coloured = console.color_system is not None and not console.no_color
     text = Text()
@@ -199,13 +187,7 @@ def next_steps(folder: Path) -> list[tuple[str, str]]:
 
 
 def show_figures(console: Console, title: str, figures: Sequence[Paired]) -> None:
-    """Show base and adapter with the interval of their difference, and the number of rows on which each is better.
-
-    Args:
-        console: Where to.
-        title: Above the table.
-        figures: Of the two.
-    """
+    """Show base and adapter with the interval of their difference, and the number of rows on which each is better."""
     from philora.evaluation.scores import interval_of, shown_figure
 
     table = Table(title=title, title_justify="left", box=None)
@@ -230,6 +212,6 @@ def print_whole(console: Console, table: Table) -> None:
     console.print(Segments(list(console.render(table, options.update(width=wide)))), crop=False, end="")
 
 
-def _short(text: str, limit: int = 300) -> str:
+def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return text if len(text) <= 300 else f"{text[:300]}..."

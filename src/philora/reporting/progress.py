@@ -14,6 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from philora.generation.progress import listening
 from philora.reporting.formatting import duration
 
+FIGURES = {
+    "loss": "loss {:.4f}", "eval_loss": "held-out loss {:.4f}", "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}  # fmt: skip
+"""The figures of a log entry that are shown."""
+
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
     """Show a run's progress on a console: a bar on a terminal, otherwise a line for every log entry."""
@@ -48,25 +54,12 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             self._progress.update(self._task, completed=state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Show the newest figures."""
         if not logs or not state.is_world_process_zero:
             return
-        parts = []
-        for key, form in (
-            ("loss", "loss {:.4f}"),
-            ("eval_loss", "held-out loss {:.4f}"),
-            ("learning_rate", "lr {:.2e}"),
-            ("tokens_per_second", "{:,.0f} tokens/s"),
-        ):
-            if key in logs:
-                parts.append(form.format(float(logs[key])))
+        parts = [form.format(float(logs[key])) for key, form in FIGURES.items() if key in logs]
         if "memory_bytes" in logs:
             parts.append(f"{float(logs['memory_bytes']) / 1e9:.1f} GB")
         figures = "  ".join(parts)

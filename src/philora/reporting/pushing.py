@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,19 +93,19 @@ def push(
     if not dry_run:
         token = hub.require_token("push", token)
         repo_id = hub.create_repository(repo_id, token, private, "push")
-        _require_one_kind(repo_id, token, "push", merged=merged, replace=replace)
+        if not replace:
+            _require_one_kind(repo_id, token, "push", merged=merged)
     with tempfile.TemporaryDirectory(prefix="philora-push-") as temporary:
         folder = Path(temporary) / "files"
         _write_files(found, folder, repo_id, base=base, merged=merged, example=private is True)
-        files = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
         if dry_run or token is None:
             return Pushed(repo_id, files, None)
         what = "merged model" if merged else "adapter"
-        removed = _stale(hub.files(repo_id, token, "push"), files)
+        # Old files that would be read with the new ones, such as the shards of a larger model.
+        old = [name for name in hub.files(repo_id, token, "push") if name not in files]
+        removed = _matching(old, (*_ADAPTER_WEIGHTS, *_MODEL_WEIGHTS, *_BESIDE_WEIGHTS))
         url = hub.upload(folder, repo_id, token, f"Upload the {what} with philora", "push", remove=removed)
     logger.info("pushed to %s", url)
     return Pushed(repo_id, files, url, removed)
@@ -116,15 +116,10 @@ def _write_files(
 ) -> None:
     """Write the files to push: the adapter or the merged model, and its card.
 
-    Args:
-        found: The adapter.
-        folder: The folder to write, which does not exist yet.
-        repo_id: The repository.
-        base: Base model; None: the one that the adapter names.
-        merged: Write the complete model.
-        example: Show a held-out question in the card; only for a private repository, since it is part of the data.
+    With `example` the card shows a held-out question; only for a private repository, since it is part of the data.
     """
-    name = _base_name(found, base)
+    name = base or found.base
+    name = "nano" if name == local_path("nano") else name
     if merged:
         require_base(found)
         merge_to_folder(found.path, folder, base=base)
@@ -149,25 +144,18 @@ def _matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
-def _require_one_kind(repo_id: str, token: str, where: str, *, merged: bool, replace: bool = False) -> None:
+def _require_one_kind(repo_id: str, token: str, where: str, *, merged: bool) -> None:
     """Refuse a repository whose weights would be loaded together with the new ones.
 
     Raises:
         ConfigError: It has an adapter and gets a model, or vice versa.
     """
     other = _matching(hub.files(repo_id, token, where), _ADAPTER_WEIGHTS if merged else _MODEL_WEIGHTS)
-    if other and not replace:
+    if other:
         new, old = ("a merged model", "an adapter") if merged else ("an adapter", "a model")
         expected = f"a repository without {old}, since {new} is pushed and both would be loaded together"
         todo = f"Give another repository, or remove {', '.join(other[:3])} from this one with philora push --replace"
         raise ConfigError(fault(where, "repo_id", repo_id, expected, todo))
-
-
-def _stale(present: Sequence[str], new: Mapping[str, int]) -> tuple[str, ...]:
-    """Return old files of a repository that would be read with the new ones, such as the shards of a larger model."""
-    return _matching(
-        (name for name in present if name not in new), (*_ADAPTER_WEIGHTS, *_MODEL_WEIGHTS, *_BESIDE_WEIGHTS)
-    )
 
 
 class Target(NamedTuple):
@@ -196,12 +184,6 @@ def target_of(config: Config) -> Target | None:
     repo_id = hub.create_repository(repo_id, token, private, config.source)
     _require_one_kind(repo_id, token, config.source, merged=False)
     return Target(repo_id, private, token)
-
-
-def _base_name(found: AdapterSource, base: str | None) -> str | None:
-    """Return the name of the base: a hub id, `nano` or a folder."""
-    name = base or found.base
-    return "nano" if name == local_path("nano") else name
 
 
 def _copy_adapter(found: AdapterSource, folder: Path, base: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from philora.configuration.reader import read_yaml
 from philora.errors import ConfigError, fault
 from philora.files.checkpoint import LOCK_NAME, read_json, run_lock
 from philora.models.run_folder import CONFIG_NAME, is_run
+from philora.reporting.formatting import mapping
 
 
 class RunSummary(NamedTuple):
@@ -49,23 +49,15 @@ def list_runs(folder: Path) -> list[RunSummary]:
     """
     if not folder.is_dir():
         raise ConfigError(fault("runs", "folder", str(folder), "a folder that holds runs", "Train one: philora train"))
-    found = [_summary(run, folder) for run in _run_folders(folder)]
-    return sorted(found, key=lambda run: run.date, reverse=True)
-
-
-def _run_folders(folder: Path) -> Iterator[Path]:
     files = [file for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG_NAME}")]
-    return (candidate for candidate in (folder, *(file.parent for file in files)) if is_run(candidate))
+    runs = [run for run in (folder, *(file.parent for file in files)) if is_run(run)]
+    return sorted((summarise(run, folder) for run in runs), key=lambda run: run.date, reverse=True)
 
 
-def summarise(run: Path) -> RunSummary:
-    """Return a run as a row, named after its folder."""
-    return _summary(run, run)
-
-
-def _summary(run: Path, seen_from: Path) -> RunSummary:
+def summarise(run: Path, seen_from: Path | None = None) -> RunSummary:
+    """Return a run as a row, named after its folder: relative to `seen_from`, if that is another one."""
     results = read_json(run / "results.json")
-    before, after = _scores(results, "before"), _scores(results, "after")
+    before, after = (mapping(results.get(key)) for key in ("before", "after"))
     try:
         model = read_yaml(run / CONFIG_NAME).get("model")
     except ConfigError:
@@ -73,20 +65,15 @@ def _summary(run: Path, seen_from: Path) -> RunSummary:
     written = max(path.stat().st_mtime for path in run.iterdir())
     last = datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="seconds")
     return RunSummary(
-        name=run.name if run == seen_from else run.relative_to(seen_from).as_posix(),
+        name=run.name if seen_from in (None, run) else run.relative_to(seen_from).as_posix(),
         folder=run,
-        base=str(model.get("name_or_path", "nano")) if isinstance(model, Mapping) else "",
+        base=str(model.get("name_or_path", "nano")) if isinstance(model, dict) else "",
         date=str(results.get("finished") or last),
         loss_before=before.get("loss"),
         loss=after.get("loss"),
         exact_match=after.get("exact_match"),
         status="done" if results else status_of(run),
     )
-
-
-def _scores(results: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = results.get(name)
-    return found if isinstance(found, Mapping) else {}
 
 
 def status_of(run: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from philora.configuration.run_paths import RECORD_NAME
 from philora.errors import DataError, fault
 from philora.evaluation.measures import Paired
+from philora.files.checkpoint import read_json_lines
 from philora.reporting.formatting import mapping, real
 from philora.reporting.run_list import status_of
 
@@ -66,10 +67,6 @@ class Run:
                 points[float(entry["step"])] = value
         return sorted(points.items())
 
-    def not_finite(self, key: str) -> list[int]:
-        """Return the steps at which the logged value was not a finite number, which shows that a run diverged."""
-        return [int(entry["step"]) for entry in self.metrics if entry.get(key) is not None and real(entry[key]) is None]
-
     def held_out_losses(self) -> list[Point]:
         """Return the held-out loss by step, with step 0 if the loss before training is known."""
         points = self.series("eval_loss")
@@ -111,7 +108,7 @@ def read_run(folder: Path) -> Run:
     if not any((folder / name).is_file() for name in names):
         expected = f"a run folder, with {', '.join(names)}"
         raise DataError(fault("report", "run", str(folder), expected, "Give the folder that `philora train` wrote"))
-    metrics = [entry for entry in _json_lines(folder / "metrics.jsonl") if real(entry.get("step")) is not None]
+    metrics = [entry for entry in read_json_lines(folder / "metrics.jsonl") if real(entry.get("step")) is not None]
     results = _json_object(folder / "results.json")
     evaluation = _of_the_run(_json_object(folder / "evaluation" / "results.json"))
     return Run(
@@ -122,7 +119,7 @@ def read_run(folder: Path) -> Run:
         evaluation,
         _json_object(folder / "trainer_state.json"),
         (_evaluated_answers(folder) if evaluation else [])
-        or _json_lines(folder / ANSWERS_NAME)
+        or read_json_lines(folder / ANSWERS_NAME)
         or [sample for sample in results.get("samples") or [] if isinstance(sample, dict)],
         "done" if results else status_of(folder),
         _json_object(folder / RECORD_NAME),
@@ -143,19 +140,12 @@ def paired_figures(entries: Any) -> list[Paired]:
 def _evaluated_answers(folder: Path) -> list[dict[str, Any]]:
     """Return the answers of `philora evaluate`, in the form of a run's own."""
     found = []
-    for entry in _json_lines(folder / "evaluation" / "examples.jsonl"):
-        base, adapter = mapping(entry.get("base")), mapping(entry.get("adapter"))
-        if "prompt" in entry and "answer" in adapter:
-            found.append(
-                {
-                    "prompt": entry["prompt"],
-                    "reference": entry.get("reference"),
-                    "base": base.get("answer"),
-                    "adapter": adapter["answer"],
-                    "base_matched": bool(base.get("exact_match")),
-                    "adapter_matched": bool(adapter.get("exact_match")),
-                }
-            )
+    for entry in read_json_lines(folder / "evaluation" / "examples.jsonl"):
+        sides = {name: mapping(entry.get(name)) for name in ("base", "adapter")}
+        if "prompt" in entry and "answer" in sides["adapter"]:
+            answers = {name: side.get("answer") for name, side in sides.items()}
+            matched = {f"{name}_matched": bool(side.get("exact_match")) for name, side in sides.items()}
+            found.append({"prompt": entry["prompt"], "reference": entry.get("reference"), **answers, **matched})
     return found
 
 
@@ -177,21 +167,3 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(fault(str(path), "content", content, "a JSON object as philora writes it"))
     return content
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file, without incomplete lines."""
-    found = []
-    for line in _text(path).splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict):
-            found.append(entry)
-    return found
-
-
-def last_point(points: Sequence[Point]) -> float | None:
-    """Return the last value of a series; None if it is empty."""
-    return points[-1][1] if points else None

@@ -111,7 +111,8 @@ def _when(results: Mapping[str, Any]) -> str:
 def _warnings(run: Run) -> list[str]:
     """Return warnings that are shown with the verdict."""
     warnings = []
-    if broken := run.not_finite("loss"):
+    losses = [(entry["step"], entry["loss"]) for entry in run.metrics if entry.get("loss") is not None]
+    if broken := [int(step) for step, loss in losses if real(loss) is None]:  # the run diverged
         warnings.append(f"The loss was not a finite number at {len(broken)} logged steps, first at step {broken[0]:,}.")
     if shared := real(mapping(run.results.get("data")).get("in_both")):
         warnings.append(f"{shared:,.0f} held-out rows are also in the training data: the figures below are too good.")
@@ -253,14 +254,9 @@ def _shown_share(value: float, relative: bool) -> str:
 
 
 DATA_COLUMNS = {
-    "rows": "Rows",
-    "tokens": "Tokens",
-    "labels": "Label tokens",
-    "longest_tokens": "Longest, tokens",
-    "truncated": "Truncated",
-    "dropped": "Dropped",
-    "duplicates": "Duplicates",
-}
+    "rows": "Rows", "tokens": "Tokens", "labels": "Label tokens", "longest_tokens": "Longest, tokens",
+    "truncated": "Truncated", "dropped": "Dropped", "duplicates": "Duplicates",
+}  # fmt: skip
 
 
 def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -276,10 +272,8 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
         "preview": _preview(data.get("preview")),
         "sources": [
             {
+                **{key: str(source.get(key) or "") for key in ("name", "format", "recognised")},
                 "split": str(split),
-                "name": str(source.get("name") or ""),
-                "format": str(source.get("format") or ""),
-                "recognised": str(source.get("recognised") or ""),
                 "examples": [str(example) for example in source.get("examples") or []],
                 "records": count(source.get("records")),
             }
@@ -317,7 +311,5 @@ def _preview(tokens: Any) -> list[tuple[str, bool]]:
 
 
 def _versions(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    versions = {str(name): str(version) for name, version in mapping(results.get("versions")).items()}
-    if results.get("philora"):
-        versions = {"philora": str(results["philora"])} | versions
-    return list(versions.items())
+    own = {"philora": results["philora"]} if results.get("philora") else {}
+    return [(str(name), str(version)) for name, version in (own | dict(mapping(results.get("versions")))).items()]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from philora.evaluation.measures import EXACT_MATCH, LOSS, Paired
-from philora.evaluation.scores import METRICS, Scores, better, compare_table, interval_of, shown_figure
+from philora.evaluation.scores import METRICS, Scores, better, change_of, compare_table, ends_of, shown_figure
 from philora.reporting.formatting import mapping, real
 from philora.reporting.run_record import Run, paired_figures
 
@@ -27,15 +27,14 @@ def paired_rows(figures: Sequence[Paired]) -> list[dict[str, Any]]:
     """Return rows with the interval of every change, and how often the adapter is better, equal or worse."""
     rows = []
     for figure in figures:
-        change, _, interval = interval_of(figure).partition(" [")
         known = math.isfinite(figure.before) and math.isfinite(figure.after)
         rows.append(
             {
                 "metric": figure.title,
                 "before": shown_figure(figure.before, figure),
                 "after": shown_figure(figure.after, figure),
-                "change": change,
-                "interval": interval.rstrip("]").replace(", ", " to "),
+                "change": change_of(figure),
+                "interval": ends_of(figure),
                 "direction": "" if figure.verdict == "unclear" else figure.verdict,
                 "track": [100 * figure.before, 100 * figure.after] if figure.percent and known else None,
                 "counts": [figure.wins, figure.ties, figure.losses],

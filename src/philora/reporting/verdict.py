@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from philora.evaluation.measures import EXACT_MATCH, LOSS, Paired
-from philora.evaluation.scores import interval_of, shown_figure
+from philora.evaluation.scores import ends_of, shown_figure
 from philora.reporting.formatting import mapping, number, real
 from philora.reporting.run_record import Point, Run
 
@@ -19,13 +19,7 @@ ROSE = 0.02
 
 
 class Verdict(NamedTuple):
-    """The verdict on a run.
-
-    Attributes:
-        kind: `better`, `worse`, `unclear` or `unknown`.
-        title: The kind as a title.
-        sentences: The two sentences.
-    """
+    """The verdict on a run: its kind (`better`, `worse`, `unclear` or `unknown`), that as a title, two sentences."""
 
     kind: str
     title: str
@@ -72,9 +66,7 @@ def _outcome(run: Run, figures: Sequence[Paired], loss: Paired | None) -> str:
         if exact is not None:
             text += f"; answers that equal the reference went from {shown_figure(exact.before, exact)} to "
             text += shown_figure(exact.after, exact)
-            text += (
-                f" of {exact.examples:,} ({_interval(exact)})" if exact.low is not None else f" of {exact.examples:,}"
-            )
+            text += f" of {exact.examples:,}" + (f" ({_interval(exact)})" if exact.low is not None else "")
         return f"{text}."
     old, new = (real(mapping(run.results.get(key)).get("loss")) for key in ("before", "after"))
     if old is None or new is None:
@@ -87,10 +79,7 @@ def _verb(before: float, after: float) -> str:
 
 
 def _interval(figure: Paired) -> str:
-    """Return `95% interval of the change: A to B`."""
-    change, _, ends = interval_of(figure).partition(" [")
-    unit = " pp" if change.endswith(" pp") else ""
-    return f"95% interval of the change: {ends.rstrip(']').replace(', ', ' to ')}{unit}"
+    return f"95% interval of the change: {ends_of(figure)}{' pp' if figure.percent else ''}"
 
 
 def _trend(run: Run) -> str:

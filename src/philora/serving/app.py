@@ -152,13 +152,11 @@ def build_app(
     return Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), hosts, key)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+async def _refused(request: Request, error: ApiError) -> Response:
     return error.response()
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _not_found(request: Request, error: HTTPException) -> Response:
     text = f"{request.method} {request.scope['path']}: {error.detail}."
     return ApiError(error.status_code, text, code="unknown_url", headers=error.headers).response()
 

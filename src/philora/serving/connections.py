@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import http
 import ipaddress
-import json
 import logging
 import socket
 import sys
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from philora.errors import ConfigError, fault
+from philora.serving.chat_requests import ApiError
 from philora.serving.scheduler import Scheduler, stopping
 
 logger = logging.getLogger(__name__)
@@ -41,12 +43,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.create_server((host, port), family=family, backlog=128)
+        return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
         expected = "an address of this machine and a free port"
         todo = "Give another --port, or 0 for any free one"
         raise ConfigError(fault("server", "address", f"{host}:{port}", expected, f"{error}. {todo}")) from error
-    return bound
 
 
 def address_of(bound: socket.socket) -> str:
@@ -102,14 +103,13 @@ def most_connections() -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with a limit on connections, which informs every client when it stops.
+    """uvicorn's server, until SIGINT or SIGTERM, with a limit on connections; unfinished answers end with an error.
 
     uvicorn's own `limit_concurrency` refuses requests that have been read, while idle connections count and stay open.
     Here connections are refused when they open, and closed when a header takes too long.
 
     Args:
-        app: The application.
-        scheduler: The scheduler whose answers end with the server.
+        app, scheduler: The application, and the scheduler; its answers end with the server.
         connections: Most connections at a time; default: as many as the process has file descriptors for.
         header_seconds: As `HEADER_SECONDS`.
     """
@@ -129,7 +129,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=self._protocol,  # type: ignore[arg-type]  # uvicorn calls it as it would call the class
+                http=functools.partial(_Connection, self),  # type: ignore[arg-type]  # called as the class would be
                 ws="none",
                 log_config=None,  # uvicorn's would close all log handlers of the process, and the streams of some
                 log_level="error",
@@ -139,9 +139,6 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=3,
             )
         )
-
-    def _protocol(self, **options: Any) -> H11Protocol:
-        return _Connection(self, **options)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen with a long queue; uvicorn accepts only a few connections in one go."""
@@ -226,17 +223,10 @@ class _Connection(H11Protocol):
 
     def _refuse(self, status: int, text: str, code: str) -> None:
         """Send an error in OpenAI's form, outside of any request, and close the connection."""
-        error = {"message": text, "type": "server_error", "param": None, "code": code}
-        body = json.dumps({"error": error}).encode()
-        phrase = {408: "Request Timeout", 503: "Service Unavailable"}[status]
+        body = ApiError(status, text, type="server_error", code=code).response().body
         head = (
-            f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\n"
+            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
-
-
-def run(app: ASGIApp, scheduler: Scheduler, bound: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; unfinished answers end with an error."""
-    Server(app, scheduler).run(sockets=[bound])

@@ -11,14 +11,9 @@ LONGEST_CHARACTERS = 160
 
 
 def held_out_questions(source: str, most: int = 6) -> list[str]:
-    """Return questions that the run of an adapter was not trained on.
+    """Return up to `most` questions that a run was not trained on; `source` is its folder or an adapter in it.
 
-    Args:
-        source: Run folder, or an adapter or checkpoint in one.
-        most: The number of questions.
-
-    Returns:
-        The first short ones that start a conversation, without repeats; none if the run has no held-out rows on disk.
+    They are the first short ones that start a conversation, without repeats; none if no held-out rows are on disk.
     """
     given = Path(source).expanduser()
     folder = given if is_run(given) else run_of(given)

@@ -28,14 +28,7 @@ STOP_SECONDS = 5.0
 
 
 class Event(NamedTuple):
-    """Describe an event of an answer: a piece of text, its end, or a failure.
-
-    Attributes:
-        choice: The index of the answer in its request.
-        piece: New text.
-        reply: Set at the end.
-        error: Set if the answer failed.
-    """
+    """An event of an answer, `choice` of its request: a piece of text, the end (`reply`), or a failure (`error`)."""
 
     choice: int
     piece: str = ""

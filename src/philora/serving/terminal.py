@@ -39,13 +39,8 @@ BREAKS = r"(\s|[\u2e80-\u9fff\uac00-\ud7af\uff00-\uffef])"
 LEAVE = ("/exit", "/quit", "exit", "quit")
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "seed": int,
-    "stop": str,
-}
+    "max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "seed": int, "stop": str,
+}  # fmt: skip
 
 
 class Terminal:
@@ -66,7 +61,7 @@ class Terminal:
         """Prepare the loop.
 
         Args:
-            conversation: The conversation, with its first adapter.
+            conversation: The conversation.
             read: Returns the next line; raises EOFError at the end, and KeyboardInterrupt for Ctrl-C.
             write: Shows a piece of an answer at once.
             note: Shows a line about the conversation.
@@ -168,14 +163,8 @@ class Terminal:
     def _params(self, text: str) -> None:
         conversation = self.conversation
         settings = conversation.settings
-        values: dict[str, Any] = {
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature or 0.0,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-            "seed": settings.seed,
-            "stop": settings.stop_strings,
-        }
+        values = {name: getattr(settings, "stop_strings" if name == "stop" else name) for name in SETTINGS}
+        values["temperature"] = values["temperature"] or 0.0
         for part in text.split():
             name, equals, value = part.partition("=")
             if name not in SETTINGS or not equals:
@@ -246,12 +235,7 @@ def complete_commands() -> bool:
 
 
 def completions(line: str, word: str) -> list[str]:
-    """Return the completions of a word at the prompt.
-
-    Args:
-        line: The line as typed so far.
-        word: The word at the cursor.
-    """
+    """Return the completions of the word at the cursor, in a line as typed so far."""
     if line.lstrip().startswith("/params "):
         return [f"{name}=" for name in SETTINGS if name.startswith(word)]
     if not line.startswith("/") or " " in line:
@@ -266,12 +250,7 @@ class WordWrap:
     """
 
     def __init__(self, write: Callable[[str], None], columns: Callable[[], int]) -> None:
-        """Start at the beginning of a line.
-
-        Args:
-            write: Shows text.
-            columns: Returns the current width of the terminal.
-        """
+        """Start at the beginning of a line; `columns` returns the current width of the terminal."""
         self._write = write
         self._columns = columns
         self._column = 0

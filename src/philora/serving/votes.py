@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from philora.errors import ConfigError, fault
+from philora.files.checkpoint import read_json_lines
 
 _lock = threading.Lock()
 
@@ -72,8 +73,8 @@ def ratings_file(votes: Path) -> Path:
 
 def tally(votes: Path) -> dict[str, Any]:
     """Return how often each model was preferred, and how often both answers were good or bad."""
-    preferred: Counter[str] = Counter(str(record.get("chosen_model")) for record in _records(votes))
-    ratings = [bool(record.get("label")) for record in _records(ratings_file(votes))]
+    preferred: Counter[str] = Counter(str(record.get("chosen_model")) for record in read_json_lines(votes))
+    ratings = [bool(record.get("label")) for record in read_json_lines(ratings_file(votes))]
     return {
         "preferred": dict(preferred),
         "both_good": sum(ratings) // 2,
@@ -86,14 +87,3 @@ def download(votes: Path) -> str:
     """Return all votes as JSONL: the preferences, then the ratings."""
     texts = [path.read_text(encoding="utf-8") for path in (votes, ratings_file(votes)) if path.is_file()]
     return "".join(text if text.endswith("\n") or not text else f"{text}\n" for text in texts)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file, without an incomplete line."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                found.append(record)
-    return found

@@ -29,6 +29,14 @@ CHOSEN = (
 )
 """Arguments that a run chooses for its machine; a checkpoint stores them, because the steps depend on them."""
 
+OWN_SETTINGS = ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic")
+"""philora's own fields of `SFTConfig` that a configuration may set."""
+
+
+def _own(default: Any, text: str) -> Any:
+    """Return a field with its help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
 
 @dataclasses.dataclass(init=False)
 class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
@@ -47,35 +55,26 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
         >>> SFTConfig("out", evaluation_strategy="no", warmup_ratio=0.2, loraplus_lr_ratio=16)  # doctest: +SKIP
     """
 
-    loraplus_lr_ratio: float | None = dataclasses.field(
-        default=None,
-        metadata={"help": "LoRA+: the learning rate of B as a multiple of learning_rate; 16 in the paper."},
+    loraplus_lr_ratio: float | None = _own(
+        None, "LoRA+: the learning rate of B as a multiple of learning_rate; 16 in the paper."
     )
-    max_nonfinite_steps: int | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Steps with a loss or gradient that is not finite are skipped; this many in a row end the "
-            "training. None: they are taken, as TRL does."
-        },
+    max_nonfinite_steps: int | None = _own(
+        None,
+        "Steps with a loss or gradient that is not finite are skipped; this many in a row end the training. None: they "
+        "are taken, as TRL does.",
     )
-
-    adapter_dtype: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "float32 or bfloat16: the dtype that A and B are kept in. None: as PEFT makes them, float32, over "
-            "quantised bases too, where TRL rounds them to bfloat16."
-        },
+    adapter_dtype: str | None = _own(
+        None,
+        "float32 or bfloat16: the dtype that A and B are kept in. None: as PEFT makes them, float32, over quantised "
+        "bases too, where TRL rounds them to bfloat16.",
     )
-    deterministic: bool = dataclasses.field(
-        default=True,
-        metadata={
-            "help": "Whether the decoder stack on a GPU gives the same bits when a step is repeated or resumed; False "
-            "is faster by 1% to 6%. transformers' `full_determinism` is about all of PyTorch."
-        },
+    deterministic: bool = _own(
+        True,
+        "Whether the decoder stack on a GPU gives the same bits when a step is repeated or resumed; False is faster by "
+        "1% to 6%. transformers' `full_determinism` is about all of PyTorch.",
     )
-    elementwise_recomputation: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "Recompute the outputs of RMSNorm and SwiGLU in backward, not complete layers."},
+    elementwise_recomputation: bool = _own(
+        False, "Recompute the outputs of RMSNorm and SwiGLU in backward, not complete layers."
     )
 
     inputs_on_host = False
@@ -102,7 +101,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     def _take_own_settings(self, given: dict[str, Any]) -> list[str]:
         """Move philora's own settings from `given` to attributes; return a message for every wrong one."""
         faults = []
-        for name in ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic"):
+        for name in OWN_SETTINGS:
             value = given.pop(name, True if name == "deterministic" else None)
             bound = FIELDS[f"training_config.{name}"].rule
             try:

@@ -67,10 +67,8 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
             sync_file(self.path)
             with self.path.open("rb") as file:
                 lines = sum(1 for _ in file)
-        return {
-            "args": {"path": str(self.path)},
-            "attributes": {"lines": lines, "tokens": self.tokens, "seconds": seconds},
-        }
+        attributes = {"lines": lines, "tokens": self.tokens, "seconds": seconds}
+        return {"args": {"path": str(self.path)}, "attributes": attributes}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock, and remove lines that a resumed run will write again."""
@@ -84,12 +82,7 @@ class MetricsFile(TrainerCallback, ExportableState):  # type: ignore[misc]
                 write_text(self.path, "".join(kept))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Add throughput and memory to the entry, which later callbacks show, and write it."""
         if logs is None or not state.is_world_process_zero:
@@ -165,13 +158,8 @@ class StepWatch:
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {
-            "in_a_row": self.in_a_row,
-            "total": self.total,
-            "spikes": self.spikes,
-            "losses": list(self._losses),
-            "jumped": self._jumped,
-        }
+        counts = {"in_a_row": self.in_a_row, "total": self.total, "spikes": self.spikes}
+        return {**counts, "losses": list(self._losses), "jumped": self._jumped}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue counting from what `state` returned."""

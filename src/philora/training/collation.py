@@ -11,11 +11,7 @@ from philora.kernels.layout import KEYWORDS, LABELS, LENGTHS, TOKENS, PackedLayo
 
 
 class HostLayout:
-    """A collator that adds the lengths of documents and the positions of labels to its batches.
-
-    Args:
-        collate: The collator that makes the batches, on the CPU.
-    """
+    """A collator that adds the lengths of documents and the positions of labels to another one's batches on the CPU."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate

@@ -31,8 +31,6 @@ class UnreadStep:
     """A step whose loss and gradient norm the host has not read yet.
 
     Attributes:
-        step: Its number.
-        batches: Its micro-batches.
         optimizer: The optimizer that skips the step by itself; None if the step has not been taken yet.
         schedule: State of the learning-rate schedule before the step.
         rates: Learning rates of the optimizer's groups before the step.
@@ -193,17 +191,10 @@ class NonFiniteSteps:
         for batch, loss in zip(unread.batches, losses, strict=False):
             examples = documents_of(batch)
             places = [{} for _ in examples] if self.locate is None else self.locate(examples)
-            batches.append(
-                {
-                    "loss": str(loss),
-                    "examples": [
-                        {"row": row, **place, "input_ids": ids}
-                        for ids, row, place in zip(
-                            examples, rows_of(self._trainer.train_dataset, examples), places, strict=True
-                        )
-                    ],
-                }
-            )
+            rows = rows_of(self._trainer.train_dataset, examples)
+            found = zip(examples, rows, places, strict=True)
+            listed = [{"row": row, **place, "input_ids": ids} for ids, row, place in found]
+            batches.append({"loss": str(loss), "examples": listed})
         arguments = self._trainer.args
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,11 +223,8 @@ def rows_of(data: Any, examples: Sequence[Sequence[int]]) -> list[int | None]:
 def reads_late(kind: str, fused: bool, scaled: bool, switch: str) -> bool:
     """Return whether a step is taken before its loss and gradient norm are read; this has not run on a GPU yet.
 
-    Args:
-        kind: The kind of device.
-        fused: Whether the optimizer is a fused one, which can skip a step by a number on the device.
-        scaled: Whether fp16's gradient scaler decides which steps are taken.
-        switch: `PHILORA_STACK`; "all" also takes paths that have not run on a GPU yet.
+    A fused optimizer can skip a step by a number on the device, unless fp16's gradient scaler decides (`scaled`). The
+    value "all" of the switch `PHILORA_STACK` also takes paths that have not run on a GPU yet.
     """
     return kind == "cuda" and fused and not scaled and switch == "all"
 

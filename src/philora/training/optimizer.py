@@ -16,11 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_fast_parameters(model: nn.Module, ratio: float | None) -> None:
-    """Raise an error if LoRA+ is requested and no B trains.
-
-    Raises:
-        ConfigError: No B trains.
-    """
+    """Raise a ConfigError if LoRA+ is requested and no B trains."""
     if ratio is not None and not loraplus_fast_parameters(model):
         expected = "an adapter with a trainable B"
         raise ConfigError(fault("SFTTrainer", "loraplus_lr_ratio", ratio, expected, "Give a peft_config"))
@@ -30,8 +26,7 @@ def finish_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, wrapped
     """Complete an optimizer that transformers has made.
 
     Args:
-        optimizer: The optimizer.
-        model: The model with its adapter.
+        optimizer, model: The optimizer, and the model with its adapter.
         wrapped: The model with the trained parameters: FSDP may have made new ones.
         ratio: `loraplus_lr_ratio`; unless it is None, B gets separate groups.
 
@@ -42,16 +37,6 @@ def finish_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, wrapped
     keep_zeros_in_steps(model, optimizer)
     if ratio is not None:
         split_loraplus_groups(optimizer, loraplus_fast_parameters(wrapped), ratio)
-
-
-def warn_of_unsplit(optimizer: torch.optim.Optimizer, ratio: float) -> None:
-    """Warn that LoRA+ is not applied to an optimizer that was given."""
-    logger.warning(
-        "loraplus_lr_ratio=%s is not applied to the %s that was given; "
-        "philora.lora.loraplus_parameter_groups makes groups for such an optimizer.",
-        ratio,
-        type(optimizer).__name__,
-    )
 
 
 def _without_pages(optimizer: torch.optim.Optimizer) -> None:

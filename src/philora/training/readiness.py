@@ -43,7 +43,7 @@ from philora.planning import plan as planning
 from philora.planning.footprint import KEPT
 from philora.runtime import hub, process_state, processes
 from philora.training import resume
-from philora.training.arguments import SFTConfig
+from philora.training.arguments import OWN_SETTINGS, SFTConfig
 from philora.training.checkpoints import checkpoint_bytes
 
 
@@ -136,7 +136,6 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     seed = int(config.training_config.get("seed", 42))
     prepared = prepare(config.data, tokenizer, max_length=max_length, seed=seed, stop_token_ids=stops)
     check_rows({"data.train": prepared.train, "data.eval": prepared.eval}, vocabulary_of(skeleton))
-    model_config = skeleton.config
     covered = coverage(adapted)
     dtype = str(models.resolve_dtype(config.model.dtype)).removeprefix("torch.")
     plan = planning.plan(config, adapted, prepared.report, max_length=max_length)
@@ -158,9 +157,9 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
         notices=[
             *config.notices,
             *_notices(config, tokenizer, stops, covered),
-            *filter(None, [generic_notice(model_config), _spare_rows(config, tokenizer, skeleton)]),
+            *filter(None, [generic_notice(skeleton.config), _spare_rows(config, tokenizer, skeleton)]),
             *prepared.report.notices,
-            *length_notices(model_config, {"train": prepared.train, "eval": prepared.eval}),
+            *length_notices(skeleton.config, {"train": prepared.train, "eval": prepared.eval}),
             *plan.notices,
             *filter(None, [idle]),
             *outlook.notices(config, plan),
@@ -218,9 +217,8 @@ def arguments(config: Config, **decided: Any) -> SFTConfig:
     Raises:
         ConfigError: TRL or transformers refuse a value, or its package is missing.
     """
-    own = ("loraplus_lr_ratio", "max_nonfinite_steps", "adapter_dtype", "deterministic")
-    section = config.training_config
-    given = {key: copy.deepcopy(value) for key, value in section.items() if key not in OWN_TRAINING_KEYS or key in own}
+    left_out = set(OWN_TRAINING_KEYS).difference(OWN_SETTINGS)
+    given = {key: copy.deepcopy(value) for key, value in config.training_config.items() if key not in left_out}
     # transformers would push each checkpoint and store the token in its training_args.bin; the run pushes its adapter
     # at its end.
     given |= {"push_to_hub": False, "hub_token": None} | decided
@@ -254,13 +252,12 @@ def _require_arguments(config: Config) -> None:
 def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
     """Yield a message for every missing package that training would import only at its start."""
     optim = str(given.get("optim") or "")
-    needed: list[tuple[str, str, tuple[str, ...]]] = []
-    needed += [("optim", optim, (module,)) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]
+    needed = [("optim", optim, module) for start, module in _OPTIMIZERS.items() if optim.startswith(start)]
     if given.get("use_liger_kernel"):
-        needed.append(("use_liger_kernel", "true", ("liger_kernel",)))
-    for key, value, modules in needed:
-        if not any(importlib.util.find_spec(module) is not None for module in modules):
-            expected = f"the package {modules[0]} for it, which is not installed"
+        needed.append(("use_liger_kernel", "true", "liger_kernel"))
+    for key, value, module in needed:
+        if importlib.util.find_spec(module) is None:
+            expected = f"the package {module} for it, which is not installed"
             yield fault(source, f"training_config.{key}", value, expected, "Install it, or choose another value")
 
 
@@ -298,8 +295,7 @@ def require_space(folder: Path, size: int, limit: int | None, rows_bytes: int = 
     """Check that all checkpoints that exist at the same time, the adapter and the held-out rows fit on the disk.
 
     Args:
-        folder: The run folder.
-        size: Bytes of a checkpoint.
+        folder, size: The run folder, and the bytes of a checkpoint.
         limit: The number of checkpoints that are kept; None for all, of which a run needs at least two.
         rows_bytes: Bytes of the held-out rows that the run keeps.
 

@@ -94,9 +94,7 @@ class Claim:
     def take(self, config: Config, held: contextlib.ExitStack) -> None:
         """Create the folder and lock it.
 
-        Args:
-            config: For the messages.
-            held: Gets the lock, and the removal of what was created, which runs before the lock is released.
+        `held` gets the lock, and the removal of what was created, which runs before the lock is released.
 
         Raises:
             ConfigError: It is not empty, another process has locked it, or it cannot be written to.
@@ -204,7 +202,7 @@ def open_to_resume(folder: Path, config: Config, *, force: bool, held: contextli
     Args:
         folder: The run folder.
         config: The configuration to resume with.
-        force: Continue even if the configuration differs.
+        force: Continue even if that differs.
         held: Gets the lock.
 
     Raises:
@@ -351,10 +349,13 @@ def facts_of(config: Config, data: PreparedData) -> dict[str, Any]:
         Reads the first mebibyte and 64 further blocks of every file of the model, whatever its size.
     """
     report = data.report.to_dict()
+    adapter = config.model.adapter
+    if adapter is not None and Path(adapter).expanduser().is_dir():  # it may be named by its run
+        adapter = str(find_adapter(adapter).path)
     return {
         "format": 1,
         "model": _files(models.local_path(config.model.name_or_path), config.model.revision, "config.json"),
-        "adapter": None if config.model.adapter is None else _adapter_files(config.model.adapter),
+        "adapter": None if adapter is None else _files(adapter, None, "adapter_config.json"),
         "data": {
             "fingerprint": data.fingerprint,
             "rows": {name: report[name]["rows"] for name in ("train", "eval") if report.get(name)},
@@ -362,28 +363,12 @@ def facts_of(config: Config, data: PreparedData) -> dict[str, Any]:
         },
         "automatic": {key: origin for key, origin in config.origins.items() if origin.startswith("auto: ")},
         "processes": processes.count(),
-        "computes": _computes(),
+        "computes": {"torch": torch.__version__, "between the products": native.describe()},
     }
 
 
-def _computes() -> dict[str, Any]:
-    return {"torch": torch.__version__, "between the products": native.describe()}
-
-
-def _adapter_files(adapter: str) -> dict[str, Any]:
-    """Return digests of an adapter's files, or its commit on the Hub; an adapter may be named by its run."""
-    folder = str(find_adapter(adapter).path) if Path(adapter).expanduser().is_dir() else adapter
-    return _files(folder, None, "adapter_config.json")
-
-
 def _files(name: str, revision: str | None, file: str) -> dict[str, Any]:
-    """Return digests of the files in a folder by name; for an id on the Hub the commit in the Hub's cache.
-
-    Args:
-        name: The folder or the id.
-        revision: The revision of the id.
-        file: A file that was loaded from there.
-    """
+    """Return digests of the files in a folder by name; for an id on the Hub the commit of a file from there."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         cached = try_to_load_from_cache(name, file, revision=revision)
@@ -419,21 +404,3 @@ def threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def write_facts(folder: Path, facts: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
-    """Write `run.json`."""
-    checkpoint.write_json(folder / RECORD_NAME, {**facts, "chosen": dict(chosen)})
-
-
-__all__ = [
-    "Claim",
-    "Continued",
-    "check_facts",
-    "facts_of",
-    "keep_passed_over",
-    "open_fresh",
-    "open_to_resume",
-    "threads",
-    "write_facts",
-]

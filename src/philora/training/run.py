@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from philora.decoder_stack.model import configure as configure_stack
 from philora.errors import ConfigError, PhiloraError, RunError, fault, one_per_line
 from philora.families import generic_notice
 from philora.files import checkpoint
+from philora.kernels.memory import out_of_memory
 from philora.kernels.tiled_attention import onednn_products
 from philora.models import loading as models
 from philora.models import run_folder
@@ -52,7 +53,6 @@ from philora.training import resume as resuming
 from philora.training.arguments import SFTConfig, chosen_of
 from philora.training.callbacks import MetricsFile, peak_memory_bytes
 from philora.training.checkpoints import checkpoint_bytes
-from philora.training.failures import explained
 from philora.training.run_arguments import resolve_arguments
 from philora.training.run_context import RunContext
 from philora.training.run_evaluation import Evaluations, evaluate_run, on_device, saved_model
@@ -146,8 +146,7 @@ def _train(
         tokenizer = models.load_tokenizer(config.model, config.tokenizer)
         skeleton = models.load_skeleton(config.model)
         config = planning.with_learning_rate(config, skeleton.config)
-        generic = generic_notice(skeleton.config)
-        if generic is not None:
+        if (generic := generic_notice(skeleton.config)) is not None:
             logger.warning("%s", generic)
         _check_targets(config, skeleton)
         max_length = models.max_length_of(config, skeleton.config)
@@ -163,7 +162,7 @@ def _train(
         outlook.check(config, plan)
         run = _Run(RunContext(config, folder, tokenizer, prepared, plan, command, callbacks, stop))
         processes.on_main(run.check_push)
-        with explained(folder):
+        with _explained(folder):
             processes.on_main(lambda: _begin_folder(claim, config, continued, held))
             held.enter_context(resuming.threads(chosen.get("threads")))
             run.load(chosen)
@@ -174,7 +173,7 @@ def _train(
 def _check_targets(config: Config, skeleton: Any) -> None:
     """Raise an error if a target of the adapter matches nothing in the model."""
     if config.model.adapter is None:
-        resolve_for_training(skeleton, _lora_config(config), where=f"{config.source}: peft_config")
+        resolve_for_training(skeleton, LoraConfig(**config.peft_config), where=f"{config.source}: peft_config")
     else:
         check_adapter(skeleton, find_adapter(config.model.adapter).path)
 
@@ -262,10 +261,6 @@ def _plan(
     )
 
 
-def _lora_config(config: Config) -> LoraConfig:
-    return LoraConfig(**config.peft_config)
-
-
 def _locate_examples(prepared: PreparedData, data: Any, examples: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Return the origin of every example by its tokens: its prepared row, its conversation, its file and line."""
     rows: dict[int, int] = {}
@@ -278,15 +273,40 @@ def _locate_examples(prepared: PreparedData, data: Any, examples: Sequence[Seque
     texts = {index: conversations.stored(number) for index, number in rows.items()}
     sources = places_of(data, set(texts.values())) if texts else {}
     return [
-        {
-            "source": sources.get(texts[index]),
-            "prepared_row": rows[index],
-            "conversation": conversations[rows[index]],
-        }
+        {"source": sources.get(texts[index]), "prepared_row": rows[index], "conversation": conversations[rows[index]]}
         if index in rows
         else {}
         for index in range(len(examples))
     ]
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Explain a lost process, an out-of-memory error and a full disk; other errors pass unchanged.
+
+    Raises:
+        RunError: The failure in this block, with what to do.
+    """
+    try:
+        yield
+    except PhiloraError:
+        raise
+    except Exception as error:
+        then = checkpoint.how_to_continue(folder / "checkpoints")
+        if processes.lost(error):
+            expected = "every process to continue, but another one has ended"
+            todo = f"Look for its message, or for what ended it (memory, a signal); then {then}"
+            message = fault("run", "processes", processes.count(), expected, todo)
+        elif out_of_memory(error):
+            todo = "Lower max_length or the batch sizes, or quantise the base (model.quantization: nf4)"
+            found = " ".join(str(error).split())[:300] or type(error).__name__
+            message = fault("run", "memory", found, "memory for the model and its batches", todo)
+        elif checkpoint.disk_full(error):
+            todo = f"Free some space ({checkpoint.free_bytes(folder):,} bytes are free), then {then}"
+            message = fault("run", "output_dir", str(folder), f"free space to write to it: {error}", todo)
+        else:
+            raise
+        raise RunError(message) from error
 
 
 class _Run:
@@ -303,10 +323,7 @@ class _Run:
         self.target = pushing.target_of(self.context.config)
 
     def load(self, chosen: Mapping[str, Any]) -> None:
-        """Load weights and adapter, and decide the arguments, without writing anything.
-
-        Args:
-            chosen: Choices to resume with, by the names in `CHOSEN`; missing ones are made now.
+        """Load weights and adapter, and decide the arguments, by choices to resume with, without writing anything.
 
         Raises:
             RunError: The files of the run do not fit on the disk.
@@ -316,13 +333,12 @@ class _Run:
         base = models.load_model(config.model, run.tokenizer)
         weight = base.get_input_embeddings().weight
         untrained = untrained_tokens(run.tokenizer, len(weight), base.config, weight)
-        spare = notice(untrained, len(weight), config.peft_config)
-        if spare is not None:
+        if (spare := notice(untrained, len(weight), config.peft_config)) is not None:
             logger.warning("%s", spare)
         if config.model.adapter is not None:
             self.model = load_adapter(base, find_adapter(config.model.adapter).path, is_trainable=True)
         else:
-            self.model = get_peft_model(base, _lora_config(config))
+            self.model = get_peft_model(base, LoraConfig(**config.peft_config))
         configure_stack(self.model, fp8=config.model.base_products == "fp8")
         self.arguments = resolve_arguments(run, self.model, chosen)
         rows_bytes = held_out_bytes(run.prepared) if config.data.keep_held_out else 0

@@ -24,8 +24,7 @@ def resolve_arguments(run: RunContext, model: PeftModel, chosen: Mapping[str, An
     """Return the arguments of a run's trainer.
 
     Args:
-        run: The run.
-        model: The model with its adapter; fully trained modules become float32 where bf16 needs autocast.
+        run, model: The run, and its model, whose fully trained modules become float32 where bf16 needs autocast.
         chosen: Choices of a resumed run, by the names in `CHOSEN`; missing ones are made now.
     """
     base, plan = model.get_base_model(), run.plan

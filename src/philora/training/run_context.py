@@ -15,10 +15,6 @@ from philora.planning.plan import Plan
 from philora.runtime.signals import StopOnSignal
 
 
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
-
-
 @dataclass(frozen=True)
 class RunContext:
     """A run's configuration, folder, data and plan.
@@ -39,5 +35,5 @@ class RunContext:
     command: str
     callbacks: list[TrainerCallback]
     stop: StopOnSignal
-    started: datetime.datetime = field(default_factory=_now)
+    started: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     began: float = field(default_factory=time.monotonic)

@@ -68,7 +68,6 @@ def evaluate_run(run: RunContext, when: str, model: PeftModel, arguments: SFTCon
             pad_token_id=cast(int, run.tokenizer.pad_token_id),
         )
     result = joined(processes.gathered(part))
-    scores = result.scores
-    name = when.removesuffix(" training")
-    logger.info("%s: loss %.4f, token accuracy %.3f", name, scores.loss, scores.token_accuracy)
+    loss, accuracy = result.scores.loss, result.scores.token_accuracy
+    logger.info("%s: loss %.4f, token accuracy %.3f", when.removesuffix(" training"), loss, accuracy)
     return result

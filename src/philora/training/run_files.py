@@ -23,7 +23,6 @@ from philora.reporting.answers import answer_lines
 from philora.reporting.card import model_card
 from philora.reporting.report import write_report
 from philora.reporting.run_record import ANSWERS_NAME
-from philora.training import resume as resuming
 from philora.training.run_context import RunContext
 from philora.training.run_evaluation import Evaluations
 
@@ -70,7 +69,7 @@ class RunFiles:
             file.unlink(missing_ok=True)
         if self.system is not None:
             record["system"] = self.system._asdict()
-        resuming.write_facts(self._folder, {**facts, **record}, chosen)
+        checkpoint.write_json(self._folder / run_paths.RECORD_NAME, {**facts, **record, "chosen": dict(chosen)})
         checkpoint.write_text(self._folder / "config.yaml", dump_yaml(run.config))  # --resume=force may change it
 
     def record_first_loss(self, loss: float) -> None:
@@ -79,12 +78,7 @@ class RunFiles:
         checkpoint.write_json(file, {**checkpoint.read_json(file), "first_loss": loss})
 
     def save_adapter(self, model: PeftModel, weights: Mapping[str, Any] | None = None) -> None:
-        """Write `adapter/` atomically: weights, config, slices, tokenizer, generation config, card.
-
-        Args:
-            model: The model with its adapter.
-            weights: Gathered tensors by name, if the model is sharded; default: the model's own.
-        """
+        """Write `adapter/` atomically: weights (of a sharded model as gathered), config, slices, tokenizer, card."""
         with checkpoint.atomic_folder(self._folder / "adapter") as folder:
             model.save_pretrained(str(folder), state_dict=weights)
             sort_names(folder / "adapter_config.json")

@@ -50,10 +50,8 @@ def results_of(
     """Return the results of a run, and warn of what it did not learn.
 
     Args:
-        run: The run.
-        trainer: Its trainer, after training.
-        metrics: The metrics that training returned.
-        evaluations: The evaluations before and after training.
+        run, trainer: The run, and its trainer after training.
+        metrics, evaluations: What training and the evaluations returned.
         system: The system turn that most conversations start with.
         model: The model with its adapter.
         whole: The same without shards.
@@ -62,7 +60,7 @@ def results_of(
     before, start, after = evaluations
     updates = [update._asdict() for update in update_norms(whole)]
     comparison = compare(before, after) if before and after else []
-    steps = trainer.state.global_step
+    steps, tokens, seconds = trainer.state.global_step, trainer.trained_tokens, float(metrics["train_runtime"])
     judgement = outlook.judge(comparison, trainer.state.log_history, steps=steps, updates=updates)
     for sentence in judgement.sentences:
         logger.warning("%s", sentence)
@@ -84,7 +82,12 @@ def results_of(
         "comparison_with_start": _since_the_start(start, after) if start and after else [],
         "judgement": judgement.to_dict(),
         "samples": pick_samples(before, after, run.config.evaluation.samples) if before and after else [],
-        "throughput": _throughput(trainer, metrics),
+        "throughput": {
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "steps": steps,
+        },
         "processes": processes.count(),
         "plan": run.plan.to_dict(),
         "memory": {"peak_bytes": peak_bytes, "estimated_bytes": run.plan.estimate.to_dict()},
@@ -105,16 +108,6 @@ def _about_model(run: RunContext, model: PeftModel) -> dict[str, Any]:
             "trainable_parameters": covered.trainable_parameters,
             "total_parameters": covered.total_parameters,
         },
-    }
-
-
-def _throughput(trainer: SFTTrainer, metrics: dict[str, Any]) -> dict[str, Any]:
-    tokens, seconds = trainer.trained_tokens, float(metrics["train_runtime"])
-    return {
-        "tokens": tokens,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "steps": trainer.state.global_step,
     }
 
 

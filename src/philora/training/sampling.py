@@ -110,11 +110,6 @@ def with_empty_rows(rows: Dataset, micro_batch_rows: int, groups: int) -> tuple[
 class SharedRows:
     """The training rows of a trainer, divided between its processes with about equally many tokens.
 
-    Args:
-        rows: The training rows.
-        micro_batch_rows: Rows of a micro-batch in a process.
-        arguments: The trainer's arguments.
-
     Attributes:
         rows: The rows, with empty ones appended if the last step has too few.
     """

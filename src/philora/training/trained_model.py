@@ -68,11 +68,8 @@ def trained_tensors(model: Any) -> dict[int, torch.Tensor]:
 def set_adapter_dtype(model: nn.Module, before: Mapping[int, torch.Tensor], wanted: str | None, sharded: bool) -> None:
     """Undo TRL's rounding of trained weights over a quantised base to bfloat16, or round them if requested.
 
-    Args:
-        model: The model with its adapter.
-        before: The trained tensors from `trained_tensors`.
-        wanted: `SFTConfig.adapter_dtype`.
-        sharded: Whether FSDP or DeepSpeed shards the model; they expect a single dtype, so TRL's is kept.
+    `before` is from `trained_tensors`, `wanted` is `SFTConfig.adapter_dtype`. FSDP and DeepSpeed (`sharded`) expect a
+    single dtype, so TRL's is kept.
     """
     kept = False
     made_by_trl = not before and is_quantised(model)

@@ -33,7 +33,7 @@ from philora.training.checkpoints import Checkpoints
 from philora.training.loop import ResumableLoop
 from philora.training.microbatches import MicroBatchTrainer
 from philora.training.nonfinite import NonFiniteSteps
-from philora.training.optimizer import finish_optimizer, require_fast_parameters, warn_of_unsplit
+from philora.training.optimizer import finish_optimizer, require_fast_parameters
 from philora.training.sampling import SharedRows, SharedSampler, shares_rows
 from philora.training.trained_model import (
     adapted_over_quantised,
@@ -168,7 +168,11 @@ class SFTTrainer(MicroBatchTrainer):
         if made_here:
             finish_optimizer(optimizer, self.model, self.model if model is None else model, ratio)
         elif ratio is not None and not self._loraplus_settled:
-            warn_of_unsplit(optimizer, ratio)
+            text = (
+                "loraplus_lr_ratio=%s is not applied to the %s that was given; "
+                "philora.lora.loraplus_parameter_groups makes groups for such an optimizer."
+            )
+            logger.warning(text, ratio, type(optimizer).__name__)
         self._loraplus_settled = True
         return optimizer
 
@@ -220,14 +224,8 @@ class SFTTrainer(MicroBatchTrainer):
 
     def outcome_matters(self) -> bool:
         """Return whether the outcome of this step is needed now: to log, save, evaluate or stop."""
-        control = self.control
-        return bool(
-            control.should_log
-            or control.should_save
-            or control.should_evaluate
-            or control.should_training_stop
-            or control.should_epoch_stop
-        )
+        outcomes = ("log", "save", "evaluate", "training_stop", "epoch_stop")
+        return any(getattr(self.control, f"should_{outcome}") for outcome in outcomes)
 
     def run_evaluation(self, at_start: bool, run: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Evaluate; an evaluation that a signal interrupts is repeated after resuming."""

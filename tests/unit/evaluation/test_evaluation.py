@@ -150,10 +150,10 @@ def test_the_cheap_way_is_taken_where_it_is_exact_and_only_there():
         rows = rows_of(2)
         pieces = list(evaluation._sequences(rows))
         with torch.inference_mode():
-            return type(evaluation._label_logits(model, rows, pieces, torch.device("cpu")))
+            return evaluation._label_logits(model, rows, pieces, torch.device("cpu")).func
 
-    assert way(phi()) is way(gpt2()) is way(with_lora(target_modules=["qkv_proj"])) is evaluation._FromHidden
-    assert way(gemma2()) is way(with_prefix()) is evaluation._FromModel
+    assert way(phi()) is way(gpt2()) is way(with_lora(target_modules=["qkv_proj"])) is evaluation._from_hidden
+    assert way(gemma2()) is way(with_prefix()) is evaluation._from_model
 
 
 def test_scores_do_not_depend_on_batching_chunks_or_container(monkeypatch):
