@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup, escape
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from philora.planning.plan import duration
+from philora.reporting.formatting import duration
 
 Point = tuple[float, float]
 

@@ -15,7 +15,7 @@ from philora.evaluation.scores import Scores, interval_of, shown_figure
 from philora.interface import notebook
 from philora.interface.answers import AnsweringModel, quiet
 from philora.models.run_folder import SystemTurn, TrainedRun, is_run, resume_command, run_of
-from philora.planning.plan import duration
+from philora.reporting.formatting import duration
 from philora.reporting.report import read_run, write_report
 from philora.reporting.run_list import RunSummary, summarise
 

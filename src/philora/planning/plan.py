@@ -185,7 +185,7 @@ class Plan:
         parts = [(name, getattr(estimate, name)) for name in PARTS]
         phases = [("training", estimate.training), ("loading", estimate.loading), ("evaluation", estimate.evaluation)]
         pages = f", of which {estimate.files / 1e9:.2f} GB pages of its files" if estimate.files else ""
-        time_text = "unknown: a stream has no length" if self.seconds is None else duration(self.seconds)
+        time_text = "unknown: a stream has no length" if self.seconds is None else rough_duration(self.seconds)
         return [
             ("parameters", f"{self.parameters:,}, {self.trainable:,} trained"),
             ("batch", f"{self.micro_batch_rows} x {self.accumulation} rows of up to {self.row_tokens:,} tokens"),
@@ -212,8 +212,8 @@ _REPEATABLE = {
 }
 
 
-def duration(seconds: float) -> str:
-    """Return a length of time for people."""
+def rough_duration(seconds: float) -> str:
+    """Return an estimated time for people: in seconds, minutes or hours, without false precision."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -105,7 +105,7 @@ class Preflight:
     def verdict(self, command: str) -> str:
         """Return whether the run can start, its figures, and the command that starts it."""
         plan, rows = self.plan, self.data["train"]["rows"]
-        time = "" if plan.seconds is None else f", about {planning.duration(plan.seconds)}"
+        time = "" if plan.seconds is None else f", about {planning.rough_duration(plan.seconds)}"
         steps = "an unlimited number of steps" if plan.steps is None else f"{plan.steps:,} steps"
         figures = f"{rows:,} conversations, {steps}{time}, {plan.estimate.peak / 1e9:.1f} GB"
         if self.problems:
