@@ -18,12 +18,13 @@ from typing import Any, Final
 from philora.configuration import schema
 from philora.configuration.checks import check_lora, check_training, own_defaults, training_defaults
 from philora.configuration.data_sources import read_data
-from philora.configuration.fields import FIELDS, LIBRARY, REQUIRED, rule_of
+from philora.configuration.fields import FIELDS, LIBRARY, rule_of
 from philora.configuration.folders import DATA_SUFFIXES, exists, nearest_file
-from philora.configuration.reader import KeyPath, Reader, config_fault, fill_from_yaml
+from philora.configuration.reader import KeyPath, Reader, fill_from_yaml
 from philora.configuration.run_paths import with_current_places
 from philora.configuration.sections import (
     HELPDESK,
+    REQUIRED,
     SECTIONS,
     Config,
     DataConfig,
@@ -32,7 +33,7 @@ from philora.configuration.sections import (
     TokenizerConfig,
 )
 from philora.configuration.unknown_keys import likely_section, refuse_unknown, section_keys
-from philora.errors import ConfigError, nearest, one_per_line
+from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.families import ALIASES, hub_id
 
 
@@ -63,14 +64,14 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str,
     reader = Reader(str(file), str(file))
     if file.exists() and not file.is_file() and not file.is_dir():
         expected = "a YAML file; this is a pipe or a device, which can be read once, and a run reads its settings again"
-        raise ConfigError(config_fault(str(source), "config", str(source), expected, "Write it to a file first"))
+        raise ConfigError(fault(str(source), "config", str(source), expected, "Write it to a file first"))
     if not file.is_file():
         expected = "a YAML file, or the folder of a run" if file.is_dir() else "an existing file"
-        raise ConfigError(config_fault(str(source), "config", str(source), expected, nearest_file(file)))
+        raise ConfigError(fault(str(source), "config", str(source), expected, nearest_file(file)))
     if file.suffix.lower() in DATA_SUFFIXES:
         expected = "a YAML file of settings, not the conversations themselves"
         todo = f"Write one: philora init {file.name}; or train by the same choices: philora train {file.name}"
-        raise ConfigError(config_fault(str(source), "config", str(source), expected, todo))
+        raise ConfigError(fault(str(source), "config", str(source), expected, todo))
     fill_from_yaml(file, reader)
     if folder is not None:
         reader.given, reader.looked_at = with_current_places(folder, reader.given)
@@ -134,12 +135,10 @@ def _unusable_texts(value: Any, path: KeyPath, reader: Reader) -> Iterator[str]:
         if text.startswith("~") and path[-1:] and path[-1] in _HOLD_PATHS:
             Path(text).expanduser()
     except UnicodeEncodeError as error:
-        yield config_fault(
-            where, name, text, "text that UTF-8 can encode", f"Character {error.start + 1} is half of a pair"
-        )
+        yield fault(where, name, text, "text that UTF-8 can encode", f"Character {error.start + 1} is half of a pair")
     except RuntimeError:
         expected = "a path whose home folder is known here"
-        yield config_fault(where, name, text, expected, "Write the full path, or set the variable HOME")
+        yield fault(where, name, text, expected, "Write the full path, or set the variable HOME")
 
 
 def _build(reader: Reader, source: str, stem: str) -> Config:
