@@ -22,6 +22,7 @@ HELPDESK: Final = "helpdesk"
 
 DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "turns")
 TURN_COLUMNS: Final = ("conversation", "role", "content", "time")
+"""Keys of `columns` that describe one row for every message; `time` may be left out."""
 COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text", "messages", *TURN_COLUMNS)
 TURN_ROLES: Final = ("system", "user", "assistant", "tool")
 _ATTENTION: Final = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

@@ -12,10 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from philora.configuration.sections import HELPDESK
 from philora.dataset.datasets_library import hub_source, refuse_subset, saved_source
 from philora.dataset.file_bytes import COMPRESSED, faults_located
 from philora.dataset.json_files import is_object, read_json
-from philora.dataset.records import BUNDLED, Batch, Reading, Role, Source, refuse_split
+from philora.dataset.records import Batch, Reading, Role, Source, refuse_split
 from philora.dataset.splits import DEFAULT_SPLITS, choose_split, folder_splits
 from philora.dataset.tables import read_csv, read_excel, read_parquet
 from philora.errors import DataError, fault, nearest
@@ -53,7 +54,7 @@ def resolve(config: SourceConfig, role: Role) -> Source:
     Raises:
         DataError: nothing is there, it is of a kind philora does not read, or the hub cannot be reached.
     """
-    if config.path == BUNDLED:
+    if config.path == HELPDESK:
         return _bundled_source(config, role)
     path = Path(config.path).expanduser()
     if path.is_file():
@@ -83,9 +84,9 @@ def _refuse_pipe(path: Path, given: str, where: str) -> None:
 
 def _bundled_source(config: SourceConfig, role: Role) -> Source:
     refuse_subset(config, "the bundled set has none")
-    split = choose_split(BUNDLED, config.split, role, ["train", "eval"])
+    split = choose_split(HELPDESK, config.split, role, ["train", "eval"])
     file = Path(str(resources.files("philora"))) / "nano" / "helpdesk" / f"{split}.jsonl"
-    return _files_source(config, [file], f"{BUNDLED}/{split}.jsonl", Reading(role, None, {}))
+    return _files_source(config, [file], f"{HELPDESK}/{split}.jsonl", Reading(role, None, {}))
 
 
 def _looks_local(path: str) -> bool:

@@ -35,8 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from philora.dataset.datasets_library import token_features
 from philora.dataset.messages import Conversation
-from philora.dataset.records import Batch, Fault, Record, Source, parse_line
+from philora.dataset.records import Batch, Fault, Record, Source, fields_of
 from philora.dataset.shapes import Shape, detect
 from philora.dataset.template import Encoded, Encoder
 from philora.dataset.turns import described as turns_described
@@ -349,7 +350,6 @@ def entry_for(
     tokenizer_key: str,
     settings: Settings,
     *,
-    limit: int | None,
     root: Path,
     processes: int,
 ) -> Entry:
@@ -361,7 +361,7 @@ def entry_for(
     described = {
         "version": FORMAT_VERSION,
         "source": source.fingerprint,
-        "limit": limit,
+        "limit": source.limit,
         "shape": None if shape is None else [shape.name, shape.columns, *([shape.roles] if shape.roles else [])],
         **({"turns": _TURNS_VERSION} if shape is not None and shape.name == "turns" else {}),
         "tokenizer": tokenizer_key,
@@ -422,7 +422,7 @@ def recognised(source: Source, given: Shape | None) -> tuple[Source, Shape]:
 
 def _given_turns(given: Shape, records: Sequence[Record], file: str) -> Shape:
     """Find the columns of a table with one row for every message."""
-    rows = [parse_line(record) if isinstance(record, bytes) else record for record in records[:1]]
+    rows = [fields_of(record) for record in records[:1]]
     columns = turn_columns(rows)
     if columns is None:
         expected = "columns for an id, a role and a text, since these are one row for each message"
@@ -493,9 +493,9 @@ def _write_entry(
 def _write_rows(folder: Path, done: Iterator[Chunk], settings: Settings) -> _Totals:
     """Write tokens and conversations; after a fault that ends the run the rest is only looked at."""
     import pyarrow as pa
-    from datasets import Features, List, Value
+    from datasets import Features, Value
 
-    tokens = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}).arrow_schema
+    tokens = token_features().arrow_schema
     conversations = Features({"conversation": Value("string")}).arrow_schema
     total = _Totals()
     with (
