@@ -204,9 +204,8 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
     if not isinstance(content, str):
         raise Fault(f"{name}.{content_name}", content, f"text, not {type_name(content)}")
     if role == "assistant" and not content.strip() and not calls:
-        raise Fault(
-            f"{name}.{content_name}", content, "an answer that is not empty", "Write the answer or remove the record"
-        )
+        todo = "Write the answer or remove the record"
+        raise Fault(f"{name}.{content_name}", content, "an answer that is not empty", todo)
     message = {"role": role, "content": content}
     if len(turn) > 2:
         for key in _EXTRA_KEYS:

@@ -100,12 +100,12 @@ def _looks_local(path: str) -> bool:
 
 
 def _missing_file(path: Path) -> str:
-    parent = path.parent if str(path.parent) else Path()
-    if not parent.is_dir():
-        return fault("data", "path", str(path), "a file or folder that exists", f"There is no folder {str(parent)!r}")
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    hint = nearest(path.name, names)
-    return fault("data", "path", str(path), "a file or folder that exists", hint or f"Its folder is {str(parent)!r}")
+    parent = path.parent
+    todo = f"There is no folder {str(parent)!r}"
+    if parent.is_dir():
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+        todo = nearest(path.name, names) or f"Its folder is {str(parent)!r}"
+    return fault("data", "path", str(path), "a file or folder that exists", todo)
 
 
 def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
@@ -160,9 +160,8 @@ def _kind(path: Path) -> Kind | None:
 def _files_source(config: SourceConfig, files: list[Path], name: str, reading: Reading) -> Source:
     for file in files:
         if _kind(file) is None:
-            raise DataError(
-                fault("data", "path", str(file), f"a file of the kinds {', '.join(_KINDS)}", _save_as(file))
-            )
+            expected = f"a file of the kinds {', '.join(_KINDS)}"
+            raise DataError(fault("data", "path", str(file), expected, _save_as(file)))
     digest = hashlib.sha256()
     for file in files:
         digest.update("".join(file.suffixes[-2:]).lower().encode())
@@ -170,11 +169,8 @@ def _files_source(config: SourceConfig, files: list[Path], name: str, reading: R
         if reading.split is not None or _kind(file) == "excel" or is_object(file):
             digest.update(f"{reading.role} {reading.split}".encode())  # they choose among the lists of a file
 
-    def batches() -> Iterator[Batch]:
-        return _read_files(files, reading)
-
     size = sum(file.stat().st_size for file in files)
-    return Source(name, digest.hexdigest(), batches, config.limit, size, reading.unread)
+    return Source(name, digest.hexdigest(), lambda: _read_files(files, reading), config.limit, size, reading.unread)
 
 
 def _save_as(file: Path) -> str:
