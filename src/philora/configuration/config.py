@@ -22,16 +22,7 @@ from philora.configuration.fields import FIELDS, LIBRARY, rule_of
 from philora.configuration.folders import DATA_SUFFIXES, exists, nearest_file
 from philora.configuration.reader import KeyPath, Reader, fill_from_yaml
 from philora.configuration.run_paths import with_current_places
-from philora.configuration.sections import (
-    HELPDESK,
-    REQUIRED,
-    SECTIONS,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    TokenizerConfig,
-)
+from philora.configuration.sections import HELPDESK, REQUIRED, SECTIONS, Config
 from philora.configuration.unknown_keys import likely_section, refuse_unknown, section_keys
 from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.families import ALIASES, hub_id
@@ -151,7 +142,7 @@ def _build(reader: Reader, source: str, stem: str) -> Config:
     for section in sections:
         value = reader.given.get(section)
         if not reader.is_section(section):
-            first = next(iter(dataclasses.fields(SECTIONS[section]))).name if section in SECTIONS else "key"
+            first = dataclasses.fields(SECTIONS[section])[0].name if section in SECTIONS else "key"
             reader.fault((section,), value, "a mapping", f"Write {section}: {{{first}: ...}}")
             value = None
         parts[section] = dict(value or {})
@@ -166,22 +157,18 @@ def _build(reader: Reader, source: str, stem: str) -> Config:
         ("peft_config", lora, own_defaults("peft_config")),
     ):
         for key in (*preset, *values):
-            given = key in values
-            origins[f"{section}.{key}"] = reader.origin_of((section, key)) if given else "default"
+            origins[f"{section}.{key}"] = reader.origin_of((section, key)) if key in values else "default"
     if reader.faults:
         # A Config needs the key; load_config raises the faults.
         own["data"].setdefault("train", ())
     if own["model"].get("trust_remote_code"):
-        path = ("model", "trust_remote_code")
+        place = reader.place(("model", "trust_remote_code"))
         reader.notices.append(
-            f"{reader.place(path)}: model.trust_remote_code=True runs code from the model's repository. The Phi-3 "
+            f"{place}: model.trust_remote_code=True runs code from the model's repository. The Phi-3 "
             f"family does not need it, and the code that it ships breaks generation on today's transformers."
         )
     return Config(
-        model=ModelConfig(**own["model"]),
-        tokenizer=TokenizerConfig(**own["tokenizer"]),
-        data=DataConfig(**own["data"]),
-        evaluation=EvaluationConfig(**own["evaluation"]),
+        **{section: kind(**own[section]) for section, kind in SECTIONS.items()},
         training_config=_in_order("training_config", defaults | training),
         peft_config=_in_order("peft_config", own_defaults("peft_config") | lora),
         source=source,
@@ -247,12 +234,9 @@ def _check_model(values: dict[str, Any], reader: Reader) -> None:
         _read_nested(("model", "quantization"), quantization, known, "BitsAndBytesConfig", reader)
         if quantization.get("load_in_4bit") is True and quantization.get("load_in_8bit") is True:
             reader.fault(("model", "quantization", "load_in_8bit"), True, "only one of load_in_4bit and load_in_8bit")
-        elif set(quantization) <= set(known) and not (
-            quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
-        ):
-            reader.fault(
-                ("model", "quantization"), dict(quantization), "load_in_4bit: true or load_in_8bit: true in it"
-            )
+        elif set(quantization) <= set(known) and not any(map(quantization.get, ("load_in_4bit", "load_in_8bit"))):
+            expected = "load_in_4bit: true or load_in_8bit: true in it"
+            reader.fault(("model", "quantization"), dict(quantization), expected)
 
 
 def _read_nested(

@@ -80,11 +80,8 @@ class Reader:
                 self.notices.append(f"{self.place(('training_config', key))}: training_config.{text}")
             for key, *rest in out.faults:
                 self.fault(("training_config", *key.split(".")), *rest)
-            for newer, own in (
-                ("activation_checkpointing", "gradient_checkpointing"),
-                ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-            ):
-                self._join(out.result, newer, own)
+            for end in ("", "_kwargs"):
+                self._join(out.result, f"activation_checkpointing{end}", f"gradient_checkpointing{end}")
             self.given["training_config"] = out.result
         model = self.given.get("model")
         if isinstance(model, Mapping) and "torch_dtype" in model:
@@ -97,10 +94,7 @@ class Reader:
 
     def _join(self, training: dict[str, Any], newer: str, own: str) -> None:
         """Replace transformers' newer name for recomputation by the one that all supported versions have."""
-        if newer not in training:
-            return
-        value = training.pop(newer)
-        path = ("training_config", newer)
+        value, path = training.pop(newer, None), ("training_config", newer)
         if value is None:
             return
         if own in training and training[own] != value:

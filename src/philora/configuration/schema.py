@@ -123,13 +123,9 @@ def exactly(expected: object) -> Rule:
 
 
 def number(
-    *,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    below: float = math.inf,
-    most: float = math.inf,
+    *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf,
     whole: bool = False,
-) -> Rule:
+) -> Rule:  # fmt: skip
     """Return the rule of a finite number within bounds; `whole` turns 8.0 into 8 and refuses 8.5.
 
     Example:
@@ -151,9 +147,7 @@ def number(
             finite = math.isfinite(value)
         except OverflowError:  # a whole number beyond the range of a float
             finite = False
-        if not finite or (whole and value != int(value)):
-            raise Misfit
-        if not (value > above and value >= least and value < below and value <= most):
+        if not finite or (whole and value != int(value)) or not (above < value < below and least <= value <= most):
             raise Misfit
         return int(value) if whole else value
 

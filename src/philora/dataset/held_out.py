@@ -97,19 +97,16 @@ def held_out(
         raise DataError(fault("evaluate", "data", None, expected, "Give rows: --data FILE"))
     training = _training_rows(loader, data, report, seed, recorded_rows, required=other is None)
     fingerprint = None
-    if other is not None:
-        chosen = [loader.load(other, "eval", report)]
-        notice_source(report, "data", report.sources["eval"][-1])
-        indices = [np.arange(len(entry.rows)) for entry in chosen]
+    if other is None and training is not None and training.held is not None:
+        chosen, indices = training.entries, training.held
     else:
-        if training is not None and training.held is not None:
-            chosen, indices = training.entries, training.held
-        else:
-            sources = data.eval if isinstance(data.eval, tuple) else ()
-            chosen = [loader.load(source, "eval", report) for source in sources]
-            indices = [np.arange(len(entry.rows)) for entry in chosen]
-        if training is not None:
-            fingerprint = fingerprint_of(training.entries, weighted(data, training.kept, seed), chosen, indices)
+        own = data.eval if isinstance(data.eval, tuple) else ()
+        chosen = [loader.load(source, "eval", report) for source in (own if other is None else (other,))]
+        indices = [np.arange(len(entry.rows)) for entry in chosen]
+    if other is not None:
+        notice_source(report, "data", report.sources["eval"][-1])
+    elif training is not None:
+        fingerprint = fingerprint_of(training.entries, weighted(data, training.kept, seed), chosen, indices)
     if not sum(len(rows) for rows in indices):
         raise DataError(fault("evaluate", "rows", 0, "at least one row that fits the limit of tokens"))
     in_training = None if training is None else rows_in_training(chosen, indices, training.entries, training.kept)
@@ -151,11 +148,10 @@ def _training_rows(
     """
     if not data.train or any(source.streaming for source in data.train):
         return None
-    fraction = isinstance(data.eval, float | int)
     try:
         entries = [loader.load(source, "train", report) for source in data.train]
     except DataError:
-        if required and fraction:
+        if required and isinstance(data.eval, float | int):
             raise
         return None
     held = None
