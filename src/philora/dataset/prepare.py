@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("philora.dataset")
 
+_SOURCE_COUNTS = (
+    "records", "unread_fields", "unread_parts", "spelled", "recognised", "invalid", "invalid_records",
+)  # fmt: skip
+"""What a source's report takes from its cache entry under the same name."""
 _STREAM_PREVIEW_ROWS = 256
 _STREAM_SHUFFLE_ROWS = 1000
 _TURNS_SHOWN = 4
@@ -170,9 +174,7 @@ def _prepare_splits(
         counts = _split_report(eval_entries, eval_indices, eval_indices, count_dropped=eval_entries is not entries)
         report.splits["eval"] = counts
         report.in_both = len(rows_in_training(eval_entries, eval_indices, entries, train_indices))
-        rows, all_conversations, conversations = _assemble_eval(eval_entries, eval_indices)
-        prepared.eval, prepared.eval_conversations = rows, conversations
-        prepared.all_eval_conversations = all_conversations
+        _add_eval(prepared, eval_entries, eval_indices)
         prepared.eval_in_training = rows_in_training(eval_entries, eval_indices, entries, kept)
     return prepared
 
@@ -237,19 +239,12 @@ class Loader:
         processes = process_count(self.data.num_proc, source.size_bytes)
         root = cache_root(self.data.cache_dir)
         entry = entry_for(source, shape, self.encoder, self.key, self.settings, root=root, processes=processes)
-        weight = config.weight if role == "train" else 1.0
         found = SourceReport(
-            source.name,
-            str(entry.meta["shape"]),
-            int(entry.meta["records"]),
-            weight,
-            dict(entry.meta["unread_fields"]),
-            list(entry.meta["unread_parts"]),
-            dict(entry.meta["spelled"]),
-            str(entry.meta["recognised"]),
-            [_line_of(item) for item in entry.meta["examples"]],
-            int(entry.meta["invalid"]),
-            list(entry.meta["invalid_records"]),
+            name=source.name,
+            format=entry.meta["shape"],
+            weight=config.weight if role == "train" else 1.0,
+            examples=[_line_of(item) for item in entry.meta["examples"]],
+            **{name: entry.meta[name] for name in _SOURCE_COUNTS},
         )
         report.sources.setdefault(role, []).append(found)
         logger.info("%s", found)
@@ -341,12 +336,11 @@ def assemble(
     return tokens, Conversations(conversations)
 
 
-def _assemble_eval(entries: Sequence[Entry], indices: Sequence[Indices]) -> tuple[Any, Conversations, Conversations]:
-    """Rows, the conversation of each, and the conversations that can be asked for."""
-    rows, every = assemble(entries, indices, None)
+def _add_eval(prepared: PreparedData, entries: Sequence[Entry], indices: Sequence[Indices]) -> None:
+    """Add the held-out rows, the conversation of each, and the conversations that can be asked for."""
+    prepared.eval, prepared.all_eval_conversations = assemble(entries, indices, None)
     asked = [item[(entry.rows["flags"][item] & ANSWERS) > 0] for entry, item in zip(entries, indices, strict=True)]
-    _, conversations = assemble(entries, asked, None)
-    return rows, every, conversations
+    _, prepared.eval_conversations = assemble(entries, asked, None)
 
 
 def _require_rows(report: DataReport) -> None:
@@ -387,20 +381,17 @@ def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: 
         train = train.shuffle(seed=seed, buffer_size=_STREAM_SHUFFLE_ROWS)
     report.streaming = True
     report.splits["train"] = SplitReport()
-    eval_rows = eval_conversations = all_eval = None
-    entries: list[Entry] = []
-    indices: list[Indices] = []
-    if data.eval:
-        entries = [loader.load(source, "eval", report) for source in data.eval]
-        indices = [np.arange(len(entry.rows)) for entry in entries]
-        report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
-        eval_rows, all_eval, eval_conversations = _assemble_eval(entries, indices)
-    add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
-    notice_splits(report, loader.settings.max_length)
+    entries = [loader.load(source, "eval", report) for source in data.eval or ()]
+    indices = [np.arange(len(entry.rows)) for entry in entries]
     names = [f"{source.path}:{source.limit}:{source.weight}" for source in data.train]
     fingerprint = hashlib.sha256(f"{loader.key}{names}{fingerprint_of([], [], entries, indices)}".encode()).hexdigest()
-    first_ones = Conversations(first[:_STREAM_PREVIEW_ROWS])
-    return PreparedData(train, eval_rows, first_ones, eval_conversations, fingerprint, report, all_eval)
+    prepared = PreparedData(train, None, Conversations(first[:_STREAM_PREVIEW_ROWS]), None, fingerprint, report)
+    if entries:
+        report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
+        _add_eval(prepared, entries, indices)
+    add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
+    notice_splits(report, loader.settings.max_length)
+    return prepared
 
 
 def _first_conversations(

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal["json", "csv", "parquet", "excel"]
 
-
 _KINDS: dict[str, Kind] = {
     ".json": "json",
     ".jsonl": "json",
