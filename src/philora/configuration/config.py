@@ -30,8 +30,8 @@ from philora.families import ALIASES, hub_id
 
 def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str, str]:
     """Return the reader of a source, the source's name, and the default name of the run folder."""
+    reader = Reader("config", "python")
     if isinstance(source, Config):
-        reader = Reader("config", "python")
         given = source.to_dict()
         for key, origin in source.origins.items():
             section, _, name = key.partition(".")
@@ -45,7 +45,6 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str,
         reader.notices = list(source.notices)
         return reader, source.source, Path(source.source).stem
     if isinstance(source, Mapping):
-        reader = Reader("config", "python")
         reader.given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
         return reader, "python", "philora"
     file = Path(source).expanduser()

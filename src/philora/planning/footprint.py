@@ -417,11 +417,8 @@ def footprint(
 
 def _plain_weights(base: nn.Module, quantized: Any) -> int:
     """Return the number of weights in linear layers that are not quantised."""
-    return sum(
-        layer.weight.numel()
-        for name, layer in base.named_modules()
-        if isinstance(layer, nn.Linear) and plain_name(f"{name}.weight") not in quantized
-    )
+    layers = ((plain_name(f"{name}.weight"), layer) for name, layer in base.named_modules())
+    return sum(layer.weight.numel() for name, layer in layers if isinstance(layer, nn.Linear) and name not in quantized)
 
 
 def _attention_sizes(config: Any) -> tuple[int, int, int]:
