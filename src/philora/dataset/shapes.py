@@ -113,8 +113,7 @@ def detect(records: Sequence[Record], where: str) -> Shape:
                 _refuse_more_than_text(fields, where)
             return found
     if not parsed:
-        # Nothing could be parsed: reading in any shape reports each line.
-        return Shape("messages")
+        return Shape("messages")  # nothing could be parsed: reading in any shape reports each line
     raise DataError(_no_shape(parsed[0], where))
 
 
