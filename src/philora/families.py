@@ -6,6 +6,7 @@ run reads the configuration of the model that it loads, never this table. What c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -23,7 +24,6 @@ STOP_TOKENS: Final = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 
 Source: the `generation_config.json` and chat templates of the models below.
 """
-
 
 SHIPPED_TOKENS: Final[Mapping[tuple[str, int], int]] = {("phi3", 32064): 32011}
 """Tokens that a tokenizer ships with, by model type and rows of the embedding; the rows behind them are spare.
@@ -298,7 +298,6 @@ OTHER: Final = (
 )
 """Phi models that are not `Phi3ForCausalLM`."""
 
-
 ALIASES: Final[Mapping[str, str]] = {
     "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
     "phi-3-mini-128k": "microsoft/Phi-3-mini-128k-instruct",
@@ -324,6 +323,10 @@ def hub_id(name: str) -> str:
     return ALIASES.get(name.lower(), name)
 
 
+def _last_name(name_or_path: str) -> str:
+    return name_or_path.rstrip("/").rpartition("/")[2].lower()
+
+
 def find(name_or_path: str) -> PhiModel | None:
     """The model of a hub id, or of a copy or local folder with the same last name; None when it is not of the family.
 
@@ -331,17 +334,14 @@ def find(name_or_path: str) -> PhiModel | None:
         >>> find("unsloth/Phi-3-mini-4k-instruct").sliding_window
         2047
     """
-    last = name_or_path.rstrip("/").rpartition("/")[2].lower()
-    return next((model for model in MODELS if last in (hub.partition("/")[2].lower() for hub in model.hub_ids)), None)
+    last = _last_name(name_or_path)
+    return next((model for model in MODELS if last in map(_last_name, model.hub_ids)), None)
 
 
 def find_other(name_or_model_type: str) -> OtherModel | None:
     """The Phi model of another architecture with this hub id, last name or `model_type`, else None."""
-    last = name_or_model_type.rstrip("/").rpartition("/")[2].lower()
-    for item in OTHER:
-        if last in item.model_types or last in (hub.partition("/")[2].lower() for hub in item.hub_ids):
-            return item
-    return None
+    last = _last_name(name_or_model_type)
+    return next((item for item in OTHER if last in (*item.model_types, *map(_last_name, item.hub_ids))), None)
 
 
 NOT_IN_TRANSFORMERS: Final[Mapping[str, str]] = {
@@ -394,11 +394,8 @@ def fused_slices(config: object) -> dict[str, dict[str, tuple[int, int]]]:
     rows = _rows(config)
     layout: dict[str, dict[str, tuple[int, int]]] = {}
     for leaf, names in fused.items():
-        start = 0
-        layout[leaf] = {}
-        for name in names:
-            layout[leaf][name] = (start, start + rows[name])
-            start += rows[name]
+        bounds = itertools.pairwise(itertools.accumulate((rows[name] for name in names), initial=0))
+        layout[leaf] = dict(zip(names, bounds, strict=True))
     return layout
 
 

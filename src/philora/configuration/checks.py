@@ -87,11 +87,8 @@ def _check_evaluation(
         refuse("load_best_model_at_end", "false, because eval_strategy is no", turn_on)
     elif evaluates and values.get("load_best_model_at_end") and values["save_strategy"] != "best":
         if values["eval_strategy"] != values["save_strategy"]:
-            refuse(
-                "load_best_model_at_end",
-                f"eval_strategy={values['eval_strategy']!r} and save_strategy={values['save_strategy']!r} to be equal",
-                "Set both to steps or both to epoch",
-            )
+            unequal = f"eval_strategy={values['eval_strategy']!r} and save_strategy={values['save_strategy']!r}"
+            refuse("load_best_model_at_end", f"{unequal} to be equal", "Set both to steps or both to epoch")
         elif values["eval_strategy"] == "steps" and not _multiple(values["save_steps"], values["eval_steps"]):
             refuse("save_steps", f"a multiple of eval_steps={values['eval_steps']!r}, for load_best_model_at_end")
     if values.get("early_stopping_patience") is not None and not evaluates:
@@ -143,11 +140,8 @@ def check_lora(given: Mapping[str, Any], reader: Reader) -> None:
     elif given.get("layers_pattern") and given.get("layers_to_transform") is None:
         refuse("layers_pattern", "layers_to_transform beside it")
     if given.get("init_lora_weights") == "loftq" and not given.get("loftq_config"):
-        refuse(
-            "init_lora_weights",
-            "loftq_config beside 'loftq'",
-            "For example loftq_config: {loftq_bits: 4, loftq_iter: 1}",
-        )
+        todo = "For example loftq_config: {loftq_bits: 4, loftq_iter: 1}"
+        refuse("init_lora_weights", "loftq_config beside 'loftq'", todo)
     if given.get("init_lora_weights") in ("eva", "corda", "lora_ga"):
         expected = "an initialisation that needs no pass over data beforehand, which a run does not make"
         refuse("init_lora_weights", expected, "Use true or pissa, or initialise in Python and train with SFTTrainer")

@@ -18,28 +18,20 @@ from typing import Any, Final
 from philora.configuration import schema
 from philora.configuration.checks import check_lora, check_training, own_defaults, training_defaults
 from philora.configuration.data_sources import read_data
-from philora.configuration.fields import FIELDS, LIBRARY, REQUIRED, rule_of
+from philora.configuration.fields import FIELDS, LIBRARY, rule_of
 from philora.configuration.folders import DATA_SUFFIXES, exists, nearest_file
-from philora.configuration.reader import KeyPath, Reader, config_fault, fill_from_yaml
+from philora.configuration.reader import KeyPath, Reader, fill_from_yaml
 from philora.configuration.run_paths import with_current_places
-from philora.configuration.sections import (
-    HELPDESK,
-    SECTIONS,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    TokenizerConfig,
-)
+from philora.configuration.sections import HELPDESK, REQUIRED, SECTIONS, Config
 from philora.configuration.unknown_keys import likely_section, refuse_unknown, section_keys
-from philora.errors import ConfigError, nearest, one_per_line
+from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.families import ALIASES, hub_id
 
 
 def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str, str]:
     """Return the reader of a source, the source's name, and the default name of the run folder."""
+    reader = Reader("config", "python")
     if isinstance(source, Config):
-        reader = Reader("config", "python")
         given = source.to_dict()
         for key, origin in source.origins.items():
             section, _, name = key.partition(".")
@@ -53,7 +45,6 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str,
         reader.notices = list(source.notices)
         return reader, source.source, Path(source.source).stem
     if isinstance(source, Mapping):
-        reader = Reader("config", "python")
         reader.given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
         return reader, "python", "philora"
     file = Path(source).expanduser()
@@ -63,14 +54,14 @@ def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str,
     reader = Reader(str(file), str(file))
     if file.exists() and not file.is_file() and not file.is_dir():
         expected = "a YAML file; this is a pipe or a device, which can be read once, and a run reads its settings again"
-        raise ConfigError(config_fault(str(source), "config", str(source), expected, "Write it to a file first"))
+        raise ConfigError(fault(str(source), "config", str(source), expected, "Write it to a file first"))
     if not file.is_file():
         expected = "a YAML file, or the folder of a run" if file.is_dir() else "an existing file"
-        raise ConfigError(config_fault(str(source), "config", str(source), expected, nearest_file(file)))
+        raise ConfigError(fault(str(source), "config", str(source), expected, nearest_file(file)))
     if file.suffix.lower() in DATA_SUFFIXES:
         expected = "a YAML file of settings, not the conversations themselves"
         todo = f"Write one: philora init {file.name}; or train by the same choices: philora train {file.name}"
-        raise ConfigError(config_fault(str(source), "config", str(source), expected, todo))
+        raise ConfigError(fault(str(source), "config", str(source), expected, todo))
     fill_from_yaml(file, reader)
     if folder is not None:
         reader.given, reader.looked_at = with_current_places(folder, reader.given)
@@ -134,12 +125,10 @@ def _unusable_texts(value: Any, path: KeyPath, reader: Reader) -> Iterator[str]:
         if text.startswith("~") and path[-1:] and path[-1] in _HOLD_PATHS:
             Path(text).expanduser()
     except UnicodeEncodeError as error:
-        yield config_fault(
-            where, name, text, "text that UTF-8 can encode", f"Character {error.start + 1} is half of a pair"
-        )
+        yield fault(where, name, text, "text that UTF-8 can encode", f"Character {error.start + 1} is half of a pair")
     except RuntimeError:
         expected = "a path whose home folder is known here"
-        yield config_fault(where, name, text, expected, "Write the full path, or set the variable HOME")
+        yield fault(where, name, text, expected, "Write the full path, or set the variable HOME")
 
 
 def _build(reader: Reader, source: str, stem: str) -> Config:
@@ -152,7 +141,7 @@ def _build(reader: Reader, source: str, stem: str) -> Config:
     for section in sections:
         value = reader.given.get(section)
         if not reader.is_section(section):
-            first = next(iter(dataclasses.fields(SECTIONS[section]))).name if section in SECTIONS else "key"
+            first = dataclasses.fields(SECTIONS[section])[0].name if section in SECTIONS else "key"
             reader.fault((section,), value, "a mapping", f"Write {section}: {{{first}: ...}}")
             value = None
         parts[section] = dict(value or {})
@@ -167,22 +156,18 @@ def _build(reader: Reader, source: str, stem: str) -> Config:
         ("peft_config", lora, own_defaults("peft_config")),
     ):
         for key in (*preset, *values):
-            given = key in values
-            origins[f"{section}.{key}"] = reader.origin_of((section, key)) if given else "default"
+            origins[f"{section}.{key}"] = reader.origin_of((section, key)) if key in values else "default"
     if reader.faults:
         # A Config needs the key; load_config raises the faults.
         own["data"].setdefault("train", ())
     if own["model"].get("trust_remote_code"):
-        path = ("model", "trust_remote_code")
+        place = reader.place(("model", "trust_remote_code"))
         reader.notices.append(
-            f"{reader.place(path)}: model.trust_remote_code=True runs code from the model's repository. The Phi-3 "
+            f"{place}: model.trust_remote_code=True runs code from the model's repository. The Phi-3 "
             f"family does not need it, and the code that it ships breaks generation on today's transformers."
         )
     return Config(
-        model=ModelConfig(**own["model"]),
-        tokenizer=TokenizerConfig(**own["tokenizer"]),
-        data=DataConfig(**own["data"]),
-        evaluation=EvaluationConfig(**own["evaluation"]),
+        **{section: kind(**own[section]) for section, kind in SECTIONS.items()},
         training_config=_in_order("training_config", defaults | training),
         peft_config=_in_order("peft_config", own_defaults("peft_config") | lora),
         source=source,
@@ -248,12 +233,9 @@ def _check_model(values: dict[str, Any], reader: Reader) -> None:
         _read_nested(("model", "quantization"), quantization, known, "BitsAndBytesConfig", reader)
         if quantization.get("load_in_4bit") is True and quantization.get("load_in_8bit") is True:
             reader.fault(("model", "quantization", "load_in_8bit"), True, "only one of load_in_4bit and load_in_8bit")
-        elif set(quantization) <= set(known) and not (
-            quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
-        ):
-            reader.fault(
-                ("model", "quantization"), dict(quantization), "load_in_4bit: true or load_in_8bit: true in it"
-            )
+        elif set(quantization) <= set(known) and not any(map(quantization.get, ("load_in_4bit", "load_in_8bit"))):
+            expected = "load_in_4bit: true or load_in_8bit: true in it"
+            reader.fault(("model", "quantization"), dict(quantization), expected)
 
 
 def _read_nested(

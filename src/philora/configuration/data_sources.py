@@ -33,9 +33,9 @@ def _template(value: Any) -> str:
 def read_data(path: KeyPath, value: Any, reader: Reader) -> tuple[SourceConfig, ...] | float | None:
     """Return the sources in a value of `data.train` or `data.eval`, or the share or number of rows to hold out."""
     rule: Rule = FIELDS[".".join(path)].rule
-    if path == ("data", "eval") and (value is None or isinstance(value, (int, float, bool))):
-        if value is None:
-            return None
+    if path == ("data", "eval") and value is None:
+        return None
+    if path == ("data", "eval") and isinstance(value, (int, float)):
         part = union(number(above=0, below=1), number(least=1, whole=True))
         read = reader.read(path, value, Rule(rule.text, part.read))
         return 0.0 if read is None else read
@@ -51,7 +51,7 @@ def read_data(path: KeyPath, value: Any, reader: Reader) -> tuple[SourceConfig, 
 
 def _read_source(path: KeyPath, value: Any, reader: Reader) -> SourceConfig | None:
     if isinstance(value, SourceConfig):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = vars(value)
     if isinstance(value, (str, os.PathLike)):
         value = {"path": value}
     if not isinstance(value, Mapping):
@@ -85,20 +85,15 @@ def _check_columns(path: KeyPath, columns: Mapping[str, Any], reader: Reader) ->
             reader.fault((*path, key), value, "a template with the name of a column in braces", hint)
         if key not in COLUMN_ROLES:
             reader.fault((*path, key), value, "one of " + ", ".join(COLUMN_ROLES), nearest(key, COLUMN_ROLES))
-    if "messages" in columns and not set(columns) - {"messages", "system"}:
-        return
-    if set(TURN_COLUMNS[:3]) <= set(columns) <= set(TURN_COLUMNS):
-        return
-    if "text" in columns and len(columns) == 1:
-        return
-    for needed in ({"user", "assistant"}, {"prompt", "completion"}):
-        if needed <= set(columns) and not {"text", "messages"} & set(columns):
-            return
-    expected = (
-        "user and assistant, prompt and completion, text alone, messages (with or without system), or of one row for "
-        "each message conversation, role and content (with or without time)"
-    )
-    reader.fault(path, dict(columns), expected)
+    given = set(columns)
+    alone = given in ({"text"}, {"messages"}, {"messages", "system"})
+    pair = ({"user", "assistant"} <= given or {"prompt", "completion"} <= given) and not {"text", "messages"} & given
+    if not (alone or pair or set(TURN_COLUMNS[:3]) <= given <= set(TURN_COLUMNS)):
+        expected = (
+            "user and assistant, prompt and completion, text alone, messages (with or without system), or of one row "
+            "for each message conversation, role and content (with or without time)"
+        )
+        reader.fault(path, dict(columns), expected)
 
 
 def _local_path(path: KeyPath, text: str, reader: Reader) -> str:

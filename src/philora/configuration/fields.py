@@ -64,7 +64,6 @@ class Field:
 LIBRARY: Final = schema.UNKNOWN
 """As a default in `FIELDS`: the key is not set, and TRL's or PEFT's own default holds."""
 
-REQUIRED: Final = dataclasses.MISSING
 _LIBRARY_RULE: Final = Rule("", lambda value: value)  # `rule_of` returns the rule of the installed library
 _SMALL_BETA: Final = number(least=0, below=1)
 _RATIO_OR_STEPS: Final = dataclasses.replace(
@@ -248,13 +247,14 @@ _LIBRARY_FIELDS: Final = (
 )
 
 
-def _own_fields() -> Iterable[Field]:
-    for section, kind in SECTIONS.items():
-        for field in dataclasses.fields(kind):
-            yield Field(f"{section}.{field.name}", field.default, field.metadata["rule"], field.metadata["doc"])
+def own_fields(section: str, kind: type) -> Iterable[Field]:
+    """Yield the fields of one of philora's own sections."""
+    for field in dataclasses.fields(kind):
+        yield Field(f"{section}.{field.name}", field.default, field.metadata["rule"], field.metadata["doc"])
 
 
-FIELDS: Final[Mapping[str, Field]] = {field.key: field for field in (*_own_fields(), *_LIBRARY_FIELDS)}
+_OWN_FIELDS: Final = [field for section, kind in SECTIONS.items() for field in own_fields(section, kind)]
+FIELDS: Final[Mapping[str, Field]] = {field.key: field for field in (*_OWN_FIELDS, *_LIBRARY_FIELDS)}
 """Every key that philora states a default or a bound for, in the order of the documentation."""
 
 

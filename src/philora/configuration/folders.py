@@ -28,9 +28,8 @@ def holds_data(name: str) -> bool:
     if not exists(file):
         return False
     if file.is_dir():
-        if (file / "config.yaml").is_file():
-            return False
-        return any(path.suffix.lower() in RECORD_SUFFIXES for depth in ("*", "*/*") for path in file.glob(depth))
+        inside = (path.suffix.lower() for depth in ("*", "*/*") for path in file.glob(depth))
+        return not (file / "config.yaml").is_file() and any(suffix in RECORD_SUFFIXES for suffix in inside)
     if file.suffix.lower() != ".json":
         return file.suffix.lower() in DATA_SUFFIXES
     try:

@@ -17,12 +17,6 @@ KeyPath = tuple[str, ...]
 """The names that lead to a key, such as `("training_config", "optim")`."""
 
 
-def config_fault(where: str, name: str, value: object, expected: str, todo: str = "") -> str:
-    """Return the message of a fault, without a full stop after the question of `nearest`."""
-    text = fault(where, name, value, expected, todo)
-    return text[:-1] if text.endswith("?.") else text
-
-
 class Reader:
     """Collect the given values, the line of every key, and all faults.
 
@@ -56,7 +50,7 @@ class Reader:
 
     def fault(self, path: KeyPath, value: Any, expected: str, todo: str = "") -> None:
         """Record a fault of one value."""
-        self.faults.append(config_fault(self.place(path), ".".join(path), value, expected, todo))
+        self.faults.append(fault(self.place(path), ".".join(path), value, expected, todo))
 
     def is_section(self, section: str) -> bool:
         """Return whether a section is absent or a mapping; for another value `load_config` records a fault."""
@@ -86,11 +80,8 @@ class Reader:
                 self.notices.append(f"{self.place(('training_config', key))}: training_config.{text}")
             for key, *rest in out.faults:
                 self.fault(("training_config", *key.split(".")), *rest)
-            for newer, own in (
-                ("activation_checkpointing", "gradient_checkpointing"),
-                ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-            ):
-                self._join(out.result, newer, own)
+            for end in ("", "_kwargs"):
+                self._join(out.result, f"activation_checkpointing{end}", f"gradient_checkpointing{end}")
             self.given["training_config"] = out.result
         model = self.given.get("model")
         if isinstance(model, Mapping) and "torch_dtype" in model:
@@ -103,15 +94,12 @@ class Reader:
 
     def _join(self, training: dict[str, Any], newer: str, own: str) -> None:
         """Replace transformers' newer name for recomputation by the one that all supported versions have."""
-        if newer not in training:
-            return
-        value = training.pop(newer)
-        path = ("training_config", newer)
+        value, path = training.pop(newer, None), ("training_config", newer)
         if value is None:
             return
         if own in training and training[own] != value:
-            todo = "Remove one of the two: they are the same setting"
-            self.fault(path, value, f"the same as {own}={training[own]!r}", todo)
+            expected = f"the same as {own}={training[own]!r}"
+            self.fault(path, value, expected, "Remove one of the two: they are the same setting")
         training[own] = value
         self.places["training_config", own] = self.place(path)
         self.notices.append(f"{self.place(path)}: training_config.{newer}={value!r} is read as {own}={value!r}.")
@@ -124,13 +112,13 @@ class Reader:
         key = key.strip()
         if not equals or not key:
             todo = "For example training_config.learning_rate=1e-4"
-            self.faults.append(config_fault("command line", "override", text, "KEY=VALUE", todo))
+            self.faults.append(fault("command line", "override", text, "KEY=VALUE", todo))
             return
         try:
             value = yaml_text.parse(written)[1] if written.strip() else None
         except yaml_text.NOT_YAML as error:
             todo = f"{str(getattr(error, 'problem', None) or 'not YAML').capitalize()}; quote the value"
-            self.faults.append(config_fault("command line", key, written, "a YAML value", todo))
+            self.faults.append(fault("command line", key, written, "a YAML value", todo))
             return
         path = tuple(key.split("."))
         layer = Reader("command line", "command line")
@@ -189,16 +177,14 @@ def fill_from_yaml(file: Path, reader: Reader) -> None:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         found = error.object[error.start : error.start + 1]
-        raise ConfigError(
-            fault(f"{where}:{line}", "encoding", found, "UTF-8 text", "Save the file as UTF-8")
-        ) from error
+        message = fault(f"{where}:{line}", "encoding", found, "UTF-8 text", "Save the file as UTF-8")
+        raise ConfigError(message) from error
     except OSError as error:
         raise ConfigError(fault(where, "file", str(file), "a readable file", str(error.strerror))) from error
     try:
         node, value = yaml_text.parse(content)
         if node is not None:
             _note_lines(node, (), reader, set())
-            reader.given = value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
@@ -208,14 +194,14 @@ def fill_from_yaml(file: Path, reader: Reader) -> None:
         at = f":{content.count(chr(10), 0, error.position) + 1}" if isinstance(error, yaml.reader.ReaderError) else ""
         reason = getattr(error, "reason", None) or str(error)
         raise ConfigError(f"{where}{at}: {reason} - expected YAML. Remove what is not text.") from error
-    if node is None or reader.given is None:
+    if value is None:
         raise ConfigError(
             f"{where}: the file is empty - expected a configuration with at least data.train. See `philora demo`."
         )
-    if not isinstance(reader.given, dict):
-        raise ConfigError(
-            fault(where, "the file", reader.given, "a mapping with sections such as data and training_config")
-        )
+    if not isinstance(value, dict):
+        expected = "a mapping with sections such as data and training_config"
+        raise ConfigError(fault(where, "the file", value, expected))
+    reader.given = value
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

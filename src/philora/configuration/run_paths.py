@@ -52,11 +52,11 @@ def current_place(folder: Path, record: Mapping[str, Any], written: Any, name: s
         started_in = _started_in(folder, written)
         if started_in is not None and not given.is_absolute():
             candidates.append(started_in / given)
-    places = list(dict.fromkeys(str(candidate) for candidate in candidates))
-    for place in places:
-        if Path(place).exists():
-            return Place(place)
-    return Place(name, tuple(places)) if recorded or is_path(name) else Place(name)
+    places = tuple(dict.fromkeys(map(str, candidates)))
+    found = next((place for place in places if Path(place).exists()), None)
+    if found is not None:
+        return Place(found)
+    return Place(name, places if recorded or is_path(name) else ())
 
 
 def _recorded(record: Mapping[str, Any], name: str) -> Mapping[str, str]:

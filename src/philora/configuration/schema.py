@@ -62,18 +62,6 @@ class Rule:
     choices: tuple[str, ...] = ()
     null: bool = False
 
-    def __or__(self, other: Rule) -> Rule:
-        def read(value: Any) -> Any:
-            hints = []
-            for rule in (self, other):
-                try:
-                    return rule.read(value)
-                except Misfit as misfit:
-                    hints.append(misfit.hint)
-            raise Misfit(next(filter(None, hints), ""))
-
-        return Rule(f"{self.text} or {other.text}", read, self.choices + other.choices, self.null or other.null)
-
 
 def _flag(value: Any) -> bool:
     if isinstance(value, bool):
@@ -135,13 +123,9 @@ def exactly(expected: object) -> Rule:
 
 
 def number(
-    *,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    below: float = math.inf,
-    most: float = math.inf,
+    *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf,
     whole: bool = False,
-) -> Rule:
+) -> Rule:  # fmt: skip
     """Return the rule of a finite number within bounds; `whole` turns 8.0 into 8 and refuses 8.5.
 
     Example:
@@ -163,9 +147,7 @@ def number(
             finite = math.isfinite(value)
         except OverflowError:  # a whole number beyond the range of a float
             finite = False
-        if not finite or (whole and value != int(value)):
-            raise Misfit
-        if not (value > above and value >= least and value < below and value <= most):
+        if not finite or (whole and value != int(value)) or not (above < value < below and least <= value <= most):
             raise Misfit
         return int(value) if whole else value
 
@@ -211,8 +193,26 @@ def mapping_of(item: Rule) -> Rule:
     return Rule("a mapping" if item is ANYTHING else f"a mapping of names to {item.text}", read)
 
 
+def union(*rules: Rule) -> Rule:
+    """Return a rule that any of several rules satisfies; null is named last, as in `text, a list (text) or null`."""
+    ordered = list({rule.text: rule for rule in sorted(rules, key=lambda rule: rule.null)}.values())
+
+    def read(value: Any) -> Any:
+        hints = []
+        for rule in ordered:
+            try:
+                return rule.read(value)
+            except Misfit as misfit:
+                hints.append(misfit.hint)
+        raise Misfit(next(filter(None, hints), ""))
+
+    text = " or ".join(filter(None, (", ".join(rule.text for rule in ordered[:-1]), ordered[-1].text)))
+    choices = tuple(word for rule in ordered for word in rule.choices)
+    return Rule(text, read, choices, any(rule.null for rule in ordered))
+
+
 STEPS = replace(
-    number(above=0, below=1) | number(least=1, whole=True),
+    union(number(above=0, below=1), number(least=1, whole=True)),
     text="a whole number of steps of at least 1, or a fraction of the run above 0 and below 1",
 )
 
@@ -222,15 +222,11 @@ class LibraryField:
     """One field of a library's configuration class.
 
     Attributes:
-        name: The key.
-        annotation: The annotation as the source writes it.
         default: The default, or `UNKNOWN` where the library computes it.
         rule: What the annotation and the field's choices allow.
         nested: The class whose fields the value has when it is a mapping, such as `EvaConfig`.
     """
 
-    name: str
-    annotation: str
     default: Any
     rule: Rule
     nested: str | None = None
@@ -297,25 +293,10 @@ def _words(enum: str) -> tuple[str, ...]:
 @cache
 def _log_levels() -> tuple[str, ...]:
     for node in _module("transformers", "utils/logging.py").body:
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and node.targets[0].id == "log_levels"
-            and isinstance(node.value, ast.Dict)
-        ):
-            return (*(str(ast.literal_eval(key)) for key in node.value.keys if key is not None), "passive")
+        match node:
+            case ast.Assign(targets=[ast.Name(id="log_levels")], value=ast.Dict(keys=keys)):
+                return (*(str(ast.literal_eval(key)) for key in keys if key is not None), "passive")
     return ()
-
-
-def union(*rules: Rule) -> Rule:
-    """Return a rule that any of several rules satisfies; null is named last, as in `text, a list (text) or null`."""
-    ordered = list({rule.text: rule for rule in sorted(rules, key=lambda rule: rule.null)}.values())
-    joined = ordered[0]
-    for rule in ordered[1:]:
-        joined = joined | rule
-    if len(ordered) > 2:
-        joined = replace(joined, text=", ".join(r.text for r in ordered[:-1]) + " or " + ordered[-1].text)
-    return joined
 
 
 _SIMPLE: Final = {
@@ -341,9 +322,7 @@ def _rule(node: ast.expr, subclasses: frozenset[str]) -> Rule:
             return _SIMPLE[name]
         case ast.Name(id=name) if name in _ENUMS:
             return one_of(*_words(name))
-        case ast.Name(id="dict") | ast.Name(id="Mapping"):
-            return mapping_of(ANYTHING)
-        case ast.Name(id=name) if name in subclasses:
+        case ast.Name(id=name) if name in ("dict", "Mapping") or name in subclasses:
             return mapping_of(ANYTHING)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             values = [ast.literal_eval(e) for e in (inner.elts if isinstance(inner, ast.Tuple) else [inner])]
@@ -397,8 +376,7 @@ def _fields(node: ast.ClassDef, subclasses: frozenset[str]) -> dict[str, Library
         if words:
             rule = union(one_of(*words), NULL) if rule.null else one_of(*words)
         nested = next((name for name in sorted(subclasses) if re.search(rf"\b{name}\b", annotation)), None)
-        name = statement.target.id
-        found[name] = LibraryField(name, annotation, _default(value, options.get("default_factory")), rule, nested)
+        found[statement.target.id] = LibraryField(_default(value, options.get("default_factory")), rule, nested)
     return found
 
 
@@ -482,5 +460,5 @@ def quantization_fields() -> Mapping[str, LibraryField]:
             rule = union(list_of(TEXT), NULL)
         else:
             rule = ANYTHING
-        found[name] = LibraryField(name, "", default, rule)
+        found[name] = LibraryField(default, rule)
     return found

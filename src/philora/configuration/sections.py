@@ -13,6 +13,7 @@ from philora.errors import nearest
 
 AUTO: Final = exactly("auto")
 COUNT: Final = number(least=1, whole=True)
+REQUIRED: Final = dataclasses.MISSING
 COUNT_OR_NULL: Final = union(COUNT, NULL)
 _TEXT_OR_NULL: Final = union(TEXT, NULL)
 
@@ -21,6 +22,7 @@ HELPDESK: Final = "helpdesk"
 
 DATA_FORMATS: Final = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "turns")
 TURN_COLUMNS: Final = ("conversation", "role", "content", "time")
+"""Keys of `columns` that describe one row for every message; `time` may be left out."""
 COLUMN_ROLES: Final = ("system", "user", "assistant", "prompt", "completion", "text", "messages", *TURN_COLUMNS)
 TURN_ROLES: Final = ("system", "user", "assistant", "tool")
 _ATTENTION: Final = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -48,9 +50,7 @@ def _setting(default: Any, rule: Rule, doc: str) -> Any:
 class SourceConfig:
     """One source of training or evaluation data."""
 
-    path: str = dataclasses.field(
-        metadata={"rule": TEXT, "doc": "file, folder or hub id; `helpdesk` is the bundled chat set"}
-    )
+    path: str = _setting(REQUIRED, TEXT, "file, folder or hub id; `helpdesk` is the bundled chat set")
     subset: str | None = _setting(
         None, _TEXT_OR_NULL, "subset (configuration) of a hub dataset, or of a folder with a dataset card"
     )
@@ -133,11 +133,10 @@ class TokenizerConfig:
 class DataConfig:
     """The data and how it is read."""
 
-    train: tuple[SourceConfig, ...] = dataclasses.field(
-        metadata={
-            "rule": Rule("a file, a folder, a hub id, a mapping with a path, or a list of these", lambda value: value),
-            "doc": "what to train on; `helpdesk` is the bundled chat set",
-        }
+    train: tuple[SourceConfig, ...] = _setting(
+        REQUIRED,
+        Rule("a file, a folder, a hub id, a mapping with a path, or a list of these", lambda value: value),
+        "what to train on; `helpdesk` is the bundled chat set",
     )
     eval: tuple[SourceConfig, ...] | float | None = _setting(
         0.05,

@@ -77,9 +77,8 @@ def to_current_names(given: Mapping[str, Any]) -> Translation:
     def move(old: str, new: str, value: Any) -> None:
         same = new in given and type(given[new]) is type(value) and given[new] == value
         if new in given and not same and given[new] is not None:
-            out.faults.append(
-                (old, given[old], f"the same as {new}={given[new]!r}", f"Remove {old}, the older spelling of {new}")
-            )
+            todo = f"Remove {old}, the older spelling of {new}"
+            out.faults.append((old, given[old], f"the same as {new}={given[new]!r}", todo))
             return
         out.result[new] = value
         out.came_from[new] = old
@@ -98,7 +97,7 @@ def to_current_names(given: Mapping[str, Any]) -> Translation:
             out.result.setdefault(key, value)
         elif key == "warmup_ratio":
             _translate_warmup(value, given, out, move)
-        elif key in _RENAMED and _RENAMED[key] in known:
+        elif key in _RENAMED:
             move(key, _RENAMED[key], value)
         elif key in _CONVERTED:
             new, today = _CONVERTED[key](value)
@@ -223,8 +222,6 @@ def translate_trainer_keywords(given: Mapping[str, Any]) -> tuple[dict[str, Any]
         else:
             today, _ = translate_training_arguments({key: value})
             for_config |= today
-            for name, read in today.items():
-                notices.append(
-                    f"{key}={value!r} is an older keyword of SFTTrainer: read as SFTConfig({name}={read!r})."
-                )
+            said = f"{key}={value!r} is an older keyword of SFTTrainer: read as SFTConfig"
+            notices += [f"{said}({name}={read!r})." for name, read in today.items()]
     return for_config, for_trainer, notices

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
 from philora.configuration import schema, yaml_text
-from philora.configuration.fields import FIELDS, LIBRARY, REQUIRED, Field, rule_of
-from philora.configuration.sections import Config, SourceConfig
+from philora.configuration.fields import FIELDS, LIBRARY, Field, own_fields, rule_of
+from philora.configuration.sections import REQUIRED, Config, SourceConfig
 
 _SECRETS: Final = ("training_config.hub_token",)
 
@@ -40,14 +39,9 @@ def explain(config: Config) -> list[tuple[str, Any, str]]:
 def reference() -> str:
     """Return the keys that philora states a default or a bound for, as a Markdown table."""
     lines = ["| key | default | allowed | what it is |", "| --- | --- | --- | --- |"]
-    rows = []
-    for value in FIELDS.values():
-        rows.append(value)
-        if value.key == "data.train":
-            rows += [
-                Field(f"data.train.{inner.name}", inner.default, inner.metadata["rule"], inner.metadata["doc"])
-                for inner in dataclasses.fields(SourceConfig)
-            ]
+    rows = list(FIELDS.values())
+    behind = next(place for place, row in enumerate(rows, 1) if row.key == "data.train")
+    rows[behind:behind] = own_fields("data.train", SourceConfig)
     for row in rows:
         section, _, name = row.key.partition(".")
         rule = (rule_of(section, name) or row.rule) if section in ("training_config", "peft_config") else row.rule

@@ -5,6 +5,7 @@
 `lengths` warns of rows that are too long for a model.
 """
 
+from philora.configuration.sections import DATA_FORMATS as FORMATS
 from philora.dataset.conversations import Conversations
 from philora.dataset.data_report import DataReport, SourceReport, SplitReport
 from philora.dataset.lengths import length_notices, row_lengths
@@ -12,7 +13,7 @@ from philora.dataset.messages import Conversation, Message
 from philora.dataset.prepare import PreparedData, places_of, prepare
 from philora.dataset.read import resolve
 from philora.dataset.records import Source
-from philora.dataset.shapes import FORMATS, Shape
+from philora.dataset.shapes import Shape
 from philora.dataset.template import (
     IGNORED,
     Encoded,

@@ -216,12 +216,9 @@ class Arrangement:
         roles = tuple([message["role"] for message in messages])
         if not plain or roles not in self._kept_orders:
             # Contents that no template writes by itself, so that none of them is found by chance.
-            marks = {
-                place: f"zq{place}qz" for place, message in enumerate(messages) if plain or message["role"] == "system"
-            }
-            probe = [
-                {**message, "content": marks.get(place, message["content"])} for place, message in enumerate(messages)
-            ]
+            marked = [plain or message["role"] == "system" for message in messages]
+            marks = {place: f"zq{place}qz" for place, is_marked in enumerate(marked) if is_marked}
+            probe = [{**item, "content": marks.get(place, item["content"])} for place, item in enumerate(messages)]
             try:
                 text = self.render(probe, tools=tools)
             except TEMPLATE_ERRORS:
@@ -284,19 +281,14 @@ class Arrangement:
     def _ids(self, text: str) -> list[int]:
         # The template writes the special tokens, <s> of Phi-3 included where it wants one.
         if self._backend is None:
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return _encode(self._backend, text)
 
     @cached_property
     def _backend(self) -> Any:
         """Return the tokenizer of the tokenizers library, without padding and truncation; None if there is none."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None and (backend.truncation is not None or backend.padding is not None):
-            backend = Backend.from_str(backend.to_str())
-            backend.no_truncation()
-            backend.no_padding()
-        return backend
+        return None if backend is None else uncut(backend)
 
     @cached_property
     def _control_ids(self) -> dict[str, int]:
@@ -304,7 +296,7 @@ class Arrangement:
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        return _any_of(self._control_ids)
+        return any_of(self._control_ids)
 
     def _has_control(self, value: Any) -> bool:
         """Return whether a message, or anything in one, holds a control token's text, before or after normalisation."""
@@ -335,7 +327,8 @@ class Arrangement:
         renamed = self._renamed
         if renamed is None:
             expected = "messages without control tokens, which this kind of tokenizer cannot encode as text"
-            raise DataError(fault("conversation", "content", _first_control(self._control_pattern, messages), expected))
+            found = self._control_pattern.search(json.dumps(messages, ensure_ascii=False))
+            raise DataError(fault("conversation", "content", found.group() if found else "", expected))
         stand_ins: list[str] = []
 
         def mask(value: Any) -> Any:
@@ -402,15 +395,18 @@ class _Renamed:
 
 def _encode(backend: Any, text: str) -> list[int]:
     # As a batch: the library lets other threads run meanwhile.
-    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    return ids
+    return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Any of the texts, the longest where several begin at one place."""
+def uncut(backend: Backend) -> Backend:
+    """Return a tokenizer without padding and truncation: a copy, if it has them."""
+    if backend.truncation is not None or backend.padding is not None:
+        backend = Backend.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern of any of the texts, the longest where several begin at one place."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
-
-
-def _first_control(pattern: re.Pattern[str], messages: Sequence[Mapping[str, Any]]) -> str:
-    found = pattern.search(json.dumps(list(messages), ensure_ascii=False))
-    return found.group() if found else ""

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from philora.dataset.arrangement import any_of
 from philora.dataset.messages import Conversation
 
 FOREIGN_CONTROLS = (
@@ -28,7 +29,7 @@ class ControlTexts:
     def __init__(self, added: Iterable[str], stops: Mapping[str, int]) -> None:
         self._added = tuple(dict.fromkeys(filter(None, added)))
         self._stops = tuple(stops)
-        self._pattern = re.compile("|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) or "(?!)")
+        self._pattern = any_of(self._added)
         self._starts = {text[0] for text in self._added}
         # Numbers below 1000 end too many answers to be recognised as stop tokens.
         numbers = "|".join(str(index) for index in stops.values() if index >= 1000)
@@ -55,16 +56,10 @@ class ControlTexts:
         found: Counter[str] = Counter()
         for conversation in conversations if own or foreign else ():
             contents = [message["content"] for message in conversation.messages]
-            answers = [
-                message["content"].rstrip() for message in conversation.messages if message["role"] == "assistant"
-            ]
+            answers = [item["content"].rstrip() for item in conversation.messages if item["role"] == "assistant"]
             ends = [stop for stop in self._stops if any(answer.endswith(stop) for answer in answers)]
-            kinds = [("own", own), ("foreign", foreign)]
             found.update(f"end {text}" for text in ends)
-            found.update(
-                f"{kind} {text}"
-                for kind, texts in kinds
-                for text in texts
-                if text not in ends and any(text in content for content in contents)
-            )
+            for kind, texts in (("own", own), ("foreign", foreign)):
+                inside = [text for text in texts if text not in ends and any(text in content for content in contents)]
+                found.update(f"{kind} {text}" for text in inside)
         return found

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from philora.dataset.records import BATCH_ROWS, BUNDLED, Batch, Record, Role, Source, in_batches
+from philora.configuration.sections import HELPDESK
+from philora.dataset.records import BATCH_ROWS, Record, Role, Source, in_batches
 from philora.dataset.splits import choose_split
 from philora.errors import DataError, fault
 from philora.files.links import refuse_leading_out
 
 if TYPE_CHECKING:
+    from datasets import Features
+
     from philora.configuration.sections import SourceConfig
 
 
@@ -38,9 +41,8 @@ def saved_source(config: SourceConfig, path: Path, role: Role) -> Source:
         others = {f"split {name} ({len(loaded[name]):,} records)": None for name in names if name != split}
         return _dataset_source(config, loaded[split], config.path, others)
     if config.split is not None:
-        raise DataError(
-            fault(str(path), "split", config.split, "null, since this saved dataset is one split", "Leave split out")
-        )
+        expected = "null, since this saved dataset is one split"
+        raise DataError(fault(str(path), "split", config.split, expected, "Leave split out"))
     return _dataset_source(config, loaded, config.path, {})
 
 
@@ -84,25 +86,15 @@ def hub_source(config: SourceConfig, role: Role) -> Source:
 
 
 def _hub_message(config: SourceConfig, error: Exception) -> str:
-    close = difflib.get_close_matches(config.path, [BUNDLED, *(entry.name for entry in Path().iterdir())], n=1)
+    close = difflib.get_close_matches(config.path, [HELPDESK, *(entry.name for entry in Path().iterdir())], n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
+    expected = "a file or folder that exists, or a dataset of the Hugging Face hub"
     if isinstance(error, ConnectionError):
-        return fault(
-            "data",
-            "path",
-            config.path,
-            "a file or folder that exists, or a dataset of the Hugging Face hub; no such file is here and the hub "
-            "cannot be reached",
-            f"{hint}Check the spelling of the path, connect to the network, or download the dataset on another machine "
-            "and give its folder",
-        )
-    return fault(
-        "data",
-        "path",
-        config.path,
-        f"a file or folder that exists, or a dataset of the Hugging Face hub ({str(error).splitlines()[0]})",
-        f"{hint}Check path, subset and split",
-    )
+        expected += "; no such file is here and the hub cannot be reached"
+        todo = "Check the spelling of the path, connect to the network, or download the dataset on another machine"
+        return fault("data", "path", config.path, expected, f"{hint}{todo} and give its folder")
+    expected += f" ({str(error).splitlines()[0]})"
+    return fault("data", "path", config.path, expected, f"{hint}Check path, subset and split")
 
 
 def _dataset_source(config: SourceConfig, dataset: Any, name: str, unread: dict[str, None]) -> Source:
@@ -114,12 +106,16 @@ def _dataset_source(config: SourceConfig, dataset: Any, name: str, unread: dict[
                 number += 1
                 yield number, dict(zip(names, cells, strict=True))
 
-    def batches() -> Iterator[Batch]:
-        return in_batches(name, "row", rows())
-
     fingerprint = hashlib.sha256(f"{name}:{getattr(dataset, '_fingerprint', '')}".encode()).hexdigest()
     size = None if config.streaming else getattr(dataset, "size_in_bytes", None)
-    return Source(name, fingerprint, batches, config.limit, size, unread)
+    return Source(name, fingerprint, lambda: in_batches(name, "row", rows()), config.limit, size, unread)
+
+
+def token_features() -> Features:
+    """Return the columns of tokenised rows."""
+    from datasets import Features, List, Value
+
+    return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
 
 @contextlib.contextmanager

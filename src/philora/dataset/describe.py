@@ -168,15 +168,9 @@ def _described(rows: Any, conversations: Conversations, counts: SplitReport) -> 
         turns[place] = sum(message["role"] != "system" for message in messages)
         systems.update(message["content"] for message in messages[:1] if message["role"] == "system")
         texts.append(_text(messages))
-    commonest = [(text, count / len(conversations)) for text, count in systems.most_common(1)]
-    return SplitDescription(
-        counts,
-        Spread.of(row_lengths(rows)),
-        Spread.of(labels),
-        Spread.of(turns),
-        commonest[0] if commonest else None,
-        language_shares(texts),
-    )
+    commonest = next(((text, count / len(conversations)) for text, count in systems.most_common(1)), None)
+    tokens = Spread.of(row_lengths(rows))
+    return SplitDescription(counts, tokens, Spread.of(labels), Spread.of(turns), commonest, language_shares(texts))
 
 
 def _near(prepared: PreparedData) -> int:

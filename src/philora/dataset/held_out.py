@@ -25,10 +25,18 @@ import numpy as np
 
 from philora.dataset.conversations import Conversations
 from philora.dataset.data_report import DataReport, notice_source
-from philora.dataset.datasets_library import quiet_datasets
-from philora.dataset.prepare import Loader, PreparedData, assemble, fingerprint_of, rows_in_training, settings_of
-from philora.dataset.row_choice import hold_out, part_of, weighted_rows
-from philora.dataset.store import ANSWERS, cache_root
+from philora.dataset.datasets_library import quiet_datasets, token_features
+from philora.dataset.prepare import (
+    Loader,
+    PreparedData,
+    assemble,
+    fingerprint_of,
+    rest_of,
+    rows_in_training,
+    weighted,
+)
+from philora.dataset.row_choice import hold_out, part_of
+from philora.dataset.store import ANSWERS
 from philora.dataset.template import IGNORED, Encoder, Tokenizer
 from philora.errors import DataError, fault
 from philora.files.checkpoint import write_text
@@ -82,35 +90,23 @@ def held_out(
     Raises:
         DataError: The run held nothing out, or a source cannot be used.
     """
-    loader = Loader(
-        Encoder(tokenizer, stop_token_ids),
-        settings_of(data, max_length),
-        cache_root(data.cache_dir),
-        data,
-    )
+    loader = Loader(data, Encoder(tokenizer, stop_token_ids), max_length)
     report = DataReport()
     if data.eval is None and other is None:
         expected = "a held-out part of the run's data, but it held nothing out"
         raise DataError(fault("evaluate", "data", None, expected, "Give rows: --data FILE"))
     training = _training_rows(loader, data, report, seed, recorded_rows, required=other is None)
     fingerprint = None
-    if other is not None:
-        chosen = [loader.load(other, "eval", report)]
-        notice_source(report, "data", report.sources["eval"][-1])
-        indices = [np.arange(len(entry.rows)) for entry in chosen]
+    if other is None and training is not None and training.held is not None:
+        chosen, indices = training.entries, training.held
     else:
-        if training is not None and training.held is not None:
-            chosen, indices = training.entries, training.held
-        else:
-            sources = data.eval if isinstance(data.eval, tuple) else ()
-            chosen = [loader.load(source, "eval", report) for source in sources]
-            indices = [np.arange(len(entry.rows)) for entry in chosen]
-        if training is not None:
-            weighted = [
-                weighted_rows(rows, source.weight, seed, position)
-                for position, (rows, source) in enumerate(zip(training.kept, data.train, strict=True))
-            ]
-            fingerprint = fingerprint_of(training.entries, weighted, chosen, indices)
+        own = data.eval if isinstance(data.eval, tuple) else ()
+        chosen = [loader.load(source, "eval", report) for source in (own if other is None else (other,))]
+        indices = [np.arange(len(entry.rows)) for entry in chosen]
+    if other is not None:
+        notice_source(report, "data", report.sources["eval"][-1])
+    elif training is not None:
+        fingerprint = fingerprint_of(training.entries, weighted(data, training.kept, seed), chosen, indices)
     if not sum(len(rows) for rows in indices):
         raise DataError(fault("evaluate", "rows", 0, "at least one row that fits the limit of tokens"))
     in_training = None if training is None else rows_in_training(chosen, indices, training.entries, training.kept)
@@ -152,22 +148,18 @@ def _training_rows(
     """
     if not data.train or any(source.streaming for source in data.train):
         return None
-    fraction = isinstance(data.eval, float | int)
     try:
         entries = [loader.load(source, "train", report) for source in data.train]
     except DataError:
-        if required and fraction:
+        if required and isinstance(data.eval, float | int):
             raise
         return None
     held = None
     if isinstance(data.eval, float | int):
         hashes = [entry.rows["hash"] for entry in entries]
         held = hold_out(hashes, part_of(data.eval, recorded_rows, sum(map(len, hashes))), seed)
-    kept = [
-        np.setdiff1d(np.arange(len(entry.rows)), held[position] if held is not None else [], assume_unique=True)
-        for position, entry in enumerate(entries)
-    ]
-    return _TrainingRows(entries, held, kept)
+    out = [np.zeros(0, np.int64) for _ in entries] if held is None else held
+    return _TrainingRows(entries, held, [rest_of(entry, rows) for entry, rows in zip(entries, out, strict=True)])
 
 
 # -- the rows that a run keeps
@@ -230,7 +222,7 @@ def read_held_out(path: Path, tokenizer: Tokenizer, fingerprint: str | None) -> 
     Raises:
         DataError: A line is not as it was written, or there is none.
     """
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset
 
     most = max(tokenizer.get_vocab().values(), default=0)
     ids: list[list[int]] = []
@@ -252,9 +244,8 @@ def read_held_out(path: Path, tokenizer: Tokenizer, fingerprint: str | None) -> 
                 in_training.append(number)
     if not ids:
         raise DataError(fault(str(path), "rows", 0, "the rows that the run held out", _OTHERWISE))
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
     with quiet_datasets():
-        rows = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=features)
+        rows = Dataset.from_dict({"input_ids": ids, "labels": labels}, features=token_features())
     return HeldOut(rows, Conversations(conversations), answerable, in_training if known else None, fingerprint)
 
 

@@ -20,9 +20,8 @@ _ROWS = 1000  # that are looked at together
 
 def vocabulary_of(model: nn.Module) -> int | None:
     """Return how many tokens a model has embeddings for, if they are in one table; the model may lack weights."""
-    find: Any = getattr(model, "get_input_embeddings", None)
-    table = None if find is None else find()
-    count = getattr(table, "num_embeddings", None)
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    count = getattr(find(), "num_embeddings", None)
     return count if isinstance(count, int) else None
 
 

@@ -68,13 +68,9 @@ def _json_style(stream: IO[bytes]) -> tuple[Literal["lines", "document"] | None,
             opens_wrapper = line.rstrip().endswith((b"[", b"{")) and len(line) < 200
             # `{` alone opens a document that is spread over lines; anything else is a broken line.
             return ("document" if line.strip() in (b"{", b"[") or opens_wrapper else "lines"), skipped
-        wraps = isinstance(value, dict) and not any(key in value for key in _RECORD_KEYS)
-        wraps = wraps and any(
-            isinstance(entry, list) and entry and isinstance(entry[0], dict) for entry in value.values()
-        )
-        if wraps and not any(rest.strip() for rest in stream):
-            return "document", skipped
-        return "lines", skipped
+        entries = value.values() if isinstance(value, dict) and not value.keys() & set(_RECORD_KEYS) else ()
+        wraps = any(isinstance(entry, list) and entry and isinstance(entry[0], dict) for entry in entries)
+        return ("document" if wraps and not any(rest.strip() for rest in stream) else "lines"), skipped
     return None, skipped
 
 
@@ -91,7 +87,6 @@ class _JsonText:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.stream = io.TextIOWrapper(open_file(file), encoding="utf-8", newline="")
-        self.decoder = DECODER
         self.text = ""
         self.position = 0
         self.ended = False
@@ -142,9 +137,8 @@ class _JsonText:
         """Step over one expected character."""
         if self.peek() != character:
             around = self.text[self.position : self.position + 40]
-            raise DataError(
-                fault(self.where(), "text", around, f"JSON with {character!r} here", "Is the file complete?")
-            )
+            expected = f"JSON with {character!r} here"
+            raise DataError(fault(self.where(), "text", around, expected, "Is the file complete?"))
         self.position += 1
 
     def value(self) -> tuple[int, Any]:
@@ -153,7 +147,7 @@ class _JsonText:
         block = BLOCK_CHARACTERS
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.position)
+                value, end = DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 # A value cut off by the edge of the window fails at that edge, or inside an open string.
                 cut = error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
@@ -237,11 +231,8 @@ def _wanted_list(file: Path, reading: Reading) -> str | None:
         _ends(text, "the object with the list of records")
     names = list(lists)
     # A single list has the records, whatever its name; of several lists the name decides.
-    wanted = (
-        names[0]
-        if len(names) == 1 and reading.split is None
-        else choose_split(str(file), reading.split, reading.role, names)
-    )
+    alone = len(names) == 1 and reading.split is None
+    wanted = names[0] if alone else choose_split(str(file), reading.split, reading.role, names)
     for name in names:
         if name != wanted:
             reading.unread[f"list {name} of {file.name} ({lists[name]:,} records)"] = None

@@ -49,9 +49,8 @@ def keep_labelled(rows: Any, where: str, max_length: int | None, given: int | No
     without = documents - int((labels > 0).sum())
     cut = "" if max_length is None else f"; labels beyond max_length={max_length} tokens are cut off"
     if without == documents:
-        todo = "Label some tokens with their own ids"
-        if max_length is not None:
-            todo = f"Raise max_length, which is {max_length}, or shorten the prompts; or label some tokens"
+        cut_off = f"Raise max_length, which is {max_length}, or shorten the prompts; or label some tokens"
+        todo = "Label some tokens with their own ids" if max_length is None else cut_off
         found = f"0 of {documents:,} rows have a label"
         raise DataError(fault(where, "labels", found, f"at least one label other than {IGNORED}", todo))
     if without:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,21 +49,19 @@ def sequence_lengths(rows: Any) -> npt.NDArray[np.int64]:
     """Return the tokens of every sequence; sequences of a packed row are counted one by one. Empty for a stream."""
     if not isinstance(rows, Dataset):
         return np.zeros(0, np.int64)
-    name = next((word for word in ("seq_lengths", "input_ids") if word in rows.column_names), None)
-    if name is None:
-        return np.zeros(0, np.int64)
-    found = [np.zeros(0, np.int64)]
-    for batch in rows.with_format("arrow", columns=[name]).iter(_ROWS_AT_ONCE):
-        column = batch.column(name).combine_chunks()
-        lengths = column.flatten() if name == "seq_lengths" else pyarrow.compute.list_value_length(column)
-        found.append(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
-    return np.concatenate(found)
+    if "seq_lengths" in rows.column_names:
+        return _numbers(rows, "seq_lengths", lambda column: column.flatten())
+    return row_lengths(rows) if "input_ids" in rows.column_names else np.zeros(0, np.int64)
 
 
 def row_lengths(rows: Dataset) -> npt.NDArray[np.int64]:
     """Return the tokens of every row; a packed row is one row."""
+    return _numbers(rows, "input_ids", pyarrow.compute.list_value_length)
+
+
+def _numbers(rows: Dataset, name: str, read: Callable[[Any], Any]) -> npt.NDArray[np.int64]:
+    """Return the numbers that `read` makes of a column of lists."""
     found = [np.zeros(0, np.int64)]
-    for batch in rows.with_format("arrow", columns=["input_ids"]).iter(_ROWS_AT_ONCE):
-        lengths = pyarrow.compute.list_value_length(batch.column("input_ids").combine_chunks())
-        found.append(lengths.to_numpy(zero_copy_only=False).astype(np.int64))
+    for batch in rows.with_format("arrow", columns=[name]).iter(_ROWS_AT_ONCE):
+        found.append(read(batch.column(name).combine_chunks()).to_numpy(zero_copy_only=False).astype(np.int64))
     return np.concatenate(found)

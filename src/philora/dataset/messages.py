@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from philora.configuration.sections import TURN_ROLES
 from philora.dataset.record_fields import (
     LOSS_FLAGS,
     MASK_FLAGS,
@@ -26,7 +27,6 @@ Message: TypeAlias = "dict[str, Any]"
 TEXT_ROLE = "text"
 """The role of the single message of plain text; all of it is trained, without a chat template."""
 
-ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -185,11 +185,11 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
         role_name, content_name = "from", "value"
     else:
         raise Fault(name, ", ".join(map(str, turn)), "role and content, or from and value", "Add the role")
-    role = given if given in ROLES else _ALIASES.get(given.strip().lower()) if isinstance(given, str) else None
+    role = given if given in TURN_ROLES else _ALIASES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
         hint = nearest(given.lower(), _ALIASES) if isinstance(given, str) else ""
         hint = hint or f"If every row is one message, give the role that it stands for: roles: {{{given}: user}}"
-        raise Fault(f"{name}.role", given, f"one of {', '.join(ROLES)} or one of their aliases", hint)
+        raise Fault(f"{name}.role", given, f"one of {', '.join(TURN_ROLES)} or one of their aliases", hint)
     if isinstance(content, list):
         content = _joined_parts(content, f"{name}.{content_name}", unread)
     calls = len(turn) > 2 and turn.get("tool_calls")
@@ -204,9 +204,8 @@ def _message(turn: Any, name: str, unread: set[str]) -> Message:
     if not isinstance(content, str):
         raise Fault(f"{name}.{content_name}", content, f"text, not {type_name(content)}")
     if role == "assistant" and not content.strip() and not calls:
-        raise Fault(
-            f"{name}.{content_name}", content, "an answer that is not empty", "Write the answer or remove the record"
-        )
+        todo = "Write the answer or remove the record"
+        raise Fault(f"{name}.{content_name}", content, "an answer that is not empty", todo)
     message = {"role": role, "content": content}
     if len(turn) > 2:
         for key in _EXTRA_KEYS:

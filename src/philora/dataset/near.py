@@ -41,7 +41,7 @@ def near_duplicates(texts: Sequence[str], others: Sequence[str] | None = None) -
         keys = _keys(piece)
         candidates = dict.fromkeys(other for key in keys for other in buckets.get(key, ()))
         for other in list(candidates)[:_COMPARED]:
-            if _similarity(piece, theirs[other]) >= SIMILAR:
+            if len(piece & theirs[other]) / len(piece | theirs[other]) >= SIMILAR:
                 found[place] = other
                 break
         if others is None:
@@ -67,7 +67,3 @@ def _keys(pieces: frozenset[int]) -> list[tuple[int, bytes]]:
     values = np.fromiter(pieces, np.uint64, len(pieces))
     smallest = ((values[:, None] * _FACTORS + _ADDED) >> np.uint64(32)).min(axis=0).astype(np.uint32)
     return [(start, smallest[start : start + _BAND].tobytes()) for start in range(0, _HASHES, _BAND)]
-
-
-def _similarity(one: frozenset[int], other: frozenset[int]) -> float:
-    return len(one & other) / len(one | other)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy.typing as npt
 
 from philora.dataset.conversations import Conversations
 from philora.dataset.data_report import DataReport, SourceReport, SplitReport, add_notice, notice_share, notice_splits
-from philora.dataset.datasets_library import quiet_datasets
+from philora.dataset.datasets_library import quiet_datasets, token_features
 from philora.dataset.messages import Conversation, Message
 from philora.dataset.read import resolve
 from philora.dataset.records import Fault, Source
@@ -54,6 +52,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("philora.dataset")
 
+_SOURCE_COUNTS = (
+    "records", "unread_fields", "unread_parts", "spelled", "recognised", "invalid", "invalid_records",
+)  # fmt: skip
+"""What a source's report takes from its cache entry under the same name."""
 _STREAM_PREVIEW_ROWS = 256
 _STREAM_SHUFFLE_ROWS = 1000
 _TURNS_SHOWN = 4
@@ -79,8 +81,7 @@ def places_of(data: DataConfig, wanted: set[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for config in data.train:
-        source = resolve(config, "train")
-        source, shape = recognised(source, shape_of(data, config))
+        source, shape = recognised(resolve(config, "train"), shape_of(data, config))
         for batch in source.open():
             for index, record in enumerate(batch.records):
                 if len(found) == len(wanted):
@@ -147,9 +148,7 @@ def prepare(
         RunError: the disk of the cache is full.
     """
     _check_arguments(data, max_length)
-    encoder = Encoder(tokenizer, stop_token_ids)
-    settings = settings_of(data, max_length)
-    loader = Loader(encoder, settings, cache_root(data.cache_dir), data)
+    loader = Loader(data, Encoder(tokenizer, stop_token_ids), max_length)
     report = DataReport()
     if any(source.streaming for source in data.train):
         return _prepare_stream(data, loader, report, seed)
@@ -165,14 +164,8 @@ def _prepare_splits(
     """Return the training rows, and the held-out rows if there are any; count both in the report."""
     entries = [loader.load(source, "train", report) for source in data.train]
     held_out, eval_entries, eval_indices = _held_out_part(data, entries, loader, report, seed, held_out_rows)
-    kept = [
-        np.setdiff1d(np.arange(len(entry.rows)), out, assume_unique=True)
-        for entry, out in zip(entries, held_out, strict=True)
-    ]
-    train_indices = [
-        weighted_rows(rows, source.weight, seed, position)
-        for position, (rows, source) in enumerate(zip(kept, data.train, strict=True))
-    ]
+    kept = [rest_of(entry, out) for entry, out in zip(entries, held_out, strict=True)]
+    train_indices = weighted(data, kept, seed)
     report.splits["train"] = _split_report(entries, train_indices, kept, count_dropped=True)
     fingerprint = fingerprint_of(entries, train_indices, eval_entries, eval_indices)
     train, train_conversations = assemble(entries, train_indices, seed if len(entries) > 1 else None)
@@ -180,12 +173,21 @@ def _prepare_splits(
     if eval_entries:
         counts = _split_report(eval_entries, eval_indices, eval_indices, count_dropped=eval_entries is not entries)
         report.splits["eval"] = counts
-        report.in_both = _in_both(entries, train_indices, eval_entries, eval_indices)
-        rows, all_conversations, conversations = _assemble_eval(eval_entries, eval_indices)
-        prepared.eval, prepared.eval_conversations = rows, conversations
-        prepared.all_eval_conversations = all_conversations
+        report.in_both = len(rows_in_training(eval_entries, eval_indices, entries, train_indices))
+        _add_eval(prepared, eval_entries, eval_indices)
         prepared.eval_in_training = rows_in_training(eval_entries, eval_indices, entries, kept)
     return prepared
+
+
+def rest_of(entry: Entry, out: Indices) -> Indices:
+    """Return the rows of an entry that are not held out."""
+    return np.setdiff1d(np.arange(len(entry.rows)), out, assume_unique=True)
+
+
+def weighted(data: DataConfig, kept: Sequence[Indices], seed: int) -> list[Indices]:
+    """Return the rows of every training source, repeated or sampled by its weight."""
+    together = enumerate(zip(kept, data.train, strict=True))
+    return [weighted_rows(rows, source.weight, seed, position) for position, (rows, source) in together]
 
 
 def _held_out_part(
@@ -201,11 +203,6 @@ def _held_out_part(
     nothing: list[Indices] = [np.zeros(0, np.int64) for _ in entries]
     own = [loader.load(source, "eval", report) for source in data.eval or ()]
     return nothing, own, [np.arange(len(entry.rows)) for entry in own]
-
-
-def settings_of(data: DataConfig, max_length: int) -> Settings:
-    """Return the settings for rows that are too long or cannot be used."""
-    return Settings(max_length, data.overlong == "drop", data.invalid == "drop")
 
 
 def _check_arguments(data: DataConfig, max_length: int) -> None:
@@ -229,45 +226,25 @@ def _check_arguments(data: DataConfig, max_length: int) -> None:
 class Loader:
     """Brings one configured source to a cache entry."""
 
-    def __init__(self, encoder: Encoder, settings: Settings, root: Path, data: DataConfig) -> None:
-        self.encoder = encoder
-        self.settings = settings
-        self.root = root
+    def __init__(self, data: DataConfig, encoder: Encoder, max_length: int) -> None:
         self.data = data
-        self.processes = data.num_proc
+        self.encoder = encoder
+        self.settings = Settings(max_length, data.overlong == "drop", data.invalid == "drop")
         self.key = tokenizer_fingerprint(encoder)
-
-    def shape(self, config: SourceConfig) -> Shape | None:
-        """Return the shape that the configuration names, or None where the records tell it."""
-        return shape_of(self.data, config)
 
     def load(self, config: SourceConfig, role: Any, report: DataReport) -> Entry:
         """Read, tokenise and cache a source, and note in the report what was found."""
-        shape = self.shape(config)
+        shape = shape_of(self.data, config)
         source = resolve(config, role)
-        entry = entry_for(
-            source,
-            shape,
-            self.encoder,
-            self.key,
-            self.settings,
-            limit=config.limit,
-            root=self.root,
-            processes=process_count(self.processes, source.size_bytes),
-        )
-        weight = config.weight if role == "train" else 1.0
+        processes = process_count(self.data.num_proc, source.size_bytes)
+        root = cache_root(self.data.cache_dir)
+        entry = entry_for(source, shape, self.encoder, self.key, self.settings, root=root, processes=processes)
         found = SourceReport(
-            source.name,
-            str(entry.meta["shape"]),
-            int(entry.meta["records"]),
-            weight,
-            dict(entry.meta["unread_fields"]),
-            list(entry.meta["unread_parts"]),
-            dict(entry.meta["spelled"]),
-            str(entry.meta["recognised"]),
-            [_line_of(item) for item in entry.meta["examples"]],
-            int(entry.meta["invalid"]),
-            list(entry.meta["invalid_records"]),
+            name=source.name,
+            format=entry.meta["shape"],
+            weight=config.weight if role == "train" else 1.0,
+            examples=[_line_of(item) for item in entry.meta["examples"]],
+            **{name: entry.meta[name] for name in _SOURCE_COUNTS},
         )
         report.sources.setdefault(role, []).append(found)
         logger.info("%s", found)
@@ -322,17 +299,11 @@ def _hashes(entries: Sequence[Entry], indices: Sequence[Indices]) -> npt.NDArray
     return np.concatenate([entry.rows["hash"][chosen] for entry, chosen in zip(entries, indices, strict=True)])
 
 
-def _in_both(
-    entries: Sequence[Entry], indices: Sequence[Indices], eval_entries: Sequence[Entry], eval_indices: Sequence[Indices]
-) -> int:
-    return int(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, indices)).sum())
-
-
 def rows_in_training(
     eval_entries: Sequence[Entry], eval_indices: Sequence[Indices], entries: Sequence[Entry], kept: Sequence[Indices]
 ) -> list[int]:
-    """Return the indices of the evaluation rows that are also in the training set, before weights apply."""
-    return [int(item) for item in np.flatnonzero(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, kept)))]
+    """Return the indices of the evaluation rows that are also in the training set."""
+    return np.flatnonzero(np.isin(_hashes(eval_entries, eval_indices), _hashes(entries, kept))).tolist()
 
 
 def fingerprint_of(
@@ -365,27 +336,21 @@ def assemble(
     return tokens, Conversations(conversations)
 
 
-def _assemble_eval(entries: Sequence[Entry], indices: Sequence[Indices]) -> tuple[Any, Conversations, Conversations]:
-    """Rows, the conversation of each, and the conversations that can be asked for."""
-    rows, every = assemble(entries, indices, None)
+def _add_eval(prepared: PreparedData, entries: Sequence[Entry], indices: Sequence[Indices]) -> None:
+    """Add the held-out rows, the conversation of each, and the conversations that can be asked for."""
+    prepared.eval, prepared.all_eval_conversations = assemble(entries, indices, None)
     asked = [item[(entry.rows["flags"][item] & ANSWERS) > 0] for entry, item in zip(entries, indices, strict=True)]
-    _, conversations = assemble(entries, asked, None)
-    return rows, every, conversations
+    _, prepared.eval_conversations = assemble(entries, asked, None)
 
 
 def _require_rows(report: DataReport) -> None:
     for name, split in report.splits.items():
         if split.rows == 0:
-            raise DataError(
-                fault(
-                    f"data.{name}",
-                    "rows",
-                    0,
-                    f"at least one row, but all records were dropped ({split.dropped_overlong} too long, "
-                    f"{split.dropped_unlabelled} without an answer in the first tokens)",
-                    "Raise max_length",
-                )
+            expected = (
+                f"at least one row, but all records were dropped ({split.dropped_overlong} too long, "
+                f"{split.dropped_unlabelled} without an answer in the first tokens)"
             )
+            raise DataError(fault(f"data.{name}", "rows", 0, expected, "Raise max_length"))
 
 
 def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: int) -> PreparedData:
@@ -397,8 +362,7 @@ def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: 
     streams = []
     first: list[bytes] = []
     for config in data.train:
-        source = resolve(config, "train")
-        source, shape = recognised(source, loader.shape(config))
+        source, shape = recognised(resolve(config, "train"), shape_of(data, config))
         if shape.name == "turns":
             todo = "Set streaming to false, or group the messages into records with messages"
             raise DataError(fault(source.name, "streaming", True, "whole conversations in each record", todo))
@@ -417,20 +381,17 @@ def _prepare_stream(data: DataConfig, loader: Loader, report: DataReport, seed: 
         train = train.shuffle(seed=seed, buffer_size=_STREAM_SHUFFLE_ROWS)
     report.streaming = True
     report.splits["train"] = SplitReport()
-    eval_rows = eval_conversations = all_eval = None
-    entries: list[Entry] = []
-    indices: list[Indices] = []
-    if data.eval:
-        entries = [loader.load(source, "eval", report) for source in data.eval]
-        indices = [np.arange(len(entry.rows)) for entry in entries]
-        report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
-        eval_rows, all_eval, eval_conversations = _assemble_eval(entries, indices)
-    add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
-    notice_splits(report, loader.settings.max_length)
+    entries = [loader.load(source, "eval", report) for source in data.eval or ()]
+    indices = [np.arange(len(entry.rows)) for entry in entries]
     names = [f"{source.path}:{source.limit}:{source.weight}" for source in data.train]
     fingerprint = hashlib.sha256(f"{loader.key}{names}{fingerprint_of([], [], entries, indices)}".encode()).hexdigest()
-    first_ones = Conversations(first[:_STREAM_PREVIEW_ROWS])
-    return PreparedData(train, eval_rows, first_ones, eval_conversations, fingerprint, report, all_eval)
+    prepared = PreparedData(train, None, Conversations(first[:_STREAM_PREVIEW_ROWS]), None, fingerprint, report)
+    if entries:
+        report.splits["eval"] = _split_report(entries, indices, indices, count_dropped=True)
+        _add_eval(prepared, entries, indices)
+    add_notice(report, "train: the data is streamed, so its rows, duplicates and lengths are not counted.")
+    notice_splits(report, loader.settings.max_length)
+    return prepared
 
 
 def _first_conversations(
@@ -447,33 +408,22 @@ def _first_conversations(
         except Fault as error:
             if not drop_invalid:
                 raise DataError(error.at(batch.where(index))) from None
-    found.unread_fields = dict(
-        Counter(itertools.chain.from_iterable(conversation.unread for conversation in conversations))
-    )
+    found.unread_fields = dict(Counter(name for conversation in conversations for name in conversation.unread))
     found.spelled = dict(encoder.controls.spelled(conversations))
     return [serialise(conversation) for conversation in conversations]
 
 
 def _stream(source: Source, shape: Shape, loader: Loader) -> Any:
-    from datasets import Features, IterableDataset, List, Value
+    from datasets import IterableDataset
 
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-    return IterableDataset.from_generator(
-        _stream_rows, features=features, gen_kwargs={"stream": _Stream(source, shape, loader)}
-    )
+    arguments = {"source": source, "shape": shape, "loader": loader}
+    return IterableDataset.from_generator(_stream_rows, features=token_features(), gen_kwargs=arguments)
 
 
-@dataclass
-class _Stream:
-    source: Source
-    shape: Shape
-    loader: Loader
-
-
-def _stream_rows(stream: _Stream) -> Iterator[dict[str, Any]]:
-    for batch in stream.source.open():
-        chunk = process_batch(batch, stream.shape, stream.loader.encoder, stream.loader.settings)
-        if chunk.fault_count and not stream.loader.settings.drop_invalid:
+def _stream_rows(source: Source, shape: Shape, loader: Loader) -> Iterator[dict[str, Any]]:
+    for batch in source.open():
+        chunk = process_batch(batch, shape, loader.encoder, loader.settings)
+        if chunk.fault_count and not loader.settings.drop_invalid:
             raise DataError("\n".join(chunk.faults))
         for fault_text in chunk.faults:
             logger.warning("left out: %s", fault_text)

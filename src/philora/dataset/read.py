@@ -12,10 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from philora.configuration.sections import HELPDESK
 from philora.dataset.datasets_library import hub_source, refuse_subset, saved_source
 from philora.dataset.file_bytes import COMPRESSED, faults_located
 from philora.dataset.json_files import is_object, read_json
-from philora.dataset.records import BUNDLED, Batch, Reading, Role, Source, refuse_split
+from philora.dataset.records import Batch, Reading, Role, Source, refuse_split
 from philora.dataset.splits import DEFAULT_SPLITS, choose_split, folder_splits
 from philora.dataset.tables import read_csv, read_excel, read_parquet
 from philora.errors import DataError, fault, nearest
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 
 Kind: TypeAlias = Literal["json", "csv", "parquet", "excel"]
-
 
 _KINDS: dict[str, Kind] = {
     ".json": "json",
@@ -53,7 +53,7 @@ def resolve(config: SourceConfig, role: Role) -> Source:
     Raises:
         DataError: nothing is there, it is of a kind philora does not read, or the hub cannot be reached.
     """
-    if config.path == BUNDLED:
+    if config.path == HELPDESK:
         return _bundled_source(config, role)
     path = Path(config.path).expanduser()
     if path.is_file():
@@ -83,9 +83,9 @@ def _refuse_pipe(path: Path, given: str, where: str) -> None:
 
 def _bundled_source(config: SourceConfig, role: Role) -> Source:
     refuse_subset(config, "the bundled set has none")
-    split = choose_split(BUNDLED, config.split, role, ["train", "eval"])
+    split = choose_split(HELPDESK, config.split, role, ["train", "eval"])
     file = Path(str(resources.files("philora"))) / "nano" / "helpdesk" / f"{split}.jsonl"
-    return _files_source(config, [file], f"{BUNDLED}/{split}.jsonl", Reading(role, None, {}))
+    return _files_source(config, [file], f"{HELPDESK}/{split}.jsonl", Reading(role, None, {}))
 
 
 def _looks_local(path: str) -> bool:
@@ -99,12 +99,12 @@ def _looks_local(path: str) -> bool:
 
 
 def _missing_file(path: Path) -> str:
-    parent = path.parent if str(path.parent) else Path()
-    if not parent.is_dir():
-        return fault("data", "path", str(path), "a file or folder that exists", f"There is no folder {str(parent)!r}")
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    hint = nearest(path.name, names)
-    return fault("data", "path", str(path), "a file or folder that exists", hint or f"Its folder is {str(parent)!r}")
+    parent = path.parent
+    todo = f"There is no folder {str(parent)!r}"
+    if parent.is_dir():
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+        todo = nearest(path.name, names) or f"Its folder is {str(parent)!r}"
+    return fault("data", "path", str(path), "a file or folder that exists", todo)
 
 
 def _folder_source(config: SourceConfig, folder: Path, role: Role) -> Source:
@@ -159,9 +159,8 @@ def _kind(path: Path) -> Kind | None:
 def _files_source(config: SourceConfig, files: list[Path], name: str, reading: Reading) -> Source:
     for file in files:
         if _kind(file) is None:
-            raise DataError(
-                fault("data", "path", str(file), f"a file of the kinds {', '.join(_KINDS)}", _save_as(file))
-            )
+            expected = f"a file of the kinds {', '.join(_KINDS)}"
+            raise DataError(fault("data", "path", str(file), expected, _save_as(file)))
     digest = hashlib.sha256()
     for file in files:
         digest.update("".join(file.suffixes[-2:]).lower().encode())
@@ -169,11 +168,8 @@ def _files_source(config: SourceConfig, files: list[Path], name: str, reading: R
         if reading.split is not None or _kind(file) == "excel" or is_object(file):
             digest.update(f"{reading.role} {reading.split}".encode())  # they choose among the lists of a file
 
-    def batches() -> Iterator[Batch]:
-        return _read_files(files, reading)
-
     size = sum(file.stat().st_size for file in files)
-    return Source(name, digest.hexdigest(), batches, config.limit, size, reading.unread)
+    return Source(name, digest.hexdigest(), lambda: _read_files(files, reading), config.limit, size, reading.unread)
 
 
 def _save_as(file: Path) -> str:

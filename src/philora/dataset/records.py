@@ -15,10 +15,7 @@ from philora.errors import DataError, fault
 
 Role: TypeAlias = Literal["train", "eval"]
 Record: TypeAlias = "dict[str, Any] | bytes"
-"""A parsed record, or the bytes of one JSONL line that `parse_line` turns into one."""
-
-BUNDLED = "helpdesk"
-"""The `path` of the chat set that comes with philora."""
+"""A parsed record, or the bytes of one JSONL line; `fields_of` gives the fields of both."""
 
 BATCH_ROWS = 512
 BATCH_BYTES = 4 << 20
@@ -72,8 +69,15 @@ class Source:
     unread: dict[str, None] = field(default_factory=dict)
 
     def open(self) -> Iterator[Batch]:
-        """Return the records, up to the limit."""
-        return limited(self.read(), self.limit)
+        """Yield the records, up to the limit."""
+        left = sys.maxsize if self.limit is None else self.limit
+        for batch in self.read():
+            if left <= 0:
+                return
+            if len(batch.records) > left:
+                batch = Batch(batch.file, batch.unit, batch.places[:left], batch.records[:left])
+            left -= len(batch.records)
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,18 @@ def parse_line(raw: bytes) -> dict[str, Any]:
         raise json_fault(text, error) from None
     except RecursionError:
         raise Fault("record", text, "JSON that is not nested a thousand levels deep") from None
-    return _as_record(value)
+    if not isinstance(value, dict):
+        raise Fault("record", value, "a JSON object with named fields")
+    return value
+
+
+def fields_of(record: Record) -> dict[str, Any]:
+    """Return the fields of a record.
+
+    Raises:
+        Fault: As `parse_line`.
+    """
+    return parse_line(record) if isinstance(record, bytes) else record
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,30 +161,12 @@ def json_fault(text: str, error: json.JSONDecodeError) -> Fault:
     return Fault("record", around, f"JSON, but at column {error.colno}: {error.msg}", "Correct or remove this record")
 
 
-def _as_record(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Fault("record", value, "a JSON object with named fields")
-    return value
-
-
 def refuse_split(file: Path, reading: Reading) -> None:
     """Refuse `split` for a file that holds one list of records."""
     if reading.split is not None:
         expected = "null, since this file is one list of records"
         todo = "Leave split out, or give the file or folder of that split as path"
         raise DataError(fault(str(file), "split", reading.split, expected, todo))
-
-
-def limited(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
-    """Yield batches up to a number of records."""
-    left = sys.maxsize if limit is None else limit
-    for batch in batches:
-        if left <= 0:
-            return
-        if len(batch.records) > left:
-            batch = Batch(batch.file, batch.unit, batch.places[:left], batch.records[:left])
-        left -= len(batch.records)
-        yield batch
 
 
 def in_batches(

@@ -37,15 +37,9 @@ def hold_out(hashes: Sequence[npt.NDArray[np.uint64]], part: float, seed: int) -
     joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
     groups, group_of, sizes = np.unique(joined, return_inverse=True, return_counts=True)
     if len(groups) < 2:
-        raise DataError(
-            fault(
-                "data",
-                "eval",
-                part,
-                f"at least two different conversations to hold out a part, but there is {len(groups)}",
-                "Add conversations, or give data.eval a file of its own",
-            )
-        )
+        expected = f"at least two different conversations to hold out a part, but there is {len(groups)}"
+        todo = "Add conversations, or give data.eval a file of its own"
+        raise DataError(fault("data", "eval", part, expected, todo))
     wanted = wanted_rows(part, len(joined))
     if part >= 1 and wanted >= len(joined):
         raise DataError(fault("data", "eval", part, f"fewer rows than there are, which is {len(joined):,}"))

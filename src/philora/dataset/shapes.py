@@ -7,19 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from philora.dataset.messages import ROLES, Conversation, require_answer
+from philora.configuration.sections import COLUMN_ROLES, DATA_FORMATS, TURN_COLUMNS, TURN_ROLES
+from philora.dataset.messages import Conversation, require_answer
 from philora.dataset.record_fields import BAD_LABELS, LOSS_FLAGS, MASK_FLAGS, Fields, flag, is_empty, refuse_unsupported
-from philora.dataset.records import Fault, Record, parse_line
+from philora.dataset.records import Fault, Record, fields_of
 from philora.dataset.shape_readers import PAIRS, read
-from philora.dataset.turns import TURN_KEYS, described, turn_columns
+from philora.dataset.turns import described, turn_columns
 from philora.errors import DataError, fault, nearest
-
-FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "turns")
-"""Values of the `format` key."""
 
 _SPEAKER_NAMES = frozenset(("role", "from", "speaker", "author", "sender"))
 _WORDS_NAMES = frozenset(("text", "content", "message", "value", "body"))
-_COLUMN_KEYS = ("system", "user", "assistant", "prompt", "completion", "text", "messages", *TURN_KEYS)
 # Fields that describe a text. Any other field beside it may be its answer or its speaker.
 _ORIGIN_NAMES = frozenset(
     (
@@ -54,10 +51,7 @@ class Shape:
         Raises:
             Fault: the record cannot be trained on.
         """
-        fields = parse_line(record) if isinstance(record, bytes) else record
-        if not isinstance(fields, dict):
-            raise Fault("record", fields, "an object with named fields")
-        conversation = self._read(Fields(fields))
+        conversation = self._read(Fields(fields_of(record)))
         if not conversation.is_text:
             require_answer(conversation)
         return conversation
@@ -104,7 +98,7 @@ def detect(records: Sequence[Record], where: str) -> Shape:
     parsed: list[Mapping[str, Any]] = []
     for record in records:
         try:
-            parsed.append(parse_line(record) if isinstance(record, bytes) else record)
+            parsed.append(fields_of(record))
         except Fault:
             continue
     columns = turn_columns(parsed)
@@ -119,28 +113,19 @@ def detect(records: Sequence[Record], where: str) -> Shape:
                 _refuse_more_than_text(fields, where)
             return found
     if not parsed:
-        # Nothing could be parsed: reading in any shape reports each line.
-        return Shape("messages")
+        return Shape("messages")  # nothing could be parsed: reading in any shape reports each line
     raise DataError(_no_shape(parsed[0], where))
 
 
 def _no_shape(seen: Mapping[str, Any], where: str) -> str:
     names = ", ".join(list(map(str, seen))[:20])
     if "chosen" in seen:
-        column = (
-            '{messages: "{chosen}"}'
-            if isinstance(seen["chosen"], list)
-            else ('{user: "{prompt}", assistant: "{chosen}"}' if "prompt" in seen else '{text: "{chosen}"}')
-        )
+        column = '{user: "{prompt}", assistant: "{chosen}"}' if "prompt" in seen else '{text: "{chosen}"}'
+        column = '{messages: "{chosen}"}' if isinstance(seen["chosen"], list) else column
         todo = f"To train on the chosen answers set columns: {column}"
         return fault(where, "fields", names, "one answer per record, not a better and a worse one", todo)
-    return fault(
-        where,
-        "fields",
-        names,
-        "messages, conversations, instruction and output, prompt and completion, or text",
-        _columns_hint(seen),
-    )
+    expected = "messages, conversations, instruction and output, prompt and completion, or text"
+    return fault(where, "fields", names, expected, _columns_hint(seen))
 
 
 def _columns_hint(seen: Mapping[str, Any]) -> str:
@@ -190,14 +175,12 @@ def _refuse_more_than_text(fields: Mapping[str, Any], where: str) -> None:
 
 
 def _one_turn_a_record(fields: Mapping[str, Any], where: str) -> str:
-    return fault(
-        where,
-        "fields",
-        ", ".join(map(str, fields)),
-        "a complete conversation in each record, but these look like single turns",
+    expected = "a complete conversation in each record, but these look like single turns"
+    todo = (
         'Name the column with the id of the conversation: columns: {conversation: "{id}", role: "{role}", '
-        'content: "{text}"}, or group the turns into one record with messages',
+        'content: "{text}"}, or group the turns into one record with messages'
     )
+    return fault(where, "fields", ", ".join(map(str, fields)), expected, todo)
 
 
 def _shape_of(fields: Mapping[str, Any]) -> Shape | None:
@@ -222,10 +205,7 @@ def _shape_of(fields: Mapping[str, Any]) -> Shape | None:
 
 
 def shape_from_config(
-    format_name: str | None,
-    columns: Mapping[str, str] | None,
-    where: str,
-    roles: Mapping[str, str] | None = None,
+    format_name: str | None, columns: Mapping[str, str] | None, where: str, roles: Mapping[str, str] | None = None
 ) -> Shape | None:
     """Return the shape that the configuration gives; None if it is to be detected.
 
@@ -234,13 +214,13 @@ def shape_from_config(
     Raises:
         DataError: the format, a column key or a role is unknown, or the columns give no answer.
     """
-    if format_name not in (None, "auto", *FORMATS):
-        todo = nearest(str(format_name), FORMATS)
-        raise DataError(fault(where, "format", format_name, f"one of {', '.join(FORMATS)}", todo))
+    if format_name not in (None, "auto", *DATA_FORMATS):
+        expected = f"one of {', '.join(DATA_FORMATS)}"
+        raise DataError(fault(where, "format", format_name, expected, nearest(str(format_name), DATA_FORMATS)))
     for name, role in (roles or {}).items():
-        if role not in ROLES:
-            raise DataError(fault(where, f"roles.{name}", role, f"one of {', '.join(ROLES)}"))
-    of_turns = format_name == "turns" or bool(roles) or bool(set(columns or ()) & set(TURN_KEYS))
+        if role not in TURN_ROLES:
+            raise DataError(fault(where, f"roles.{name}", role, f"one of {', '.join(TURN_ROLES)}"))
+    of_turns = format_name == "turns" or bool(roles) or bool(set(columns or ()) & set(TURN_COLUMNS))
     if columns:
         _check_columns(columns, where, of_turns)
         roles_of = {"prompt": "user", "completion": "assistant"}
@@ -256,18 +236,18 @@ def shape_from_config(
 
 def _check_columns(columns: Mapping[str, str], where: str, of_turns: bool) -> None:
     for key, template in columns.items():
-        if key not in _COLUMN_KEYS:
-            todo = nearest(key, _COLUMN_KEYS)
-            raise DataError(fault(where, f"columns.{key}", template, f"one of {', '.join(_COLUMN_KEYS)}", todo))
+        if key not in COLUMN_ROLES:
+            expected = f"one of {', '.join(COLUMN_ROLES)}"
+            raise DataError(fault(where, f"columns.{key}", template, expected, nearest(key, COLUMN_ROLES)))
         try:
             parts = list(string.Formatter().parse(template))
         except (ValueError, TypeError) as error:
             expected = f"a template such as '{{instruction}}' ({error})"
             raise DataError(fault(where, f"columns.{key}", template, expected)) from None
-        if key in TURN_KEYS and [(text, bool(name)) for text, name, _, _ in parts] != [("", True)]:
+        if key in TURN_COLUMNS and [(text, bool(name)) for text, name, _, _ in parts] != [("", True)]:
             raise DataError(fault(where, f"columns.{key}", template, "the name of one column in braces"))
     if of_turns:
-        if not set(TURN_KEYS[:3]) <= set(columns) <= set(TURN_KEYS):
+        if not set(TURN_COLUMNS[:3]) <= set(columns) <= set(TURN_COLUMNS):
             expected = "conversation, role and content (and time), the columns of one row for each message"
             raise DataError(fault(where, "columns", dict(columns), expected))
         return
@@ -290,10 +270,8 @@ def prompt_of(record: Record, where: str) -> Conversation:
         Fault: The record cannot be read.
         DataError: It has none of the shapes.
     """
-    given = parse_line(record) if isinstance(record, bytes) else record
-    if not isinstance(given, dict):
-        raise Fault("record", given, "an object with named fields")
-    fields = {key: value for key, value in given.items() if key not in ("label", *LOSS_FLAGS, *MASK_FLAGS)}
+    flags = ("label", *LOSS_FLAGS, *MASK_FLAGS)
+    fields = {key: value for key, value in fields_of(record).items() if key not in flags}
     for name in ("messages", "conversations", "conversation"):
         if isinstance(fields.get(name), list) and fields[name]:
             fields[name] = [*fields[name], {"role": "assistant", "content": _STAND_IN}]

@@ -54,15 +54,12 @@ def folder_splits(folder: Path, subset: str | None, files: Sequence[Path]) -> di
     """
     from datasets.data_files import get_data_patterns, resolve_pattern, sanitize_patterns
 
-    described = _configs(folder)
+    chosen = _subset(folder, subset, _configs(folder))
     base = glob.escape(str(folder.resolve()))
     by_path = {file.resolve(): file for file in files}
-    chosen = _subset(folder, subset, described)
-    if chosen is None or "data_files" not in chosen:
-        base = f"{base}/{glob.escape(str(chosen['data_dir']))}" if chosen and "data_dir" in chosen else base
-        patterns = get_data_patterns(base)
-    else:
-        patterns = sanitize_patterns(chosen["data_files"])
+    if "data_dir" in chosen and "data_files" not in chosen:
+        base = f"{base}/{glob.escape(str(chosen['data_dir']))}"
+    patterns = sanitize_patterns(chosen["data_files"]) if "data_files" in chosen else get_data_patterns(base)
     splits: dict[str, list[Path]] = {}
     for split, several in patterns.items():
         found: set[Path] = set()
@@ -96,10 +93,11 @@ def _configs(folder: Path) -> dict[str, Any]:
         logger.setLevel(level)
 
 
-def _subset(folder: Path, subset: str | None, described: dict[str, Any]) -> dict[str, Any] | None:
+def _subset(folder: Path, subset: str | None, described: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of the chosen subset; empty if there is no description."""
     if not described:
         if subset is None:
-            return None
+            return {}
         expected = "null, since the folder has no README.md that describes subsets"
         raise DataError(fault(str(folder), "subset", subset, expected, "Give the folder of the subset as path"))
     names = list(described)

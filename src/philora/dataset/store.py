@@ -30,13 +30,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from philora.dataset.datasets_library import token_features
 from philora.dataset.messages import Conversation
-from philora.dataset.records import Batch, Fault, Record, Source, parse_line
+from philora.dataset.records import Batch, Fault, Record, Source, fields_of
 from philora.dataset.shapes import Shape, detect
 from philora.dataset.template import Encoded, Encoder
 from philora.dataset.turns import described as turns_described
@@ -85,11 +86,11 @@ class Settings:
 class Chunk:
     """Hold the results of one batch: arrays of its kept rows, and the faults of the others."""
 
-    ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    conversations: list[bytes]
-    rows: Rows
     records: int
+    ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    labels: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    conversations: list[bytes] = field(default_factory=list)
+    rows: Rows = field(default_factory=lambda: np.zeros(0, ROW))
     dropped_overlong: int = 0
     dropped_unlabelled: int = 0
     faults: list[str] = field(default_factory=list)
@@ -98,6 +99,12 @@ class Chunk:
     """Fields and keys of turns that were not read, with the records that have them."""
     spelled: Counter[str] = field(default_factory=Counter)
     """Counts by control text, as `ControlTexts.spelled` returns them."""
+
+    def refuse(self, error: Fault, where: str) -> None:
+        """Count a record that cannot be used, and keep the first faults."""
+        self.fault_count += 1
+        if len(self.faults) < FAULTS_SHOWN:
+            self.faults.append(error.at(where))
 
 
 @dataclass(frozen=True)
@@ -169,23 +176,28 @@ def process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Settin
 
 def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Settings, tokenise: bool) -> Chunk:
     """Return the rows of a batch, with what was found in its records."""
-    read = _read_records(batch, shape)
-    chunk = _empty_chunk(len(batch.records), read.faults, read.fault_count)
-    if not tokenise or (read.fault_count and not settings.drop_invalid):
+    chunk = Chunk(len(batch.records))
+    read: list[tuple[int, Conversation, bytes]] = []
+    for place, record in enumerate(batch.records):
+        try:
+            conversation = shape.read(record)
+            read.append((place, conversation, serialise(conversation)))
+        except Fault as error:
+            chunk.refuse(error, batch.where(place))
+    if not tokenise or (chunk.fault_count and not settings.drop_invalid):
         return chunk
-    encoded = encoder.encode(read.conversations)
-    chunk.spelled = encoder.controls.spelled(read.conversations)
-    for conversation in read.conversations:
+    conversations = [conversation for _, conversation, _ in read]
+    encoded = encoder.encode(conversations)
+    chunk.spelled = encoder.controls.spelled(conversations)
+    for conversation in conversations:
         if conversation.unread:
             chunk.unread.update(conversation.unread)
     rows = np.zeros(len(encoded), ROW)
     id_parts: list[npt.NDArray[np.int32]] = []
     label_parts: list[npt.NDArray[np.int32]] = []
-    for place, conversation, blob, result in zip(read.places, read.conversations, read.blobs, encoded, strict=True):
+    for (place, conversation, blob), result in zip(read, encoded, strict=True):
         if isinstance(result, Fault):
-            chunk.fault_count += 1
-            if len(chunk.faults) < FAULTS_SHOWN:
-                chunk.faults.append(result.at(batch.where(place)))
+            chunk.refuse(result, batch.where(place))
             continue
         chunk.unread.update(result.unshown)
         full_length = len(result.ids)
@@ -213,37 +225,6 @@ def _process_batch(batch: Batch, shape: Shape, encoder: Encoder, settings: Setti
     return chunk
 
 
-class _ReadRecords(NamedTuple):
-    """Hold the readable records of a batch, their indices in it, and the faults of the others."""
-
-    conversations: list[Conversation]
-    blobs: list[bytes]
-    places: list[int]
-    faults: list[str]
-    fault_count: int
-
-
-def _read_records(batch: Batch, shape: Shape) -> _ReadRecords:
-    conversations: list[Conversation] = []
-    blobs: list[bytes] = []
-    places: list[int] = []
-    faults: list[str] = []
-    fault_count = 0
-    for index, record in enumerate(batch.records):
-        try:
-            conversation = shape.read(record)
-            blob = serialise(conversation)
-        except Fault as error:
-            fault_count += 1
-            if len(faults) < FAULTS_SHOWN:
-                faults.append(error.at(batch.where(index)))
-            continue
-        conversations.append(conversation)
-        blobs.append(blob)
-        places.append(index)
-    return _ReadRecords(conversations, blobs, places, faults, fault_count)
-
-
 def _flags_of(result: Encoded, encoder: Encoder) -> int:
     """Return what is to be counted of a row, but for its length."""
     conversation = result.conversation
@@ -256,11 +237,6 @@ def _flags_of(result: Encoded, encoder: Encoder) -> int:
         | STOP_NUMBER * encoder.controls.ends_in_stop_number(conversation)
         | TURNS_AS_TEXT * conversation.has_turns_as_text
     )
-
-
-def _empty_chunk(records: int, faults: list[str], fault_count: int) -> Chunk:
-    nothing = np.zeros(0, np.int32)
-    return Chunk(nothing, nothing, [], np.zeros(0, ROW), records, faults=faults, fault_count=fault_count)
 
 
 _worker: tuple[Shape, Encoder, Settings] | None = None
@@ -290,15 +266,8 @@ def chunks(
             yield chunk
         return
     under_way: deque[Future[Chunk]] = deque()
-    with (
-        _forked_quietly(),
-        ProcessPoolExecutor(
-            processes,
-            mp_context=multiprocessing.get_context("fork"),
-            initializer=_start_worker,
-            initargs=(shape, encoder, settings),
-        ) as pool,
-    ):
+    fork, given = multiprocessing.get_context("fork"), (shape, encoder, settings)
+    with _forked_quietly(), ProcessPoolExecutor(processes, fork, initializer=_start_worker, initargs=given) as pool:
         try:
             for batch in batches:
                 under_way.append(pool.submit(_work, batch, not failed))
@@ -349,7 +318,6 @@ def entry_for(
     tokenizer_key: str,
     settings: Settings,
     *,
-    limit: int | None,
     root: Path,
     processes: int,
 ) -> Entry:
@@ -361,7 +329,7 @@ def entry_for(
     described = {
         "version": FORMAT_VERSION,
         "source": source.fingerprint,
-        "limit": limit,
+        "limit": source.limit,
         "shape": None if shape is None else [shape.name, shape.columns, *([shape.roles] if shape.roles else [])],
         **({"turns": _TURNS_VERSION} if shape is not None and shape.name == "turns" else {}),
         "tokenizer": tokenizer_key,
@@ -382,20 +350,18 @@ def entry_for(
         temporary.mkdir()
     except OSError as error:
         todo = "Set data.cache_dir or the environment variable PHILORA_CACHE to another folder"
-        raise DataError(
-            fault("data", "cache_dir", str(root), f"a folder that can be written ({error})", todo)
-        ) from error
+        expected = f"a folder that can be written ({error})"
+        raise DataError(fault("data", "cache_dir", str(root), expected, todo)) from error
     try:
         done = chunks(source.open(), shape, encoder, settings, processes)
         _write_entry(temporary, done, source, shape, settings, described)
         _rename(temporary, folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            todo = "Free some space, or set PHILORA_CACHE to a folder on a larger disk"
-            raise RunError(
-                fault("data", "cache_dir", str(root), "free space for the tokenised data, but the disk is full", todo)
-            ) from error
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        expected = "free space for the tokenised data, but the disk is full"
+        todo = "Free some space, or set PHILORA_CACHE to a folder on a larger disk"
+        raise RunError(fault("data", "cache_dir", str(root), expected, todo)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     entry = read_entry(folder)
@@ -422,7 +388,7 @@ def recognised(source: Source, given: Shape | None) -> tuple[Source, Shape]:
 
 def _given_turns(given: Shape, records: Sequence[Record], file: str) -> Shape:
     """Find the columns of a table with one row for every message."""
-    rows = [parse_line(record) if isinstance(record, bytes) else record for record in records[:1]]
+    rows = [fields_of(record) for record in records[:1]]
     columns = turn_columns(rows)
     if columns is None:
         expected = "columns for an id, a role and a text, since these are one row for each message"
@@ -447,12 +413,13 @@ class _Totals:
         self.faults += chunk.faults[: FAULTS_SHOWN - len(self.faults)]
         self.unread.update(chunk.unread)
         self.spelled.update(chunk.spelled)
-        self.examples += [
-            conversation.decode() for conversation in chunk.conversations[: EXAMPLES_KEPT - len(self.examples)]
-        ]
-        counts = {"records": chunk.records, "invalid": chunk.fault_count}
-        counts |= {"dropped_overlong": chunk.dropped_overlong, "dropped_unlabelled": chunk.dropped_unlabelled}
-        self.counts.update(counts)
+        self.examples += [item.decode() for item in chunk.conversations[: EXAMPLES_KEPT - len(self.examples)]]
+        self.counts.update(
+            records=chunk.records,
+            invalid=chunk.fault_count,
+            dropped_overlong=chunk.dropped_overlong,
+            dropped_unlabelled=chunk.dropped_unlabelled,
+        )
 
 
 def _write_entry(
@@ -465,10 +432,8 @@ def _write_entry(
     if not records:
         raise DataError(fault(source.name, "records", 0, "at least one record"))
     rows = np.concatenate(total.rows) if total.rows else np.zeros(0, ROW)
-    with (folder / "rows.npy").open("wb") as stream:
+    with _synced(folder / "rows.npy") as stream:
         np.save(stream, rows)
-        stream.flush()
-        os.fsync(stream.fileno())
     digests = {path.name: _digest(path) for path in folder.iterdir()}
     meta = {
         "key": described,
@@ -482,20 +447,18 @@ def _write_entry(
         "spelled": dict(total.spelled.most_common()),
         "invalid_records": total.faults,
         "examples": total.examples,
-        **{name: total.counts[name] for name in ("records", "invalid", "dropped_overlong", "dropped_unlabelled")},
+        **total.counts,
     }
-    with (folder / "meta.json").open("w", encoding="utf-8") as text:
-        json.dump(meta, text, indent=1)
-        text.flush()
-        os.fsync(text.fileno())
+    with _synced(folder / "meta.json") as stream:
+        stream.write(json.dumps(meta, indent=1).encode())
 
 
 def _write_rows(folder: Path, done: Iterator[Chunk], settings: Settings) -> _Totals:
     """Write tokens and conversations; after a fault that ends the run the rest is only looked at."""
     import pyarrow as pa
-    from datasets import Features, List, Value
+    from datasets import Features, Value
 
-    tokens = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}).arrow_schema
+    tokens = token_features().arrow_schema
     conversations = Features({"conversation": Value("string")}).arrow_schema
     total = _Totals()
     with (

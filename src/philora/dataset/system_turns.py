@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -29,10 +29,7 @@ def commonest_system_turn(prepared: PreparedData, data: DataConfig) -> SystemTur
     rows = prepared.train_conversations
     folded = "train" in prepared.report.splits and prepared.report.train.folded_system
     step = max(1, -(-len(rows) // LOOKED_AT))
-    return _commonest(_as_given(data) if folded else (rows[place] for place in range(0, len(rows), step)))
-
-
-def _commonest(conversations: Iterable[Sequence[dict[str, Any]]]) -> SystemTurn | None:
+    conversations = _as_given(data) if folded else (rows[place] for place in range(0, len(rows), step))
     first = [next(iter(join_leading_system(messages)), {"role": "", "content": ""}) for messages in conversations]
     counted = Counter(str(item["content"]) for item in first if item["role"] == "system" and item["content"])
     if not counted:

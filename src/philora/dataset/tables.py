@@ -8,7 +8,7 @@ import datetime
 import itertools
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,18 +46,14 @@ def _csv_rows(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, Record]]:
         header = next(reader, None)
         if header is None:
             raise DataError(fault(str(file), "file", file.name, "a line of column names, but the file is empty"))
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if twice:
-            expected = "distinct column names"
-            raise DataError(fault(f"{file}:1", "columns", ", ".join(twice), expected, "Rename or remove one of them"))
+        _require_distinct(header, f"{file}:1")
         first = line_number + 1
         for row in reader:
             if any(map(str.strip, row)):  # Excel writes empty rows below a table as delimiters only
                 if len(row) != len(header):
                     todo = _QUOTE[delimiter] if len(row) > len(header) else _TOO_FEW
-                    raise DataError(
-                        fault(f"{file}:{first}", "cells", len(row), f"{len(header)} as in the first line", todo)
-                    )
+                    expected = f"{len(header)} as in the first line"
+                    raise DataError(fault(f"{file}:{first}", "cells", len(row), expected, todo))
                 yield first, dict(zip(header, row, strict=True))
             first = line_number + 1
     except csv.Error as error:
@@ -82,6 +78,13 @@ def _delimiter(file: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
     if ".tsv" in [suffix.lower() for suffix in file.suffixes]:
         return "\t", [first]
     return max(_DELIMITERS, key=lambda item: _cells(first, item)), [first]
+
+
+def _require_distinct(names: list[str], where: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        todo = "Rename or remove one of them"
+        raise DataError(fault(where, "columns", ", ".join(twice), "distinct column names", todo))
 
 
 def _cells(line: str, delimiter: str) -> int:
@@ -112,14 +115,8 @@ def read_excel(file: Path, reading: Reading) -> Iterator[Batch]:
         for name in names:
             if name != chosen:
                 reading.unread[f"sheet {name} of {file.name}"] = None
-        rows = sheets[chosen]
-        with contextlib.ExitStack() as stack:
-
-            def formulas() -> Any:
-                return stack.enter_context(contextlib.closing(openpyxl.load_workbook(file, read_only=True)))[chosen]
-
-            rows = _refuse_uncomputed(file, rows, formulas)
-            yield from in_batches(str(file), "row", _sheet_rows(file, rows))
+        rows = _refuse_uncomputed(file, chosen, sheets[chosen])
+        yield from in_batches(str(file), "row", _sheet_rows(file, rows))
 
 
 def _filled(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]] | None:
@@ -130,37 +127,36 @@ def _filled(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]] | None:
 
 
 def _refuse_uncomputed(
-    file: Path, rows: Iterator[tuple[int, Sequence[Any]]], formulas: Callable[[], Any]
+    file: Path, sheet: str, rows: Iterator[tuple[int, Sequence[Any]]]
 ) -> Iterator[tuple[int, Sequence[Any]]]:
     """Yield the rows; refuse a formula whose value is not in the file, as in one that no spreadsheet program saved.
 
-    Args:
-        file: The Excel file.
-        rows: Its rows with the values of formulas.
-        formulas: Open the same sheet with the formulas; called at the first empty cell.
+    `rows` have the values of formulas. The file is opened again for the formulas at the first empty cell.
     """
+    import openpyxl
+
     header: list[str] | None = None
     given: Iterator[tuple[int, Sequence[Any]]] | None = None
-    for number, row in rows:
-        header = [_cell_text(cell.value) for cell in row] if header is None else header
-        if any(cell.value is None for cell in row):
-            given = enumerate(formulas().iter_rows(), start=1) if given is None else given
-            same = next(cells for place, cells in given if place == number)
-            for name, cell, formula in zip(header, row, same, strict=False):
-                if cell.value is None and formula.data_type == "f":
-                    todo = "Open the file in Excel or LibreOffice and save it, so that the values are in it"
-                    expected = "a value, not only a formula"
-                    raise DataError(fault(f"{file} row {number}", name, formula.value, expected, todo))
-        yield number, row
+    with contextlib.ExitStack() as stack:
+        for number, row in rows:
+            header = [_cell_text(cell.value) for cell in row] if header is None else header
+            if any(cell.value is None for cell in row):
+                if given is None:
+                    book = stack.enter_context(contextlib.closing(openpyxl.load_workbook(file, read_only=True)))
+                    given = enumerate(book[sheet].iter_rows(), start=1)
+                same = next(cells for place, cells in given if place == number)
+                for name, cell, formula in zip(header, row, same, strict=False):
+                    if cell.value is None and formula.data_type == "f":
+                        todo = "Open the file in Excel or LibreOffice and save it, so that the values are in it"
+                        expected = "a value, not only a formula"
+                        raise DataError(fault(f"{file} row {number}", name, formula.value, expected, todo))
+            yield number, row
 
 
 def _sheet_rows(file: Path, rows: Iterator[tuple[int, Sequence[Any]]]) -> Iterator[tuple[int, Record]]:
     """Yield the records below the header of a sheet; cells are text, as in a CSV."""
     header = [_cell_text(cell.value) for cell in next(rows)[1]]
-    twice = sorted({name for name in header if name and header.count(name) > 1})
-    if twice:
-        expected = "distinct column names"
-        raise DataError(fault(str(file), "columns", ", ".join(twice), expected, "Rename or remove one of them"))
+    _require_distinct([name for name in header if name], str(file))
     for number, row in rows:
         for name, cell in zip(header, row, strict=False):
             if cell.data_type == "e":

@@ -28,6 +28,7 @@ from philora.dataset.arrangement import (
     Arrangement,
     split_tools,
     tools_not_shown,
+    uncut,
 )
 from philora.dataset.control_texts import ControlTexts
 from philora.dataset.messages import Conversation, Message
@@ -105,10 +106,7 @@ class _Plan:
 
     def joined(self, contents: list[str]) -> str:
         """Return the text that the plan predicts."""
-        parts = [""] * (2 * len(contents) + 1)
-        parts[::2] = self.pieces
-        parts[1::2] = contents
-        return "".join(parts)
+        return "".join(chain.from_iterable(zip(self.pieces, [*contents, ""], strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +158,8 @@ class Encoder:
         marks = [f"zq{index}qz" for index in range(len(roles))]
         plan: _Plan | None = None
         try:
-            text, turns = self.proof.locate(
-                [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-            )
+            marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            text, turns = self.proof.locate(marked)
         except (Fault, TemplateFault):
             turns, text = [], ""
         if _MARK.findall(text) == marks:  # each content once, in its order
@@ -266,9 +263,8 @@ class Encoder:
         self, chats: list[tuple[_Chat, str, _Plan]], results: list[Encoded | Fault | None]
     ) -> list[tuple[_Chat, str]]:
         """Tokenise conversations whose added tokens mark the answers, and return those for which that does not work."""
-        lists = [
-            item.ids for item in self.backend.encode_batch_fast([chat[1] for chat in chats], add_special_tokens=False)
-        ]
+        encodings = self.backend.encode_batch_fast([chat[1] for chat in chats], add_special_tokens=False)
+        lists = [encoding.ids for encoding in encodings]
         ends = np.cumsum([0, *map(len, lists)])
         flat = np.fromiter(chain.from_iterable(lists), np.int32, int(ends[-1]))
         added = np.flatnonzero(self._is_added[flat])
@@ -285,11 +281,8 @@ class Encoder:
             places = (added[begin:end] - start).tolist()
             spans = [(places[before] + 1, places[stop] + 1) for before, stop in plan.brackets]
             if chat.conversation.untrained:
-                spans = [
-                    span
-                    for span, answer in zip(spans, plan.answers, strict=True)
-                    if answer not in chat.conversation.untrained
-                ]
+                untrained = chat.conversation.untrained
+                spans = [span for span, answer in zip(spans, plan.answers, strict=True) if answer not in untrained]
             ids = flat[start : starts[number + 1]]
             results[chat.place] = Encoded(ids, spans, chat.conversation, folded_system=chat.folded)
         return left
@@ -312,16 +305,14 @@ class Encoder:
                 if turn.message not in chat.conversation.untrained:
                     spans.append((first, after))
             control = any(self.controls.is_in(message["content"]) for message in chat.conversation.messages)
-            results[chat.place] = Encoded(
-                np.array(ids, np.int32), spans, chat.conversation, mismatch, chat.folded, control
-            )
+            tokens = np.array(ids, np.int32)
+            results[chat.place] = Encoded(tokens, spans, chat.conversation, mismatch, chat.folded, control)
 
     def _render_all(self, chats: list[_Chat], results: list[Encoded | Fault | None]) -> list[str | None]:
         if self.tokenizer.chat_template is not None and all(chat.conversation.tools is None for chat in chats):
             try:
-                return list(
-                    self.tokenizer.apply_chat_template([chat.conversation.messages for chat in chats], tokenize=False)
-                )
+                messages = [chat.conversation.messages for chat in chats]
+                return list(self.tokenizer.apply_chat_template(messages, tokenize=False))
             except TEMPLATE_ERRORS:
                 pass  # one of them cannot be rendered: find it
         rendered: list[str | None] = []
@@ -362,15 +353,10 @@ class Encoder:
         first = _first_token_from(encoding, turn.start)
         stop = encoding.char_to_token(turn.stop)
         if stop is None or ids[stop] not in self._stop_ids or stop < first:
-            raise TemplateFault(
-                fault(
-                    "tokenizer",
-                    "stop token",
-                    encoding.tokens[stop] if stop is not None else None,
-                    f"one of {', '.join(self.stops)} as one token after the answer",
-                    "The tokenizer does not know this stop token as a token of its own: use the tokenizer of the model",
-                )
-            )
+            found = encoding.tokens[stop] if stop is not None else None
+            expected = f"one of {', '.join(self.stops)} as one token after the answer"
+            todo = "The tokenizer does not know this stop token as a token of its own: use the tokenizer of the model"
+            raise TemplateFault(fault("tokenizer", "stop token", found, expected, todo))
         return first, stop + 1
 
     def _moves_boundary(self, encoding: Any, ids: list[int], text: str, start: int, first: int) -> bool:
@@ -434,14 +420,9 @@ def backend_of(tokenizer: Tokenizer) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not getattr(tokenizer, "is_fast", True):
         name = type(tokenizer).__name__
-        raise DataError(
-            fault("tokenizer", "class", name, "a fast tokenizer (one with a tokenizer.json)", "Load it with use_fast")
-        )
-    if backend.truncation is not None or backend.padding is not None:
-        backend = type(backend).from_str(backend.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-    return backend
+        expected = "a fast tokenizer (one with a tokenizer.json)"
+        raise DataError(fault("tokenizer", "class", name, expected, "Load it with use_fast"))
+    return uncut(backend)
 
 
 def preview(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
@@ -459,8 +440,7 @@ def preview(tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[tuple[str, boo
     is_label = [int(label) != IGNORED for label in row["labels"]]
 
     def decode(part: list[int]) -> str:
-        text: str = tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     texts = [""] * len(ids)
     # Decoding a window that begins a little earlier keeps the spaces that depend on neighbours.
@@ -508,15 +488,11 @@ def _first_token_from(encoding: Any, start: int) -> int:
     character but begins before it, several tokens of one character, tokens without width.
     """
     count = len(encoding)
-    place = encoding.char_to_token(start)
-    if place is None:  # this character is in no token (trimmed by the tokenizer)
-        place = 0
-        while place < count and (encoding.token_to_chars(place) or (0, 0))[0] < start:
-            place += 1
-        return place
+    at = encoding.char_to_token(start)
+    place = at or 0  # None: this character is in no token (trimmed by the tokenizer)
     while place < count and (encoding.token_to_chars(place) or (0, 0))[0] < start:
         place += 1
-    while place > 0 and (encoding.token_to_chars(place - 1) or (-1, -1))[0] >= start:
+    while at is not None and place > 0 and (encoding.token_to_chars(place - 1) or (-1, -1))[0] >= start:
         place -= 1
     return int(place)
 

@@ -12,11 +12,10 @@ another.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from philora.dataset.arrangement import TEMPLATE_ERRORS, Arrangement, function_names
+from philora.dataset.arrangement import TEMPLATE_ERRORS, Arrangement, any_of, function_names
 from philora.dataset.messages import Message
 from philora.dataset.records import Fault
 from philora.errors import DataError, fault
@@ -49,7 +48,7 @@ class TurnProof:
         self.tokenizer = tokenizer
         self.arrangement = arrangement
         self.stops = stops
-        self._stop_pattern = re.compile("|".join(map(re.escape, sorted(stops, key=len, reverse=True))))
+        self._stop_pattern = any_of(stops)
         self._opening: tuple[str, str] | None = None
 
     def render(self, messages: list[Message], *, tools: list[Any] | None = None, generation: bool = False) -> str:
@@ -60,21 +59,14 @@ class TurnProof:
             TemplateFault: there is no template.
         """
         if self.tokenizer.chat_template is None:
-            raise TemplateFault(
-                fault(
-                    "tokenizer",
-                    "chat_template",
-                    None,
-                    "a chat template for records with turns",
-                    "Use an instruct model, or records with the field text",
-                )
-            )
+            expected = "a chat template for records with turns"
+            todo = "Use an instruct model, or records with the field text"
+            raise TemplateFault(fault("tokenizer", "chat_template", None, expected, todo))
         try:
-            text = self.arrangement.render(messages, tools=tools, generation=generation)
+            return self.arrangement.render(messages, tools=tools, generation=generation)
         except TEMPLATE_ERRORS as error:
             roles = ", ".join(message["role"] for message in messages)
             raise Fault("roles", roles, f"turns that the chat template renders, but it fails: {error}") from error
-        return text
 
     def locate(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, list[Turn]]:
         """Render a conversation and find each assistant turn in it, as described at the top of this module."""
@@ -134,22 +126,18 @@ class TurnProof:
     def _stop_end(self, text: str, messages: list[Message], turns: list[Turn], tools: list[Any] | None) -> int:
         """Verify that a stop token follows the last turn found directly, and return its end."""
         turn = turns[-1]
-        upto = text
-        if turn.message + 1 < len(messages):
-            upto = self.render(messages[: turn.message + 1], tools=tools)
+        is_last = turn.message + 1 == len(messages)
+        upto = text if is_last else self.render(messages[: turn.message + 1], tools=tools)
         limit = common_length(text, upto, turn.end)
         stop = self._stop_pattern.search(text, turn.end, limit)
         if stop is None:
-            raise TemplateFault(
-                fault(
-                    "tokenizer",
-                    "chat_template",
-                    text[turn.end : max(limit, turn.end + 20)],
-                    f"a stop token ({', '.join(self.stops)}) after the answer of turn {turn.message}",
-                    "A model trained this way never learns to stop: use the template of the model, or add the "
-                    "token that its template writes there to the stop tokens",
-                )
+            seen = text[turn.end : max(limit, turn.end + 20)]
+            expected = f"a stop token ({', '.join(self.stops)}) after the answer of turn {turn.message}"
+            todo = (
+                "A model trained this way never learns to stop: use the template of the model, or add the token that "
+                "its template writes there to the stop tokens"
             )
+            raise TemplateFault(fault("tokenizer", "chat_template", seen, expected, todo))
         turns[-1] = Turn(turn.message, turn.start, turn.end, stop.start())
         return stop.end()
 
@@ -159,13 +147,12 @@ class TurnProof:
         calls = message.get("tool_calls")
         lost = [name for name in function_names(calls or ()) if name not in shown]
         if lost or not shown.strip():
-            raise Fault(
-                f"turn {turn.message}",
-                f"tool_calls of {', '.join(lost)}" if lost else message["content"],
-                "an answer that the chat template shows",
+            found = f"tool_calls of {', '.join(lost)}" if lost else message["content"]
+            todo = (
                 "This model's template leaves tool calls out, so an answer without them would be learned: write the "
-                "calls into the content, use a model whose template shows them, or remove the record",
+                "calls into the content, use a model whose template shows them, or remove the record"
             )
+            raise Fault(f"turn {turn.message}", found, "an answer that the chat template shows", todo)
 
     def _check_shown(self, text: str, after: int, messages: list[Message], first: int, tools: list[Any] | None) -> None:
         """Refuse turns behind the last answer that the template leaves out."""
@@ -209,13 +196,9 @@ def _behind(text: str, position: int, pieces: tuple[str, ...], messages: list[Me
 
 
 def _left_out(messages: list[Message], index: int) -> Fault:
-    role = messages[index]["role"]
-    return Fault(
-        f"turn {index}",
-        messages[index]["content"],
-        f"a turn that the chat template shows, but it leaves out turns of the role {role}",
-        "Use a model whose template knows this role, write the turn as one of the user, or remove the record",
-    )
+    expected = f"a turn that the chat template shows, but it leaves out turns of the role {messages[index]['role']}"
+    todo = "Use a model whose template knows this role, write the turn as one of the user, or remove the record"
+    return Fault(f"turn {index}", messages[index]["content"], expected, todo)
 
 
 def _content_end(text: str, start: int, message: Message, index: int) -> int:
@@ -227,34 +210,30 @@ def _content_end(text: str, start: int, message: Message, index: int) -> int:
         # The template arranges these its own way; the answer ends at the first stop token.
         found = text.find(content.strip(), start) if content.strip() else start
         return found + len(content.strip()) if found >= 0 else start
-    raise Fault(
-        f"turn {index}",
-        text[start : start + 60],
-        "the content of this turn directly after the generation prompt",
+    expected = "the content of this turn directly after the generation prompt"
+    todo = (
         "The chat template rewrites this answer: remove what it treats in a special way (such as <think> parts), or "
-        "use a template that keeps every answer",
+        "use a template that keeps every answer"
     )
+    raise Fault(f"turn {index}", text[start : start + 60], expected, todo)
 
 
 def common_length(text: str, other: str, start: int) -> int:
     """Length of the common beginning of two texts that agree up to `start`."""
     if text.startswith(other):
         return len(other)
-    length = start
-    for first, second in zip(text[start:], other[start:], strict=False):
-        if first != second:
-            break
-        length += 1
-    return length
+    pairs = enumerate(zip(text[start:], other[start:], strict=False), start)
+    return next((place for place, (first, second) in pairs if first != second), min(len(text), len(other)))
 
 
 def _inconsistent(text: str, prefix: str, index: int) -> str:
     at = common_length(text, prefix, 0)
-    return fault(
-        "tokenizer",
-        "chat_template",
-        f"{text[max(0, at - 20) : at + 20]} / {prefix[max(0, at - 20) : at + 20]}",
-        f"the turns before turn {index}, rendered with the generation prompt, as the beginning of the conversation",
-        "This template renders a turn differently once others follow, so answers cannot be separated from the prompt: "
-        "use a template that renders each turn the same wherever it is",
+    around = slice(max(0, at - 20), at + 20)
+    expected = (
+        f"the turns before turn {index}, rendered with the generation prompt, as the beginning of the conversation"
     )
+    todo = (
+        "This template renders a turn differently once others follow, so answers cannot be separated from the prompt: "
+        "use a template that renders each turn the same wherever it is"
+    )
+    return fault("tokenizer", "chat_template", f"{text[around]} / {prefix[around]}", expected, todo)

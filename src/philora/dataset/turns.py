@@ -14,12 +14,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from philora.configuration.sections import TURN_COLUMNS, TURN_ROLES
 from philora.dataset.record_fields import BAD_LABELS, LOSS_FLAGS, MASK_FLAGS
-from philora.dataset.records import BATCH_ROWS, Batch, Fault, Record, Source, parse_line
+from philora.dataset.records import BATCH_ROWS, Batch, Fault, Record, Source, fields_of
 from philora.errors import DataError, fault, nearest
-
-TURN_KEYS = ("conversation", "role", "content", "time")
-"""Keys of `columns` that describe one row for every message; `time` may be left out."""
 
 # Names in the form of `_plain`, most telling first.
 _NAMES = {
@@ -37,7 +35,7 @@ _NAMES = {
     ),
 }  # fmt: skip
 _ROLES = {
-    **{name: name for name in ("system", "user", "assistant", "tool")},
+    **{name: name for name in TURN_ROLES},
     **dict.fromkeys(
         ("human", "customer", "client", "requester", "end_user", "visitor", "guest", "lead", "contact"), "user"
     ),
@@ -67,7 +65,7 @@ def turn_columns(records: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str],
     if found["conversation"] is None and "id" in known:
         ids = [str(record.get(known["id"])) for record in records]
         found["conversation"] = known["id"] if len(set(ids)) < len(ids) else None
-    needed = [found[key] for key in TURN_KEYS[:3]]
+    needed = [found[key] for key in TURN_COLUMNS[:3]]
     if any(name is None or isinstance(records[0].get(name), list | dict) for name in needed):
         return None
     return tuple((key, f"{{{name}}}") for key, name in found.items() if name is not None)
@@ -95,7 +93,7 @@ def grouped(source: Source, columns: tuple[tuple[str, str], ...], roles: tuple[t
 
     Args:
         source: With rows of one message each.
-        columns: A template of one column for each of `TURN_KEYS`.
+        columns: A template of one column for each of `TURN_COLUMNS`.
         roles: What the values of the role's column mean, before the names that are known; `*` means all others.
     """
     names, said = _names(columns), dict(roles)
@@ -105,10 +103,10 @@ def grouped(source: Source, columns: tuple[tuple[str, str], ...], roles: tuple[t
         others: list[tuple[int, Record]] = []
         last: Batch | None = None
         for batch in source.read():
-            if last is not None and batch.file != last.file:
-                yield from _batches(last, held, others, names, said, source.unread)
-                held, others = {}, []
             if last is None or batch.file != last.file:
+                if last is not None:
+                    yield from _batches(last, held, others, names, said, source.unread)
+                held, others = {}, []
                 _require_columns(batch, names)
             last = batch
             for place, record in zip(batch.places, batch.records, strict=True):
@@ -126,7 +124,7 @@ def grouped(source: Source, columns: tuple[tuple[str, str], ...], roles: tuple[t
 
 def _row(record: Record) -> Mapping[str, Any] | None:
     try:
-        return parse_line(record) if isinstance(record, bytes) else record
+        return fields_of(record)
     except Fault:
         return None
 

@@ -157,10 +157,8 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         with atomic_folder(final) as temporary:
             yield temporary
-    except PhiloraError:
-        raise
     except Exception as error:
-        if not disk_full(error):
+        if isinstance(error, PhiloraError) or not disk_full(error):
             raise
         free = free_bytes(final)
         todo = f"Free some space ({free:,} bytes are free), or write to another disk; nothing was kept"
@@ -186,9 +184,8 @@ def unwritable(folder: Path) -> OSError | ValueError | None:
             return FileExistsError(errno.EEXIST, f"it is a link to {folder.readlink()}, which does not exist")
         with contextlib.suppress(FileNotFoundError):
             deepest.absolute().lstat()  # finds a name that is too long, a zero byte, a file in place of a folder
-        parent = folder.absolute()
-        while not os.path.lexists(parent):
-            parent = parent.parent
+        absolute = folder.absolute()
+        parent = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
         if not parent.is_dir():
             return NotADirectoryError(errno.ENOTDIR, f"{parent} is not a folder")
         if not os.access(parent, os.W_OK | os.X_OK):
@@ -418,10 +415,8 @@ def bytes_in(folder: Path) -> int:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of a folder, which need not exist yet."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    absolute = folder.absolute()
+    return shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
 
 
 def missing_bytes(folder: Path, needed: int) -> int:

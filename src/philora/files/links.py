@@ -36,12 +36,8 @@ def refuse_leading_out(folder: Path, kind: type[PhiloraError], paths: Iterable[P
         PhiloraError: There are such links. The error is of class `kind`, with one line per link.
     """
     found = sorted(folder.iterdir()) if paths is None else paths
-    faults = [
-        fault(
-            str(folder), "link", path.name, "a file inside the folder", "Put the file itself there, or delete the link"
-        )
-        for path in found
-        if leads_out(folder, path)
-    ]
+    expected = "a file inside the folder"
+    todo = "Put the file itself there, or delete the link"
+    faults = [fault(str(folder), "link", path.name, expected, todo) for path in found if leads_out(folder, path)]
     if faults:
         raise kind(one_per_line(faults))

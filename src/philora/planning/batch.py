@@ -85,19 +85,14 @@ def choose(
 def _rank(tokens: int, recomputation: Recomputation, most: int, device: str) -> int:
     """Return the rank at which a micro-batch is tried, 0 first; equal ranks are tried in the order of `GRADES`.
 
-    Args:
-        tokens: Tokens of the micro-batch.
-        recomputation: What backward computes again.
-        most: Tokens of the largest micro-batch.
-        device: `cpu` or the accelerator's name.
+    `tokens` are the micro-batch's, `most` those of the largest one.
     """
     if device == "cpu":
         return int(tokens < min(TOKENS_AT_LEAST, most))
+    whole = 2 * (recomputation in WHOLE_LAYERS)
     if tokens >= min(TOKENS_AT_LEAST_ACCELERATOR, most):
-        return 2 if recomputation in WHOLE_LAYERS else 0
-    if tokens >= min(TOKENS_BEFORE_WHOLE_LAYERS, most):
-        return 3 if recomputation in WHOLE_LAYERS else 1
-    return 4
+        return whole
+    return 1 + whole if tokens >= min(TOKENS_BEFORE_WHOLE_LAYERS, most) else 4
 
 
 def step_tokens(epoch_tokens: int, conversation_tokens: int = 1, device: str = "cpu") -> int:

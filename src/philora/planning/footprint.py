@@ -237,13 +237,9 @@ class Footprint:
         return torch.finfo(self.dtype).bits // 8
 
     def estimate(
-        self,
-        tokens: int,
-        recomputation: Recomputation,
-        *,
-        label_share: float = 1.0,
+        self, tokens: int, recomputation: Recomputation, *, label_share: float = 1.0,
         evaluation: Evaluated = NOT_EVALUATED,
-    ) -> Estimate:
+    ) -> Estimate:  # fmt: skip
         """Estimate the memory by part.
 
         Args:
@@ -357,12 +353,10 @@ class Footprint:
         labels, twice; causal attention of a document (forward once, backward two and a half times); adapters forward
         once and backward twice.
         """
-        again = recomputation in WHOLE_LAYERS
-        passes = 6 if again else 4
+        base, attended, adapters = (6, 4.5, 8) if recomputation in WHOLE_LAYERS else (4, 3.5, 6)
         head = 4 * label_share * self.hidden * self.vocabulary
-        attention = (4.5 if again else 3.5) * 2 * self.attention_width * document_tokens * self.layers
-        adapters = (8 if again else 6) * self.trainable
-        return passes * self.linears.weights + head + attention + adapters
+        attention = attended * 2 * self.attention_width * document_tokens * self.layers
+        return base * self.linears.weights + head + attention + adapters * self.trainable
 
 
 def footprint(
@@ -423,11 +417,8 @@ def footprint(
 
 def _plain_weights(base: nn.Module, quantized: Any) -> int:
     """Return the number of weights in linear layers that are not quantised."""
-    return sum(
-        layer.weight.numel()
-        for name, layer in base.named_modules()
-        if isinstance(layer, nn.Linear) and plain_name(f"{name}.weight") not in quantized
-    )
+    layers = ((plain_name(f"{name}.weight"), layer) for name, layer in base.named_modules())
+    return sum(layer.weight.numel() for name, layer in layers if isinstance(layer, nn.Linear) and name not in quantized)
 
 
 def _attention_sizes(config: Any) -> tuple[int, int, int]:
@@ -485,11 +476,10 @@ def _quantized(
 ) -> tuple[str, dict[str, Callable[[nn.Parameter], float]]]:
     """Return how a base is quantised, and functions for the bytes per weight of every quantised parameter."""
     found = getattr(base.config, "quantization_config", None)
-    if found is not None:
-        keys = found if isinstance(found, Mapping) else found.to_dict()
-        asked = BitsAndBytesConfig.from_dict(dict(keys))
-    else:
+    if found is None:
         asked = quantization_config(wanted, dtype, base)
+    else:
+        asked = BitsAndBytesConfig.from_dict(dict(found if isinstance(found, Mapping) else found.to_dict()))
     if asked is None:
         return "none", {}
     # Scales: one for 64 weights, in fp32 or, with double quantisation, in a byte with an fp32 scale for 256 of them.

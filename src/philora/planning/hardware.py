@@ -12,13 +12,12 @@ def hardware_notices(device: DeviceFacts, dtype: str, cuda: str | None, use_cpu:
     """Return notices about the device of a run.
 
     Args:
-        device: The device.
+        device: Facts of the device.
         dtype: `model.dtype` of the configuration.
         cuda: The version of CUDA that PyTorch was built for, or None.
         use_cpu: Whether the run is configured to use the CPU.
     """
-    found = [None if use_cpu else unusable_gpu(device, cuda), old_gpu(device, dtype)]
-    return tuple(entry for entry in found if entry is not None)
+    return tuple(filter(None, [None if use_cpu else unusable_gpu(device, cuda), old_gpu(device, dtype)]))
 
 
 def unusable_gpu(device: DeviceFacts, cuda: str | None) -> str | None:
@@ -43,12 +42,7 @@ def unusable_gpu(device: DeviceFacts, cuda: str | None) -> str | None:
 
 
 def old_gpu(device: DeviceFacts, dtype: str) -> str | None:
-    """Return a notice about a GPU without bf16 and flash attention; None for others.
-
-    Args:
-        device: The device.
-        dtype: `model.dtype` of the configuration.
-    """
+    """Return a notice about a GPU without bf16 and flash attention; None for others. `dtype` is `model.dtype`."""
     if device.kind != "cuda" or device.capability is None or device.capability >= LEAST_CAPABILITY:
         return None
     own = ".".join(map(str, device.capability))
@@ -62,12 +56,7 @@ def old_gpu(device: DeviceFacts, dtype: str) -> str | None:
 
 
 def slow_bf16(float32_peak_bytes: int, usable_bytes: int) -> str:
-    """Return the notice for a base in bf16 on a CPU without bf16 instructions.
-
-    Args:
-        float32_peak_bytes: The peak of the run with a base in fp32.
-        usable_bytes: Memory that a run can use.
-    """
+    """Return the notice for a base in bf16 on a CPU without bf16 instructions, by the peak with a base in fp32."""
     text = "this processor has no bf16 instructions (AVX512-BF16 or AMX): products in bf16 take many times longer"
     peak, usable = float32_peak_bytes / 1e9, usable_bytes / 1e9
     if float32_peak_bytes <= usable_bytes:

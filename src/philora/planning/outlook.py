@@ -33,27 +33,15 @@ def warmup_steps(config: Config, plan: Plan) -> float:
 def check(config: Config, plan: Plan) -> None:
     """Refuse a run that would train nothing.
 
-    Args:
-        config: The configuration.
-        plan: The plan of the run.
-
     Raises:
         ConfigError: The learning rate is 0 at every step, or its schedule cannot be made.
     """
-    settings = config.training_config | {
-        "learning_rate": plan.learning_rate,
-        "warmup_steps": warmup_steps(config, plan),
-    }
-    check_schedule(settings, plan.steps, f"{config.source}: training_config")
+    chosen = {"learning_rate": plan.learning_rate, "warmup_steps": warmup_steps(config, plan)}
+    check_schedule(config.training_config | chosen, plan.steps, f"{config.source}: training_config")
 
 
 def notices(config: Config, plan: Plan) -> list[str]:
-    """Return warnings about the steps of a run before it starts.
-
-    Args:
-        config: The configuration.
-        plan: The plan of the run.
-    """
+    """Return warnings about the steps of a run before it starts."""
     found = []
     if config.origins.get("model.name_or_path", "default") == "default" and config.model.adapter is None:
         found.append(

@@ -155,9 +155,8 @@ class Plan:
         text = f"the run needs about {needs:.2f} GB at its peak, and {seen:.2f} GB are free (a tenth is left unused). "
         held = self.estimate.peak - self.estimate.files
         if held <= FILLED * self.available_bytes:
-            text += (
-                f"Without the pages of the model's files it needs {held / 1e9:.2f} GB: it runs, but reads them again. "
-            )
+            pages = "Without the pages of the model's files it needs"
+            text += f"{pages} {held / 1e9:.2f} GB: it runs, but reads them again. "
         offers = [
             f"{change.setting} saves {change.saves_bytes / 1e9:.2f} GB "
             f"(peak {change.peak_bytes / 1e9:.2f} GB; {change.costs})"
@@ -167,8 +166,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        values = asdict(self)
-        values |= {
+        return asdict(self) | {
             "estimate": self.estimate.to_dict(),
             "rate": self.rate._asdict(),
             "changes": [change._asdict() for change in self.changes],
@@ -177,7 +175,6 @@ class Plan:
             "fits": self.fits,
             "seconds": self.seconds,
         }
-        return values
 
     def rows(self) -> list[tuple[str, str]]:
         """Return a table for people."""
@@ -350,14 +347,14 @@ def _batch(
     stacked: Mapping[Any, Choice],
 ) -> Batch:
     """Choose the batch, with the settings that the configuration gives."""
-    wanted = {key: None if given.get(key, "auto") == "auto" else given[key] for key in _BATCH}
+    wanted = {key: value for key, value in given.items() if value != "auto"}
     return choose(
         counted,
         row_tokens=rows.tokens,
         longest_row_tokens=rows.longest,
         tokens_per_step=tokens_per_step,
-        rows=wanted["per_device_train_batch_size"],
-        accumulation=wanted["gradient_accumulation_steps"],
+        rows=wanted.get("per_device_train_batch_size"),
+        accumulation=wanted.get("gradient_accumulation_steps"),
         recomputation=recomputation_of(given.get("gradient_checkpointing", "auto")),
         host=stacked["host"].path == "stack",
         memory=memory,
@@ -378,14 +375,7 @@ def _micro_batch_seconds(counted: Footprint, batch: Batch, rows: _RowLengths, ra
 
 
 def decoder_layers(config: Config, adapted: PeftModel, device: DeviceFacts, recomputation: Recomputation) -> Choice:
-    """Return how the decoder layers of a run are computed, from the model without weights.
-
-    Args:
-        config: The configuration.
-        adapted: The model from `weightless`.
-        device: The run's device.
-        recomputation: What backward computes again.
-    """
+    """Return how the decoder layers of a run are computed, from the model of `weightless`."""
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
     base = base_kind(config, adapted)
     dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
@@ -418,9 +408,6 @@ def _answers(config: Config, adapted: PeftModel, device: DeviceFacts) -> str:
     return answers_on(device, dtype, quantized, facts is not None and facts.architecture == "Phi3Model")
 
 
-_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
-
 def _device(training: Mapping[str, Any]) -> str:
     accelerator = None if training.get("use_cpu") else torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
@@ -430,22 +417,14 @@ def with_learning_rate(config: Config, model_config: PretrainedConfig) -> Config
     """Return the configuration with the value of `learning_rate: auto`, and the rule as its origin.
 
     The best rate for an adapter falls with the model's width: docs/settings.md has the measurements.
-
-    Args:
-        config: The configuration.
-        model_config: The model's configuration.
     """
-    key = "learning_rate"
-    if config.training_config.get(key) != "auto":
+    if config.training_config.get("learning_rate") != "auto":
         return config
     hidden_size = int(model_config.get_text_config().hidden_size)
     rate = float(f"{LEARNING_RATE * LEARNING_RATE_HIDDEN_SIZE / hidden_size:.4g}")
     rule = f"auto: {LEARNING_RATE:g} * {LEARNING_RATE_HIDDEN_SIZE} / hidden size {hidden_size}"
-    return replace(
-        config,
-        training_config=config.training_config | {key: rate},
-        origins={**config.origins, f"training_config.{key}": rule},
-    )
+    origins = {**config.origins, "training_config.learning_rate": rule}
+    return replace(config, training_config=config.training_config | {"learning_rate": rate}, origins=origins)
 
 
 def _lengths(
@@ -508,36 +487,27 @@ class _Situation:
     evaluated: Evaluated
 
     def peak(
-        self,
-        *,
-        counted: Footprint | None = None,
-        rows: int | None = None,
-        row_tokens: int | None = None,
-        grade: Recomputation | None = None,
-        evaluated: Evaluated | None = None,
-    ) -> int:
+        self, *, rows: int | None = None, row_tokens: int | None = None, grade: Recomputation | None = None,
+        evaluated: Evaluated | None = None, counted: Footprint | None = None,
+    ) -> int:  # fmt: skip
         """Return the peak of memory with these values instead of the run's."""
-        estimate = (counted or self.counted).estimate(
-            (rows or self.batch.rows) * (row_tokens or self.lengths.longest),
-            grade or self.batch.recomputation,
-            label_share=self.lengths.label_share,
-            evaluation=evaluated or self.evaluated,
-        )
-        return estimate.peak
+        tokens = (rows or self.batch.rows) * (row_tokens or self.lengths.longest)
+        share, evaluation = self.lengths.label_share, evaluated or self.evaluated
+        sizes, grade = counted or self.counted, grade or self.batch.recomputation
+        return sizes.estimate(tokens, grade, label_share=share, evaluation=evaluation).peak
 
-    def counted_with(self, settings: ModelConfig, optim: str) -> Footprint:
-        """Return the sizes with other settings of the model, or another optimizer."""
-        counted = self.counted
-        trained, stack = counted.trained_bytes, counted.stack is not None
-        return footprint(self.adapted, settings, optim, counted.device, trained, stack=stack)
+    def peak_with(self, settings: ModelConfig, optim: str) -> int:
+        """Return the peak with other settings of the model, or another optimizer."""
+        own = self.counted
+        stack = own.stack is not None
+        return self.peak(counted=footprint(self.adapted, settings, optim, own.device, own.trained_bytes, stack=stack))
 
     def slow_bf16(self, optim: str, memory: int) -> str | None:
         """Return a notice if the weights are in bf16 and the CPU has no instructions for it."""
         on_cpu = self.counted.device == "cpu"
         if not on_cpu or self.counted.dtype != torch.bfloat16 or bf16_is_fast("cpu"):
             return None
-        peak = self.peak(counted=self.counted_with(replace(self.config.model, dtype="float32"), optim))
-        return slow_bf16(peak, int(FILLED * memory))
+        return slow_bf16(self.peak_with(replace(self.config.model, dtype="float32"), optim), int(FILLED * memory))
 
     def changes(self, optim: str, memory: int) -> tuple[Change, ...]:
         """Return settings that would save memory, the cheapest first; those that do not suffice come last."""
@@ -555,21 +525,19 @@ class _Situation:
             fewer = self.peak(evaluated=self.evaluated._replace(answers=answers // 2))
             offers.append((f"evaluation.batch_size={answers // 2}", "slower evaluation", fewer))
         if "8bit" not in optim and bitsandbytes_is_here():
-            small = self.counted_with(settings, "adamw_8bit")
-            offers.append(("training_config.optim=adamw_8bit", "rounded states", self.peak(counted=small)))
+            small = self.peak_with(settings, "adamw_8bit")
+            offers.append(("training_config.optim=adamw_8bit", "rounded states", small))
         if grade not in WHOLE_LAYERS:
             setting = "training_config.gradient_checkpointing=true"
             offers.append((setting, "each layer computed twice", self.peak(grade="full")))
         if self.counted.quantization == "none" and bitsandbytes_is_here():
             for scheme in ("int8", "nf4"):
-                other = replace(settings, quantization=scheme)
-                small = self.counted_with(other, optim)
-                offers.append((f"model.quantization={scheme}", "a rounded base", self.peak(counted=small)))
+                small = self.peak_with(replace(settings, quantization=scheme), optim)
+                offers.append((f"model.quantization={scheme}", "a rounded base", small))
         if self.lengths.packed and self.max_length >= 256:
             half = self.max_length // 2
-            offers.append(
-                (f"training_config.max_length={half}", "long conversations are cut", self.peak(row_tokens=half))
-            )
+            setting = f"training_config.max_length={half}"
+            offers.append((setting, "long conversations are cut", self.peak(row_tokens=half)))
         found = [Change(setting, estimate.peak - after, after, costs) for setting, costs, after in offers]
         useful = [change for change in found if change.saves_bytes > 0.01 * estimate.peak]
         enough = [change for change in useful if change.peak_bytes <= FILLED * memory]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from philora import families
 from philora.configuration.config import load_config
 from philora.configuration.fields import FIELDS
-from philora.configuration.sections import DataConfig, SourceConfig
+from philora.configuration.sections import DataConfig, SourceConfig, plain
 from philora.configuration.yaml_text import parse
 from philora.dataset.prepare import shape_of
 from philora.dataset.read import resolve
@@ -152,15 +151,10 @@ def start(data: str, model: str | None = None, machine: Machine | None = None, o
     turns = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
     found = f"{count:,} records of {data}, read as {shape.name}" + (f" (turns of {turns})" if turns else "")
     choice = choose_model(machine or this_machine(), model)
-    text = _yaml(_written(data, first), count, found, choice)
+    given_source = plain(first)  # a path, or a mapping if more than the path was given
+    train = json.dumps(data if isinstance(given_source, str) else given_source, ensure_ascii=False)
+    text = _yaml(train, count, found, choice)
     return Start(text, parse(text)[1], found, choice)
-
-
-def _written(data: str, source: SourceConfig) -> str:
-    """Return the value of `data.train`: a path, or a mapping if more than the path was given."""
-    fields = {field.name: field.default for field in dataclasses.fields(source) if field.name != "path"}
-    more = {name: getattr(source, name) for name in fields if getattr(source, name) != fields[name]}
-    return json.dumps({"path": source.path, **more} if more else data, ensure_ascii=False)
 
 
 def _yaml(train: str, count: int, found: str, choice: ModelChoice) -> str:
@@ -185,9 +179,5 @@ def _yaml(train: str, count: int, found: str, choice: ModelChoice) -> str:
         (f"  r: {rank}", "size of the adapter"),
         (f"  lora_alpha: {alpha}", "its weight; twice r is usual"),
     ]
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[tuple[str, str]]) -> str:
     width = max(len(line) for line, comment in lines if comment)
     return "".join(f"{line.ljust(width)}  # {comment}\n" if comment else f"{line}\n" for line, comment in lines)
