@@ -329,11 +329,7 @@ def _answer_in_rows(
 
 
 def _in_rows(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    waiting: list[_Task],
-    settings: GenerationSettings,
-    rows: int,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, waiting: list[_Task], settings: GenerationSettings, rows: int
 ) -> Iterator[tuple[int, Answer]]:
     """Yield the index and the answer of every task as it ends.
 

@@ -201,11 +201,7 @@ class AdapterPool:
         return ids
 
     def answer(
-        self,
-        prompt: Sequence[int],
-        settings: GenerationSettings,
-        adapter: str | None,
-        memory: Memory | None = None,
+        self, prompt: Sequence[int], settings: GenerationSettings, adapter: str | None, memory: Memory | None = None
     ) -> Reply:
         """Return the answer to a prompt, which is computed while it is read.
 

@@ -285,13 +285,7 @@ class Decoder:
             keys[chosen, :, :tokens], values[chosen, :, :tokens] = key, value
             # Attention is causal and the padding is at the end, so no token sees it.
             mixed = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                mask,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=grouped,
+                query, key, value, mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
             )
             mixed = mixed.transpose(1, 2).reshape(rows * tokens, -1)
             if index == len(self.layers) - 1:
