@@ -218,11 +218,15 @@ model = PeftModel.from_pretrained(base, ".")
 
 
 def load_base(name: str, revision: str | None = None) -> PreTrainedModel:
-    """Return the base, in fp32 if twice that fits into free memory, so that the comparison is as sharp as it can be."""
+    """Return the base, in fp32 if there is memory for it, so that the comparison is as sharp as it can be."""
     base = ModelConfig(name_or_path=name, revision=revision)
-    parameters = sum(parameter.numel() for parameter in load_skeleton(base).parameters())
-    dtype = "float32" if psutil.virtual_memory().available > 2 * 4 * parameters else "auto"
+    dtype = "float32" if fits_in_fp32(load_skeleton(base).num_parameters()) else "auto"
     return load_model(dataclasses.replace(base, dtype=dtype)).eval()
+
+
+def fits_in_fp32(parameters: int) -> bool:
+    """Return whether twice the memory of so many parameters in fp32 is free."""
+    return bool(psutil.virtual_memory().available > 2 * 4 * parameters)
 
 
 @contextmanager

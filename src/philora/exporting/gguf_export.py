@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from philora.adapters.peft_models import load_adapter
@@ -19,7 +18,7 @@ from philora.configuration.sections import ModelConfig
 from philora.errors import AdapterError, ModelError, fault, one_per_line
 from philora.exporting import held_out, llama
 from philora.exporting.adapter import Adapter, Update, check_updates, for_server
-from philora.exporting.conversion import load_base, read_adapter, restored
+from philora.exporting.conversion import fits_in_fp32, load_base, read_adapter, restored
 from philora.exporting.gguf_file import (
     FILE_TYPES,
     GGUFFile,
@@ -185,13 +184,8 @@ def _base_as_trained(found: AdapterSource, base: Path) -> PreTrainedModel:
     if trained_over is not None:
         model = load_trained_over(base, trained_over)
         dequantize_(model)
-        return model.float().eval() if _fits_fp32(model) else model.eval()
+        return model.float().eval() if fits_in_fp32(model.num_parameters()) else model.eval()
     return load_base(str(base))
-
-
-def _fits_fp32(model: nn.Module) -> bool:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return bool(psutil.virtual_memory().available > 2 * 4 * parameters)
 
 
 def _merged(
@@ -253,8 +247,7 @@ def _compare(
     model_file = folder / files[0]
     lora_file = folder / files[1] if len(files) > 1 else None
     written = GGUFFile(model_file)
-    parameters = sum(written.size(name) for name in written.names())
-    dtype = torch.float32 if psutil.virtual_memory().available > 2 * 4 * parameters else torch.bfloat16
+    dtype = torch.float32 if fits_in_fp32(sum(map(written.size, written.names()))) else torch.bfloat16
     model = read_model(written, GGUFFile(lora_file) if lora_file else None, dtype)
     where, bound = "export to gguf", DIVERGENCE[file_type]
     read_back = divergence(where, "read back", reference, row_logits(model, prompts.rows), plain, bound)

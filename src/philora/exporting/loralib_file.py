@@ -95,9 +95,8 @@ def _layers_from_shapes(
         ]
         if len(choices) != 1:
             found = f"lora_A {tuple(down.shape)}, lora_B {tuple(up.shape)}"
-            expected = "shapes that tell which slices are adapted"
             todo = f"Write {file.with_suffix('.json').name} beside it with enable_lora and slices of each layer"
-            faults.append(fault(str(file), name, found, expected, todo))
+            faults.append(fault(str(file), name, found, "shapes that tell which slices are adapted", todo))
             continue
         layers[name] |= {"enable_lora": choices[0], "slices": sizes}
     if faults:

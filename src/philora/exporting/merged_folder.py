@@ -134,8 +134,7 @@ def merge_to_folder(
     out = free_folder(out)
     adapter = find_adapter(source, base)
     if not adapter.path.is_dir():
-        expected, todo = "an adapter in PEFT's format", "Convert it first"
-        raise AdapterError(fault("merge", "source", str(source), expected, todo))
+        raise AdapterError(fault("merge", "source", str(source), "an adapter in PEFT's format", "Convert it first"))
     result = _merge(source, out, adapter, fresh_base, max_shard_size, verify)
     logger.info("%s: %d files, %s", out, result.shards, result.agreement or "not verified")
     return result

@@ -54,9 +54,8 @@ def _check_plain(folder: Path) -> None:
             faults.append(fault(where, name, getattr(config, name), "plain LoRA, which every layout supports", todo))
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith((*CHANGES_BASE, "lora_ga")):
-        expected = "an initialisation that leaves the base as it is"
         todo = "Convert it first: save_pretrained(path_initial_model_for_weight_conversion=...)"
-        faults.append(fault(where, "init_lora_weights", init, expected, todo))
+        faults.append(fault(where, "init_lora_weights", init, "an initialisation that leaves the base as it is", todo))
     if faults:
         raise AdapterError(one_per_line(faults))
 

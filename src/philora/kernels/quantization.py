@@ -85,9 +85,8 @@ def require_bitsandbytes(name: str, value: object) -> None:
         ModelError: It is not installed.
     """
     if bitsandbytes is None:
-        expected = "bitsandbytes to be installed for a quantised model"
         todo = "pip install 'philora[quantization]', or set model.quantization: none and give a 16-bit model"
-        raise ModelError(fault("model", name, value, expected, todo))
+        raise ModelError(fault("model", name, value, "bitsandbytes to be installed for a quantised model", todo))
 
 
 def bitsandbytes_is_here() -> bool:

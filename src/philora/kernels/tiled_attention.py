@@ -20,8 +20,6 @@ from philora.runtime.process_state import is_run
 
 # Queries of a tile, and bytes of its scores: the tile and its gradient fit into two cores' second-level caches.
 TILE_ROWS = 128
-
-
 TILE_BYTES = 2 << 20
 
 
@@ -33,10 +31,10 @@ def onednn_products() -> Iterator[None]:
     compute in bf16, which a processor without bf16 instructions cannot. With them, heads that `native` takes need no
     tiles.
     """
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None or not is_run() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield  # torch before 2.9 lacks the setting
+    if not is_run() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        yield
         return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -92,9 +92,8 @@ def read_trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) 
     scheme = scheme_of(config)
     if scheme is not None:
         if fresh_base:
-            expected = f"a base of 16-bit weights; these are {scheme}"
             todo = "Give the model that it was quantised from: --base PATH"
-            raise ModelError(fault("merge", "base", base, expected, todo))
+            raise ModelError(fault("merge", "base", base, f"a base of 16-bit weights; these are {scheme}", todo))
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         return TrainedOver(getattr(torch, dtype), None)
     record = read_config_file(adapter / RECORD_NAME).get("base") if (adapter / RECORD_NAME).is_file() else None

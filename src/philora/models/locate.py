@@ -126,9 +126,8 @@ def _adapter_in(folder: Path, unfinished: bool) -> Path:
         expected = "a run with an adapter; this run has not ended and has no complete checkpoint"
         raise AdapterError(fault("adapter", "source", str(folder), expected, f"Resume it: {command}"))
     if not unfinished:
-        expected = "a run that has ended"
         todo = f"Resume it: {command}; or name its newest complete checkpoint: {checkpoint}"
-        raise AdapterError(fault("adapter", "source", str(folder), expected, todo))
+        raise AdapterError(fault("adapter", "source", str(folder), "a run that has ended", todo))
     logger.warning(
         "%s has not ended: its newest complete checkpoint %s is used; %s resumes it", folder, checkpoint.name, command
     )

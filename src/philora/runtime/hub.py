@@ -148,9 +148,8 @@ def require_token(where: str, token: str | None = None) -> str:
     """
     found = token or get_token()
     if found is None:
-        expected = "a token with write access"
         todo = "Set HF_TOKEN, or log in: hf auth login"
-        raise ConfigError(fault(where, "token", None, expected, todo))
+        raise ConfigError(fault(where, "token", None, "a token with write access", todo))
     return found
 
 
@@ -209,9 +208,8 @@ def _explained(where: str, repo_id: str, token: str) -> Iterator[None]:
         raise RunError(fault(where, "repo_id", repo_id, "the hub to take the files", said)) from None
     except (httpx2.HTTPError, OSError) as error:  # offline mode is an OSError too
         said = f"{type(error).__name__}: {_first_line(error)}".replace(token, "***")
-        expected = f"a connection to {constants.ENDPOINT}"
         todo = f"Connect and try again; nothing is lost. {said}"
-        raise RunError(fault(where, "repo_id", repo_id, expected, todo)) from None
+        raise RunError(fault(where, "repo_id", repo_id, f"a connection to {constants.ENDPOINT}", todo)) from None
 
 
 def _first_line(error: BaseException) -> str:
