@@ -115,13 +115,7 @@ def against(facts: GraphFacts) -> list[str]:
 
 
 def size_for(row: Size, made: Collection[Size], most: int = MOST_GRAPHS) -> Size | None:
-    """Return the size of the graph that computes a row, or None if it is computed without one.
-
-    Args:
-        row: The row.
-        made: Sizes of existing graphs.
-        most: The largest number of graphs.
-    """
+    """Return the size of the graph for a row, of at most `most` graphs; None if it is computed without one."""
     tokens = -(-row.tokens // EVEN_TOKENS) * EVEN_TOKENS
     sizes = [Size(tokens, documents, min(longest, tokens)) for documents, longest in LAYOUTS]
     wanted = next((size for size in sizes if size.holds(row)), None)

@@ -46,8 +46,6 @@ from philora.models.verify import DIVERGENCE, Divergence, divergence, row_logits
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = ("merged", "adapter", "base+adapter")
-
 # Largest error of a matrix relative to its norm: half a unit in the last place in f16. In q8_0 the error of each of 32
 # values is at most half of 1/127 of the largest, which is below 1.3% of their norm.
 _ROUNDED = {"f32": 1e-7, "f16": 1e-3, "q8_0": 2e-2}
@@ -82,12 +80,10 @@ def write_gguf(
     """Write and verify; the caller gives the folder its final name.
 
     Args:
-        found: The adapter and its base.
-        folder: Where to write.
+        found, folder: The adapter and its base, and where to write.
         layout: `merged`: one model. `adapter`: the LoRA alone. `base+adapter`: both files of llama.cpp's `--lora`.
         file_type: `f32`, `f16` or `q8_0`.
-        name: What the model is called.
-        base_name: What the files call the base.
+        name, base_name: What the files call the model and its base.
         ollama: Whether to write a Modelfile as well.
         lora_alpha: Of a loralib file that lacks it.
 
@@ -169,9 +165,7 @@ def _write_base_and_adapter(
 
 
 def _prompts(found: AdapterSource, tokenizer: PreTrainedTokenizerBase, config: Any) -> _Prompts:
-    """Return rows within what llama.cpp computes alike: the attention window, and LongRoPE's short
-    factors.
-    """
+    """Return rows within what llama.cpp computes alike: the attention window, and LongRoPE's short factors."""
     windows = (config.max_position_embeddings, config.sliding_window, longrope_switch_tokens(config))
     limit = min(held_out.TOKENS, *(window for window in windows if window))
     written = held_out.texts(found.run, tokenizer)

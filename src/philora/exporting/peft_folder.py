@@ -28,18 +28,9 @@ _PREFIX = "base_model.model."
 
 # Settings of a LoraConfig under which an update is not `scaling * B A` added to the base as it is.
 _NOT_PLAIN = (
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "layer_replication",
-)
+    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication",
+)  # fmt: skip
 
 
 def _check_plain(folder: Path) -> None:
@@ -91,7 +82,7 @@ def read_peft(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, Adapter]
         AdapterError: A file is torn or does not fit the base, or the adapter is no plain LoRA.
     """
     _check_plain(folder)
-    dtypes = {read_peft_tensor.dtype for name, read_peft_tensor in read_peft_tensors(folder).items() if "lora_" in name}
+    dtypes = {tensor.dtype for name, tensor in read_peft_tensors(folder).items() if "lora_" in name}
     adapted = load_adapter(model, folder)
     if adapted.changed_base:
         expected = "the base's own weights under LoRA"

@@ -446,9 +446,7 @@ class Sampler:
     def choose(self, logits: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tokens and the largest logits, without reading anything back from the device.
 
-        Args:
-            logits: The logits of every row.
-            numbers: The random numbers that tokens are drawn with; None takes the likeliest tokens.
+        Without random numbers the likeliest tokens are taken.
 
         Shapes:
             logits (B, V), numbers (B); returns (B) twice.

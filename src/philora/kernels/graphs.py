@@ -45,12 +45,10 @@ Capture = Callable[[Work, torch.device, Any], Recorded]
 
 
 def record(work: Work, device: torch.device, pool: Any = None) -> Recorded:
-    """Record the kernels that a function launches on a CUDA device. The function does not wait for the device.
+    """Record the kernels that a function launches on a CUDA device, on which it does not wait.
 
-    Args:
-        work: The function; it runs once, and its kernels do not compute while they are recorded.
-        device: Device of its tensors.
-        pool: From `torch.cuda.graph_pool_handle`; graphs with the same pool share free memory.
+    The function runs once, and its kernels do not compute while they are recorded. Graphs with the same pool
+    (`torch.cuda.graph_pool_handle`) share free memory.
     """
     graph = torch.cuda.CUDAGraph()
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -95,14 +95,7 @@ def bitsandbytes_is_here() -> bool:
 
 
 def empty_layer(scheme: str, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:
-    """Return a quantised layer with equal weights, to measure the time of dequantising.
-
-    Args:
-        scheme: One of `SCHEMES`.
-        in_features: Columns.
-        out_features: Rows.
-        dtype: Dtype of the products.
-    """
+    """Return a quantised layer (one of `SCHEMES`) with equal weights, to measure the time of dequantising."""
     # Made like the replacement of a plain layer; a layer of bitsandbytes would draw from torch's generator.
     weight = torch.full((out_features, in_features), 0.01, dtype=dtype)
     if scheme == "int8":
@@ -422,12 +415,7 @@ class Stored(NamedTuple):
 
 
 def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
-    """Return the 16-bit tensors of a folder that bitsandbytes quantised.
-
-    Args:
-        tensors: All tensors of the files.
-        dtype: Dtype of the weights.
-    """
+    """Return the tensors of a folder that bitsandbytes quantised, with weights of this dtype."""
     four = {name.removesuffix(".absmax") for name in tensors if name.endswith(".weight.absmax")}
     eight = {f"{name.removesuffix('SCB')}weight" for name in tensors if name.endswith(".SCB")}
     rows = [name.removesuffix("weight") + end for name in eight for end in ("SCB", "weight_format")]
@@ -442,10 +430,9 @@ def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
         elif name in eight:
             made[name] = partial(_of_8_bits, tensor, tensors[f"{name.removesuffix('weight')}SCB"], dtype)
             shape = tensor.shape
-        elif not name.startswith(beside):
-            like[name] = tensor
-            continue
-        else:  # scales and their like
+        else:
+            if not name.startswith(beside):  # the others are scales and their like
+                like[name] = tensor
             continue
         like[name] = torch.zeros((), dtype=dtype).expand(shape)
     return Stored(like, made)

@@ -68,13 +68,7 @@ def stored_embedding(folder: Path, model: PreTrainedModel) -> Tensor | None:
 
 
 def notice(tokens: Mapping[str, int], rows: int, peft_config: Mapping[str, Any]) -> str | None:
-    """Return a notice about untrained tokens before training, or None if all rows are or will be trained.
-
-    Args:
-        tokens: Result of `untrained_tokens`.
-        rows: Rows of the model's embedding.
-        peft_config: The run's section; it may train rows of the embedding.
-    """
+    """Return a notice about `untrained_tokens` before training, or None if all rows are or will be trained."""
     missing = [token for token, index in tokens.items() if index >= rows]
     if missing:
         return (
