@@ -279,7 +279,6 @@ _CONFIG = (
     "resid_pdrop", "sliding_window",
 )  # fmt: skip
 
-
 _facts: WeakKeyDictionary[nn.Module, tuple[_Watch, ModelFacts]] = WeakKeyDictionary()
 
 

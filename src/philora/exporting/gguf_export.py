@@ -51,19 +51,17 @@ logger = logging.getLogger(__name__)
 _ROUNDED = {"f32": 1e-7, "f16": 1e-3, "q8_0": 2e-2}
 
 
-class GGUFExport(NamedTuple):
-    """The written files, and their comparison with the trained model.
+class Compared(NamedTuple):
+    """The comparison of the written files with the trained model.
 
     Attributes:
-        files: Names of the GGUF files: the model or base first, then the adapter.
         read_back: Comparison with the files read by the `gguf` package and computed by transformers.
         llama: Comparison with llama.cpp; None if it could not be run.
         llama_failure: Why it could not be run.
     """
 
-    files: tuple[str, ...]
     read_back: Divergence
-    llama: Divergence | None
+    llama: Divergence | None = None
     llama_failure: str | None = None
 
 
@@ -76,7 +74,7 @@ class _Prompts(NamedTuple):
 def write_gguf(
     found: AdapterSource, folder: Path, *, layout: str, file_type: str, name: str, base_name: str, ollama: bool,
     lora_alpha: float | None = None,
-) -> GGUFExport:  # fmt: skip
+) -> Compared:  # fmt: skip
     """Write and verify; the caller gives the folder its final name.
 
     Args:
@@ -117,7 +115,7 @@ def write_gguf(
         write_modelfile(folder, files, companions, config, adds_bos=words.add_bos, system=system)
     readme = _readme(name, base_name, files, layout, companions, context_tokens(config), ollama, system)
     write_text(folder / "README.md", readme)
-    return GGUFExport(files, *compared)
+    return compared
 
 
 class _Source(NamedTuple):
@@ -236,7 +234,7 @@ def _compare(
     prompts: _Prompts,
     reference: list[Tensor],
     plain: list[Tensor],
-) -> tuple[Divergence, Divergence | None, str | None]:
+) -> Compared:
     """Compare the distributions of what was written with those of what was trained, through both readers."""
     model_file = folder / files[0]
     lora_file = folder / files[1] if len(files) > 1 else None
@@ -255,14 +253,14 @@ def _compare(
             read_back.effect,
         )
     if not llama.available():
-        return read_back, None, None
+        return Compared(read_back)
     try:
         reading = llama.read(model_file, lora_file, prompts.texts, prompts.rows, add_bos=not prompts.chat)
     except llama.Unreadable as error:
         logger.warning("export: the file was not read by llama.cpp. %s", error)
-        return read_back, None, str(error)
+        return Compared(read_back, llama_failure=str(error))
     llama.check_tokens(reading.tokens, prompts.texts, prompts.rows)
-    return read_back, divergence(where, llama.reader_name(), reference, reading.logits, plain, bound), None
+    return Compared(read_back, divergence(where, llama.reader_name(), reference, reading.logits, plain, bound))
 
 
 def _readme(

@@ -81,9 +81,7 @@ def write_model(
     """Write a model. Its weights are converted one after another.
 
     Args:
-        model: A Phi3ForCausalLM.
-        file: The file to write.
-        vocabulary: Its tokenizer.
+        model, vocabulary, file: A Phi3ForCausalLM, its tokenizer, and the file to write.
         file_type: Type of the matrices: `f32`, `f16` or `q8_0`. A matrix whose row length is not a multiple of 32 is
             written in f16 instead of q8_0.
         name: The model's name; a tokenizer may require a prefix, see `Vocabulary.model_name`.
@@ -120,9 +118,7 @@ def write_lora(
     llama.cpp multiplies every update by `adapter.lora.alpha` divided by the rank of its tensors.
 
     Args:
-        adapter: One rank and one scaling for all modules.
-        model: Its base.
-        file: The file to write.
+        adapter, model, file: The adapter, its base, and the file to write.
         file_type: `f32`; with any other value A and B are written in f16, not quantised.
         name: The adapter's name.
         facts: As in `write_model`.

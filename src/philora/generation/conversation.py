@@ -392,13 +392,10 @@ class Reply:
         return self.take(self._pool.next_logits(self.ids, self.memory))
 
     def take(self, logits: Tensor) -> str:
-        """Choose the next token and return the text that it completes.
+        """Choose the next token and return the text that it completes. Shapes: logits (V), of the token after `ids`.
 
         Raises:
             NotFiniteError: The logits are not finite.
-
-        Shapes:
-            logits (V), of the token after `ids`.
         """
         before = None if self._sampler.greedy else self._random.get_state()
         try:

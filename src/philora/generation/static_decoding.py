@@ -164,10 +164,8 @@ class StaticDecoder(decoding.Decoder):
     """`decoding.Decoder` whose step is recorded once and launched again, with tokens and positions on the device.
 
     Args:
-        model: As there.
+        model, limit_tokens, packing: As there.
         rows: Rows that are needed; the cache has `filled_up` of them.
-        limit_tokens: As there.
-        packing: As there.
         capture: Records a step; default: a CUDA graph on a GPU, else the step itself.
         work: Computes what is between the products; default: Triton's kernels on a GPU, else PyTorch.
 
@@ -224,19 +222,15 @@ class StaticDecoder(decoding.Decoder):
     def answer(
         self, tokens: Sequence[int], positions: Sequence[int], steps: int, choose: Choose, numbers: Tensor | None
     ) -> Answered:
-        """Take several steps, each with the tokens that were chosen in the step before.
+        """Take several steps, each with the tokens that were chosen in the step before. Shapes: numbers (steps, B).
 
         A row that has ended continues; its further tokens are to be ignored.
 
         Args:
-            tokens: The new token of every row in use, as for `step`.
-            positions: The positions of the tokens.
+            tokens, positions: Of every row in use, as for `step`.
             steps: How many, at least one.
             choose: Chooses the tokens on the device.
             numbers: The random numbers that they are drawn with at every step, or None.
-
-        Shapes:
-            numbers (steps, B).
         """
         self._load(tokens, positions, steps)
         numbers = None if numbers is None else numbers.to(self.device)

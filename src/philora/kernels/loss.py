@@ -145,10 +145,7 @@ def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
 
 def _check_labels(labels: Tensor, vocabulary: int) -> None:
-    """Check that every label is a row of the head. On a GPU PyTorch's own functions check it.
-
-    Shapes:
-        labels (...).
+    """Check that every label is a row of the head. On a GPU PyTorch's own functions check it. Shapes: labels (...).
 
     Raises:
         DataError: A label is not; the message has its index, its value and the vocabulary's size.

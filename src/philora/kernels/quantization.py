@@ -120,11 +120,8 @@ def scheme_of(config: Any) -> str | None:
     Returns:
         One of `SCHEMES`, or the name of another method (gptq, awq, fp8, ...).
     """
-    found = (
-        config.get("quantization_config")
-        if isinstance(config, Mapping)
-        else getattr(config, "quantization_config", None)
-    )
+    value_of = config.get if isinstance(config, Mapping) else partial(getattr, config)
+    found = value_of("quantization_config", None)
     if found is None:
         return None
     keys = dict(found) if isinstance(found, Mapping) else found.to_dict()
@@ -292,15 +289,12 @@ def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
-    """Write the dequantised weight of a layer into existing memory, and return it.
+    """Write the dequantised weight of a layer into existing memory, and return it. Shapes: out (out, in).
 
     Args:
         layer: A layer for which `is_quantized` is true.
         out: Memory for the matrix, on the weight's device. With 4 bits, a second matrix is allocated temporarily on a
             CPU, or if `out` has another dtype than the weight before quantisation.
-
-    Shapes:
-        out (out, in).
     """
     weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):

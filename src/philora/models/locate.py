@@ -20,7 +20,6 @@ from philora.runtime.hub import HubPath, adapter_subfolders, download_adapter, p
 
 logger = logging.getLogger("philora.run")
 
-
 _NEVER_AN_ADAPTER = (".yaml", ".json", ".jsonl", ".html", ".log", ".md")
 
 

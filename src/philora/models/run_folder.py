@@ -141,20 +141,12 @@ class TrainedRun:
 
     @cached_property
     def tokenizer(self) -> TokenizerConfig:
-        """Return the section `tokenizer` of the configuration.
-
-        Raises:
-            ConfigError: As `model`.
-        """
+        """Return the section `tokenizer` of the configuration, with the errors of `model`."""
         return TokenizerConfig(**self._section("tokenizer", TokenizerConfig))
 
     @cached_property
     def evaluation(self) -> EvaluationConfig:
-        """Return the section `evaluation` of the configuration.
-
-        Raises:
-            ConfigError: As `model`.
-        """
+        """Return the section `evaluation` of the configuration, with the errors of `model`."""
         return EvaluationConfig(**self._section("evaluation", EvaluationConfig))
 
     @property
@@ -241,11 +233,7 @@ class TrainedRun:
     # -- current paths
 
     def base(self) -> Place:
-        """Return the current location of the base model.
-
-        Raises:
-            ConfigError: As `model`.
-        """
+        """Return the current location of the base model, which `model` names."""
         return self.place(self.model.name_or_path)
 
     def place(self, name: str) -> Place:

@@ -359,10 +359,8 @@ def _rotation(
     half = cos.shape[1]
     if 2 * half > width:
         raise _misfit(name, "cos", cos, f"at most {width // 2} columns, half of a head's")
-    found = [
-        _address(name, item, tensor, torch.float32, (tokens, half)) for item, tensor in (("cos", cos), ("sin", sin))
-    ]
-    return found[0], found[1], half
+    shape = tokens, half
+    return _address(name, "cos", cos, torch.float32, shape), _address(name, "sin", sin, torch.float32, shape), half
 
 
 class _Attention(ctypes.Structure):
@@ -480,8 +478,7 @@ def attend_backward(
     """Write the gradients of queries, keys and values.
 
     Args:
-        heads: As in `attend`.
-        causal: As in `attend`.
+        heads, causal: As in `attend`.
         saved: Results of `attend`.
         grad: Gradient of the output.
         results: Memory for the three gradients, with the strides of `heads`.

@@ -165,11 +165,7 @@ def create_repository(repo_id: str, token: str, private: bool | None, where: str
 
 
 def files(repo_id: str, token: str, where: str) -> list[str]:
-    """Return the paths of a repository's files.
-
-    Raises:
-        ConfigError, RunError: As `create_repository`.
-    """
+    """Return the paths of a repository's files. It raises what `create_repository` does."""
     with _explained(where, repo_id, token):
         return list(HfApi(token=token).list_repo_files(repo_id))
 
