@@ -2,7 +2,7 @@
 
     sources -> `load_pool`: one base in memory with all its adapters
             -> `AdapterPool.prompt`: messages -> token ids, checked against the model's window
-            -> `Reply`: one token at every step, text in pieces of complete characters
+            -> `AdapterPool.answer` -> `Reply`: one token at every step, text in pieces of complete characters
 
 The terminal, the page and the endpoint use these. The reader of a `Reply` takes its steps, so an answer is stopped by
 taking no further step. Several replies take turns on one model, or share a step by `AdapterPool.step`.
@@ -197,6 +197,21 @@ class AdapterPool:
             raise ContextError(len(ids), window)
         return ids
 
+    def answer(
+        self, prompt: Sequence[int], settings: GenerationSettings, adapter: str | None, memory: Memory | None = None
+    ) -> Reply:
+        """Return the answer to a prompt, which is computed while it is read.
+
+        Args:
+            prompt: Token ids from `prompt`.
+            settings: Length, sampling and stop strings; `batch_size` is not used. Sampling values that are None are the
+                model's own, if it has any.
+            adapter: The adapter that answers; None for the base.
+            memory: The memory of the last turn (`Reply.memory`); the tokens it shares with the prompt are not computed
+                again.
+        """
+        return Reply(self, prompt, settings, adapter, memory)
+
     @torch.inference_mode()
     def step(self, adapter: str | None, replies: Sequence[Reply]) -> list[str | BaseException]:
         """Compute a token of each of an adapter's answers; in one forward pass if `decoding.covers` the model.
@@ -337,20 +352,12 @@ class Reply:
     A piece is empty while a character is incomplete, or while the text may be the start of a stop string.
     The pieces together are `text`.
 
-    Args:
-        pool: Where the model and the adapter are.
-        prompt: Token ids from `AdapterPool.prompt`.
-        settings: Length, sampling and stop strings; `batch_size` is not used. Sampling values that are None are the
-            model's own, if it has any.
-        adapter: The adapter that answers; None for the base.
-        memory: The memory of the last turn; the tokens it shares with the prompt are not computed again.
-
     Attributes:
         text: The text so far.
         prompt_tokens: Tokens of the prompt.
         tokens: Tokens generated so far, including the stop token.
         finish: `stop` if the model or a stop string ended it, `length` if the length limit did; None before the end.
-        adapter: As given.
+        adapter: The adapter that answers; None for the base.
         ids: The prompt's tokens and those generated so far, without the stop token.
         limit_tokens: The most tokens that `ids` can have.
         memory: What the model has read, for the next turn. It is empty for tokens that `AdapterPool.step` computes, so
@@ -485,7 +492,7 @@ class Conversation:
             forgotten += 2  # a question and its answer
         # One seed is given for all of the conversation; every turn draws with another one.
         settings = replace(self.settings, seed=self.settings.seed + len(self.messages))
-        reply = Reply(self.pool, prompt, settings, self.adapter, self._memory)
+        reply = self.pool.answer(prompt, settings, self.adapter, self._memory)
         self._memory = None  # the reply changes its cache from now on
         return reply, forgotten - self.forgotten
 

@@ -348,7 +348,7 @@ class _Endpoint:
         def tell(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        replies = [Reply(self.pool, prompt, setting, adapter) for setting in settings]
+        replies = [self.pool.answer(prompt, setting, adapter) for setting in settings]
         jobs = [Job(choice, reply, tell) for choice, reply in enumerate(replies)]
         self.scheduler.submit(jobs)
         answer = _Answer(name, len(prompt), jobs, events)

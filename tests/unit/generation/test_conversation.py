@@ -20,7 +20,6 @@ from philora.generation.conversation import (
     ContextError,
     Conversation,
     Memory,
-    Reply,
     chat_settings,
     load_named,
     load_pool,
@@ -139,9 +138,9 @@ def test_a_seed_gives_the_same_answer_whoever_else_is_answered(voices):
     assert alone[0] == alone[2] != alone[1]
     prompt = voices.prompt(user(QUESTIONS[1]))
     at_once = [
-        Reply(voices, prompt, chat_settings(24, seed=1, **drawn), None),
-        Reply(voices, prompt, chat_settings(24, seed=5, **drawn), "red"),
-        Reply(voices, prompt, chat_settings(24, seed=2, **drawn), None),
+        voices.answer(prompt, chat_settings(24, seed=1, **drawn), None),
+        voices.answer(prompt, chat_settings(24, seed=5, **drawn), "red"),
+        voices.answer(prompt, chat_settings(24, seed=2, **drawn), None),
     ]
     for _ in itertools.zip_longest(*at_once):
         pass
