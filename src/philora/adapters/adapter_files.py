@@ -49,11 +49,7 @@ def sort_names(config: Path) -> None:
 
 
 def check_adapter(model: nn.Module, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Check that a saved adapter fits a model, and return its configuration and tensors.
-
-    Args:
-        model: The base; its weights are not read.
-        folder: The adapter, in PEFT's format.
+    """Check that a saved adapter fits a model, whose weights are not read; return its configuration and tensors.
 
     Raises:
         AdapterError, TargetError: As `load_adapter`.
@@ -85,8 +81,6 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 _MOST_LAYERS = 4096
-
-
 _MOST_ITERATIONS = 1000
 
 
@@ -173,15 +167,11 @@ def _check_tensors(model: nn.Module, config: PeftConfig, tensors: Mapping[str, T
         skeleton = type(model)(copy.deepcopy(model.config))
         adapted = peft.get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    faults = []
-    for name in sorted(expected.keys() - tensors.keys()):
-        faults.append(fault(str(folder), "missing", name, "a tensor for every adapted module"))
-    embeddings = (
-        "embed_tokens.weight",
-        "lm_head.weight",
-        "embed_tokens.base_layer.weight",
-        "lm_head.base_layer.weight",
-    )
+    faults = [
+        fault(str(folder), "missing", name, "a tensor for every adapted module")
+        for name in sorted(expected.keys() - tensors.keys())
+    ]
+    embeddings = tuple(f"{name}{layer}.weight" for name in ("embed_tokens", "lm_head") for layer in ("", ".base_layer"))
     for name in sorted(tensors.keys() - expected.keys()):
         # PEFT also saves complete embeddings that are targets; MonteCLoRA makes no samplers on the meta device.
         if not name.endswith(embeddings) and ".lora_monteclora_sampler." not in name:
@@ -206,16 +196,13 @@ def saved_slices(
             continue
         weight = layer.lora_B[adapter_name].weight.detach()
         rows = names.rows[name]
-        if recorded is not None:
-            if name not in recorded:
-                continue
-            r, chosen = int(recorded[name]["r"]), [str(entry) for entry in recorded[name]["names"]]
-        else:
+        if recorded is None:
             seen = ranked_by_zeros(weight, rows)
-            if seen is None:
-                continue
-            r, chosen = seen
-        parts = slices_named(chosen, rows, r)
+        else:
+            seen = (int(recorded[name]["r"]), list(recorded[name]["names"])) if name in recorded else None
+        if seen is None:
+            continue
+        parts = slices_named(seen[1], rows, seen[0])
         if parts[-1].rank_stop != weight.shape[1] or bool(weight[~inside(weight, parts)].any()):
             changed.append(name)
         else:

@@ -55,13 +55,7 @@ class OwnWeights:
     """
 
     def __init__(self, base: nn.Module, config: PeftConfig, names: Iterable[str], folder: Path) -> None:
-        """Read the weights that differ.
-
-        Args:
-            base: The base model, or one that has adapters of other names.
-            config: The adapter's configuration.
-            names: Names of the file's tensors.
-            folder: The adapter's folder.
+        """Read the weights that differ; `names` are those of the file's tensors.
 
         Raises:
             AdapterError: A weight has another shape than the base's.

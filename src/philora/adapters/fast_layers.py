@@ -98,9 +98,6 @@ def not_plain(layer: LoraLayer) -> str | None:
     A layer is plain if one function of its weights computes the same. It has one active adapter without a variant
     (DoRA, ...) or a bias of B, is neither merged nor disabled, and its scaling is a number. The fused function does not
     call the inner modules, so they must have no hooks, replaced forward, parametrizations or weights of other classes.
-
-    Args:
-        layer: PEFT's layer of a linear layer, or one that replaces it.
     """
     why = not_one_adapter(layer)
     if why is not None:
@@ -159,8 +156,6 @@ class FastLinear(FastForward, PeftLinear):  # type: ignore[misc]
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: FastLinear}
-
-
 """PEFT's LoRA layers and the classes that replace them."""
 
 

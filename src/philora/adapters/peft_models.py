@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import peft
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from torch import nn
 from transformers import PreTrainedModel
@@ -125,7 +125,7 @@ def _local_folder(source: str | Path) -> Path:
         return Path(source)
     try:
         return download_adapter(hub_path)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         expected, answer = "an adapter on the Hugging Face Hub", " ".join(str(error).split())[:200]
         raise AdapterError(fault("load_adapter", "source", str(source), expected, f"The hub says: {answer}")) from error
 
@@ -163,10 +163,7 @@ def _without_adapters(model: PeftModel) -> nn.Module:
 def apply_slices(model: PeftModel, slices: Mapping[str, Slices], adapter_name: str = "default") -> None:
     """Store in an adapter's layers which slices they hold, and keep B zero outside them.
 
-    Args:
-        model: A PeftModel whose adapter has the ranks that `resolve` gave it.
-        slices: Slices by the full name of the fused module in the base model.
-        adapter_name: The adapter.
+    The layers have the ranks that `resolve` gave them; slices are by the full name of the fused module in the base.
     """
     for name, layer in lora_layers(model).items():
         if name not in slices or adapter_name not in layer.lora_A:
@@ -216,8 +213,6 @@ class SlicedPeftModelForCausalLM(_RecordsSlices, PeftModelForCausalLM):  # type:
 
 
 SlicedPeftModel.__name__ = PeftModel.__name__
-
-
 SlicedPeftModelForCausalLM.__name__ = PeftModelForCausalLM.__name__
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -28,6 +28,7 @@ from philora.kernels.memory import available_bytes
 from philora.kernels.quantization import is_quantized, scheme_of
 from philora.kernels.switches import stack_switch
 from philora.lora.functional import autocast_dtype, fused_enabled
+from philora.lora.hooks import GLOBAL_HOOKS, HOOKS, all_are_hooked
 
 LINEARS = (("self_attn", "qkv_proj"), ("self_attn", "o_proj"), ("mlp", "gate_up_proj"), ("mlp", "down_proj"))
 """Paths of the linear layers of a decoder layer, in the order of computation."""
@@ -35,17 +36,6 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 _RECORDING = "transformers.utils.output_capturing"
 """Module of transformers' hooks for output_hidden_states. Once requested they stay, and do nothing afterwards."""
-
-_GLOBAL_HOOKS = tuple(
-    name
-    for name in (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
-    )
-    if hasattr(nn_module, name)
-)
 
 
 def linears_of(layer: nn.Module) -> list[Any]:
@@ -202,7 +192,7 @@ def only_moves(hook: Any) -> bool:
 
 
 def _hooked(layers: list[nn.Module]) -> Iterator[str]:
-    if any(getattr(nn_module, name) for name in _GLOBAL_HOOKS):
+    if all_are_hooked():
         yield "every module (a global hook)"
     for layer in layers:
         for module in layer.modules():
@@ -240,13 +230,11 @@ class _Watch:
         modules = [model, *(item for layer in model.layers for item in layer.modules())]
         self._model, self._modules = ref(model), modules[1:]  # what holds a model here would keep it for ever
         self._states = [item.__dict__ for item in modules]
-        self._hooks = [state[name] for state in self._states for name in _HOOKS]
+        self._hooks = [state[name] for state in self._states for name in HOOKS]
         self._children = [state["_modules"] for state in self._states]
         self._parameters = [state["_parameters"] for state in self._states]
         self._adapted = [item for item in modules if isinstance(item, LoraLayer)]
-        self._wrappers: list[Any] = [
-            item for item in modules if isinstance(item, BaseTunerLayer | ModulesToSaveWrapper)
-        ]
+        self._wrappers = [item for item in modules if isinstance(item, BaseTunerLayer | ModulesToSaveWrapper)]
         self._dropouts = [item for item in modules if isinstance(item, nn.Dropout)]
         self._config = model.config
         self._embedding = model.embed_tokens
@@ -254,9 +242,8 @@ class _Watch:
 
     def _look(self) -> tuple[list[Any], list[Any]]:
         """Return the objects that must stay identical, and the values that must stay equal."""
-        parameters = [
-            parameter for parameter in chain.from_iterable(map(dict.values, self._parameters)) if parameter is not None
-        ]
+        held = chain.from_iterable(map(dict.values, self._parameters))
+        parameters = [parameter for parameter in held if parameter is not None]
         objects = [
             *chain.from_iterable(map(dict.values, self._children)),
             *parameters,
@@ -270,16 +257,11 @@ class _Watch:
             [parameter.dtype for parameter in parameters],
             [parameter.device for parameter in parameters],
             [wrapper._disable_adapters for wrapper in self._wrappers],
-            [wrapper._active_adapter for wrapper in self._wrappers if isinstance(wrapper._active_adapter, str)],
-            [
-                list(wrapper._active_adapter)
-                for wrapper in self._wrappers
-                if not isinstance(wrapper._active_adapter, str)
-            ],
+            [active if isinstance(active, str) else list(active) for active in map(_active, self._wrappers)],
             [len(item.merged_adapters) for item in self._adapted],
             [value for item in self._adapted for value in item.scaling.values()],
             [dropout.p for dropout in self._dropouts],
-            [len(getattr(nn_module, name)) for name in _GLOBAL_HOOKS],
+            [len(getattr(nn_module, name)) for name in GLOBAL_HOOKS],
             [getattr(self._config, name, None) for name in _CONFIG],
             [parameter.dtype for parameter in self._embedding.parameters()],
         ]
@@ -291,12 +273,11 @@ class _Watch:
         return not same or values != self._values
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_active = attrgetter("_active_adapter")
 _CONFIG = (
     "num_hidden_layers", "num_attention_heads", "hidden_size", "head_dim", "hidden_act", "attention_dropout",
     "resid_pdrop", "sliding_window",
 )  # fmt: skip
-
 
 _facts: WeakKeyDictionary[nn.Module, tuple[_Watch, ModelFacts]] = WeakKeyDictionary()
 

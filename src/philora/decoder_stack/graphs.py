@@ -115,13 +115,7 @@ def against(facts: GraphFacts) -> list[str]:
 
 
 def size_for(row: Size, made: Collection[Size], most: int = MOST_GRAPHS) -> Size | None:
-    """Return the size of the graph that computes a row, or None if it is computed without one.
-
-    Args:
-        row: The row.
-        made: Sizes of existing graphs.
-        most: The largest number of graphs.
-    """
+    """Return the size of the graph for a row, of at most `most` graphs; None if it is computed without one."""
     tokens = -(-row.tokens // EVEN_TOKENS) * EVEN_TOKENS
     sizes = [Size(tokens, documents, min(longest, tokens)) for documents, longest in LAYOUTS]
     wanted = next((size for size in sizes if size.holds(row)), None)
@@ -149,11 +143,9 @@ class StackGraph:
     """The stack's forward and backward pass for rows of one size, both recorded once.
 
     Args:
-        stack: The stack.
-        size: Size of the rows.
+        stack, size: The stack, and the size of the rows.
         inputs: A batch that fits; on it the recorded passes are compared with the plain ones.
-        keep: As in `DecoderStack.__call__`.
-        deterministic: As in `DecoderStack.__call__`.
+        keep, deterministic: As in `DecoderStack.__call__`.
         capture: Function that records.
         pool: Memory that the graphs of a stack share; only one of them is between forward and backward at a time.
 
@@ -282,8 +274,7 @@ class GraphRunner:
     """The graphs of a stack.
 
     Args:
-        stack: The stack.
-        device: The stack's device.
+        stack, device: The stack and its device.
         base: The kind of its base, a key of `LARGEST_TOKENS`.
         capture: Function that records; default: `graphs.record` on a GPU, else `graphs.repeat`.
     """
@@ -295,7 +286,7 @@ class GraphRunner:
         self.made: dict[tuple[Hashable, Size], StackGraph] = {}
         self._largest = LARGEST_TOKENS[base]
         self._capture = capture or graphs.capture_for(device)
-        self._pool = graphs.pool_for(device)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._memory: tuple[int, ...] = ()
         self._turn: Any = None
         self._warned: set[str] = set()

@@ -247,16 +247,10 @@ class DecoderLayer:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gradient of x, which is also that of h, and of the trained parameters in the order of `trained`.
 
-        Args:
-            shared: As in `forward`.
-            saved: Tensors that `forward` has kept.
-            dx: Gradient of the residual stream.
-            dh: Gradient of the part to add to it.
-            needs_x: Whether the gradient of x is needed.
-            norms: Whether the gradients of the two norms are needed.
+        `saved` is what `forward` has kept; `norms` tells whether the gradients of the two norms are needed.
 
         Shapes:
-            dx and dh (T, C); returns (T, C).
+            dx and dh (T, C), of the residual stream and of the part to add to it; returns (T, C).
         """
         with _on_device_of(dx):
             if shared.keep in ("input", "host"):

@@ -53,11 +53,7 @@ class StackSizes:
         return self.query + 2 * self.key_value
 
     def layer_bytes(self, keep: Keep) -> float:
-        """Return the bytes per token that one layer keeps on the device until its backward pass (`layer.Kept`).
-
-        Args:
-            keep: What is kept.
-        """
+        """Return the bytes per token that one layer keeps on the device until its backward pass (`layer.Kept`)."""
         size = self.element_bytes
         if keep in ("input", "host"):
             return size * self.hidden if keep == "input" else 0
@@ -69,11 +65,7 @@ class StackSizes:
         return size * elements + 4 * (2 + self.heads)
 
     def backward_bytes(self, keep: Keep) -> float:
-        """Return the largest bytes per token of one layer's backward pass, besides the kept tensors.
-
-        Args:
-            keep: What is kept.
-        """
+        """Return the largest bytes per token of one layer's backward pass, besides the kept tensors."""
         c, i, q, f = self.hidden, self.feed_forward, self.query, self.fused
         again = keep == "elementwise"
         dropped = int(self.dropout)
@@ -91,12 +83,7 @@ class StackSizes:
         return made_again + self.element_bytes * (2 * c + max(stages)) * copies
 
     def activation_bytes(self, tokens: int, keep: Keep) -> float:
-        """Return the bytes that all layers keep on the device for a micro-batch, with inputs and outputs of the stack.
-
-        Args:
-            tokens: Tokens of the micro-batch.
-            keep: What is kept.
-        """
+        """Return the bytes that all layers keep on the device for a micro-batch, with the stack's in- and outputs."""
         # The sum of x and h that the last norm reads, and the norm's output; cos and sin in fp32; the ids, labels and
         # positions in int64. With inputs in host memory, two are being copied there and two back at a time.
         around = 2 * self.hidden * self.element_bytes + 4 * self.query / self.heads + 4 * 8
@@ -105,12 +92,7 @@ class StackSizes:
         return tokens * (around + self.layers * self.layer_bytes(keep))
 
     def pinned_bytes(self, tokens: int, keep: Keep) -> int:
-        """Return the bytes in pinned host memory.
-
-        Args:
-            tokens: Tokens of a micro-batch.
-            keep: What is kept.
-        """
+        """Return the bytes in pinned host memory for a micro-batch."""
         return tokens * self.layers * self.hidden * self.element_bytes if keep == "host" else 0
 
     @property

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from philora.decoder_stack import graphs
 from philora.decoder_stack.choice import Choice, ModelFacts, stack_for
@@ -240,16 +241,8 @@ def use_decoder_stack(model: nn.Module) -> None:
         if type(module) is Phi3Model:
             module.__class__ = StackedPhi3Model
             cast(StackedPhi3Model, module).stack_settings = StackSettings()
-            _register_outputs(module)
-
-
-def _register_outputs(model: Any) -> None:
-    """Register a decoder's recordable outputs (output_hidden_states), which transformers looks up by class."""
-    try:
-        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-    except ImportError:  # before transformers 5 it is an attribute of the class
-        return
-    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+            # What output_hidden_states records; transformers looks it up by class.
+            _CAN_RECORD_REGISTRY[module] = cast(StackedPhi3Model, module)._can_record_outputs
 
 
 def configure(model: nn.Module, **settings: Any) -> None:

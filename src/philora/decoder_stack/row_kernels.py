@@ -277,13 +277,7 @@ def add_norm(
 ) -> tuple[Tensor, Rows, Tensor, Tensor | None]:
     """Return the sum of the residual stream and the part to add to it, and the RMSNorm of that sum.
 
-    Args:
-        x: The residual stream.
-        h: What is to be added, or None.
-        weight: Of the norm.
-        eps: Added to the mean square.
-        dropout: Of the adapter that reads the norm.
-        quantize: Whether the norm is also written in fp8.
+    `dropout` is that of the adapter that reads the norm; with `quantize` the norm is also written in fp8.
 
     Returns:
         The sum (x itself where h is None); its norm; one over the root mean square; the norm after dropout, or None.

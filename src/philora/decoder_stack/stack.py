@@ -20,16 +20,13 @@ from philora.kernels.varlen import Attention
 
 
 class Passed(NamedTuple):
-    """A forward pass without autograd.
+    """A forward pass without autograd. Shapes: x and h (T, C).
 
     Attributes:
         x: The residual stream before the last sum.
         h: The part to add to it.
         shared: State that the layers share.
         saved: Tensors that every layer keeps for backward.
-
-    Shapes:
-        x and h (T, C).
     """
 
     x: Tensor
@@ -140,8 +137,7 @@ class DecoderStack:
 
         Args:
             x: Embeddings of the tokens.
-            cos: Cosines of the rotary embedding, one of the two equal halves.
-            sin: Sines.
+            cos, sin: Of the rotary embedding, one of the two equal halves.
             layout: The documents.
             keep: What is kept for backward.
             counter: Number of this forward pass, for dropout's masks; None for no dropout.

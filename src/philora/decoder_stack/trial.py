@@ -7,6 +7,7 @@ agreement is cached for this GPU and these versions. Otherwise the stack stays o
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from functools import cache
@@ -81,8 +82,6 @@ def _disagreement(device: torch.device, dtype: str, head_size: int, with_dropout
 @cache
 def _own_digest() -> str:
     """Return a digest of the stack's own files, so that a changed kernel is compared again."""
-    import hashlib
-
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

@@ -21,13 +21,12 @@ from philora.exporting.adapter import Adapter, as_fused, as_slices, check_update
 from philora.exporting.loralib_file import WEIGHTS_NAME, read_loralib, write_loralib
 from philora.exporting.peft_folder import read_peft, write_peft
 from philora.files.checkpoint import is_taken, new_folder, not_writable, unwritable, write_text
-from philora.models.loading import load_model, load_skeleton, local_path
-from philora.models.locate import AdapterSource, find_adapter, require_base
+from philora.models.loading import load_model, load_skeleton
+from philora.models.locate import AdapterSource, find_adapter, require_base, shown_base
 from philora.models.tokenizer_files import Companions
 from philora.models.verify import ROUNDED_ONCE, Agreement, Divergence, agreement, logits_of, probe
 
 logger = logging.getLogger(__name__)
-
 
 FORMATS = {
     "peft": ("server", "fused", "slices"),
@@ -171,19 +170,12 @@ def _export_gguf(
             layout=layout,
             file_type=dtype,
             name=out.name,
-            base_name=_shown(base),
+            base_name=shown_base(base),
             ollama=ollama,
             lora_alpha=lora_alpha,
         )
     logger.info("%s: %s", out, result.read_back)
     return Exported(out, result.read_back, result.llama, result.llama_failure)
-
-
-def _shown(base: str) -> str:
-    """Return a base's name for files that others get: without the folders of this machine."""
-    if base == local_path("nano"):
-        return "nano"
-    return Path(base).name if Path(base).is_dir() else base
 
 
 def _base_name(found: AdapterSource) -> str:
@@ -218,11 +210,15 @@ model = PeftModel.from_pretrained(base, ".")
 
 
 def load_base(name: str, revision: str | None = None) -> PreTrainedModel:
-    """Return the base, in fp32 if twice that fits into free memory, so that the comparison is as sharp as it can be."""
+    """Return the base, in fp32 if there is memory for it, so that the comparison is as sharp as it can be."""
     base = ModelConfig(name_or_path=name, revision=revision)
-    parameters = sum(parameter.numel() for parameter in load_skeleton(base).parameters())
-    dtype = "float32" if psutil.virtual_memory().available > 2 * 4 * parameters else "auto"
+    dtype = "float32" if fits_in_fp32(load_skeleton(base).num_parameters()) else "auto"
     return load_model(dataclasses.replace(base, dtype=dtype)).eval()
+
+
+def fits_in_fp32(parameters: int) -> bool:
+    """Return whether twice the memory of so many parameters in fp32 is free."""
+    return bool(psutil.virtual_memory().available > 2 * 4 * parameters)
 
 
 @contextmanager

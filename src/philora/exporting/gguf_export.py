@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from philora.adapters.peft_models import load_adapter
@@ -19,7 +18,7 @@ from philora.configuration.sections import ModelConfig
 from philora.errors import AdapterError, ModelError, fault, one_per_line
 from philora.exporting import held_out, llama
 from philora.exporting.adapter import Adapter, Update, check_updates, for_server
-from philora.exporting.conversion import load_base, read_adapter, restored
+from philora.exporting.conversion import fits_in_fp32, load_base, read_adapter, restored
 from philora.exporting.gguf_file import (
     FILE_TYPES,
     GGUFFile,
@@ -47,26 +46,22 @@ from philora.models.verify import DIVERGENCE, Divergence, divergence, row_logits
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = ("merged", "adapter", "base+adapter")
-
 # Largest error of a matrix relative to its norm: half a unit in the last place in f16. In q8_0 the error of each of 32
 # values is at most half of 1/127 of the largest, which is below 1.3% of their norm.
 _ROUNDED = {"f32": 1e-7, "f16": 1e-3, "q8_0": 2e-2}
 
 
-class GGUFExport(NamedTuple):
-    """The written files, and their comparison with the trained model.
+class Compared(NamedTuple):
+    """The comparison of the written files with the trained model.
 
     Attributes:
-        files: Names of the GGUF files: the model or base first, then the adapter.
         read_back: Comparison with the files read by the `gguf` package and computed by transformers.
         llama: Comparison with llama.cpp; None if it could not be run.
         llama_failure: Why it could not be run.
     """
 
-    files: tuple[str, ...]
     read_back: Divergence
-    llama: Divergence | None
+    llama: Divergence | None = None
     llama_failure: str | None = None
 
 
@@ -79,16 +74,14 @@ class _Prompts(NamedTuple):
 def write_gguf(
     found: AdapterSource, folder: Path, *, layout: str, file_type: str, name: str, base_name: str, ollama: bool,
     lora_alpha: float | None = None,
-) -> GGUFExport:  # fmt: skip
+) -> Compared:  # fmt: skip
     """Write and verify; the caller gives the folder its final name.
 
     Args:
-        found: The adapter and its base.
-        folder: Where to write.
+        found, folder: The adapter and its base, and where to write.
         layout: `merged`: one model. `adapter`: the LoRA alone. `base+adapter`: both files of llama.cpp's `--lora`.
         file_type: `f32`, `f16` or `q8_0`.
-        name: What the model is called.
-        base_name: What the files call the base.
+        name, base_name: What the files call the model and its base.
         ollama: Whether to write a Modelfile as well.
         lora_alpha: Of a loralib file that lacks it.
 
@@ -122,7 +115,7 @@ def write_gguf(
         write_modelfile(folder, files, companions, config, adds_bos=words.add_bos, system=system)
     readme = _readme(name, base_name, files, layout, companions, context_tokens(config), ollama, system)
     write_text(folder / "README.md", readme)
-    return GGUFExport(files, *compared)
+    return compared
 
 
 class _Source(NamedTuple):
@@ -170,9 +163,7 @@ def _write_base_and_adapter(
 
 
 def _prompts(found: AdapterSource, tokenizer: PreTrainedTokenizerBase, config: Any) -> _Prompts:
-    """Return rows within what llama.cpp computes alike: the attention window, and LongRoPE's short
-    factors.
-    """
+    """Return rows within what llama.cpp computes alike: the attention window, and LongRoPE's short factors."""
     windows = (config.max_position_embeddings, config.sliding_window, longrope_switch_tokens(config))
     limit = min(held_out.TOKENS, *(window for window in windows if window))
     written = held_out.texts(found.run, tokenizer)
@@ -185,13 +176,8 @@ def _base_as_trained(found: AdapterSource, base: Path) -> PreTrainedModel:
     if trained_over is not None:
         model = load_trained_over(base, trained_over)
         dequantize_(model)
-        return model.float().eval() if _fits_fp32(model) else model.eval()
+        return model.float().eval() if fits_in_fp32(model.num_parameters()) else model.eval()
     return load_base(str(base))
-
-
-def _fits_fp32(model: nn.Module) -> bool:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return bool(psutil.virtual_memory().available > 2 * 4 * parameters)
 
 
 def _merged(
@@ -248,13 +234,12 @@ def _compare(
     prompts: _Prompts,
     reference: list[Tensor],
     plain: list[Tensor],
-) -> tuple[Divergence, Divergence | None, str | None]:
+) -> Compared:
     """Compare the distributions of what was written with those of what was trained, through both readers."""
     model_file = folder / files[0]
     lora_file = folder / files[1] if len(files) > 1 else None
     written = GGUFFile(model_file)
-    parameters = sum(written.size(name) for name in written.names())
-    dtype = torch.float32 if psutil.virtual_memory().available > 2 * 4 * parameters else torch.bfloat16
+    dtype = torch.float32 if fits_in_fp32(sum(map(written.size, written.names()))) else torch.bfloat16
     model = read_model(written, GGUFFile(lora_file) if lora_file else None, dtype)
     where, bound = "export to gguf", DIVERGENCE[file_type]
     read_back = divergence(where, "read back", reference, row_logits(model, prompts.rows), plain, bound)
@@ -268,14 +253,14 @@ def _compare(
             read_back.effect,
         )
     if not llama.available():
-        return read_back, None, None
+        return Compared(read_back)
     try:
         reading = llama.read(model_file, lora_file, prompts.texts, prompts.rows, add_bos=not prompts.chat)
     except llama.Unreadable as error:
         logger.warning("export: the file was not read by llama.cpp. %s", error)
-        return read_back, None, str(error)
+        return Compared(read_back, llama_failure=str(error))
     llama.check_tokens(reading.tokens, prompts.texts, prompts.rows)
-    return read_back, divergence(where, llama.reader_name(), reference, reading.logits, plain, bound), None
+    return Compared(read_back, divergence(where, llama.reader_name(), reference, reading.logits, plain, bound))
 
 
 def _readme(

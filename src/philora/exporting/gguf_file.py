@@ -46,8 +46,8 @@ def check_architecture(config: Any) -> None:
         ModelError: It is not supported; all reasons are reported at once.
     """
     where, faults = "export to gguf", []
-    if getattr(config, "model_type", None) != "phi3":
-        found = getattr(config, "model_type", None)
+    found = getattr(config, "model_type", None)
+    if found != "phi3":
         todo = "Merge it (philora merge) and convert the folder with llama.cpp's own script"
         raise ModelError(fault(where, "model_type", found, "phi3: Phi-3, Phi-3.5, Phi-4 or Phi-4-mini", todo))
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -81,13 +81,11 @@ def write_model(
     """Write a model. Its weights are converted one after another.
 
     Args:
-        model: A Phi3ForCausalLM.
-        file: The file to write.
-        vocabulary: Its tokenizer.
+        model, vocabulary, file: A Phi3ForCausalLM, its tokenizer, and the file to write.
         file_type: Type of the matrices: `f32`, `f16` or `q8_0`. A matrix whose row length is not a multiple of 32 is
             written in f16 instead of q8_0.
         name: The model's name; a tokenizer may require a prefix, see `Vocabulary.model_name`.
-        facts: `license`, `base_model` and `description`, if known.
+        facts: `license` and `base_model`, if known.
 
     Raises:
         ModelError: GGUF's `phi3` does not support a tensor or setting of the model, or the type cannot represent a
@@ -120,9 +118,7 @@ def write_lora(
     llama.cpp multiplies every update by `adapter.lora.alpha` divided by the rank of its tensors.
 
     Args:
-        adapter: One rank and one scaling for all modules.
-        model: Its base.
-        file: The file to write.
+        adapter, model, file: The adapter, its base, and the file to write.
         file_type: `f32`; with any other value A and B are written in f16, not quantised.
         name: The adapter's name.
         facts: As in `write_model`.
@@ -160,9 +156,7 @@ def write_lora(
 
 
 def model_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the model's tensors by GGUF's names; without an output embedding that is the input's, as llama.cpp wants
-    it.
-    """
+    """Return the model's tensors by GGUF's names, without an output embedding that is the input's."""
     blocks = int(model.config.num_hidden_layers)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -217,8 +211,6 @@ def _write_tensors(writer: gguf.GGUFWriter, tensors: Mapping[str, tuple[Tensor, 
 
 def _write_facts(writer: gguf.GGUFWriter, name: str, facts: Mapping[str, str]) -> None:
     writer.add_name(name)
-    if facts.get("description"):
-        writer.add_description(facts["description"])
     if facts.get("license"):
         writer.add_license(facts["license"])
     base = facts.get("base_model")
@@ -371,11 +363,6 @@ def read_model(file: GGUFFile, lora: GGUFFile | None = None, dtype: torch.dtype 
     with torch.device("cpu"):
         model = model.to_empty(device="cpu").to(dtype)
     model.load_state_dict(state, strict=False, assign=True)
-    _fresh_rotary(model)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # no state dict has its buffers
     model.tie_weights()
     return model.eval()
-
-
-def _fresh_rotary(model: Any) -> None:
-    """Return the rotary embedding's buffers, which no state dict holds."""
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)

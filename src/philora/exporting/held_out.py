@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,11 +44,8 @@ def texts(run: Path | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     talks = conversations(run)
     if tokenizer.chat_template is None:
         return ["\n".join(entry["content"] for entry in talk) for talk in talks]
-    rendered: list[str] = []
-    for talk in talks:
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": talk[-1]["role"] != "assistant"}
-        rendered.append(str(tokenizer.apply_chat_template(talk, **options)))
-    return rendered
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    return [str(render(talk, add_generation_prompt=talk[-1]["role"] != "assistant")) for talk in talks]
 
 
 def token_rows(written: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int = TOKENS) -> list[list[int]]:

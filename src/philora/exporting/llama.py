@@ -55,14 +55,7 @@ def reader_name() -> str:
 def read(
     model: Path, lora: Path | None, texts: Sequence[str], rows: Sequence[Sequence[int]], *, add_bos: bool
 ) -> Reading:
-    """Tokenise texts and compute logits with llama.cpp, on the CPU, in a separate process.
-
-    Args:
-        model: GGUF file of a model.
-        lora: GGUF file of an adapter.
-        texts: What to tokenize.
-        rows: Token ids to compute.
-        add_bos: Whether the tokenizer writes the token that begins a text.
+    """Tokenise texts and compute logits of rows of token ids with llama.cpp, on the CPU, in a separate process.
 
     Raises:
         ModelError: llama.cpp refuses a file.
@@ -103,12 +96,7 @@ def _why(code: int, stderr: str) -> str:
 
 
 def check_tokens(got: Sequence[Sequence[int]], written: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
-    """Check that llama.cpp makes the same tokens from the same texts.
-
-    Args:
-        got: Token ids by llama.cpp.
-        written: The texts.
-        rows: The tokenizer's ids, which may end before the text does.
+    """Check that llama.cpp makes the same tokens from the same texts; `rows`, the tokenizer's, may end before the text.
 
     Raises:
         ModelError: They differ.

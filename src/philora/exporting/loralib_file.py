@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from philora import lora
-from philora.adapters.slices import Slice, Slices
+from philora.adapters.slices import Slices, slices_named
 from philora.adapters.targets import Names
 from philora.errors import AdapterError, ConfigError, fault, nearest, one_per_line
 from philora.exporting.adapter import Adapter, Update, plain_number
@@ -95,9 +95,8 @@ def _layers_from_shapes(
         ]
         if len(choices) != 1:
             found = f"lora_A {tuple(down.shape)}, lora_B {tuple(up.shape)}"
-            expected = "shapes that tell which slices are adapted"
             todo = f"Write {file.with_suffix('.json').name} beside it with enable_lora and slices of each layer"
-            faults.append(fault(str(file), name, found, expected, todo))
+            faults.append(fault(str(file), name, found, "shapes that tell which slices are adapted", todo))
             continue
         layers[name] |= {"enable_lora": choices[0], "slices": sizes}
     if faults:
@@ -127,9 +126,8 @@ def _check_loralib(
         for own, tensor in holder[leaf].named_parameters():
             if own.startswith("lora_"):
                 expected[f"{name}.{own}"] = tuple(tensor.shape)
-    for name, shape in expected.items():
-        if name not in state:
-            faults.append(fault(str(file), name, "missing", f"a tensor of shape {shape}"))
+    absent = ((name, shape) for name, shape in expected.items() if name not in state)
+    faults += [fault(str(file), name, "missing", f"a tensor of shape {shape}") for name, shape in absent]
     for name, value in state.items():
         known = expected.get(name, tuple(bare[name].shape) if name in bare else None)
         if known is None:
@@ -147,29 +145,19 @@ def _without_weights(module: nn.Module) -> nn.Module:
     """Return a copy of a module on the meta device."""
     like = copy.copy(module)
     like._parameters = {
-        name: None
-        if parameter is None
-        else nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        for name, parameter in module._parameters.items()
+        name: value if value is None else nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+        for name, value in module._parameters.items()
     }
     return like
 
 
 def _named_slices(layer: lora.MergedLinear, rows: Mapping[str, tuple[int, int]]) -> Slices:
     """Return the adapted slices of a layer; they are numbered if the family has no names for them."""
-    starts = [sum(layer.slices[:index]) for index in range(len(layer.slices))]
     names = {span: name for name, span in rows.items()}
-    adapted = [index for index, enabled in enumerate(layer.enable_lora) if enabled]
-    return tuple(
-        Slice(
-            names.get((starts[index], starts[index] + layer.slices[index]), str(index)),
-            starts[index],
-            starts[index] + layer.slices[index],
-            place * layer.r,
-            (place + 1) * layer.r,
-        )
-        for place, index in enumerate(adapted)
-    )
+    spans = itertools.pairwise(itertools.accumulate(layer.slices, initial=0))
+    every = {names.get(span, str(index)): span for index, span in enumerate(spans)}
+    adapted = list(itertools.compress(every, layer.enable_lora))
+    return slices_named(adapted, every, layer.r)
 
 
 def _on_the_diagonal(compact: Tensor, slices: Slices, out_features: int) -> Tensor:
@@ -207,9 +195,7 @@ def write_loralib(adapter: Adapter, model: PreTrainedModel, folder: Path, base: 
 
 
 def _all_slices(update: Update, rows: Mapping[str, tuple[int, int]]) -> tuple[list[int], list[bool]]:
-    """Return the sizes of all slices of a module and which of them are adapted; what lies between adapted ones is one
-    slice.
-    """
+    """Return the sizes of all slices of a module and which are adapted; what lies between adapted ones is one slice."""
     spans = sorted(rows.values())
     if not spans:
         edges = sorted({0, update.lora_B.shape[0], *(e for s in update.slices for e in (s.row_start, s.row_stop))})

@@ -59,8 +59,8 @@ from philora.models.base_files import (
     read_config_file,
     read_trained_over,
 )
-from philora.models.loading import load_skeleton, local_path
-from philora.models.locate import AdapterSource, find_adapter, require_base
+from philora.models.loading import load_skeleton
+from philora.models.locate import AdapterSource, find_adapter, require_base, shown_base
 from philora.models.run_folder import TrainedRun, example_messages
 from philora.models.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES, Companions, copy_files
 from philora.models.verify import Agreement, agreement, logits_of
@@ -134,8 +134,7 @@ def merge_to_folder(
     out = free_folder(out)
     adapter = find_adapter(source, base)
     if not adapter.path.is_dir():
-        expected, todo = "an adapter in PEFT's format", "Convert it first"
-        raise AdapterError(fault("merge", "source", str(source), expected, todo))
+        raise AdapterError(fault("merge", "source", str(source), "an adapter in PEFT's format", "Convert it first"))
     result = _merge(source, out, adapter, fresh_base, max_shard_size, verify)
     logger.info("%s: %d files, %s", out, result.shards, result.agreement or "not verified")
     return result
@@ -341,9 +340,8 @@ def _without_initialisation(adapter: Path) -> tuple[PeftConfig, LoraConfig | Non
         raise AdapterError(fault(where, "peft_type", kind, "LORA", IN_MEMORY))
     if config.layer_replication:
         expected = "null, because a merged model has the base's layers"
-        raise AdapterError(
-            fault(where, "layer_replication", config.layer_replication, expected, "Serve base and adapter")
-        )
+        todo = "Serve base and adapter"
+        raise AdapterError(fault(where, "layer_replication", config.layer_replication, expected, todo))
     if not str(config.init_lora_weights).lower().startswith(CHANGES_BASE):
         return config, None
     original = copy.copy(config)
@@ -435,10 +433,10 @@ def _write_companions(base: Path, adapter: Path, folder: Path, *, untied: bool) 
 
 def _card(title: str, source: str | Path, base: str, companions: Companions, run: Path | None) -> str:
     adapter = Path(source).expanduser()
-    name = "nano" if base == local_path("nano") else Path(base).name if Path(base).is_dir() else base
     text = (
         f"# {title}\n\n"
-        f"{name} with the LoRA adapter {adapter.name if adapter.exists() else source} merged into its weights.\n"
+        f"{shown_base(base)} with the LoRA adapter {adapter.name if adapter.exists() else source} merged into its "
+        "weights.\n"
         f"Made with philora {version('philora')}; it loads as the base does, without peft.\n"
     )
     if companions.stop_tokens:

@@ -41,10 +41,6 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 def merge_layer(layer: BaseTunerLayer, where: str) -> None:
     """Merge one of PEFT's layers of any kind into its base layer. The layer cannot be used afterwards.
 
-    Args:
-        layer: A layer that PEFT put around a base layer.
-        where: The layer's name in messages.
-
     Numerics:
         Base weight and adapter are in fp32 (fp64 for fp64 weights) while PEFT merges them; the result is rounded once
         to the dtype of the base. Quantised layers, and those of other methods than LoRA, are left to PEFT.
@@ -117,14 +113,11 @@ def mergeable(model: PeftModel) -> dict[str, BaseTunerLayer]:
         for obstacle in _obstacles(layer):
             obstacles.setdefault(obstacle, []).append(name)
     if obstacles:
-        raise AdapterError(
-            one_per_line(
-                [
-                    fault("merge", names[0] if len(names) == 1 else f"{len(names)} layers", names, expected, todo)
-                    for (expected, todo), names in obstacles.items()
-                ]
-            )
-        )
+        faults = [
+            fault("merge", names[0] if len(names) == 1 else f"{len(names)} layers", names, expected, todo)
+            for (expected, todo), names in obstacles.items()
+        ]
+        raise AdapterError(one_per_line(faults))
     return layers
 
 
@@ -133,10 +126,8 @@ def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
     base, active = layer.get_base_layer(), layer.active_adapters
     variants = [entry for name, entry in getattr(layer, "lora_variant", {}).items() if name in active]
     if any(isinstance(variant, ALoraLinearVariant | ArrowLinearVariant) for variant in variants):
-        yield (
-            "an update that is the same for every token, which those of aLoRA and Arrow are not",
-            "Serve base and adapter",
-        )
+        expected = "an update that is the same for every token, which those of aLoRA and Arrow are not"
+        yield expected, "Serve base and adapter"
     if isinstance(layer, LoraLayer):
         if getattr(base, "groups", 1) > 1:
             yield "a convolution of one group", "Serve base and adapter"
@@ -144,12 +135,8 @@ def _obstacles(layer: BaseTunerLayer) -> Iterable[tuple[str, str]]:
         if biased and getattr(base, "bias", None) is None:
             yield "a base layer with a bias, as lora_bias has one", "Serve base and adapter"
     inside = {id(parameter) for parameter in base.parameters()}
-    own = [
-        parameter
-        for parameter in layer.parameters()
-        if id(parameter) not in inside and parameter.numel() and not parameter.is_meta
-    ]
-    if not all(_is_finite(entry.detach()) for entry in own):
+    own = (parameter.detach() for parameter in layer.parameters() if id(parameter) not in inside)
+    if not all(_is_finite(entry) for entry in own if entry.numel() and not entry.is_meta):
         yield "finite adapter weights", "The training diverged: use an earlier checkpoint"
 
 

@@ -169,15 +169,9 @@ def write_modelfile(
     folder: Path, files: Sequence[str], companions: Companions, config: Any, *, adds_bos: bool,
     system: SystemTurn | None = None,
 ) -> None:  # fmt: skip
-    """Write a Modelfile beside GGUF files.
+    """Write a Modelfile beside GGUF files: those of the model, or of the base and the adapter.
 
-    Args:
-        folder: The folder of the files.
-        files: The model, or the base and the adapter.
-        companions: Tokenizer, generation config and stop tokens.
-        config: The model's configuration.
-        adds_bos: Whether the GGUF file makes its reader add the first token of a text.
-        system: System turn for conversations that have none.
+    `adds_bos`: the file makes its reader add the first token of a text. `system` is for conversations without one.
     """
     assert companions.tokenizer is not None
     template = markup(companions.tokenizer, writes_bos=not adds_bos).go()

@@ -28,18 +28,9 @@ _PREFIX = "base_model.model."
 
 # Settings of a LoraConfig under which an update is not `scaling * B A` added to the base as it is.
 _NOT_PLAIN = (
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "layer_replication",
-)
+    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication",
+)  # fmt: skip
 
 
 def _check_plain(folder: Path) -> None:
@@ -54,9 +45,8 @@ def _check_plain(folder: Path) -> None:
             faults.append(fault(where, name, getattr(config, name), "plain LoRA, which every layout supports", todo))
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith((*CHANGES_BASE, "lora_ga")):
-        expected = "an initialisation that leaves the base as it is"
         todo = "Convert it first: save_pretrained(path_initial_model_for_weight_conversion=...)"
-        faults.append(fault(where, "init_lora_weights", init, expected, todo))
+        faults.append(fault(where, "init_lora_weights", init, "an initialisation that leaves the base as it is", todo))
     if faults:
         raise AdapterError(one_per_line(faults))
 
@@ -92,7 +82,7 @@ def read_peft(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, Adapter]
         AdapterError: A file is torn or does not fit the base, or the adapter is no plain LoRA.
     """
     _check_plain(folder)
-    dtypes = {read_peft_tensor.dtype for name, read_peft_tensor in read_peft_tensors(folder).items() if "lora_" in name}
+    dtypes = {tensor.dtype for name, tensor in read_peft_tensors(folder).items() if "lora_" in name}
     adapted = load_adapter(model, folder)
     if adapted.changed_base:
         expected = "the base's own weights under LoRA"

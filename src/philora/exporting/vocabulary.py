@@ -31,20 +31,17 @@ _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_WORD}|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def _split_by(expression: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(expression), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 _SPLITS: Final[Mapping[str, pre_tokenizers.PreTokenizer]] = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "dbrx": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_CL100K), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-    "gpt-4o": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_O200K), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
+    "dbrx": _split_by(_CL100K),
+    "gpt-4o": _split_by(_O200K),
 }
 _PROBE: Final = (
     "Hello, World! it's I'LL 1234567 3.14 \n\n  two\tspaces  \r\n x=f(a)//b; camelCase HTTPServer don'T "
@@ -69,7 +66,7 @@ class Vocabulary:
         types: `gguf.TokenType` of every token.
         scores: For `llama`: pieces with higher scores are merged first.
         merges: For `gpt2`.
-        special: Ids by the name of GGUF's field without affixes: bos, eos, eot, unknown, padding.
+        special: Ids by the role that `GGUFWriter.add_ROLE_token_id` writes: bos, eos, eot, unk, pad.
         add_bos: Whether llama.cpp adds the first token of a text; then the chat template does not write it.
         add_space_prefix: Whether a space is added before text that follows a special token.
         strips: Whether the space after special tokens is removed.
@@ -98,15 +95,8 @@ class Vocabulary:
             writer.add_token_scores(self.scores)
         if self.merges:
             writer.add_token_merges(self.merges)
-        add = {
-            "bos": writer.add_bos_token_id,
-            "eos": writer.add_eos_token_id,
-            "eot": writer.add_eot_token_id,
-            "unknown": writer.add_unk_token_id,
-            "padding": writer.add_pad_token_id,
-        }
         for name, token in self.special.items():
-            add[name](token)
+            getattr(writer, f"add_{name}_token_id")(token)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(False)
         if self.model == "llama":
@@ -191,8 +181,8 @@ def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], model: st
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id if tokenizer.eos_token_id in stops or not stops else stops[-1],
         "eot": stops[0] if stops else None,
-        "unknown": tokenizer.unk_token_id if model == "llama" else None,
-        "padding": tokenizer.pad_token_id,
+        "unk": tokenizer.unk_token_id if model == "llama" else None,
+        "pad": tokenizer.pad_token_id,
     }
     return {role: int(token) for role, token in special.items() if token is not None}
 

@@ -329,11 +329,7 @@ def _answer_in_rows(
 
 
 def _in_rows(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    waiting: list[_Task],
-    settings: GenerationSettings,
-    rows: int,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, waiting: list[_Task], settings: GenerationSettings, rows: int
 ) -> Iterator[tuple[int, Answer]]:
     """Yield the index and the answer of every task as it ends.
 
@@ -450,9 +446,7 @@ class Sampler:
     def choose(self, logits: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tokens and the largest logits, without reading anything back from the device.
 
-        Args:
-            logits: The logits of every row.
-            numbers: The random numbers that tokens are drawn with; None takes the likeliest tokens.
+        Without random numbers the likeliest tokens are taken.
 
         Shapes:
             logits (B, V), numbers (B); returns (B) twice.

@@ -156,11 +156,8 @@ class AdapterPool:
         limits = [item for item in (self.window, self.longrope_switch) if item is not None]
         self._shared_tokens = min(limits) if limits and decoding.covers(model) else 0
         self._by_graph = not static_decoding.against(static_decoding.facts_of(model))
-        self._last_only = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
-            else {}
-        )
+        takes = inspect.signature(model.get_base_model().forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.switch(self.adapters[0])
 
     def switch(self, adapter: str | None) -> None:
@@ -201,11 +198,7 @@ class AdapterPool:
         return ids
 
     def answer(
-        self,
-        prompt: Sequence[int],
-        settings: GenerationSettings,
-        adapter: str | None,
-        memory: Memory | None = None,
+        self, prompt: Sequence[int], settings: GenerationSettings, adapter: str | None, memory: Memory | None = None
     ) -> Reply:
         """Return the answer to a prompt, which is computed while it is read.
 
@@ -406,13 +399,10 @@ class Reply:
         return self.take(self._pool.next_logits(self.ids, self.memory))
 
     def take(self, logits: Tensor) -> str:
-        """Choose the next token and return the text that it completes.
+        """Choose the next token and return the text that it completes. Shapes: logits (V), of the token after `ids`.
 
         Raises:
             NotFiniteError: The logits are not finite.
-
-        Shapes:
-            logits (V), of the token after `ids`.
         """
         before = None if self._sampler.greedy else self._random.get_state()
         try:

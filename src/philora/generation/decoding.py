@@ -58,10 +58,7 @@ def covers(model: nn.Module) -> bool:
 def packs(model: nn.Module, device: str, dtype: torch.dtype) -> bool:
     """Return whether `Decoder` keeps reordered copies of this model's weights, if memory allows it.
 
-    Args:
-        model: As for `covers`; it needs no weights.
-        device: The device that generates.
-        dtype: Dtype of the weights.
+    `device` is the one that generates; the model needs no weights.
     """
     return (
         device == "cpu"
@@ -78,9 +75,7 @@ def _plain(model: nn.Module) -> bool:
     base = _base(model)
     if type(base) is not Phi3ForCausalLM or not fused_enabled() or hasattr(base, "_hf_hook"):
         return False
-    if hasattr(model, "peft_config") and any(
-        value.is_prompt_learning for value in cast(Any, model).peft_config.values()
-    ):
+    if any(value.is_prompt_learning for value in getattr(cast(Any, model), "peft_config", {}).values()):
         return False
     watched = (
         hook
@@ -285,13 +280,7 @@ class Decoder:
             keys[chosen, :, :tokens], values[chosen, :, :tokens] = key, value
             # Attention is causal and the padding is at the end, so no token sees it.
             mixed = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                mask,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=grouped,
+                query, key, value, mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
             )
             mixed = mixed.transpose(1, 2).reshape(rows * tokens, -1)
             if index == len(self.layers) - 1:
@@ -316,13 +305,7 @@ class Decoder:
         return self.compute(torch.tensor(tokens, device=self.device), at, width, PlainRows())
 
     def compute(self, tokens: Tensor, at: Tensor, width: int, work: PlainRows) -> Tensor:
-        """Add a token to every row, without reading anything back from the device.
-
-        Args:
-            tokens: Of every row of the cache.
-            at: Its position in the row, below `width`.
-            width: Positions of the cache that are read.
-            work: Computes what is between the products.
+        """Add a token to every row, at these positions below `width`, without reading anything back from the device.
 
         Shapes:
             tokens and at (B); returns the logits after them, (B, V).
@@ -384,12 +367,7 @@ def _norm(module: nn.Module) -> Norm:
 
 
 class Packing:
-    """Products of linear layers over weights that are reordered once for oneDNN.
-
-    Args:
-        model: The model with the layers; a PeftModel or its base.
-        rows: The approximate number of rows in a step.
-    """
+    """Products of linear layers over weights that are reordered once for oneDNN, for steps of about `rows` rows."""
 
     def __init__(self, model: nn.Module, rows: int) -> None:
         base = _base(model)

@@ -195,11 +195,7 @@ def read_prompts(file: str | Path) -> list[list[dict[str, Any]]]:
 
 
 def prompts_of_lines(content: bytes, where: str) -> list[list[dict[str, Any]]]:
-    """Return conversations to answer from text: JSONL if the first line is a JSON object, else a prompt a line.
-
-    Args:
-        content: The text, as UTF-8.
-        where: The name of the text in messages.
+    """Return conversations to answer from UTF-8: JSONL if the first line is a JSON object, else a prompt a line.
 
     Raises:
         DataError: There is none, it is not UTF-8, or lines cannot be used.

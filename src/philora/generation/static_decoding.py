@@ -53,43 +53,36 @@ class GraphFacts:
     """Describe what the choice depends on.
 
     Attributes:
-        kind: "cuda", "cpu" or another.
-        name: Display name of the device.
-        capability: CUDA's compute capability, or None.
-        triton: The version of Triton, or None.
-        switch: `PHILORA_GRAPHS`: "0" turns graphs off, "all" also takes what has not run on a GPU; else "".
-        fused: Whether philora's fast paths are on.
+        device: Facts of the device and of the installation.
         dtype: Dtype of the weights.
         quantized: Whether linear layers are quantised.
         covered: Whether `decoding.Decoder` computes this model.
+        switch: `PHILORA_GRAPHS`: "0" turns graphs off, "all" also takes what has not run on a GPU; else "".
     """
 
-    kind: str = "cuda"
-    name: str = "a GPU"
-    capability: tuple[int, int] | None = (9, 0)
-    triton: str | None = "3.6.0"
-    switch: str = ""
-    fused: bool = True
+    device: DeviceFacts = DeviceFacts()  # noqa: RUF009 - it is frozen
     dtype: str = "bfloat16"
     quantized: bool = False
     covered: bool = True
+    switch: str = ""
 
 
 def against(facts: GraphFacts) -> list[str]:
     """Return every reason why answers are computed without a graph; empty if they are computed with one."""
-    if facts.kind != "cuda":
-        return [f"a graph needs a CUDA GPU, this is {facts.name}"]
+    device = facts.device
+    if device.kind != "cuda":
+        return [f"a graph needs a CUDA GPU, this is {device.name}"]
     found = []
     if facts.switch == "0":
         found.append("PHILORA_GRAPHS=0 turns graphs off")
-    if not facts.fused:
+    if not device.fused:
         found.append("PHILORA_FUSED=0 turns philora's fast paths off")
     if not facts.covered:
         found.append("the model answers by transformers' generate")
-    if facts.triton is None:
+    if device.triton is None:
         found.append("Triton is not installed")
-    if facts.capability is not None and facts.capability < (8, 0):
-        found.append(f"{facts.name} has compute capability {'.'.join(map(str, facts.capability))}, bf16 needs 8.0")
+    if device.capability is not None and device.capability < (8, 0):
+        found.append(f"{device.name} has compute capability {'.'.join(map(str, device.capability))}, bf16 needs 8.0")
     if not found and facts.switch != "all":
         untried = [f"weights in {facts.dtype}"] if facts.dtype != "bfloat16" else []
         untried += ["quantised layers"] if facts.quantized else []
@@ -98,34 +91,19 @@ def against(facts: GraphFacts) -> list[str]:
     return found
 
 
-def facts_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) -> GraphFacts:
-    """Return the facts of a model on a device; the last three arguments are as in `GraphFacts`."""
-    return GraphFacts(
-        kind=device.kind,
-        name=device.name,
-        capability=device.capability,
-        triton=device.triton,
-        switch=graph_switch(),
-        fused=device.fused,
-        dtype=dtype,
-        quantized=quantized,
-        covered=covered,
-    )
-
-
 def facts_of(model: nn.Module) -> GraphFacts:
     """Return the facts of a model and of the device that it is on."""
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     quantized = any(is_quantized(module) for module in model.modules())
     dtype = str(weight.dtype).removeprefix("torch.")
-    return facts_on(facts_of_device(weight.device), dtype, quantized, decoding.covers(model))
+    return GraphFacts(facts_of_device(weight.device), dtype, quantized, decoding.covers(model), graph_switch())
 
 
 def answers_on(device: DeviceFacts, dtype: str, quantized: bool, covered: bool) -> str:
-    """Describe how answers are computed on a GPU; empty elsewhere. The arguments are those of `facts_on`."""
+    """Describe how answers are computed on a GPU; empty elsewhere. The arguments are as in `GraphFacts`."""
     if device.kind != "cuda":
         return ""
-    reasons = against(facts_on(device, dtype, quantized, covered))
+    reasons = against(GraphFacts(device, dtype, quantized, covered, graph_switch()))
     return f"no CUDA graph ({'; '.join(reasons)})" if reasons else BY_GRAPH
 
 
@@ -186,10 +164,8 @@ class StaticDecoder(decoding.Decoder):
     """`decoding.Decoder` whose step is recorded once and launched again, with tokens and positions on the device.
 
     Args:
-        model: As there.
+        model, limit_tokens, packing: As there.
         rows: Rows that are needed; the cache has `filled_up` of them.
-        limit_tokens: As there.
-        packing: As there.
         capture: Records a step; default: a CUDA graph on a GPU, else the step itself.
         work: Computes what is between the products; default: Triton's kernels on a GPU, else PyTorch.
 
@@ -246,19 +222,15 @@ class StaticDecoder(decoding.Decoder):
     def answer(
         self, tokens: Sequence[int], positions: Sequence[int], steps: int, choose: Choose, numbers: Tensor | None
     ) -> Answered:
-        """Take several steps, each with the tokens that were chosen in the step before.
+        """Take several steps, each with the tokens that were chosen in the step before. Shapes: numbers (steps, B).
 
         A row that has ended continues; its further tokens are to be ignored.
 
         Args:
-            tokens: The new token of every row in use, as for `step`.
-            positions: The positions of the tokens.
+            tokens, positions: Of every row in use, as for `step`.
             steps: How many, at least one.
             choose: Chooses the tokens on the device.
             numbers: The random numbers that they are drawn with at every step, or None.
-
-        Shapes:
-            numbers (steps, B).
         """
         self._load(tokens, positions, steps)
         numbers = None if numbers is None else numbers.to(self.device)

@@ -38,10 +38,8 @@ logger = logging.getLogger(__name__)
 
 NAME = "philora_sdpa"
 
-
 # Architectures of transformers whose decoder layers pass position_ids to the attention function.
 MODEL_TYPES = ("phi3", "llama", "mistral", "qwen2", "qwen3")
-
 
 # cuDNN's attention makes a plan for every new shape, and every batch has groups of new shapes.
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -137,10 +137,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Compute `silu(gate) * up` of a fused projection.
-
-    Shapes:
-        gate_up (..., 2 C), gate first; returns (..., C).
+    """Compute `silu(gate) * up` of a fused projection. Shapes: gate_up (..., 2 C), gate first; returns (..., C).
 
     Numerics:
         silu and the product are both rounded to the input's dtype, as in plain PyTorch; compiled, once at the end.
@@ -173,10 +170,7 @@ class _Gated(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute `silu(gate) * up`, in one node if Liger's kernels do it.
-
-    Shapes:
-        (..., C) all.
+    """Compute `silu(gate) * up`, in one node if Liger's kernels do it. Shapes: (..., C) all.
 
     Numerics:
         silu and the product are both rounded to the input's dtype, as in plain PyTorch.

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from philora.kernels.attention_choice import LEAST_CAPABILITY
@@ -82,9 +83,4 @@ def _not_liger(facts: ElementwiseFacts) -> str | None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """Return the leading numbers of a version: (0, 8, 5) for "0.8.5.dev1"."""
-    found: list[int] = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        found.append(int(part))
-    return tuple(found)
+    return tuple(map(int, takewhile(str.isdigit, version.split("."))))

@@ -1,12 +1,7 @@
 """Record work in a CUDA graph once and launch it by one call, over the same memory.
 
-| function | records                                                     | on                    |
-| -------- | ----------------------------------------------------------- | --------------------- |
-| `record` | the kernels that a function launches                        | a CUDA device         |
-| `repeat` | the function, whose results are copied to the first results | any device; for tests |
-
-With both, a replay reads the tensors that the function read and writes the tensors that it returned. `recorded` calls
-either and restores the random generators after a failure.
+A replay reads the tensors that the recorded function read, and writes the tensors that it returned. `recorded` calls
+`record` or, for tests on any device, `repeat`, and restores the random generators after a failure.
 """
 
 from __future__ import annotations
@@ -45,12 +40,10 @@ Capture = Callable[[Work, torch.device, Any], Recorded]
 
 
 def record(work: Work, device: torch.device, pool: Any = None) -> Recorded:
-    """Record the kernels that a function launches on a CUDA device. The function does not wait for the device.
+    """Record the kernels that a function launches on a CUDA device, on which it does not wait.
 
-    Args:
-        work: The function; it runs once, and its kernels do not compute while they are recorded.
-        device: Device of its tensors.
-        pool: From `torch.cuda.graph_pool_handle`; graphs with the same pool share free memory.
+    The function runs once, and its kernels do not compute while they are recorded. Graphs with the same pool
+    (`torch.cuda.graph_pool_handle`) share free memory.
     """
     graph = torch.cuda.CUDAGraph()
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -76,11 +69,6 @@ def repeat(work: Work, device: torch.device, pool: Any = None) -> Recorded:
 def capture_for(device: torch.device) -> Capture:
     """Return the function that records on this device."""
     return record if device.type == "cuda" else repeat
-
-
-def pool_for(device: torch.device) -> Any:
-    """Return a handle of memory that several graphs share; None without CUDA."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 def _warm_up(works: list[Work], device: torch.device) -> None:

@@ -61,14 +61,11 @@ class PackedLayout:
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], labels: Tensor | None = None) -> PackedLayout:
-        """Return the layout of documents of these lengths, on the CPU.
+        """Return the layout of documents of these lengths, on the CPU. Shapes: labels (T).
 
         Args:
             lengths: Tokens of every document.
             labels: Token ids, -100 for none; the first token of a document is not a label of the previous document.
-
-        Shapes:
-            labels (T).
         """
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths])

@@ -52,11 +52,7 @@ def facts_of_elementwise(
 ) -> ElementwiseFacts:
     """Return the facts that the choice for norms and SwiGLU depends on, without the comparison.
 
-    Args:
-        device: Device of the tensors.
-        dtype: Dtype of the activations.
-        columns: Columns of the widest row.
-        switch: Value of `PHILORA_STACK`; default: from the environment.
+    `columns` are those of the widest row; the switch `PHILORA_STACK` is read from the environment if it is not given.
     """
     return ElementwiseFacts(
         kind=device.type,

@@ -145,10 +145,7 @@ def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
 
 def _check_labels(labels: Tensor, vocabulary: int) -> None:
-    """Check that every label is a row of the head. On a GPU PyTorch's own functions check it.
-
-    Shapes:
-        labels (...).
+    """Check that every label is a row of the head. On a GPU PyTorch's own functions check it. Shapes: labels (...).
 
     Raises:
         DataError: A label is not; the message has its index, its value and the vocabulary's size.
@@ -162,11 +159,7 @@ def _check_labels(labels: Tensor, vocabulary: int) -> None:
 
 
 def _without_padding(inputs: dict[str, Any], places: tuple[Tensor | None, ...]) -> Tensor | None:
-    """Concatenate rows without their padding, so that they attend like the documents of a packed row.
-
-    Args:
-        inputs: The model's keyword arguments; ids, positions and the bounds of documents are changed.
-        places: Values of `layout.TOKENS`, if the batch has them.
+    """Concatenate rows without their padding in place, so that they attend like the documents of a packed row.
 
     Returns:
         The index of every token in the rows with padding; None if the rows are not changed.
@@ -283,8 +276,7 @@ def _scored(
 def add_label_head(model: PreTrainedModel) -> None:
     """Make `model(..., labels=..., fused_lm_head=True)`, as TRL's trainer calls it, score labelled tokens only.
 
-    Args:
-        model: A causal language model to which TRL has added its fused head.
+    TRL has added its fused head to the model.
     """
     trl_forward = model.forward
     config = model.config.get_text_config()

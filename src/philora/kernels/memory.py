@@ -62,10 +62,7 @@ def return_large_blocks() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Make glibc's allocator return the free memory of its heap once, after a phase that needed more.
-
-    Does nothing except on Linux with glibc.
-    """
+    """Make glibc's allocator on Linux return the free memory of its heap once, after a phase that needed more."""
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -93,27 +90,20 @@ def _log_once(mmap_threshold: int) -> None:
 
 
 def available_bytes(device: str) -> int:
-    """Return the memory that a run in this process can have, on the accelerator or on this machine.
+    """Return the memory that a run in this process can have, on an accelerator or (`cpu`) on this machine.
 
     On a CPU this is `free_bytes` plus the memory of this process, which includes a run's libraries.
-
-    Args:
-        device: `cpu`, or an accelerator's name.
     """
-    if device != "cpu":
-        held = int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else 0
-        return free_bytes(device) + held
-    return free_bytes(device) + int(psutil.Process().memory_info().rss)
+    if device == "cpu":
+        return free_bytes(device) + int(psutil.Process().memory_info().rss)
+    return free_bytes(device) + (int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else 0)
 
 
 def free_bytes(device: str) -> int:
-    """Return the free memory of the accelerator or of this machine.
+    """Return the free memory of an accelerator or (`cpu`) of this machine.
 
     On a CPU this is what the system can give, within the limits of the control group and of the process (`ulimit -v`,
     `ulimit -d`). Unused pages of files count as free.
-
-    Args:
-        device: `cpu`, or an accelerator's name.
     """
     if device != "cpu" and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])

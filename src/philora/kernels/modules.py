@@ -37,13 +37,9 @@ _wanted: ContextVar[Tensor | None] = ContextVar("philora_wanted_rows", default=N
 
 @contextmanager
 def only_rows(rows: Tensor, tokens: int) -> Iterator[None]:
-    """Let the last layer compute only some tokens in this block.
+    """Let the last layer compute only those of the B·T `tokens` in this block whose output will be used, by index.
 
     It must not be used with gradient checkpointing, which computes the layer again after the block.
-
-    Args:
-        rows: Tokens whose output will be used, as indices into B·T.
-        tokens: B·T.
     """
     token = _wanted.set(rows if len(rows) + ROWS_STEP < tokens else None)
     try:
@@ -175,19 +171,11 @@ FastMistralMLP = _fast(_FastGatedMLP, MistralMLP)
 FastQwen2MLP = _fast(_FastGatedMLP, Qwen2MLP)
 FastQwen3MLP = _fast(_FastGatedMLP, Qwen3MLP)
 
-FAST: dict[type[nn.Module], type[nn.Module]] = {
-    PlainPhi3Attention: FastPhi3Attention,
-    Phi3MLP: FastPhi3MLP,
-    Phi3RMSNorm: FastPhi3RMSNorm,
-    LlamaRMSNorm: FastLlamaRMSNorm,
-    MistralRMSNorm: FastMistralRMSNorm,
-    Qwen2RMSNorm: FastQwen2RMSNorm,
-    Qwen3RMSNorm: FastQwen3RMSNorm,
-    LlamaMLP: FastLlamaMLP,
-    MistralMLP: FastMistralMLP,
-    Qwen2MLP: FastQwen2MLP,
-    Qwen3MLP: FastQwen3MLP,
-}
+_OWN = (
+    FastPhi3Attention, FastPhi3MLP, FastPhi3RMSNorm, FastLlamaRMSNorm, FastMistralRMSNorm, FastQwen2RMSNorm,
+    FastQwen3RMSNorm, FastLlamaMLP, FastMistralMLP, FastQwen2MLP, FastQwen3MLP,
+)  # fmt: skip
+FAST: dict[type[nn.Module], type[nn.Module]] = {own.__bases__[-1]: own for own in _OWN}
 """transformers' classes and the fast classes that replace them, which have the same names."""
 
 for _plain, _own in FAST.items():

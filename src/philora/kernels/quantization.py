@@ -85,9 +85,8 @@ def require_bitsandbytes(name: str, value: object) -> None:
         ModelError: It is not installed.
     """
     if bitsandbytes is None:
-        expected = "bitsandbytes to be installed for a quantised model"
         todo = "pip install 'philora[quantization]', or set model.quantization: none and give a 16-bit model"
-        raise ModelError(fault("model", name, value, expected, todo))
+        raise ModelError(fault("model", name, value, "bitsandbytes to be installed for a quantised model", todo))
 
 
 def bitsandbytes_is_here() -> bool:
@@ -96,14 +95,7 @@ def bitsandbytes_is_here() -> bool:
 
 
 def empty_layer(scheme: str, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:
-    """Return a quantised layer with equal weights, to measure the time of dequantising.
-
-    Args:
-        scheme: One of `SCHEMES`.
-        in_features: Columns.
-        out_features: Rows.
-        dtype: Dtype of the products.
-    """
+    """Return a quantised layer (one of `SCHEMES`) with equal weights, to measure the time of dequantising."""
     # Made like the replacement of a plain layer; a layer of bitsandbytes would draw from torch's generator.
     weight = torch.full((out_features, in_features), 0.01, dtype=dtype)
     if scheme == "int8":
@@ -128,11 +120,8 @@ def scheme_of(config: Any) -> str | None:
     Returns:
         One of `SCHEMES`, or the name of another method (gptq, awq, fp8, ...).
     """
-    found = (
-        config.get("quantization_config")
-        if isinstance(config, Mapping)
-        else getattr(config, "quantization_config", None)
-    )
+    value_of = config.get if isinstance(config, Mapping) else partial(getattr, config)
+    found = value_of("quantization_config", None)
     if found is None:
         return None
     keys = dict(found) if isinstance(found, Mapping) else found.to_dict()
@@ -300,15 +289,12 @@ def dequantized(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def dequantized_into(layer: nn.Module, out: Tensor) -> Tensor:
-    """Write the dequantised weight of a layer into existing memory, and return it.
+    """Write the dequantised weight of a layer into existing memory, and return it. Shapes: out (out, in).
 
     Args:
         layer: A layer for which `is_quantized` is true.
         out: Memory for the matrix, on the weight's device. With 4 bits, a second matrix is allocated temporarily on a
             CPU, or if `out` has another dtype than the weight before quantisation.
-
-    Shapes:
-        out (out, in).
     """
     weight: Any = layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -423,12 +409,7 @@ class Stored(NamedTuple):
 
 
 def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
-    """Return the 16-bit tensors of a folder that bitsandbytes quantised.
-
-    Args:
-        tensors: All tensors of the files.
-        dtype: Dtype of the weights.
-    """
+    """Return the tensors of a folder that bitsandbytes quantised, with weights of this dtype."""
     four = {name.removesuffix(".absmax") for name in tensors if name.endswith(".weight.absmax")}
     eight = {f"{name.removesuffix('SCB')}weight" for name in tensors if name.endswith(".SCB")}
     rows = [name.removesuffix("weight") + end for name in eight for end in ("SCB", "weight_format")]
@@ -443,10 +424,9 @@ def stored_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Stored:
         elif name in eight:
             made[name] = partial(_of_8_bits, tensor, tensors[f"{name.removesuffix('weight')}SCB"], dtype)
             shape = tensor.shape
-        elif not name.startswith(beside):
-            like[name] = tensor
-            continue
-        else:  # scales and their like
+        else:
+            if not name.startswith(beside):  # the others are scales and their like
+                like[name] = tensor
             continue
         like[name] = torch.zeros((), dtype=dtype).expand(shape)
     return Stored(like, made)

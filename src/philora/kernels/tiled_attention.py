@@ -20,9 +20,10 @@ from philora.runtime.process_state import is_run
 
 # Queries of a tile, and bytes of its scores: the tile and its gradient fit into two cores' second-level caches.
 TILE_ROWS = 128
-
-
 TILE_BYTES = 2 << 20
+
+Angles = tuple[Tensor, Tensor] | None
+"""cos and sin of every token, (B·T, half of the rotated columns) each; None if heads are not rotated."""
 
 
 @contextmanager
@@ -33,10 +34,10 @@ def onednn_products() -> Iterator[None]:
     compute in bf16, which a processor without bf16 instructions cannot. With them, heads that `native` takes need no
     tiles.
     """
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None or not is_run() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield  # torch before 2.9 lacks the setting
+    if not is_run() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        yield
         return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -146,8 +147,8 @@ def _attend_backward(
     return d_query, d_key, d_value
 
 
-def _gather(flat: Tensor, group: Group, cos: Tensor | None, sin: Tensor | None, repeat: int = 1) -> Tensor:
-    """Gather the heads of a group's documents, rotate them if cos and sin are given, and repeat them; padding is zero.
+def _gather(flat: Tensor, group: Group, angles: Angles, repeat: int = 1) -> Tensor:
+    """Gather the heads of a group's documents, rotate them if there are angles, and repeat them; padding is zero.
 
     Shapes:
         flat (B·T, heads, D), cos and sin (B·T, half of the rotated columns);
@@ -155,7 +156,7 @@ def _gather(flat: Tensor, group: Group, cos: Tensor | None, sin: Tensor | None, 
     """
     heads, width = flat.shape[1:]
     if _native(flat):
-        return native.gather_heads(flat, repeat, group.starts, group.lengths, group.length, _pair(cos, sin))
+        return native.gather_heads(flat, repeat, group.starts, group.lengths, group.length, angles)
     dtype = torch.promote_types(flat.dtype, torch.float32)
     shape = (heads, group.documents, group.length, width)
     result = flat.new_empty(shape, dtype=dtype)
@@ -168,14 +169,13 @@ def _gather(flat: Tensor, group: Group, cos: Tensor | None, sin: Tensor | None, 
     else:
         places[:, : group.filled] = flat[group.start : group.start + group.filled].transpose(0, 1)
         places[:, group.filled :] = 0
-    angles = _angles(group, cos, sin)
     if angles is not None:
-        _rotate(result, *angles)
+        _rotate(result, *_of_group(group, angles))
     return result.repeat_interleave(repeat, 0).view(-1, group.length, width)
 
 
-def _scatter(rows: Tensor, flat: Tensor, group: Group, cos: Tensor | None, sin: Tensor | None) -> None:
-    """Reverse `_gather`: sum the copies of a head, rotate back if cos and sin are given, and drop padding.
+def _scatter(rows: Tensor, flat: Tensor, group: Group, angles: Angles) -> None:
+    """Reverse `_gather`: sum the copies of a head, rotate back if there are angles, and drop padding.
 
     Shapes:
         rows (repeat · heads · documents, L, D) into flat (B·T, heads, D).
@@ -183,14 +183,14 @@ def _scatter(rows: Tensor, flat: Tensor, group: Group, cos: Tensor | None, sin: 
     heads, width = flat.shape[1:]
     repeat = len(rows) // (heads * group.documents)
     if _native(flat):
-        native.scatter_heads(rows, flat, repeat, group.starts, group.lengths, _pair(cos, sin))
+        native.scatter_heads(rows, flat, repeat, group.starts, group.lengths, angles)
         return
     if repeat > 1:
         rows = rows.view(heads, repeat, -1).sum(1)
     rows = rows.view(heads, group.documents, group.length, width)
-    angles = _angles(group, cos, sin)
     if angles is not None:
-        _rotate(rows, angles[0], -angles[1])
+        cos, sin = _of_group(group, angles)
+        _rotate(rows, cos, -sin)
     if group.start is None:
         assert group.places is not None
         values = rows.permute(1, 2, 0, 3).to(flat.dtype).reshape(-1, heads, width).index_select(0, group.places)
@@ -202,10 +202,6 @@ def _scatter(rows: Tensor, flat: Tensor, group: Group, cos: Tensor | None, sin: 
 def _native(flat: Tensor) -> bool:
     """Return whether the compiled functions take these heads, which may be columns of wider rows."""
     return flat.stride()[1:] == (flat.shape[2], 1) and native.usable(flat[:0])
-
-
-def _pair(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if cos is None or sin is None else (cos, sin)
 
 
 def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -221,12 +217,9 @@ def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> None:
     second.mul_(cos).add_(crossed)
 
 
-def _angles(group: Group, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _of_group(group: Group, angles: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
     """Return cos and sin at a group's positions. Shapes: given (B·T, half); returns (documents, length, half)."""
-    if cos is None or sin is None:
-        return None
-    rows = [item.index_select(0, group.tokens).view(group.documents, group.length, -1) for item in (cos, sin)]
-    return rows[0], rows[1]
+    return (item.index_select(0, group.tokens).view(group.documents, group.length, -1) for item in angles)
 
 
 def _heads(parts: Sequence[Tensor], heads: tuple[int, int]) -> list[Tensor]:
@@ -255,10 +248,10 @@ class TiledAttention(torch.autograd.Function):
         *parts: Tensor,
     ) -> Tensor:
         """Compute the output. Shapes: parts (B·T, (H+2K)·D), or q, k, v (B·T, H·D), (B·T, K·D), (B·T, K·D)."""
-        views = _heads(parts, heads)
+        views, angles = _heads(parts, heads), None if cos is None or sin is None else (cos, sin)
         ctx.layout, ctx.heads, ctx.scaling, ctx.window = layout, heads, scaling, window
         if native.attends(views, scaling):
-            causal = native.Causal(layout.starts, layout.lengths, _pair(cos, sin), window, scaling)
+            causal = native.Causal(layout.starts, layout.lengths, angles, window, scaling)
             output, normaliser = native.attend(views, causal)
             output = output.view(len(output), -1)
             ctx.save_for_backward(cos, sin, output, normaliser, *parts)
@@ -266,8 +259,7 @@ class TiledAttention(torch.autograd.Function):
         output = parts[0].new_empty(len(parts[0]), heads[0], views[0].shape[2])
         with without_autocast("cpu"):
             for group in layout.groups:
-                query, key, value = _prepared(views, group, cos, sin)
-                _scatter(_attend(query, key, value, scaling, window), output, group, None, None)
+                _scatter(_attend(*_prepared(views, group, angles), scaling, window), output, group, None)
         ctx.save_for_backward(cos, sin, None, None, *parts)
         return output.view(len(output), -1)
 
@@ -276,35 +268,28 @@ class TiledAttention(torch.autograd.Function):
         """Return the gradients of the parts."""
         refuse_create_graph()
         cos, sin, output, normaliser, *parts = ctx.saved_tensors
-        views = _heads(parts, ctx.heads)
+        views, angles = _heads(parts, ctx.heads), None if cos is None else (cos, sin)
         results = [part.new_empty(part.shape) for part in parts]
         grad = grads[0].reshape(len(grads[0]), ctx.heads[0], -1)
         if normaliser is not None:
-            causal = native.Causal(ctx.layout.starts, ctx.layout.lengths, _pair(cos, sin), ctx.window, ctx.scaling)
+            causal = native.Causal(ctx.layout.starts, ctx.layout.lengths, angles, ctx.window, ctx.scaling)
             saved, of_heads = (output, normaliser), _heads(results, ctx.heads)
             native.attend_backward(views, causal, saved, grad.contiguous(), of_heads)
             return None, None, None, None, None, None, *results
         with without_autocast("cpu"):
             for group in ctx.layout.groups:
-                query, key, value = _prepared(views, group, cos, sin)
-                d_output = _gather(grad, group, None, None)
-                gradients = _attend_backward(query, key, value, d_output, ctx.scaling, ctx.window)
-                for item, place, turn in zip(gradients, _heads(results, ctx.heads), (True, True, False), strict=True):
-                    _scatter(item, place, group, cos if turn else None, sin if turn else None)
+                prepared, d_output = _prepared(views, group, angles), _gather(grad, group, None)
+                found = _attend_backward(*prepared, d_output, ctx.scaling, ctx.window)
+                for item, place, turned in zip(found, _heads(results, ctx.heads), (angles, angles, None), strict=True):
+                    _scatter(item, place, group, turned)
         return None, None, None, None, None, None, *results
 
 
-def _prepared(
-    views: Sequence[Tensor], group: Group, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _prepared(views: Sequence[Tensor], group: Group, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v of a group, rotated; k and v are repeated per query head. Shapes: (H·documents, length, D)."""
     query, key, value = views
     repeat = query.shape[1] // key.shape[1]
-    return (
-        _gather(query, group, cos, sin),
-        _gather(key, group, cos, sin, repeat),
-        _gather(value, group, None, None, repeat),
-    )
+    return _gather(query, group, angles), _gather(key, group, angles, repeat), _gather(value, group, None, repeat)
 
 
 def rotary_attention(
@@ -321,8 +306,7 @@ def rotary_attention(
 
     Args:
         qkv: Queries, keys and values of all heads, not rotated.
-        cos: Cosines of the rotary embedding, with two equal halves as in transformers.
-        sin: Sines.
+        cos, sin: Of the rotary embedding, with two equal halves as in transformers.
         heads: Numbers of query and of key heads.
         layout: Layout of the same batch.
         scaling: Multiplier of the scores.

@@ -55,11 +55,6 @@ def _registered(module: Any, name: str) -> Tensor | None:
     return module.__dict__["_buffers"].get(name) if found is None else found
 
 
-def _holds(module: Any, name: str) -> bool:
-    """Return whether a module has a tensor of this name: registered, plain, or computed by a parametrization."""
-    return _registered(module, name) is not None or name in module.__dict__ or _is_parametrized(module, name)
-
-
 def _asked_by_a_utility() -> bool:
     """Return whether one of torch.nn.utils reads the property that calls this."""
     return str(sys._getframe(2).f_globals.get("__name__")).startswith("torch.nn.utils.")
@@ -188,7 +183,9 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def _has_update(self) -> bool:
-        return _holds(self, "lora_A")
+        """Return whether there is an A: registered, plain, or computed by a parametrization."""
+        name = "lora_A"
+        return _registered(self, name) is not None or name in self.__dict__ or _is_parametrized(self, name)
 
     @property
     def _can_merge(self) -> bool:

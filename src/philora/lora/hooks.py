@@ -12,23 +12,19 @@ from torch import nn
 from torch.nn.modules import dropout, linear
 from torch.nn.modules import module as base_module
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a module has hooks or an instance attribute `forward`."""
     own = module.__dict__
-    return "forward" in own or any(own[hook] for hook in _HOOKS)
+    return "forward" in own or any(own[hook] for hook in HOOKS)
 
 
 def all_are_hooked() -> bool:
     """Return whether there are global hooks, which run for every module."""
-    return bool(
-        base_module._global_forward_hooks
-        or base_module._global_forward_pre_hooks
-        or base_module._global_backward_hooks
-        or base_module._global_backward_pre_hooks
-    )
+    return any(getattr(base_module, name) for name in GLOBAL_HOOKS)
 
 
 def is_patched() -> bool:

@@ -52,8 +52,7 @@ class Linear(_AnyLinear):
     """Linear layer with an update: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
 
     Args:
-        in_features: As nn.Linear.
-        out_features: As nn.Linear.
+        in_features, out_features: As nn.Linear.
         r: Rank; 0 is a plain nn.Linear whose weight trains.
         lora_alpha: The update is multiplied by `lora_alpha / r`.
         lora_dropout: Probability of dropout on the update's input.
@@ -120,12 +119,7 @@ class MergedLinear(_AnyLinear):
         r: Rank of every adapted slice.
         enable_lora: Which slices are adapted. If none is, the layer is a plain nn.Linear whose weight trains.
         slices: Output rows of every slice, for unequal slices (grouped-query attention); default: equal slices.
-        lora_alpha: As `Linear`.
-        lora_dropout: As `Linear`.
-        fan_in_fan_out: As `Linear`.
-        merge_weights: As `Linear`.
-        use_rslora: As `Linear`.
-        **kwargs: As `Linear`.
+        lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, use_rslora, **kwargs: As `Linear`.
 
     Shapes:
         weight (out, in) or (in, out), lora_A (n·r, in), lora_B (rows of the adapted slices, r);
@@ -205,12 +199,8 @@ class Embedding(ShowsMerged, AdaptedLayer, nn.Embedding):
     table, as in nn.Embedding, before the update is added.
 
     Args:
-        num_embeddings: As nn.Embedding.
-        embedding_dim: As nn.Embedding.
-        r: As `Linear`.
-        lora_alpha: As `Linear`.
-        merge_weights: As `Linear`.
-        use_rslora: As `Linear`.
+        num_embeddings, embedding_dim: As nn.Embedding.
+        r, lora_alpha, merge_weights, use_rslora: As `Linear`.
         **kwargs: The other arguments of nn.Embedding; A and B get the same device and dtype.
 
     Shapes:

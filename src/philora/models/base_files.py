@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -27,34 +27,28 @@ COMPANION_FILES = ("*.py", "preprocessor_config.json", "processor_config.json", 
 
 
 def base_folder(base: str, revision: str | None = None) -> Path:
-    """Return the folder of a base, after checking its config for merging.
-
-    Args:
-        base: A folder, or a hub id, whose weights are downloaded after the check.
-        revision: Branch, tag or commit of a hub id; None for the main branch.
+    """Return the folder of a base, after checking its config for merging; then the weights of a hub id are downloaded.
 
     Raises:
         ModelError: There is no such model, or its weights are quantised by another scheme than bitsandbytes'.
     """
     refuse_adapter(base, revision, where="base", key="name")
     folder = Path(base)
-    if not folder.is_dir():
+    remote = not folder.is_dir()
+    if remote:
         small = ["config.json", INDEX_NAME, GENERATION_FILE, *TOKENIZER_FILES, *COMPANION_FILES]
         folder = _download(base, revision, small)
-        check_folder(read_config_file(folder / "config.json"), base)
-        return _download(base, revision, _weight_files(folder))
     check_folder(read_config_file(folder / "config.json"), base)
-    return folder
+    return _download(base, revision, _weight_files(folder)) if remote else folder
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **reach()))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         expected = "the base model's folder, `nano`, or a model on the Hugging Face Hub"
-        todo = (
-            f"Name the base yourself if it has moved: --base MODEL. The hub says: {' '.join(str(error).split())[:200]}"
-        )
+        answer = " ".join(str(error).split())[:200]
+        todo = f"Name the base yourself if it has moved: --base MODEL. The hub says: {answer}"
         raise ModelError(fault("merge", "base", name, expected, todo)) from error
 
 
@@ -92,9 +86,8 @@ def read_trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) 
     scheme = scheme_of(config)
     if scheme is not None:
         if fresh_base:
-            expected = f"a base of 16-bit weights; these are {scheme}"
             todo = "Give the model that it was quantised from: --base PATH"
-            raise ModelError(fault("merge", "base", base, expected, todo))
+            raise ModelError(fault("merge", "base", base, f"a base of 16-bit weights; these are {scheme}", todo))
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         return TrainedOver(getattr(torch, dtype), None)
     record = read_config_file(adapter / RECORD_NAME).get("base") if (adapter / RECORD_NAME).is_file() else None
@@ -106,9 +99,8 @@ def read_trained_over(folder: Path, base: str, adapter: Path, fresh_base: bool) 
 
 
 def _weight_files(folder: Path) -> list[str]:
-    if not (folder / INDEX_NAME).is_file():
-        return ["model.safetensors"]
-    return indexed_files(folder / INDEX_NAME)
+    index = folder / INDEX_NAME
+    return indexed_files(index) if index.is_file() else ["model.safetensors"]
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:

@@ -53,8 +53,6 @@ PADDING_CANDIDATES = (
     "<|fim_pad|>",  # Qwen 2.5 and 3, whose own padding token ends a text
     "<|endofprompt|>",  # Phi-4-mini: of its vocabulary, in none of its templates
 )
-
-
 _ADDED_PADDING = "<|pad|>"
 
 
@@ -68,8 +66,7 @@ def local_path(name: str) -> str:
 def bf16_is_fast(device: str | None = None) -> bool:
     """Return whether bfloat16 matrices are multiplied in hardware (CUDA from Ampere on, AVX512-BF16, AMX, ...).
 
-    Args:
-        device: `cpu`, or None for the fastest device of this machine.
+    `device` is `cpu`, or None for the fastest device of this machine.
     """
     if device != "cpu" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -97,10 +94,8 @@ def _explain(name: str, error: Exception, what: str) -> ModelError:
         expected = f"a folder with {what}"
         reason = text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
         return ModelError(fault("model", "name_or_path", name, expected, f"transformers says: {reason[:300]}"))
-    offline = any(
-        phrase in text for phrase in ("couldn't connect", "offline", "Connection", "resolve", "internet", "Max retries")
-    )
-    if offline:
+    phrases = ("couldn't connect", "offline", "Connection", "resolve", "internet", "Max retries")
+    if any(phrase in text for phrase in phrases):
         expected = "a local folder, `nano`, or a hub id that is in the local cache (there is no connection to the hub)"
         todo = "Connect and try again, or download the model on a machine with a network and give its folder"
     else:
@@ -245,11 +240,7 @@ def load_skeleton(model: ModelConfig) -> PreTrainedModel:
 def refuse_adapter(name: str, revision: str | None = None, where: str = "model", key: str = "name_or_path") -> None:
     """Refuse a base that is or contains an adapter, which transformers would apply to the base without a message.
 
-    Args:
-        name: Folder or hub id of a base.
-        revision: Revision of a hub id.
-        where: The source of the setting, for the message.
-        key: The setting's name, for the message.
+    `where` and `key` name the setting in the message.
 
     Raises:
         ModelError: There is an `adapter_config.json`.
@@ -288,9 +279,9 @@ def _load_config(model: ModelConfig) -> Any:
     """Return the model's config, after checking that its weights can be trained over."""
     refuse_adapter(model.name_or_path, model.revision)
     _refuse_unknown(model, _config_keys(model))
-    _check_shards(Path(local_path(model.name_or_path)))
+    path = local_path(model.name_or_path)
+    _check_shards(Path(path))
     try:
-        path = local_path(model.name_or_path)
         options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         config = AutoConfig.from_pretrained(path, **options, **reach())
     except Exception as error:  # with a damaged file transformers may raise any class
@@ -377,9 +368,8 @@ def _check_sizes(config: Any, name: str) -> None:
 def _skeleton(model: ModelConfig, config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            return cast(
-                PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-            )
+            made = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        return cast(PreTrainedModel, made)
     except Exception as error:  # values that do not fit together may raise any class
         raise _explain(model.name_or_path, error, "a causal language model") from error
 

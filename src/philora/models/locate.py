@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 
 from philora.configuration.run_paths import Place, is_path
 from philora.errors import AdapterError, ModelError, fault, nearest
@@ -19,7 +19,6 @@ from philora.models.run_folder import TrainedRun, is_run, resume_command, run_of
 from philora.runtime.hub import HubPath, adapter_subfolders, download_adapter, parse_hub_path
 
 logger = logging.getLogger("philora.run")
-
 
 _NEVER_AN_ADAPTER = (".yaml", ".json", ".jsonl", ".html", ".log", ".md")
 
@@ -126,9 +125,8 @@ def _adapter_in(folder: Path, unfinished: bool) -> Path:
         expected = "a run with an adapter; this run has not ended and has no complete checkpoint"
         raise AdapterError(fault("adapter", "source", str(folder), expected, f"Resume it: {command}"))
     if not unfinished:
-        expected = "a run that has ended"
         todo = f"Resume it: {command}; or name its newest complete checkpoint: {checkpoint}"
-        raise AdapterError(fault("adapter", "source", str(folder), expected, todo))
+        raise AdapterError(fault("adapter", "source", str(folder), "a run that has ended", todo))
     logger.warning(
         "%s has not ended: its newest complete checkpoint %s is used; %s resumes it", folder, checkpoint.name, command
     )
@@ -180,13 +178,12 @@ def _download(name: str) -> Path:
         raise AdapterError(fault("adapter", "source", name, expected, here))
     try:
         folder = download_adapter(place)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         todo = here or f"Check the path, or your login. The hub says: {' '.join(str(error).split())[:200]}"
         raise AdapterError(fault("adapter", "source", name, expected, todo)) from error
     if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(
-            fault("adapter", "source", name, "a folder of the Hub with adapter_config.json", _others(place))
-        )
+        expected = "a folder of the Hub with adapter_config.json"
+        raise AdapterError(fault("adapter", "source", name, expected, _others(place)))
     return folder
 
 
@@ -197,14 +194,19 @@ def _others(place: HubPath) -> str:
     return f"It has: {', '.join(name + suffix for name in found[:5])}" if found else ""
 
 
+def shown_base(base: str) -> str:
+    """Return a base's name for files that others get: without the folders of this machine."""
+    if base == local_path("nano"):
+        return "nano"
+    return Path(base).name if Path(base).is_dir() else base
+
+
 def licence(base: str | None) -> str | None:
     """Return the licence of a base from the card in its folder; Microsoft's Phi models are all under MIT."""
     if base is None:
         return None
     readme = Path(local_path(base)) / "README.md"
     if readme.is_file():
-        found = getattr(
-            ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data, "license", None
-        )
-        return str(found) if found else None
+        card = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        return str(found) if (found := getattr(card.data, "license", None)) else None
     return "mit" if find(base) is not None else None

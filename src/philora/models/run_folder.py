@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -37,8 +37,6 @@ logger = logging.getLogger("philora.run")
 CONFIG_NAME: Final = "config.yaml"
 HELD_OUT_NAME: Final = "held_out.jsonl"
 _WRITTEN_BY_A_RUN: Final = (RECORD_NAME, "trainer_state.json", "train_results.json", "results.json")
-
-
 USUAL_SHARE: Final = 0.9
 """If this share of the training conversations has the same system turn, later questions begin with it."""
 
@@ -143,20 +141,12 @@ class TrainedRun:
 
     @cached_property
     def tokenizer(self) -> TokenizerConfig:
-        """Return the section `tokenizer` of the configuration.
-
-        Raises:
-            ConfigError: As `model`.
-        """
+        """Return the section `tokenizer` of the configuration, with the errors of `model`."""
         return TokenizerConfig(**self._section("tokenizer", TokenizerConfig))
 
     @cached_property
     def evaluation(self) -> EvaluationConfig:
-        """Return the section `evaluation` of the configuration.
-
-        Raises:
-            ConfigError: As `model`.
-        """
+        """Return the section `evaluation` of the configuration, with the errors of `model`."""
         return EvaluationConfig(**self._section("evaluation", EvaluationConfig))
 
     @property
@@ -243,11 +233,7 @@ class TrainedRun:
     # -- current paths
 
     def base(self) -> Place:
-        """Return the current location of the base model.
-
-        Raises:
-            ConfigError: As `model`.
-        """
+        """Return the current location of the base model, which `model` names."""
         return self.place(self.model.name_or_path)
 
     def place(self, name: str) -> Place:
@@ -263,11 +249,12 @@ class TrainedRun:
 def paths_of(config: Config, folder: Path) -> dict[str, dict[str, str]]:
     """Return the paths of a configuration for `run.json`: the given path, with its absolute and relative form.
 
-    Args:
-        config: The configuration; names that are not paths of this machine are left out.
-        folder: The run folder.
+    Names that are not paths of this machine are left out.
     """
-    given = [config.model.name_or_path, config.model.adapter, *_sources(config.data)]
+    sides: tuple[Any, ...] = (config.data.train, config.data.eval)
+    sources = (source for side in sides if isinstance(side, tuple) for source in side)
+    paths = (source.path for source in sources if isinstance(source, SourceConfig))
+    given = [config.model.name_or_path, config.model.adapter, *paths]
     found = {}
     for name in given:
         if name is None or name in BUNDLED or not Path(name).expanduser().exists():
@@ -279,10 +266,3 @@ def paths_of(config: Config, folder: Path) -> dict[str, dict[str, str]]:
         except ValueError:  # another drive of Windows
             continue
     return found
-
-
-def _sources(data: DataConfig) -> Iterable[str]:
-    sides: tuple[Any, ...] = (data.train, data.eval)
-    return [
-        source.path for side in sides if isinstance(side, tuple) for source in side if isinstance(source, SourceConfig)
-    ]

@@ -21,7 +21,7 @@ _COMPARED = 256  # rows without a token that are compared
 def untrained_tokens(
     tokenizer: PreTrainedTokenizerBase, rows: int, config: Any = None, weight: Tensor | None = None
 ) -> dict[str, int]:
-    """Return the tokens without a trained row, with their ids.
+    """Return the tokens without a trained row, with their ids. Shapes: weight (V, C).
 
     A token beyond the end of the embedding has no row. A row is spare if it is beyond the tokens that a Phi model ships
     with, if it is zero, or if it has the same bits as the row of an id without a token.
@@ -31,9 +31,6 @@ def untrained_tokens(
         rows: Rows of the model's embedding.
         config: The model's configuration.
         weight: The embedding; None to check ids only.
-
-    Shapes:
-        weight (V, C).
     """
     vocabulary = tokenizer.get_vocab()
     shipped = tokens_that_ship(config) or rows
@@ -42,15 +39,10 @@ def untrained_tokens(
         used = set(vocabulary.values())
         unused = [index for index in range(len(weight)) if index not in used][:_COMPARED]
         added = [index for index in tokenizer.added_tokens_decoder if index < len(weight)]
-        spare |= _like_unused(weight, unused, added)
+        rows_of_unused = {_bits(weight[index]) for index in unused}
+        spare |= {index for index in added if not weight[index].any() or _bits(weight[index]) in rows_of_unused}
     spare.discard(tokenizer.pad_token_id)
     return {token: index for token, index in sorted(vocabulary.items(), key=lambda item: item[1]) if index in spare}
-
-
-def _like_unused(weight: Tensor, unused: Iterable[int], candidates: Iterable[int]) -> set[int]:
-    """Return the candidates whose rows are zero, or have the same bits as the row of an unused id."""
-    spare = {_bits(weight[index]) for index in unused}
-    return {index for index in candidates if not weight[index].any() or _bits(weight[index]) in spare}
 
 
 def _bits(row: Tensor) -> bytes:
@@ -68,13 +60,7 @@ def stored_embedding(folder: Path, model: PreTrainedModel) -> Tensor | None:
 
 
 def notice(tokens: Mapping[str, int], rows: int, peft_config: Mapping[str, Any]) -> str | None:
-    """Return a notice about untrained tokens before training, or None if all rows are or will be trained.
-
-    Args:
-        tokens: Result of `untrained_tokens`.
-        rows: Rows of the model's embedding.
-        peft_config: The run's section; it may train rows of the embedding.
-    """
+    """Return a notice about `untrained_tokens` before training, or None if all rows are or will be trained."""
     missing = [token for token, index in tokens.items() if index >= rows]
     if missing:
         return (

@@ -36,9 +36,8 @@ class Agreement(NamedTuple):
     bound: float
 
     def __str__(self) -> str:
-        text = (
-            f"largest difference of a logit {self.largest:.2e}, relative {self.relative:.2e} (allowed {self.bound:.0e})"
-        )
+        relative = f"relative {self.relative:.2e} (allowed {self.bound:.0e})"
+        text = f"largest difference of a logit {self.largest:.2e}, {relative}"
         return f"{text}; the adapter moves the base by {self.effect:.2e}" if self.effect else text
 
 
@@ -63,15 +62,7 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
 def agreement(
     where: str, reference: Tensor, other: Tensor, bound: float, base: Tensor | None = None, todo: str = ""
 ) -> Agreement:
-    """Compare logits.
-
-    Args:
-        where: The conversion's name in the message.
-        reference: Logits of the given adapter.
-        other: Logits of the converted form.
-        bound: Largest relative difference that is allowed.
-        base: Logits of the base without the adapter.
-        todo: What to do if they differ.
+    """Compare logits of the given adapter with those of the converted form, and with those of the base alone.
 
     Raises:
         AdapterError: They differ by more, or are not finite.
@@ -130,15 +121,7 @@ def row_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
 def divergence(
     where: str, reader: str, reference: Sequence[Tensor], other: Sequence[Tensor], base: Sequence[Tensor], bound: float
 ) -> Divergence:
-    """Compare distributions over the next token.
-
-    Args:
-        where: The conversion's name in the message.
-        reader: The program that computed `other`.
-        reference: Logits of the trained model for every row.
-        other: Logits of the written form.
-        base: Logits of the base.
-        bound: Largest mean divergence that is allowed.
+    """Compare the trained model's distributions over the next token with those of the written form and of the base.
 
     Shapes:
         The elements of the three lists are (T, V), with T tokens of the row.
@@ -149,15 +132,8 @@ def divergence(
     divergences = torch.cat([_kl(a, b) for a, b in zip(reference, other, strict=True)])
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, other, strict=True)])
     effect = torch.cat([_kl(a, b) for a, b in zip(reference, base, strict=True)])
-    result = Divergence(
-        reader,
-        float(divergences.mean()),
-        float(divergences.max()),
-        float(same.float().mean()),
-        len(divergences),
-        float(effect.mean()),
-        bound,
-    )
+    mean, largest, alike = float(divergences.mean()), float(divergences.max()), float(same.float().mean())
+    result = Divergence(reader, mean, largest, alike, len(divergences), float(effect.mean()), bound)
     if not result.mean <= bound:
         expected = f"a mean divergence from the trained model of at most {bound:g} nats"
         raise AdapterError(fault(where, reader, result.mean, expected, "Nothing was written"))

@@ -72,8 +72,6 @@ def _call(name: str, *arguments: _Argument) -> None:
     """Call a C function with integers as size_t, other numbers as float, switches as int, and the thread count."""
     if watched():
         raise ValueError(fault(f"philora.native.{name}", "call", "watched", "no tracing, transform or dispatch mode"))
-    native = load()
-    assert isinstance(native, Native)
     values: list[object] = []
     for argument in arguments:
         if isinstance(argument, bool):
@@ -86,7 +84,13 @@ def _call(name: str, *arguments: _Argument) -> None:
             values.append(ctypes.c_float(argument))
         else:
             values.append(argument)
-    getattr(native.library, name)(*values, ctypes.c_int(torch.get_num_threads()))
+    getattr(_loaded().library, name)(*values, ctypes.c_int(torch.get_num_threads()))
+
+
+def _loaded() -> Native:
+    native = load()
+    assert isinstance(native, Native)
+    return native
 
 
 def _misfit(name: str, argument: str, found: object, expected: str) -> ValueError:
@@ -301,8 +305,7 @@ def _check_heads(name: str, argument: str, flat: Tensor) -> None:
     _dtype_of(name, argument, flat, 3)
     width = flat.shape[2]
     if flat.stride()[1:] != (width, 1) or not 0 < width <= _WIDEST_HEAD:
-        expected = f"adjacent heads of 1 to {_WIDEST_HEAD} columns"
-        raise _misfit(name, argument, flat, expected)
+        raise _misfit(name, argument, flat, f"adjacent heads of 1 to {_WIDEST_HEAD} columns")
 
 
 def _ranges(starts: Tensor, lengths: Tensor, tokens: int) -> tuple[int, int, int, int, bool]:
@@ -356,10 +359,8 @@ def _rotation(
     half = cos.shape[1]
     if 2 * half > width:
         raise _misfit(name, "cos", cos, f"at most {width // 2} columns, half of a head's")
-    found = [
-        _address(name, item, tensor, torch.float32, (tokens, half)) for item, tensor in (("cos", cos), ("sin", sin))
-    ]
-    return found[0], found[1], half
+    shape = tokens, half
+    return _address(name, "cos", cos, torch.float32, shape), _address(name, "sin", sin, torch.float32, shape), half
 
 
 class _Attention(ctypes.Structure):
@@ -436,8 +437,7 @@ def _description(name: str, heads: Sequence[Tensor], causal: Causal) -> _Attenti
         raise _misfit(name, "heads", found, "queries, keys and values of the same tokens, with H a multiple of K")
     if window is not None and not (type(window) is int and 0 < window < 2**63):
         raise _misfit(name, "window", window, "None or a whole number of at least 1")
-    native = load()
-    assert isinstance(native, Native)
+    native = _loaded()
     places = _documents(name, starts, lengths, tokens, tokens)
     cos, sin, half = _rotation(name, angles, tokens, width)
     at = [ctypes.c_void_p(_pointer(name, "heads", head)) for head in heads]
@@ -448,10 +448,6 @@ def _description(name: str, heads: Sequence[Tensor], causal: Causal) -> _Attenti
 
 def attend(heads: Sequence[Tensor], causal: Causal) -> tuple[Tensor, Tensor]:
     """Compute causal attention of every document, with queries and keys rotated if there are angles.
-
-    Args:
-        heads: Queries, keys and values.
-        causal: How they attend.
 
     Shapes:
         heads three of (B·T, H or K, D); returns the output (B·T, H, D) and the logarithm of every query's normaliser
@@ -482,8 +478,7 @@ def attend_backward(
     """Write the gradients of queries, keys and values.
 
     Args:
-        heads: As in `attend`.
-        causal: As in `attend`.
+        heads, causal: As in `attend`.
         saved: Results of `attend`.
         grad: Gradient of the output.
         results: Memory for the three gradients, with the strides of `heads`.
@@ -509,9 +504,7 @@ def attend_backward(
 
 
 def _attend(name: str, description: _Attention, *addresses: ctypes.c_void_p) -> None:
-    native = load()
-    assert isinstance(native, Native)
-    if getattr(native.library, name)(ctypes.byref(description), *addresses, ctypes.c_int(torch.get_num_threads())):
+    if getattr(_loaded().library, name)(ctypes.byref(description), *addresses, ctypes.c_int(torch.get_num_threads())):
         raise MemoryError("no memory for the attention of one document")
 
 

@@ -148,9 +148,8 @@ def require_token(where: str, token: str | None = None) -> str:
     """
     found = token or get_token()
     if found is None:
-        expected = "a token with write access"
         todo = "Set HF_TOKEN, or log in: hf auth login"
-        raise ConfigError(fault(where, "token", None, expected, todo))
+        raise ConfigError(fault(where, "token", None, "a token with write access", todo))
     return found
 
 
@@ -166,11 +165,7 @@ def create_repository(repo_id: str, token: str, private: bool | None, where: str
 
 
 def files(repo_id: str, token: str, where: str) -> list[str]:
-    """Return the paths of a repository's files.
-
-    Raises:
-        ConfigError, RunError: As `create_repository`.
-    """
+    """Return the paths of a repository's files. It raises what `create_repository` does."""
     with _explained(where, repo_id, token):
         return list(HfApi(token=token).list_repo_files(repo_id))
 
@@ -209,9 +204,8 @@ def _explained(where: str, repo_id: str, token: str) -> Iterator[None]:
         raise RunError(fault(where, "repo_id", repo_id, "the hub to take the files", said)) from None
     except (httpx2.HTTPError, OSError) as error:  # offline mode is an OSError too
         said = f"{type(error).__name__}: {_first_line(error)}".replace(token, "***")
-        expected = f"a connection to {constants.ENDPOINT}"
         todo = f"Connect and try again; nothing is lost. {said}"
-        raise RunError(fault(where, "repo_id", repo_id, expected, todo)) from None
+        raise RunError(fault(where, "repo_id", repo_id, f"a connection to {constants.ENDPOINT}", todo)) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -144,12 +144,7 @@ def not_here(given: Mapping[str, Any], source: str) -> list[str]:
 
 
 def idle_gpus(given: Mapping[str, Any], device_map: Any) -> int:
-    """Return how many visible GPUs a run does not use: without a launcher, one process trains on one GPU.
-
-    Args:
-        given: The run's `training_config`.
-        device_map: The run's `model.device_map`.
-    """
+    """Return how many visible GPUs a run with this `training_config` leaves: without a launcher one GPU trains."""
     import torch
 
     if count() > 1 or given.get("use_cpu") or given.get("deepspeed") or device_map is not None:

@@ -18,10 +18,7 @@ _TEXTS = ("Hello", " two  spaces\n\nand lines ", "größer, 12345 and \U0001f600
 
 @contextlib.contextmanager
 def panics_as_errors(where: str) -> Iterator[None]:
-    """Turn a panic of the tokenizers library, which is no `Exception`, into a ValueError.
-
-    Args:
-        where: The file's name in the message.
+    """Turn a panic of the tokenizers library, which is no `Exception`, into a ValueError that names the file.
 
     Raises:
         ValueError: The library panicked.
@@ -53,12 +50,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 @functools.lru_cache(maxsize=64)
 def check_template(name: str, template: str, tokens: str) -> None:
-    """Render a chat template in a process with limits on memory and time.
-
-    Args:
-        name: The template's name in the message.
-        template: Jinja source.
-        tokens: Special tokens that the template can write, as a JSON object.
+    """Render a chat template in a process with limits on memory and time; `tokens` are its special ones, as JSON.
 
     Cost:
         A fifth of a second, once per template.

@@ -340,18 +340,24 @@ def test_a_conversation_takes_the_same_step(static, monkeypatch):
 
 def test_which_answers_take_a_graph():
     assert against(GraphFacts()) == []
-    assert against(replace(GraphFacts(), kind="cpu", name="a CPU")) == ["a graph needs a CUDA GPU, this is a CPU"]
+    a_cpu = GraphFacts(DeviceFacts(kind="cpu", name="a CPU"))
+    assert against(a_cpu) == ["a graph needs a CUDA GPU, this is a CPU"]
     cases = {
         "switch": ("0", "PHILORA_GRAPHS=0"),
-        "fused": (False, "PHILORA_FUSED=0"),
         "covered": (False, "transformers' generate"),
-        "triton": (None, "Triton is not installed"),
-        "capability": ((7, 5), "compute capability 7.5"),
         "dtype": ("float16", "weights in float16"),
         "quantized": (True, "quantised layers"),
     }
     for name, (value, reason) in cases.items():
         (found,) = against(replace(GraphFacts(), **{name: value}))
+        assert reason in found
+    of_device = {
+        "fused": (False, "PHILORA_FUSED=0"),
+        "triton": (None, "Triton is not installed"),
+        "capability": ((7, 5), "compute capability 7.5"),
+    }
+    for name, (value, reason) in of_device.items():
+        (found,) = against(GraphFacts(replace(DeviceFacts(), **{name: value})))
         assert reason in found
     for name in ("dtype", "quantized"):
         assert against(replace(GraphFacts(), **{name: cases[name][0]}, switch="all")) == []
