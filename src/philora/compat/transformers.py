@@ -50,6 +50,11 @@ PRIVATE = (
         "kernels and decoder_stack; `forward` gets the loss at labels, in kernels/loss.py",
         "the kernels hub takes layers from the Hub only",
     ),
+    PrivateName(
+        "transformers.utils.output_capturing._CAN_RECORD_REGISTRY",
+        "output_hidden_states with the decoder stack: transformers looks up by class what a model records",
+        "none",
+    ),
     PrivateName("transformers.TrainingArguments._n_gpu", "one GPU a process", "n_gpu is read-only"),
     PrivateName(
         "transformers.PreTrainedConfig._attn_implementation",

@@ -27,6 +27,7 @@ from philora.decoder_stack.products import Scaling, fp8_scaling
 from philora.decoder_stack.rows import Dropout, kept_by_dropout
 from philora.files.checkpoint import read_json, write_json
 from philora.kernels.layout import PackedLayout
+from philora.runtime.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def _disagreement(device: torch.device, dtype: str, head_size: int, with_dropout
     properties = torch.cuda.get_device_properties(device)
     versions = (torch.__version__, triton_version(), transformers.__version__, peft.__version__, _own_digest())
     key = "; ".join(map(str, (properties.name, *versions, dtype, head_size, with_dropout, base)))
-    path = Path(os.environ.get("PHILORA_CACHE") or "~/.cache/philora").expanduser() / "decoder_stack.json"
+    path = Path(os.environ.get("PHILORA_CACHE") or user_cache()).expanduser() / "decoder_stack.json"
     known = read_json(path)
     if key in known:
         return None

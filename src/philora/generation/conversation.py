@@ -40,8 +40,8 @@ from philora.generation.batches import (
 )
 from philora.generation.inference import Loaded, adapter_folder, load
 from philora.kernels.memory import out_of_memory
-from philora.models.loading import load_tokenizer, local_path
-from philora.models.locate import AdapterSource
+from philora.models.loading import load_tokenizer
+from philora.models.locate import AdapterSource, shown_base
 from philora.models.run_folder import SystemTurn, TrainedRun
 
 logger = logging.getLogger(__name__)
@@ -540,7 +540,7 @@ def load_pool(sources: Mapping[str, str | Path], base: str | None = None) -> Ada
         expected, todo = f"the base of the first adapter, {found[first].base}", "Start one server for each base"
         raise AdapterError(fault("adapters", "base", others.pop(), expected, todo))
     _check_untouched_base(found)
-    display = base_name(base or found[first].base or first)
+    display = shown_base(base or found[first].base or first)
     if display in found:
         expected = f"another name than the base's, {display}"
         raise AdapterError(fault("adapters", "name", display, expected, "Name it: NAME=RUN_OR_ADAPTER"))
@@ -583,14 +583,6 @@ def name_of(source: str | Path) -> str:
         return str(source)
     path = path.resolve()
     return path.parent.name if path.name == "adapter" else path.name
-
-
-def base_name(base: str) -> str:
-    """Return the display name of a base: a hub id unchanged, a folder by its last part."""
-    if local_path(base) == local_path("nano"):
-        return "nano"
-    path = Path(base).expanduser()
-    return path.resolve().name if path.is_dir() else base
 
 
 def _check_untouched_base(found: Mapping[str, AdapterSource]) -> None:

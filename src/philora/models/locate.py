@@ -195,10 +195,11 @@ def _others(place: HubPath) -> str:
 
 
 def shown_base(base: str) -> str:
-    """Return a base's name for files that others get: without the folders of this machine."""
-    if base == local_path("nano"):
+    """Return a base's name for people and for files that others get: a Hub id unchanged, of a folder the last part."""
+    if local_path(base) == local_path("nano"):
         return "nano"
-    return Path(base).name if Path(base).is_dir() else base
+    path = Path(base).expanduser()
+    return path.resolve().name if path.is_dir() else base
 
 
 def licence(base: str | None) -> str | None:

@@ -120,7 +120,8 @@ def test_the_trial_compares_the_base_that_trains(monkeypatch, base, product, lar
 
 
 def test_another_base_is_compared_again(monkeypatch, tmp_path):
-    monkeypatch.setenv("PHILORA_CACHE", str(tmp_path))
+    monkeypatch.delenv("PHILORA_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     card = type("Card", (), {"name": "NVIDIA H200"})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     asked = []
@@ -134,6 +135,7 @@ def test_another_base_is_compared_again(monkeypatch, tmp_path):
     found = [trial.disagreement(torch.device("cuda"), ModelFacts(base=base)) for base in ("plain", "nf4", "fp8", "fp8")]
     trial._disagreement.cache_clear()
     assert asked == ["plain", "nf4", "fp8"]
+    assert (tmp_path / "philora" / "decoder_stack.json").is_file()
     assert [item is None for item in found] == [False, False, True, True]  # fp8 alone rounds as much
 
 
