@@ -14,6 +14,7 @@ import philora
 from tools.architecture import BEGIN, END, ORDER, PAGE, packages, summary
 
 ROOT = Path(philora.__file__).parent
+UNIT = Path(__file__).parents[1] / "unit"
 
 TORCH_FREE = [
     "errors", "families", "files.links", "runtime.process_state", "runtime.processes", "runtime.signals",
@@ -40,6 +41,28 @@ def imports(path: Path) -> set[str]:
 
 def test_every_module_has_a_place():
     assert {unit(path) for path in ROOT.rglob("*.py")} - {"__init__"} == set(ORDER)
+
+
+def strays(tests: Path) -> list[str]:
+    """Test files that are not called `test_<module>.py` or `test_<module>_<topic>.py` after a module of their package."""
+    found = []
+    for path in tests.glob("*/test_*.py"):
+        names = {part.stem for part in (ROOT / path.parent.name).glob("[!_]*")}
+        words = path.stem.split("_")[1:]
+        if names and not any("_".join(words[:count]) in names for count in range(1, len(words) + 1)):
+            found.append(f"{path.parent.name}/{path.name}")
+    return found
+
+
+def test_the_unit_tests_mirror_the_package(tmp_path):
+    packages = {path.parent.name for path in ROOT.glob("*/*.py")}
+    folders = {path.parent.name for path in UNIT.glob("*/test_*.py")}
+    assert packages - folders == {"cli"}, "the command line is tested by its commands, in tests/cli"
+    assert strays(UNIT) == []
+    (tmp_path / "lora").mkdir()
+    for name in ("layers", "layers_in_bf16", "lora_layers"):
+        (tmp_path / "lora" / f"test_{name}.py").touch()
+    assert strays(tmp_path) == ["lora/test_lora_layers.py"]
 
 
 def test_imports_point_down():

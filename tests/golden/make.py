@@ -2,7 +2,7 @@
 
 Nothing here is drawn at random, since generators may change between releases of PyTorch: every weight is a sine of its
 index. What a version wrote stays as it is; a new release gets a folder of its own beside it, so that
-`tests/unit/exporting/test_golden.py` reads the adapters of every release.
+`tests/unit/exporting/test_adapter_of_earlier_releases.py` reads the adapters of every release.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compute the bytes that the decoder stack needs on a GPU from the sizes of its layers, without a device.
 
-`footprint` adds them to the base, the adapter and the loss. tests/unit/decoder_stack/test_stack_memory.py compares them
+`footprint` adds them to the base, the adapter and the loss. tests/unit/decoder_stack/test_memory.py compares them
 with the tensors of a real step, and with peaks measured on a GPU.
 """
 

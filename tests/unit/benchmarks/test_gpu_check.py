@@ -135,7 +135,7 @@ def test_the_files_that_parity_runs_are_those_that_hold_tests_for_a_card():
 def test_what_parity_runs_is_collected_with_the_packages_of_the_machine_alone():
     code, said = collected(*gpu_check.test_files(), plugins=["tests.hidden_packages"])
     assert code == 0, said[-3000:]
-    code, said = collected("tests/unit/lora/test_lora_layers.py", "tests/parity", plugins=["tests.hidden_packages"])
+    code, said = collected("tests/unit/lora/test_layers.py", "tests/parity", plugins=["tests.hidden_packages"])
     assert code != 0, "negative control: these need loralib"
     assert "No module named 'loralib'" in said
 

@@ -14,7 +14,7 @@ from philora.dataset.arrangement import Arrangement, PromptTooLong, fold_system
 from philora.dataset.messages import Conversation
 from philora.errors import DataError
 from tests.gguf_models import TEMPLATES
-from tests.unit.dataset.test_data_template import (
+from tests.unit.dataset.test_template import (
     CASES,
     PHI3,
     REFUSES_SYSTEM,

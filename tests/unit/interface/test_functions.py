@@ -199,7 +199,7 @@ def test_an_endpoint_answers_openai_s_client_and_is_closed(run):
 def test_a_quiet_script_shows_notices_and_nothing_else(tmp_path):
     program = (
         "import pathlib, sys, philora\n"
-        "from tests.cli.test_from_python import settings\n"
+        "from tests.unit.interface.test_functions import settings\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "philora.train(settings(folder, output_dir=str(folder / 'run')), quiet=True)\n"
     )

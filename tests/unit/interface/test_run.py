@@ -13,7 +13,7 @@ import pytest
 
 import philora
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def settings(folder, **training):
@@ -65,7 +65,7 @@ def test_with_processes_that_tokenise_and_spawned_loader_workers(tmp_path):
         (tmp_path / f"{name}.py").write_text(
             "import multiprocessing, pathlib, sys\n"
             "import philora\n"
-            "from tests.cli.test_train_from_python import settings\n"
+            "from tests.unit.interface.test_run import settings\n"
             "if __name__ == '__main__':\n"
             "    folder = pathlib.Path(sys.argv[1])\n"
             + "".join(f"    {line}\n" for line in program.splitlines())
