@@ -44,7 +44,7 @@ def test_every_module_has_a_place():
 
 
 def strays(tests: Path) -> list[str]:
-    """Test files that are not called `test_<module>.py` or `test_<module>_<topic>.py` after a module of their package."""
+    """Test files not called `test_<module>.py` or `test_<module>_<topic>.py` after a module of their package."""
     found = []
     for path in tests.glob("*/test_*.py"):
         names = {part.stem for part in (ROOT / path.parent.name).glob("[!_]*")}

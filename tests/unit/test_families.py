@@ -87,7 +87,7 @@ def test_transformers_takes_as_many_factors_as_the_table_says(model: families.Ph
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_the_page_has_the_numbers(model: families.PhiModel) -> None:
     """The rows of the two tables in docs/family.md."""
-    page = (Path(__file__).parents[3] / "docs" / "family.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "family.md").read_text(encoding="utf-8")
     rotated = int(model.head_dim * model.partial_rotary_factor)
     boundary = f"{model.original_max_position_embeddings:,}" if model.rope_type == "longrope" else "-"
     shape = (

@@ -164,3 +164,43 @@ def flag_overrides(context: typer.Context) -> list[str]:
             value = json.dumps(value, ensure_ascii=False)  # always text, even if YAML would read a number
         given.append(f"{key}={value}")
     return given
+
+
+# Of `evaluate` alone; its function would be hard to read with them.
+EvaluationDataOption = Annotated[
+    str | None, typer.Option(help="File or folder of rows to score. Default: the rows that the run held out.")
+]
+AnswersOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Number of answers to generate; 0: none. Default: as in the run, else 200."),
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Number of rows to score at most. Default: all.")]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Metrics of the answers, separated by commas: rouge, bleu, chrf. Default: all that are installed."
+    ),
+]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(help="Command that reads answers as JSONL on standard input and writes their scores. Default: none."),
+]
+ForgettingOption = Annotated[
+    bool,
+    typer.Option(help="Also score bundled general prompts and texts, to see what training made the model forget."),
+]
+KeepTrainingRowsOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-training-rows", help="Also score rows that the training set contains. Default: they are left out."
+    ),
+]
+AnswerLengthOption = Annotated[
+    int | None, typer.Option(help="Length limit of an answer, in tokens. Default: as in the run, else 256.")
+]
+AnswerBatchOption = Annotated[
+    int | None, typer.Option(help="Number of answers generated at a time. Default: as in the run, else 16.")
+]
+EvaluationFolderOption = Annotated[
+    str | None, typer.Option("--out", help="Folder for the results. Default: evaluation/ in the run folder.")
+]

@@ -74,51 +74,22 @@ def train(
 @add_command(GROUP_RUN, "evaluation.md", "philora evaluate runs/support --answers 100", name="evaluate")
 def evaluate_adapter(
     source: options.AdapterArgument,
-    data: Annotated[
-        str | None, typer.Option(help="File or folder of rows to score. Default: the rows that the run held out.")
-    ] = None,
+    data: options.EvaluationDataOption = None,
     base: options.BaseOption = None,
-    answers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Number of answers to generate; 0: none. Default: as in the run, else 200."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of rows to score at most. Default: all.")] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            help="Metrics of the answers, separated by commas: rouge, bleu, chrf. Default: all that are installed."
-        ),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            help="Command that reads answers as JSONL on standard input and writes their scores. Default: none."
-        ),
-    ] = None,
-    forgetting: Annotated[
-        bool,
-        typer.Option(help="Also score bundled general prompts and texts, to see what training made the model forget."),
-    ] = True,
-    keep_training_rows: Annotated[
-        bool,
-        typer.Option(
-            "--keep-training-rows", help="Also score rows that the training set contains. Default: they are left out."
-        ),
-    ] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length limit of an answer, in tokens. Default: as in the run, else 256.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Number of answers generated at a time. Default: as in the run, else 16.")
-    ] = None,
+    answers: options.AnswersOption = None,
+    limit: options.LimitOption = None,
+    metrics: options.MetricsOption = None,
+    judge: options.JudgeOption = None,
+    forgetting: options.ForgettingOption = True,
+    keep_training_rows: options.KeepTrainingRowsOption = False,
+    max_new_tokens: options.AnswerLengthOption = None,
+    batch_size: options.AnswerBatchOption = None,
     sample: options.SampleOption = False,
     temperature: options.TemperatureOption = None,
     top_p: options.TopPOption = None,
     top_k: options.TopKOption = None,
     seed: options.SeedOption = 0,
-    output: Annotated[
-        str | None, typer.Option("--out", help="Folder for the results. Default: evaluation/ in the run folder.")
-    ] = None,
+    output: options.EvaluationFolderOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Compare an adapter with its base on held-out rows: loss, answers, ROUGE, BLEU, chrF, forgetting."""

@@ -102,8 +102,7 @@ def evaluate(
         judge: Command that scores answers, see `judged`.
         forgetting: Score the bundled general prompts and texts as well.
         keep_training_rows: Also score rows of the training set; by default they are left out and named.
-        out: Folder for the results; default: `evaluation` in the run folder, for a checkpoint
-            `evaluation-checkpoint-N`.
+        out: Folder for the results; default: `evaluation` in the run folder; `evaluation-checkpoint-N` of a checkpoint.
         command: The command that the results record.
 
     Raises:
@@ -114,9 +113,7 @@ def evaluate(
     """
     started = time.monotonic()
     _check_judge(judge)
-    names, missing = measures.choose(metrics)
-    for name in missing:
-        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
+    names = _chosen(metrics)
     loaded = load(source, base=base)
     folder = _folder(loaded, out)
     settings = _settings(loaded, generation or {})
@@ -130,6 +127,29 @@ def evaluate(
         figures.append(_judged(judge, examples))
     kept_knowledge = _forgetting(*general) if general else []
     results = {
+        **_conditions(source, data, command, loaded, settings),
+        "rows": len(kept),
+        "training_rows_left_out": 0 if keep_training_rows else len(found.in_training or ()),
+        "training_rows_known": found.in_training is not None,
+        **_scores(before, after, figures, kept_knowledge),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return Assessment(folder, _write(folder, results, examples), figures, kept_knowledge)
+
+
+def _chosen(names: Sequence[str] | None) -> list[str]:
+    """Return the metrics to compute, and warn of those whose package is missing."""
+    chosen, missing = measures.choose(names)
+    for name in missing:
+        logger.warning("%s is left out: its package is not installed (%s)", name, measures.INSTALL)
+    return chosen
+
+
+def _conditions(
+    source: str | Path, data: str | Path | None, command: str, loaded: Loaded, settings: GenerationSettings
+) -> dict[str, Any]:
+    """Return what was evaluated and with what, as `results.json` has it."""
+    return {
         "philora": philora.__version__,
         "versions": _versions(),
         "command": command,
@@ -138,18 +158,21 @@ def evaluate(
         "base": loaded.base,
         "data": str(data) if data is not None else "held out by the run",
         "settings": dataclasses.asdict(settings),
-        "rows": len(kept),
-        "training_rows_left_out": 0 if keep_training_rows else len(found.in_training or ()),
-        "training_rows_known": found.in_training is not None,
+    }
+
+
+def _scores(
+    before: Evaluation, after: Evaluation, figures: Sequence[Paired], forgetting: Sequence[Paired]
+) -> dict[str, Any]:
+    """Return the scores of both models as `results.json` has them."""
+    return {
         "answers": len(after.samples),
         "too_long": after.too_long,
         "before": before.scores.to_dict(),
         "after": after.scores.to_dict(),
         "comparison": [measure.to_dict() for measure in figures],
-        "forgetting": [measure.to_dict() for measure in kept_knowledge],
-        "seconds": round(time.monotonic() - started, 1),
+        "forgetting": [measure.to_dict() for measure in forgetting],
     }
-    return Assessment(folder, _write(folder, results, examples), figures, kept_knowledge)
 
 
 def _asked(loaded: Loaded, found: HeldOut, kept: Sequence[int], answers: int | None) -> list[int]:
