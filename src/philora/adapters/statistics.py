@@ -27,7 +27,7 @@ class CoverageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Coverage:
-    """What an adapter covers. `print` it for a table."""
+    """Count what an adapter covers. `print` it for a table."""
 
     rows: tuple[CoverageRow, ...]
     other_trainable: tuple[tuple[str, int], ...]

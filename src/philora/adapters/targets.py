@@ -35,7 +35,7 @@ class MissingTargetError(TargetError, NoMatchingPeftModuleError):  # type: ignor
 
 
 class Resolution(NamedTuple):
-    """What a LoraConfig means on a model: the config in PEFT's terms, and slices by their fused module."""
+    """Hold what a LoraConfig means on a model: the config in PEFT's terms, and slices by their fused module."""
 
     config: LoraConfig
     slices: dict[str, Slices]

@@ -84,7 +84,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and need.
+    """Hold what a run will do and need.
 
     Attributes:
         micro_batch_rows: Rows of a micro-batch on every device.
