@@ -310,6 +310,7 @@ def stop(number):
     os.kill(os.getpid(), number)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_evaluation_on_start_saves_nothing_and_says_so(settings, tmp_path):
     settings["training_config"] |= {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     with pytest.raises(Interrupted, match=r"Nothing was saved; start it again with") as caught:
@@ -395,6 +396,7 @@ def test_a_process_without_a_home(monkeypatch, tmp_path):
         load_config({"data": {"train": "helpdesk"}, "model": {"name_or_path": "~nobody-of-that-name/x"}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", ["step_end", "prediction_step"])
 def test_a_clock_that_is_set_back_makes_no_negative_durations(settings, tmp_path, monkeypatch, event):
     clock, ahead = time.time, [0.0]
@@ -563,6 +565,7 @@ def test_an_adapters_lists_are_sorted(settings, whole):
         assert found == sorted(expected or found)
 
 
+@pytest.mark.slow
 def test_equal_runs_have_equal_adapter_folders(model, whole, tmp_path):
     result = philora.train(short(model, tmp_path / "again"))
     assert content(result.adapter) == content(whole / "adapter")

@@ -58,6 +58,7 @@ def test_init_takes_a_model_and_a_file(tickets, cli):
     assert written["model"]["name_or_path"] == "microsoft/Phi-4-mini-instruct"
 
 
+@pytest.mark.slow
 def test_training_on_data_gets_a_folder_of_its_own(tickets, cli):
     done = cli("train", "tickets.csv", *QUICK, "--rank", "4", "--target-modules", "q_proj,v_proj")
     assert done.code == 0, done.err

@@ -60,6 +60,7 @@ def shown(text):
     return lines["dequantised"], lines["fresh"]
 
 
+@pytest.mark.slow
 def test_the_loss_of_both_bases(run, tmp_path, cli):
     done = cli("merge", run, "--out", tmp_path / "fresh", "--fresh-base")
     assert done.code == 0, done.err

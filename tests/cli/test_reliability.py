@@ -151,6 +151,7 @@ def test_bf16_and_early_stopping_go_on_exactly(model, tmp_path):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_used_again(model, tmp_path, monkeypatch):
     open_ended = {"per_device_train_batch_size": "auto", "gradient_checkpointing": "auto", "tokens_per_step": 512}
     settings = settings_of(model, tmp_path / "run", **open_ended, save_total_limit=None)
@@ -210,7 +211,10 @@ def send(number=signal.SIGTERM):
     return lambda *_, **__: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("event", ["step_begin", "prediction_step", "save", "log"])
+@pytest.mark.parametrize(
+    "event",
+    ["step_begin", "save", *(pytest.param(name, marks=pytest.mark.slow) for name in ("prediction_step", "log"))],
+)
 def test_a_signal_saves_the_step_whenever_it_comes(model, whole, tmp_path, event):
     folder, sent = tmp_path / "run", []
 
@@ -319,6 +323,7 @@ def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
     assert philora.train(settings_of(model, folder), resume=True).results["throughput"]["steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_a_signal_after_training_loses_none_of_it(model, whole, tmp_path, monkeypatch):
     from philora.training import run_evaluation
 
@@ -337,6 +342,7 @@ def test_a_signal_after_training_loses_none_of_it(model, whole, tmp_path, monkey
     assert torture.differences(torture.outcome(folder), torture.outcome(whole)) == []
 
 
+@pytest.mark.slow
 def test_the_evaluation_on_start_is_not_made_again(model, tmp_path):
     folder = tmp_path / "run"
 
@@ -445,6 +451,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_examples(model, tmp_path):
         goes_on(model, folder, callbacks=[spoil({5})], max_nonfinite_steps=2)
 
 
+@pytest.mark.slow
 def test_none_takes_the_steps_as_trl_does(model, tmp_path):
     goes_on(model, tmp_path / "run", resume=False, callbacks=[spoil({2})], max_nonfinite_steps=None, max_steps=3)
     tensors = philora.lora.state.read_state(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -506,6 +513,7 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path, monkeypatch):
     assert not checkpoint.faults_of(final)
 
 
+@pytest.mark.slow
 def test_a_worker_that_outlives_its_run_holds_no_lock(tmp_path):
     code = (
         "import os, sys, time\n"

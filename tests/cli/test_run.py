@@ -119,6 +119,7 @@ def test_resume_goes_on_and_equals_the_whole_run(cli, config, tmp_path):
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_passed_over_and_named(cli, config, tmp_path):
     path = config()
     assert cli("train", path).code == 0
@@ -141,6 +142,7 @@ def test_resume_with_other_settings_is_refused_unless_forced(cli, config, tmp_pa
     assert cli("train", path, "training_config.learning_rate=2e-3", "--resume=force").code == 0
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_an_adapter(cli, config, whole, tmp_path):
     path = config(model={"name_or_path": "nano", "dtype": "float32", "adapter": str(whole.adapter)})
     assert cli("train", path).code == 0
@@ -168,6 +170,7 @@ def test_whole_modules_and_dora_train_beside_a_bf16_base(cli, config, tmp_path):
     assert not torch.equal(saved, head), "the head was left without a gradient"
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_training_stops_early(cli, config, tmp_path):
     path = config(
         training_config__learning_rate=0.05,

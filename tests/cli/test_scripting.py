@@ -47,6 +47,7 @@ def strictly(text: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_every_command_that_reports_prints_json_alone(cli, config, adapter, tmp_path):
     path = config()
     settings = strictly(cli("config", path, "--json").out)

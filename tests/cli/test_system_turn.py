@@ -194,6 +194,7 @@ def test_a_merged_folder_asks_so(runs, name, cli, tmp_path):
     assert begins(ids_of([*messages[:-1], {"role": "user", "content": QUESTION}]), runs[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["system", "nothing"])
 def test_ollama_begins_with_it(runs, name, cli, tmp_path):
     """Ollama puts SYSTEM before a conversation that has no system turn of its own."""

@@ -97,6 +97,7 @@ def test_the_architecture_names_every_module():
             assert f"`{path.name}`" in text, path.name
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     mkdocs = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path / "site")]
     built = subprocess.run(

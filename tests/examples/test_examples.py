@@ -52,6 +52,7 @@ def targets(adapter: Path) -> set[str]:
     return {name.rpartition(".")[2] for name in names}
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_inference_quantization_and_fine_tuning(run):
     shown, out = run("Phi_3_Inference_Finetuning.py", CHATS, "--limit", "40", "--max-new-tokens", "8")

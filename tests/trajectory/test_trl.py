@@ -96,6 +96,7 @@ def test_a_planted_fault_shows(rows, tmp_path, fault):
     assert (faulty - theirs).abs().max() > LOSS_STEP_FP32
 
 
+@pytest.mark.slow
 def test_slices_train_through_the_trainer(rows, tmp_path):
     targets = ["q_proj", "v_proj", "gate_proj"]
     got = losses(philora.SFTTrainer, philora.SFTConfig, rows, tmp_path, torch.float32, True, targets)

@@ -38,6 +38,7 @@ from philora.adapters.peft_models import apply_slices
 from philora.adapters.targets import resolve
 from philora.errors import AdapterError
 from tests.parity.conftest import masks_of_torch  # noqa: F401  # the same masks from the same seed in both models
+from tests.quick import quick
 
 pytestmark = pytest.mark.usefixtures("masks_of_torch")
 
@@ -541,7 +542,7 @@ def test_weighted_adapters(pair, case):
 # --------------------------------------------------------------------------------------------- files and copies
 
 
-@every_case
+@pytest.mark.parametrize("case", quick(CASES, KINDS))
 def test_saved_and_loaded(pair, base, case, tmp_path):
     """Two adapters, each read again by PEFT alone and by us, also without memory for a first random adapter."""
     both = pair(case, second=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 from importlib.metadata import version
@@ -58,6 +59,11 @@ OURS = {"_asdict", "_replace", "_getframe", "_hf_hook", "_events", "_zero3_conso
 engine have no class to look at here (compat/accelerate.py speaks of both)."""
 
 
+@functools.cache
+def source() -> list[ast.Module]:
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")]
+
+
 def foreign_names(trees: list[ast.Module]) -> set[str]:
     """Underscore names that the source reads and does not define."""
     own, read = set(OURS), set()
@@ -81,13 +87,12 @@ def foreign_names(trees: list[ast.Module]) -> set[str]:
 
 def test_every_foreign_private_name_is_listed():
     listed = {part for library in FILES for each in private(library) for part in each.name.split(".")}
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")]
-    assert foreign_names(trees) - listed == set(), "list them in src/philora/compat, with what they are for"
+    assert foreign_names(source()) - listed == set(), "list them in src/philora/compat, with what they are for"
 
 
 def test_a_foreign_private_name_is_found():
-    source = "def _own(): pass\nmodel._own()\nmodel._secret\nhasattr(model, '_other')\nmodel._TABLE"
-    assert foreign_names([ast.parse(source)]) == {"_secret", "_other", "_TABLE"}
+    text = "def _own(): pass\nmodel._own()\nmodel._secret\nhasattr(model, '_other')\nmodel._TABLE"
+    assert foreign_names([ast.parse(text)]) == {"_secret", "_other", "_TABLE"}
 
 
 def foreign_imports(tree: ast.Module) -> set[str]:
@@ -103,7 +108,7 @@ def foreign_imports(tree: ast.Module) -> set[str]:
 
 def test_every_import_from_a_private_module_is_listed():
     listed = {each.name for library in FILES for each in private(library)}
-    found = {name for path in ROOT.rglob("*.py") for name in foreign_imports(ast.parse(path.read_text("utf-8")))}
+    found = {name for tree in source() for name in foreign_imports(tree)}
     assert found - listed == set(), "list them in src/philora/compat, with what they are for"
-    source = "from torch._dynamo import config\nfrom torch import nn\nfrom torch.nn import _TABLE"
-    assert foreign_imports(ast.parse(source)) == {"torch._dynamo.config", "torch.nn._TABLE"}
+    text = "from torch._dynamo import config\nfrom torch import nn\nfrom torch.nn import _TABLE"
+    assert foreign_imports(ast.parse(text)) == {"torch._dynamo.config", "torch.nn._TABLE"}

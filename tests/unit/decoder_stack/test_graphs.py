@@ -78,6 +78,7 @@ def plainly(model: Any, batches: Sequence[Sequence[int]], monkeypatch: Any, **se
         return run(model, batches, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recomputation", ["none", *(pytest.param(each, marks=pytest.mark.slow) for each in ("elementwise", "full"))]
 )
@@ -112,6 +113,7 @@ def _same_counter(self: Any, given: Any) -> None:
         self._counter.fill_(SEED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", [_one_document, _same_counter])
 def test_the_comparison_notices_what_a_graph_is_given_wrongly(monkeypatch, plant):
     made = make(dropout=0.25)
@@ -215,6 +217,7 @@ def test_a_graph_that_computes_something_else_is_told_and_left(replays, monkeypa
     assert "its results differ by 0.01 from those without one" in caplog.text
 
 
+@pytest.mark.slow
 def test_another_adapter_and_other_memory_get_graphs_of_their_own(replays, monkeypatch):
     from peft import LoraConfig
 

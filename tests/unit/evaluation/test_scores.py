@@ -165,6 +165,7 @@ def test_scores_do_not_depend_on_batching_chunks_or_container(monkeypatch):
         assert got == pytest.approx(expected, rel=RELATIVE)
 
 
+@pytest.mark.slow
 def test_a_batch_without_memory_is_halved_and_later_ones_too(caplog):
     """PyTorch's allocator refuses what nobody has, wherever more than 60 positions are computed at once."""
     model, rows = phi(), rows_of()

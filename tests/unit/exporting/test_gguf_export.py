@@ -31,6 +31,7 @@ from philora.exporting.vocabulary import vocabulary
 from philora.models.loading import load_model, local_path, stop_token_ids
 from philora.models.verify import logits_of, probe
 from tests.gguf_models import MEMBERS, TEMPLATES, go_template, member_named, phi_tokenizer, save_adapter, save_member
+from tests.quick import quick
 from tests.tolerances import LOGITS_FP32, QUANTIZED_FP32
 
 
@@ -94,7 +95,7 @@ def test_both_layouts_compute_what_was_trained(member, saved, pair, tmp_path):
     assert relative(logits_of(plain, probe(model.config.vocab_size)), want) > 1e-2
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", quick(MEMBERS, ["Phi-3-mini-4k", "Phi-4-mini"]))
 def test_the_fields_are_the_members(member, saved, pair):
     folder = saved(member)
     out, _ = pair(member)
@@ -145,7 +146,7 @@ def test_the_fields_are_the_members(member, saved, pair):
     }
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("f16", 2e-3), ("q8_0", 5e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [pytest.param("f16", 2e-3, marks=pytest.mark.slow), ("q8_0", 5e-2)])
 def test_smaller_types(dtype, bound, saved, tmp_path):
     folder = saved("Phi-4")
     result = export(folder / "adapter", tmp_path / "out", format="gguf", dtype=dtype)
@@ -160,6 +161,7 @@ def test_smaller_types(dtype, bound, saved, tmp_path):
     assert kinds["blk.0.attn_norm.weight"] == "F32"
 
 
+@pytest.mark.slow
 def test_what_lora_alone_cannot_hold_is_merged(saved, tmp_path):
     folder = saved("Phi-4-mini")
     changed = tmp_path / "adapter"
@@ -176,6 +178,7 @@ def test_what_lora_alone_cannot_hold_is_merged(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_from_a_loralib_file(saved, tmp_path):
     folder = saved("Phi-3-mini-4k")
     export(folder / "adapter", tmp_path / "lib", format="loralib")
@@ -511,8 +514,12 @@ def test_other_tokens_and_missing_ones_are_named(got, place):
     ("ending", "said"),
     [
         ("os.kill(os.getpid(), signal.SIGILL)", "crashed with SIGILL; it was built for another processor"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashed with SIGSEGV"),
-        ("raise OSError('libgomp.so.1 is missing')", "exit code 1: OSError: libgomp.so.1 is missing"),
+        pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", "crashed with SIGSEGV", marks=pytest.mark.slow),
+        pytest.param(
+            "raise OSError('libgomp.so.1 is missing')",
+            "exit code 1: OSError: libgomp.so.1 is missing",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_llama_cpp_that_cannot_run_here_leaves_the_file_and_says_so(ending, said, saved, tmp_path, monkeypatch, cli):

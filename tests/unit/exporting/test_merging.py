@@ -41,6 +41,7 @@ from philora.errors import AdapterError, ConfigError, ModelError, RunError
 from philora.exporting.merged_folder import MergeResult, merge_to_folder
 from philora.exporting.merging import merge_layer
 from philora.models.loading import load_tokenizer, local_path
+from tests.quick import quick
 from tests.tolerances import LOGITS_FP32
 
 SPLIT = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -433,7 +434,10 @@ def test_a_grouped_convolution_is_refused():
 # ------------------------------------------------------------------------------------- from folder to folder
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    quick(CASES, ["slices", "dora", "whole modules", "biases", "Conv1D", "experts", "tied embedding", "tied tokens"]),
+)
 def test_the_folder_holds_what_merging_in_memory_gives(case, name, tmp_path, caplog):
     base, adapter = case(name)
     before = {path.name: path.read_bytes() for path in base.iterdir()}
@@ -461,7 +465,7 @@ def test_the_folder_holds_what_merging_in_memory_gives(case, name, tmp_path, cap
     assert not list(tmp_path.glob(".saving-*"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["slices", "dora", "tied head", "whole modules", "biases", "tokens", "pissa"])
 def test_the_dtype_of_the_base_is_kept(case, name, dtype, tmp_path):
     base, adapter = case(name, dtype)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.quick import quick
+
 CODE = """
 import resource, sys, torch
 from philora.runtime import process_state
@@ -25,7 +27,7 @@ print(done, faults())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-@pytest.mark.parametrize("changes", [{}, {"PHILORA_FUSED": "0"}, {"MALLOC_ARENA_MAX": "4"}])
+@pytest.mark.parametrize("changes", quick([{}, {"PHILORA_FUSED": "0"}, {"MALLOC_ARENA_MAX": "4"}], [{}]))
 def test_pages_are_used_again(changes):
     done, faults = outcome("keep_freed_memory", changes)
     pages = 5 * 40_000_000 // os.sysconf("SC_PAGE_SIZE")
@@ -33,6 +35,7 @@ def test_pages_are_used_again(changes):
     assert (int(faults) < pages / 20) == (not changes), faults  # the others are the negative control
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 def test_large_blocks_go_back():
     done, faults = outcome("return_large_blocks", {})

@@ -223,6 +223,7 @@ def test_over_quantised_bases(phi3, how, tmp_path):
     assert bytes_kept - bytes_again == sum(LENGTHS) * (3 * 64 + 2 * 160) * 2
 
 
+@pytest.mark.slow
 def test_a_run_takes_it(tmp_path):
     """`philora.train`, with the same adapter at the end."""
     adapters = {}

@@ -51,7 +51,11 @@ print(build.available(), swiglu(torch.ones(1, 4)).tolist(), build.describe(), se
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CC": "no-such-compiler"}, "PyTorch (there is no no-such-compiler: with gcc installed"),
+        pytest.param(
+            {"CC": "no-such-compiler"},
+            "PyTorch (there is no no-such-compiler: with gcc installed",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"CC": "false"}, "PyTorch (compiling failed: Command", marks=pytest.mark.slow),
         ({"PHILORA_NATIVE": "0"}, "PyTorch (PHILORA_NATIVE=0)"),
         pytest.param(

@@ -66,7 +66,12 @@ def test_bf16_on_a_processor_without_it_proposes_float32_where_memory_allows():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fast", "expected"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+    ("dtype", "fast", "expected"),
+    [
+        ("bfloat16", False, 1),
+        pytest.param("bfloat16", True, 0, marks=pytest.mark.slow),
+        pytest.param("float32", False, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_check_and_train_say_it_once(tmp_path, monkeypatch, caplog, dtype, fast, expected):
     monkeypatch.setattr(planning, "bf16_is_fast", lambda device=None: fast)
