@@ -440,7 +440,7 @@ def judged(command: str, questions: Sequence[Mapping[str, Any]]) -> dict[str, fl
         raise RunError(fault("evaluate", "judge", command, expected, f"Its output: {done.stderr.strip()[-300:]}"))
     wanted = {str(question["id"]) for question in questions}
     scores: dict[str, float] = {}
-    for number, line in enumerate(done.stdout.splitlines(), 1):
+    for number, line in enumerate(done.stdout.split("\n"), 1):
         if not line.strip():
             continue
         try:

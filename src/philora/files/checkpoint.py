@@ -76,9 +76,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in a file of JSON lines, without incomplete lines; none if there is no file."""
+    """Return the objects in a file of JSON lines, without incomplete lines; none if there is no file.
+
+    Lines end at a line feed alone: text may contain others of Unicode's line ends, such as U+2028.
+    """
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return [entry for entry in found if isinstance(entry, dict)]

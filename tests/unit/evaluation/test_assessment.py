@@ -228,6 +228,12 @@ def test_a_judge_that_fails_is_told_how(code, error, message):
         judged(shlex.join([sys.executable, "-c", code]), [{"id": 0, "prompt": [], "reference": "", "answer": ""}])
 
 
+def test_a_judge_may_repeat_a_text_with_unicodes_line_ends():
+    code = "import json, sys; sys.stdout.reconfigure(encoding='utf-8'); print(json.dumps({**json.loads(sys.stdin.buffer.readline()), 'score': 2}, ensure_ascii=False))"  # noqa: E501
+    question = {"id": 0, "prompt": [], "reference": "", "answer": "a\u2028b\x85c"}
+    assert judged(shlex.join([sys.executable, "-c", code]), [question]) == {"0": 2.0}
+
+
 def test_a_judge_that_is_not_there():
     with pytest.raises(ConfigError, match=r"judge='no-such-judge' - expected a command that can be started"):
         judged("no-such-judge", [])

@@ -38,6 +38,13 @@ def test_a_card_that_is_published_has_no_row_of_the_data(run):
     assert "## Results" in card
 
 
+@pytest.mark.parametrize("name", ["results.json", "trainer_state.json"])
+def test_a_damaged_file_of_the_run_costs_its_figures_only(run, caplog, name):
+    (run / name).write_text("{")
+    assert "## Settings" in model_card("me/help", run=run, base="nano", adapter_config={})
+    assert f"{run / name} cannot be read and is ignored" in caplog.text
+
+
 def test_a_folder_is_written_with_ordinary_permissions(tmp_path):
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "weights").write_bytes(b"1")
