@@ -87,7 +87,7 @@ def settings(name: str, base: str) -> dict[str, object]:
 def way(config: Config, adapted: object, grade: str, device: str) -> str:
     """Return how the decoder layers are computed, on a GPU of today or on a CPU."""
     facts = DeviceFacts(kind=device, capability=(9, 0) if device == "cuda" else None, flash=device == "cuda")
-    return planning.decoder_layers(config, adapted, facts, grade).path  # type: ignore[arg-type]
+    return planning.decoder_layers(config.model, adapted, facts, grade).path  # type: ignore[arg-type]
 
 
 def cell(case: Case, gigabytes: int) -> str:

@@ -161,11 +161,11 @@ def test_a_folder_that_somebody_else_removes_or_fills_meanwhile(settings, tmp_pa
     config = load_config(settings)
     folder = tmp_path / "runs" / "run"
     with ExitStack() as held:
-        Claim(folder).take(config, held)
+        Claim(folder).take(config.source, held)
         (folder / "notes.txt").write_text("mine")
     assert [each.name for each in folder.iterdir()] == ["notes.txt"]
     with pytest.raises(ConfigError, match=r"this one holds other files. Give another"), ExitStack() as held:
-        Claim(folder).take(config, held)
+        Claim(folder).take(config.source, held)
     assert [each.name for each in folder.iterdir()] == ["notes.txt"]
 
 
@@ -175,7 +175,7 @@ def test_what_file_managers_leave_does_not_take_a_folder(settings, tmp_path, nam
     folder.mkdir(parents=True)
     (folder / name).touch()
     with ExitStack() as held:
-        Claim(folder).take(load_config(settings), held)
+        Claim(folder).take(load_config(settings).source, held)
     assert [each.name for each in folder.iterdir()] == [name]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from philora.configuration import schema
 from philora.configuration.schema import FLAG, NULL, TEXT, Misfit, Rule, exactly, mapping_of, number, one_of, union
 from philora.errors import nearest
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 AUTO: Final = exactly("auto")
 COUNT: Final = number(least=1, whole=True)
@@ -198,6 +201,12 @@ class Config:
     source: str = dataclasses.field(default="python", compare=False)
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
     notices: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    def lora_config(self) -> LoraConfig:
+        """Return `peft_config` as PEFT's class."""
+        from peft import LoraConfig
+
+        return LoraConfig(**self.peft_config)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration in the shape of the YAML file; `load_config` of it gives an equal Config."""

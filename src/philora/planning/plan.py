@@ -21,7 +21,7 @@ from philora.adapters.adapter_files import check_adapter
 from philora.adapters.fast_layers import optimize
 from philora.adapters.peft_models import apply_slices
 from philora.adapters.targets import resolve_for_training
-from philora.configuration.sections import Config, ModelConfig
+from philora.configuration.sections import Config, EvaluationConfig, ModelConfig
 from philora.dataset import DataReport, SplitReport
 from philora.decoder_stack.choice import BatchFacts, Choice, DeviceFacts, ModelFacts, stack_for
 from philora.decoder_stack.facts import facts_of_device
@@ -223,7 +223,7 @@ def weightless(config: Config, skeleton: PreTrainedModel) -> PeftModel:
         TargetError: A name matches nothing.
         AdapterError: The adapter to continue from does not exist or does not fit.
     """
-    lora = LoraConfig(**config.peft_config)
+    lora = config.lora_config()
     if config.model.adapter is not None:
         folder = find_adapter(config.model.adapter).path
         check_adapter(skeleton, folder)
@@ -257,17 +257,19 @@ def plan(
     given = {**config.training_config, **(chosen or {})}
     device, optim = _device(given), str(given.get("optim") or DEFAULT_OPTIM)
     facts = facts_of_device(torch.device(device))
-    stacked = {grade: decoder_layers(config, adapted, facts, grade) for grade in GRADES}
-    counted = _footprint(config, adapted, given, device, stacked)
-    max_length, tokens_per_step = _lengths(config, report, max_length, chosen, device)
+    stacked = {grade: decoder_layers(config.model, adapted, facts, grade) for grade in GRADES}
+    counted = _footprint(config.model, adapted, given, device, stacked)
+    max_length, tokens_per_step = _lengths(config.training_config, report, max_length, chosen, device)
     rows = _row_lengths(report, max_length, bool(given.get("packing", True)))
-    memory, answers = available_bytes(device) // sharing, _answers(config, adapted, facts)
-    evaluated = _evaluated(config, report, max_length, counted, memory)._replace(by_graph=answers == BY_GRAPH)
+    memory, answers = available_bytes(device) // sharing, _answers(config.model, adapted, facts)
+    evaluated = _evaluated(config.evaluation, report, max_length, counted, memory)._replace(
+        by_graph=answers == BY_GRAPH
+    )
     batch = _batch(given, counted, rows, evaluated, memory, tokens_per_step, processes, stacked)
     situation = _Situation(config, adapted, counted, batch, max_length, rows, evaluated)
     layers = stacked[batch.recomputation]
     hardware = hardware_notices(facts, config.model.dtype, torch.version.cuda, bool(given.get("use_cpu")))
-    others = situation.slow_bf16(optim, memory), _fp8_without_effect(config, layers)
+    others = situation.slow_bf16(optim, memory), _fp8_without_effect(config.model, layers)
     rate = measure_rate(counted, batch.rows * rows.tokens)
     return Plan(
         micro_batch_rows=batch.rows,
@@ -297,12 +299,12 @@ def plan(
 
 
 def _footprint(
-    config: Config, adapted: PeftModel, given: Mapping[str, Any], device: str, stacked: Mapping[Any, Choice]
+    settings: ModelConfig, adapted: PeftModel, given: Mapping[str, Any], device: str, stacked: Mapping[Any, Choice]
 ) -> Footprint:
     """Count the model as the run will compute it."""
     trained_bytes = 2 if given.get("adapter_dtype") == "bfloat16" else 4
     optim = str(given.get("optim") or DEFAULT_OPTIM)
-    counted = footprint(adapted, config.model, optim, device, trained_bytes, stack=stacked["none"].path == "stack")
+    counted = footprint(adapted, settings, optim, device, trained_bytes, stack=stacked["none"].path == "stack")
     return replace(counted, graph=counted.stack is not None and device == "cuda" and graph_switch() == "all")
 
 
@@ -374,37 +376,39 @@ def _micro_batch_seconds(counted: Footprint, batch: Batch, rows: _RowLengths, ra
     return seconds
 
 
-def decoder_layers(config: Config, adapted: PeftModel, device: DeviceFacts, recomputation: Recomputation) -> Choice:
+def decoder_layers(
+    settings: ModelConfig, adapted: PeftModel, device: DeviceFacts, recomputation: Recomputation
+) -> Choice:
     """Return how the decoder layers of a run are computed, from the model of `weightless`."""
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
-    base = base_kind(config, adapted)
-    dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
+    base = base_kind(settings, adapted)
+    dtype = str(resolve_dtype(settings.dtype)).removeprefix("torch.")
     batch = BatchFacts(keep=KEPT[recomputation])
     return stack_for(replace(facts, dtype=dtype, base=base), batch, device)
 
 
-def base_kind(config: Config, adapted: PeftModel) -> str:
+def base_kind(settings: ModelConfig, adapted: PeftModel) -> str:
     """Return the kind of the base's weights and products: "plain", "fp8", "nf4" or "int8"; by the configuration."""
-    given = config.model.quantization
+    given = settings.quantization
     scheme = scheme_of(getattr(adapted, "config", None)) or (given if isinstance(given, str) else "nf4")
     if scheme != "none":
         return scheme
-    return "fp8" if config.model.base_products == "fp8" else "plain"
+    return "fp8" if settings.base_products == "fp8" else "plain"
 
 
-def _fp8_without_effect(config: Config, layers: Choice) -> str | None:
+def _fp8_without_effect(settings: ModelConfig, layers: Choice) -> str | None:
     """Return the notice that base products are not in fp8 although the configuration asks for it, or None."""
-    if config.model.base_products != "fp8" or layers.path == "stack":
+    if settings.base_products != "fp8" or layers.path == "stack":
         return None
     reasons = "; ".join(layers.reasons)
     return f"model.base_products=fp8 has no effect: only the decoder stack computes in fp8, and it is off ({reasons})"
 
 
-def _answers(config: Config, adapted: PeftModel, device: DeviceFacts) -> str:
+def _answers(settings: ModelConfig, adapted: PeftModel, device: DeviceFacts) -> str:
     """Return how the tokens of answers are computed on a GPU."""
     facts = facts_for(adapted)
-    dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
-    quantized = bool(scheme_of(getattr(adapted, "config", None))) or config.model.quantization != "none"
+    dtype = str(resolve_dtype(settings.dtype)).removeprefix("torch.")
+    quantized = bool(scheme_of(getattr(adapted, "config", None))) or settings.quantization != "none"
     return answers_on(device, dtype, quantized, facts is not None and facts.architecture == "Phi3Model")
 
 
@@ -428,10 +432,10 @@ def with_learning_rate(config: Config, model_config: PretrainedConfig) -> Config
 
 
 def _lengths(
-    config: Config, report: DataReport, max_length: int, chosen: Mapping[str, Any] | None, device: str
+    training: Mapping[str, Any], report: DataReport, max_length: int, chosen: Mapping[str, Any] | None, device: str
 ) -> tuple[int, int | None]:
     """Return the tokens of a row, and of a step, the latter None if it follows from the batch."""
-    tokens = config.training_config.get("tokens_per_step", "auto")
+    tokens = training.get("tokens_per_step", "auto")
     if chosen:
         return int(chosen.get("max_length", max_length)), None if tokens == "auto" else tokens
     if tokens == "auto":
@@ -448,13 +452,14 @@ def _lengths(
     return max_length, tokens
 
 
-def _evaluated(config: Config, report: DataReport, max_length: int, counted: Footprint, memory: int) -> Evaluated:
+def _evaluated(
+    settings: EvaluationConfig, report: DataReport, max_length: int, counted: Footprint, memory: int
+) -> Evaluated:
     """Return the sizes of the batches in the evaluations before and after training."""
     figures = report.eval
     if figures is None or not figures.rows:
         return NOT_EVALUATED
     longest = min(figures.longest_tokens, max_length)
-    settings = config.evaluation
     answers = min(settings.batch_size, settings.generate, figures.rows)
     packed = counted.packed if answers and counted.packed < PACKED_SHARE * (memory - counted.anonymous) else 0
     return Evaluated(max(longest, min(8192, figures.tokens)), answers, longest + settings.max_new_tokens, packed)

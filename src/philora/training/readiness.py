@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from philora.adapters.statistics import Coverage, coverage
 from philora.configuration.config import load_config
 from philora.configuration.fields import OWN_TRAINING_KEYS
-from philora.configuration.sections import Config
+from philora.configuration.sections import Config, ModelConfig
 from philora.dataset import SourceReport, length_notices, prepare, preview
 from philora.dataset.held_out import held_out_bytes
 from philora.dataset.ids import check_rows, vocabulary_of
@@ -146,11 +146,11 @@ def preflight(source: str | Path | Mapping[str, Any] | Config, overrides: Sequen
     splits = prepared.report.to_dict()
     idle = processes.idle_gpus_notice(config.training_config, config.model.device_map)
     refused = processes.not_here(config.training_config, config.source)
-    problems = [*filter(None, [plan.warning, _taken(folder, config)])]
+    problems = [*filter(None, [plan.warning, _taken(folder, config.source)])]
     problems += [f"a run here would be refused: {entry}" for entry in refused]
     return Preflight(
         model=f"{config.model.name_or_path}, {plan.parameters / 1e6:,.1f} M parameters, {dtype}",
-        hardware=_hardware(config, adapted, dtype, plan),
+        hardware=_hardware(config.model, adapted, dtype, plan),
         stop_tokens=list(map(str, tokenizer.convert_ids_to_tokens(stops))),
         padding_token=str(tokenizer.pad_token),
         data={name: splits[name] for name in ("train", "eval") if splits.get(name)},
@@ -204,7 +204,7 @@ def require(config: Config) -> None:
         raise ConfigError(one_per_line(faults))
     if given.get("push_to_hub"):
         hub.require_token(config.source, given.get("hub_token"))
-    _require_weights(config)
+    _require_weights(config.model)
 
 
 def arguments(config: Config, **decided: Any) -> SFTConfig:
@@ -261,19 +261,19 @@ def _missing_packages(given: Mapping[str, Any], source: str) -> Iterator[str]:
             yield fault(source, f"training_config.{key}", value, expected, "Install it, or choose another value")
 
 
-def _require_weights(config: Config) -> None:
+def _require_weights(settings: ModelConfig) -> None:
     """Check that the base has weights, and that the files of a local base have valid headers.
 
     Raises:
         ModelError: There are none, or a file is damaged.
     """
-    name = config.model.name_or_path
-    models.refuse_adapter(name, config.model.revision)
+    name = settings.name_or_path
+    models.refuse_adapter(name, settings.revision)
     folder = Path(models.local_path(name))
     expected = f"a model with its weights: {SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME} and the files it names"
     if not folder.is_dir():
         # Where not even its configuration is found, loading gives the reason.
-        if models.has_file(config.model, ("config.json",)) and not models.has_file(config.model, _WEIGHTS):
+        if models.has_file(settings, ("config.json",)) and not models.has_file(settings, _WEIGHTS):
             raise ModelError(fault("model", "name_or_path", name, expected, "Download the complete model"))
         return
     there = next((entry for entry in _WEIGHTS if (folder / entry).is_file()), None)
@@ -312,28 +312,28 @@ def require_space(folder: Path, size: int, limit: int | None, rows_bytes: int = 
         raise RunError(fault("run", "output_dir", str(folder), expected, todo))
 
 
-def _taken(folder: Path, config: Config) -> str | None:
+def _taken(folder: Path, source: str) -> str | None:
     """Return why a new run cannot start in the folder; None if it can. With `--resume` a run continues there."""
     try:
-        resume.open_fresh(folder, config)
+        resume.open_fresh(folder, source)
     except ConfigError as error:
         return f"a run here would be refused: {error}"
     return None
 
 
-def _training_graphs(config: Config, adapted: PeftModel, plan: planning.Plan, device: DeviceFacts) -> str:
+def _training_graphs(settings: ModelConfig, adapted: PeftModel, plan: planning.Plan, device: DeviceFacts) -> str:
     """Return whether training runs in CUDA graphs, and why not; an empty text where the decoder stack does not run."""
     if plan.decoder_layers.path != "stack" or device.kind != "cuda":
         return ""
     facts = facts_for(adapted) or ModelFacts()
-    base, dtype = planning.base_kind(config, adapted), str(models.resolve_dtype(config.model.dtype))
+    base, dtype = planning.base_kind(settings, adapted), str(models.resolve_dtype(settings.dtype))
     keep, switch = KEPT[plan.recomputation], graph_switch()
     made = GraphFacts(switch, device.kind, base, dtype.removeprefix("torch."), keep, facts.devices)
     against = graphs_against(made)
     return f"no ({'; '.join(against)})" if against else f"yes, up to {LARGEST_TOKENS[base]:,} tokens"
 
 
-def _hardware(config: Config, adapted: PeftModel, dtype: str, plan: planning.Plan) -> Hardware:
+def _hardware(settings: ModelConfig, adapted: PeftModel, dtype: str, plan: planning.Plan) -> Hardware:
     """Return the device of the run and how it would compute the decoder layers, by the model without weights."""
     device = facts_of_device(torch.device(plan.device))
     facts = facts_for(adapted) or ModelFacts(architecture=type(adapted).__name__)
@@ -342,12 +342,12 @@ def _hardware(config: Config, adapted: PeftModel, dtype: str, plan: planning.Pla
     reasons = reasons if device.problem is None else (f"the GPU cannot be used: {device.problem}",)
     head = torch.empty(1, 1, 1, facts.head_size, dtype=getattr(torch, dtype), device=device.kind)
     attention, why = attention_for(facts_of_attention(head, facts.attention_dropout))
-    settings = cast(Any, adapted).config.get_text_config()
-    columns = int(getattr(settings, "intermediate_size", None) or settings.hidden_size)
+    shape = cast(Any, adapted).config.get_text_config()
+    columns = int(getattr(shape, "intermediate_size", None) or shape.hidden_size)
     way, reason = elementwise_for(facts_of_elementwise(head.device, head.dtype, columns))
     elementwise = "" if device.kind == "cpu" else f"{way} ({reason})"
     name = f"{device.name}{capability}"
-    path, graphs = plan.decoder_layers.path, _training_graphs(config, adapted, plan, device)
+    path, graphs = plan.decoder_layers.path, _training_graphs(settings, adapted, plan, device)
     return Hardware(name, device.memory_bytes, path, reasons, attention, why, elementwise, plan.answers, graphs)
 
 

@@ -91,7 +91,7 @@ class Claim:
         self.kept = False
         self._made: list[Path] = []
 
-    def take(self, config: Config, held: contextlib.ExitStack) -> None:
+    def take(self, source: str, held: contextlib.ExitStack) -> None:
         """Create the folder and lock it.
 
         `held` gets the lock, and the removal of what was created, which runs before the lock is released.
@@ -100,7 +100,7 @@ class Claim:
             ConfigError: It is not empty, another process has locked it, or it cannot be written to.
             RunError: The disk is full.
         """
-        open_fresh(self.folder, config)
+        open_fresh(self.folder, source)
         if self.folder.is_dir():
             refuse_leading_out(self.folder, ConfigError)
         try:
@@ -112,9 +112,9 @@ class Claim:
                 todo = "Free some space, then start it again"
                 expected = f"free space to write to it: {error}"
                 raise RunError(fault("run", "output_dir", str(self.folder), expected, todo)) from error
-            text = checkpoint.not_writable(config.source, "training_config.output_dir", self.folder, error)
+            text = checkpoint.not_writable(source, "training_config.output_dir", self.folder, error)
             raise ConfigError(text) from error
-        open_fresh(self.folder, config)  # another run may have used it meanwhile
+        open_fresh(self.folder, source)  # another run may have used it meanwhile
         held.callback(self._undo)
 
     def _lock(self, held: contextlib.ExitStack) -> None:
@@ -155,7 +155,7 @@ class Claim:
                 entry.rmdir()
 
 
-def open_fresh(folder: Path, config: Config) -> None:
+def open_fresh(folder: Path, source: str) -> None:
     """Check that a run may start in a folder: it is new, empty, or that of a run which ended before it saved anything.
 
     Raises:
@@ -164,16 +164,16 @@ def open_fresh(folder: Path, config: Config) -> None:
     name = "training_config.output_dir"
     refused = checkpoint.unwritable(folder)
     if isinstance(refused, NotADirectoryError) and folder.is_file():
-        raise ConfigError(fault(config.source, name, str(folder), "a folder, not a file"))
+        raise ConfigError(fault(source, name, str(folder), "a folder, not a file"))
     if refused is not None:
-        raise ConfigError(checkpoint.not_writable(config.source, name, folder, refused))
+        raise ConfigError(checkpoint.not_writable(source, name, folder, refused))
     if not folder.is_dir() or not (there := _content(folder)) or _saved_nothing(folder, there):
         return
     what = "another run" if "config.yaml" in there else "other files"
     expected = f"a new or empty folder; this one holds {what}"
     resumable = "config.yaml" in there and checkpoint.has_checkpoints(folder / "checkpoints")
     todo = f"Continue with --resume, or give another {name}" if resumable else f"Give another {name}"
-    raise ConfigError(fault(config.source, name, str(folder), expected, todo))
+    raise ConfigError(fault(source, name, str(folder), expected, todo))
 
 
 def _content(folder: Path) -> set[str]:
@@ -228,12 +228,12 @@ def open_to_resume(folder: Path, config: Config, *, force: bool, held: contextli
     now["training_config"]["output_dir"] = before["training_config"]["output_dir"]  # the run may have moved
     differences = _differences(before, now)
     _refuse(config.source, differences, force)
-    found = _newest(folder, config)
+    found = _newest(folder, config.source)
     passed_over = tuple(path for path, _ in found.passed_over)
     return Continued(found.folder, facts, force, bool(differences), config, passed_over)
 
 
-def _newest(folder: Path, config: Config) -> checkpoint.Found:
+def _newest(folder: Path, source: str) -> checkpoint.Found:
     """Return the newest complete checkpoint, and warnings about the others.
 
     Raises:
@@ -248,14 +248,14 @@ def _newest(folder: Path, config: Config) -> checkpoint.Found:
             f"Restore one of them from a copy. To start again, move {folder / 'checkpoints'} away and start the run "
             f"without --resume, or give another {name}"
         )
-        raise ConfigError(fault(config.source, name, str(folder), expected, todo))
+        raise ConfigError(fault(source, name, str(folder), expected, todo))
     for path, why in found.passed_over:
         logger.warning("%s is skipped: %s", path, why)
     if found.folder is None:
         if (folder / "adapter").exists():
             expected = "a run with a checkpoint to resume from; this one has an adapter and no checkpoints"
             todo = f"Give another {name}; with model.adapter: {folder} a run starts from this adapter"
-            raise ConfigError(fault(config.source, name, str(folder), expected, todo))
+            raise ConfigError(fault(source, name, str(folder), expected, todo))
         logger.warning("%s has no checkpoint yet; the run starts again.", folder)
     elif foreign := checkpoint.foreign_files(found.folder):
         logger.warning("%s has %s, which does not belong to the run and is kept.", found.folder, ", ".join(foreign))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from philora.adapters.adapter_files import check_adapter
@@ -173,7 +173,7 @@ def _train(
 def _check_targets(config: Config, skeleton: Any) -> None:
     """Raise an error if a target of the adapter matches nothing in the model."""
     if config.model.adapter is None:
-        resolve_for_training(skeleton, LoraConfig(**config.peft_config), where=f"{config.source}: peft_config")
+        resolve_for_training(skeleton, config.lora_config(), where=f"{config.source}: peft_config")
     else:
         check_adapter(skeleton, find_adapter(config.model.adapter).path)
 
@@ -202,7 +202,7 @@ def _open(
     """Lock the run folder; with `resume` return the run to continue."""
     if resume:
         return resuming.open_to_resume(claim.folder, config, force=resume == "force", held=held)
-    claim.take(config, held)
+    claim.take(config.source, held)
     return None
 
 
@@ -338,7 +338,7 @@ class _Run:
         if config.model.adapter is not None:
             self.model = load_adapter(base, find_adapter(config.model.adapter).path, is_trainable=True)
         else:
-            self.model = get_peft_model(base, LoraConfig(**config.peft_config))
+            self.model = get_peft_model(base, config.lora_config())
         configure_stack(self.model, fp8=config.model.base_products == "fp8")
         self.arguments = resolve_arguments(run, self.model, chosen)
         rows_bytes = held_out_bytes(run.prepared) if config.data.keep_held_out else 0

@@ -101,7 +101,7 @@ def test_the_kind_of_the_base_is_that_of_the_configuration(quantization, base_pr
     model = {"name_or_path": "nano", "quantization": quantization, "base_products": base_products}
     config = load_config({"model": model, "data": {"train": "helpdesk"}})
     adapted = planning.weightless(config, load_skeleton(ModelConfig(name_or_path="nano")))
-    assert planning.base_kind(config, adapted) == kind
+    assert planning.base_kind(config.model, adapted) == kind
 
 
 def test_check_names_graphs_in_training_by_the_kind_of_the_base(monkeypatch):
@@ -112,7 +112,7 @@ def test_check_names_graphs_in_training_by_the_kind_of_the_base(monkeypatch):
     found = replace(found, decoder_layers=Choice("stack", ("described",)), recomputation="none")
 
     def said(device):
-        return readiness._training_graphs(config, adapted, found, device)
+        return readiness._training_graphs(config.model, adapted, found, device)
 
     assert said(DeviceFacts()).startswith("no (no GPU has run this yet")
     monkeypatch.setenv("PHILORA_GRAPHS", "all")
