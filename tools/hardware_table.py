@@ -120,7 +120,7 @@ def times() -> list[str]:
         counted = case(name, "bf16", "cuda").counted
         for chats in CHATS:
             work = EPOCHS * chats * CHAT_TOKENS * counted.flops_per_token("none", LABEL_SHARE, CHAT_TOKENS)
-            cells = (planning.duration(work / rate / planning.PRODUCT_SHARE) for rate in RATES.values())
+            cells = (planning.rough_duration(work / rate / planning.PRODUCT_SHARE) for rate in RATES.values())
             lines.append(f"| {name} | {chats:,} | {work / 1e15:,.1f} | {' | '.join(cells)} |")
     return lines
 
