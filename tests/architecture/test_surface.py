@@ -6,7 +6,10 @@ line in the changelog.
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import typer
@@ -56,3 +59,23 @@ def test_a_lost_name_is_found():
 
 def test_what_was_removed_is_public_no_more():
     assert [entry for entry in REMOVED if entry.partition(": ")[2] in surface()[entry.partition(": ")[0]]] == []
+
+
+def unknown_imports(texts: Iterable[str]) -> list[str]:
+    """Names that `from philora... import` asks for in texts, and that are not there."""
+    found = []
+    for text in texts:
+        for module, names in re.findall(r"from (philora[\w.]*) import ([\w ,]+)", text):
+            there = importlib.import_module(module)
+            wanted = [name.split(" as ")[0].strip() for name in names.split(",")]
+            found += [f"{module}: {name}" for name in wanted if name and not hasattr(there, name)]
+    return found
+
+
+def test_examples_and_pages_import_what_is_there():
+    root = Path(__file__).parents[2]
+    files = [*(root / "examples").glob("*.*y*"), *(root / "docs").glob("*.md"), root / "README.md"]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    assert sum("from philora" in text for text in texts) > 3
+    assert unknown_imports(texts) == []
+    assert unknown_imports(["from philora.lora import Linear, NoSuchLayer"]) == ["philora.lora: NoSuchLayer"]

@@ -22,10 +22,22 @@ from philora.configuration.fields import FIELDS, LIBRARY, rule_of
 from philora.configuration.folders import DATA_SUFFIXES, exists, nearest_file
 from philora.configuration.reader import KeyPath, Reader, fill_from_yaml
 from philora.configuration.run_paths import with_current_places
-from philora.configuration.sections import HELPDESK, REQUIRED, SECTIONS, Config
+from philora.configuration.sections import (
+    HELPDESK,
+    REQUIRED,
+    SECTIONS,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TokenizerConfig,
+)
 from philora.configuration.unknown_keys import likely_section, refuse_unknown, section_keys
 from philora.errors import ConfigError, fault, nearest, one_per_line
 from philora.families import ALIASES, hub_id
+
+# Scripts and notebooks import the sections from here.
+__all__ = ["Config", "DataConfig", "EvaluationConfig", "ModelConfig", "TokenizerConfig", "load_config"]
 
 
 def _open(source: str | Path | Mapping[str, Any] | Config) -> tuple[Reader, str, str]:
