@@ -97,6 +97,7 @@ def test_all_faults_of_a_file_come_at_once_and_without_torch(config, tmp_path):
     assert time.process_time() - begun < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "missing.yaml"]])
 def test_help_and_a_configuration_error_cost_little_more_than_their_libraries(arguments):
     """CPU time of the process beside that of importing typer, rich and PyYAML, so that the machine does not count."""

@@ -272,6 +272,7 @@ def test_a_checkpoint_is_set_aside_under_a_free_name(tmp_path):
     assert checkpoint.set_aside(tmp_path / "checkpoint-2").name == "passed-over-checkpoint-2-2"
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_does_not_cost_the_last_one(model, tmp_path):
     """With one checkpoint to keep, transformers deletes at the end all but the best."""
     folder = tmp_path / "run"
@@ -328,6 +329,7 @@ def test_a_signal_after_a_checkpoint_goes_on(settings, tmp_path):
     assert philora.train(settings, resume=True).results["throughput"]["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["load_model", "evaluate"])
 def test_a_kill_before_anything_is_saved_blocks_nothing(settings, tmp_path, monkeypatch, place):
     def killed():

@@ -48,6 +48,7 @@ def test_its_figures_are_those_of_the_day(cli, golden):
     assert ("its rows are taken from its data again" in answer.err) is not kept
 
 
+@pytest.mark.slow
 def test_every_command_opens_it(cli, golden, tmp_path, monkeypatch):
     Path("prompts.txt").write_text("Say green 5.\n")
     answer = cli("generate", golden, "--prompts", "prompts.txt", "--max-new-tokens", "4")

@@ -75,6 +75,7 @@ def test_the_loss_of_both_bases(run, tmp_path, cli):
     assert got != pytest.approx(wanted[::-1], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_rows_of_ones_own_and_none(run, tmp_path, cli, jsonl):
     record = {
         "messages": [{"role": "user", "content": "Which bird is it?"}, {"role": "assistant", "content": "A wren."}]

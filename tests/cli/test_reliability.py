@@ -180,6 +180,7 @@ def test_what_was_chosen_is_used_again(model, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.slow
 def test_other_data_and_another_model_are_refused(model, whole, jsonl, tmp_path):
     settings = settings_of(model, tmp_path / "run", max_steps=2, save_total_limit=None)
     other = tmp_path / "model"
@@ -304,6 +305,7 @@ def test_a_real_signal_in_an_evaluation(model, tmp_path):
     assert [(each["step"], "eval_loss" in each) for each in lines][:4] == [(1, False), (1, True), (2, False), (2, True)]
 
 
+@pytest.mark.slow
 def test_a_signal_before_training_ends_at_once(model, tmp_path, monkeypatch):
     from philora.training import run as training
     from philora.training import run_evaluation
@@ -428,6 +430,7 @@ def test_a_step_that_is_not_finite_is_left_out(model, whole, tmp_path, caplog):
     assert (state["watch"]["in_a_row"], state["watch"]["total"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run_and_name_the_examples(model, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(

@@ -102,6 +102,7 @@ def test_the_kept_rows_score_as_the_data_itself_does(project, caplog):
         philora.evaluate(run, forgetting=False)
 
 
+@pytest.mark.slow
 def test_a_base_that_moved_is_named_with_what_was_tried(cli, project, tmp_path):
     run = project / "runs" / "first"
     shutil.move(project / "models" / "tiny", tmp_path / "other")
@@ -322,6 +323,7 @@ def test_data_that_must_not_be_copied_is_not_kept(project, monkeypatch):
     assert losses(second.folder) == losses(folder)
 
 
+@pytest.mark.slow
 def test_a_second_stage_shows_base_start_and_result(cli, project, monkeypatch):
     monkeypatch.chdir(project)
     first = project / "runs" / "first"

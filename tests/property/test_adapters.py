@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,6 +158,7 @@ def test_inject_then_remove(drawn: Drawn) -> None:
     assert not equal(dict(removed.state_dict()), expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(drawn_adapters())
 def test_save_then_load(drawn: Drawn) -> None:

@@ -179,6 +179,7 @@ def test_layouts_without_room_for_them_refuse_them_by_name(arguments, base, adap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_merged_gguf_file_has_them(base, adapter, tmp_path):
     from philora.exporting.gguf_file import GGUFFile
 

@@ -123,6 +123,7 @@ def test_the_comparison_notices_what_a_graph_is_given_wrongly(monkeypatch, plant
     assert largest_difference(run(made, [FIRST, FIRST]), expected) > 100 * GRADIENTS_FP32
 
 
+@pytest.mark.slow
 def test_a_row_that_fits_no_size_runs_without_one_and_the_next_by_its_graph(replays, monkeypatch, caplog):
     made = make()
     batches = [MANY, FIRST, MANY, (4,)]

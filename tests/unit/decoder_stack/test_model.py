@@ -103,6 +103,7 @@ def test_the_layer_agrees_with_peft_and_a_fault_does_not(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "product", "largest"),
     [("nf4", "DequantizedProduct", 1e-5), pytest.param("fp8", "Fp8Product", 0.05, marks=pytest.mark.slow)],

@@ -235,6 +235,7 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradgradcheck(case.fast, tensors)
 
 
+@pytest.mark.slow
 def test_gradcheck_with_dropout(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "_PIECE_ELEMENTS", 1)
 

@@ -23,6 +23,7 @@ def run(code: str, **environment: str) -> str:
 ASK = "from philora.native import build; print(build.available())"
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_into_the_users_cache(tmp_path):
     assert run(ASK, XDG_CACHE_HOME=str(tmp_path)) == "True"
     (library,) = (tmp_path / "philora").glob("native-*.so")

@@ -170,6 +170,7 @@ def test_a_merged_model_and_an_adapter_are_never_loaded_together(hub, run, tmp_p
     assert set(hub.repositories["me/both"]) == set(result.files)
 
 
+@pytest.mark.slow
 def test_old_shards_go_and_other_files_stay(hub, run):
     old = {
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
@@ -394,6 +395,7 @@ def test_a_run_that_cannot_push_does_not_begin(hub, tmp_path, monkeypatch):
     assert not (tmp_path / "my-run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_push_fails_is_whole(hub, tmp_path, monkeypatch):
     hub.refuse = ("/commit/", 500, "down")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

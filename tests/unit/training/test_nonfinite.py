@@ -165,6 +165,7 @@ def test_when_figures_are_read_late(change, late):
     assert reads_late(**{"kind": "cuda", "fused": True, "scaled": False, "switch": "all"} | change) is late
 
 
+@pytest.mark.slow
 def test_a_step_that_is_left_out_late_leaves_what_one_left_out_at_once_leaves(tmp_path, monkeypatch, caplog):
     settings: dict[str, Any] = {"max_steps": 5, "lr_scheduler_type": "linear", "warmup_steps": 2, "logging_steps": 2}
     at_once = poisoned(trainer(tmp_path / "a", make_phi3(), **settings), {2, 4}, monkeypatch)

@@ -244,6 +244,7 @@ def test_schedulers_scale_both_rates(build, rows, name, options):
     assert len(set(seen)) > 2, "the rate never changed, so the comparison could not fail"
 
 
+@pytest.mark.slow
 def test_a_run_from_a_configuration_has_the_two_rates(tmp_path, jsonl):
     turns = [("When does the shop open?", "At nine."), ("And on Sundays?", "It stays closed.")]
     records = [
